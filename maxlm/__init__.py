@@ -1,0 +1,12 @@
+"""maxlm builds large language models end to end in JAX."""
+
+from importlib.metadata import version
+
+__version__ = version("maxlm")
+
+
+def load(path):
+    """Load a model for inference: see `maxlm.generate.model.load`."""
+    from maxlm.generate.model import load as load_model
+
+    return load_model(path)

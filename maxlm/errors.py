@@ -1,0 +1,45 @@
+"""The few exceptions that a user can cause.
+
+Each carries one sentence: what is wrong, where, and what to do. The command line prints it and exits with the class's
+code; a traceback means a bug of ours.
+"""
+
+
+class MaxlmError(Exception):
+    """Base of everything the command line reports as one sentence."""
+
+    exit_code = 2
+
+
+class ConfigError(MaxlmError):
+    """A configuration has mistakes; `problems` holds one line for each."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class DataError(MaxlmError):
+    """Input data cannot be used: a missing or empty file, a wrong format, no documents left."""
+
+
+class TokenizerError(MaxlmError):
+    """A tokenizer cannot be trained or loaded, or is not the one that the data or the model was made with."""
+
+
+class CheckpointError(MaxlmError):
+    """A checkpoint is missing, broken, or belongs to another model or tokenizer."""
+
+
+class TrainingError(MaxlmError):
+    """Training cannot go on: too many bad steps in a row, a disk that is full, a mesh that does not fit."""
+
+
+class RequestError(MaxlmError):
+    """A request to the generator or server cannot be met: too long, an unknown model, a port in use."""
+
+
+class CheckFailed(MaxlmError):
+    """The command ran, and a check that it makes did not pass."""
+
+    exit_code = 1
