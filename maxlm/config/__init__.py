@@ -1,0 +1,17 @@
+"""Configuration: schema, YAML, overrides, mistakes told at once. Imports no JAX."""
+
+from maxlm.config.data import DataConfig, TokenizerConfig
+from maxlm.config.load import dump_yaml, json_schema, load_config, parse_config
+from maxlm.config.model import ModelConfig
+from maxlm.config.train import TrainConfig
+
+__all__ = [
+    "DataConfig",
+    "ModelConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "dump_yaml",
+    "json_schema",
+    "load_config",
+    "parse_config",
+]

@@ -1,0 +1,79 @@
+"""Where text comes from, how it is cleaned and packed, and how a tokenizer is trained on it."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt
+
+from maxlm.config.base import Count, Fraction, Frozen
+
+
+class SourceConfig(Frozen):
+    """One source of documents."""
+
+    uri: str = Field(
+        description="`python:stdlib`, a path or glob of .txt, .md, .jsonl, .json or .parquet files (also .gz, .zst),"
+        " `tfds:NAME[:SPLIT]` or `hf:NAME[:SPLIT]`."
+    )
+    text_field: str = Field("text", description="The field that holds the text, in formats that have fields.")
+    id_field: str | None = Field(None, description="The field that names a document; without it, file and position do.")
+    split_on_blank_lines: Count | None = Field(
+        None,
+        description="Cut a plain-text file into documents of about this many characters, at blank lines;"
+        " null makes one document of each file.",
+    )
+    licence: str = Field("unknown", description="Recorded with each document, unless the source itself states one.")
+    limit: Count | None = Field(None, description="Read at most this many documents.")
+
+
+class CleanConfig(Frozen):
+    """Normalisation, and which documents are abnormal."""
+
+    unicode_form: Literal["NFC", "NFKC", "none"] = "NFC"
+    min_characters: Count = 40
+    max_characters: Count = 2_000_000
+    min_letter_fraction: Fraction = Field(0.25, description="Letters among the characters that are not white space.")
+    max_repeated_line_fraction: Fraction = Field(0.7, description="Lines that stand in the document before.")
+
+
+class DeduplicateConfig(Frozen):
+    """Removal of documents that stand in the corpus already: exact copies always, near copies by MinHash."""
+
+    near_threshold: Fraction | None = Field(0.8, description="Jaccard similarity of word shingles; null keeps them.")
+    shingle_words: Count = 5
+    num_permutations: Count = 128
+
+
+class DecontaminateConfig(Frozen):
+    """Removal of documents that overlap evaluation sets."""
+
+    files: tuple[str, ...] = Field((), description="JSONL files; every string in them counts.")
+    ngram_words: Count = 13
+
+
+class DataConfig(Frozen):
+    """`maxlm data build`: sources to packed rows."""
+
+    kind: Literal["data"]
+    output: str = Field(description="Folder of the build.")
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    clean: CleanConfig = CleanConfig()
+    deduplicate: DeduplicateConfig = DeduplicateConfig()
+    decontaminate: DecontaminateConfig = DecontaminateConfig()
+    valid_fraction: Fraction = Field(0.05, description="Documents held out, chosen by a hash of their id.")
+    tokenizer: str = Field(description="Folder of the tokenizer that the rows are made with.")
+    row_length: Count = Field(256, description="Tokens in a packed row.")
+    workers: NonNegativeInt = Field(0, description="Processes that clean and tokenise; 0 takes one for each core.")
+    seed: int = 0
+
+
+class TokenizerConfig(Frozen):
+    """`maxlm tokenizer train`: text to a SentencePiece model with chat tokens."""
+
+    kind: Literal["tokenizer"]
+    output: str = Field(description="Folder of the tokenizer.")
+    input: str = Field(description="A folder of `maxlm data build`, or a text file.")
+    algorithm: Literal["bpe", "unigram"] = "bpe"
+    vocab_size: Count = 2048
+    character_coverage: Fraction = 0.9995
+    max_characters: Count = Field(50_000_000, description="Train on at most this much text, evenly drawn.")
+    seed: int = 0

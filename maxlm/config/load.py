@@ -1,0 +1,204 @@
+"""YAML to a validated configuration.
+
+A file may name one `base:` file, relative to itself, whose keys it overrides. Overrides from the command line come
+last: `optim.learning_rate=3e-4`.
+"""
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from maxlm.config.data import DataConfig, TokenizerConfig
+from maxlm.config.train import TrainConfig
+from maxlm.errors import ConfigError
+
+AnyConfig = Annotated[TrainConfig | DataConfig | TokenizerConfig, Field(discriminator="kind")]
+_ADAPTER = TypeAdapter(AnyConfig)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, kind: str | None = None) -> Any:
+    """Read, merge and validate a configuration file.
+
+    Args:
+      path: a YAML file.
+      overrides: `dotted.key=value` strings; values are read as YAML.
+      kind: the kind that the caller can use (`train`, `data`, `tokenizer`); None takes any.
+
+    Raises:
+      ConfigError: with one line for each mistake.
+    """
+    tree = _read_with_base(Path(path))
+    problems = [problem for override in overrides if (problem := _apply_override(tree, override))]
+    if problems:
+        raise ConfigError(problems)
+    if kind is not None and tree.get("kind") != kind:
+        raise ConfigError([f"{path}: kind is {tree.get('kind')!r}, and this command needs kind: {kind}"])
+    return parse_config(tree, where=str(path))
+
+
+def parse_config(tree: dict, *, where: str = "config") -> Any:
+    """Validate a nested dict whose `kind` says what it configures; `where` names it in messages."""
+    try:
+        return _ADAPTER.validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError([f"{where}: {_explain(item, tree)}" for item in error.errors()]) from None
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> dict:
+    """The JSON schema of all configuration files, for editors."""
+    schema = _ADAPTER.json_schema()
+    # An editor must accept the one key that is gone before validation.
+    for definition in ("TrainConfig", "DataConfig", "TokenizerConfig"):
+        schema["$defs"][definition]["properties"]["base"] = {
+            "type": "string",
+            "description": "A YAML file, relative to this one, whose keys this file overrides.",
+        }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "maxlm configuration", **schema}
+
+
+def _read_with_base(path: Path) -> dict:
+    tree = _read_yaml(path)
+    base_name = tree.pop("base", None)
+    if base_name is None:
+        return tree
+    if not isinstance(base_name, str):
+        raise ConfigError([f"{path}: base: {base_name!r} is not the name of a file"])
+    base = _read_yaml(path.parent / base_name)
+    if "base" in base:
+        raise ConfigError([f"{path}: its base {base_name} has a base of its own; only one level is allowed"])
+    return _merge(base, tree)
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError([f"{path}: there is no such file{hint}"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read: {error}"]) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}," if mark else ""
+        raise ConfigError([f"{path}:{line} is not valid YAML: {getattr(error, 'problem', error)}"]) from None
+    if not isinstance(tree, dict):
+        raise ConfigError([f"{path}: must hold keys and values, such as `kind: train`"])
+    return tree
+
+
+def _merge(base: dict, top: dict) -> dict:
+    """`top` over `base`. A section whose `kind` changes is replaced whole: its old keys mean nothing in the new kind."""
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
+            value = _merge(old, value)
+        merged[key] = value
+    return merged
+
+
+def _apply_override(tree: dict, override: str) -> str | None:
+    """Set one key in place; returns what is wrong with the override, or None."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        return f"override {override!r}: must look like section.key=value"
+    *sections, key = dotted.split(".")
+    node: Any = tree
+    for section in sections:
+        node = node[int(section)] if isinstance(node, list) and section.isdigit() else node.setdefault(section, {})
+        if not isinstance(node, dict | list):
+            return f"override {override!r}: {section} holds a value, not a section"
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return f"override {override!r}: the value is not valid YAML"
+    if isinstance(node, list):
+        if not key.isdigit() or int(key) >= len(node):
+            return f"override {override!r}: {dotted} is a list of {len(node)}, and {key} is no place in it"
+        node[int(key)] = value
+    else:
+        node[key] = value
+    return None
+
+
+def _explain(item: dict, tree: dict) -> str:
+    """One line for one of pydantic's errors: dotted path, value, what is allowed, nearest key."""
+    location, model = _locate(item["loc"], tree)
+    path = ".".join(location) or "(top)"
+    if item["type"] == "extra_forbidden":
+        allowed = list(model.model_fields) if model else []
+        near = difflib.get_close_matches(location[-1], allowed, 1)
+        hint = f"did you mean {near[0]}?" if near else f"allowed here: {', '.join(allowed)}"
+        return f"{path}: unknown key; {hint}"
+    if item["type"] == "missing":
+        return f"{path}: must be given"
+    if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        expected = item.get("ctx", {}).get("expected_tags", "'train', 'data', 'tokenizer'")
+        given = item.get("ctx", {}).get("tag")
+        near = difflib.get_close_matches(str(given), expected.replace("'", "").split(", "), 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{path + '.' if location else ''}kind: {given!r} must be one of {expected}{hint}"
+    if item["type"] == "value_error":
+        prefix = f"{path}: " if location else ""
+        return prefix + str(item["ctx"]["error"])
+    return f"{path}: {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _locate(loc: tuple, tree: Any) -> tuple[list[str], type[BaseModel] | None]:
+    """The dotted path of pydantic's `loc`, without the tags of unions, and the model that holds its last key."""
+    model: Any = {"train": TrainConfig, "data": DataConfig, "tokenizer": TokenizerConfig}.get(loc[0] if loc else None)
+    path: list[str] = []
+    owner = model
+    for part in loc[1:] if model else loc:
+        field = model.model_fields.get(part) if _is_model(model) else None
+        tagged = _tagged(model, part)
+        if tagged is not None:
+            model = tagged
+            continue
+        path.append(str(part))
+        owner = model if _is_model(model) else owner
+        model = field.annotation if field else _item(model)
+        model = _only_model(model)
+    return path, owner if _is_model(owner) else None
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _members(kind: Any) -> tuple:
+    origin = typing.get_origin(kind)
+    if origin is Annotated:
+        return _members(typing.get_args(kind)[0])
+    return typing.get_args(kind) if origin in (typing.Union, types.UnionType) else (kind,)
+
+
+def _tagged(kind: Any, tag: Any) -> Any:
+    """The member of a union of models that has this `kind`; None if it is no such union or tag."""
+    models = [member for member in _members(kind) if _is_model(member) and "kind" in member.model_fields]
+    if len(models) < 2:
+        return None
+    return next((m for m in models if tag in typing.get_args(m.model_fields["kind"].annotation)), None)
+
+
+def _only_model(kind: Any) -> Any:
+    """`Model | None` as Model; everything else unchanged."""
+    models = [member for member in _members(kind) if _is_model(member)]
+    return models[0] if len(models) == 1 else kind
+
+
+def _item(kind: Any) -> Any:
+    """The element type of a sequence annotation."""
+    arguments = typing.get_args(kind)
+    return _only_model(arguments[0]) if arguments else None

@@ -1,0 +1,54 @@
+"""The shape of a model."""
+
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
+
+from maxlm.config.base import Count, Frozen
+
+
+class ModelConfig(Frozen):
+    """A Llama-style decoder: pre-norm, RMSNorm, RoPE, grouped-query attention, SwiGLU."""
+
+    vocab_size: NonNegativeInt = Field(0, description="Number of token ids; 0 takes the tokenizer's.")
+    num_layers: Count = 4
+    embed_dim: Count = 256
+    mlp_dim: Count = 704
+    num_heads: Count = 4
+    num_kv_heads: Count = 2
+    head_dim: Count = 64
+    max_length: Count = Field(
+        256, description="Longest sequence, in tokens, that the model is trained and served with."
+    )
+    rope_theta: PositiveFloat = 10_000.0
+    norm_epsilon: PositiveFloat = 1e-6
+    tie_embeddings: bool = True
+    qk_norm: bool = Field(False, description="RMSNorm on each query and key head before RoPE.")
+    attention_soft_cap: PositiveFloat | None = Field(None, description="Attention logits become c * tanh(logits / c).")
+    logit_soft_cap: PositiveFloat | None = Field(None, description="Output logits become c * tanh(logits / c).")
+    window_pattern: tuple[Count | None, ...] = Field(
+        (None,),
+        min_length=1,
+        description="Sliding window of each layer, in tokens, repeated over the layers; null sees everything before.",
+    )
+    activation_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    matmul_dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="Operands of matrix products; they always accumulate in float32."
+    )
+    remat: Literal["none", "dots", "full"] = Field(
+        "none", description="What the backward pass computes again: nothing, all but matrix products, whole layers."
+    )
+    attention: Literal["auto", "pallas_tpu", "cudnn", "xla", "reference"] = "auto"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if self.num_layers % len(self.window_pattern):
+            raise ValueError(
+                f"num_layers ({self.num_layers}) must be a multiple of the length of window_pattern"
+                f" ({len(self.window_pattern)})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs of channels")
+        return self

@@ -1,0 +1,184 @@
+"""A training run: objective, data, optimizer, mesh, checkpoints."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+
+from maxlm.config.base import Count, Fraction, Frozen
+from maxlm.config.model import ModelConfig
+
+
+class PackedSource(Frozen):
+    """Packed rows to train on, and their share of the mixture."""
+
+    path: str = Field(description="A folder of `maxlm data build`.")
+    weight: PositiveFloat = 1.0
+
+
+class PretrainObjective(Frozen):
+    """Next-token prediction on packed rows."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    sources: tuple[PackedSource, ...] = Field(min_length=1)
+    z_loss: NonNegativeFloat = Field(0.0, description="Weight of the mean squared log of the softmax's normaliser.")
+
+
+class SftObjective(Frozen):
+    """Next-token prediction on the assistant's tokens of chats."""
+
+    kind: Literal["sft"] = "sft"
+    train_file: str = Field(description="JSONL with `messages`: a list of {role, content}.")
+    valid_file: str | None = None
+    z_loss: NonNegativeFloat = 0.0
+
+
+class RewardObjective(Frozen):
+    """A scalar head trained on preference pairs with the Bradley-Terry loss."""
+
+    kind: Literal["reward"] = "reward"
+    train_file: str = Field(description="JSONL with `prompt` (messages or text), `chosen` and `rejected`.")
+    valid_file: str | None = None
+    center: NonNegativeFloat = Field(0.0, description="Weight of the squared sum of a pair's rewards.")
+
+
+class DpoObjective(Frozen):
+    """Direct preference optimization against the frozen starting model."""
+
+    kind: Literal["dpo"] = "dpo"
+    train_file: str = Field(description="JSONL with `prompt` (messages or text), `chosen` and `rejected`.")
+    valid_file: str | None = None
+    beta: PositiveFloat = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    sft_weight: NonNegativeFloat = Field(0.0, description="Weight of the next-token loss on the chosen answers.")
+
+
+class GrpoObjective(Frozen):
+    """Group-relative policy optimization on prompts whose answers can be checked."""
+
+    kind: Literal["grpo"] = "grpo"
+    train_file: str = Field(description="JSONL with `prompt` (messages or text) and `answer`.")
+    valid_file: str | None = None
+    reward: str = Field("exact_match", description="Name of a reward function: see `maxlm.post.rewards`.")
+    group_size: Annotated[int, Field(ge=2)] = Field(8, description="Answers sampled for a prompt.")
+    max_new_tokens: Count = 32
+    temperature: PositiveFloat = 1.0
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.28
+    kl_beta: NonNegativeFloat = Field(0.0, description="Weight of the KL divergence from the starting model.")
+    updates_per_rollout: Count = 1
+    normalize_std: bool = Field(True, description="Divide advantages by the group's standard deviation.")
+
+
+Objective = Annotated[
+    PretrainObjective | SftObjective | RewardObjective | DpoObjective | GrpoObjective, Field(discriminator="kind")
+]
+
+
+class LoraConfig(Frozen):
+    """Low-rank adapters: only they are trained."""
+
+    rank: Count = 8
+    alpha: PositiveFloat = 16.0
+    targets: tuple[str, ...] = Field(
+        ("query", "key", "value", "out", "gate", "up", "down"), description="Names of the weights that get an adapter."
+    )
+
+
+class ScheduleConfig(Frozen):
+    """Learning rate over steps, as a factor of the optimizer's."""
+
+    kind: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="wsd: warm-up, stable, then a linear decay over the last `decay_fraction` of the steps."
+    )
+    warmup_steps: NonNegativeInt = 20
+    decay_fraction: Fraction = 0.2
+    final_factor: Fraction = 0.1
+
+
+class OptimConfig(Frozen):
+    """The optimizer, and what is done to gradients before it."""
+
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon orthogonalises the updates of the layers' matrices and leaves the rest to AdamW."
+    )
+    learning_rate: PositiveFloat = 3e-4
+    muon_learning_rate: PositiveFloat = 0.02
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    epsilon: PositiveFloat = 1e-8
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    weight_decay: NonNegativeFloat = 0.1
+    clip_norm: PositiveFloat | None = 1.0
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+class MeshConfig(Frozen):
+    """Devices along each mesh axis; -1 takes those that are left."""
+
+    data: Annotated[int, Field(ge=-1)] = 1
+    fsdp: Annotated[int, Field(ge=-1)] = -1
+    tensor: Annotated[int, Field(ge=-1)] = 1
+
+    @model_validator(mode="after")
+    def _one_free_axis(self) -> Self:
+        sizes = (self.data, self.fsdp, self.tensor)
+        if sizes.count(-1) > 1 or 0 in sizes:
+            raise ValueError("at most one mesh axis may be -1, and none may be 0")
+        return self
+
+
+class GuardConfig(Frozen):
+    """Steps whose loss or gradient is not finite, or jumps, are skipped and counted."""
+
+    spike_factor: PositiveFloat | None = Field(
+        10.0, description="Skip a step whose gradient norm exceeds this many times its running mean."
+    )
+    max_skipped_in_a_row: Count = 5
+
+
+class CheckpointConfig(Frozen):
+    """When checkpoints are saved, and how many stay."""
+
+    every: Count = 500
+    keep: Count = 2
+
+
+class TrainConfig(Frozen):
+    """`maxlm train`: one run of one objective."""
+
+    kind: Literal["train"]
+    output: str = Field(description="The run folder; a run that stands there already is resumed.")
+    init_from: str | None = Field(None, description="A run folder or checkpoint whose weights are the start.")
+    tokenizer: str | None = Field(None, description="Tokenizer folder; null takes that of the data or of init_from.")
+    model: ModelConfig | None = Field(None, description="null takes the model of init_from.")
+    objective: Objective
+    lora: LoraConfig | None = None
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    guard: GuardConfig = GuardConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    steps: Count = 1000
+    batch_size: Count = Field(
+        16, description="Rows in a step, over all devices; for preferences pairs, for GRPO prompts."
+    )
+    accumulate: Count = Field(1, description="Microbatches that a step is cut into.")
+    row_length: Count = Field(256, description="Tokens in a row.")
+    log_every: Count = 10
+    eval_every: NonNegativeInt = Field(200, description="Steps between validations; 0 validates at the end alone.")
+    eval_batches: Count = Field(16, description="Batches of a validation.")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        problems = []
+        if self.batch_size % self.accumulate:
+            problems.append(f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})")
+        if self.model is None and self.init_from is None:
+            problems.append("either model or init_from must be given")
+        if self.model is not None and self.row_length > self.model.max_length:
+            problems.append(f"row_length ({self.row_length}) exceeds model.max_length ({self.model.max_length})")
+        if self.objective.kind in ("dpo", "grpo", "sft", "reward") and self.init_from is None:
+            problems.append(f"init_from must name the model that objective.kind={self.objective.kind} starts from")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

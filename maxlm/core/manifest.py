@@ -1,0 +1,112 @@
+"""`manifest.json`: what a stage read, its resolved configuration, versions, and what it measured.
+
+The manifests of a pipeline form a chain: each names the manifests of the folders it read, by content hash.
+"""
+
+import json
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from maxlm.errors import DataError
+
+FILE_NAME = "manifest.json"
+
+
+def write_manifest(
+    folder: str | Path, *, stage: str, inputs: dict[str, str | Path], config: dict, metrics: dict
+) -> dict:
+    """Write `folder/manifest.json` in one atomic step and return it.
+
+    Args:
+      folder: the stage's output.
+      stage: what ran: "data", "tokenizer", "train/pretrain", "export/int8", ...
+      inputs: name -> file or folder that was read. A folder that has a manifest is hashed by it.
+      config: the resolved configuration.
+      metrics: what was measured; numbers, strings, lists, dicts.
+    """
+    manifest = {
+        "stage": stage,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "inputs": {
+            name: {"path": os.path.relpath(path, folder), "hash": content_hash(path)} for name, path in inputs.items()
+        },
+        "config": config,
+        "versions": _versions(),
+        "metrics": metrics,
+    }
+    write_json(Path(folder) / FILE_NAME, manifest)
+    return manifest
+
+
+def read_manifest(folder: str | Path) -> dict:
+    """The manifest of a stage's folder.
+
+    Raises:
+      DataError: if there is none: the stage has not run, or has not ended.
+    """
+    path = Path(folder) / FILE_NAME
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{folder}: holds no {FILE_NAME}; the stage that makes it has not run to its end") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: is not valid JSON ({error.msg}, line {error.lineno}); run its stage again") from None
+
+
+def manifest_chain(folder: str | Path) -> list[dict]:
+    """All manifests that `folder` stands on, the first stage first, each with its `folder` and `hash`."""
+    chain: dict[Path, dict] = {}
+
+    def visit(path: Path) -> None:
+        if path in chain or not (path / FILE_NAME).is_file():
+            return
+        manifest = read_manifest(path)
+        for item in manifest["inputs"].values():
+            visit((path / item["path"]).resolve())
+        chain[path] = {"folder": str(path), "hash": content_hash(path), **manifest}
+
+    visit(Path(folder).resolve())
+    return list(chain.values())
+
+
+def content_hash(path: str | Path) -> str:
+    """xxh3-128 of a file, or of a folder's manifest, or of all files in a folder without one."""
+    path = Path(path)
+    if path.is_dir():
+        manifest = path / FILE_NAME
+        files = [manifest] if manifest.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    elif path.is_file():
+        files = [path]
+    else:
+        raise DataError(f"{path}: there is no such file or folder")
+    digest = xxhash.xxh3_128()
+    for file in files:
+        digest.update(str(file.relative_to(path)).encode() if len(files) > 1 else b"")
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("maxlm", "jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
