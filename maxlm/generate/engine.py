@@ -1,0 +1,233 @@
+"""Continuous batching: requests join and leave a fixed set of slots between any two decode steps.
+
+One thread runs the device. It admits waiting requests to free slots (one prefill each), advances all slots together,
+and hands each new token to its request's callback. There is one transfer from the device for each step.
+"""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxlm.errors import RequestError
+from maxlm.generate.decoding import (
+    MIN_BUCKET,
+    SamplingRow,
+    SlotState,
+    StepOutput,
+    bucket_length,
+    decode_step,
+    prefill,
+    top_log_probabilities,
+)
+from maxlm.generate.request import MAX_TOP_TOKENS, Event, Generation, Request, Token
+from maxlm.models.decoder import Decoder
+
+
+class QueueFullError(RequestError):
+    """As many requests wait as the engine lets wait; try again later."""
+
+
+class Engine:
+    """Runs requests on `num_slots` slots of `max_length` tokens each, prompt included.
+
+    Args:
+      model, tokenizer: the tokenizer gives `stream_decoder()`.
+      stop_ids: tokens that end an answer.
+      num_slots: at least 2 are made, as products of a single row are slow on CPU.
+      max_length: None takes the model's; more than the model's is not used.
+      max_waiting: requests that may wait for a slot; None sets no limit.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Any,
+        *,
+        stop_ids: tuple[int, ...],
+        num_slots: int = 8,
+        max_length: int | None = None,
+        max_waiting: int | None = None,
+    ):
+        if max_length is not None and max_length < MIN_BUCKET:
+            raise RequestError(f"max_length is {max_length}; it must be at least {MIN_BUCKET}")
+        self.max_length = min(max_length or model.config.max_length, model.config.max_length)
+        self.num_slots = max(num_slots, 2)
+        self._model = model
+        self._tokenizer = tokenizer
+        self._stop_ids = frozenset(stop_ids)
+        self._max_waiting = max_waiting
+        cache_dtype = jnp.dtype(model.config.activation_dtype)
+        self._state = SlotState.create(model.config, self.num_slots, self.max_length, cache_dtype)
+        self._active: dict[int, Generation] = {}
+        self._waiting: deque[Generation] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self.failure: str | None = None
+        self._thread = threading.Thread(target=self._run, name="maxlm-engine", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @property
+    def num_active(self) -> int:
+        return len(self._active)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, request: Request, on_event: Callable[[Event], None]) -> Generation:
+        """Queue a request. `on_event` is called from the engine's thread; the last event has a finish reason.
+
+        Raises:
+          RequestError: it does not fit the context, or names tokens that the model does not have.
+          QueueFullError: too many wait already.
+        """
+        generation = Generation(request, self._room_for(request), self._tokenizer.stream_decoder(), on_event)
+        with self._wake:
+            if self.failure is not None or self._closing:
+                raise RuntimeError(f"the engine has stopped: {self.failure or 'closed'}")
+            if self._max_waiting is not None and len(self._waiting) >= self._max_waiting:
+                raise QueueFullError(f"{len(self._waiting)} requests wait already; try again later")
+            self._waiting.append(generation)
+            self._wake.notify()
+        return generation
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """Events of one request as they come; leaving the iteration cancels it."""
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        generation = self.submit(request, events.put)
+        try:
+            while True:
+                event = events.get()
+                if event.error is not None:
+                    raise RuntimeError(event.error)
+                yield event
+                if event.finish_reason is not None:
+                    return
+        finally:
+            generation.cancel()
+
+    def warm_up(self) -> None:
+        """Compile everything that a request may need, by running requests of every prompt bucket."""
+        length = 1
+        while True:
+            length = min(bucket_length(length, self.max_length), self.max_length - 2)
+            request = Request((0,) * length, max_new_tokens=2, temperature=1.0, top_p=0.9, top_tokens=1)
+            for _ in self.stream(request):
+                pass
+            if length >= self.max_length - 2:
+                return
+            length += 1
+
+    def close(self) -> None:
+        """Cancel what runs and waits, and end the thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _room_for(self, request: Request) -> int:
+        """The number of new tokens that the request may have."""
+        length = len(request.prompt_ids)
+        vocab_size = self._model.config.vocab_size
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab_size:
+            raise RequestError(f"the prompt has a token outside of the vocabulary: ids go from 0 to {vocab_size - 1}")
+        room = self.max_length - length
+        wanted = 1 if request.max_new_tokens is None else request.max_new_tokens
+        if wanted > room:
+            raise RequestError(
+                f"the prompt has {length} tokens and {wanted} new ones are asked for, but the context holds"
+                f" {self.max_length}; shorten the prompt or ask for fewer tokens"
+            )
+        return room if request.max_new_tokens is None else request.max_new_tokens
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._drop_cancelled()
+                self._admit()
+                if self._active:
+                    self._step()
+            self._end_all(Event(finish_reason="cancelled"))
+        except Exception as error:
+            with self._wake:
+                self.failure = f"{type(error).__name__}: {error}"
+            self._end_all(Event(finish_reason="error", error=self.failure))
+            raise
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            while not (self._waiting or self._active or self._closing):
+                self._wake.wait()
+            return not self._closing
+
+    def _drop_cancelled(self) -> None:
+        with self._wake:
+            dropped = [generation for generation in self._waiting if generation.cancelled]
+            self._waiting = deque(generation for generation in self._waiting if not generation.cancelled)
+        for slot, generation in list(self._active.items()):
+            if generation.cancelled:
+                dropped.append(self._active.pop(slot))
+        for generation in dropped:
+            generation.emit(Event(finish_reason="cancelled"))
+
+    def _admit(self) -> None:
+        for slot in range(self.num_slots):
+            if slot in self._active:
+                continue
+            with self._wake:
+                if not self._waiting:
+                    return
+                generation = self._waiting.popleft()
+                self._active[slot] = generation
+            request = generation.request
+            length = len(request.prompt_ids)
+            tokens_L = np.zeros(bucket_length(length, self.max_length), np.int32)
+            tokens_L[:length] = request.prompt_ids
+            sampling = SamplingRow.from_values(
+                seed=request.seed, temperature=request.temperature, top_k=request.top_k, top_p=request.top_p
+            )
+            self._state, output = prefill(
+                self._model, self._state, tokens_L, np.int32(length), np.int32(slot), sampling
+            )
+            self._deliver(output, {0: slot})
+
+    def _step(self) -> None:
+        active_B = np.zeros(self.num_slots, bool)
+        active_B[list(self._active)] = True
+        self._state, output = decode_step(self._model, self._state, active_B)
+        self._deliver(output, {slot: slot for slot in self._active})
+
+    def _deliver(self, output: StepOutput, slot_of_row: dict[int, int]) -> None:
+        wants_top = any(self._active[slot].request.top_tokens for slot in slot_of_row.values())
+        count = min(MAX_TOP_TOKENS, self._model.config.vocab_size)
+        top = top_log_probabilities(output.logits_BV, count=count) if wants_top else None
+        tokens_B, log_probabilities_B, top = jax.device_get((output.tokens_B, output.log_probabilities_B, top))
+        for row, slot in slot_of_row.items():
+            generation = self._active[slot]
+            token = Token(int(tokens_B[row]), float(log_probabilities_B[row]))
+            if wants_top:
+                values, ids = (array[row, : generation.request.top_tokens].tolist() for array in top)
+                token = replace(token, top=tuple(zip(ids, values)))
+            if generation.accept(token, token.id in self._stop_ids):
+                del self._active[slot]
+
+    def _end_all(self, event: Event) -> None:
+        with self._wake:
+            ended = [*self._active.values(), *self._waiting]
+            self._active.clear()
+            self._waiting.clear()
+        for generation in ended:
+            generation.emit(event)

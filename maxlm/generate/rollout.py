@@ -1,0 +1,110 @@
+"""Sampling of whole answers inside one compiled function: what policy optimization trains on.
+
+Shapes: B prompts, P prompt length after padding, N new tokens, D embed.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.generate.sampling import sample, scale, token_log_probabilities
+from maxlm.models.cache import KVCache
+from maxlm.models.decoder import Decoder
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["tokens_BN", "lengths_B", "log_probabilities_BN"], meta_fields=[]
+)
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled answers.
+
+    tokens_BN: int32; 0 after the end of an answer.
+    lengths_B: tokens of each answer, its stop token included.
+    log_probabilities_BN: float32, log-probability of each token under the policy that drew it, that is under
+      softmax(logits / temperature); at temperature 0 under softmax(logits). 0 after the end.
+    """
+
+    tokens_BN: jax.Array
+    lengths_B: jax.Array
+    log_probabilities_BN: jax.Array
+
+
+@partial(jax.jit, static_argnames=("max_new_tokens", "stop_ids"))
+def rollout(
+    model: Decoder,
+    prompt_tokens_BP: jax.Array,
+    prompt_lengths_B: jax.Array,
+    keys_B: jax.Array,
+    *,
+    max_new_tokens: int,
+    temperature: float | jax.Array,
+    stop_ids: tuple[int, ...],
+) -> Rollout:
+    """Continue each prompt until it draws one of `stop_ids` or has `max_new_tokens` tokens.
+
+    Decoding ends when the last answer does. A row's answer depends on its prompt and its key alone.
+
+    Args:
+      prompt_tokens_BP: prompts, padded on the right.
+      prompt_lengths_B: their lengths, each at least 1.
+      keys_B: typed PRNG keys; token t is drawn with `fold_in(key, t)`.
+      temperature: of all rows; 0 takes the likeliest token.
+    """
+    batch_size, prompt_length = prompt_tokens_BP.shape
+    cache_dtype = jnp.dtype(model.config.activation_dtype)
+    cache = KVCache.create(model.config, batch_size, prompt_length + max_new_tokens, dtype=cache_dtype)
+    temperature_B = jnp.full(batch_size, temperature, jnp.float32)
+    stop_S = jnp.asarray(stop_ids, jnp.int32)
+
+    def draw(hidden_BD, step):
+        logits_BV = model.logits(hidden_BD)
+        tokens_B = sample(
+            logits_BV,
+            jax.vmap(jax.random.fold_in, (0, None))(keys_B, step),
+            temperature_B=temperature_B,
+            top_k_B=jnp.zeros(batch_size, jnp.int32),
+            top_p_B=jnp.ones(batch_size),
+        )
+        return tokens_B, token_log_probabilities(scale(logits_BV, temperature_B), tokens_B)
+
+    def record(step, drawn, running_B, answer):
+        tokens_B, log_probabilities_B = drawn
+        return Rollout(
+            tokens_BN=answer.tokens_BN.at[:, step].set(jnp.where(running_B, tokens_B, 0)),
+            lengths_B=answer.lengths_B + running_B,
+            log_probabilities_BN=answer.log_probabilities_BN.at[:, step].set(
+                jnp.where(running_B, log_probabilities_B, 0.0)
+            ),
+        )
+
+    def still_running(drawn, running_B):
+        return running_B & ~jnp.isin(drawn[0], stop_S)
+
+    columns_P = jnp.arange(prompt_length)
+    positions_BP = jnp.where(columns_P < prompt_lengths_B[:, None], columns_P, -1)
+    hidden_BPD, cache = model.decode(prompt_tokens_BP, cache, positions_BP)
+    last_BD = jnp.take_along_axis(hidden_BPD, (prompt_lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    first = draw(last_BD, 0)
+    everyone_B = jnp.ones(batch_size, bool)
+    answer = Rollout(
+        tokens_BN=jnp.zeros((batch_size, max_new_tokens), jnp.int32),
+        lengths_B=jnp.zeros(batch_size, jnp.int32),
+        log_probabilities_BN=jnp.zeros((batch_size, max_new_tokens), jnp.float32),
+    )
+
+    def condition(carry):
+        step, _, running_B, _, _ = carry
+        return (step < max_new_tokens) & jnp.any(running_B)
+
+    def body(carry):
+        step, tokens_B, running_B, cache, answer = carry
+        positions_B = prompt_lengths_B + step - 1
+        hidden_B1D, cache = model.decode(tokens_B[:, None], cache, positions_B[:, None])
+        drawn = draw(hidden_B1D[:, 0], step)
+        return step + 1, drawn[0], still_running(drawn, running_B), cache, record(step, drawn, running_B, answer)
+
+    start = (1, first[0], still_running(first, everyone_B), cache, record(0, first, everyone_B, answer))
+    return jax.lax.while_loop(condition, body, start)[-1]

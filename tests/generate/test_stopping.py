@@ -1,0 +1,46 @@
+"""Stop strings in a stream give the same text as in a whole."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maxlm.generate.stopping import StopScanner
+
+
+def stream(pieces, stop):
+    scanner = StopScanner(tuple(stop))
+    passed = []
+    for piece in pieces:
+        passed.append(scanner.push(piece))
+    return "".join(passed) + scanner.flush(), scanner.stopped
+
+
+@given(
+    st.lists(st.text("ab\n", max_size=4), max_size=12),
+    st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
+)
+def test_text_ends_where_the_first_stop_string_is_complete(pieces, stop):
+    """Reference: grow the text piece by piece; at the first piece that completes stop strings, cut at the leftmost."""
+    grown = ""
+    expected, expected_stopped = "".join(pieces), False
+    for piece in pieces:
+        grown += piece
+        places = [grown.find(string) for string in stop if string in grown]
+        if places:
+            expected, expected_stopped = grown[: min(places)], True
+            break
+    assert stream(pieces, stop) == (expected, expected_stopped)
+
+
+def test_only_what_may_begin_a_stop_string_is_held_back():
+    scanner = StopScanner(("\nUser:",))
+    assert scanner.push("Hello") == "Hello"
+    assert scanner.push("\nUs") == ""
+    assert scanner.push("eful") == "\nUseful"
+    assert scanner.push("\nUser: hi") == ""
+    assert scanner.stopped
+    assert scanner.push("more") == ""
+    assert scanner.flush() == ""
+
+
+def test_without_stop_strings_nothing_is_held():
+    assert StopScanner(()).push("text") == "text"
