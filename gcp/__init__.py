@@ -1,0 +1,4 @@
+"""Everything that touches Google Cloud: create a TPU, copy the code, train on all its workers, watch, delete.
+
+It builds gcloud command lines and runs them; it imports no JAX and no Google library.
+"""

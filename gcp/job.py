@@ -1,0 +1,170 @@
+"""What to run, and on which TPU: checked values, before any command is built."""
+
+import enum
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from maxlm.errors import ConfigError
+
+# A power-of-two slice has at most this many; the number counts TensorCores (v4, v5p: two a chip) or chips (v5e, v6e).
+_CHIP_COUNTS = (1, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One TPU generation: the software image it boots, and how its slices are numbered.
+
+    Runtime versions: cloud.google.com/tpu/docs/runtimes (images for JAX).
+    """
+
+    prefix: str
+    runtime_version: str
+    sizes: tuple[int, ...] | None = None  # None: any multiple of eight TensorCores, which is one host
+
+    def problem(self, size: int) -> str | None:
+        """Why no slice of this size exists, or None."""
+        if self.sizes is not None and size not in self.sizes:
+            return f"has {size} chips; {self.prefix} comes with {', '.join(map(str, self.sizes))}"
+        if self.sizes is None and (size % 8 or size == 0):
+            return f"has {size} TensorCores; {self.prefix} comes in multiples of 8"
+        return None
+
+
+GENERATIONS = {
+    generation.prefix: generation
+    for generation in (
+        Generation(prefix="v4", runtime_version="tpu-ubuntu2204-base"),
+        Generation(prefix="v5litepod", runtime_version="v2-alpha-tpuv5-lite", sizes=_CHIP_COUNTS),
+        Generation(prefix="v5p", runtime_version="v2-alpha-tpuv5"),
+        Generation(prefix="v6e", runtime_version="v2-alpha-tpuv6e", sizes=_CHIP_COUNTS),
+    )
+}
+
+
+class Capacity(enum.Enum):
+    """How the TPU is paid for; only `spot` may be taken back while it runs."""
+
+    ON_DEMAND = "on-demand"
+    SPOT = "spot"
+    RESERVED = "reserved"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tpu:
+    """Where a TPU is found: the queued resource and its one node both have this name.
+
+    Raises:
+      ConfigError: with one line for each bad value.
+    """
+
+    name: str
+    project: str
+    zone: str
+    internal_ips: bool = False  # no external addresses: ssh then works from the same network alone
+
+    def __post_init__(self):
+        problems = []
+        if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", self.name):
+            problems.append(f"name: {self.name!r} must be lower-case letters, digits and hyphens, a letter first")
+        if not re.fullmatch(r"([a-z0-9.-]+:)?[a-z][-a-z0-9]{4,28}[a-z0-9]", self.project):
+            problems.append(f"project: {self.project!r} is no project ID (6 to 30 lower-case letters, digits, hyphens)")
+        if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", self.zone):
+            problems.append(f"zone: {self.zone!r} is no zone; one looks like us-west4-a")
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TpuJob:
+    """One `maxlm train` on every worker of one TPU slice.
+
+    Attributes:
+      tpu: the TPU that is created for it, or already stands.
+      accelerator_type: generation and size, such as v5litepod-16, v5p-128, v6e-8.
+      bucket: `gs://bucket[/folder]`; the run folder is `<bucket>/<name>`.
+      config: the training configuration, relative to the code folder.
+      overrides: `dotted.key=value` strings for the configuration.
+      code: a git folder, of which the last commit is sent, or a ready .tar.gz.
+      inputs: a path below the code folder on each worker -> the `gs://` folder that is copied there first.
+      environment: variables of the training process.
+      runtime_version: None takes the image that the generation needs.
+      python_version: the images' own Python is too old, so a newer one is installed beside it.
+
+    Raises:
+      ConfigError: with one line for each bad value.
+    """
+
+    tpu: Tpu
+    accelerator_type: str
+    bucket: str
+    config: str
+    overrides: tuple[str, ...] = ()
+    code: Path = Path(".")
+    inputs: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    capacity: Capacity = Capacity.ON_DEMAND
+    runtime_version: str | None = None
+    service_account: str | None = None
+    network: str | None = None
+    subnetwork: str | None = None
+    python_version: str = "3.11"
+
+    def __post_init__(self):
+        problems = [problem for problem in (_accelerator_problem(self.accelerator_type),) if problem]
+        if not _is_bucket_path(self.bucket):
+            problems.append(f"bucket: {self.bucket!r} is no gs:// path; one looks like gs://my-bucket/runs")
+        if self.config.startswith(("/", "-")) or ".." in Path(self.config).parts or not self.config:
+            problems.append(f"config: {self.config!r} must be a path inside the code folder")
+        for override in self.overrides:
+            if not re.match(r"[A-Za-z_][\w.]*=", override):
+                problems.append(f"override: {override!r} is not key=value")
+            elif override.startswith("output="):
+                problems.append(f"override: {override!r}: the run folder is <bucket>/<name>; set those instead")
+        for path, source in self.inputs.items():
+            if not path or path.startswith(("/", "-")) or ".." in Path(path).parts:
+                problems.append(f"input: {path!r} must be a path inside the code folder")
+            if not _is_bucket_path(source):
+                problems.append(f"input: {source!r} is no gs:// path")
+        for name in self.environment:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+                problems.append(f"environment: {name!r} is no name of a variable")
+        if self.service_account is not None and "@" not in self.service_account:
+            problems.append(f"service_account: {self.service_account!r} is no e-mail address")
+        if not re.fullmatch(r"3\.\d+", self.python_version):
+            problems.append(f"python_version: {self.python_version!r} is not like 3.11")
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def generation(self) -> Generation:
+        return GENERATIONS[self.accelerator_type.rpartition("-")[0]]
+
+    @property
+    def run_folder(self) -> str:
+        return f"{self.bucket.rstrip('/')}/{self.tpu.name}"
+
+    @property
+    def train_arguments(self) -> tuple[str, ...]:
+        """What follows `maxlm` on each worker."""
+        return ("train", self.config, *self.overrides, f"output={self.run_folder}")
+
+
+def _is_bucket_path(text: str) -> bool:
+    return re.fullmatch(r"gs://[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9](/[^\s#]*)?", text) is not None
+
+
+def _accelerator_problem(accelerator_type: str) -> str | None:
+    prefix, _, size = accelerator_type.rpartition("-")
+    if prefix in ("tpu7x", "v7x", "v7"):
+        return (
+            f"accelerator_type: {accelerator_type!r}: queued resources do not offer TPU7x; "
+            "Google Cloud rents it through GKE alone"
+        )
+    if prefix in ("v5e", "v5lite"):
+        return f"accelerator_type: {accelerator_type!r} is called v5litepod-{size} here"
+    if prefix not in GENERATIONS or not re.fullmatch(r"[1-9]\d*", size, re.ASCII):
+        known = ", ".join(f"{name}-N" for name in GENERATIONS)
+        return f"accelerator_type: {accelerator_type!r} is not known; it is one of {known}, such as v5litepod-16"
+    problem = GENERATIONS[prefix].problem(int(size))
+    return f"accelerator_type: {accelerator_type!r} {problem}" if problem else None

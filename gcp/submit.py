@@ -1,0 +1,275 @@
+"""Run a job's steps in order, and look after it: `submit`, `status`, `follow_logs`, `delete`.
+
+Every step may be repeated, so a submission that failed or was interrupted goes on when it is submitted again.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gcp import commands
+from gcp.job import Tpu, TpuJob
+from gcp.runner import Result, Runner, run_command
+from maxlm.core.progress import console
+from maxlm.errors import RequestError
+
+POLL_SECONDS = 30
+
+# States of a queued resource: cloud.google.com/tpu/docs/queued-resources
+_READY = "ACTIVE"
+_LOST = ("FAILED", "SUSPENDING", "SUSPENDED", "DELETING")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One worker's training: `running`, `exit N`, `killed` (ended without a code) or `absent` (never started)."""
+
+    host: str
+    state: str
+    last_line: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """State of the queued resource (None: there is none), and of the workers once it is ACTIVE."""
+
+    name: str
+    state: str | None
+    workers: tuple[Worker, ...]
+
+
+def dry_run(job: TpuJob, *, create_only: bool = False, delete_after: bool = False) -> list[str]:
+    """The shell lines that `submit` stands for, in order, each ready to be pasted."""
+    tpu = job.tpu
+    wait = commands.wait_in_shell(tpu, seconds=POLL_SECONDS)
+    if create_only:
+        return [commands.shell_line(commands.create(job)), wait]
+    pack = commands.pack(job)
+    lines = [commands.shell_line(pack)] if pack else []
+    lines += [commands.shell_line(commands.create(job)), wait]
+    lines += [commands.shell_line(build(job)) for build in (commands.copy_code, commands.install, commands.start)]
+    if delete_after:
+        lines += [commands.shell_line(commands.logs(tpu)), commands.shell_line(commands.delete(tpu))]
+    return lines
+
+
+def submit(
+    job: TpuJob,
+    *,
+    create_only: bool = False,
+    delete_after: bool = False,
+    runner: Runner = run_command,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Create the TPU unless it stands, wait for it, send the code, install it, and start training on all workers.
+
+    Args:
+      job: what to run and where.
+      create_only: stop once the TPU is ready.
+      delete_after: stay until training has ended on every worker, then delete the TPU, whatever the outcome.
+      runner: runs the commands.
+      sleep: waits that many seconds between two looks at the queue.
+
+    Raises:
+      RequestError: a step failed (with the command to repeat, and the one that deletes), or, with `delete_after`,
+        training ended with an error on some worker.
+    """
+    steps = _Steps(job.tpu, runner, total=2 if create_only else 6)
+    if not create_only:
+        pack = commands.pack(job)
+        steps.begin("pack the last commit" if pack else f"send {job.code} as it is")
+        if pack:
+            _refuse_uncommitted_changes(job, runner)
+            steps.run(pack)
+    try:
+        steps.may_exist = True
+        steps.begin(f"create {job.accelerator_type} ({job.capacity.value})")
+        _create_unless_there(job, steps)
+        steps.begin("wait until it is ready")
+        _wait_until_active(job.tpu, steps, sleep)
+        if not create_only:
+            steps.begin("copy the code to every worker")
+            steps.run(commands.copy_code(job))
+            steps.begin("install on every worker")
+            steps.run(commands.install(job))
+            steps.begin("start training on every worker")
+            steps.run(commands.start(job))
+            _say(f"run folder: {job.run_folder}")
+        if delete_after:
+            _follow_to_the_end(job, steps, sleep)
+    except KeyboardInterrupt:
+        _say(f"interrupted; submit again to go on\n{_how_to_delete(job.tpu)}")
+        raise
+    if not delete_after:
+        _say(_how_to_delete(job.tpu))
+
+
+def status(tpu: Tpu, *, runner: Runner = run_command) -> Status:
+    """The state of the queued resource and, once it is ACTIVE, of training on every worker.
+
+    Raises:
+      RequestError: gcloud could not answer.
+    """
+    resource = _describe(tpu, runner)
+    if resource is None:
+        return Status(tpu.name, None, ())
+    state = _state(resource)
+    if state != _READY:
+        return Status(tpu.name, state, ())
+    return Status(tpu.name, state, _ask_workers(tpu, runner))
+
+
+def follow_logs(tpu: Tpu, *, worker: int = 0, tail: int | None = None, runner: Runner = run_command) -> None:
+    """Show one worker's log until training ends.
+
+    Raises:
+      RequestError: the log could not be read, or the connection broke.
+    """
+    argv = commands.logs(tpu, worker=worker, tail=tail)
+    result = runner(argv, capture=False)
+    if result.returncode:
+        raise RequestError(_failure(f"cannot read the log of worker {worker} of {tpu.name}", argv, result))
+
+
+def delete(tpu: Tpu, *, runner: Runner = run_command) -> bool:
+    """Delete the queued resource and its node; False where there was none.
+
+    Raises:
+      RequestError: gcloud could not delete it, so that it may still cost money.
+    """
+    if _describe(tpu, runner) is None:
+        return False
+    argv = commands.delete(tpu)
+    result = runner(argv, capture=False)
+    if result.returncode:
+        raise RequestError(_failure(f"cannot delete {tpu.name}, which may still cost money", argv, result))
+    return True
+
+
+class _Steps:
+    """Numbers the steps for the eye, and turns a failed command into a sentence that says how to go on."""
+
+    def __init__(self, tpu: Tpu, runner: Runner, *, total: int):
+        self.tpu, self.runner, self.total = tpu, runner, total
+        self.number, self.title, self.may_exist = 0, "", False
+
+    def begin(self, title: str) -> None:
+        self.number, self.title = self.number + 1, title
+        _say(f"[{self.number}/{self.total}] {title}")
+
+    def run(self, argv: list[str]) -> None:
+        result = self.runner(argv, capture=False)
+        if result.returncode:
+            raise self.failed(argv, result)
+
+    def failed(self, argv: list[str], result: Result) -> RequestError:
+        message = _failure(f"step {self.number} of {self.total} ({self.title}) failed", argv, result)
+        return RequestError(f"{message}\nsubmit again to go on from there{self.remains()}")
+
+    def remains(self) -> str:
+        return f"\n{_how_to_delete(self.tpu)}" if self.may_exist else ""
+
+
+def _create_unless_there(job: TpuJob, steps: _Steps) -> None:
+    resource = _describe(job.tpu, steps.runner)
+    if resource is None:
+        steps.run(commands.create(job))
+        return
+    there = resource["tpu"]["nodeSpec"][0]["node"]["acceleratorType"]
+    if there != job.accelerator_type:
+        what = f"{job.tpu.name} stands already, as {there} and not {job.accelerator_type}"
+        raise RequestError(f"{what}: choose another name or delete it{steps.remains()}")
+    _say(f"{job.tpu.name} stands already ({_state(resource)})")
+
+
+def _wait_until_active(tpu: Tpu, steps: _Steps, sleep: Callable[[float], None]) -> None:
+    shown = None
+    with console.status(f"waiting for {tpu.name}; interrupt at will, it keeps its place in the queue"):
+        while True:
+            resource = _describe(tpu, steps.runner)
+            state = "gone" if resource is None else _state(resource)
+            if state == _READY:
+                return
+            if state in (*_LOST, "gone"):
+                reason = _reason(resource) if resource else ""
+                raise RequestError(
+                    f"{tpu.name} is {state}{reason}, and will not come back: delete it and submit again; "
+                    f"training then goes on from its last checkpoint{steps.remains()}"
+                )
+            if state != shown:
+                shown = state
+                _say(f"state: {state}")
+            sleep(POLL_SECONDS)
+
+
+def _follow_to_the_end(job: TpuJob, steps: _Steps, sleep: Callable[[float], None]) -> None:
+    """Follow the log over broken connections until no worker runs, then delete the TPU and report the outcome."""
+    tail = None
+    while True:
+        steps.runner(commands.logs(job.tpu, tail=tail), capture=False)
+        workers = _ask_workers(job.tpu, steps.runner, steps.remains())
+        if not any(worker.state == "running" for worker in workers):
+            break
+        tail = 0
+        sleep(POLL_SECONDS)
+    delete(job.tpu, runner=steps.runner)
+    _say(f"deleted {job.tpu.name}")
+    failed = [f"{worker.host}: {worker.state}" for worker in workers if worker.state != "exit 0"]
+    if failed:
+        raise RequestError(f"training failed ({'; '.join(failed)}); its logs are in {job.run_folder}/logs")
+
+
+def _refuse_uncommitted_changes(job: TpuJob, runner: Runner) -> None:
+    """What runs is a commit, so that a run can be traced; edits beside it would be missed without a word."""
+    git = ["git", "-C", str(job.code)]
+    result = runner([*git, "status", "--porcelain", "--untracked-files=no", "--", "."], capture=True)
+    if result.returncode:
+        raise RequestError(f"{job.code} is no git folder and no archive: {result.last_error_line}")
+    if runner([*git, "cat-file", "-e", f"HEAD:./{job.config}"], capture=True).returncode:
+        raise RequestError(f"{job.config} is not in the last commit of {job.code}, which is what is sent: commit it")
+    changed = [line[3:] for line in result.stdout.splitlines()]
+    if changed:
+        some = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+        raise RequestError(f"{job.code} has uncommitted changes ({some}), and what is sent is a commit: commit them")
+
+
+def _describe(tpu: Tpu, runner: Runner) -> dict | None:
+    """The queued resource as the API gives it, or None where it is not there."""
+    argv = commands.describe(tpu)
+    result = runner(argv, capture=True)
+    if result.returncode == 0:
+        return json.loads(result.stdout)
+    if "NOT_FOUND" in result.stderr:
+        return None
+    raise RequestError(_failure(f"cannot look at {tpu.name}", argv, result))
+
+
+def _state(resource: dict) -> str:
+    return resource.get("state", {}).get("state", "STATE_UNSPECIFIED")
+
+
+def _reason(resource: dict) -> str:
+    message = resource["state"].get("failedData", {}).get("error", {}).get("message")
+    return f" ({message})" if message else ""
+
+
+def _ask_workers(tpu: Tpu, runner: Runner, remains: str = "") -> tuple[Worker, ...]:
+    argv = commands.status(tpu)
+    result = runner(argv, capture=True)
+    if result.returncode:
+        raise RequestError(_failure(f"cannot ask the workers of {tpu.name}", argv, result) + remains)
+    answers = [line.split("\t", 3) for line in result.stdout.splitlines() if line.startswith(commands.STATUS_MARK)]
+    return tuple(sorted((Worker(*answer[1:]) for answer in answers), key=lambda worker: worker.host))
+
+
+def _failure(what: str, argv: list[str], result: Result) -> str:
+    return f"{what}: {result.last_error_line}\nrepeat it with: {commands.shell_line(argv)}"
+
+
+def _how_to_delete(tpu: Tpu) -> str:
+    return f"the TPU costs money until it is deleted: {commands.shell_line(commands.delete(tpu))}"
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
