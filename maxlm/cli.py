@@ -1,0 +1,60 @@
+"""The command line: one subcommand for each stage. Stages are imported when they run, so that `--help` is instant."""
+
+import argparse
+import importlib
+import json
+import sys
+
+from maxlm.errors import MaxlmError
+
+# Modules with a `register(subparsers)`; they import only the standard library at their top.
+COMMANDS = (
+    "maxlm.config.cli",
+    "maxlm.data.cli",
+    "maxlm.tokenizer.cli",
+    "maxlm.post.cli",
+    "maxlm.eval.cli",
+    "maxlm.export.cli",
+    "maxlm.generate.cli",
+    "maxlm.serve.cli",
+    "maxlm.quickstart.cli",
+    "gcp.cli",
+)
+
+EPILOG = """\
+examples:
+  maxlm quickstart                                    text to a served chat model, in minutes, on a CPU
+  maxlm train configs/quickstart/pretrain.yaml        one stage; run it again to resume
+  maxlm train FILE optim.learning_rate=3e-4           with one setting changed
+  maxlm chat runs/quickstart/align                    talk to a model
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, run, and turn a user's mistake into one sentence and exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="maxlm",
+        description="Build large language models end to end: data, tokenizer, training, alignment, int8, serving.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        importlib.import_module(name).register(subparsers)
+    args = parser.parse_args(argv)
+    try:
+        return args.func(args) or 0
+    except MaxlmError as error:
+        if getattr(args, "json", False):
+            print(json.dumps({"error": str(error)}))
+        print(f"maxlm: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        print("maxlm: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

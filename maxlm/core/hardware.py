@@ -1,0 +1,24 @@
+"""Peak arithmetic of accelerators, for model FLOP utilisation."""
+
+import jax
+
+# Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Of one device; None where it is not known, as for CPUs."""
+    matches = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None

@@ -1,0 +1,100 @@
+"""Parameter declarations: shape, dtype, logical axes and initializer, together and once.
+
+A model class builds a tree of `Parameter`s. That tree is the model's plan: `initialize` turns it into arrays,
+`shardings` and `abstract` derive the rest, and the tree of arrays has the same classes and methods.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from maxlm.core.sharding import named_sharding
+from maxlm.core.tree import path_of
+
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One declared parameter."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    initializer: Initializer
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"shape {self.shape} and axes {self.axes} differ in length")
+
+
+def stack(tree: Any, num_layers: int) -> Any:
+    """The declarations of `num_layers` equal layers, stacked on a leading axis."""
+
+    def stacked(parameter: Parameter) -> Parameter:
+        def initializer(key, shape, dtype):
+            return jax.vmap(lambda k: parameter.initializer(k, shape[1:], dtype))(jax.random.split(key, shape[0]))
+
+        return replace(
+            parameter,
+            shape=(num_layers, *parameter.shape),
+            axes=("layers", *parameter.axes),
+            initializer=initializer,
+        )
+
+    return jax.tree.map(stacked, tree, is_leaf=_is_parameter)
+
+
+def initialize(tree: Any, key: jax.Array, mesh: Mesh | None = None) -> Any:
+    """Arrays for a tree of declarations.
+
+    A parameter's random numbers depend on the key and on its path alone, not on its neighbours or on the mesh.
+    """
+
+    def create(key):
+        def one(path, parameter):
+            own_key = jax.random.fold_in(key, zlib.crc32(path_of(path).encode()))
+            return parameter.initializer(own_key, parameter.shape, parameter.dtype)
+
+        return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_parameter)
+
+    if mesh is None:
+        return jax.jit(create)(key)
+    # Initializers know nothing of meshes: draw under automatic sharding, then lay out.
+    return jax.tree.map(jax.device_put, jax.jit(create)(key), shardings(tree, mesh))
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each declared parameter."""
+    return jax.tree.map(lambda parameter: named_sharding(mesh, parameter.axes), tree, is_leaf=_is_parameter)
+
+
+def abstract(tree: Any, mesh: Mesh | None = None) -> Any:
+    """A ShapeDtypeStruct for each declared parameter, with its sharding when there is a mesh."""
+
+    def one(parameter: Parameter) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else named_sharding(mesh, parameter.axes)
+        return jax.ShapeDtypeStruct(parameter.shape, parameter.dtype, sharding=sharding)
+
+    return jax.tree.map(one, tree, is_leaf=_is_parameter)
+
+
+def normal(stddev: float) -> Initializer:
+    return lambda key, shape, dtype: stddev * jax.random.normal(key, shape, dtype)
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jnp.zeros(shape, dtype)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jnp.ones(shape, dtype)
+
+
+def _is_parameter(leaf: Any) -> bool:
+    return isinstance(leaf, Parameter)

@@ -1,0 +1,29 @@
+"""Paths of pytree leaves as text, and trees as flat dicts from path to leaf."""
+
+from typing import Any
+
+import jax
+
+
+def path_of(key_path: tuple) -> str:
+    """`layers/attention/query` for the key path of a leaf."""
+    return "/".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in key_path)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by path."""
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(flat: dict[str, Any], like: Any) -> Any:
+    """A tree shaped as `like` with the leaves of `flat`.
+
+    Raises:
+      KeyError: the paths differ; the message names the first few that are missing or not wanted.
+    """
+    paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(like)]
+    missing = [path for path in paths if path not in flat]
+    extra = sorted(set(flat).difference(paths))
+    if missing or extra:
+        raise KeyError(f"missing {missing[:3]}, not wanted {extra[:3]}")
+    return jax.tree.unflatten(jax.tree.structure(like), [flat[path] for path in paths])

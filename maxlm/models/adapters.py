@@ -1,0 +1,60 @@
+"""Low-rank adapters: a pytree of their own beside the frozen model."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.config.train import LoraConfig
+from maxlm.core.parameters import Parameter, normal, zeros
+from maxlm.core.tree import flatten, unflatten
+from maxlm.errors import ConfigError
+from maxlm.ops.linear import AdaptedWeight
+
+
+def declare_adapters(plan: Any, config: LoraConfig) -> dict[str, dict[str, Parameter]]:
+    """Declarations of the adapters of a model's plan, by path of the adapted weight.
+
+    `down` starts random and `up` at zero, so that the adapted model starts as the base (arXiv:2106.09685).
+
+    Raises:
+      ConfigError: a target names no weight of the model.
+    """
+    weights = {
+        path: leaf for path, leaf in flatten(plan).items() if path.startswith("layers/") and len(leaf.shape) == 3
+    }
+    names = {path.rsplit("/", 1)[-1] for path in weights}
+    if unknown := [target for target in config.targets if target not in names]:
+        raise ConfigError([f"lora.targets: {unknown[0]!r} names no weight; allowed: {', '.join(sorted(names))}"])
+    adapters = {}
+    for path, leaf in weights.items():
+        if path.rsplit("/", 1)[-1] not in config.targets:
+            continue
+        layers, in_size, out_size = leaf.shape
+        layer_axis, in_axis, out_axis = leaf.axes
+        adapters[path] = {
+            "down": Parameter(
+                (layers, in_size, config.rank), (layer_axis, in_axis, "rank"), normal(1 / math.sqrt(in_size))
+            ),
+            "up": Parameter((layers, config.rank, out_size), (layer_axis, "rank", out_axis), zeros),
+        }
+    return adapters
+
+
+def apply_adapters(model: Any, adapters: dict[str, dict[str, jax.Array]], config: LoraConfig) -> Any:
+    """The model with adapted weights; no gradient flows to the model itself."""
+    flat = {path: jax.lax.stop_gradient(leaf) for path, leaf in flatten(model).items()}
+    scale = config.alpha / config.rank
+    for path, adapter in adapters.items():
+        flat[path] = AdaptedWeight(flat[path], adapter["down"], adapter["up"], scale)
+    return unflatten(flat, model)
+
+
+def merge_adapters(model: Any, adapters: dict[str, dict[str, jax.Array]], config: LoraConfig) -> Any:
+    """The model whose weights hold the adapters' update: W + alpha / rank * down @ up."""
+    flat = flatten(model)
+    for path, adapter in adapters.items():
+        update = jnp.einsum("lir,lro->lio", adapter["down"], adapter["up"])
+        flat[path] = flat[path] + config.alpha / config.rank * update
+    return unflatten(flat, model)

@@ -1,0 +1,121 @@
+"""The decoder: embedding, stacked layers under a scan, final norm, output head.
+
+A `Decoder` is a pytree. Freshly constructed it holds declarations (`maxlm.core.parameters.Parameter`); `initialize`
+gives the same tree with arrays. Its methods are pure functions of the arrays.
+
+Dimensions: B batch, L length, D embed, V vocab.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maxlm.config.model import ModelConfig
+from maxlm.core.parameters import Parameter, normal, stack
+from maxlm.core.sharding import shard
+from maxlm.models.cache import KVCache
+from maxlm.models.layers import DecoderLayer, norm_scale, weight
+from maxlm.ops.linear import embed, linear
+from maxlm.ops.loss import token_log_probabilities
+from maxlm.ops.norm import rms_norm
+from maxlm.ops.qtensor import QTensor
+from maxlm.ops.rope import rope_angles
+
+# Logits of this many tokens of a row live at a time; with the whole batch they are the largest array of a step.
+LOSS_CHUNK_LENGTH = 512
+
+
+class Decoder(nnx.Module):
+    """A Llama-style causal language model."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self.embedding = nnx.data(Parameter((config.vocab_size, config.embed_dim), ("vocab", "embed"), normal(0.02)))
+        self.layers = stack(DecoderLayer(config), config.num_layers)
+        self.final_norm = norm_scale(config.embed_dim)
+        if not config.tie_embeddings:
+            self.head = weight((config.embed_dim, "embed"), (config.vocab_size, "vocab"))
+
+    def __call__(
+        self, tokens_BL: jax.Array, *, positions_BL: jax.Array | None = None, segment_ids_BL: jax.Array | None = None
+    ) -> jax.Array:
+        """Final hidden states [batch, length, embed]; `logits` or `log_probabilities` take it from there."""
+        config = self.config
+        if positions_BL is None:
+            positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+        if segment_ids_BL is None:
+            segment_ids_BL = jnp.ones_like(tokens_BL)
+        x_BLD = embed(self.embedding, tokens_BL, config.activation_dtype)
+        x_BLD = shard(x_BLD, "batch", "length", None)
+        angles = rope_angles(positions_BL, config.head_dim, config.rope_theta)
+
+        def group(x_BLD, layers):
+            for index, window in enumerate(config.window_pattern):
+                layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
+                x_BLD = layer(x_BLD, angles, segment_ids_BL, window)
+            return x_BLD, None
+
+        x_BLD, _ = jax.lax.scan(_rematerialize(group, config.remat), x_BLD, self._grouped_layers())
+        return rms_norm(x_BLD, self.final_norm, config.norm_epsilon)
+
+    def decode(self, tokens_BL: jax.Array, cache: KVCache, positions_BL: jax.Array) -> tuple[jax.Array, KVCache]:
+        """Hidden states of new tokens, which see the cache and one another.
+
+        A token at position -1 is padding: it is not written to the cache.
+        """
+        config = self.config
+        x_BLD = embed(self.embedding, tokens_BL, config.activation_dtype)
+        angles = rope_angles(positions_BL, config.head_dim, config.rope_theta)
+        group_size = len(config.window_pattern)
+
+        def group(carry, scanned):
+            x_BLD, cache = carry
+            layers, first = scanned
+            for index, window in enumerate(config.window_pattern):
+                layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
+                x_BLD, cache = layer.decode(x_BLD, angles, positions_BL, cache, first + index, window)
+            return (x_BLD, cache), None
+
+        first_layers = jnp.arange(0, config.num_layers, group_size)
+        (x_BLD, cache), _ = jax.lax.scan(group, (x_BLD, cache), (self._grouped_layers(), first_layers))
+        return rms_norm(x_BLD, self.final_norm, config.norm_epsilon), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 logits [..., vocab] of hidden states [..., embed]."""
+        return _logits(self.config, self._head(), hidden)
+
+    def log_probabilities(self, hidden_BLD: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """log p(target) and log of the normaliser, float32 [batch, length]; the logits are never held whole."""
+
+        def project(head: Any, hidden: jax.Array) -> jax.Array:
+            return _logits(self.config, head, hidden)
+
+        return token_log_probabilities(hidden_BLD, project, self._head(), targets_BL, chunk_length=LOSS_CHUNK_LENGTH)
+
+    def _head(self):
+        """The output matrix [embed, vocab]; a quantised one is stored output-first, as an embedding table is."""
+        if not self.config.tie_embeddings:
+            return self.head
+        return self.embedding if isinstance(self.embedding, QTensor) else self.embedding.T
+
+    def _grouped_layers(self):
+        """Layers as [groups, layers of a group, ...], a group being one turn of the window pattern."""
+        size = len(self.config.window_pattern)
+        return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] // size, size, *leaf.shape[1:]), self.layers)
+
+
+def _logits(config: ModelConfig, head: Any, hidden: jax.Array) -> jax.Array:
+    logits = linear(hidden.astype(jnp.float32), head, config.matmul_dtype)
+    if config.logit_soft_cap is not None:
+        logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
+    return logits
+
+
+def _rematerialize(function, policy: str):
+    if policy == "none":
+        return function
+    if policy == "dots":
+        return jax.checkpoint(function, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    return jax.checkpoint(function)

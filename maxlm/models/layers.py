@@ -1,0 +1,179 @@
+"""The layers of a decoder: attention and gated MLP, each behind an RMSNorm.
+
+Dimensions: B batch, L length, D embed, H query heads, K key-value heads, E head_dim, F mlp, T cache slots.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from maxlm.config.model import ModelConfig
+from maxlm.core.parameters import Parameter, normal, ones
+from maxlm.core.sharding import current_mesh, logical_to_spec, shard
+from maxlm.models.cache import KVCache
+from maxlm.ops.attention import attention
+from maxlm.ops.linear import linear
+from maxlm.ops.norm import rms_norm
+from maxlm.ops.rope import apply_rope
+
+
+def weight(inputs: tuple[int, str], outputs: tuple[int, str], scale: float = 1.0) -> Parameter:
+    """A matrix [in, out], each side given as (size, logical axis), drawn with variance scale^2 / in."""
+    (in_size, in_axis), (out_size, out_axis) = inputs, outputs
+    return nnx.data(Parameter((in_size, out_size), (in_axis, out_axis), normal(scale / math.sqrt(in_size))))
+
+
+def norm_scale(size: int) -> Parameter:
+    return nnx.data(Parameter((size,), ("norm",), ones))
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with grouped key-value heads and rotary positions."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        embed = (config.embed_dim, "embed")
+        heads = (config.num_heads * config.head_dim, "heads")
+        kv_heads = (config.num_kv_heads * config.head_dim, "kv_heads")
+        self.query = weight(embed, heads)
+        self.key = weight(embed, kv_heads)
+        self.value = weight(embed, kv_heads)
+        self.out = weight(heads, embed, scale=1 / math.sqrt(2 * config.num_layers))
+        if config.qk_norm:
+            self.query_norm = norm_scale(config.head_dim)
+            self.key_norm = norm_scale(config.head_dim)
+
+    def __call__(self, x_BLD, angles, segment_ids_BL, window: int | None):
+        query_BLHE, key_BLKE, value_BLKE = self._project(x_BLD, angles)
+        mixed_BLHE = _sharded_attention(self.config, query_BLHE, key_BLKE, value_BLKE, segment_ids_BL, window)
+        return self._merge(mixed_BLHE)
+
+    def decode(self, x_BLD, angles, positions_BL, cache: KVCache, layer, window: int | None):
+        """Attend to the cache, into which the keys and values of x are written first."""
+        query_BLHE, key_BLKE, value_BLKE = self._project(x_BLD, angles)
+        cache = cache.write(layer, key_BLKE, value_BLKE, positions_BL)
+        mixed_BLHE = cached_attention(
+            query_BLHE,
+            jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False),
+            jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False),
+            positions_BL,
+            window=window,
+            soft_cap=self.config.attention_soft_cap,
+        )
+        return self._merge(mixed_BLHE), cache
+
+    def _project(self, x_BLD, angles):
+        config = self.config
+        query_BLHE = _split_heads(linear(x_BLD, self.query, config.matmul_dtype), config.num_heads, "heads")
+        key_BLKE = _split_heads(linear(x_BLD, self.key, config.matmul_dtype), config.num_kv_heads, "kv_heads")
+        value_BLKE = _split_heads(linear(x_BLD, self.value, config.matmul_dtype), config.num_kv_heads, "kv_heads")
+        if config.qk_norm:
+            query_BLHE = rms_norm(query_BLHE, self.query_norm, config.norm_epsilon)
+            key_BLKE = rms_norm(key_BLKE, self.key_norm, config.norm_epsilon)
+        return apply_rope(query_BLHE, angles), apply_rope(key_BLKE, angles), value_BLKE
+
+    def _merge(self, mixed_BLHE):
+        batch, length, heads, head_dim = mixed_BLHE.shape
+        return linear(mixed_BLHE.reshape(batch, length, heads * head_dim), self.out, self.config.matmul_dtype)
+
+
+class Mlp(nnx.Module):
+    """SwiGLU: down(silu(gate x) * up x) (arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        embed, mlp = (config.embed_dim, "embed"), (config.mlp_dim, "mlp")
+        self.gate = weight(embed, mlp)
+        self.up = weight(embed, mlp)
+        self.down = weight(mlp, embed, scale=1 / math.sqrt(2 * config.num_layers))
+
+    def __call__(self, x_BLD):
+        dtype = self.config.matmul_dtype
+        hidden_BLF = jax.nn.silu(linear(x_BLD, self.gate, dtype)) * linear(x_BLD, self.up, dtype)
+        return linear(hidden_BLF, self.down, dtype)
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self.attention_norm = norm_scale(config.embed_dim)
+        self.attention = Attention(config)
+        self.mlp_norm = norm_scale(config.embed_dim)
+        self.mlp = Mlp(config)
+
+    def __call__(self, x_BLD, angles, segment_ids_BL, window: int | None):
+        epsilon = self.config.norm_epsilon
+        x_BLD = x_BLD + self.attention(rms_norm(x_BLD, self.attention_norm, epsilon), angles, segment_ids_BL, window)
+        x_BLD = x_BLD + self.mlp(rms_norm(x_BLD, self.mlp_norm, epsilon))
+        return shard(x_BLD, "batch", "length", None)
+
+    def decode(self, x_BLD, angles, positions_BL, cache, layer, window: int | None):
+        epsilon = self.config.norm_epsilon
+        mixed_BLD, cache = self.attention.decode(
+            rms_norm(x_BLD, self.attention_norm, epsilon), angles, positions_BL, cache, layer, window
+        )
+        x_BLD = x_BLD + mixed_BLD
+        return x_BLD + self.mlp(rms_norm(x_BLD, self.mlp_norm, epsilon)), cache
+
+
+def _split_heads(x_BLX, num_heads: int, axis: str):
+    batch, length, features = x_BLX.shape
+    shape = (batch, length, num_heads, features // num_heads)
+    if current_mesh() is None:
+        return x_BLX.reshape(shape)
+    return jax.lax.reshape(x_BLX, shape, out_sharding=logical_to_spec(("batch", "length", axis, None)))
+
+
+def _sharded_attention(config: ModelConfig, query_BLHE, key_BLKE, value_BLKE, segment_ids_BL, window):
+    """`attention` on each device's own rows and heads: no position needs another device's."""
+    implementation = None if config.attention == "auto" else config.attention
+    matmul_dtype = jnp.dtype(config.matmul_dtype)
+
+    def local(query, key, value, segment_ids):
+        return attention(
+            query,
+            key,
+            value,
+            segment_ids=segment_ids,
+            window=window,
+            soft_cap=config.attention_soft_cap,
+            implementation=implementation,
+            matmul_dtype=matmul_dtype,
+        )
+
+    if current_mesh() is None:
+        return local(query_BLHE, key_BLKE, value_BLKE, segment_ids_BL)
+    heads = logical_to_spec(("batch", "length", "heads", None))
+    kv_heads = logical_to_spec(("batch", "length", "kv_heads", None))
+    rows = P(*heads[:2])
+    return jax.shard_map(local, in_specs=(heads, kv_heads, kv_heads, rows), out_specs=heads, check_vma=False)(
+        query_BLHE, key_BLKE, value_BLKE, segment_ids_BL
+    )
+
+
+def cached_attention(query_BLHE, keys_BKTE, values_BKTE, positions_BL, *, window: int | None, soft_cap: float | None):
+    """Attention of queries at `positions_BL` to the cache's slots j <= position (and position - j < window).
+
+    Queries at position -1 (padding) return zeros.
+    """
+    batch, length, num_heads, head_dim = query_BLHE.shape
+    num_kv_heads = keys_BKTE.shape[1]
+    grouped = query_BLHE.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    logits = jnp.einsum("blkge,bkte->bkglt", grouped, keys_BKTE, preferred_element_type=jnp.float32)
+    logits = logits / math.sqrt(head_dim)
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    slots_T = jnp.arange(keys_BKTE.shape[2])
+    visible_BLT = slots_T <= positions_BL[..., None]
+    if window is not None:
+        visible_BLT &= positions_BL[..., None] - slots_T < window
+    visible = visible_BLT[:, None, None]
+    logits = jnp.where(visible, logits, jnp.finfo(jnp.float32).min)
+    weights = jnp.where(visible, jax.nn.softmax(logits, axis=-1), 0.0)
+    mixed = jnp.einsum("bkglt,bkte->blkge", weights, values_BKTE.astype(jnp.float32))
+    return mixed.reshape(query_BLHE.shape).astype(query_BLHE.dtype)

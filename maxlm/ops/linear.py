@@ -1,0 +1,96 @@
+"""Matrix products of activations and weights: plain, adapted (LoRA) and quantised.
+
+Dimensions: I input features, O output features, R rank of an adapter; `...` leading batch dimensions.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from maxlm.core.sharding import gather_weight, is_explicit, spec_of
+from maxlm.ops.qtensor import QTensor
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["base", "down", "up"], meta_fields=["scale"])
+@dataclass(frozen=True)
+class AdaptedWeight:
+    """A frozen weight with a low-rank update: W + scale * down @ up (LoRA, arXiv:2106.09685)."""
+
+    base: jax.Array | QTensor  # [I, O]
+    down: jax.Array  # [I, R]
+    up: jax.Array  # [R, O]
+    scale: float
+
+
+Weight = jax.Array | QTensor | AdaptedWeight
+
+
+def linear(x: jax.Array, weight: Weight, dtype: str) -> jax.Array:
+    """x [..., I] times weight [I, O], as [..., O] in the dtype of x.
+
+    `dtype` is that of the operands; products accumulate in float32. A quantised weight has its own arithmetic.
+    """
+    if isinstance(weight, AdaptedWeight):
+        update = linear(linear(x, weight.down, dtype), weight.up, dtype)
+        return linear(x, weight.base, dtype) + weight.scale * update
+    if isinstance(weight, QTensor):
+        return weight.multiply(x)
+    return _matmul(x, weight, dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x, weight, dtype):
+    # The vjp is ours so that the backward products, too, have `dtype` operands and float32 sums: autodiff would
+    # multiply the float32 cotangent by a bfloat16 operand, which no matrix unit does.
+    return _dot(x, gather_weight(weight.astype(dtype)), dtype).astype(x.dtype)
+
+
+def _matmul_forward(x, weight, dtype):
+    # Saved: the weight as it lies in memory. The backward pass gathers it again rather than hold it whole.
+    return _matmul(x, weight, dtype), (x.astype(dtype), weight)
+
+
+def _matmul_backward(dtype, residuals, grad):
+    x, weight = residuals
+    grad_x = _dot(grad, gather_weight(weight.astype(dtype)).T, dtype).astype(grad.dtype)
+    # Contracting the batch dimensions leaves a sum that is spread over the devices of `data` and `fsdp`.
+    batch_dims = tuple(range(x.ndim - 1))
+    out_sharding = P(spec_of(x)[-1], spec_of(grad)[-1]) if is_explicit() else None
+    grad_weight = jax.lax.dot_general(
+        x,
+        grad.astype(dtype),
+        ((batch_dims, batch_dims), ((), ())),
+        preferred_element_type=jnp.float32,
+        out_sharding=out_sharding,
+    )
+    if is_explicit():
+        grad_weight = jax.reshard(grad_weight, spec_of(weight))
+    return grad_x, grad_weight.astype(weight.dtype)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _dot(x, weight, dtype):
+    # Where both operands are cut along the contraction (row-parallel), naming the output's sharding asks for the sum.
+    out_sharding = P(*spec_of(x)[:-1], spec_of(weight)[-1]) if is_explicit() else None
+    return jax.lax.dot_general(
+        x.astype(dtype),
+        weight.astype(dtype),
+        (((x.ndim - 1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+        out_sharding=out_sharding,
+    )
+
+
+def embed(table: jax.Array | QTensor, tokens: jax.Array, dtype: str) -> jax.Array:
+    """Rows of table [vocab, embed] for tokens [batch, length], as [batch, length, embed]."""
+    if isinstance(table, QTensor):
+        return table.rows(tokens).astype(dtype)
+    if not is_explicit():
+        return table[tokens].astype(dtype)
+    whole = jax.reshard(table, P(None, None))
+    return whole.at[tokens].get(out_sharding=P(*spec_of(tokens), None)).astype(dtype)

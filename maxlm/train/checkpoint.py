@@ -1,0 +1,241 @@
+"""Checkpoints: weights, optimizer state, data position, configuration and tokenizer fingerprint, in one atomic step.
+
+A checkpoint folder is `RUN/checkpoints/STEP` with three Orbax items: `weights` (the model, or its adapters), `rest`
+(what else the training state holds) and `metadata`. Inference reads the weights alone.
+"""
+
+import errno
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from maxlm.core.progress import console
+from maxlm.core.tree import flatten, unflatten
+from maxlm.errors import CheckpointError, TrainingError
+from maxlm.train.state import TrainState
+
+FOLDER = "checkpoints"
+
+
+class Checkpointer:
+    """Saves in the background, and restores the newest checkpoint that is whole.
+
+    Use as a context manager: leaving it waits for the last save.
+    """
+
+    def __init__(self, run_folder: Path, *, keep: int):
+        self.folder = Path(run_folder).resolve() / FOLDER
+        self.folder.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._manager.close()
+
+    def save(self, state: TrainState, metadata: dict[str, Any]) -> None:
+        """Start to save; `metadata` must be JSON. Returns when the arrays are copied, before they are on disk.
+
+        Raises:
+          TrainingError: there is no room on the disk, or an earlier save failed.
+        """
+        step = int(state.step)
+        if self._manager.latest_step() == step:
+            return
+        weights = flatten(state.trainable)
+        rest = flatten(replace(state, trainable=None))
+        self._check_room(sum(leaf.nbytes for leaf in [*weights.values(), *rest.values()]))
+        metadata = {**metadata, "checksums": checksums({"weights": weights, "rest": rest}), "shapes": _shapes(weights)}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    weights=ocp.args.StandardSave(weights),
+                    rest=ocp.args.StandardSave(rest),
+                    metadata=ocp.args.JsonSave(metadata),
+                ),
+            )
+        except Exception as error:
+            raise self._save_failed(error) from error
+
+    def wait(self) -> None:
+        """Until all saves are on disk; raises TrainingError if one failed."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._save_failed(error) from error
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest whole checkpoint, laid out as `like`; None when there is none at all.
+
+        A broken one is named on standard error, set aside, and the one before it is tried.
+
+        Raises:
+          CheckpointError: the checkpoint is of another model, or all are broken.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return self._restore_step(step, like)
+            except CheckpointError:
+                raise
+            except Exception as error:
+                reason = str(error).splitlines()[0][:200]
+                console.print(f"checkpoint {step} is broken and is set aside ({reason})", markup=False)
+                broken = self.folder / str(step)
+                broken.rename(self.folder.parent / f"broken-checkpoint-{step}")
+        if steps:
+            raise CheckpointError(
+                f"{self.folder}: all {len(steps)} checkpoints are broken; remove the folder to start anew"
+            )
+        return None
+
+    def reload(self) -> None:
+        """Look at the disk again after `restore` set checkpoints aside."""
+        self._manager.reload()
+
+    def _restore_step(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        folder = self.folder / str(step)
+        metadata = read_metadata(folder)
+        like_weights = flatten(like.trainable)
+        check_shapes(metadata["shapes"], _shapes(like_weights), where=folder)
+        like_rest = flatten(replace(like, trainable=None))
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                weights=ocp.args.StandardRestore(_as_abstract(like_weights)),
+                rest=ocp.args.StandardRestore(_as_abstract(like_rest)),
+            ),
+        )
+        if checksums({"weights": restored.weights, "rest": restored.rest}) != metadata["checksums"]:
+            raise ValueError("checksums of its arrays differ from those saved with it")
+        rest = unflatten(restored.rest, replace(like, trainable=None))
+        return replace(rest, trainable=unflatten(restored.weights, like.trainable)), metadata
+
+    def _check_room(self, size: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if free < 1.1 * size:
+            raise TrainingError(
+                f"{self.folder}: a checkpoint takes about {size / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free;"
+                f" {self._newest()}; make room and run the same command to go on from there"
+            )
+
+    def _save_failed(self, error: Exception) -> TrainingError:
+        text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        what = "the disk is full" if full else text
+        return TrainingError(
+            f"{self.folder}: a checkpoint could not be saved: {what};"
+            f" {self._newest()}; run the same command to go on from there"
+        )
+
+    def _newest(self) -> str:
+        steps = self._manager.all_steps()
+        return f"the newest whole checkpoint is of step {max(steps)}" if steps else "there is no whole checkpoint yet"
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The newest checkpoint folder of a run folder, or the checkpoint folder that `path` is.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    path = Path(path)
+    if (path / "weights").is_dir():
+        return path.resolve()
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "weights").is_dir()]
+    if not steps:
+        what = "there is no such folder" if not path.exists() else "holds no whole checkpoint"
+        raise CheckpointError(f"{path}: {what}; give a run folder of `maxlm train` or one of its checkpoints")
+    return (folder / str(max(steps))).resolve()
+
+
+def read_metadata(checkpoint: Path) -> dict[str, Any]:
+    """What was saved beside the weights: config, fingerprint, step, shapes, checksums."""
+    handler = ocp.Checkpointer(ocp.JsonCheckpointHandler())
+    return handler.restore(checkpoint / "metadata")
+
+
+def restore_weights(checkpoint: Path, like: Any) -> Any:
+    """The weights of a checkpoint as a tree shaped, typed and sharded as `like` (arrays or ShapeDtypeStructs).
+
+    Raises:
+      CheckpointError: it is broken, or of another model.
+    """
+    metadata = _readable(checkpoint, lambda: read_metadata(checkpoint))
+    flat = flatten(like)
+    check_shapes(metadata["shapes"], _shapes(flat), where=checkpoint)
+    handler = ocp.StandardCheckpointer()
+    weights = _readable(checkpoint, lambda: handler.restore(checkpoint / "weights", _as_abstract(flat)))
+    if checksums({"weights": weights}) != {k: v for k, v in metadata["checksums"].items() if k.startswith("weights/")}:
+        raise CheckpointError(f"{checkpoint}: the weights differ from those that were saved; use another checkpoint")
+    return unflatten(weights, like)
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """One 32-bit number for each leaf, that a changed, moved or lost value changes; any mesh gives the same."""
+    values = _checksums(flatten(tree))
+    return {path: int(value) for path, value in jax.device_get(values).items()}
+
+
+@jax.jit
+def _checksums(flat):
+    def one(x):
+        word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+        total = bits
+        for axis in range(x.ndim):
+            # Sums of products with odd numbers that depend on the place: swapped values do not cancel.
+            size = total.shape[0]
+            factor = (2 * jnp.arange(size, dtype=jnp.uint32) + 1) * jnp.uint32(2654435761 + 2 * axis)
+            total = jnp.sum(total * factor.reshape(-1, *[1] * (total.ndim - 1)), axis=0, dtype=jnp.uint32)
+        return total
+
+    return {path: one(x) for path, x in flat.items()}
+
+
+def check_shapes(saved: dict[str, list], wanted: dict[str, list], *, where: Path) -> None:
+    """Raise CheckpointError naming the first weights that do not fit."""
+    problems = [f"{path} is {saved.get(path, 'not there')}" for path in wanted if saved.get(path) != wanted[path]]
+    problems += [f"{path} is not wanted" for path in saved if path not in wanted]
+    if problems:
+        first = next((path for path in wanted if saved.get(path) != wanted[path]), None)
+        hint = f" and must be {wanted[first]}" if first else ""
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise CheckpointError(
+            f"{where}: is a checkpoint of another model: {problems[0]}{hint}{more};"
+            " give the model section that it was trained with"
+        )
+
+
+def _readable(checkpoint: Path, read):
+    try:
+        return read()
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200]
+        raise CheckpointError(f"{checkpoint}: is broken ({reason}); use another checkpoint of the run") from error
+
+
+def _shapes(flat: dict[str, Any]) -> dict[str, list]:
+    return {path: [*leaf.shape, str(jnp.dtype(leaf.dtype))] for path, leaf in flat.items()}
+
+
+def _as_abstract(flat: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return {
+        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or default)
+        for path, x in flat.items()
+    }

@@ -1,0 +1,205 @@
+"""The training loop: one for every objective."""
+
+import collections
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from maxlm.config.load import dump_yaml
+from maxlm.config.train import TrainConfig
+from maxlm.core.hardware import peak_flops
+from maxlm.core.progress import console
+from maxlm.core.sharding import logical_to_spec
+from maxlm.errors import ConfigError, TrainingError
+from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.metrics import MetricsLog, StepWindow
+from maxlm.train.objective import Objective
+from maxlm.train.optim import make_optimizer, schedule_factor
+from maxlm.train.state import TrainState, create_state
+from maxlm.train.step import train_step
+
+# Steps that may be under way at once: enough to hide the host's work, few enough to stop soon.
+STEPS_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    state: TrainState
+    steps: int
+    interrupted: bool
+    metrics: dict[str, float]
+    seconds: float
+    tokens_per_second: float
+
+
+def run(
+    config: TrainConfig,
+    *,
+    mesh: Mesh,
+    objective: Objective,
+    trainable: Any,
+    frozen: Any,
+    assemble: Callable[[Any, Any], Any],
+    fingerprint: str,
+) -> TrainResult:
+    """Train from the newest checkpoint in the run folder, or from `trainable`, to `config.steps`.
+
+    Args:
+      config: the resolved configuration.
+      mesh: where the arrays lie; must be set by the caller (`jax.set_mesh`).
+      objective: loss, batches, validation.
+      trainable: initial values of what is trained.
+      frozen: weights that do not change, or None.
+      assemble: (trainable, frozen) -> the model that the objective's loss takes.
+      fingerprint: of the tokenizer; a checkpoint of another is refused.
+
+    Raises:
+      CheckpointError: the checkpoint in the folder is of another model or tokenizer.
+      TrainingError: too many steps in a row were skipped, or a checkpoint could not be saved.
+    """
+    check_batch(config, mesh)
+    folder = Path(config.output)
+    optimizer = make_optimizer(config.optim)
+    schedule = partial(schedule_factor, config.optim.schedule, config.steps)
+    step_function = jax.jit(
+        partial(
+            train_step,
+            loss_function=lambda trainable, frozen, batch: objective.loss(assemble(trainable, frozen), batch),
+            optimizer=optimizer,
+            schedule=schedule,
+            guard=config.guard,
+            accumulate=config.accumulate,
+        ),
+        donate_argnums=0,
+    )
+    state = jax.jit(partial(create_state, optimizer=optimizer), donate_argnums=0)(trainable)
+    metadata = {"config": config.model_dump(mode="json"), "config_yaml": dump_yaml(config), "fingerprint": fingerprint}
+
+    with contextlib.ExitStack() as stack:
+        checkpointer = stack.enter_context(Checkpointer(folder, keep=config.checkpoint.keep))
+        if (restored := checkpointer.restore(state)) is not None:
+            state, saved = restored
+            check_fingerprint(saved["fingerprint"], fingerprint, folder)
+            console.print(f"resuming {folder} at step {int(state.step)}", markup=False)
+        start = int(state.step)
+        log = stack.enter_context(MetricsLog(folder, start_step=start, total_steps=config.steps))
+        stop_requested = stack.enter_context(stop_on_sigterm())
+        window = StepWindow(config, parameters=state.trainable, peak=peak_flops(mesh.devices.flat[0]), mesh=mesh)
+        in_flight: collections.deque[Any] = collections.deque()
+        began = time.perf_counter()
+        step, interrupted, valid = start, False, {}
+
+        # The batch builder of an objective that samples needs the weights of the moment.
+        current: dict[str, Any] = {"state": state}
+        batches = objective.batches(start, lambda: assemble(current["state"].trainable, frozen))
+        while step < config.steps:
+            with window.waiting():
+                batch = put_batch(next(batches), mesh)
+            state, metrics = step_function(current["state"], frozen, batch)
+            current["state"] = state
+            step += 1
+            in_flight.append(metrics["loss"])
+            if len(in_flight) > STEPS_IN_FLIGHT:
+                in_flight.popleft().block_until_ready()
+            window.add(metrics)
+
+            last = step == config.steps
+            interrupted = stop_requested() and step % objective.resume_multiple == 0 and not last
+            if step % config.log_every == 0 or last or interrupted:
+                record = window.close(step, learning_rate=config.optim.learning_rate * float(schedule(step - 1)))
+                log.train(record)
+                check_guard(config, record, step)
+            if last or (config.eval_every and step % config.eval_every == 0):
+                with window.paused():
+                    valid = objective.validate(assemble(state.trainable, frozen))
+                log.valid(step, valid)
+            if last or interrupted or step % config.checkpoint.every == 0:
+                with window.paused():
+                    checkpointer.save(state, {**metadata, "step": step})
+            if interrupted:
+                console.print(f"stopped by a signal: step {step} is saved; run the same command to go on", markup=False)
+                break
+        seconds = time.perf_counter() - began
+        rate = window.tokens_per_second_overall()
+    return TrainResult(state, step, interrupted, valid, seconds, rate)
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows as global arrays, cut along the batch axis."""
+
+    def put(x):
+        sharding = NamedSharding(mesh, logical_to_spec(("batch",) + (None,) * (x.ndim - 1)))
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(put, batch)
+
+
+def check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    """Raise ConfigError when a microbatch cannot be cut evenly over the mesh, or heads over its tensor axis."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    microbatch = config.batch_size // config.accumulate
+    problems = []
+    if microbatch % shards:
+        problems.append(
+            f"batch_size: {config.batch_size} / accumulate {config.accumulate} = {microbatch} rows cannot be cut over"
+            f" mesh.data * mesh.fsdp = {shards} devices; make it a multiple of {shards * config.accumulate}"
+        )
+    if config.model is not None:
+        tensor = mesh.shape["tensor"]
+        for name in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
+            if (size := getattr(config.model, name)) % tensor:
+                problems.append(f"model.{name}: {size} cannot be cut over mesh.tensor = {tensor}; make it a multiple")
+        if config.model.embed_dim % mesh.shape["fsdp"]:
+            problems.append(
+                f"model.embed_dim: {config.model.embed_dim} cannot be cut over mesh.fsdp = {mesh.shape['fsdp']}"
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_guard(config: TrainConfig, record: dict[str, Any], step: int) -> None:
+    """Raise TrainingError when too many steps in a row were skipped."""
+    if record["skipped_in_a_row"] >= config.guard.max_skipped_in_a_row:
+        raise TrainingError(
+            f"{record['skipped_in_a_row']} steps in a row up to step {step} were skipped: the loss or gradient is not"
+            f" finite, or its norm exceeds guard.spike_factor={config.guard.spike_factor} times its mean; lower"
+            " optim.learning_rate, or look at the data with `maxlm data at-step`"
+        )
+
+
+def check_fingerprint(saved: str, wanted: str, folder: Path) -> None:
+    from maxlm.errors import CheckpointError
+
+    if saved != wanted:
+        raise CheckpointError(
+            f"{folder}: its checkpoint was trained with another tokenizer ({saved[:12]} and not {wanted[:12]});"
+            " use the data and tokenizer of that run, or another output folder"
+        )
+
+
+@contextlib.contextmanager
+def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether SIGTERM (or, once, Ctrl-C) has come."""
+    asked = []
+
+    def ask(number, frame):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,157 @@
+"""What a run tells while it goes on: JSONL, TensorBoard, and a line for the eye."""
+
+import contextlib
+import json
+import operator
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from maxlm.config.train import TrainConfig
+from maxlm.core.progress import console
+
+
+class StepWindow:
+    """Gathers the metrics of steps on the device, and brings them to the host once a window."""
+
+    def __init__(self, config: TrainConfig, *, parameters: Any, peak: float | None, mesh):
+        self.tokens_per_step = config.batch_size * config.row_length
+        count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
+        # 6 FLOPs for each parameter and token (2 forward, 4 backward), attention aside.
+        self.flops_per_token = 6 * count
+        self.peak = peak and peak * mesh.devices.size
+        self.seconds, self.steps = 0.0, 0
+        self._compiled = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._metrics: list[dict] = []
+        self._began = time.perf_counter()
+        self._waited = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in here is waiting for data."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here is not training: validation, saving."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        self._metrics.append(metrics)
+
+    def close(self, step: int, *, learning_rate: float) -> dict[str, Any]:
+        """Means over the window: one record."""
+        metrics = jax.device_get(self._metrics)
+        elapsed = max(time.perf_counter() - self._began, 1e-9)
+        terms = metrics[0]["terms"]
+        for other in metrics[1:]:
+            terms = jax.tree.map(operator.add, terms, other["terms"])
+        rate = len(metrics) * self.tokens_per_step / elapsed
+        record = {
+            "step": step,
+            "loss": sum(float(m["loss"]) for m in metrics) / len(metrics),
+            **{name: float(term.mean()) for name, term in terms.items()},
+            "grad_norm": float(metrics[-1]["grad_norm"]),
+            "learning_rate": learning_rate,
+            "tokens_per_second": rate,
+            "data_wait": self._waited / elapsed,
+            "skipped": int(metrics[-1]["skipped"]),
+            "skipped_in_a_row": int(metrics[-1]["skipped_in_a_row"]),
+        }
+        if self.peak:
+            record["mfu"] = rate * self.flops_per_token / self.peak
+        # The first window holds the compilation and says nothing of the speed.
+        if self._compiled:
+            self.seconds += elapsed
+            self.steps += len(metrics)
+        self._compiled = True
+        self._reset()
+        return record
+
+    def tokens_per_second_overall(self) -> float:
+        """Over all windows but the first."""
+        return self.steps * self.tokens_per_step / max(self.seconds, 1e-9)
+
+
+class MetricsLog:
+    """`metrics.jsonl` and `tensorboard/` of a run, and its progress line. A resumed run drops what came after its start."""
+
+    def __init__(self, folder: Path, *, start_step: int, total_steps: int):
+        self.path = folder / "metrics.jsonl"
+        self.folder = folder
+        self.start_step, self.total_steps = start_step, total_steps
+
+    def __enter__(self) -> Self:
+        from tensorboardX import SummaryWriter
+
+        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= self.start_step]
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start_step + 1)
+        self._progress = Progress(
+            TextColumn(self.folder.name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task("train", total=self.total_steps, completed=self.start_step, note="")
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._progress.stop()
+        self._file.close()
+        self._writer.close()
+
+    def train(self, record: dict[str, Any]) -> None:
+        """A window of training."""
+        self._write(record, "train")
+        note = f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
+        if record["skipped"]:
+            note += f"  skipped {record['skipped']}"
+        self._progress.update(self._task, completed=record["step"], note=note)
+        if not console.is_terminal:
+            console.print(f"{self.folder.name}: step {record['step']}/{self.total_steps}  {note}", markup=False)
+
+    def valid(self, step: int, values: dict[str, float]) -> None:
+        """A validation."""
+        if not values:
+            return
+        self._write({"step": step, **{f"valid_{name}": value for name, value in values.items()}}, "valid")
+        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        console.print(f"{self.folder.name}: step {step}/{self.total_steps}  valid {text}", markup=False)
+
+    def _write(self, record: dict[str, Any], group: str) -> None:
+        self._file.write(json.dumps({**record, "time": time.time()}) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(f"{group}/{name.removeprefix('valid_')}", value, record["step"])
+        self._writer.flush()
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """All records of a run, oldest first."""
+    return [json.loads(line) for line in _lines(Path(folder) / "metrics.jsonl")]
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines: the last one of a killed run may be cut off."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line.endswith("}")]

@@ -1,0 +1,41 @@
+"""What distinguishes pretraining, SFT, reward modelling, DPO and GRPO: the loss, and what builds the batch."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jax.sharding import Mesh
+
+from maxlm.config.train import TrainConfig
+from maxlm.tokenizer.codec import Tokenizer
+from maxlm.train.loss import LossOutput
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What an objective is built from."""
+
+    config: TrainConfig
+    tokenizer: Tokenizer
+    mesh: Mesh
+    # The starting model, unchanged by training; None where the objective does not ask for it.
+    reference: Any
+
+
+class Objective(Protocol):
+    """The loop's only view of what it trains for."""
+
+    # Whether the starting model must be kept beside the one that is trained.
+    needs_reference: bool
+    # A checkpoint may be taken at multiples of this many steps.
+    resume_multiple: int
+
+    def loss(self, model: Any, batch: Any) -> LossOutput:
+        """Pure and traceable. The first axis of every array in `batch` is the batch."""
+
+    def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[Any]:
+        """This process's rows of the batches of steps start_step, start_step + 1, ...: a pure function of the step,
+        and, where answers are sampled, of the model."""
+
+    def validate(self, model: Any) -> dict[str, float]:
+        """Numbers by name, on held-out data."""

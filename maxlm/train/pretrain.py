@@ -1,0 +1,54 @@
+"""Next-token prediction on packed rows."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from maxlm.core.batch import Batch
+from maxlm.data.loader import open_mixture, read_valid_rows
+from maxlm.train.loss import LossOutput, language_model_loss
+from maxlm.train.objective import RunContext
+from maxlm.train.validate import Evaluator, language_model_values, target_bytes
+
+
+class Pretrain:
+    """Cross-entropy (and z-loss) over a mixture of packed sources; validation in bits per byte."""
+
+    needs_reference = False
+    resume_multiple = 1
+
+    def __init__(self, context: RunContext):
+        config, objective = context.config, context.config.objective
+        self._context = context
+        self._z_loss = objective.z_loss
+        self._mixture = open_mixture(
+            [(source.path, source.weight) for source in objective.sources],
+            seed=config.seed,
+            batch_size=config.batch_size,
+            expected_fingerprint=context.tokenizer.fingerprint,
+            expected_row_length=config.row_length,
+        )
+        self._evaluator = Evaluator(language_model_loss, context.mesh)
+
+    def loss(self, model: Any, batch: Batch) -> LossOutput:
+        return language_model_loss(model, batch, z_loss=self._z_loss)
+
+    def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[Batch]:
+        shard, num_shards = jax.process_index(), jax.process_count()
+        return map(Batch.from_rows, self._mixture.iterate(start_step, shard=shard, num_shards=num_shards))
+
+    def validate(self, model: Any) -> dict[str, float]:
+        if not self._valid_batches:
+            return {}
+        byte_lengths = self._context.tokenizer.byte_lengths
+        num_bytes = sum(target_bytes(batch, byte_lengths) for batch in self._valid_batches)
+        return language_model_values(self._evaluator.sums(model, self._valid_batches), num_bytes)
+
+    @functools.cached_property
+    def _valid_batches(self) -> list[Batch]:
+        config = self._context.config
+        rows = read_valid_rows([source.path for source in config.objective.sources], batch_size=config.batch_size)
+        return [Batch.from_rows(row) for row in itertools.islice(rows, config.eval_batches)]

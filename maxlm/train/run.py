@@ -1,0 +1,191 @@
+"""From a configuration to a finished run folder: tokenizer, model, mesh, objective, loop, manifest."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.config.load import dump_yaml, parse_config
+from maxlm.config.model import ModelConfig
+from maxlm.config.train import TrainConfig
+from maxlm.core.manifest import read_manifest, write_manifest
+from maxlm.core.parameters import abstract, initialize
+from maxlm.core.sharding import make_mesh
+from maxlm.errors import CheckpointError, ConfigError
+from maxlm.models.adapters import apply_adapters, declare_adapters, merge_adapters
+from maxlm.models.decoder import Decoder
+from maxlm.tokenizer.codec import Tokenizer
+from maxlm.train.checkpoint import find_checkpoint, read_metadata, restore_weights
+from maxlm.train.loop import TrainResult, check_batch, check_fingerprint, run
+from maxlm.train.objective import Objective, RunContext
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an objective's model is made: its declaration, and its weights from those of a decoder to start from."""
+
+    declare: Callable[[ModelConfig], Any]
+    from_decoder: Callable[[Any, jax.Array], Any]
+    build: Callable[[RunContext], Objective]
+    needs_reference: bool = False
+
+
+def train(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
+    """Run `config` to its end, or resume it, and return the manifest that stands in its folder.
+
+    Raises:
+      MaxlmError: what the user can mend: configuration, data, tokenizer, checkpoints, skipped steps.
+    """
+    folder = Path(config.output)
+    tokenizer_folder = find_tokenizer(config)
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    config = resolve_model(config, tokenizer)
+    mesh = make_mesh(config.mesh)
+    check_batch(config, mesh)
+    if config.init_from is not None:
+        start_fingerprint = read_metadata(find_checkpoint(config.init_from))["fingerprint"]
+        check_fingerprint(start_fingerprint, tokenizer.fingerprint, Path(config.init_from))
+    prepare_folder(folder, config, tokenizer_folder)
+
+    plan = recipe.declare(config.model)
+    key = jax.random.key(config.seed)
+    if config.init_from is None:
+        model = initialize(plan, key, mesh)
+    else:
+        decoder, _ = load_model(config.init_from, mesh)
+        model = recipe.from_decoder(decoder, key)
+
+    with jax.set_mesh(mesh):
+        if config.lora is None:
+            trainable, frozen = model, None
+            reference = jax.tree.map(jnp.copy, model) if recipe.needs_reference else None
+            assemble = lambda trainable, frozen: trainable  # noqa: E731
+        else:
+            trainable, frozen = initialize(declare_adapters(plan, config.lora), key, mesh), model
+            reference = model
+            assemble = lambda trainable, frozen: apply_adapters(frozen, trainable, config.lora)  # noqa: E731
+        objective = recipe.build(RunContext(config, tokenizer, mesh, reference))
+        result = run(
+            config,
+            mesh=mesh,
+            objective=objective,
+            trainable=trainable,
+            frozen=frozen,
+            assemble=assemble,
+            fingerprint=tokenizer.fingerprint,
+        )
+    return finish(config, result, tokenizer_folder)
+
+
+def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
+    """The configuration with the model that will be trained: that of `init_from`, the vocabulary of the tokenizer."""
+    model = config.model
+    if config.init_from is not None:
+        start = ModelConfig(**read_metadata(find_checkpoint(config.init_from))["config"]["model"])
+        if model is not None and model.model_copy(update={"vocab_size": start.vocab_size}) != start:
+            changed = [name for name in ModelConfig.model_fields if getattr(model, name) != getattr(start, name)]
+            shape = [name for name in changed if name not in ("vocab_size", *_RUNTIME_FIELDS)]
+            if shape:
+                raise CheckpointError(
+                    f"{config.init_from}: is a model with {shape[0]} {getattr(start, shape[0])}, and model.{shape[0]} asks"
+                    f" for {getattr(model, shape[0])}; leave the model section out to take the checkpoint's"
+                )
+        model = start if model is None else model
+    if model.vocab_size not in (0, tokenizer.vocab_size):
+        raise ConfigError(
+            [f"model.vocab_size: {model.vocab_size} differs from the tokenizer's {tokenizer.vocab_size}; leave it out"]
+        )
+    model = model.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    return config.model_copy(update={"model": model})
+
+
+# Fields of a model that change how it is computed, and not what its weights are.
+_RUNTIME_FIELDS = ("activation_dtype", "matmul_dtype", "remat", "attention", "max_length")
+
+
+def find_tokenizer(config: TrainConfig) -> Path:
+    """The tokenizer named in the configuration, or that of the model or data that it starts from."""
+    if config.tokenizer is not None:
+        return Path(config.tokenizer)
+    if config.init_from is not None:
+        return run_folder_of(find_checkpoint(config.init_from)) / "tokenizer"
+    data = Path(config.objective.sources[0].path)
+    return data / read_manifest(data)["inputs"]["tokenizer"]["path"]
+
+
+def prepare_folder(folder: Path, config: TrainConfig, tokenizer_folder: Path) -> None:
+    """Make the run folder self-contained: its configuration, and a copy of its tokenizer."""
+    if jax.process_index() != 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    copy = folder / "tokenizer"
+    if not copy.exists():
+        shutil.copytree(tokenizer_folder, copy)
+
+
+def finish(config: TrainConfig, result: TrainResult, tokenizer_folder: Path) -> dict[str, Any]:
+    """Write the manifest of a run that has ended, or of one that was stopped and waits to go on."""
+    inputs = {"tokenizer": tokenizer_folder}
+    if config.init_from is not None:
+        inputs["init_from"] = run_folder_of(find_checkpoint(config.init_from))
+    objective = config.objective
+    if objective.kind == "pretrain":
+        inputs |= {f"data_{index}": source.path for index, source in enumerate(objective.sources)}
+    else:
+        inputs |= {"train_file": objective.train_file}
+    metrics = {
+        "steps": result.steps,
+        "finished": not result.interrupted,
+        "seconds": round(result.seconds, 2),
+        "tokens_per_second": round(result.tokens_per_second, 1),
+        "skipped": int(result.state.guard.skipped),
+        "valid": result.metrics,
+    }
+    return write_manifest(
+        config.output,
+        stage=f"train/{objective.kind}",
+        inputs=inputs,
+        config=config.model_dump(mode="json"),
+        metrics=metrics,
+    )
+
+
+def load_model(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> tuple[Decoder, Path]:
+    """A trained model for inference or as a start, its adapters merged, and the folder of its tokenizer.
+
+    Args:
+      path: a run folder or a checkpoint.
+      mesh: where to lay it; None is the first device.
+
+    Raises:
+      CheckpointError: there is no whole checkpoint, or it holds no language model.
+    """
+    checkpoint = find_checkpoint(path)
+    run_folder = run_folder_of(checkpoint)
+    config = parse_config(read_metadata(checkpoint)["config"], where=str(checkpoint))
+    if config.objective.kind == "reward":
+        raise CheckpointError(f"{path}: holds a reward model, which generates no text")
+    plan = Decoder(config.model)
+    if config.lora is None:
+        return restore_weights(checkpoint, abstract(plan, mesh)), run_folder / "tokenizer"
+    base, _ = load_model(config.init_from, mesh)
+    adapters = restore_weights(checkpoint, abstract(declare_adapters(plan, config.lora), mesh))
+    with jax.set_mesh(mesh) if mesh is not None else _no_mesh():
+        merged = jax.jit(partial(merge_adapters, config=config.lora))(base, adapters)
+    return merged, run_folder / "tokenizer"
+
+
+def run_folder_of(checkpoint: Path) -> Path:
+    return checkpoint.parent.parent
+
+
+def _no_mesh():
+    from contextlib import nullcontext
+
+    return nullcontext()

@@ -1,0 +1,116 @@
+"""One step of training: a pure function from state and batch to state and metrics."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maxlm.config.train import GuardConfig
+from maxlm.train.loss import LossOutput, Term, add
+from maxlm.train.state import GuardState, TrainState
+
+# (trainable, frozen, batch) -> LossOutput
+LossFunction = Callable[[Any, Any, Any], LossOutput]
+
+# The running mean of the gradient norm covers about 50 steps, and judges none before it has seen 20.
+NORM_DECAY = 0.98
+GUARD_WARMUP_STEPS = 20
+
+
+def train_step(
+    state: TrainState,
+    frozen: Any,
+    batch: Any,
+    *,
+    loss_function: LossFunction,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[jax.Array], jax.Array],
+    guard: GuardConfig,
+    accumulate: int,
+) -> tuple[TrainState, dict[str, Any]]:
+    """Loss, gradient, guard, update.
+
+    Args:
+      state: is consumed; jit it with the state donated.
+      frozen: weights that the loss needs and that do not change, such as the base of adapters.
+      batch: a pytree of arrays whose first axis is the batch.
+      accumulate: microbatches that the batch is cut into; changes memory, not the result.
+    """
+    output, grads = loss_and_gradient(
+        state.trainable, frozen, batch, loss_function=loss_function, accumulate=accumulate
+    )
+    loss = sum(term.mean() for term in output.terms.values())
+    grad_norm = optax.global_norm(grads)
+
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
+    factor = schedule(state.step)
+    trainable = jax.tree.map(lambda p, u: (p + factor * u).astype(p.dtype), state.trainable, updates)
+
+    good, guard_state = judge(guard, state, loss, grad_norm)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)  # noqa: E731
+    new_state = TrainState(
+        step=state.step + 1,
+        trainable=keep(trainable, state.trainable),
+        optimizer=keep(optimizer_state, state.optimizer),
+        guard=guard_state,
+    )
+    metrics = {
+        "loss": loss,
+        "terms": {**output.terms, **output.metrics},
+        "grad_norm": grad_norm,
+        "skipped": guard_state.skipped,
+        "skipped_in_a_row": guard_state.skipped_in_a_row,
+    }
+    return new_state, metrics
+
+
+def loss_and_gradient(
+    trainable: Any, frozen: Any, batch: Any, *, loss_function: LossFunction, accumulate: int
+) -> tuple[LossOutput, Any]:
+    """The loss terms of the whole batch, and the gradient of the sum of their means."""
+
+    def scaled_loss(trainable, microbatch, weights):
+        output = loss_function(trainable, frozen, microbatch)
+        weights = weights or {name: jax.lax.stop_gradient(term.weight) for name, term in output.terms.items()}
+        return sum(Term(term.sum, weights[name]).mean() for name, term in output.terms.items()), output
+
+    gradient = jax.grad(scaled_loss, has_aux=True)
+    if accumulate == 1:
+        grads, output = gradient(trainable, batch, None)
+        return output, grads
+
+    # Weights depend on the batch alone, so the compiler drops the model from this pass over the whole batch.
+    whole = loss_function(jax.lax.stop_gradient(trainable), frozen, batch)
+    weights = {name: term.weight for name, term in whole.terms.items()}
+
+    def body(totals, microbatch):
+        return add(totals, gradient(trainable, microbatch, weights)), None
+
+    microbatches = jax.tree.map(lambda x: _split(x, accumulate), batch)
+    first = jax.tree.map(lambda x: x[0], microbatches)
+    rest = jax.tree.map(lambda x: x[1:], microbatches)
+    (grads, output), _ = jax.lax.scan(body, gradient(trainable, first, weights), rest)
+    return output, grads
+
+
+def judge(guard: GuardConfig, state: TrainState, loss: jax.Array, grad_norm: jax.Array) -> tuple[jax.Array, GuardState]:
+    """Whether this step's update is to be kept, and the guard's state after it."""
+    old = state.guard
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if guard.spike_factor is not None:
+        known = state.step - old.skipped >= GUARD_WARMUP_STEPS
+        good &= ~known | (grad_norm <= guard.spike_factor * old.norm_mean)
+    is_first = state.step == old.skipped
+    mean = jnp.where(is_first, grad_norm, NORM_DECAY * old.norm_mean + (1 - NORM_DECAY) * grad_norm)
+    return good, GuardState(
+        norm_mean=jnp.where(good, mean, old.norm_mean),
+        skipped=old.skipped + (~good).astype(jnp.int32),
+        skipped_in_a_row=jnp.where(good, 0, old.skipped_in_a_row + 1),
+    )
+
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+    """[batch, ...] to [parts, batch / parts, ...], every part with rows of every device."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
