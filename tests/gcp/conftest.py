@@ -80,7 +80,7 @@ class StubWorker:
         )
 
 
-def make_worker(home: Path) -> StubWorker:
+def _make_worker(home: Path) -> StubWorker:
     (home / "bin").mkdir(parents=True)
     hostname = f"#!/bin/sh\necho {home.name}\n"
     for name, text in (("python3", PYTHON_STUB), ("gcloud", GCLOUD_STUB), ("hostname", hostname)):
@@ -90,5 +90,10 @@ def make_worker(home: Path) -> StubWorker:
 
 
 @pytest.fixture
-def worker(tmp_path) -> StubWorker:
+def make_worker():
+    return _make_worker
+
+
+@pytest.fixture
+def worker(make_worker, tmp_path) -> StubWorker:
     return make_worker(tmp_path / "worker-0")

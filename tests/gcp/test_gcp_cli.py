@@ -1,0 +1,118 @@
+"""`maxlm submit` as a user types it."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+
+from gcp.cli import add_arguments, run
+from maxlm.errors import ConfigError
+
+WHERE = ["--name=tiny-1", "--project=my-project", "--zone=us-west4-a"]
+WHAT = ["--accelerator=v5litepod-16", "--bucket=gs://my-bucket/runs"]
+
+
+def call(*arguments: str) -> int:
+    parser = argparse.ArgumentParser(prog="maxlm submit")
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
+@pytest.fixture
+def code(tmp_path, monkeypatch):
+    """A code folder with a configuration that `maxlm train` would take."""
+    (tmp_path / "train.yaml").write_text(
+        "kind: train\noutput: runs/tiny\ninit_from: runs/base\nobjective: {kind: sft, train_file: chats.jsonl}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def no_resource(tmp_path, monkeypatch):
+    """A gcloud that knows of nothing."""
+    program = tmp_path / "gcloud"
+    program.write_text("#!/bin/sh\necho 'ERROR: NOT_FOUND: nothing' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+
+def test_a_dry_run_prints_commands_and_nothing_else(code, capsys):
+    assert call("train.yaml", "steps=20", "--dry-run", "--spot", "--env=NOTE=a b", *WHERE, *WHAT) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out] == ["git", "gcloud", "until", "gcloud", "gcloud", "gcloud"]
+    assert "--spot" in out[1]
+    assert "steps=20 output=gs://my-bucket/runs/tiny-1" in out[-1]
+    assert subprocess.run(["bash", "-n"], input="\n".join(out), text=True).returncode == 0
+
+
+def test_a_dry_run_as_json_is_the_same_lines(code, capsys):
+    call("train.yaml", "--dry-run", *WHERE, *WHAT)
+    lines = capsys.readouterr().out.splitlines()
+    call("train.yaml", "--dry-run", "--json", *WHERE, *WHAT)
+    assert json.loads(capsys.readouterr().out) == lines
+
+
+@pytest.mark.parametrize(
+    ("action", "word"), [("status", "describe"), ("logs", "tail -n +1"), ("delete", "--force"), ("create", "--node-id")]
+)
+def test_every_action_has_a_dry_run(code, capsys, action, word):
+    what = ["train.yaml", *WHAT] if action == "create" else []
+    assert call(*what, f"--action={action}", "--dry-run", *WHERE) == 0
+    assert word in capsys.readouterr().out
+
+
+def test_a_bad_configuration_is_told_before_a_tpu_costs_money(code):
+    with pytest.raises(ConfigError, match="stepz"):
+        call("train.yaml", "stepz=20", *WHERE, *WHAT)
+
+
+def test_all_that_is_missing_is_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        call(*WHERE)
+    assert [problem.split()[3] for problem in caught.value.problems] == ["CONFIG:", "--accelerator:", "--bucket:"]
+
+
+def test_pairs_must_be_pairs(code):
+    with pytest.raises(ConfigError, match="--env: 'NOTE' is not NAME=VALUE"):
+        call("train.yaml", "--env=NOTE", "--dry-run", *WHERE, *WHAT)
+
+
+def test_spot_and_reserved_exclude_each_other(code, capsys):
+    with pytest.raises(SystemExit):
+        call("train.yaml", "--spot", "--reserved", *WHERE, *WHAT)
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_status_and_delete_of_nothing(no_resource, capsys):
+    assert call("--action=status", *WHERE) == 0
+    assert call("--action=delete", *WHERE) == 0
+    assert capsys.readouterr().out == "tiny-1: not there\ntiny-1 was not there\n"
+    assert call("--action=status", "--json", *WHERE) == 0
+    assert json.loads(capsys.readouterr().out) == {"name": "tiny-1", "state": None, "workers": []}
+    assert call("--action=delete", "--json", *WHERE) == 0
+    assert json.loads(capsys.readouterr().out) == {"name": "tiny-1", "deleted": False}
+
+
+def test_the_help_teaches_with_commands_that_parse(capsys):
+    with pytest.raises(SystemExit):
+        call("--help")
+    text = capsys.readouterr().out.replace("\\\n", " ")
+    examples = [line.split()[2:] for line in text.splitlines() if line.startswith("  maxlm submit ")]
+    assert len(examples) == 5
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for example in examples:
+        parser.parse_args(example)
+
+
+def test_no_jax_is_imported(code):
+    program = (
+        "import sys, argparse; from gcp.cli import add_arguments, run; parser = argparse.ArgumentParser(); "
+        "add_arguments(parser); run(parser.parse_args(sys.argv[1:])); assert 'jax' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, "train.yaml", "--dry-run", *WHERE, *WHAT], check=True, capture_output=True
+    )
