@@ -1,0 +1,196 @@
+"""Scaled dot-product attention: one signature, a ladder of implementations, and the plain reference.
+
+`implementation=None` takes the best that works here; a named one works or raises:
+
+| name         | what it is                                                                        |
+| ------------ | --------------------------------------------------------------------------------- |
+| `pallas_tpu` | our flash kernels, for TPUs                                                       |
+| `cudnn`      | cuDNN's flash attention, for NVIDIA GPUs: 16-bit operands, no soft cap            |
+| `xla`        | blockwise in plain XLA, everywhere: skips invisible blocks, recomputes backwards  |
+| `reference`  | the definition, in float32, everywhere                                            |
+
+Shapes: B batch, T query length, S key length, N query heads, K key-value heads, G = N / K, H head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.ops import flash_tpu, flash_xla
+from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule
+
+IMPLEMENTATIONS = ("pallas_tpu", "cudnn", "xla", "reference")
+
+# Below one block of the kernel's lanes, padding costs more than the kernel saves.
+_SHORTEST_FOR_PALLAS = 128
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+    matmul_dtype: jnp.dtype | None = None,
+) -> jax.Array:
+    """softmax(mask(soft_cap(query . key * scale))) . value, with the softmax in float32.
+
+    Query head h uses key-value head h // (N / K). A query that sees no key, and so every padding row, returns exact
+    zeros and has zero gradients. Positions of queries and keys both count from 0.
+
+    The kernels work on one device's own rows and heads: under a mesh call this inside
+    `jax.shard_map(..., check_vma=False)`; `xla` and `reference` also take sharded arrays as they are.
+
+    Args:
+      query: [batch, length, num_heads, head_dim].
+      key, value: [batch, kv_length, num_kv_heads, head_dim].
+      segment_ids: int [batch, length]; tokens see only their own segment, and 0 is padding.
+      kv_segment_ids: int [batch, kv_length]; by default `segment_ids`.
+      causal: token i sees j only if j <= i.
+      window: token i sees j only if i - j < window; without `causal`, |i - j| < window.
+      soft_cap: a logit x becomes soft_cap * tanh(x / soft_cap).
+      scale: factor on the dot products; by default head_dim ** -0.5.
+      implementation: one of `IMPLEMENTATIONS`, or None for the best that works here.
+      matmul_dtype: operands of the matrix products are cast to it, and products stay float32; by default the query's
+        dtype. `reference` always computes in float32.
+
+    Returns:
+      [batch, length, num_heads, head_dim] in the query's dtype.
+
+    Raises:
+      ValueError: shapes or arguments that do not fit, or a named implementation that cannot work here.
+    """
+    _check_arguments(query, key, value, segment_ids, kv_segment_ids, window, soft_cap)
+    kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
+    matmul_dtype = jnp.dtype(query.dtype if matmul_dtype is None else matmul_dtype)
+    rule = AttentionRule(causal, window, soft_cap, query.shape[-1] ** -0.5 if scale is None else scale)
+
+    if implementation is None:
+        implementation = _best_implementation(query, rule, matmul_dtype)
+    elif implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention implementation {implementation!r} is unknown; allowed are {', '.join(IMPLEMENTATIONS)}"
+        )
+    elif obstacle := _obstacle(implementation, query, rule, matmul_dtype):
+        raise ValueError(f"attention implementation {implementation!r} {obstacle}")
+
+    match implementation:
+        case "reference":
+            return reference_attention(rule, query, key, value, segment_ids, kv_segment_ids)
+        case "xla":
+            return flash_xla.flash_attention(rule, matmul_dtype, query, key, value, segment_ids, kv_segment_ids)
+    operands = (x.astype(matmul_dtype) for x in (query, key, value))
+    kernel = flash_tpu.flash_attention if implementation == "pallas_tpu" else _cudnn_attention
+    return kernel(rule, *operands, segment_ids, kv_segment_ids).astype(query.dtype)
+
+
+def reference_attention(rule: AttentionRule, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS) -> jax.Array:
+    """The definition of attention, in float32, with the whole [length, kv_length] matrix in memory."""
+    group = query_BTNH.shape[2] // key_BSKH.shape[2]
+    query, key, value = (x.astype(jnp.float32) for x in (query_BTNH, key_BSKH, value_BSKH))
+    key, value = jnp.repeat(key, group, axis=2), jnp.repeat(value, group, axis=2)
+    logits_BNTS = rule.logits(jnp.einsum("btnh,bsnh->bnts", query, key, precision="highest"))
+    visible_B1TS = _visible(rule, query_BTNH.shape[1], key_BSKH.shape[1], segments_BT, segments_BS)
+    probabilities_BNTS = jax.nn.softmax(jnp.where(visible_B1TS, logits_BNTS, MASKED_LOGIT), axis=-1)
+    # Zero where all is masked, and so softmax is uniform over what must not be seen.
+    probabilities_BNTS = jnp.where(visible_B1TS, probabilities_BNTS, 0.0)
+    output_BTNH = jnp.einsum("bnts,bsnh->btnh", probabilities_BNTS, value, precision="highest")
+    return output_BTNH.astype(query_BTNH.dtype)
+
+
+def _visible(rule: AttentionRule, length: int, kv_length: int, segments_BT, segments_BS) -> jax.Array:
+    """bool [B or 1, 1, T, S]: which key each query sees."""
+    visible = rule.sees(jnp.arange(length)[:, None], jnp.arange(kv_length)[None, :])
+    visible = jnp.broadcast_to(visible, (1, 1, length, kv_length))
+    if segments_BT is not None:
+        query_segment, key_segment = segments_BT[:, None, :, None], segments_BS[:, None, None, :]
+        visible = visible & (query_segment == key_segment) & (query_segment != 0)
+    return visible
+
+
+def _cudnn_attention(rule: AttentionRule, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS) -> jax.Array:
+    """cuDNN's flash attention.
+
+    Segments, windows and keys beyond the queries go in as a mask, the one form that cuDNN applies as it is given;
+    causality alone stays a flag, so that it is the kernel's to skip.
+    """
+    length, kv_length = query_BTNH.shape[1], key_BSKH.shape[1]
+    masked = segments_BT is not None or rule.window is not None
+    visible = _visible(rule, length, kv_length, segments_BT, segments_BS) if masked else None
+    output_BTNH = jax.nn.dot_product_attention(
+        query_BTNH,
+        key_BSKH,
+        value_BSKH,
+        mask=visible,
+        is_causal=rule.causal,
+        scale=rule.scale,
+        implementation="cudnn",
+    )
+    if visible is None:
+        return output_BTNH
+    # cuDNN's masked logits are finite: a query that sees nothing would average over everything.
+    sees_any_BT11 = jnp.any(visible, axis=-1).swapaxes(1, 2)[..., None]
+    return jnp.where(sees_any_BT11, output_BTNH, 0)
+
+
+def _best_implementation(query, rule: AttentionRule, matmul_dtype) -> str:
+    platform = _platform()
+    if platform == "tpu" and query.shape[1] >= _SHORTEST_FOR_PALLAS:
+        return "pallas_tpu"
+    if platform in ("gpu", "cuda") and not _obstacle("cudnn", query, rule, matmul_dtype):
+        return "cudnn"
+    return "xla"
+
+
+def _obstacle(implementation: str, query, rule: AttentionRule, matmul_dtype) -> str | None:
+    """Why the implementation cannot work here, as the end of a sentence; None if it can."""
+    platform = _platform()
+    if implementation == "pallas_tpu" and platform != "tpu":
+        return f"needs a TPU and this is {platform}; choose 'xla' or None"
+    if implementation != "cudnn":
+        return None
+    if platform not in ("gpu", "cuda"):
+        return f"needs an NVIDIA GPU and this is {platform}; choose 'xla' or None"
+    if rule.soft_cap is not None:
+        return "has no soft cap; choose 'xla' or None"
+    if matmul_dtype not in (jnp.bfloat16, jnp.float16):
+        return f"multiplies 16-bit floats and not {matmul_dtype}; set matmul_dtype to bfloat16, or choose 'xla' or None"
+    if query.shape[-1] % 8 or query.shape[-1] > 128:
+        return f"needs a head_dim that is a multiple of 8 up to 128 and not {query.shape[-1]}; choose 'xla' or None"
+    return None
+
+
+def _platform() -> str:
+    """The platform that is traced for: the mesh's, which may be another than this machine's, or the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _check_arguments(query, key, value, segment_ids, kv_segment_ids, window, soft_cap) -> None:
+    if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
+        raise ValueError(
+            "attention takes query [batch, length, num_heads, head_dim] and key, value [batch, kv_length, num_kv_heads,"
+            f" head_dim]; it got {query.shape}, {key.shape} and {value.shape}"
+        )
+    batch, length, num_heads, head_dim = query.shape
+    if (batch, head_dim) != (key.shape[0], key.shape[3]):
+        raise ValueError(f"query {query.shape} and key {key.shape} must agree in batch and head_dim")
+    if num_heads % key.shape[2]:
+        raise ValueError(f"num_heads {num_heads} must be a multiple of num_kv_heads {key.shape[2]}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 and not {window}; None lets every token see all before it")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap must be positive and not {soft_cap}; None means no cap")
+    if segment_ids is None and kv_segment_ids is not None:
+        raise ValueError("kv_segment_ids needs segment_ids as well; pass ones for queries without padding")
+    if segment_ids is not None and segment_ids.shape != (batch, length):
+        raise ValueError(f"segment_ids must be [batch, length] {(batch, length)} and not {segment_ids.shape}")
+    if segment_ids is not None:
+        keys = segment_ids if kv_segment_ids is None else kv_segment_ids
+        if keys.shape != key.shape[:2]:
+            raise ValueError(f"kv_segment_ids must be [batch, kv_length] {key.shape[:2]} and not {keys.shape}")

@@ -1,0 +1,72 @@
+"""Which key each query may see by position alone, and how a dot product becomes a logit.
+
+The rule is static: the blockwise kernels ask it which blocks hold nothing visible and never compute those.
+"""
+
+import dataclasses
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+
+# Stands for -infinity, but keeps every difference of two logits finite.
+MASKED_LOGIT = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionRule:
+    """Positions i of queries and j of keys both count from 0.
+
+    Attributes:
+      causal: i sees j only if j <= i.
+      window: i sees j only if i - j < window; without `causal`, |i - j| < window.
+      soft_cap: a logit x becomes soft_cap * tanh(x / soft_cap).
+      scale: factor on the dot product, before the soft cap.
+    """
+
+    causal: bool
+    window: int | None
+    soft_cap: float | None
+    scale: float
+
+    @property
+    def everything_visible(self) -> bool:
+        return not self.causal and self.window is None
+
+    def sees(self, query_position, key_position):
+        """Elementwise, for integers or integer arrays that broadcast."""
+        return self._holds(query_position - key_position, key_position - query_position)
+
+    def block_has_visible(self, query_start, query_end, key_start, key_end):
+        """Whether any query in [query_start, query_end) sees any key in [key_start, key_end)."""
+        return self._holds(query_start - (key_end - 1), key_start - (query_end - 1))
+
+    def block_is_visible(self, query_start, query_end, key_start, key_end):
+        """Whether every query in [query_start, query_end) sees every key in [key_start, key_end)."""
+        return self._holds(query_end - 1 - key_start, key_end - 1 - query_start)
+
+    def _holds(self, behind, ahead):
+        """The rule for a key that lies `behind` positions before its query, which is `ahead` = -behind after it.
+
+        Given separately, because a block's nearest and farthest pairs bound the two.
+        """
+        conditions = []
+        if self.causal:
+            conditions.append(ahead <= 0)
+        if self.window is not None:
+            conditions.append(behind < self.window)
+            if not self.causal:
+                conditions.append(ahead < self.window)
+        return functools.reduce(operator.and_, conditions, True)
+
+    def logits(self, products: jax.Array) -> jax.Array:
+        """Logits of float32 dot products, any shape."""
+        logits = products * self.scale
+        return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
+
+    def product_gradient(self, logits: jax.Array, gradient: jax.Array) -> jax.Array:
+        """The gradient of the dot products, from that of their logits."""
+        if self.soft_cap is not None:
+            gradient = gradient * (1 - jnp.square(logits / self.soft_cap))
+        return gradient * self.scale

@@ -1,0 +1,147 @@
+"""Attention block by block in plain XLA: the path for CPUs, and where no kernel fits.
+
+Queries are cut into a few static blocks; each attends only to the keys that it may see, so causal attention costs
+about half, and the backward pass computes probabilities again from the saved log-sum-exp (arXiv:2205.14135) instead
+of keeping them.
+
+Shapes: B batch, T query length, S key length, N query heads, K key-value heads, G = N / K, H head dim; q and s are
+the lengths of a block of queries and of the keys that it sees.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule
+
+_MOST_BLOCKS = 8
+_SMALLEST_BLOCK = 64
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def flash_attention(rule: AttentionRule, matmul_dtype, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
+    """Attention as `maxlm.ops.attention.attention` defines it; segment ids are both given or both None.
+
+    Operands of the matrix products are cast to `matmul_dtype`; products and softmax are float32.
+    """
+    return _forward(rule, matmul_dtype, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)[0]
+
+
+def _forward(rule, matmul_dtype, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
+    query_BKGTH = _group(query_BTNH, key_BSKH.shape[2])
+    key_BKSH, value_BKSH = key_BSKH.swapaxes(1, 2), value_BSKH.swapaxes(1, 2)
+    product = functools.partial(_einsum, matmul_dtype)
+    outputs, log_sums = [], []
+    for queries, keys in _blocks(rule, query_BTNH.shape[1], key_BSKH.shape[1]):
+        logits_BKGqs = rule.logits(product("bkgqh,bksh->bkgqs", query_BKGTH[:, :, :, queries], key_BKSH[:, :, keys]))
+        logits_BKGqs = _mask(rule, logits_BKGqs, segments_BT, segments_BS, queries, keys)
+        largest_BKGq1 = jnp.max(logits_BKGqs, axis=-1, keepdims=True)
+        weights_BKGqs = jnp.exp(logits_BKGqs - largest_BKGq1)
+        sum_BKGq1 = jnp.sum(weights_BKGqs, axis=-1, keepdims=True)
+        mixed_BKGqH = product("bkgqs,bksh->bkgqh", weights_BKGqs, value_BKSH[:, :, keys])
+        sees_any = largest_BKGq1 > MASKED_LOGIT / 2
+        outputs.append(jnp.where(sees_any, mixed_BKGqH / sum_BKGq1, 0.0))
+        # For a query that sees nothing, +1e30 makes every probability of the backward pass an exact zero.
+        log_sums.append(jnp.where(sees_any, largest_BKGq1 + jnp.log(sum_BKGq1), -MASKED_LOGIT))
+    output_BTNH = _ungroup(jnp.concatenate(outputs, axis=3)).astype(query_BTNH.dtype)
+    return output_BTNH, (query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, output_BTNH, log_sums)
+
+
+def _backward(rule, matmul_dtype, residuals, gradient_BTNH):
+    query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, output_BTNH, log_sums = residuals
+    num_kv_heads = key_BSKH.shape[2]
+    query_BKGTH, gradient_BKGTH = _group(query_BTNH, num_kv_heads), _group(gradient_BTNH, num_kv_heads)
+    key_BKSH, value_BKSH = key_BSKH.swapaxes(1, 2), value_BSKH.swapaxes(1, 2)
+    product = functools.partial(_einsum, matmul_dtype)
+    # sum_j P_ij dP_ij = dO_i . O_i, the term that the softmax subtracts (arXiv:2205.14135, appendix B.2).
+    mean_BTN1 = jnp.sum(gradient_BTNH.astype(jnp.float32) * output_BTNH.astype(jnp.float32), axis=-1, keepdims=True)
+    mean_BKGT1 = _group(mean_BTN1, num_kv_heads)
+
+    query_gradients, key_pieces, value_pieces = [], [], []
+    blocks = _blocks(rule, query_BTNH.shape[1], key_BSKH.shape[1])
+    for (queries, keys), log_sum_BKGq1 in zip(blocks, log_sums):
+        query_BKGqH, gradient_BKGqH = query_BKGTH[:, :, :, queries], gradient_BKGTH[:, :, :, queries]
+        key_BKsH, value_BKsH = key_BKSH[:, :, keys], value_BKSH[:, :, keys]
+        logits_BKGqs = rule.logits(product("bkgqh,bksh->bkgqs", query_BKGqH, key_BKsH))
+        masked_BKGqs = _mask(rule, logits_BKGqs, segments_BT, segments_BS, queries, keys)
+        probabilities_BKGqs = jnp.exp(masked_BKGqs - log_sum_BKGq1)
+        above_mean_BKGqs = product("bkgqh,bksh->bkgqs", gradient_BKGqH, value_BKsH) - mean_BKGT1[:, :, :, queries]
+        product_gradient_BKGqs = rule.product_gradient(logits_BKGqs, probabilities_BKGqs * above_mean_BKGqs)
+        query_gradients.append(product("bkgqs,bksh->bkgqh", product_gradient_BKGqs, key_BKsH))
+        # [H, s], not [s, H]: then the small operand is the one to be transposed, a tenth faster on CPUs.
+        key_pieces.append(product("bkgqh,bkgqs->bkhs", query_BKGqH, product_gradient_BKGqs))
+        value_pieces.append(product("bkgqh,bkgqs->bkhs", gradient_BKGqH, probabilities_BKGqs))
+
+    return (
+        _ungroup(jnp.concatenate(query_gradients, axis=3)).astype(query_BTNH.dtype),
+        _sum_over_blocks(blocks, key_pieces).astype(key_BSKH.dtype),
+        _sum_over_blocks(blocks, value_pieces).astype(value_BSKH.dtype),
+        None,
+        None,
+    )
+
+
+flash_attention.defvjp(_forward, _backward)
+
+
+def _einsum(matmul_dtype, formula: str, left, right):
+    return jnp.einsum(
+        formula, left.astype(matmul_dtype), right.astype(matmul_dtype), preferred_element_type=jnp.float32
+    )
+
+
+def _group(x_BTNH, num_kv_heads: int):
+    """Heads first, those that share a key-value head side by side: [B, K, G, T, H]."""
+    batch, length, num_heads, width = x_BTNH.shape
+    return x_BTNH.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, width).transpose(0, 2, 3, 1, 4)
+
+
+def _ungroup(x_BKGTH):
+    batch, num_kv_heads, group, length, width = x_BKGTH.shape
+    return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_kv_heads * group, width)
+
+
+def _mask(rule, logits_BKGqs, segments_BT, segments_BS, queries: slice, keys: slice):
+    query_position = jnp.arange(queries.start, queries.stop)[:, None]
+    key_position = jnp.arange(keys.start, keys.stop)[None, :]
+    visible = rule.sees(query_position, key_position)
+    if segments_BT is not None:
+        query_segment, key_segment = segments_BT[:, queries, None], segments_BS[:, None, keys]
+        visible &= (query_segment == key_segment) & (query_segment != 0)
+        visible = visible[:, None, None]
+    return logits_BKGqs if visible is True else jnp.where(visible, logits_BKGqs, MASKED_LOGIT)
+
+
+def _blocks(rule: AttentionRule, query_length: int, key_length: int) -> list[tuple[slice, slice]]:
+    """Every block of queries with the keys that any of them may see; together they reach every key."""
+    block = max(_SMALLEST_BLOCK, -(-query_length // _MOST_BLOCKS))
+    blocks = []
+    for start in range(0, query_length, block):
+        end = min(start + block, query_length)
+        first = max(0, start - rule.window + 1) if rule.window is not None else 0
+        last = key_length
+        if end < query_length:
+            if rule.causal:
+                last = end
+            elif rule.window is not None:
+                last = end - 1 + rule.window
+        # A block without any visible key still takes one: the mask turns its rows into zeros.
+        first = min(first, key_length - 1)
+        blocks.append((slice(start, end), slice(first, max(first + 1, min(last, key_length)))))
+    return blocks
+
+
+def _sum_over_blocks(blocks, pieces: list[jax.Array]) -> jax.Array:
+    """The sum [B, S, K, H] of pieces [B, K, H, s], each over its own block's keys."""
+    edges = sorted({edge for _, keys in blocks for edge in (keys.start, keys.stop)})
+    spans = [
+        sum(
+            piece[..., start - keys.start : end - keys.start]
+            for (_, keys), piece in zip(blocks, pieces)
+            if keys.start <= start and end <= keys.stop
+        )
+        for start, end in itertools.pairwise(edges)
+    ]
+    return jnp.concatenate(spans, axis=-1).transpose(0, 3, 1, 2)
