@@ -7,7 +7,7 @@ from pathlib import Path
 
 from maxlm.errors import ConfigError
 
-# A power-of-two slice has at most this many; the number counts TensorCores (v4, v5p: two a chip) or chips (v5e, v6e).
+# Slices of v5e and v6e, in chips. (The number of a v4 or v5p slice counts TensorCores, two a chip.)
 _CHIP_COUNTS = (1, 4, 8, 16, 32, 64, 128, 256)
 
 
