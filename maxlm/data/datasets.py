@@ -1,0 +1,58 @@
+"""Data sets of two catalogues, as mappings of fields: TFDS (without TensorFlow) and Hugging Face (streamed)."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from maxlm.errors import DataError
+
+
+def read_tfds(uri: str) -> Iterator[dict]:
+    """The examples of `tfds:NAME[:SPLIT]`; NAME may be a folder that TFDS has prepared.
+
+    Raises:
+      DataError: if there is no such data set or split, or it is not of a kind that is read without TensorFlow.
+    """
+    import tensorflow_datasets as tfds
+
+    name, split = _name_and_split(uri)
+    try:
+        builder = tfds.builder_from_directory(name) if Path(name).is_dir() else tfds.builder(name, try_gcs=False)
+        builder.download_and_prepare(file_format="array_record")
+        examples = builder.as_data_source(split)
+    except Exception as error:  # TFDS raises errors of many kinds, network errors among them
+        raise DataError(f"source {uri}: TFDS cannot give it: {_first_line(error)}") from None
+    for index in range(len(examples)):
+        yield examples[index]
+
+
+def read_hf(uri: str) -> Iterator[dict]:
+    """The examples of `hf:NAME[:SPLIT]`, streamed; NAME may be a local folder of data files.
+
+    Raises:
+      DataError: if the extra `hf` is not installed, or there is no such data set or split.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"source {uri}: needs the package `datasets`; install it with: pip install 'maxlm[hf]'"
+        ) from None
+
+    name, split = _name_and_split(uri)
+    try:
+        yield from datasets.load_dataset(name, split=split, streaming=True)
+    except Exception as error:  # network errors among them; a generator that is closed raises GeneratorExit instead
+        raise DataError(f"source {uri}: the data set cannot be read: {_first_line(error)}") from None
+
+
+def _name_and_split(uri: str) -> tuple[str, str]:
+    _, _, name = uri.partition(":")
+    if not os.path.isdir(name) and ":" in name:
+        name, _, split = name.rpartition(":")
+        return name, split
+    return name, "train"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,254 @@
+"""The first stage of a build: sources to clean documents that are unlike each other, split into train and valid.
+
+Cleaning and signatures run in worker processes, a batch at a time; what needs to know all documents (have we seen this
+one?) runs here, in the order of the sources, so the result does not depend on the number of workers.
+"""
+
+import json
+import platform
+import shutil
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
+import xxhash
+
+from maxlm.config import DataConfig
+from maxlm.core.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
+from maxlm.core.progress import console, track
+from maxlm.data.clean import find_abnormal, normalise
+from maxlm.data.decontaminate import count_overlaps, evaluation_ngrams
+from maxlm.data.deduplicate import NearDuplicates, make_signatures
+from maxlm.data.documents import Document, Record, Reject
+from maxlm.data.embedded import URI as EMBEDDED
+from maxlm.data.parallel import map_in_order
+from maxlm.data.shingles import hash_words
+from maxlm.data.sources import local_files, read_source
+from maxlm.errors import DataError
+
+SPLITS = ("train", "valid")
+REJECTS_FILE = "rejects.jsonl"
+
+_SCHEMA = pyarrow.schema([(name, pyarrow.string()) for name in ("id", "source", "licence", "text")])
+_BATCH_CHARACTERS = 1_000_000
+_BATCH_DOCUMENTS = 1000
+
+
+def build_documents(config: DataConfig) -> dict:
+    """Write `documents/{train,valid}.parquet` and `rejects.jsonl` into the build's folder.
+
+    Documents that were made from the same sources with the same settings are left as they are.
+
+    Returns:
+      The manifest of the folder `documents`. Its metrics count every record: `records_in` is the number of documents
+      kept plus the sum of `rejected`.
+
+    Raises:
+      DataError: if a source cannot be used, or a split is left without documents.
+    """
+    folder = Path(config.output) / "documents"
+    inputs = {str(path): path for source in config.sources for path in local_files(source)}
+    inputs |= {path: Path(path) for path in config.decontaminate.files if Path(path).is_file()}
+    settings = _settings(config)
+    if (folder / FILE_NAME).is_file():
+        manifest = read_manifest(folder)
+        hashes = {name: item["hash"] for name, item in manifest["inputs"].items()}
+        if manifest["config"] == settings and hashes == {name: content_hash(path) for name, path in inputs.items()}:
+            console.print(f"{folder}: is up to date")
+            return manifest
+
+    # What was built from the old documents is complete no more.
+    (folder.parent / FILE_NAME).unlink(missing_ok=True)
+    (folder / FILE_NAME).unlink(missing_ok=True)
+    temporary = folder.with_name("documents.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    start = time.perf_counter()
+    metrics = _write_documents(config, temporary)
+    seconds = time.perf_counter() - start
+    metrics |= {
+        "seconds": round(seconds, 2),
+        "records_per_second": round(metrics["records_in"] / seconds),
+        "characters_per_second": round(sum(split["characters"] for split in metrics["splits"].values()) / seconds),
+    }
+    manifest = write_manifest(temporary, stage="data/documents", inputs=inputs, config=settings, metrics=metrics)
+    (temporary / REJECTS_FILE).replace(folder.parent / REJECTS_FILE)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return manifest
+
+
+def _settings(config: DataConfig) -> dict:
+    """All that the documents depend on, but for the files that are read."""
+    settings = config.model_dump(mode="json", exclude={"kind", "output", "tokenizer", "row_length", "workers"})
+    if any(source.uri == EMBEDDED for source in config.sources):
+        settings["python"] = platform.python_version()
+    return settings
+
+
+def _write_documents(config: DataConfig, folder: Path) -> dict:
+    counts: dict[str, Counter] = {split: Counter(documents=0, characters=0, bytes=0) for split in SPLITS}
+    by_source: dict[str, Counter] = defaultdict(Counter)
+    rejected: Counter[str] = Counter()
+    num_records = 0
+    pending: dict[str, list[Document]] = {split: [] for split in SPLITS}
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(parquet.ParquetWriter(folder / f"{split}.parquet", _SCHEMA, compression="zstd"))
+            for split in SPLITS
+        }
+        rejects = stack.enter_context((folder / REJECTS_FILE).open("w", encoding="utf-8"))
+
+        def flush(split: str) -> None:
+            columns = {name: [getattr(d, name) for d in pending[split]] for name in _SCHEMA.names}
+            writers[split].write_table(pyarrow.table(columns, schema=_SCHEMA))
+            pending[split].clear()
+
+        for record in track(select_documents(config), "documents"):
+            num_records += 1
+            if isinstance(record, Reject):
+                rejected[record.reason] += 1
+                by_source[record.source]["rejected"] += 1
+                rejects.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+                continue
+            split = choose_split(record.id, config)
+            by_source[record.source]["documents"] += 1
+            counts[split].update(documents=1, characters=len(record.text), bytes=len(record.text.encode()))
+            pending[split].append(record)
+            if len(pending[split]) == _BATCH_DOCUMENTS:
+                flush(split)
+        for split in SPLITS:
+            flush(split)
+
+    _check_splits(counts, config)
+    num_kept = sum(split["documents"] for split in counts.values())
+    if num_records != num_kept + sum(rejected.values()):
+        raise AssertionError(f"{num_records} records in, {num_kept} kept and {rejected.total()} rejected")
+    return {
+        "records_in": num_records,
+        "documents": num_kept,
+        "rejected": dict(sorted(rejected.items())),
+        "splits": {split: dict(counts[split]) for split in SPLITS},
+        "sources": {uri: dict(counter) for uri, counter in by_source.items()},
+    }
+
+
+def select_documents(config: DataConfig) -> Iterator[Record]:
+    """Every record of the sources, in order: as a clean document, or rejected with the first reason that applies."""
+    ngrams = evaluation_ngrams(config.decontaminate.files, config.decontaminate.ngram_words)
+    records = (record for source in config.sources for record in read_source(source))
+    prepared = map_in_order(partial(_Preparer, config, ngrams), _batches(records), workers=config.workers)
+    near = config.deduplicate.near_threshold
+    kept_hashes: dict[bytes, str] = {}
+    near_duplicates = NearDuplicates(threshold=near or 1.0, num_permutations=config.deduplicate.num_permutations)
+    kept_ids: list[str] = []
+    for batch in prepared:
+        for item in batch:
+            record = item.record
+            if isinstance(record, Document):
+                original = kept_hashes.get(item.text_hash)
+                if original is not None:
+                    record = _reject(record, "exact_duplicate", f"the same text as {original}")
+                elif item.signature is not None and (found := near_duplicates.add(item.signature)):
+                    number, similarity = found
+                    detail = f"about {similarity:.0%} of its runs of words are shared with {kept_ids[number]}"
+                    record = _reject(record, "near_duplicate", detail)
+                else:
+                    kept_hashes[item.text_hash] = record.id
+                    if item.signature is not None:
+                        kept_ids.append(record.id)
+            yield record
+
+
+def choose_split(document_id: str, config: DataConfig) -> str:
+    """The split of a document: a pure function of its id and the seed."""
+    number = xxhash.xxh3_64_intdigest(f"{config.seed}/{document_id}".encode())
+    return "valid" if number < config.valid_fraction * 2**64 else "train"
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A record after cleaning; a document's hash, and its MinHash signature where near-duplicates are looked for."""
+
+    record: Record
+    text_hash: bytes = b""
+    signature: np.ndarray | None = None
+
+
+class _Preparer:
+    """What is done to each batch on its own, in a worker process."""
+
+    def __init__(self, config: DataConfig, ngrams: np.ndarray):
+        self._config = config
+        self._ngrams = ngrams
+
+    def __call__(self, batch: list[Record]) -> list[_Prepared]:
+        results: list[_Prepared] = []
+        words: list[np.ndarray] = []
+        compared: list[int] = []
+        for record in batch:
+            if isinstance(record, Document):
+                record, words_of_record = self._clean(record)
+            if isinstance(record, Reject):
+                results.append(_Prepared(record))
+                continue
+            if len(words_of_record) and self._config.deduplicate.near_threshold is not None:
+                words.append(words_of_record)
+                compared.append(len(results))
+            results.append(_Prepared(record, xxhash.xxh3_128_digest(record.text.encode())))
+        settings = self._config.deduplicate
+        signatures = make_signatures(
+            words, shingle_words=settings.shingle_words, num_permutations=settings.num_permutations
+        )
+        for index, signature in zip(compared, signatures):
+            results[index] = replace(results[index], signature=signature)
+        return results
+
+    def _clean(self, document: Document) -> tuple[Record, np.ndarray | None]:
+        text = normalise(document.text, self._config.clean.unicode_form)
+        if problem := find_abnormal(text, self._config.clean):
+            return _reject(document, *problem), None
+        words = hash_words(text)
+        size = self._config.decontaminate.ngram_words
+        if overlaps := count_overlaps(words, self._ngrams, size):
+            return _reject(
+                document, "contaminated", f"{overlaps} runs of {size} words stand in an evaluation set"
+            ), None
+        return replace(document, text=text), words
+
+
+def _reject(document: Document, reason: str, detail: str) -> Reject:
+    return Reject(document.id, document.source, reason, detail, document.text)
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += len(record.text)
+        if size >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _check_splits(counts: dict[str, Counter], config: DataConfig) -> None:
+    total = sum(counter["documents"] for counter in counts.values())
+    if total == 0:
+        raise DataError("no document is left: all were rejected; loosen clean, or look at the sources")
+    for split, wanted in (("train", config.valid_fraction < 1), ("valid", config.valid_fraction > 0)):
+        if wanted and counts[split]["documents"] == 0:
+            raise DataError(
+                f"none of the {total} documents fell into the {split} split (valid_fraction is"
+                f" {config.valid_fraction}); cut the text into more documents with split_on_blank_lines,"
+                " or change valid_fraction or seed"
+            )

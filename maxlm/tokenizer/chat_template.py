@@ -1,0 +1,97 @@
+"""How messages become tokens: for each role, what stands before and after its content.
+
+The template is data, not code: lists of control tokens and of literal text. Control tokens are inserted by id, so
+nothing that a message says can be taken for one.
+"""
+
+import difflib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from maxlm.errors import TokenizerError
+
+FILE_NAME = "chat_template.json"
+
+SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+CONTROL_TOKENS = (SYSTEM, USER, ASSISTANT, END)
+
+
+@dataclass(frozen=True)
+class RoleTemplate:
+    """What stands around a role's content. A part is `{"control": TOKEN}` or `{"text": TEXT}`."""
+
+    prefix: tuple[dict[str, str], ...]
+    suffix: tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Roles, and the role that answers: its content and suffix are what a model learns to write."""
+
+    roles: dict[str, RoleTemplate]
+    answering_role: str
+    begin: tuple[dict[str, str], ...]
+
+    def role(self, name: object) -> RoleTemplate:
+        """The template of a role.
+
+        Raises:
+          TokenizerError: if there is no such role.
+        """
+        if name in self.roles:
+            return self.roles[name]
+        near = difflib.get_close_matches(str(name), self.roles, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"this tokenizer knows {', '.join(self.roles)}"
+        raise TokenizerError(f"chat role {name!r} is unknown; {hint}")
+
+    def control_tokens(self) -> set[str]:
+        """Every control token that the template names."""
+        parts = [*self.begin, *(part for role in self.roles.values() for part in (*role.prefix, *role.suffix))]
+        return {part["control"] for part in parts if "control" in part}
+
+    def to_json(self) -> str:
+        """The template's file: the same template gives the same bytes."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ChatTemplate":
+        """Read a template's file.
+
+        Raises:
+          TokenizerError: if it is missing or is no template.
+        """
+        try:
+            tree = json.loads(Path(path).read_text(encoding="utf-8"))
+            roles = {
+                name: RoleTemplate(prefix=_parts(role["prefix"]), suffix=_parts(role["suffix"]))
+                for name, role in tree["roles"].items()
+            }
+            template = cls(roles=roles, answering_role=tree["answering_role"], begin=_parts(tree["begin"]))
+        except OSError as error:
+            raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TokenizerError(f"{path}: is no chat template: {type(error).__name__}: {error}") from None
+        if template.answering_role not in roles:
+            raise TokenizerError(f"{path}: answering_role {template.answering_role!r} is none of its roles")
+        return template
+
+
+def default_chat_template(bos_token: str) -> ChatTemplate:
+    """`<|bos|><|user|>question<|end|><|assistant|>answer<|end|>`, with a system message where one is wanted."""
+
+    def role(token: str) -> RoleTemplate:
+        return RoleTemplate(prefix=({"control": token},), suffix=({"control": END},))
+
+    return ChatTemplate(
+        roles={"system": role(SYSTEM), "user": role(USER), "assistant": role(ASSISTANT)},
+        answering_role="assistant",
+        begin=({"control": bos_token},),
+    )
+
+
+def _parts(items: list) -> tuple[dict[str, str], ...]:
+    for item in items:
+        if not (isinstance(item, dict) and len(item) == 1 and {*item} <= {"control", "text"}):
+            raise ValueError(f'{item!r} is neither {{"control": TOKEN}} nor {{"text": TEXT}}')
+    return tuple(items)

@@ -1,0 +1,160 @@
+"""Train a SentencePiece model on documents.
+
+The settings suit prose and code alike: text is taken as it stands, runs of spaces and newlines may become pieces, each
+digit is a token, and a character outside the vocabulary is written as its bytes.
+"""
+
+import io
+import re
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+import sentencepiece
+import xxhash
+
+from maxlm.config import TokenizerConfig
+from maxlm.core.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
+from maxlm.core.progress import console
+from maxlm.errors import DataError, TokenizerError
+from maxlm.tokenizer.chat_template import CONTROL_TOKENS, default_chat_template
+from maxlm.tokenizer.codec import BOS, EOS, PAD, UNKNOWN, Tokenizer
+
+# SentencePiece's trainer gives these a meaning of its own and skips every text that holds one.
+_RESERVED = re.compile("[\0\t\u2581\u2585]+")
+_CHUNK_CHARACTERS = 10_000
+
+
+def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """Train, and write `tokenizer.model`, `chat_template.json` and `manifest.json`.
+
+    A folder that was made from the same input with the same configuration is loaded instead.
+
+    Raises:
+      DataError: if the input is missing or empty.
+      TokenizerError: if the input is too small, or its alphabet too large, for the vocabulary.
+    """
+    output = Path(config.output)
+    documents = _input_path(config.input)
+    resolved = config.model_dump(mode="json")
+    if _is_up_to_date(output, resolved, documents):
+        console.print(f"{output}: is up to date")
+        return Tokenizer.load(output)
+
+    start = time.perf_counter()
+    texts = list(
+        _draw(_read_texts(documents), config.max_characters, total=_total_characters(documents), config=config)
+    )
+    if not texts:
+        raise DataError(f"{config.input}: holds no text to train a tokenizer on")
+    tokenizer = Tokenizer(_train_model(texts, config), default_chat_template(BOS))
+    seconds = time.perf_counter() - start
+
+    (output / FILE_NAME).unlink(missing_ok=True)
+    tokenizer.save(output)
+    sample = texts[:: max(1, len(texts) // 1000)]
+    characters = sum(map(len, sample))
+    write_manifest(
+        output,
+        stage="tokenizer",
+        inputs={"documents": documents},
+        config=resolved,
+        metrics={
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "trained_on_characters": sum(map(len, texts)),
+            "characters_per_token": round(characters / max(1, sum(map(len, tokenizer.encode_batch(sample)))), 3),
+            "seconds": round(seconds, 2),
+        },
+    )
+    return tokenizer
+
+
+def _train_model(texts: list[str], config: TokenizerConfig) -> bytes:
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(piece for text in texts for piece in _RESERVED.split(text) if piece),
+            model_writer=model,
+            model_type=config.algorithm,
+            vocab_size=config.vocab_size,
+            character_coverage=config.character_coverage,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=["\t"],
+            control_symbols=list(CONTROL_TOKENS),
+            pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+            pad_piece=PAD, bos_piece=BOS, eos_piece=EOS, unk_piece=UNKNOWN,
+            max_sentence_length=1 << 24,
+            num_threads=4,  # part of the result for unigram: sums are taken thread by thread
+            minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise TokenizerError(_explain(str(error), config)) from None
+    return model.getvalue()
+
+
+def _explain(message: str, config: TokenizerConfig) -> str:
+    if match := re.search(r"Please set it to a value <= (\d+)", message):
+        return (
+            f"vocab_size {config.vocab_size} is more than {config.input} can fill:"
+            f" set vocab_size to at most {match[1]}, or give more text"
+        )
+    if match := re.search(r"\d+ vs (\d+)\. Increase vocab_size", message):
+        return (
+            f"vocab_size {config.vocab_size} is too small for the characters of {config.input}:"
+            f" set vocab_size to at least {match[1]}, or lower character_coverage ({config.character_coverage})"
+        )
+    return f"{config.input}: SentencePiece cannot train on it: {message}"
+
+
+def _input_path(given: str) -> Path:
+    """The documents stage of a data folder, or a text file."""
+    path = Path(given)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        read_manifest(path / "documents")
+        return path / "documents"
+    raise DataError(
+        f"{given}: there is no such file or folder; `maxlm data build CONFIG --stop-after documents` makes one"
+    )
+
+
+def _read_texts(path: Path) -> Iterator[str]:
+    if path.is_dir():
+        for batch in parquet.ParquetFile(path / "train.parquet").iter_batches(columns=["text"], batch_size=1024):
+            yield from batch.column("text").to_pylist()
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is no UTF-8 text (byte {error.start + 1})") from None
+    for start in range(0, len(text), _CHUNK_CHARACTERS):
+        yield text[start : start + _CHUNK_CHARACTERS]
+
+
+def _total_characters(path: Path) -> int:
+    if path.is_dir():
+        return read_manifest(path)["metrics"]["splits"]["train"]["characters"]
+    return path.stat().st_size
+
+
+def _draw(texts: Iterable[str], limit: int, *, total: int, config: TokenizerConfig) -> Iterator[str]:
+    """About `limit` characters, spread evenly: each text stays or goes by a hash of its position."""
+    share = min(1.0, limit / max(1, total))
+    for position, text in enumerate(texts):
+        if xxhash.xxh3_64_intdigest(f"{config.seed}/{position}".encode()) < share * 2**64:
+            yield text
+
+
+def _is_up_to_date(output: Path, resolved: dict, documents: Path) -> bool:
+    if not (output / FILE_NAME).is_file():
+        return False
+    manifest = read_manifest(output)
+    return manifest["config"] == resolved and manifest["inputs"]["documents"]["hash"] == content_hash(documents)
