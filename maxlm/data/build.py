@@ -117,7 +117,7 @@ def _pack_split(config: DataConfig, tokenizer: Tokenizer, split: str, documents:
 
 
 class _Encoder:
-    """Texts to tokens, in a worker process; where there is only this process, SentencePiece's threads share the work."""
+    """Texts to tokens in a worker process. Where there is only one process, SentencePiece's threads share the work."""
 
     def __init__(self, folder: str, workers: int):
         self._tokenizer = Tokenizer.load(folder)

@@ -32,8 +32,8 @@ def make_signatures(words: list[np.ndarray], *, shingle_words: int, num_permutat
 class NearDuplicates:
     """The signatures of the documents that are kept, found by similarity.
 
-    Documents of similarity `threshold` share a bucket with probability 0.99 or more; whether they are near-duplicates is
-    then decided by comparing whole signatures. Memory: about 2 KB a document with 128 permutations.
+    Documents of similarity `threshold` share a bucket with probability 0.99 or more; whether they are near-duplicates
+    is then decided by comparing whole signatures.
     """
 
     def __init__(self, *, threshold: float, num_permutations: int):

@@ -97,12 +97,14 @@ def _module_text(module: str, path: Path) -> str:
         elif isinstance(node, ast.Constant):
             string_lines.update(range(node.lineno, node.end_lineno + 1))
             continue
-        # What stands on one line holds neither a docstring of interest nor a string that spans lines.
-        stack.extend(
-            (name, n) for n in ast.iter_child_nodes(node) if getattr(n, "end_lineno", 0) != getattr(n, "lineno", 1)
-        )
+        stack.extend((name, child) for child in ast.iter_child_nodes(node) if _spans_lines(child))
     blocks += _comment_blocks(source, string_lines)
     return "\n\n".join(text for _, text in sorted(blocks))
+
+
+def _spans_lines(node: ast.AST) -> bool:
+    """What stands on one line holds neither a docstring nor a string of several lines."""
+    return getattr(node, "lineno", 0) != getattr(node, "end_lineno", 1)
 
 
 def _comment_blocks(source: str, string_lines: set[int]) -> Iterator[tuple[int, str]]:

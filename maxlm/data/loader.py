@@ -1,7 +1,7 @@
 """Packed rows to batches. Which rows a step reads is a pure function of the seed and the step.
 
-Grain shuffles each source anew in each epoch and mixes sources by weight; all of it is random access, so a run that goes
-on at step s reads what an unbroken one would have read, on any number of hosts and with any number of threads.
+Grain shuffles each source anew in each epoch and mixes sources by weight; all of it is random access, so a run that
+goes on at step s reads what an unbroken one would have read, on any number of hosts and with any number of threads.
 
 Letters in names: B rows of a batch on one shard, L row length.
 """
@@ -162,13 +162,11 @@ def open_mixture(
     """
     opened, row_length = _open_sources([path for path, _ in sources], split, expected_fingerprint, expected_row_length)
     # Every source repeats for ever: a mixture ends with the first of its sources that ends.
-    mixed = grain.MapDataset.mix(
-        [
-            _numbered(source, number).shuffle(seed=_source_seed(seed, number)).repeat()
-            for number, source in enumerate(opened)
-        ],
-        weights=[weight for _, weight in sources],
-    )
+    endless = [
+        _numbered(source, number).shuffle(seed=_source_seed(seed, number)).repeat()
+        for number, source in enumerate(opened)
+    ]
+    mixed = grain.MapDataset.mix(endless, weights=[weight for _, weight in sources])
     return PackedRows(opened, mixed, num_rows=None, batch_size=batch_size, row_length=row_length)
 
 

@@ -1,8 +1,8 @@
 """Packed rows: token streams cut into rows of one length, and the record that stores a row.
 
-The documents of a split form one stream, `[bos document eos][bos document eos]...`. A row holds `row_length + 1` tokens of
-it and shares one token with the next row, so that every token but the very first is a target exactly once. Only the
-last row is padded.
+The documents of a split form one stream, `[bos document eos][bos document eos]...`. A row holds `row_length + 1` tokens
+of it and shares one token with the next row, so that every token but the very first is a target exactly once. Only
+the last row is padded.
 
 A record, little-endian:
 
@@ -16,8 +16,6 @@ A record, little-endian:
     16..23      ordinal of the first of them; the others follow it in order
     24..        S uint32: where each begins among the row's tokens; the first always at 0
     then        L + 1 unsigned integers: the tokens
-
-Letters in names: L row length, S segments of a row.
 """
 
 import struct
@@ -37,15 +35,15 @@ class Row:
     """A stored row.
 
     Attributes:
-      tokens: `[L + 1]` int32, padded at the end.
+      tokens: `[row_length + 1]` int32, padded at the end.
       num_tokens: tokens that are no padding.
-      starts_S: where each document begins among the tokens; the first at 0, were it begun in the row before.
+      starts: `[num_documents]`: where each document begins among the tokens; the first at 0, were it begun in the row before.
       first_document: ordinal of the first document in the split's documents; the others follow in order.
     """
 
     tokens: np.ndarray
     num_tokens: int
-    starts_S: np.ndarray
+    starts: np.ndarray
     first_document: int
 
     @property
@@ -56,21 +54,21 @@ class Row:
     @property
     def documents(self) -> range:
         """Ordinals of the documents that the model reads in this row."""
-        num_read = int((self.starts_S < min(self.row_length, self.num_tokens)).sum())
+        num_read = int((self.starts < min(self.row_length, self.num_tokens)).sum())
         return range(self.first_document, self.first_document + num_read)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What a batch holds of this row, each `[L]`: int32, the weights float32.
+        """What a batch holds of this row, each `[row_length]`: int32, the weights float32.
 
         `segment_ids` counts the documents of the row from 1 and is 0 for padding. `positions` restarts with each.
         `loss_weights` is 0 where the target belongs to another document than the token, or is padding.
         """
         length = self.row_length
-        ends_S = np.append(self.starts_S[1:], self.num_tokens)
+        ends = np.append(self.starts[1:], self.num_tokens)
         segments = np.zeros(length + 1, np.int32)
         positions = np.zeros(length + 1, np.int32)
-        segments[: self.num_tokens] = np.repeat(np.arange(1, len(ends_S) + 1), ends_S - self.starts_S)
-        positions[: self.num_tokens] = np.arange(self.num_tokens) - np.repeat(self.starts_S, ends_S - self.starts_S)
+        segments[: self.num_tokens] = np.repeat(np.arange(1, len(ends) + 1), ends - self.starts)
+        positions[: self.num_tokens] = np.arange(self.num_tokens) - np.repeat(self.starts, ends - self.starts)
         return {
             "tokens": self.tokens[:-1],
             "targets": self.tokens[1:],
@@ -83,9 +81,9 @@ class Row:
 def encode_row(row: Row, *, token_bytes: int) -> bytes:
     """The record of a row."""
     header = _HEADER.pack(
-        _MAGIC, _VERSION, token_bytes, row.row_length, row.num_tokens, len(row.starts_S), row.first_document
+        _MAGIC, _VERSION, token_bytes, row.row_length, row.num_tokens, len(row.starts), row.first_document
     )
-    return header + row.starts_S.astype("<u4").tobytes() + row.tokens.astype(f"<u{token_bytes}").tobytes()
+    return header + row.starts.astype("<u4").tobytes() + row.tokens.astype(f"<u{token_bytes}").tobytes()
 
 
 def decode_row(record: bytes) -> Row:
@@ -97,9 +95,9 @@ def decode_row(record: bytes) -> Row:
     if record[:3] != _MAGIC + bytes([_VERSION]):
         raise DataError("a packed row is not of the layout that this version reads; run `maxlm data build` again")
     _, _, token_bytes, length, num_tokens, num_segments, first_document = _HEADER.unpack_from(record)
-    starts_S = np.frombuffer(record, "<u4", num_segments, _HEADER.size)
+    starts = np.frombuffer(record, "<u4", num_segments, _HEADER.size)
     tokens = np.frombuffer(record, f"<u{token_bytes}", length + 1, _HEADER.size + 4 * num_segments)
-    return Row(tokens.astype(np.int32), num_tokens, starts_S.astype(np.int64), first_document)
+    return Row(tokens.astype(np.int32), num_tokens, starts.astype(np.int64), first_document)
 
 
 def token_bytes_for(vocab_size: int) -> int:
@@ -149,5 +147,5 @@ class Packer:
         last = int(np.searchsorted(self._starts, begin + len(tokens), side="left"))
         padded = np.full(self._length + 1, self._pad_id, np.int32)
         padded[: len(tokens)] = tokens
-        starts_S = np.maximum(self._starts[first:last] - begin, 0)
-        return Row(padded, len(tokens), starts_S, self._first_document + first)
+        starts = np.maximum(self._starts[first:last] - begin, 0)
+        return Row(padded, len(tokens), starts, self._first_document + first)

@@ -1,7 +1,7 @@
 """Text to token ids and back: a SentencePiece model with a chat template beside it.
 
-SentencePiece writes a space as U+2581, so a text that holds U+2581 itself would come back with a space in its place. That
-character is therefore encoded as its three bytes, and decoding is done here, from a table of the bytes of each id.
+SentencePiece writes a space as U+2581, so a text that holds U+2581 itself would come back with a space in its place.
+That character is therefore encoded as its three bytes, and decoding is done here, from a table of each id's bytes.
 """
 
 import codecs
@@ -242,5 +242,5 @@ def _check_encodable(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise TokenizerError(
-            f"the text cannot be encoded: character {error.start + 1} is {text[error.start]!r}, half of a surrogate pair"
+            f"the text cannot be encoded: character {error.start + 1}, {text[error.start]!r}, is half of a surrogate pair"
         ) from None

@@ -7,7 +7,7 @@ digit is a token, and a character outside the vocabulary is written as its bytes
 import io
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -43,9 +43,8 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
         return Tokenizer.load(output)
 
     start = time.perf_counter()
-    texts = list(
-        _draw(_read_texts(documents), config.max_characters, total=_total_characters(documents), config=config)
-    )
+    share = config.max_characters / max(1, _num_characters(documents))
+    texts = [text for number, text in enumerate(_read_texts(documents)) if _is_drawn(number, share, config.seed)]
     if not texts:
         raise DataError(f"{config.input}: holds no text to train a tokenizer on")
     tokenizer = Tokenizer(_train_model(texts, config), default_chat_template(BOS))
@@ -139,18 +138,15 @@ def _read_texts(path: Path) -> Iterator[str]:
         yield text[start : start + _CHUNK_CHARACTERS]
 
 
-def _total_characters(path: Path) -> int:
+def _num_characters(path: Path) -> int:
     if path.is_dir():
         return read_manifest(path)["metrics"]["splits"]["train"]["characters"]
     return path.stat().st_size
 
 
-def _draw(texts: Iterable[str], limit: int, *, total: int, config: TokenizerConfig) -> Iterator[str]:
-    """About `limit` characters, spread evenly: each text stays or goes by a hash of its position."""
-    share = min(1.0, limit / max(1, total))
-    for position, text in enumerate(texts):
-        if xxhash.xxh3_64_intdigest(f"{config.seed}/{position}".encode()) < share * 2**64:
-            yield text
+def _is_drawn(number: int, share: float, seed: int) -> bool:
+    """Spreads what is drawn evenly: each text stays or goes by a hash of its place."""
+    return xxhash.xxh3_64_intdigest(f"{seed}/{number}".encode()) < share * 2**64
 
 
 def _is_up_to_date(output: Path, resolved: dict, documents: Path) -> bool:
