@@ -105,19 +105,23 @@ class Engine:
         return generation
 
     def stream(self, request: Request) -> Iterator[Event]:
-        """Events of one request as they come; leaving the iteration cancels it."""
+        """Queue a request; the events follow as they come. Leaving the iteration cancels it."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         generation = self.submit(request, events.put)
-        try:
-            while True:
-                event = events.get()
-                if event.error is not None:
-                    raise RuntimeError(event.error)
-                yield event
-                if event.finish_reason is not None:
-                    return
-        finally:
-            generation.cancel()
+
+        def follow() -> Iterator[Event]:
+            try:
+                while True:
+                    event = events.get()
+                    if event.error is not None:
+                        raise RuntimeError(event.error)
+                    yield event
+                    if event.finish_reason is not None:
+                        return
+            finally:
+                generation.cancel()
+
+        return follow()
 
     def warm_up(self) -> None:
         """Compile everything that a request may need, by running requests of every prompt bucket."""

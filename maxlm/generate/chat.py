@@ -1,0 +1,77 @@
+"""A conversation in the terminal."""
+
+import sys
+from collections.abc import Callable
+
+from maxlm.errors import MaxlmError
+from maxlm.generate.engine import Engine
+from maxlm.generate.model import LoadedModel
+from maxlm.generate.request import Request
+
+
+class Chat:
+    """Keeps the history of a conversation and prints answers as they are written."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        engine: Engine,
+        *,
+        system: str | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.7,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ):
+        self._model = model
+        self._engine = engine
+        self._opening = [] if system is None else [{"role": "system", "content": system}]
+        self._settings = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        }
+        self._seed = seed
+        self.messages: list[dict] = list(self._opening)
+
+    def run(self, read_line: Callable[[str], str] = input) -> int:
+        """Read lines until /quit or the end of input; returns the exit code."""
+        interactive = sys.stdin.isatty()
+        if interactive:
+            print(f"{self._model.name}: /reset forgets the conversation, /quit leaves, Ctrl-C ends an answer")
+        while True:
+            try:
+                line = read_line("> " if interactive else "").strip()
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return 0
+            if line == "/quit":
+                return 0
+            if line == "/reset":
+                self.messages = list(self._opening)
+                print("(the conversation is forgotten)")
+            elif line.startswith("/"):
+                print(f"(there is no command {line.split()[0]}; there are /reset and /quit)")
+            elif line:
+                self._answer(line)
+
+    def _answer(self, question: str) -> None:
+        """Print an answer and keep it; a question that cannot be answered is taken back."""
+        messages = [*self.messages, {"role": "user", "content": question}]
+        answer = ""
+        try:
+            # Each turn draws from a seed of its own, so that a question asked again may be answered anew.
+            seed = self._seed + len(messages)
+            request = Request(tuple(self._model.encode(messages)), seed=seed, **self._settings)
+            for event in self._engine.stream(request):
+                answer += event.text
+                print(event.text, end="", flush=True)
+            print()
+        except KeyboardInterrupt:
+            print(" (ended)")
+        except MaxlmError as error:
+            print(f"({error}; /reset starts anew)")
+            return
+        self.messages = [*messages, {"role": "assistant", "content": answer}]

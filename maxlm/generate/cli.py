@@ -1,0 +1,119 @@
+"""`maxlm generate` and `maxlm chat`."""
+
+import argparse
+import json
+import secrets
+import sys
+
+
+def register(subparsers) -> None:
+    """Add both commands to the command line."""
+    generate = subparsers.add_parser(
+        "generate",
+        help="continue a text",
+        description="Continue a text with a model and print the continuation as it is written.",
+        epilog="example: maxlm generate runs/small 'def main():' --max-new-tokens 40 --temperature 0.8 --seed 1",
+    )
+    _add_model(generate)
+    generate.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads standard input")
+    _add_sampling(generate, temperature=0.0, max_new_tokens=64)
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
+    )
+    generate.add_argument("--json", action="store_true", help="print one JSON object at the end instead")
+    generate.set_defaults(func=run_generate)
+
+    chat = subparsers.add_parser(
+        "chat",
+        help="talk to a model in the terminal",
+        description="Talk to a model. It sees the whole conversation. /reset forgets it, /quit or Ctrl-D leaves,"
+        " Ctrl-C ends an answer.",
+        epilog="example: maxlm chat runs/small-sft --system 'You answer in one sentence.' --temperature 0.7",
+    )
+    _add_model(chat)
+    chat.add_argument("--system", metavar="TEXT", help="a system message that stands before the conversation")
+    _add_sampling(chat, temperature=0.7, max_new_tokens=None)
+    chat.set_defaults(func=run_chat)
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    from maxlm.generate.model import load
+    from maxlm.generate.request import Request
+
+    model = load(args.model)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    seed = _seed(args)
+    request = Request(
+        tuple(model.encode(prompt)),
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=seed,
+        stop=tuple(args.stop),
+    )
+    text, num_tokens, finish_reason = "", 0, None
+    with model.engine(num_slots=1) as engine:
+        for event in engine.stream(request):
+            text += event.text
+            num_tokens += event.token is not None
+            finish_reason = event.finish_reason
+            if not args.json:
+                print(event.text, end="", flush=True)
+    if args.json:
+        report = {
+            "prompt": prompt,
+            "text": text,
+            "prompt_tokens": len(request.prompt_ids),
+            "new_tokens": num_tokens,
+            "finish_reason": finish_reason,
+            "seed": seed,
+        }
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        print()
+    return 0
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    from maxlm.generate.chat import Chat
+    from maxlm.generate.model import load
+
+    model = load(args.model)
+    with model.engine(num_slots=1) as engine:
+        chat = Chat(
+            model,
+            engine,
+            system=args.system,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=_seed(args),
+        )
+        return chat.run()
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a run folder, a checkpoint folder or an int8 bundle")
+
+
+def _add_sampling(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int | None) -> None:
+    told = "as many as fit" if max_new_tokens is None else max_new_tokens
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"longest answer, in tokens ({told})"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=temperature,
+        metavar="T",
+        help=f"0 is deterministic ({temperature})",
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="likeliest tokens of this mass (1: all)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="this many likeliest tokens (0: all)")
+    parser.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text (a random one)")
+
+
+def _seed(args: argparse.Namespace) -> int:
+    return secrets.randbits(32) if args.seed is None else args.seed

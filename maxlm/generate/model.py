@@ -1,0 +1,245 @@
+"""A model ready for use: logits, scores and text.
+
+Shapes: B rows, L length, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxlm.config.model import ModelConfig
+from maxlm.errors import CheckpointError, RequestError
+from maxlm.generate.decoding import bucket_length
+from maxlm.generate.engine import Engine
+from maxlm.generate.request import Request
+from maxlm.models.decoder import Decoder
+from maxlm.tokenizer.codec import Tokenizer
+
+# A text to continue, or the messages of a chat to answer.
+Prompt = str | Sequence[dict]
+
+_SCORED_ROWS = 8
+# Two sizes of engine, so that no more than two are ever compiled.
+_FEW_SLOTS, _MANY_SLOTS = 2, 8
+
+
+def load(path: str | Path) -> "LoadedModel":
+    """Load a run folder, a checkpoint folder or an int8 bundle for inference.
+
+    Raises:
+      CheckpointError: there is no model at `path`, or it cannot be read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: there is no such folder; give a run, a checkpoint or an int8 bundle")
+    if (path / "bundle.json").is_file():
+        from maxlm.export.int8 import load_bundle
+
+        decoder, tokenizer_folder = load_bundle(path)
+    else:
+        from maxlm.train.checkpoint import load_model
+
+        decoder, tokenizer_folder = load_model(path)
+    return LoadedModel(decoder, Tokenizer.load(tokenizer_folder), name=path.resolve().name)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model rates a continuation.
+
+    log_probability: of all its tokens together, in nats.
+    is_greedy: whether each of its tokens is the model's likeliest.
+    """
+
+    log_probability: float
+    num_tokens: int
+    is_greedy: bool
+
+
+class LoadedModel:
+    """A decoder and its tokenizer."""
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, *, name: str = "model"):
+        if decoder.config.vocab_size != tokenizer.vocab_size:
+            raise CheckpointError(
+                f"the model has {decoder.config.vocab_size} tokens and the tokenizer {tokenizer.vocab_size};"
+                " give the tokenizer that the model was trained with"
+            )
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.name = name
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.decoder.config
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return tuple(sorted({self.tokenizer.eos_id, self.tokenizer.end_of_turn_id}))
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The ids that a model continues: of a text with its start token, or of a chat up to the next answer."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, bos=True)
+        return self.tokenizer.encode_chat(prompt, generation_prompt=True).ids
+
+    def engine(self, *, num_slots: int, max_length: int | None = None, max_waiting: int | None = None) -> Engine:
+        """An engine for this model; close it after use."""
+        return Engine(
+            self.decoder,
+            self.tokenizer,
+            stop_ids=self.stop_ids,
+            num_slots=num_slots,
+            max_length=max_length,
+            max_waiting=max_waiting,
+        )
+
+    def logits(self, tokens: np.ndarray, segment_ids: np.ndarray | None = None) -> np.ndarray:
+        """float32 logits [batch, length, vocab] of tokens [batch, length].
+
+        With `segment_ids` [batch, length] a token sees its own segment alone, and positions restart at each; 0 is
+        padding.
+
+        Raises:
+          RequestError: a wrong shape, a row longer than the model's context, a token outside of the vocabulary.
+        """
+        tokens_BL = self._checked(tokens)
+        segment_ids_BL = np.ones_like(tokens_BL) if segment_ids is None else np.asarray(segment_ids, np.int32)
+        if segment_ids_BL.shape != tokens_BL.shape:
+            raise RequestError(f"segment_ids have shape {segment_ids_BL.shape}, and tokens {tokens_BL.shape}")
+        length = tokens_BL.shape[1]
+        padding = ((0, 0), (0, bucket_length(length, self.config.max_length) - length))
+        tokens_BL, segment_ids_BL = np.pad(tokens_BL, padding), np.pad(segment_ids_BL, padding)
+        logits_BLV = _logits(self.decoder, tokens_BL, segment_positions(segment_ids_BL), segment_ids_BL)
+        return np.asarray(logits_BLV)[:, :length]
+
+    def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[Score]:
+        """Rate each continuation after its prompt.
+
+        A text and its continuation are tokenised together; a token that reaches over the seam counts as continuation.
+
+        Raises:
+          RequestError: the two differ in number, a continuation is empty, or a pair is longer than the context.
+        """
+        if len(prompts) != len(continuations):
+            raise RequestError(f"there are {len(prompts)} prompts and {len(continuations)} continuations")
+        pairs = [self._split(prompt, continuation) for prompt, continuation in zip(prompts, continuations)]
+        return self.score_tokens([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+
+    def score_tokens(self, prompts: Sequence[list[int]], continuations: Sequence[list[int]]) -> list[Score]:
+        """`score` on token ids; a prompt must hold at least one, such as the tokenizer's `bos_id`."""
+        for index, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+            if not prompt or not continuation:
+                raise RequestError(f"pair {index}: the prompt or its continuation is empty")
+            self._checked([[*prompt, *continuation]], where=f"pair {index}: ")
+        lengths = [len(prompt) + len(continuation) for prompt, continuation in zip(prompts, continuations)]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        scores: dict[int, Score] = {}
+        for start in range(0, len(order), _SCORED_ROWS):
+            group = order[start : start + _SCORED_ROWS]
+            shape = (_SCORED_ROWS, bucket_length(lengths[group[-1]], self.config.max_length))
+            tokens_BL, targets_BL, scored_BL = (np.zeros(shape, np.int32) for _ in range(3))
+            for row, index in enumerate(group):
+                ids = [*prompts[index], *continuations[index]]
+                tokens_BL[row, : len(ids)] = ids
+                targets_BL[row, : len(ids) - 1] = ids[1:]
+                scored_BL[row, len(prompts[index]) - 1 : len(ids) - 1] = 1
+            sums_B, greedy_B = jax.device_get(_score(self.decoder, tokens_BL, targets_BL, scored_BL))
+            for row, index in enumerate(group):
+                scores[index] = Score(float(sums_B[row]), len(continuations[index]), bool(greedy_B[row]))
+        return [scores[index] for index in range(len(lengths))]
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> list[str]:
+        """Continue texts or answer chats; one prompt is a list of one.
+
+        Prompt i is sampled with seed + i, so equal prompts give different texts, and each gives the same every time.
+
+        Raises:
+          RequestError: a prompt with its new tokens is longer than the context, or a setting is out of range.
+        """
+        prompts = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        requests = [
+            Request(
+                tuple(self.encode(prompt)),
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed + index,
+                stop=tuple(stop),
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        with self.engine(num_slots=_FEW_SLOTS if len(prompts) <= _FEW_SLOTS else _MANY_SLOTS) as engine:
+            streams = [engine.stream(request) for request in requests]
+            return ["".join(event.text for event in stream) for stream in streams]
+
+    def _split(self, prompt: Prompt, continuation: str) -> tuple[list[int], list[int]]:
+        if not isinstance(prompt, str):
+            return self.encode(prompt), self.tokenizer.encode(continuation)
+        ids = np.asarray(self.tokenizer.encode(prompt + continuation), np.int64)
+        ends = np.cumsum(self.tokenizer.byte_lengths[ids])
+        num_prompt_tokens = int(np.searchsorted(ends, len(prompt.encode()), side="right"))
+        return [self.tokenizer.bos_id, *ids[:num_prompt_tokens].tolist()], ids[num_prompt_tokens:].tolist()
+
+    def _checked(self, tokens, where: str = "") -> np.ndarray:
+        tokens_BL = np.asarray(tokens)
+        if tokens_BL.ndim != 2 or tokens_BL.size == 0 or not np.issubdtype(tokens_BL.dtype, np.integer):
+            raise RequestError(
+                f"{where}tokens must be integers [batch, length], not {tokens_BL.dtype} {tokens_BL.shape}"
+            )
+        if tokens_BL.shape[1] > self.config.max_length:
+            raise RequestError(
+                f"{where}{tokens_BL.shape[1]} tokens are more than the model's context of {self.config.max_length}"
+            )
+        if tokens_BL.min() < 0 or tokens_BL.max() >= self.config.vocab_size:
+            raise RequestError(f"{where}token ids must lie between 0 and {self.config.vocab_size - 1}")
+        return tokens_BL.astype(np.int32)
+
+
+def segment_positions(segment_ids_BL: np.ndarray) -> np.ndarray:
+    """Position of each token in its segment: a count that restarts where the segment id changes."""
+    columns_L = np.arange(segment_ids_BL.shape[1])
+    starts_BL = np.ones(segment_ids_BL.shape, bool)
+    starts_BL[:, 1:] = segment_ids_BL[:, 1:] != segment_ids_BL[:, :-1]
+    return (columns_L - np.maximum.accumulate(np.where(starts_BL, columns_L, 0), axis=1)).astype(np.int32)
+
+
+@jax.jit
+def _logits(model: Decoder, tokens_BL, positions_BL, segment_ids_BL) -> jax.Array:
+    return model.logits(model(tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL))
+
+
+@jax.jit
+def _score(model: Decoder, tokens_BL, targets_BL, scored_BL) -> tuple[jax.Array, jax.Array]:
+    """Sum of log p(target) over the scored places [batch], and whether the target is the likeliest at all of them."""
+
+    def row(inputs):
+        hidden_LD, targets_L, scored_L = inputs
+        logits_LV = model.logits(hidden_LD)
+        chosen_L = jnp.take_along_axis(logits_LV, targets_L[:, None], axis=-1)[:, 0]
+        log_probabilities_L = chosen_L - jax.nn.logsumexp(logits_LV, axis=-1)
+        is_best_L = jnp.argmax(logits_LV, axis=-1) == targets_L
+        return jnp.sum(log_probabilities_L * scored_L), jnp.all(is_best_L | (scored_L == 0))
+
+    # Row by row: the logits of a whole batch are the largest array by far.
+    return jax.lax.map(row, (model(tokens_BL), targets_BL, scored_BL))
+
+
+def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))

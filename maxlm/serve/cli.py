@@ -1,0 +1,50 @@
+"""`maxlm serve`."""
+
+import argparse
+
+
+def register(subparsers) -> None:
+    """Add the command to the command line."""
+    serve = subparsers.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description="Serve a model with the OpenAI API and a chat page at /. Ctrl-C or SIGTERM finishes the answers"
+        " that are being written, then ends.",
+        epilog="example: maxlm serve runs/small-sft --port 8000, then open http://127.0.0.1:8000/ or set the base_url"
+        " of an OpenAI client to http://127.0.0.1:8000/v1",
+    )
+    serve.add_argument("model", metavar="MODEL", help="a run folder, a checkpoint folder or an int8 bundle")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
+    serve.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (8000)")
+    serve.add_argument("--slots", type=int, default=8, metavar="N", help="answers written at the same time (8)")
+    serve.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait for a slot (64)")
+    serve.add_argument("--max-length", type=int, metavar="N", help="tokens of prompt and answer (the model's context)")
+    serve.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from maxlm.errors import RequestError
+
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise RequestError("maxlm serve needs FastAPI and uvicorn: pip install 'maxlm[serve]'") from None
+
+    from maxlm.core.progress import console
+    from maxlm.generate.model import load
+    from maxlm.serve import server
+    from maxlm.serve.app import create_app
+
+    listener = server.bind(args.host, args.port)
+    model = load(args.model)
+    with model.engine(num_slots=args.slots, max_length=args.max_length, max_waiting=args.queue) as engine:
+        with console.status("Compiling ..."):
+            engine.warm_up()
+        print(
+            f"Serving {model.name} on {server.url_of(listener)} with {engine.num_slots} slots"
+            f" of {engine.max_length} tokens; Ctrl-C ends",
+            flush=True,
+        )
+        server.run(create_app(model, engine), listener)
+    return 0

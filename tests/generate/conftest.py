@@ -1,0 +1,47 @@
+"""A tiny tokenizer, trained here, and a tiny decoder with random weights."""
+
+import jax
+import pytest
+
+from maxlm.config import ModelConfig, TokenizerConfig
+from maxlm.core.parameters import initialize
+from maxlm.generate.model import LoadedModel
+from maxlm.models.decoder import Decoder
+from maxlm.tokenizer.train import train_tokenizer
+
+TEXT = "The quick brown fox jumps over the lazy dog. A model writes one token at a time, and then another one.\n" * 40
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return train_tokenizer(
+        TokenizerConfig(kind="tokenizer", output=str(folder / "out"), input=str(folder / "text.txt"), vocab_size=330)
+    )
+
+
+@pytest.fixture(scope="session")
+def decoder(tokenizer):
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        num_layers=2,
+        embed_dim=32,
+        mlp_dim=48,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_length=128,
+        window_pattern=(None, 12),
+        activation_dtype="float32",
+        matmul_dtype="float32",
+    )
+    decoder = initialize(Decoder(config), jax.random.key(0))
+    # Freshly drawn, all tokens are nearly as likely as one another; larger embeddings set them apart.
+    decoder.embedding = decoder.embedding * 12
+    return decoder
+
+
+@pytest.fixture(scope="session")
+def model(decoder, tokenizer):
+    return LoadedModel(decoder, tokenizer, name="tiny")
