@@ -55,9 +55,7 @@ def baselines(
     """
     if not any(train_texts) or not any(valid_texts):
         raise DataError("the baselines need both training text and held-out text; one of them is empty")
-    train_bytes, valid_bytes = (
-        np.array([len(text.encode()) for text in texts]) for texts in (train_texts, valid_texts)
-    )
+    valid_bytes = np.array([len(text.encode()) for text in valid_texts])
     # lzma lets go of the interpreter's lock, so it runs beside the counting.
     with ThreadPoolExecutor(3) as pool:
         train, valid = _joined(train_texts), _joined(valid_texts)
@@ -79,7 +77,7 @@ def baselines(
         byte_bigram,
         xz=8 * alone / total,
         xz_after_training=8 * (after - before) / total,
-        train_bytes=int(train_bytes.sum()),
+        train_bytes=sum(len(text.encode()) for text in train_texts),
         valid_bytes=total,
     )
 

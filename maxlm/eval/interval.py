@@ -82,8 +82,8 @@ def mean_interval(values: np.ndarray, *, seed: int = 0) -> Interval:
 def proportion_interval(correct: np.ndarray, *, seed: int = 0) -> Interval:
     """The share of ones among zeros and ones [n].
 
-    Where all are alike, every resample is too and the bootstrap would claim certainty; there it is the score interval of
-    Wilson (1927), which is right at the edges.
+    Where all are alike, every resample is too and the bootstrap would claim certainty; there it is the score interval
+    of Wilson (1927), which is right at the edges.
     """
     correct = np.asarray(correct)
     interval = mean_interval(correct, seed=seed)

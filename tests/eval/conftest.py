@@ -1,4 +1,4 @@
-"""A real model, small enough for every test: a tokenizer trained on a few sentences, and a decoder of random weights."""
+"""A real model, small enough for every test: a tokenizer of a few sentences, and a decoder of random weights."""
 
 import jax
 import pytest
@@ -9,7 +9,7 @@ from maxlm.generate.model import LoadedModel
 from maxlm.models.decoder import Decoder
 from maxlm.tokenizer.train import train_tokenizer
 
-WORDS = (
+WORDS = [
     "the",
     "a",
     "river",
@@ -24,7 +24,7 @@ WORDS = (
     "橋",
     "falls",
     "12",
-)
+]
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import lzma
 import math
 import random
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ def counted_bits(train: list[list[int]], sequence: list[int], vocab_size: int) -
     """Unigram and bigram bits from dictionaries, one symbol at a time."""
     unigram = Counter(symbol for s in train for symbol in s[1:])
     contexts = Counter(symbol for s in train for symbol in s[:-1])
-    pairs = Counter(pair for s in train for pair in zip(s, s[1:]))
+    pairs = Counter(pair for s in train for pair in pairwise(s))
     total = sum(unigram.values())
     unigram_bits = bigram_bits = 0.0
-    for before, symbol in zip(sequence, sequence[1:]):
+    for before, symbol in pairwise(sequence):
         p = (unigram[symbol] + 1) / (total + vocab_size)
         unigram_bits -= math.log2(p)
         followers = len({b for a, b in pairs if a == before})
@@ -62,7 +63,8 @@ def test_xz_is_lzma_at_its_best_preset():
 def test_xz_reaches_back_over_all_of_the_training_text():
     early = random.Random(1).randbytes(3000)
     between = random.Random(2).randbytes(200_000)
-    assert xz_size(early + between + early) - xz_size(early + between) < 100
+    # Random bytes: 3000 of them cost 3000, unless they are found again.
+    assert xz_size(early + between + early) - xz_size(early + between) < 600
 
 
 def test_figures_of_a_corpus(tokenizer, sentences):
