@@ -1,0 +1,172 @@
+"""The int8 bundle: a folder that holds all that inference needs, and proof of what quantisation cost.
+
+    model.safetensors   int8 `values` and float32 `scales` of each matrix, float32 norms; layers stacked, output-first
+    bundle.json         format, model, shape, type and checksum of each tensor, tokenizer fingerprint, receipt
+    tokenizer/          the tokenizer that the model was trained with
+    manifest.json       what the export read
+
+Tensors are named as leaves of the model are: `layers/attention/query/values`.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pydantic
+import xxhash
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from maxlm.config.model import ModelConfig
+from maxlm.core.manifest import write_json
+from maxlm.core.parameters import Parameter, abstract
+from maxlm.core.tree import flatten, unflatten
+from maxlm.errors import CheckFailed, CheckpointError, TokenizerError
+from maxlm.models.decoder import Decoder
+from maxlm.ops.qtensor import quantize
+from maxlm.tokenizer.codec import Tokenizer
+
+INDEX_FILE = "bundle.json"
+WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FOLDER = "tokenizer"
+FORMAT, VERSION = "maxlm/int8", 1
+
+_AGAIN = "export the model again with `maxlm export`"
+
+
+def quantize_model(model: Decoder) -> Decoder:
+    """The model with a QTensor in the place of each matrix; norms stay as they are.
+
+    Raises:
+      CheckFailed: a matrix is left in floating point: its declaration is not one that quantisation knows.
+    """
+    flat = flatten(model)
+    for path, parameter in flatten(Decoder(model.config)).items():
+        if _is_matrix(parameter):
+            # An embedding table [vocab, embed] is output-first already, as the head that it may also be.
+            weight = flat[path] if path == "embedding" else jnp.swapaxes(flat[path], -1, -2)
+            flat[path] = quantize(weight)
+    quantized = unflatten(flat, model)
+    check_quantized(quantized)
+    return quantized
+
+
+def check_quantized(model: Decoder) -> None:
+    """Raise CheckFailed, naming it, if a matrix of the model is still in floating point.
+
+    Goes by the arrays alone, not by the declarations that `quantize_model` goes by.
+    """
+    left = [
+        path
+        for path, leaf in flatten(model).items()
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim - path.startswith("layers/") >= 2
+    ]
+    if left:
+        raise CheckFailed(f"{len(left)} matrices were not quantised, {left[0]} first; quantisation must know them all")
+
+
+def write_bundle(
+    folder: Path, model: Decoder, *, tokenizer_folder: Path, fingerprint: str, receipt: dict[str, Any]
+) -> None:
+    """Write a quantised model and its tokenizer into an empty folder, `bundle.json` last."""
+    tensors = {path: np.asarray(leaf) for path, leaf in flatten(model).items()}
+    save_file(tensors, folder / WEIGHTS_FILE)
+    shutil.copytree(tokenizer_folder, folder / TOKENIZER_FOLDER)
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": model.config.model_dump(mode="json"),
+        "tokenizer_fingerprint": fingerprint,
+        "receipt": receipt,
+        "tensors": {path: {**_type(tensor), "xxh3": _checksum(tensor)} for path, tensor in tensors.items()},
+    }
+    write_json(folder / INDEX_FILE, index)
+
+
+def load_bundle(path: str | Path) -> tuple[Decoder, Path]:
+    """A decoder whose matrices are QTensors, on the first device, and the folder of its tokenizer.
+
+    Raises:
+      CheckpointError: the folder is no bundle, one of another version, or incomplete, or a byte of it was changed.
+    """
+    path = Path(path)
+    index = read_index(path)
+    try:
+        config = ModelConfig(**index["model"])
+        described, fingerprint = dict(index["tensors"]), index["tokenizer_fingerprint"]
+    except (KeyError, TypeError, ValueError, pydantic.ValidationError):
+        raise CheckpointError(f"{path / INDEX_FILE}: is damaged: it describes no model; {_AGAIN}") from None
+    like = jax.eval_shape(quantize_model, abstract(Decoder(config)))
+    tensors = _read_tensors(path / WEIGHTS_FILE, flatten(like), described)
+    tokenizer_folder = path / TOKENIZER_FOLDER
+    try:
+        tokenizer = Tokenizer.load(tokenizer_folder)
+    except TokenizerError as error:
+        raise CheckpointError(f"{path}: its tokenizer is damaged ({error}); {_AGAIN}") from None
+    if tokenizer.fingerprint != fingerprint:
+        raise CheckpointError(f"{path}: its tokenizer is not the one it was exported with; {_AGAIN}")
+    return unflatten(jax.tree.map(jnp.asarray, tensors), like), tokenizer_folder
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """`bundle.json`, the receipt in it.
+
+    Raises:
+      CheckpointError: there is none, or it is of a format that this version does not read.
+    """
+    file = path / INDEX_FILE
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointError(f"{path}: is no int8 bundle: it holds no {INDEX_FILE}; {_AGAIN}") from None
+    except ValueError:
+        raise CheckpointError(f"{file}: is damaged: it is not valid JSON; {_AGAIN}") from None
+    found = (index.get("format"), index.get("version")) if isinstance(index, dict) else (None, None)
+    if found != (FORMAT, VERSION):
+        raise CheckpointError(
+            f"{file}: is of format {found[0]} version {found[1]}, and this release reads {FORMAT} version {VERSION};"
+            f" {_AGAIN} of this release"
+        )
+    return index
+
+
+def is_bundle(path: Path) -> bool:
+    return (path / INDEX_FILE).is_file()
+
+
+def _is_matrix(parameter: Parameter) -> bool:
+    return "norm" not in parameter.axes
+
+
+def _read_tensors(
+    file: Path, like: dict[str, jax.ShapeDtypeStruct], described: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    try:
+        tensors = load_file(file)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: there is no such file, and the bundle needs it; {_AGAIN}") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: is damaged or cut short ({error}); {_AGAIN}") from None
+    if odd := sorted(tensors.keys() ^ like.keys()):
+        what = "lacks" if odd[0] in like else "has, beyond its model,"
+        raise CheckpointError(f"{file}: {what} the tensor {odd[0]}; {_AGAIN}")
+    for name, tensor in tensors.items():
+        if _type(tensor) != _type(like[name]):
+            raise CheckpointError(
+                f"{file}: {name} is {_type(tensor)}, and the model needs {_type(like[name])}; {_AGAIN}"
+            )
+        if described.get(name) != {**_type(tensor), "xxh3": _checksum(tensor)}:
+            raise CheckpointError(f"{file}: {name} differs from what was exported; {_AGAIN}")
+    return tensors
+
+
+def _type(tensor: Any) -> dict[str, Any]:
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype)}
+
+
+def _checksum(tensor: np.ndarray) -> str:
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(tensor).data)

@@ -1,0 +1,133 @@
+"""int8 weights: what is stored, how far it may be off, and that products are those of integers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.ops.qtensor import QTensor, quantize
+
+# Row sizes over six orders of magnitude, as those of real layers are not equal either.
+ROW_SIZES = np.logspace(-3, 3, 7)[:, None]
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def reference_product(x, weight):
+    """W8A8 in int64: what `multiply` must give up to the two float32 factors that come last."""
+    x_q, w_q = quantize(x), weight
+    sums = np.asarray(x_q.values, np.int64) @ np.asarray(w_q.values, np.int64).T
+    return sums, np.asarray(x_q.scales, np.float64)[..., None] * np.asarray(w_q.scales, np.float64)
+
+
+class TestQuantize:
+    def test_follows_the_formula(self):
+        x = draw(7, 33) * ROW_SIZES.astype(np.float32)
+        got = quantize(jnp.asarray(x))
+        scales = np.abs(x.astype(np.float64)).max(axis=-1) / 127
+        np.testing.assert_allclose(got.scales, scales, rtol=1e-6)
+        np.testing.assert_array_equal(got.values, np.round(x.astype(np.float64) / scales[:, None]))
+        assert got.values.dtype == jnp.int8
+        assert got.scales.dtype == jnp.float32
+
+    def test_error_is_at_most_half_a_step(self):
+        x = draw(7, 1000) * ROW_SIZES.astype(np.float32)
+        got = quantize(jnp.asarray(x))
+        error = np.abs(x - np.asarray(got.dequantize(), np.float64))
+        assert (error <= np.asarray(got.scales)[:, None] * 0.5 * (1 + 1e-4)).all()
+        assert error.max(axis=-1) == pytest.approx(np.asarray(got.scales) * 0.5, rel=0.1)
+
+    def test_the_largest_value_of_a_row_is_kept(self):
+        x = draw(5, 64)
+        got = np.asarray(quantize(jnp.asarray(x)).dequantize())
+        largest = np.abs(x).argmax(axis=-1)
+        np.testing.assert_allclose(got[range(5), largest], x[range(5), largest], rtol=1e-6)
+
+    def test_is_symmetric(self):
+        x = jnp.asarray(draw(5, 64))
+        np.testing.assert_array_equal(quantize(-x).values, -quantize(x).values)
+        assert int(quantize(x).values.min()) >= -127
+
+    def test_zeros_stay_zeros(self):
+        got = quantize(jnp.zeros((3, 8)))
+        assert not got.values.any()
+        np.testing.assert_array_equal(got.dequantize(), np.zeros((3, 8)))
+
+    @pytest.mark.parametrize("size", [1e-45, 2e-43, 1e-40, 1e-38, 3e38])
+    def test_extreme_rows_do_not_wrap_around(self, size):
+        x = jnp.asarray(np.array([[1, -1, 0.5, -0.5]], np.float64) * size, jnp.float32)
+        values = np.asarray(quantize(x).values)
+        assert (np.sign(values) * np.sign(np.asarray(x)) >= 0).all()
+
+    def test_what_is_not_finite_does_not_pass_for_a_number(self):
+        weight = quantize(jnp.asarray(draw(3, 4)))
+        for bad in (np.nan, np.inf):
+            got = weight.multiply(jnp.asarray([[1.0, bad, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0]]))
+            assert np.isnan(got[0]).all()
+            assert np.isfinite(got[1]).all()
+
+
+class TestMultiply:
+    @pytest.mark.parametrize("leading", [(), (1,), (2,), (5,), (1, 1), (3, 1), (1, 4), (2, 3), (2, 1, 3)])
+    def test_equals_integer_arithmetic(self, leading):
+        x, weight = jnp.asarray(draw(*leading, 48)), quantize(jnp.asarray(draw(20, 48, seed=1)))
+        sums, scales = reference_product(x, weight)
+        got = jax.jit(lambda w, x: w.multiply(x))(weight, x)
+        assert got.shape == (*leading, 20)
+        np.testing.assert_allclose(got, sums * scales, rtol=5e-7)
+
+    @pytest.mark.parametrize("rows", [1, 2, 64])
+    def test_sums_are_exact_where_float32_sums_are_not(self, rows):
+        """4,097 products of 127 * 127 exceed 2^24; the odd one at the end is lost by a sum in float32."""
+        features = 4097
+        row = np.full(features, 127, np.int8)
+        row[-1] = 1
+        ones = jnp.ones((), jnp.float32)
+        weight = QTensor(jnp.asarray(np.stack([row, -row])), jnp.broadcast_to(ones, 2))
+        x = jnp.asarray(np.broadcast_to(row, (rows, features)), jnp.float32)
+        exact = 127 * 127 * (features - 1) + 1
+        assert exact > 2**24
+        got = jax.jit(lambda w, x: w.multiply(x).astype(jnp.float32))(weight, x)
+        np.testing.assert_array_equal(got, np.broadcast_to(np.float32([exact, -exact]), (rows, 2)))
+
+    def test_activations_keep_their_dtype(self):
+        weight = quantize(jnp.asarray(draw(6, 8)))
+        for dtype in (jnp.float32, jnp.bfloat16):
+            assert weight.multiply(jnp.asarray(draw(2, 8), dtype)).dtype == dtype
+
+    def test_a_token_does_not_depend_on_its_neighbours(self):
+        x, weight = draw(4, 3, 32), quantize(jnp.asarray(draw(16, 32, seed=1)))
+        x[1] *= 1e4
+        whole = np.asarray(weight.multiply(jnp.asarray(x)))
+        for index in np.ndindex(4, 3):
+            np.testing.assert_allclose(weight.multiply(jnp.asarray(x[index])), whole[index], rtol=5e-7)
+
+    def test_a_zero_token_gives_zeros(self):
+        weight = quantize(jnp.asarray(draw(6, 8)))
+        x = jnp.asarray(draw(2, 8)).at[0].set(0)
+        np.testing.assert_array_equal(weight.multiply(x)[0], np.zeros(6))
+
+    def test_stacked_layers_under_scan_and_vmap(self):
+        weights = quantize(jnp.asarray(draw(3, 16, 16)))
+        x = jnp.asarray(draw(2, 5, 16, seed=1))
+        expected = [QTensor(weights.values[i], weights.scales[i]).multiply(x) for i in range(3)]
+
+        _, scanned = jax.lax.scan(lambda carry, w: (carry, w.multiply(x)), None, weights)
+        np.testing.assert_array_equal(scanned, expected)
+        np.testing.assert_array_equal(jax.vmap(lambda w: w.multiply(x))(weights), expected)
+        over_rows = jax.vmap(jax.vmap(lambda row: QTensor(weights.values[0], weights.scales[0]).multiply(row)))(x)
+        np.testing.assert_array_equal(over_rows, expected[0])
+
+    def test_is_close_to_the_float_product(self):
+        x, weight = draw(64, 256), draw(32, 256, seed=1)
+        got = np.asarray(quantize(jnp.asarray(weight)).multiply(jnp.asarray(x)))
+        exact = x.astype(np.float64) @ weight.T.astype(np.float64)
+        assert np.sqrt(np.mean((got - exact) ** 2)) < 0.02 * exact.std()
+
+
+def test_rows_are_those_of_the_table():
+    table = quantize(jnp.asarray(draw(11, 8)))
+    index = jnp.asarray([[0, 10, 3], [3, 3, 1]])
+    np.testing.assert_array_equal(table.rows(index), np.asarray(table.dequantize())[np.asarray(index)])
