@@ -37,7 +37,7 @@ class Row:
     Attributes:
       tokens: `[row_length + 1]` int32, padded at the end.
       num_tokens: tokens that are no padding.
-      starts: `[num_documents]`: where each document begins among the tokens; the first at 0, were it begun in the row before.
+      starts: `[num_documents]`: where each document begins among the tokens; one begun in the row before, at 0.
       first_document: ordinal of the first document in the split's documents; the others follow in order.
     """
 

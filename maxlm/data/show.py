@@ -1,0 +1,90 @@
+"""A data folder for the eye: documents, packed rows, rejected records, and what a run reads in a step."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+
+from maxlm.config import load_config
+from maxlm.core.manifest import read_manifest
+from maxlm.data.loader import PackedRows, open_in_order, open_mixture
+from maxlm.data.prepare import REJECTS_FILE
+from maxlm.errors import DataError
+from maxlm.tokenizer.codec import Tokenizer
+
+_SHOWN_CHARACTERS = 400
+
+
+def read_documents(folder: str | Path, split: str) -> Iterator[dict]:
+    """The documents of a split: id, source, licence and text.
+
+    Raises:
+      DataError: if the folder's documents have not been built.
+    """
+    read_manifest(Path(folder) / "documents")
+    for batch in parquet.ParquetFile(Path(folder) / "documents" / f"{split}.parquet").iter_batches(batch_size=64):
+        yield from batch.to_pylist()
+
+
+def read_rejects(folder: str | Path) -> Iterator[dict]:
+    """The rejected records: id, source, reason, detail and text.
+
+    Raises:
+      DataError: if the folder's documents have not been built.
+    """
+    read_manifest(Path(folder) / "documents")
+    with (Path(folder) / REJECTS_FILE).open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def read_rows(folder: str | Path, split: str) -> Iterator[dict]:
+    """The packed rows of a split, each with the ids of its documents and, control tokens written out, its text.
+
+    Raises:
+      DataError: if the folder has not been built.
+      TokenizerError: if the tokenizer that the rows were made with is not where the manifest names it.
+    """
+    manifest = read_manifest(folder)
+    rows = open_in_order([folder], split=split, batch_size=1)
+    tokenizer = Tokenizer.load(Path(folder) / manifest["inputs"]["tokenizer"]["path"])
+    for step in range(rows.num_steps):
+        batch = rows.batch(step)
+        tokens = batch["tokens"][0][batch["segment_ids"][0] > 0].tolist()
+        yield {
+            "id": f"row {step}",
+            "documents": [document.id for document in rows.documents(step)],
+            "targets": int(batch["loss_weights"].sum()),
+            "text": tokenizer.decode(tokens, skip_control=False),
+        }
+
+
+def open_run(folder: str | Path) -> PackedRows:
+    """The rows that a pretraining run reads, as its configuration says.
+
+    Raises:
+      DataError: if the run reads no packed rows.
+      ConfigError: if its configuration cannot be read.
+    """
+    config = load_config(Path(folder) / "config.yaml", kind="train")
+    if config.objective.kind != "pretrain":
+        raise DataError(
+            f"{folder}: is a run of objective.kind={config.objective.kind}; only pretrain reads packed rows"
+        )
+    return open_mixture(
+        [(source.path, source.weight) for source in config.objective.sources],
+        seed=config.seed,
+        batch_size=config.batch_size,
+        expected_row_length=config.row_length,
+    )
+
+
+def describe(item: dict) -> str:
+    """One document, row or rejected record in a few lines."""
+    facts = {key: value for key, value in item.items() if key not in ("id", "text")}
+    title = ", ".join(
+        f"{key}: {', '.join(value) if isinstance(value, list) else value}" for key, value in facts.items()
+    )
+    text = item["text"]
+    more = f" … ({len(text):,} characters)" if len(text) > _SHOWN_CHARACTERS else ""
+    return f"== {item['id']} ({title})\n{text[:_SHOWN_CHARACTERS]}{more}\n"
