@@ -109,6 +109,8 @@ def _write_documents(config: DataConfig, folder: Path) -> dict:
         def flush(split: str) -> None:
             columns = {name: [getattr(d, name) for d in pending[split]] for name in _SCHEMA.names}
             writers[split].write_table(pyarrow.table(columns, schema=_SCHEMA))
+            for text in columns["text"]:
+                counts[split].update(documents=1, characters=len(text), bytes=len(text.encode()))
             pending[split].clear()
 
         for record in track(select_documents(config), "documents"):
@@ -118,12 +120,13 @@ def _write_documents(config: DataConfig, folder: Path) -> dict:
                 by_source[record.source]["rejected"] += 1
                 rejects.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
                 continue
-            split = choose_split(record.id, config)
+            split = "valid" if _split_number(record.id, config) < config.valid_fraction else "train"
             by_source[record.source]["documents"] += 1
-            counts[split].update(documents=1, characters=len(record.text), bytes=len(record.text.encode()))
             pending[split].append(record)
             if len(pending[split]) == _BATCH_DOCUMENTS:
                 flush(split)
+        if not counts["train"]["documents"] and not pending["valid"] and config.valid_fraction > 0:
+            _hold_one_out(pending, config)
         for split in SPLITS:
             flush(split)
 
@@ -167,10 +170,17 @@ def select_documents(config: DataConfig) -> Iterator[Record]:
             yield record
 
 
-def choose_split(document_id: str, config: DataConfig) -> str:
-    """The split of a document: a pure function of its id and the seed."""
-    number = xxhash.xxh3_64_intdigest(f"{config.seed}/{document_id}".encode())
-    return "valid" if number < config.valid_fraction * 2**64 else "train"
+def _split_number(document_id: str, config: DataConfig) -> float:
+    """A pure function of id and seed, even over 0 to 1. Documents below `valid_fraction` are held out."""
+    return xxhash.xxh3_64_intdigest(f"{config.seed}/{document_id}".encode()) / 2**64
+
+
+def _hold_one_out(pending: dict[str, list[Document]], config: DataConfig) -> None:
+    """Of a few documents none may lie below the fraction: the lowest is held out."""
+    if len(pending["train"]) > 1:
+        lowest = min(pending["train"], key=lambda document: _split_number(document.id, config))
+        pending["train"].remove(lowest)
+        pending["valid"].append(lowest)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class ChatTemplate:
         Raises:
           TokenizerError: if there is no such role.
         """
-        if name in self.roles:
+        if isinstance(name, str) and name in self.roles:
             return self.roles[name]
         near = difflib.get_close_matches(str(name), self.roles, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"this tokenizer knows {', '.join(self.roles)}"

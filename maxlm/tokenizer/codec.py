@@ -242,5 +242,6 @@ def _check_encodable(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise TokenizerError(
-            f"the text cannot be encoded: {text[error.start]!r}, character {error.start + 1}, is half of a surrogate pair"
+            f"the text cannot be encoded: its character {error.start + 1}, {text[error.start]!r}, is half of a pair"
+            " of surrogates"
         ) from None
