@@ -16,7 +16,8 @@ from maxlm.ops.linear import AdaptedWeight
 def declare_adapters(plan: Any, config: LoraConfig) -> dict[str, dict[str, Parameter]]:
     """Declarations of the adapters of a model's plan, by path of the adapted weight.
 
-    `down` starts random and `up` at zero, so that the adapted model starts as the base (arXiv:2106.09685).
+    `down` starts random and `up` at zero, so that the adapted model starts as the base (arXiv:2106.09685). Weights that
+    the plan names in `trained_whole` are declared as they are.
 
     Raises:
       ConfigError: a target names no weight of the model.
@@ -39,6 +40,8 @@ def declare_adapters(plan: Any, config: LoraConfig) -> dict[str, dict[str, Param
             ),
             "up": Parameter((layers, config.rank, out_size), (layer_axis, "rank", out_axis), zeros),
         }
+    for path in plan.trained_whole:
+        adapters[path] = {"whole": flatten(plan)[path]}
     return adapters
 
 
@@ -47,7 +50,8 @@ def apply_adapters(model: Any, adapters: dict[str, dict[str, jax.Array]], config
     flat = {path: jax.lax.stop_gradient(leaf) for path, leaf in flatten(model).items()}
     scale = config.alpha / config.rank
     for path, adapter in adapters.items():
-        flat[path] = AdaptedWeight(flat[path], adapter["down"], adapter["up"], scale)
+        whole = adapter.get("whole")
+        flat[path] = AdaptedWeight(flat[path], adapter["down"], adapter["up"], scale) if whole is None else whole
     return unflatten(flat, model)
 
 
@@ -55,6 +59,9 @@ def merge_adapters(model: Any, adapters: dict[str, dict[str, jax.Array]], config
     """The model whose weights hold the adapters' update: W + alpha / rank * down @ up."""
     flat = flatten(model)
     for path, adapter in adapters.items():
+        if "whole" in adapter:
+            flat[path] = adapter["whole"]
+            continue
         update = jnp.einsum("lir,lro->lio", adapter["down"], adapter["up"])
         flat[path] = flat[path] + config.alpha / config.rank * update
     return unflatten(flat, model)

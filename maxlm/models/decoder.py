@@ -16,11 +16,10 @@ from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import Parameter, normal, stack
 from maxlm.core.sharding import shard
 from maxlm.models.cache import KVCache
-from maxlm.models.layers import DecoderLayer, norm_scale, weight
-from maxlm.ops.linear import embed, linear
+from maxlm.models.layers import DecoderLayer, norm_scale
+from maxlm.ops.linear import embed, unembed
 from maxlm.ops.loss import token_log_probabilities
 from maxlm.ops.norm import rms_norm
-from maxlm.ops.qtensor import QTensor
 from maxlm.ops.rope import rope_angles
 
 # Logits of this many tokens of a row live at a time; with the whole batch they are the largest array of a step.
@@ -30,13 +29,16 @@ LOSS_CHUNK_LENGTH = 512
 class Decoder(nnx.Module):
     """A Llama-style causal language model."""
 
+    # Paths of weights that are trained whole beside adapters, because they start with no training at all.
+    trained_whole: tuple[str, ...] = ()
+
     def __init__(self, config: ModelConfig):
         self.config = config
         self.embedding = nnx.data(Parameter((config.vocab_size, config.embed_dim), ("vocab", "embed"), normal(0.02)))
         self.layers = stack(DecoderLayer(config), config.num_layers)
         self.final_norm = norm_scale(config.embed_dim)
         if not config.tie_embeddings:
-            self.head = weight((config.embed_dim, "embed"), (config.vocab_size, "vocab"))
+            self.head = nnx.data(Parameter((config.vocab_size, config.embed_dim), ("vocab", "embed"), normal(0.02)))
 
     def __call__(
         self, tokens_BL: jax.Array, *, positions_BL: jax.Array | None = None, segment_ids_BL: jax.Array | None = None
@@ -86,19 +88,22 @@ class Decoder(nnx.Module):
         """float32 logits [..., vocab] of hidden states [..., embed]."""
         return _logits(self.config, self._head(), hidden)
 
-    def log_probabilities(self, hidden_BLD: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """log p(target) and log of the normaliser, float32 [batch, length]; the logits are never held whole."""
+    def log_probabilities(
+        self, hidden_BLD: jax.Array, targets_BL: jax.Array, *, temperature: float = 1.0
+    ) -> tuple[jax.Array, jax.Array]:
+        """log p(target) and log of the normaliser of softmax(logits / temperature), float32 [batch, length].
+
+        The logits are never held whole.
+        """
 
         def project(head: Any, hidden: jax.Array) -> jax.Array:
-            return _logits(self.config, head, hidden)
+            return _logits(self.config, head, hidden) / temperature
 
         return token_log_probabilities(hidden_BLD, project, self._head(), targets_BL, chunk_length=LOSS_CHUNK_LENGTH)
 
     def _head(self):
-        """The output matrix [embed, vocab]; a quantised one is stored output-first, as an embedding table is."""
-        if not self.config.tie_embeddings:
-            return self.head
-        return self.embedding if isinstance(self.embedding, QTensor) else self.embedding.T
+        """The output table [vocab, embed]."""
+        return self.embedding if self.config.tie_embeddings else self.head
 
     def _grouped_layers(self):
         """Layers as [groups, layers of a group, ...], a group being one turn of the window pattern."""
@@ -107,7 +112,7 @@ class Decoder(nnx.Module):
 
 
 def _logits(config: ModelConfig, head: Any, hidden: jax.Array) -> jax.Array:
-    logits = linear(hidden.astype(jnp.float32), head, config.matmul_dtype)
+    logits = unembed(hidden.astype(jnp.float32), head, config.matmul_dtype)
     if config.logit_soft_cap is not None:
         logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
     return logits

@@ -38,33 +38,38 @@ def linear(x: jax.Array, weight: Weight, dtype: str) -> jax.Array:
         return linear(x, weight.base, dtype) + weight.scale * update
     if isinstance(weight, QTensor):
         return weight.multiply(x)
-    return _matmul(x, weight, dtype)
+    return _matmul(x, weight, dtype, 0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x, weight, dtype):
+def unembed(x: jax.Array, table: jax.Array | QTensor, dtype: str) -> jax.Array:
+    """x [..., embed] times the rows of table [vocab, embed], as [..., vocab] in the dtype of x."""
+    return table.multiply(x) if isinstance(table, QTensor) else _matmul(x, table, dtype, 1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _matmul(x, weight, dtype, input_axis):
     # The vjp is ours so that the backward products, too, have `dtype` operands and float32 sums: autodiff would
     # multiply the float32 cotangent by a bfloat16 operand, which no matrix unit does.
-    return _dot(x, gather_weight(weight.astype(dtype)), dtype).astype(x.dtype)
+    return _dot(x, gather_weight(weight.astype(dtype)), dtype, input_axis).astype(x.dtype)
 
 
-def _matmul_forward(x, weight, dtype):
+def _matmul_forward(x, weight, dtype, input_axis):
     # Saved: the weight as it lies in memory. The backward pass gathers it again rather than hold it whole.
-    return _matmul(x, weight, dtype), (x.astype(dtype), weight)
+    return _matmul(x, weight, dtype, input_axis), (x.astype(dtype), weight)
 
 
-def _matmul_backward(dtype, residuals, grad):
+def _matmul_backward(dtype, input_axis, residuals, grad):
     x, weight = residuals
-    grad_x = _dot(grad, gather_weight(weight.astype(dtype)).T, dtype).astype(grad.dtype)
+    grad_x = _dot(grad, gather_weight(weight.astype(dtype)), dtype, 1 - input_axis).astype(grad.dtype)
     # Contracting the batch dimensions leaves a sum that is spread over the devices of `data` and `fsdp`.
+    left, right = (x, grad) if input_axis == 0 else (grad, x)
     batch_dims = tuple(range(x.ndim - 1))
-    out_sharding = P(spec_of(x)[-1], spec_of(grad)[-1]) if is_explicit() else None
     grad_weight = jax.lax.dot_general(
-        x,
-        grad.astype(dtype),
+        left.astype(dtype),
+        right.astype(dtype),
         ((batch_dims, batch_dims), ((), ())),
         preferred_element_type=jnp.float32,
-        out_sharding=out_sharding,
+        out_sharding=P(spec_of(left)[-1], spec_of(right)[-1]) if is_explicit() else None,
     )
     if is_explicit():
         grad_weight = jax.reshard(grad_weight, spec_of(weight))
@@ -74,13 +79,14 @@ def _matmul_backward(dtype, residuals, grad):
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def _dot(x, weight, dtype):
+def _dot(x, weight, dtype, axis):
+    """Contract the last axis of x with `axis` of a matrix."""
     # Where both operands are cut along the contraction (row-parallel), naming the output's sharding asks for the sum.
-    out_sharding = P(*spec_of(x)[:-1], spec_of(weight)[-1]) if is_explicit() else None
+    out_sharding = P(*spec_of(x)[:-1], spec_of(weight)[1 - axis]) if is_explicit() else None
     return jax.lax.dot_general(
         x.astype(dtype),
         weight.astype(dtype),
-        (((x.ndim - 1,), (0,)), ((), ())),
+        (((x.ndim - 1,), (axis,)), ((), ())),
         preferred_element_type=jnp.float32,
         out_sharding=out_sharding,
     )

@@ -92,13 +92,9 @@ def orthogonalize(matrices: jax.Array) -> jax.Array:
         x = x.mT
     x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)
 
-    def dot(left, right):
-        operands = left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)
-        return jnp.matmul(*operands, preferred_element_type=jnp.float32)
-
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = dot(x, x.mT)
-        x = a * x + dot(b * gram + c * dot(gram, gram), x)
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if transpose else x
 
 

@@ -1,14 +1,14 @@
 """Next-token prediction on packed rows."""
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 from maxlm.core.batch import Batch
-from maxlm.data.loader import open_mixture, read_valid_rows
+from maxlm.core.manifest import read_manifest
+from maxlm.data.loader import open_in_order, open_mixture
 from maxlm.train.loss import LossOutput, language_model_loss
 from maxlm.train.objective import RunContext
 from maxlm.train.validate import Evaluator, language_model_values, target_bytes
@@ -49,6 +49,13 @@ class Pretrain:
 
     @functools.cached_property
     def _valid_batches(self) -> list[Batch]:
+        """The first `eval_batches` batches of held-out rows; none where no source holds any out."""
         config = self._context.config
-        rows = read_valid_rows([source.path for source in config.objective.sources], batch_size=config.batch_size)
-        return [Batch.from_rows(row) for row in itertools.islice(rows, config.eval_batches)]
+        paths = [source.path for source in config.objective.sources]
+        paths = [path for path in paths if read_manifest(path)["metrics"]["splits"]["valid"]["rows"]]
+        if not paths:
+            return []
+        rows = open_in_order(paths, batch_size=config.batch_size)
+        steps = range(min(rows.num_steps, config.eval_batches))
+        shard, num_shards = jax.process_index(), jax.process_count()
+        return [Batch.from_rows(rows.batch(step, shard=shard, num_shards=num_shards)) for step in steps]
