@@ -15,6 +15,7 @@ Shapes: B batch, T query length, S key length, N query heads, K key-value heads,
 import jax
 import jax.numpy as jnp
 
+from maxlm.errors import ConfigError
 from maxlm.ops import flash_tpu, flash_xla
 from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule
 
@@ -63,7 +64,8 @@ def attention(
       [batch, length, num_heads, head_dim] in the query's dtype.
 
     Raises:
-      ValueError: shapes or arguments that do not fit, or a named implementation that cannot work here.
+      ConfigError: an unknown implementation, or a named one that cannot work here.
+      ValueError: shapes or arguments that do not fit.
     """
     _check_arguments(query, key, value, segment_ids, kv_segment_ids, window, soft_cap)
     kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
@@ -71,13 +73,12 @@ def attention(
     rule = AttentionRule(causal, window, soft_cap, query.shape[-1] ** -0.5 if scale is None else scale)
 
     if implementation is None:
-        implementation = _best_implementation(query, rule, matmul_dtype)
+        implementation = _best_implementation(query, key.shape[1], rule, matmul_dtype)
     elif implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"attention implementation {implementation!r} is unknown; allowed are {', '.join(IMPLEMENTATIONS)}"
-        )
-    elif obstacle := _obstacle(implementation, query, rule, matmul_dtype):
-        raise ValueError(f"attention implementation {implementation!r} {obstacle}")
+        allowed = ", ".join(IMPLEMENTATIONS)
+        raise ConfigError([f"attention implementation {implementation!r} is unknown; allowed are {allowed}"])
+    elif obstacle := _obstacle(implementation, query, key.shape[1], rule, matmul_dtype):
+        raise ConfigError([f"attention implementation {implementation!r} {obstacle}"])
 
     match implementation:
         case "reference":
@@ -91,16 +92,17 @@ def attention(
 
 def reference_attention(rule: AttentionRule, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS) -> jax.Array:
     """The definition of attention, in float32, with the whole [length, kv_length] matrix in memory."""
-    group = query_BTNH.shape[2] // key_BSKH.shape[2]
+    batch, length, num_heads, head_dim = query_BTNH.shape
+    num_kv_heads = key_BSKH.shape[2]
     query, key, value = (x.astype(jnp.float32) for x in (query_BTNH, key_BSKH, value_BSKH))
-    key, value = jnp.repeat(key, group, axis=2), jnp.repeat(value, group, axis=2)
-    logits_BNTS = rule.logits(jnp.einsum("btnh,bsnh->bnts", query, key, precision="highest"))
-    visible_B1TS = _visible(rule, query_BTNH.shape[1], key_BSKH.shape[1], segments_BT, segments_BS)
-    probabilities_BNTS = jax.nn.softmax(jnp.where(visible_B1TS, logits_BNTS, MASKED_LOGIT), axis=-1)
+    query = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    logits_BKGTS = rule.logits(jnp.einsum("btkgh,bskh->bkgts", query, key, precision="highest"))
+    visible_B11TS = _visible(rule, length, key_BSKH.shape[1], segments_BT, segments_BS)[:, None]
+    probabilities_BKGTS = jax.nn.softmax(jnp.where(visible_B11TS, logits_BKGTS, MASKED_LOGIT), axis=-1)
     # Zero where all is masked, and so softmax is uniform over what must not be seen.
-    probabilities_BNTS = jnp.where(visible_B1TS, probabilities_BNTS, 0.0)
-    output_BTNH = jnp.einsum("bnts,bsnh->btnh", probabilities_BNTS, value, precision="highest")
-    return output_BTNH.astype(query_BTNH.dtype)
+    probabilities_BKGTS = jnp.where(visible_B11TS, probabilities_BKGTS, 0.0)
+    output_BTKGH = jnp.einsum("bkgts,bskh->btkgh", probabilities_BKGTS, value, precision="highest")
+    return output_BTKGH.reshape(query_BTNH.shape).astype(query_BTNH.dtype)
 
 
 def _visible(rule: AttentionRule, length: int, kv_length: int, segments_BT, segments_BS) -> jax.Array:
@@ -138,28 +140,30 @@ def _cudnn_attention(rule: AttentionRule, query_BTNH, key_BSKH, value_BSKH, segm
     return jnp.where(sees_any_BT11, output_BTNH, 0)
 
 
-def _best_implementation(query, rule: AttentionRule, matmul_dtype) -> str:
+def _best_implementation(query, kv_length: int, rule: AttentionRule, matmul_dtype) -> str:
     platform = _platform()
     if platform == "tpu" and query.shape[1] >= _SHORTEST_FOR_PALLAS:
         return "pallas_tpu"
-    if platform in ("gpu", "cuda") and not _obstacle("cudnn", query, rule, matmul_dtype):
+    if platform == "cuda" and not _obstacle("cudnn", query, kv_length, rule, matmul_dtype):
         return "cudnn"
     return "xla"
 
 
-def _obstacle(implementation: str, query, rule: AttentionRule, matmul_dtype) -> str | None:
+def _obstacle(implementation: str, query, kv_length: int, rule: AttentionRule, matmul_dtype) -> str | None:
     """Why the implementation cannot work here, as the end of a sentence; None if it can."""
     platform = _platform()
     if implementation == "pallas_tpu" and platform != "tpu":
         return f"needs a TPU and this is {platform}; choose 'xla' or None"
     if implementation != "cudnn":
         return None
-    if platform not in ("gpu", "cuda"):
+    if platform != "cuda":
         return f"needs an NVIDIA GPU and this is {platform}; choose 'xla' or None"
     if rule.soft_cap is not None:
         return "has no soft cap; choose 'xla' or None"
     if matmul_dtype not in (jnp.bfloat16, jnp.float16):
         return f"multiplies 16-bit floats and not {matmul_dtype}; set matmul_dtype to bfloat16, or choose 'xla' or None"
+    if query.shape[1] % 2 or kv_length % 2:
+        return f"needs even lengths and not {query.shape[1]} and {kv_length}; choose 'xla' or None"
     if query.shape[-1] % 8 or query.shape[-1] > 128:
         return f"needs a head_dim that is a multiple of 8 up to 128 and not {query.shape[-1]}; choose 'xla' or None"
     return None
@@ -167,8 +171,10 @@ def _obstacle(implementation: str, query, rule: AttentionRule, matmul_dtype) -> 
 
 def _platform() -> str:
     """The platform that is traced for: the mesh's, which may be another than this machine's, or the default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    if device.platform == "gpu":
+        return "rocm" if "AMD" in device.device_kind else "cuda"
+    return device.platform
 
 
 def _check_arguments(query, key, value, segment_ids, kv_segment_ids, window, soft_cap) -> None:

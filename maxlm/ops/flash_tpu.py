@@ -22,9 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule
 
-_LARGEST_BLOCK = 512
 _LANES = 128
-_SUBLANES = 8
 _LOG2_E = math.log2(math.e)
 
 
@@ -39,7 +37,15 @@ class _Kernel:
 
 
 def flash_attention(
-    rule: AttentionRule, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, *, interpret: bool = False
+    rule: AttentionRule,
+    query_BTNH,
+    key_BSKH,
+    value_BSKH,
+    segments_BT,
+    segments_BS,
+    *,
+    largest_block: int = 512,
+    interpret: bool = False,
 ) -> jax.Array:
     """Attention as `maxlm.ops.attention.attention` defines it; segment ids are both given or both None.
 
@@ -47,7 +53,7 @@ def flash_attention(
     Under a mesh, call it inside `jax.shard_map(..., check_vma=False)`. `interpret` runs the kernels on a CPU, in tests.
     """
     length, key_length = query_BTNH.shape[1], key_BSKH.shape[1]
-    query_block, key_block = _block_size(length), _block_size(key_length)
+    query_block, key_block = _block_size(length, largest_block), _block_size(key_length, largest_block)
     query_padding, key_padding = -length % query_block, -key_length % key_block
     hides_padding = rule.causal and length <= key_length
     if key_padding and segments_BT is None and not hides_padding:
@@ -63,9 +69,9 @@ def flash_attention(
     return output_BTNH[:, :length]
 
 
-def _block_size(length: int) -> int:
-    """A multiple of the lanes' number, at most 512, that cuts `length` evenly."""
-    blocks = -(-length // _LARGEST_BLOCK)
+def _block_size(length: int, largest: int) -> int:
+    """A multiple of the number of lanes, at most `largest`, that cuts `length` evenly."""
+    blocks = -(-length // largest)
     return -(-length // (blocks * _LANES)) * _LANES
 
 
