@@ -9,22 +9,7 @@ from maxlm.generate.model import LoadedModel
 from maxlm.models.decoder import Decoder
 from maxlm.tokenizer.train import train_tokenizer
 
-WORDS = [
-    "the",
-    "a",
-    "river",
-    "stone",
-    "bridge",
-    "carries",
-    "under",
-    "and",
-    "water",
-    "light",
-    "éclair",
-    "橋",
-    "falls",
-    "12",
-]
+WORDS = ["the", "a", "river", "stone", "carries", "under", "and", "water", "light", "éclair", "橋", "falls", "12"]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,136 @@
+"""`maxlm eval` and `maxlm report`."""
+
+import argparse
+import json
+from pathlib import Path
+
+_EVAL_EPILOG = """\
+examples:
+  maxlm eval runs/small                                    bits per byte on what was held out of its training data
+  maxlm eval runs/small --data my-text.txt                 ... on a text of your own
+  maxlm eval runs/sft --task questions.jsonl               share of right answers, with a 95 % interval
+  maxlm eval runs/sft --task questions.jsonl --compare runs/align       and how much another model differs
+  maxlm eval runs/small --max-bits-per-byte 2.2            exit code 1 where it is worse: for scripts
+
+a task file holds one JSON object a line:
+  {"prompt": "2 + 2 =", "answer": "4"}
+  {"messages": [{"role": "user", "content": "Capital of France?"}], "answer": "Paris", "kind": "capitals"}
+  {"prompt": "The sky is", "choices": [" blue", " loud"], "answer": 0}
+With choices, the one with the highest log-probability after the prompt is taken; it follows the prompt as it stands, so
+give it its leading space.
+"""
+
+_REPORT_EPILOG = """\
+examples:
+  maxlm report runs/small              loss curves, configuration, where its data came from: runs/small/report.html
+  maxlm report runs/quickstart         all stages of a quickstart on one page
+"""
+
+
+def register(subparsers) -> None:
+    """Add both commands to the command line."""
+    evaluation = subparsers.add_parser(
+        "eval",
+        help="bits per byte, perplexity, accuracy, with intervals and baselines",
+        description="Measure a model on held-out text and on task files, beside models that only count and beside xz."
+        " Intervals are 95 % bootstrap intervals over documents or examples.",
+        epilog=_EVAL_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluation.add_argument("model", metavar="MODEL", help="a run folder, a checkpoint folder or an int8 bundle")
+    evaluation.add_argument(
+        "--data",
+        metavar="PATH",
+        help="a folder of `maxlm data build` (its held-out split) or a .txt, .md, .jsonl or .parquet file;"
+        " default, where there is no --task: the data that the model was trained on",
+    )
+    evaluation.add_argument("--task", action="append", default=[], metavar="FILE", help="a task file; repeatable")
+    evaluation.add_argument("--compare", metavar="MODEL", help="another model; its figures minus the first's")
+    evaluation.add_argument("--no-baselines", action="store_true", help="leave out counting models and xz")
+    evaluation.add_argument("--max-documents", type=_count, metavar="N", help="held-out documents, evenly drawn (all)")
+    evaluation.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="of an answer (%(default)s)")
+    evaluation.add_argument("--temperature", type=float, default=0.0, metavar="T", help="%(default)s is greedy")
+    evaluation.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable")
+    evaluation.add_argument("--seed", type=int, default=0, help="of intervals and sampled answers (%(default)s)")
+    evaluation.add_argument("--max-bits-per-byte", type=float, metavar="X", help="exit with 1 above this")
+    evaluation.add_argument("--min-accuracy", type=float, metavar="X", help="exit with 1 below this, on any task")
+    evaluation.add_argument("--output", metavar="FILE", help="write everything as JSON, each example included")
+    evaluation.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    evaluation.set_defaults(func=run_eval)
+
+    report = subparsers.add_parser(
+        "report",
+        help="one HTML page about a run or a quickstart",
+        description="Write report.html into a folder: one file that needs no network. A quickstart folder gives the"
+        " whole story, a run folder that of the run.",
+        epilog=_REPORT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    report.add_argument("folder", metavar="FOLDER", help="a run folder or a quickstart folder")
+    report.add_argument("--json", action="store_true", help="print the path as JSON")
+    report.set_defaults(func=run_report)
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    from maxlm.core.manifest import write_json
+    from maxlm.errors import CheckFailed, DataError
+    from maxlm.eval.run import evaluate
+    from maxlm.eval.tables import print_evaluation
+
+    if args.output and Path(args.output).is_dir():
+        raise DataError(f"--output {args.output}: is a folder; name a file in it")
+    evaluation = evaluate(
+        args.model,
+        data=args.data,
+        task_files=args.task,
+        compare=args.compare,
+        with_baselines=not args.no_baselines,
+        max_documents=args.max_documents,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        stop=args.stop,
+        seed=args.seed,
+    )
+    result = evaluation.to_dict()
+    if args.output:
+        try:
+            write_json(Path(args.output), result)
+        except OSError as error:
+            raise DataError(f"--output {args.output}: cannot be written: {error.strerror}") from None
+    failed = _failed_checks(result, args)
+    if args.json:
+        print(json.dumps({**result, "failed": failed}, ensure_ascii=False))
+    else:
+        print_evaluation(evaluation)
+    if failed and not args.json:
+        raise CheckFailed("; ".join(failed))
+    return 1 if failed else 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    from maxlm.eval.report import write_report
+
+    path = write_report(Path(args.folder))
+    print(json.dumps({"report": str(path)}) if args.json else path)
+    return 0
+
+
+def _failed_checks(result: dict, args: argparse.Namespace) -> list[str]:
+    failed = []
+    if args.max_bits_per_byte is not None and result["text"]:
+        value = result["text"]["bits_per_byte"]["value"]
+        if not value <= args.max_bits_per_byte:
+            failed.append(f"{value:.4f} bits per byte are more than {args.max_bits_per_byte}")
+    if args.min_accuracy is not None:
+        for task in result["tasks"]:
+            value = task["accuracy"]["value"]
+            if not value >= args.min_accuracy:
+                failed.append(f"{task['task']}: an accuracy of {value:.4f} is less than {args.min_accuracy}")
+    return failed
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value

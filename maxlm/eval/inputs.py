@@ -1,0 +1,70 @@
+"""Documents to evaluate on: a split of a data folder, or files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+
+from maxlm.config.data import SourceConfig
+from maxlm.core.manifest import manifest_chain
+from maxlm.data.documents import Document
+from maxlm.data.sources import read_source
+from maxlm.errors import DataError
+
+# Training text that the baselines count: xz takes about a second for each megabyte.
+MAX_TRAIN_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Held-out texts, and the training texts that baselines are made from; `train` is empty where none are known."""
+
+    where: str
+    valid: list[str]
+    train: list[str]
+
+
+def find_data_folders(model_path: str | Path) -> list[Path]:
+    """The data folders that a model stands on, as its manifests tell, those that are still there.
+
+    A checkpoint stands two folders below its run, which has the manifest.
+    """
+    path = Path(model_path).resolve()
+    chain = manifest_chain(path) or manifest_chain(path.parent.parent)
+    return [Path(item["folder"]) for item in chain if item["stage"] == "data"]
+
+
+def read_held_out(path: str | Path, *, limit: int | None = None) -> list[str]:
+    """Texts of the held-out split of a folder of `maxlm data build`, or of a .txt, .md, .json(l) or .parquet file.
+
+    Args:
+      path: the folder or the file.
+      limit: take no more than this many documents, evenly spread over all.
+
+    Raises:
+      DataError: there is nothing at `path`, or it holds no documents.
+    """
+    path = Path(path)
+    texts = _split(path, "valid") if path.is_dir() else _file_texts(path)
+    if not any(texts):
+        raise DataError(f"{path}: holds no held-out text; build the data with a larger valid_fraction")
+    return texts if limit is None or limit >= len(texts) else texts[:: -(-len(texts) // limit)]
+
+
+def read_training(folder: str | Path, *, max_bytes: int = MAX_TRAIN_BYTES) -> list[str]:
+    """Texts of the training split of a data folder, thinned evenly to about `max_bytes`."""
+    texts = _split(Path(folder), "train")
+    total = sum(map(len, texts))
+    return texts[:: max(1, -(-total // max_bytes))]
+
+
+def _split(folder: Path, split: str) -> list[str]:
+    for documents in (folder / "documents", folder):
+        file = documents / f"{split}.parquet"
+        if file.is_file():
+            return parquet.read_table(file, columns=["text"]).column("text").to_pylist()
+    raise DataError(f"{folder}: is no folder of `maxlm data build`: it holds no documents/{split}.parquet")
+
+
+def _file_texts(path: Path) -> list[str]:
+    return [record.text for record in read_source(SourceConfig(uri=str(path))) if isinstance(record, Document)]

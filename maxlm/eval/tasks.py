@@ -1,0 +1,205 @@
+"""Task files: questions with one right answer, generated or chosen."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maxlm.data.lines import BrokenFile, read_lines
+from maxlm.errors import DataError
+from maxlm.eval.interval import Interval, proportion_interval
+from maxlm.generate.model import LoadedModel, Prompt
+
+_FIELDS = ("prompt", "messages", "choices", "answer", "kind")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question.
+
+    prompt: a text to continue, or the messages of a chat to answer.
+    answer: the right answer's text.
+    choices: what to choose among, `answer` being one of them; empty where the answer is to be generated.
+    kind: a label to report by.
+    """
+
+    prompt: Prompt
+    answer: str
+    choices: tuple[str, ...] = ()
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """How a model answered.
+
+    accuracy: share of right answers, over all examples.
+    correct: [n], 0 or 1 for each example.
+    outputs: [n], what was generated or chosen.
+    by_kind: accuracy of the examples of each kind.
+    too_long: examples that do not fit the model's context; they count as wrong, with an empty output.
+    """
+
+    accuracy: Interval
+    correct: np.ndarray
+    outputs: tuple[str, ...]
+    by_kind: dict[str, Interval]
+    too_long: int
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """Examples of a JSONL file, one object a line: `prompt` or `messages`, `answer`, and perhaps `choices` and `kind`.
+
+    With `choices`, `answer` is the index of the right one, from 0. Without, it is the text; it may be left out where
+    the messages end with the assistant's, which then is the answer.
+
+    Raises:
+      DataError: naming file and line of the first mistake.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file; give a JSONL file with a prompt and an answer on each line")
+    examples = []
+    try:
+        for number, line in read_lines(path):
+            if line.strip():
+                examples.append(parse_example(_parse_json(line, f"{path}:{number}"), where=f"{path}:{number}"))
+    except BrokenFile as error:
+        raise DataError(f"{path}: {error}") from None
+    if not examples:
+        raise DataError(f"{path}: holds no examples")
+    if len({bool(example.choices) for example in examples}) > 1:
+        raise DataError(f"{path}: some examples have choices and some do not; put them into two files")
+    return examples
+
+
+def parse_example(record: dict, *, where: str) -> Example:
+    """One object of a task file.
+
+    Raises:
+      DataError: beginning with `where`.
+    """
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: must be a JSON object with {', '.join(_FIELDS)}")
+    if ("prompt" in record) == ("messages" in record):
+        raise DataError(f"{where}: must have either prompt or messages")
+    prompt, answer, choices = record.get("prompt"), record.get("answer"), record.get("choices")
+    if "messages" in record:
+        prompt = _checked_messages(record["messages"], where)
+        if answer is None and prompt[-1]["role"] == "assistant":
+            *prompt, last = prompt
+            answer = last["content"]
+    if not prompt or not isinstance(prompt, str | list):
+        raise DataError(f"{where}: prompt must be a text, and not empty")
+    if choices is not None:
+        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+            raise DataError(f"{where}: choices must be a list of two or more texts")
+        if type(answer) is not int or not 0 <= answer < len(choices):
+            raise DataError(f"{where}: answer must be the index of the right choice, 0 to {len(choices) - 1}")
+        answer = choices[answer]
+    if not isinstance(answer, str) or not answer.strip():
+        raise DataError(f"{where}: answer must be a text, and not empty")
+    kind = record.get("kind")
+    if kind is not None and not isinstance(kind, str):
+        raise DataError(f"{where}: kind must be a text")
+    return Example(prompt, answer, tuple(choices or ()), kind)
+
+
+def exact_match(
+    model: LoadedModel,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+) -> TaskResult:
+    """Generate an answer to each prompt; right is one that equals the answer, white space around both aside."""
+    lengths = [len(model.encode(example.prompt)) + max_new_tokens for example in examples]
+    fitting = [index for index, length in enumerate(lengths) if length <= model.config.max_length]
+    outputs = [""] * len(examples)
+    if fitting:
+        texts = model.generate(
+            [examples[index].prompt for index in fitting],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop=stop,
+        )
+        for index, text in zip(fitting, texts):
+            outputs[index] = text
+    right = [output.strip() == example.answer.strip() for output, example in zip(outputs, examples)]
+    return _result(examples, right, outputs, too_long=len(examples) - len(fitting), seed=seed)
+
+
+def multiple_choice(model: LoadedModel, examples: Sequence[Example], *, seed: int = 0) -> TaskResult:
+    """Choose the continuation that the model gives the highest log-probability, as a whole and not for each token."""
+    context = model.config.max_length
+    fitting = [index for index, example in enumerate(examples) if _longest(model, example) <= context]
+    pairs = [(index, choice) for index in fitting for choice in examples[index].choices]
+    scores = model.score([examples[index].prompt for index, _ in pairs], [choice for _, choice in pairs])
+    best: dict[int, tuple[float, str]] = {}
+    for (index, choice), score in zip(pairs, scores):
+        if index not in best or score.log_probability > best[index][0]:
+            best[index] = (score.log_probability, choice)
+    outputs = [best[index][1] if index in best else "" for index in range(len(examples))]
+    right = [output == example.answer for output, example in zip(outputs, examples)]
+    return _result(examples, right, outputs, too_long=len(examples) - len(fitting), seed=seed)
+
+
+def run_task(
+    model: LoadedModel,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+) -> TaskResult:
+    """`multiple_choice` where the examples have choices, else `exact_match`."""
+    if examples[0].choices:
+        return multiple_choice(model, examples, seed=seed)
+    return exact_match(model, examples, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=stop)
+
+
+def _result(
+    examples: Sequence[Example], right: list[bool], outputs: list[str], *, too_long: int, seed: int
+) -> TaskResult:
+    correct = np.array(right, np.int64)
+    kinds = sorted({example.kind for example in examples if example.kind is not None})
+    return TaskResult(
+        accuracy=proportion_interval(correct, seed=seed),
+        correct=correct,
+        outputs=tuple(outputs),
+        by_kind={
+            kind: proportion_interval(correct[[example.kind == kind for example in examples]], seed=seed)
+            for kind in kinds
+        },
+        too_long=too_long,
+    )
+
+
+def _parse_json(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        raise DataError(f"{where}: is not valid JSON") from None
+
+
+def _longest(model: LoadedModel, example: Example) -> int:
+    """Tokens of the prompt with its longest choice, as `LoadedModel.score` sees them."""
+    if isinstance(example.prompt, str):
+        return max(len(model.encode(example.prompt + choice)) for choice in example.choices)
+    return len(model.encode(example.prompt)) + max(len(model.tokenizer.encode(choice)) for choice in example.choices)
+
+
+def _checked_messages(messages: object, where: str) -> list[dict]:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: messages must be a list of objects with role and content")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise DataError(f"{where}: each of the messages must be an object with the texts role and content")
+    return messages

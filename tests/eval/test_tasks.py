@@ -1,0 +1,128 @@
+"""Task files are read strictly; answers are judged as they are written, and choices by their log-probability."""
+
+import json
+
+import numpy as np
+import pytest
+
+from maxlm.errors import DataError
+from maxlm.eval.tasks import Example, exact_match, multiple_choice, read_examples, run_task
+
+CHAT = [{"role": "user", "content": "the river and"}]
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def test_reads_prompts_chats_and_choices(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl",
+        {"prompt": "2 + 2 =", "answer": "4", "kind": "sums"},
+        {"messages": CHAT, "answer": "stone"},
+        {"messages": [*CHAT, {"role": "assistant", "content": "falls"}]},
+    )
+    assert read_examples(path) == [
+        Example("2 + 2 =", "4", (), "sums"),
+        Example(CHAT, "stone"),
+        Example(CHAT, "falls"),
+    ]
+    path = write(tmp_path / "b.jsonl", {"prompt": "The sky is", "choices": [" blue", " loud"], "answer": 1})
+    assert read_examples(path) == [Example("The sky is", " loud", (" blue", " loud"))]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"answer": "4"}, "either prompt or messages"),
+        ({"prompt": "a", "messages": CHAT, "answer": "b"}, "either prompt or messages"),
+        ({"prompt": "", "answer": "b"}, "prompt must be a text"),
+        ({"prompt": "a"}, "answer must be a text"),
+        ({"prompt": "a", "answer": 4}, "answer must be a text"),
+        ({"prompt": "a", "choices": ["b"], "answer": 0}, "two or more"),
+        ({"prompt": "a", "choices": ["b", "c"], "answer": 2}, "index of the right choice, 0 to 1"),
+        ({"prompt": "a", "choices": ["b", "c"], "answer": True}, "index of the right choice"),
+        ({"messages": [{"role": "user"}], "answer": "b"}, "role and content"),
+        ({"messages": "hello", "answer": "b"}, "list of objects"),
+        ({"prompt": "a", "answer": "b", "kind": 3}, "kind must be a text"),
+        ([1], "JSON object"),
+    ],
+)
+def test_a_mistake_is_told_with_its_line(tmp_path, record, message):
+    path = write(tmp_path / "a.jsonl", {"prompt": "a", "answer": "b"}, record)
+    with pytest.raises(DataError, match=message) as error:
+        read_examples(path)
+    assert str(error.value).startswith(f"{path}:2: ")
+
+
+def test_files_that_are_no_task_files(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        read_examples(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="holds no examples"):
+        read_examples(tmp_path / "empty.jsonl")
+    (tmp_path / "text.jsonl").write_text("hello\n")
+    with pytest.raises(DataError, match=r"text\.jsonl:1: is not valid JSON"):
+        read_examples(tmp_path / "text.jsonl")
+    mixed = write(
+        tmp_path / "m.jsonl", {"prompt": "a", "answer": "b"}, {"prompt": "a", "choices": ["b", "c"], "answer": 0}
+    )
+    with pytest.raises(DataError, match="two files"):
+        read_examples(mixed)
+
+
+def test_an_answer_is_right_when_it_is_what_the_model_writes(model):
+    prompts = ["the river", "water", CHAT, "a stone under"]
+    written = model.generate(prompts, max_new_tokens=6)
+    examples = [
+        Example(prompts[0], f" {written[0]}\n", kind="as written"),
+        Example(prompts[1], written[1] + "!", kind="changed"),
+        Example(prompts[2], written[2] if written[2].strip() else "nothing", kind="as written"),
+        Example(prompts[3], "never " * 9, kind="changed"),
+    ]
+    result = exact_match(model, examples, max_new_tokens=6)
+    expected = [1, 0, int(bool(written[2].strip())), 0]
+    np.testing.assert_array_equal(result.correct, expected)
+    assert result.outputs == tuple(written)
+    assert result.accuracy.value == sum(expected) / 4
+    assert set(result.by_kind) == {"as written", "changed"}
+    assert result.by_kind["changed"].value == 0
+    assert result.too_long == 0
+
+
+def test_an_example_longer_than_the_context_counts_as_wrong(model, sentences):
+    long = Example(" ".join(sentences), "x")
+    short = Example("the river", "x")
+    result = exact_match(model, [long, short, long], max_new_tokens=4)
+    assert result.too_long == 2
+    assert result.outputs[0] == ""
+    choices = ("stone", "water")
+    result = multiple_choice(model, [Example(long.prompt, "water", choices), Example("the", "water", choices)])
+    assert result.too_long == 1
+    assert result.correct[0] == 0
+
+
+def test_the_likeliest_choice_is_taken(model):
+    choices = (" stone", " water and light", " falls")
+    examples = [Example(prompt, choices[1], choices) for prompt in ("the river", "a", "under the light")]
+    examples.append(Example(CHAT, choices[2], choices))
+    result = multiple_choice(model, examples)
+    for example, output in zip(examples, result.outputs):
+        assert output == choices[np.argmax([naive_log_probability(model, example.prompt, c) for c in choices])]
+    np.testing.assert_array_equal(result.correct, [o == e.answer for o, e in zip(result.outputs, examples)])
+    assert run_task(model, examples).outputs == result.outputs
+
+
+def naive_log_probability(model, prompt, choice: str) -> float:
+    """Of the choice's tokens, from whole logits in float64."""
+    if isinstance(prompt, str):
+        before, ids = model.encode(prompt), model.encode(prompt + choice)
+    else:
+        before = model.encode(prompt)
+        ids = before + model.tokenizer.encode(choice)
+    # Where the tokenizer joins the seam, the joined token belongs to the choice.
+    first = next((i for i, (a, b) in enumerate(zip(before, ids)) if a != b), len(before))
+    logits = model.logits(np.array([ids]))[0].astype(np.float64)
+    log_softmax = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return sum(log_softmax[i - 1, ids[i]] for i in range(first, len(ids)))
