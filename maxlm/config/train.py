@@ -58,14 +58,18 @@ class GrpoObjective(Frozen):
     kind: Literal["grpo"] = "grpo"
     train_file: str = Field(description="JSONL with `prompt` (messages or text) and `answer`.")
     valid_file: str | None = None
-    reward: str = Field("exact_match", description="Name of a reward function: see `maxlm.post.rewards`.")
+    reward: str = Field(
+        "exact_match", description="A reward function of `maxlm.post.rewards`, or your own as package.module:function."
+    )
     group_size: Annotated[int, Field(ge=2)] = Field(8, description="Answers sampled for a prompt.")
     max_new_tokens: Count = 32
     temperature: PositiveFloat = 1.0
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.28
     kl_beta: NonNegativeFloat = Field(0.0, description="Weight of the KL divergence from the starting model.")
-    updates_per_rollout: Count = 1
+    updates_per_rollout: Count = Field(
+        1, description="Steps that learn from one round of sampling, each from answers of its own."
+    )
     normalize_std: bool = Field(True, description="Divide advantages by the group's standard deviation.")
 
 
@@ -179,6 +183,17 @@ class TrainConfig(Frozen):
             problems.append(f"row_length ({self.row_length}) exceeds model.max_length ({self.model.max_length})")
         if self.objective.kind in ("dpo", "grpo", "sft", "reward") and self.init_from is None:
             problems.append(f"init_from must name the model that objective.kind={self.objective.kind} starts from")
+        if self.objective.kind == "grpo":
+            if self.objective.max_new_tokens >= self.row_length:
+                problems.append(
+                    f"objective.max_new_tokens ({self.objective.max_new_tokens}) leaves no room for a prompt in"
+                    f" row_length ({self.row_length})"
+                )
+            # Answers are sampled every so many steps, with the weights of that step: a run can go on from there alone.
+            multiple = self.objective.updates_per_rollout
+            for name, value in (("steps", self.steps), ("checkpoint.every", self.checkpoint.every)):
+                if value % multiple:
+                    problems.append(f"{name} ({value}) must be a multiple of objective.updates_per_rollout ({multiple})")
         if problems:
             raise ValueError("; ".join(problems))
         return self

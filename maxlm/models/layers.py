@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import Parameter, normal, ones
-from maxlm.core.sharding import current_mesh, logical_to_spec, shard
+from maxlm.core.sharding import is_explicit, logical_to_spec, shard
 from maxlm.models.cache import KVCache
 from maxlm.ops.attention import attention
 from maxlm.ops.linear import linear
@@ -124,7 +124,7 @@ class DecoderLayer(nnx.Module):
 def _split_heads(x_BLX, num_heads: int, axis: str):
     batch, length, features = x_BLX.shape
     shape = (batch, length, num_heads, features // num_heads)
-    if current_mesh() is None:
+    if not is_explicit():
         return x_BLX.reshape(shape)
     return jax.lax.reshape(x_BLX, shape, out_sharding=logical_to_spec(("batch", "length", axis, None)))
 
@@ -146,7 +146,7 @@ def _sharded_attention(config: ModelConfig, query_BLHE, key_BLKE, value_BLKE, se
             matmul_dtype=matmul_dtype,
         )
 
-    if current_mesh() is None:
+    if not is_explicit():
         return local(query_BLHE, key_BLKE, value_BLKE, segment_ids_BL)
     heads = logical_to_spec(("batch", "length", "heads", None))
     kv_heads = logical_to_spec(("batch", "length", "kv_heads", None))

@@ -1,0 +1,256 @@
+"""Chats for fine-tuning: reading, encoding, packing into rows, and the rows of each step.
+
+A training file is the user's own: its first mistake ends the run, with file and line.
+"""
+
+import difflib
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from maxlm.core.batch import Batch
+from maxlm.core.progress import console
+from maxlm.data.lines import BrokenFile, read_lines
+from maxlm.errors import DataError, TokenizerError
+from maxlm.tokenizer.codec import ChatTokens, Tokenizer
+
+
+def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`FILE:LINE` and JSON object of each line of a file; empty lines are passed over, .gz and .zst are read too.
+
+    Raises:
+      DataError: there is no such file, or a line is no JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise DataError(f"{path}: there is no such file{hint}")
+    try:
+        for number, line in read_lines(path):
+            if line.strip():
+                yield f"{path}:{number}", _parse_object(line, f"{path}:{number}")
+    except BrokenFile as error:
+        raise DataError(f"{path}: {error}; make the file again") from None
+
+
+def _parse_object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: is no UTF-8 text") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = (
+            f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+        )
+        raise DataError(f"{where}: is no JSON: {reason}; each line must hold one JSON object") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: must be a JSON object {{...}}, and is {line.decode().strip()[:40]!r}")
+    return record
+
+
+def field(record: dict[str, Any], name: str, where: str) -> Any:
+    """A field that a record must have.
+
+    Raises:
+      DataError: it lacks the field; with the nearest one that it has.
+    """
+    if name in record:
+        return record[name]
+    near = difflib.get_close_matches(name, record, 1)
+    hint = (
+        f"; did you mean {name!r} where it has {near[0]!r}?" if near else f"; it has {', '.join(record) or 'nothing'}"
+    )
+    raise DataError(f"{where}: lacks {name!r}{hint}")
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Any, where: str, *, generation_prompt: bool = False) -> ChatTokens:
+    """`Tokenizer.encode_chat` of messages that come from a file.
+
+    Raises:
+      DataError: they are no list of messages, or a role is unknown.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: messages must be a list of {{'role': ..., 'content': ...}} that is not empty")
+    try:
+        return tokenizer.encode_chat(messages, generation_prompt=generation_prompt)
+    except TokenizerError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Any, where: str) -> list[int]:
+    """What a model goes on from: messages up to the next answer, or a plain text after the start token."""
+    if isinstance(prompt, str):
+        return encode_text(tokenizer, prompt, where, bos=True)
+    return encode_chat(tokenizer, prompt, where, generation_prompt=True).ids
+
+
+def encode_text(tokenizer: Tokenizer, text: str, where: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+    """`Tokenizer.encode` of a text that comes from a file; raises DataError."""
+    try:
+        return tokenizer.encode(text, bos=bos, eos=eos)
+    except TokenizerError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+class EpochOrder:
+    """An endless sequence of examples: each epoch a permutation of its own, by seed and epoch alone."""
+
+    def __init__(self, num_examples: int, *, seed: int):
+        self._num_examples = num_examples
+        self._permutation = functools.lru_cache(maxsize=2)(
+            lambda epoch: np.random.default_rng([seed, epoch]).permutation(num_examples)
+        )
+
+    def indices(self, step: int, *, batch_size: int, shard: int = 0, num_shards: int = 1) -> np.ndarray:
+        """The examples of a step that are this shard's: [batch_size / num_shards]."""
+        share = batch_size // num_shards
+        start = step * batch_size + shard * share
+        epochs, places = np.divmod(np.arange(start, start + share), self._num_examples)
+        return np.array([self._permutation(int(epoch))[place] for epoch, place in zip(epochs, places)])
+
+
+class PackedChats:
+    """Chats as token ids, and which of them share a row.
+
+    Several chats stand in one row, each a segment with positions from 0. A row's targets are its tokens one later in
+    the same chat; loss weights are 1 where the target is the assistant's. The last token of a chat is a target only.
+    """
+
+    def __init__(self, chats: Sequence[ChatTokens], *, row_length: int):
+        self.row_length = row_length
+        self._lengths = np.array([len(chat.ids) - 1 for chat in chats])
+        self._starts = np.concatenate([[0], np.cumsum(self._lengths + 1)[:-1]])
+        self._ids = np.concatenate([np.array(chat.ids, np.int32) for chat in chats])
+        self._weights = np.concatenate([np.array(chat.loss_weights, np.float32) for chat in chats])
+        self.rows = pack(self._lengths, row_length)
+
+    @classmethod
+    def read(cls, path: str | Path, tokenizer: Tokenizer, *, row_length: int) -> Self:
+        """Chats of a JSONL file with `messages`; those that do not fit in a row are left out and counted.
+
+        Raises:
+          DataError: a line is no chat or has no answer to learn from, or no chat is left.
+        """
+        chats, num_too_long = [], 0
+        for where, record in read_records(path):
+            chat = encode_chat(tokenizer, field(record, "messages", where), where)
+            if not any(chat.loss_weights):
+                raise DataError(
+                    f"{where}: has no message of role {tokenizer.template.answering_role!r},"
+                    " so there is nothing to learn from it; remove the line"
+                )
+            if len(chat.ids) - 1 > row_length:
+                num_too_long += 1
+            else:
+                chats.append(chat)
+        check_some_left(path, len(chats), num_too_long, what="chats", row_length=row_length)
+        packed = cls(chats, row_length=row_length)
+        full = packed._lengths.sum() / (len(packed.rows) * row_length)
+        console.print(f"{path}: {len(chats)} chats in {len(packed.rows)} rows, {full:.0%} full", markup=False)
+        return packed
+
+    def batch(self, row_indices: np.ndarray) -> Batch:
+        """These rows, in this order; index -1 gives a row of padding."""
+        members = [self.rows[index] if index >= 0 else [] for index in row_indices]
+        chats = np.array([chat for row in members for chat in row], np.int64)
+        row_of_chat = np.repeat(np.arange(len(members)), [len(row) for row in members])
+        segment_of_chat = np.array([segment for row in members for segment in range(1, len(row) + 1)])
+        offset_of_chat = np.array(
+            [offset for row in members for offset in np.cumsum([0, *self._lengths[row][:-1]])[: len(row)]], np.int64
+        )
+        lengths = self._lengths[chats]
+        source = _ranges(self._starts[chats], lengths)
+        target = _ranges(row_of_chat * self.row_length + offset_of_chat, lengths)
+
+        def rows(values: np.ndarray, dtype=np.int32) -> np.ndarray:
+            flat = np.zeros(len(members) * self.row_length, dtype)
+            flat[target] = values
+            return flat.reshape(len(members), self.row_length)
+
+        return Batch(
+            tokens=rows(self._ids[source]),
+            targets=rows(self._ids[source + 1]),
+            loss_weights=rows(self._weights[source + 1], np.float32),
+            segment_ids=rows(np.repeat(segment_of_chat, lengths)),
+            positions=rows(_ranges(np.zeros_like(lengths), lengths)),
+        )
+
+
+def check_some_left(path: str | Path, num_left: int, num_too_long: int, *, what: str, row_length: int) -> None:
+    """Tell how many examples were too long; raise DataError when none is left."""
+    if num_left == 0:
+        reason = f"all {num_too_long} {what} are longer than" if num_too_long else f"holds no {what} to fit in"
+        remedy = "raise row_length" if num_too_long else "give a JSONL file with at least one line"
+        raise DataError(f"{path}: {reason} row_length={row_length} tokens; {remedy}")
+    if num_too_long:
+        console.print(
+            f"{path}: {num_too_long} of {num_too_long + num_left} {what} are longer than row_length={row_length}"
+            " tokens and are left out",
+            markup=False,
+        )
+
+
+def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: which items share a bin. Bins hold at most `capacity`; no item may be longer.
+
+    A bit of `free` stands for each space that some open bin has left; the lowest bit from an item's length on is the
+    tightest fit.
+    """
+    bins: list[list[int]] = []
+    open_bins: list[list[int]] = [[] for _ in range(capacity + 1)]
+    free = 0
+    for item in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        length = int(lengths[item])
+        fitting = free >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            index = open_bins[space].pop()
+            if not open_bins[space]:
+                free &= ~(1 << space)
+        else:
+            space, index = capacity, len(bins)
+            bins.append([])
+        bins[index].append(item)
+        if left := space - length:
+            open_bins[left].append(index)
+            free |= 1 << left
+    return bins
+
+
+def padded_batches(num_examples: int, batch_size: int, limit: int) -> list[np.ndarray]:
+    """Index arrays [batch_size] that go over all examples once in order, -1 filling the last; at most `limit`."""
+    num_batches = min(limit, -(-num_examples // batch_size))
+    indices = np.arange(num_batches * batch_size).reshape(num_batches, batch_size)
+    return list(np.where(indices < num_examples, indices, -1))
+
+
+def share_of(indices: np.ndarray, shard: int, num_shards: int) -> np.ndarray:
+    """The part of a batch's indices that one of `num_shards` processes reads."""
+    return np.split(indices, num_shards)[shard]
+
+
+def step_batches(
+    order: EpochOrder,
+    build: Callable[[np.ndarray], Any],
+    start_step: int,
+    *,
+    batch_size: int,
+    shard: int,
+    num_shards: int,
+) -> Iterator[Any]:
+    """`build` of the examples of each step from `start_step` on, without end."""
+    step = start_step
+    while True:
+        yield build(order.indices(step, batch_size=batch_size, shard=shard, num_shards=num_shards))
+        step += 1
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... of each range, one after another."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)

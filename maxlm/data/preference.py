@@ -1,0 +1,144 @@
+"""Preference pairs and prompts: reading, encoding, and padding to batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from maxlm.core.batch import Batch
+from maxlm.data.chat import check_some_left, encode_chat, encode_prompt, encode_text, field, read_records
+from maxlm.errors import DataError
+from maxlm.tokenizer.codec import ChatTokens, Tokenizer
+
+# Rows are padded to a multiple of this.
+_LENGTH_MULTIPLE = 16
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["chosen", "rejected"], meta_fields=[])
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """Pairs of answers to one prompt; row i of `chosen` is preferred to row i of `rejected`.
+
+    One sequence stands in a row, from its left end; loss weights are 1 where the target is the answer's. A row without
+    tokens is padding.
+    """
+
+    chosen: Batch
+    rejected: Batch
+
+
+class PreferencePairs:
+    """The pairs of a file as token ids."""
+
+    def __init__(self, pairs: Sequence[tuple[ChatTokens, ChatTokens]], *, row_length: int):
+        self._pairs = pairs
+        longest = max(len(answer.ids) for pair in pairs for answer in pair)
+        self.row_length = min(row_length, round_up(longest))
+
+    @classmethod
+    def read(cls, path: str | Path, tokenizer: Tokenizer, *, row_length: int) -> Self:
+        """Pairs of a JSONL file with `prompt`, `chosen` and `rejected`; those too long are left out and counted.
+
+        `prompt` is a list of messages or a plain text; an answer is a text, or, after messages, a list of messages.
+
+        Raises:
+          DataError: a line is no pair, or no pair is left.
+        """
+        pairs, num_too_long = [], 0
+        for where, record in read_records(path):
+            prompt, answers = (
+                field(record, "prompt", where),
+                [field(record, name, where) for name in ("chosen", "rejected")],
+            )
+            if answers[0] == answers[1]:
+                raise DataError(
+                    f"{where}: chosen and rejected are the same, so the pair prefers nothing; remove the line"
+                )
+            pair = tuple(encode_answer(tokenizer, prompt, answer, where) for answer in answers)
+            if max(len(answer.ids) for answer in pair) > row_length:
+                num_too_long += 1
+            else:
+                pairs.append(pair)
+        check_some_left(path, len(pairs), num_too_long, what="pairs", row_length=row_length)
+        return cls(pairs, row_length=row_length)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def batch(self, indices: np.ndarray) -> PreferenceBatch:
+        """These pairs, in this order; index -1 gives padding."""
+        pairs = [self._pairs[index] if index >= 0 else (_NOTHING, _NOTHING) for index in indices]
+        chosen, rejected = zip(*pairs)
+        return PreferenceBatch(pad(chosen, self.row_length), pad(rejected, self.row_length))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is sampled from: token ids, and the record that a reward function sees."""
+
+    ids: list[int]
+    record: dict[str, Any]
+
+
+def read_prompts(path: str | Path, tokenizer: Tokenizer, *, max_prompt_length: int, row_length: int) -> list[Prompt]:
+    """Prompts of a JSONL file with `prompt` and `answer`; those longer than `max_prompt_length` are left out.
+
+    Raises:
+      DataError: a line is no such record, or no prompt is left.
+    """
+    prompts, num_too_long = [], 0
+    for where, record in read_records(path):
+        field(record, "answer", where)
+        ids = encode_prompt(tokenizer, field(record, "prompt", where), where)
+        if len(ids) > max_prompt_length:
+            num_too_long += 1
+        else:
+            prompts.append(Prompt(ids, record))
+    check_some_left(path, len(prompts), num_too_long, what="prompts with their answers", row_length=row_length)
+    return prompts
+
+
+def encode_answer(tokenizer: Tokenizer, prompt: Any, answer: Any, where: str) -> ChatTokens:
+    """A prompt and an answer as one sequence, with weight 1 on the answer alone: earlier answers count as prompt."""
+    if isinstance(prompt, str):
+        if not isinstance(answer, str):
+            raise DataError(f"{where}: after a prompt that is a text, the answers must be texts")
+        prompt_ids = encode_text(tokenizer, prompt, where, bos=True)
+        ids = prompt_ids + encode_text(tokenizer, answer, where, eos=True)
+        return ChatTokens(ids, [0.0] * len(prompt_ids) + [1.0] * (len(ids) - len(prompt_ids)))
+    if isinstance(answer, str):
+        answer = [{"role": tokenizer.template.answering_role, "content": answer}]
+    if not isinstance(answer, list):
+        raise DataError(f"{where}: an answer must be a text or a list of messages")
+    num_prompt = len(encode_chat(tokenizer, prompt, where).ids)
+    whole = encode_chat(tokenizer, [*prompt, *answer], where)
+    weights = [0.0] * num_prompt + whole.loss_weights[num_prompt:]
+    if not any(weights):
+        raise DataError(f"{where}: an answer has no message of role {tokenizer.template.answering_role!r}")
+    return ChatTokens(whole.ids, weights)
+
+
+def pad(sequences: Sequence[ChatTokens], length: int) -> Batch:
+    """One sequence a row, all its tokens kept; the last one has no target."""
+    arrays = {name: np.zeros((len(sequences), length), np.int32) for name in ("tokens", "targets", "segment_ids")}
+    loss_weights = np.zeros((len(sequences), length), np.float32)
+    for row, sequence in enumerate(sequences):
+        count = len(sequence.ids)
+        arrays["tokens"][row, :count] = sequence.ids
+        arrays["targets"][row, : max(count - 1, 0)] = sequence.ids[1:]
+        arrays["segment_ids"][row, :count] = 1
+        loss_weights[row, : max(count - 1, 0)] = sequence.loss_weights[1:]
+    positions = np.arange(length, dtype=np.int32) * arrays["segment_ids"]
+    return Batch(**arrays, loss_weights=loss_weights, positions=positions)
+
+
+def round_up(length: int) -> int:
+    """To a length at which few shapes are compiled."""
+    return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+
+
+_NOTHING = ChatTokens([], [])

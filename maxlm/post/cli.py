@@ -1,0 +1,95 @@
+"""`maxlm train` and `maxlm preview`."""
+
+import argparse
+import json
+
+TRAIN_EPILOG = """\
+examples:
+  maxlm train configs/quickstart/pretrain.yaml               pretrain; the same command resumes a run that was stopped
+  maxlm train configs/post/sft.yaml                          fine-tune on chats
+  maxlm train configs/post/sft.yaml lora.rank=16             the same, with low-rank adapters alone being trained
+  maxlm train configs/post/dpo.yaml objective.beta=0.05      learn from preferences; reward.yaml and grpo.yaml go alike
+  maxlm train CONFIG output=runs/second seed=1               any setting can be given as key=value
+"""
+
+PREVIEW_EPILOG = """\
+examples:
+  maxlm preview configs/post/sft.yaml              is the loss on the answers, and on nothing else?
+  maxlm preview configs/post/dpo.yaml -n 1         one pair
+  maxlm preview configs/quickstart/pretrain.yaml   where do documents begin in a packed row?
+"""
+
+
+def register(subparsers) -> None:
+    """Add both commands to the command line."""
+    train = subparsers.add_parser(
+        "train",
+        help="pretrain, fine-tune, align: one run of one configuration",
+        description="Train as a configuration says: pretraining, SFT, reward model, DPO or GRPO. The run folder holds"
+        " checkpoints, metrics.jsonl, tensorboard/ and manifest.json. A run that stands there already is resumed.",
+        epilog=TRAIN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_config(train)
+    train.add_argument("--json", action="store_true", help="print the final numbers as one JSON object")
+    train.set_defaults(func=run_train)
+
+    preview = subparsers.add_parser(
+        "preview",
+        help="show training examples, tokens coloured by loss weight",
+        description="Print the first examples that a training configuration would train on, in that order, with its"
+        " chat template and packing: what the model learns to write is set off from what it only reads.",
+        epilog=PREVIEW_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_config(preview)
+    preview.add_argument("-n", type=_count, default=3, metavar="N", help="how many examples (3)")
+    preview.set_defaults(func=run_preview)
+
+
+def run_train(args: argparse.Namespace) -> int:
+    from maxlm.config.load import load_config
+    from maxlm.post.run import train
+
+    config = load_config(args.config, args.overrides, kind="train")
+    metrics = train(config)["metrics"]
+    if args.json:
+        print(json.dumps({"output": config.output, **metrics}))
+        return 0
+    state = "finished" if metrics["finished"] else "stopped; the same command goes on from there"
+    print(f"{config.output}: {metrics['steps']} of {config.steps} steps, {state}")
+    print(
+        f"  {metrics['seconds']:.1f} s, {metrics['tokens_per_second']:,.0f} tokens/s, {metrics['skipped']} steps skipped"
+    )
+    for name, value in metrics["valid"].items():
+        print(f"  valid {name} {value:.4f}")
+    return 0
+
+
+def run_preview(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from maxlm.config.load import load_config
+    from maxlm.post.preview import legend, preview
+
+    config = load_config(args.config, args.overrides, kind="train")
+    console = Console(highlight=False)
+    plain = console.color_system is None
+    examples = preview(config, num_examples=args.n, plain=plain)
+    for number, example in enumerate(examples):
+        if number == 0:
+            console.print(legend(plain=plain), "")
+        console.print(example, soft_wrap=plain)
+    return 0
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file with kind: train")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the file's")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value

@@ -1,0 +1,41 @@
+"""One entry for every objective."""
+
+from typing import Any
+
+import jax
+
+from maxlm.config.train import TrainConfig
+from maxlm.models.decoder import Decoder
+from maxlm.post.dpo import Dpo
+from maxlm.post.grpo import Grpo
+from maxlm.post.reward import Reward, RewardModel
+from maxlm.post.sft import Sft
+from maxlm.train import run
+from maxlm.train.pretrain import Pretrain
+
+_OBJECTIVES = {"pretrain": Pretrain, "sft": Sft, "reward": Reward, "dpo": Dpo, "grpo": Grpo}
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Run `config` to its end, or resume it, and return the manifest that stands in its folder.
+
+    Raises:
+      MaxlmError: what the user can mend: configuration, data, tokenizer, checkpoints, skipped steps.
+    """
+    return run.train(config, recipe_of(config))
+
+
+def recipe_of(config: TrainConfig) -> run.Recipe:
+    """How the model of a configuration's objective is made, and what it is trained for."""
+    objective = config.objective
+    needs_reference = objective.kind == "dpo" or (objective.kind == "grpo" and objective.kl_beta > 0)
+    if objective.kind == "reward":
+        declare, from_decoder = RewardModel, RewardModel.from_decoder
+    else:
+        declare, from_decoder = Decoder, _unchanged
+    return run.Recipe(declare, from_decoder, _OBJECTIVES[objective.kind], needs_reference)
+
+
+def _unchanged(decoder: Decoder, key: jax.Array) -> Decoder:
+    del key
+    return decoder

@@ -1,0 +1,53 @@
+"""Supervised fine-tuning: next-token prediction on the assistant's tokens of packed chats."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from maxlm.core.batch import Batch
+from maxlm.data.chat import EpochOrder, PackedChats, padded_batches, step_batches
+from maxlm.post.sequences import share_of_rows
+from maxlm.train.loss import LossOutput, language_model_loss
+from maxlm.train.objective import RunContext
+from maxlm.train.validate import Evaluator, language_model_values, target_bytes
+
+
+class Sft:
+    """Cross-entropy (and z-loss) where the assistant speaks."""
+
+    needs_reference = False
+    resume_multiple = 1
+
+    def __init__(self, context: RunContext):
+        self._context = context
+        self._chats = self._read(context.config.objective.train_file)
+        self._evaluator = Evaluator(language_model_loss, context.mesh)
+
+    def loss(self, model: Any, batch: Batch) -> LossOutput:
+        return language_model_loss(model, batch, z_loss=self._context.config.objective.z_loss)
+
+    def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[Batch]:
+        config = self._context.config
+        order = EpochOrder(len(self._chats.rows), seed=config.seed)
+        processes = {"shard": jax.process_index(), "num_shards": jax.process_count()}
+        return step_batches(order, self._chats.batch, start_step, batch_size=config.batch_size, **processes)
+
+    def validate(self, model: Any) -> dict[str, float]:
+        if self._context.config.objective.valid_file is None:
+            return {}
+        byte_lengths = self._context.tokenizer.byte_lengths
+        num_bytes = sum(target_bytes(batch, byte_lengths) for batch in self._valid_batches)
+        mine = (share_of_rows(batch) for batch in self._valid_batches)
+        return language_model_values(self._evaluator.sums(model, mine), num_bytes)
+
+    @functools.cached_property
+    def _valid_batches(self) -> list[Batch]:
+        config = self._context.config
+        chats = self._read(config.objective.valid_file)
+        return [chats.batch(i) for i in padded_batches(len(chats.rows), config.batch_size, config.eval_batches)]
+
+    def _read(self, path: str) -> PackedChats:
+        context = self._context
+        return PackedChats.read(path, context.tokenizer, row_length=context.config.row_length)
