@@ -47,9 +47,9 @@ def quantize_model(model: Decoder) -> Decoder:
     flat = flatten(model)
     for path, parameter in flatten(Decoder(model.config)).items():
         if _is_matrix(parameter):
-            # An embedding table [vocab, embed] is output-first already, as the head that it may also be.
-            weight = flat[path] if path == "embedding" else jnp.swapaxes(flat[path], -1, -2)
-            flat[path] = quantize(weight)
+            # A table [vocab, embed], looked up or multiplied with, is output-first as it stands.
+            is_table = parameter.axes[0] == "vocab"
+            flat[path] = quantize(flat[path] if is_table else jnp.swapaxes(flat[path], -1, -2))
     quantized = unflatten(flat, model)
     check_quantized(quantized)
     return quantized

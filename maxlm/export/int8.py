@@ -1,4 +1,4 @@
-"""`maxlm export --format int8`: quantise a trained model, measure what that costs, and write a bundle if it is little."""
+"""Export to int8: quantise a trained model, measure what that costs, and write a bundle if it is little."""
 
 import os
 import shutil

@@ -77,7 +77,7 @@ class Receipt:
 
 @jax.jit
 def _compare(float_model: Decoder, int8_model: Decoder, batch: Batch) -> tuple[jax.Array, ...]:
-    """-log p(target) of either model, KL(float || int8) and whether the likeliest tokens agree, each [batch, length]."""
+    """Each [batch, length]: -log p(target) of either model, KL(float || int8), whether the likeliest tokens agree."""
     run = partial(_hidden, batch=batch)
     length = batch.targets.shape[1]
     chunk_length = min(CHUNK_LENGTH, length)

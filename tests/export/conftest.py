@@ -1,0 +1,119 @@
+"""A run folder, its tokenizer and its data, all made by the real stages, and small."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import optax
+import pytest
+
+from maxlm.config import ModelConfig, TokenizerConfig
+from maxlm.config.load import dump_yaml, parse_config
+from maxlm.core.manifest import write_manifest
+from maxlm.core.parameters import initialize
+from maxlm.data.build import build_data
+from maxlm.models.decoder import Decoder
+from maxlm.tokenizer.codec import Tokenizer
+from maxlm.tokenizer.train import train_tokenizer
+from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.state import create_state
+
+TEXT = "the quick brown fox jumps over a lazy dog while seven wizards quietly box five judges in the morning"
+WORDS = TEXT.split()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A saved model and what it was made with."""
+
+    path: Path
+    data: Path
+    tokenizer: Tokenizer
+    model: Decoder
+
+
+def small_config(**changes) -> ModelConfig:
+    fields = {
+        "num_layers": 2,
+        "embed_dim": 32,
+        "mlp_dim": 48,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "max_length": 64,
+        "activation_dtype": "float32",
+        "matmul_dtype": "float32",
+    }
+    return ModelConfig(**(fields | changes))
+
+
+def draw_model(config: ModelConfig) -> Decoder:
+    """Random weights; larger embeddings than at the start of training set the tokens apart from one another."""
+    model = initialize(Decoder(config), jax.random.key(0))
+    model.embedding = model.embedding * 10
+    return model
+
+
+def make_text(seed: int, num_documents: int) -> str:
+    key = jax.random.key(seed)
+    lengths = jax.random.randint(key, (num_documents,), 8, 60).tolist()
+    picks = jax.random.randint(jax.random.fold_in(key, 1), (num_documents, 60), 0, len(WORDS)).tolist()
+    documents = [" ".join(WORDS[i] for i in row[:length]) + "." for row, length in zip(picks, lengths)]
+    return "\n\n".join(documents) + "\n"
+
+
+def make_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
+    text = folder.with_suffix(".txt")
+    text.write_text(make_text(0, 100), encoding="utf-8")
+    config = TokenizerConfig(kind="tokenizer", output=str(folder), input=str(text), vocab_size=vocab_size)
+    return train_tokenizer(config)
+
+
+def make_data(folder: Path, tokenizer_folder: Path, **changes) -> Path:
+    text = folder.with_suffix(".txt")
+    text.write_text(make_text(1, 120), encoding="utf-8")
+    fields = {
+        "kind": "data",
+        "output": str(folder),
+        "sources": [{"uri": str(text), "split_on_blank_lines": 40}],
+        "clean": {"min_characters": 10},
+        "deduplicate": {"near_threshold": None},
+        "valid_fraction": 0.25,
+        "tokenizer": str(tokenizer_folder),
+        "row_length": 32,
+        "workers": 1,
+    }
+    build_data(parse_config(fields | changes))
+    return folder
+
+
+def save_run(folder: Path, model: Decoder, *, tokenizer_folder: Path, data: Path, adapters=None, **changes) -> Path:
+    """A run folder as training leaves it; with `adapters`, only they are saved."""
+    config = parse_config(
+        {
+            "kind": "train",
+            "output": str(folder),
+            "model": model.config.model_dump(mode="json"),
+            "objective": {"kind": "pretrain", "sources": [{"path": str(data)}]},
+            "row_length": 32,
+            **changes,
+        }
+    )
+    fingerprint = Tokenizer.load(tokenizer_folder).fingerprint
+    metadata = {"config": config.model_dump(mode="json"), "config_yaml": dump_yaml(config), "fingerprint": fingerprint}
+    with Checkpointer(folder, keep=1) as checkpointer:
+        checkpointer.save(create_state(model if adapters is None else adapters, optax.sgd(0.1)), metadata)
+    (folder / "tokenizer").symlink_to(tokenizer_folder)
+    inputs = {"tokenizer": tokenizer_folder, "data_0": data}
+    write_manifest(folder, stage="train/pretrain", inputs=inputs, config=metadata["config"], metrics={})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("export")
+    tokenizer = make_tokenizer(folder / "tokenizer", vocab_size=320)
+    data = make_data(folder / "data", folder / "tokenizer")
+    model = draw_model(small_config(vocab_size=tokenizer.vocab_size))
+    path = save_run(folder / "run", model, tokenizer_folder=folder / "tokenizer", data=data)
+    return Run(path, data, tokenizer, model)

@@ -1,0 +1,212 @@
+"""The bundle on disk, and the quantised model in memory."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from maxlm.core.tree import flatten
+from maxlm.errors import CheckFailed, CheckpointError
+from maxlm.export import bundle
+from maxlm.export.bundle import check_quantized, load_bundle, quantize_model, write_bundle
+from maxlm.models.cache import KVCache
+from maxlm.models.decoder import Decoder
+from maxlm.ops.qtensor import QTensor
+from tests.export.conftest import draw_model, small_config
+
+SHAPES = [
+    {},
+    {"tie_embeddings": False},
+    {"qk_norm": True, "window_pattern": (None, 5)},
+    {"attention_soft_cap": 20.0, "logit_soft_cap": 15.0},
+]
+
+
+@jax.jit
+def logits_of(model, tokens):
+    return model.logits(model(tokens))
+
+
+def leaves(model):
+    return jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+
+
+class TestQuantizedModel:
+    @pytest.mark.parametrize("changes", SHAPES)
+    def test_every_matrix_and_no_norm_is_quantised(self, changes):
+        model = draw_model(small_config(vocab_size=50, **changes))
+        quantized = leaves(quantize_model(model))
+        num_matrices = sum("norm" not in path for path in flatten(model))
+        assert sum(isinstance(leaf, QTensor) for leaf in quantized) == num_matrices == 8 + ("tie_embeddings" in changes)
+        for leaf in quantized:
+            if isinstance(leaf, QTensor):
+                assert leaf.values.dtype == jnp.int8
+                assert leaf.scales.shape == leaf.values.shape[:-1]
+                assert (np.abs(leaf.values).max(axis=-1) == 127).all()
+            else:
+                assert leaf.dtype == jnp.float32
+
+    def test_a_matrix_left_in_float_fails_loudly(self, monkeypatch):
+        model = draw_model(small_config(vocab_size=50))
+        with pytest.raises(CheckFailed, match="8 matrices were not quantised, embedding first"):
+            check_quantized(model)
+        monkeypatch.setattr(bundle, "_is_matrix", lambda parameter: "mlp" in parameter.axes)
+        with pytest.raises(CheckFailed, match="5 matrices were not quantised"):
+            quantize_model(model)
+
+    @pytest.mark.parametrize("changes", SHAPES)
+    def test_is_close_to_the_float_model(self, changes):
+        model = draw_model(small_config(vocab_size=50, **changes))
+        tokens = jax.random.randint(jax.random.key(1), (3, 20), 0, 50)
+        float_logits, int8_logits = (np.asarray(logits_of(m, tokens)) for m in (model, quantize_model(model)))
+        error = np.sqrt(np.mean((float_logits - int8_logits) ** 2))
+        assert 0 < error < 0.05 * float_logits.std()
+
+    @pytest.mark.parametrize("changes", SHAPES)
+    def test_decoding_with_a_cache_agrees_with_the_whole_pass(self, changes):
+        """One token at a time and one row: the shapes in which a product has a single row."""
+        config = small_config(vocab_size=50, **changes)
+        model = quantize_model(draw_model(config))
+        tokens = jax.random.randint(jax.random.key(1), (1, 12), 0, 50)
+        whole = logits_of(model, tokens)
+
+        @jax.jit
+        def step(model, cache, token, position):
+            hidden, cache = model.decode(token[:, None], cache, position[:, None])
+            return model.logits(hidden[:, 0]), cache
+
+        prompt = jnp.arange(5)[None]
+        hidden, cache = jax.jit(Decoder.decode)(model, tokens[:, :5], KVCache.create(config, 1, 16), prompt)
+        outputs = [model.logits(hidden)]
+        for position in range(5, 12):
+            logits, cache = step(model, cache, tokens[:, position], jnp.array([position]))
+            outputs.append(logits[:, None])
+        # A last-bit difference before a rounding to int8 may move a value by a whole step.
+        np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), whole, atol=0.02 * float(whole.std()))
+
+    def test_is_the_model_with_dequantised_weights_but_for_activations(self):
+        """Against float weights of values * scales only the rounding of activations is left: far less than of both."""
+        model = draw_model(small_config(vocab_size=50))
+        quantized = quantize_model(model)
+        flat = {
+            path: leaf.dequantize() if isinstance(leaf, QTensor) else leaf
+            for path, leaf in zip(flatten(model), leaves(quantized))
+        }
+        tokens = jax.random.randint(jax.random.key(1), (2, 20), 0, 50)
+        dequantized = jax.tree.unflatten(
+            jax.tree.structure(model),
+            [leaf if leaf.ndim < 2 or p in ("embedding",) else _input_first(p, leaf) for p, leaf in flat.items()],
+        )
+        reference, got = (np.asarray(logits_of(m, tokens)) for m in (dequantized, quantized))
+        assert np.sqrt(np.mean((reference - got) ** 2)) < 0.04 * reference.std()
+
+
+def _input_first(path, weight):
+    return weight if "norm" in path else jnp.swapaxes(weight, -1, -2)
+
+
+@pytest.fixture
+def written(run, tmp_path):
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    quantized = quantize_model(run.model)
+    write_bundle(
+        folder,
+        quantized,
+        tokenizer_folder=run.path / "tokenizer",
+        fingerprint=run.tokenizer.fingerprint,
+        receipt={"mean_kl": 0.001},
+    )
+    return folder, quantized
+
+
+def edit_index(folder, **changes):
+    file = folder / "bundle.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+class TestLoading:
+    def test_gives_back_what_was_written(self, written):
+        folder, quantized = written
+        loaded, tokenizer_folder = load_bundle(folder)
+        assert tokenizer_folder == folder / "tokenizer"
+        assert jax.tree.structure(loaded) == jax.tree.structure(quantized)
+        for got, wanted in zip(jax.tree.leaves(loaded), jax.tree.leaves(quantized)):
+            assert got.dtype == wanted.dtype
+            np.testing.assert_array_equal(got, wanted)
+
+    def test_names_and_layout_are_plain_safetensors(self, written, run):
+        tensors = load_file(written[0] / "model.safetensors")
+        assert tensors["layers/attention/query/values"].shape == (2, 32, 32)
+        assert tensors["layers/mlp/up/values"].shape == (2, 48, 32)
+        assert tensors["layers/mlp/up/scales"].shape == (2, 48)
+        assert tensors["embedding/values"].shape == (run.tokenizer.vocab_size, 32)
+        assert tensors["layers/mlp_norm"].shape == (2, 32)
+
+    def test_without_an_index_it_is_no_bundle(self, written):
+        (written[0] / "bundle.json").unlink()
+        with pytest.raises(CheckpointError, match=r"is no int8 bundle: it holds no bundle\.json"):
+            load_bundle(written[0])
+
+    @pytest.mark.parametrize("text", ["", "{", '{"format": "maxlm/int8", "version": 1}', "[]"])
+    def test_a_damaged_index(self, written, text):
+        (written[0] / "bundle.json").write_text(text)
+        with pytest.raises(CheckpointError, match="export the model again"):
+            load_bundle(written[0])
+
+    @pytest.mark.parametrize("changes", [{"version": 2}, {"format": "other"}])
+    def test_an_unknown_version(self, written, changes):
+        edit_index(written[0], **changes)
+        with pytest.raises(CheckpointError, match="this release reads maxlm/int8 version 1"):
+            load_bundle(written[0])
+
+    def test_missing_weights(self, written):
+        (written[0] / "model.safetensors").unlink()
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: there is no such file"):
+            load_bundle(written[0])
+
+    @pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])
+    def test_weights_cut_short(self, written, kept):
+        file = written[0] / "model.safetensors"
+        data = file.read_bytes()
+        file.write_bytes(data[: int(len(data) * kept)])
+        with pytest.raises(CheckpointError, match="is damaged or cut short"):
+            load_bundle(written[0])
+
+    def test_one_changed_byte(self, written):
+        file = written[0] / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1000] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(CheckpointError, match="differs from what was exported"):
+            load_bundle(written[0])
+
+    def test_a_tensor_too_few_or_too_many(self, written):
+        file = written[0] / "model.safetensors"
+        tensors = load_file(file)
+        save_file({name: tensor for name, tensor in tensors.items() if name != "final_norm"}, file)
+        with pytest.raises(CheckpointError, match="lacks the tensor final_norm"):
+            load_bundle(written[0])
+        save_file({**tensors, "extra": tensors["final_norm"]}, file)
+        with pytest.raises(CheckpointError, match="has, beyond its model, the tensor extra"):
+            load_bundle(written[0])
+
+    def test_a_model_of_another_shape(self, written, run):
+        edit_index(written[0], model=run.model.config.model_dump(mode="json") | {"mlp_dim": 64})
+        with pytest.raises(CheckpointError, match=r"layers/mlp/.* and the model needs"):
+            load_bundle(written[0])
+        edit_index(written[0], model={"num_layers": "many"})
+        with pytest.raises(CheckpointError, match="describes no model"):
+            load_bundle(written[0])
+
+    def test_a_tokenizer_that_is_missing_or_another(self, written):
+        edit_index(written[0], tokenizer_fingerprint="0" * 32)
+        with pytest.raises(CheckpointError, match="not the one it was exported with"):
+            load_bundle(written[0])
+        shutil.rmtree(written[0] / "tokenizer")
+        with pytest.raises(CheckpointError, match="its tokenizer is damaged"):
+            load_bundle(written[0])
