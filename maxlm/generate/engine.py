@@ -42,7 +42,7 @@ class Engine:
       stop_ids: tokens that end an answer.
       num_slots: at least 2 are made, as products of a single row are slow on CPU.
       max_length: None takes the model's; more than the model's is not used.
-      max_waiting: requests that may wait for a slot; None sets no limit.
+      max_waiting: requests that may wait beyond those that have a slot; None sets no limit.
     """
 
     def __init__(
@@ -98,8 +98,9 @@ class Engine:
         with self._wake:
             if self.failure is not None or self._closing:
                 raise RuntimeError(f"the engine has stopped: {self.failure or 'closed'}")
-            if self._max_waiting is not None and len(self._waiting) >= self._max_waiting:
-                raise QueueFullError(f"{len(self._waiting)} requests wait already; try again later")
+            busy = len(self._active) + len(self._waiting)
+            if self._max_waiting is not None and busy >= self.num_slots + self._max_waiting:
+                raise QueueFullError(f"{busy} requests run or wait already; try again later")
             self._waiting.append(generation)
             self._wake.notify()
         return generation

@@ -37,11 +37,11 @@ def load(path: str | Path) -> "LoadedModel":
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such folder; give a run, a checkpoint or an int8 bundle")
     if (path / "bundle.json").is_file():
-        from maxlm.export.int8 import load_bundle
+        from maxlm.export.bundle import load_bundle
 
         decoder, tokenizer_folder = load_bundle(path)
     else:
-        from maxlm.train.checkpoint import load_model
+        from maxlm.train.run import load_model
 
         decoder, tokenizer_folder = load_model(path)
     return LoadedModel(decoder, Tokenizer.load(tokenizer_folder), name=path.resolve().name)

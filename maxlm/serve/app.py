@@ -219,7 +219,10 @@ def _add_error_handlers(app: FastAPI) -> None:
         return app.exception_handler(kind)
 
     @handle(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(http: Request, error: RequestValidationError) -> Response:
+        if "json" not in http.headers.get("content-type", ""):
+            message = "send the body as JSON, with the header Content-Type: application/json"
+            return JSONResponse(error_body(message), 400)
         problems = [_describe(item) for item in error.errors()]
         message = "; ".join(f"{param}: {told}" if param else told for param, told in problems)
         return JSONResponse(error_body(message, param=problems[0][0]), 400)
