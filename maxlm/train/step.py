@@ -100,12 +100,14 @@ def judge(guard: GuardConfig, state: TrainState, loss: jax.Array, grad_norm: jax
     old = state.guard
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if guard.spike_factor is not None:
-        known = state.step - old.skipped >= GUARD_WARMUP_STEPS
+        known = (state.step - old.skipped >= GUARD_WARMUP_STEPS) & (old.norm_mean > 0)
         good &= ~known | (grad_norm <= guard.spike_factor * old.norm_mean)
-    is_first = state.step == old.skipped
+    is_first = old.norm_mean == 0
     mean = jnp.where(is_first, grad_norm, NORM_DECAY * old.norm_mean + (1 - NORM_DECAY) * grad_norm)
+    # Answers that all earn the same reward give no gradient, and say nothing of what is usual.
+    counts = good & (grad_norm > 0)
     return good, GuardState(
-        norm_mean=jnp.where(good, mean, old.norm_mean),
+        norm_mean=jnp.where(counts, mean, old.norm_mean),
         skipped=old.skipped + (~good).astype(jnp.int32),
         skipped_in_a_row=jnp.where(good, 0, old.skipped_in_a_row + 1),
     )
