@@ -1,0 +1,144 @@
+"""Products of activations and weights: plain, adapted, quantised and cut over devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from maxlm.config.train import MeshConfig
+from maxlm.core.sharding import logical_to_spec, make_mesh, shard
+from maxlm.ops.linear import AdaptedWeight, embed, linear, unembed
+from maxlm.ops.qtensor import quantize
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def float64(*arrays):
+    return [np.asarray(array, np.float64) for array in arrays]
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+class TestLinear:
+    def test_product(self, leading, dtype, tolerance):
+        x, weight = draw(*leading, 24), draw(24, 16, seed=1)
+        got = linear(jnp.asarray(x), jnp.asarray(weight), dtype)
+        assert got.shape == (*leading, 16)
+        assert got.dtype == jnp.float32
+        x, weight = float64(x, weight)
+        np.testing.assert_allclose(got, x @ weight, atol=tolerance * np.sqrt(24))
+
+    def test_gradients(self, leading, dtype, tolerance):
+        """d/dx sum(G * (x W)) = G W^T, and d/dW = x^T G, summed over all tokens."""
+        x, weight, grad = draw(*leading, 24), draw(24, 16, seed=1), draw(*leading, 16, seed=2)
+        loss = lambda x, weight: jnp.sum(grad * linear(x, weight, dtype))  # noqa: E731
+        grad_x, grad_weight = jax.jit(jax.grad(loss, (0, 1)))(jnp.asarray(x), jnp.asarray(weight))
+        assert grad_x.dtype == grad_weight.dtype == jnp.float32
+        x, weight, grad = float64(x, weight, grad)
+        np.testing.assert_allclose(grad_x, grad @ weight.T, atol=tolerance * np.sqrt(16))
+        tokens = x.reshape(-1, 24)
+        expected = tokens.T @ grad.reshape(-1, 16)
+        np.testing.assert_allclose(grad_weight, expected, atol=tolerance * np.sqrt(len(tokens)))
+
+    def test_product_with_a_table(self, leading, dtype, tolerance):
+        x, table, grad = draw(*leading, 24), draw(40, 24, seed=1), draw(*leading, 40, seed=2)
+        loss = lambda x, table: jnp.sum(grad * unembed(x, table, dtype))  # noqa: E731
+        got = unembed(jnp.asarray(x), jnp.asarray(table), dtype)
+        grad_x, grad_table = jax.jit(jax.grad(loss, (0, 1)))(jnp.asarray(x), jnp.asarray(table))
+        x, table, grad = float64(x, table, grad)
+        np.testing.assert_allclose(got, x @ table.T, atol=tolerance * np.sqrt(24))
+        np.testing.assert_allclose(grad_x, grad @ table, atol=tolerance * np.sqrt(40))
+        tokens = x.reshape(-1, 24)
+        expected = grad.reshape(-1, 40).T @ tokens
+        np.testing.assert_allclose(grad_table, expected, atol=tolerance * np.sqrt(len(tokens)))
+
+
+def test_sums_are_float32_though_operands_are_bfloat16():
+    """In bfloat16, 256 + 1 is 256: a sum of 1,024 ones kept in it would stop there."""
+    ones = jnp.ones((1, 1024))
+    assert linear(ones, jnp.ones((1024, 1)), "bfloat16")[0, 0] == 1024
+
+
+def test_activations_keep_their_dtype():
+    x, weight = jnp.asarray(draw(2, 8), jnp.bfloat16), jnp.asarray(draw(8, 4))
+    assert linear(x, weight, "bfloat16").dtype == jnp.bfloat16
+    grad_x, grad_weight = jax.grad(lambda x, w: linear(x, w, "bfloat16").sum().astype(jnp.float32), (0, 1))(x, weight)
+    assert grad_x.dtype == jnp.bfloat16
+    assert grad_weight.dtype == jnp.float32
+
+
+class TestAdaptedWeight:
+    def adapted(self):
+        return AdaptedWeight(*(jnp.asarray(draw(*s, seed=i)) for i, s in enumerate([(24, 16), (24, 3), (3, 16)])), 0.5)
+
+    def test_is_the_weight_and_its_update(self):
+        weight, x = self.adapted(), draw(2, 5, 24, seed=9)
+        base, down, up = float64(weight.base, weight.down, weight.up)
+        got = linear(jnp.asarray(x), weight, "float32")
+        np.testing.assert_allclose(got, x.astype(np.float64) @ (base + 0.5 * down @ up), atol=1e-4)
+
+    def test_gradients_reach_the_adapter(self):
+        weight, x, grad = self.adapted(), draw(5, 24, seed=9), draw(5, 16, seed=8)
+        grads = jax.grad(lambda weight: jnp.sum(grad * linear(jnp.asarray(x), weight, "float32")))(weight)
+        x, grad, down, up = float64(x, grad, weight.down, weight.up)
+        np.testing.assert_allclose(grads.down, 0.5 * x.T @ grad @ up.T, atol=1e-4)
+        np.testing.assert_allclose(grads.up, 0.5 * (x @ down).T @ grad, atol=1e-4)
+
+    def test_over_a_quantised_weight(self):
+        weight, x = self.adapted(), jnp.asarray(draw(5, 24, seed=9))
+        base = quantize(weight.base.T)
+        got = linear(x, AdaptedWeight(base, weight.down, weight.up, 0.5), "float32")
+        np.testing.assert_allclose(got, base.multiply(x) + 0.5 * x @ weight.down @ weight.up, atol=1e-4)
+
+
+class TestQuantised:
+    def test_weights_and_tables_are_multiplied_as_integers(self):
+        x, weight = jnp.asarray(draw(3, 24)), jnp.asarray(draw(24, 16, seed=1))
+        expected = quantize(weight.T).multiply(x)
+        np.testing.assert_array_equal(linear(x, quantize(weight.T), "bfloat16"), expected)
+        np.testing.assert_array_equal(unembed(x, quantize(weight.T), "bfloat16"), expected)
+
+    def test_rows_of_a_table(self):
+        table, tokens = draw(11, 8), jnp.asarray([[3, 0], [10, 3]])
+        got = embed(quantize(jnp.asarray(table)), tokens, "bfloat16")
+        assert got.dtype == jnp.bfloat16
+        assert np.abs(np.asarray(got, np.float32) - table[np.asarray(tokens)]).max() < 0.02 * np.abs(table).max()
+
+
+def test_embed_takes_rows():
+    table, tokens = draw(11, 8), np.array([[3, 0], [10, 3]])
+    np.testing.assert_array_equal(embed(jnp.asarray(table), jnp.asarray(tokens), "float32"), table[tokens])
+
+
+@pytest.mark.parametrize("weight_axes", [("embed", "mlp"), ("mlp", "embed")])
+def test_on_a_mesh_values_and_gradients_are_those_of_one_device(weight_axes):
+    """Fully sharded (the weight is gathered) and tensor parallel, cut along the output or along the sum."""
+    x, weight, grad = draw(8, 4, 16), draw(16, 32, seed=1), draw(8, 4, 32, seed=2)
+
+    def loss(x, weight, grad):
+        x = shard(x, "batch", "length", "mlp" if weight_axes[0] == "mlp" else None)
+        return jnp.sum(grad * shard(linear(x, weight, "float32"), "batch", "length", None))
+
+    value_and_grad = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    expected = value_and_grad(*map(jnp.asarray, (x, weight, grad)))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, logical_to_spec(("batch", None, None)))
+        placed = jax.device_put(weight, NamedSharding(mesh, logical_to_spec(weight_axes)))
+        got = value_and_grad(jax.device_put(x, rows), placed, jax.device_put(grad, rows))
+        assert got[1][1].sharding.spec == placed.sharding.spec
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
+
+
+def test_embedding_on_a_mesh_is_that_of_one_device():
+    table, tokens = draw(16, 8), np.arange(32).reshape(8, 4) % 16
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(table, NamedSharding(mesh, logical_to_spec(("vocab", "embed"))))
+        rows = jax.device_put(tokens, NamedSharding(mesh, P(("data", "fsdp"), None)))
+        got = jax.jit(lambda table, tokens: embed(table, tokens, "float32"))(placed, rows)
+        np.testing.assert_array_equal(got, table[tokens])
