@@ -47,7 +47,7 @@ def read_embedded() -> Iterator[Document]:
       DataError: if this Python carries no source of its standard library.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
-    paths = sorted(path for path in library.rglob("*.py") if _is_wanted(path.relative_to(library)))
+    paths = sorted(path for path in library.rglob("*.py") if is_wanted(path.relative_to(library)))
     if not paths:
         raise DataError(f"{URI}: this Python has no source files in {library}; give text of your own as a source")
     for path in paths:
@@ -63,7 +63,8 @@ def _document(name: str, text: str) -> Document:
     return Document(id=name, source=URI, licence=LICENCE, text=text)
 
 
-def _is_wanted(path: Path) -> bool:
+def is_wanted(path: Path) -> bool:
+    """Whether a file, named relative to the standard library, is part of the library proper."""
     return not _SKIPPED_FOLDERS & {*path.parts} and not path.parts[0].startswith(("config-", "_sysconfigdata"))
 
 
