@@ -118,7 +118,7 @@ def _forward(kernel, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)
             jax.ShapeDtypeStruct((batch, num_heads, 1, length), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=_cost(kernel, batch * num_heads * pairs.shape[1], head_dim, products=2),
+        cost_estimate=_cost(kernel, batch * num_heads * pairs.shape[1], query_BTNH, products=2),
         interpret=kernel.interpret,
         name="flash_attention_forward",
     )(
@@ -208,7 +208,7 @@ def _query_gradient(kernel, segments_BT, *operands):
         ),
         out_shape=jax.ShapeDtypeStruct((batch, num_heads, head_dim, length), query_BNTH.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=_cost(kernel, batch * num_heads * pairs.shape[1], head_dim, products=3),
+        cost_estimate=_cost(kernel, batch * num_heads * pairs.shape[1], query_BNTH, products=3),
         interpret=kernel.interpret,
         name="flash_attention_query_gradient",
     )(pairs, *operands)
@@ -262,7 +262,7 @@ def _key_value_gradient(kernel, segments_BT, *operands):
         ),
         out_shape=[jax.ShapeDtypeStruct(key_BKSH.shape, x.dtype) for x in operands[1:3]],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")),
-        cost_estimate=_cost(kernel, batch * num_heads * pairs.shape[1], head_dim, products=4),
+        cost_estimate=_cost(kernel, batch * num_heads * pairs.shape[1], query_BNTH, products=4),
         interpret=kernel.interpret,
         name="flash_attention_key_value_gradient",
     )(pairs, *operands)
@@ -398,11 +398,12 @@ def _backward_specs(kernel: _Kernel, head_dim: int, segments_BT, query_at, key_a
     return [queries, keys, keys, queries, row, row, *_segment_specs(kernel, segments_BT, query_at, key_at)]
 
 
-def _cost(kernel: _Kernel, tiles: int, head_dim: int, products: int) -> pl.CostEstimate:
-    """For the planner: the compiler cannot see into a kernel."""
+def _cost(kernel: _Kernel, tiles: int, operand: jax.Array, products: int) -> pl.CostEstimate:
+    """For the planner: the compiler cannot see into a kernel. Each tile fetches two blocks like `operand`'s."""
     elements = tiles * kernel.query_block * kernel.key_block
+    head_dim = operand.shape[-1]
     return pl.CostEstimate(
         flops=2 * products * elements * head_dim,
         transcendentals=elements,
-        bytes_accessed=2 * products * tiles * (kernel.query_block + kernel.key_block) * head_dim // 2,
+        bytes_accessed=2 * tiles * kernel.key_block * head_dim * operand.dtype.itemsize,
     )
