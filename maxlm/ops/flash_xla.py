@@ -70,7 +70,7 @@ def _backward(rule, matmul_dtype, residuals, gradient_BTNH):
         above_mean_BKGqs = product("bkgqh,bksh->bkgqs", gradient_BKGqH, value_BKsH) - mean_BKGT1[:, :, :, queries]
         product_gradient_BKGqs = rule.product_gradient(logits_BKGqs, probabilities_BKGqs * above_mean_BKGqs)
         query_gradients.append(product("bkgqs,bksh->bkgqh", product_gradient_BKGqs, key_BKsH))
-        # [H, s], not [s, H]: then the small operand is the one to be transposed, a tenth faster on CPUs.
+        # [H, s], not [s, H]: then the small operand is the one to be transposed, which is faster on CPUs.
         key_pieces.append(product("bkgqh,bkgqs->bkhs", query_BKGqH, product_gradient_BKGqs))
         value_pieces.append(product("bkgqh,bkgqs->bkhs", gradient_BKGqH, probabilities_BKGqs))
 
