@@ -200,9 +200,10 @@ function updateComposer() {
 }
 
 function showError(error) {
-  $("error-text").textContent = error.message;
+  $("error-text").textContent = error.message.replace(/^./, (letter) => letter.toUpperCase());
   $("retry").hidden = messages.length === 0;
   $("error").hidden = false;
+  scrollDown(true);
 }
 
 function hideError() {
