@@ -54,7 +54,7 @@ def build_data(config: DataConfig, *, stop_after: Literal["documents"] | None = 
             and manifest["inputs"]["documents"]["hash"] == content_hash(output / "documents")
             and manifest["metrics"]["tokenizer_fingerprint"] == tokenizer.fingerprint
         ):
-            console.print(f"{output}: is up to date")
+            console.out(f"{output}: is up to date")
             return manifest
 
     (output / FILE_NAME).unlink(missing_ok=True)

@@ -61,17 +61,19 @@ def build_documents(config: DataConfig) -> dict:
         manifest = read_manifest(folder)
         hashes = {name: item["hash"] for name, item in manifest["inputs"].items()}
         if manifest["config"] == settings and hashes == {name: content_hash(path) for name, path in inputs.items()}:
-            console.print(f"{folder}: is up to date")
+            console.out(f"{folder}: is up to date")
             return manifest
 
-    # What was built from the old documents is complete no more.
+    ngrams = evaluation_ngrams(config.decontaminate.files, config.decontaminate.ngram_words)
+
+    # From here on, what was built from the old documents is complete no more.
     (folder.parent / FILE_NAME).unlink(missing_ok=True)
     (folder / FILE_NAME).unlink(missing_ok=True)
     temporary = folder.with_name("documents.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     start = time.perf_counter()
-    metrics = _write_documents(config, temporary)
+    metrics = _write_documents(config, ngrams, temporary)
     seconds = time.perf_counter() - start
     metrics |= {
         "seconds": round(seconds, 2),
@@ -93,7 +95,7 @@ def _settings(config: DataConfig) -> dict:
     return settings
 
 
-def _write_documents(config: DataConfig, folder: Path) -> dict:
+def _write_documents(config: DataConfig, ngrams: np.ndarray, folder: Path) -> dict:
     counts: dict[str, Counter] = {split: Counter(documents=0, characters=0, bytes=0) for split in SPLITS}
     by_source: dict[str, Counter] = defaultdict(Counter)
     rejected: Counter[str] = Counter()
@@ -113,7 +115,7 @@ def _write_documents(config: DataConfig, folder: Path) -> dict:
                 counts[split].update(documents=1, characters=len(text), bytes=len(text.encode()))
             pending[split].clear()
 
-        for record in track(select_documents(config), "documents"):
+        for record in track(_select_documents(config, ngrams), "documents"):
             num_records += 1
             if isinstance(record, Reject):
                 rejected[record.reason] += 1
@@ -143,9 +145,8 @@ def _write_documents(config: DataConfig, folder: Path) -> dict:
     }
 
 
-def select_documents(config: DataConfig) -> Iterator[Record]:
+def _select_documents(config: DataConfig, ngrams: np.ndarray) -> Iterator[Record]:
     """Every record of the sources, in order: as a clean document, or rejected with the first reason that applies."""
-    ngrams = evaluation_ngrams(config.decontaminate.files, config.decontaminate.ngram_words)
     records = (record for source in config.sources for record in read_source(source))
     prepared = map_in_order(partial(_Preparer, config, ngrams), _batches(records), workers=config.workers)
     near = config.deduplicate.near_threshold

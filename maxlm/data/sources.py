@@ -151,10 +151,10 @@ def _read_json(path: Path, source: SourceConfig) -> Iterator[Record]:
                 continue
             place = f"{path.name}:{number}"
             try:
-                row = json.loads(raw.decode())
+                row = json.loads(raw.decode().rstrip())
             except UnicodeDecodeError:
                 yield Reject(place, source.uri, "broken_text", f"{path}:{number}: is not valid UTF-8", _shown(raw))
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 yield Reject(place, source.uri, "no_json", f"{path}:{number}: is no JSON: {error}", _shown(raw))
             else:
                 yield _from_row(row, source, place=place, where=f"{path}:{number}")
@@ -225,7 +225,8 @@ def _from_row(row: object, source: SourceConfig, *, place: str, where: str) -> R
     """A document of a mapping with a text field; `place` is its id where it has none of its own."""
 
     def reject(reason: str, detail: str) -> Reject:
-        return Reject(place, source.uri, reason, f"{where}: {detail}", json.dumps(row, ensure_ascii=False, default=str))
+        text = json.dumps(row, ensure_ascii=False, default=str)
+        return Reject(place, source.uri, reason, f"{where}: {_shown(detail)}", _shown(text))
 
     if not isinstance(row, dict):
         return reject("no_text", "is no object with fields")
@@ -243,12 +244,11 @@ def _from_row(row: object, source: SourceConfig, *, place: str, where: str) -> R
         near = difflib.get_close_matches(source.text_field, [key for key in row if isinstance(row[key], str)], 1)
         hint = f"; did you mean text_field: {near[0]}?" if near else ""
         return reject("no_text", f"field {source.text_field!r} holds no text{hint}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return Reject(place, source.uri, "broken_text", f"{where}: holds half of a surrogate pair", _shown(text))
     given_id = values[source.id_field] if source.id_field else None
-    return Document(place if given_id is None else str(given_id), source.uri, source.licence, text)
+    document = Document(place if given_id is None else str(given_id), source.uri, source.licence, text)
+    if _shown(document.id + document.text) != document.id + document.text:
+        return reject("broken_text", "holds half of a surrogate pair")
+    return document
 
 
 def _shown(raw: bytes | str) -> str:

@@ -39,7 +39,7 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
     documents = _input_path(config.input)
     resolved = config.model_dump(mode="json")
     if _is_up_to_date(output, resolved, documents):
-        console.print(f"{output}: is up to date")
+        console.out(f"{output}: is up to date")
         return Tokenizer.load(output)
 
     start = time.perf_counter()

@@ -1,0 +1,57 @@
+import hashlib
+import subprocess
+import sys
+
+from maxlm.data.embedded import read_embedded
+
+DOCUMENTS = {document.id: document for document in read_embedded()}
+
+
+def test_the_corpus_is_millions_of_characters_with_source_and_licence():
+    assert sum(len(document.text) for document in DOCUMENTS.values()) > 3_000_000
+    assert {(document.source, document.licence) for document in DOCUMENTS.values()} == {("python:stdlib", "PSF-2.0")}
+    assert {name.split("/")[0] for name in DOCUMENTS} == {"module", "topic", "compiled"}
+
+
+def test_a_module_gives_docstrings_under_their_names_and_comments_in_order():
+    text = DOCUMENTS["module/heapq"].text
+    assert text.startswith("heapq\n\nHeap queue algorithm (a.k.a. priority queue).")
+    places = [text.index(part) for part in ("heapq.heappush\n\nPush item onto heap", "# 'heap' is a heap"[2:], "merge")]
+    assert places == sorted(places)
+    assert "import" not in DOCUMENTS["module/this"].text
+
+
+def test_a_string_that_looks_like_a_comment_is_none(tmp_path, monkeypatch):
+    (tmp_path / "sample.py").write_text(
+        '"""Doc."""\n# first\n# second\nx = """\n# no comment\n"""\n\n\n'
+        'def f():\n    "What f does."\n    # -----\n    # third\n'
+    )
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "test_it.py").write_text('"""Not wanted."""')
+    (tmp_path / "broken.py").write_text("def (:\n# lost")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    modules = {d.id: d.text for d in read_embedded() if d.id.startswith("module/")}
+    assert modules == {
+        "module/sample": "sample\n\nDoc.\n\nfirst\nsecond\n\nsample.f\n\nWhat f does.\n\nthird",
+        "module/broken": "",
+    }
+
+
+def test_compiled_modules_give_their_documentation_once():
+    text = DOCUMENTS["compiled/_bisect"].text
+    assert "_bisect.bisect_left(a, x, lo=0, hi=None, *, key=None)" in text
+    slots = sum("See help(type(self)) for accurate signature." in d.text for d in DOCUMENTS.values())
+    assert slots <= 2
+
+
+def test_every_process_reads_the_same_and_imports_no_module_that_acts():
+    code = (
+        "import hashlib, sys; from maxlm.data.embedded import read_embedded\n"
+        "documents = list(read_embedded())\n"
+        "bad = {'this', 'antigravity', 'idlelib', 'turtle', 'tkinter', 'test'} & {*sys.modules}\n"
+        "assert not bad, bad\n"
+        "sys.stderr.write(hashlib.sha256(repr(documents).encode()).hexdigest())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == ""
+    assert run.stderr == hashlib.sha256(repr(list(DOCUMENTS.values())).encode()).hexdigest()
