@@ -40,18 +40,18 @@ def register(subparsers) -> None:
     )
     parser.add_argument(
         "--max-perplexity-change",
-        type=float,
+        type=_bound,
         metavar="X",
         help="bound on the relative change of perplexity, up or down (0.005, half a per cent)",
     )
     parser.add_argument(
         "--max-mean-kl",
-        type=float,
+        type=_bound,
         metavar="X",
         help="bound on the mean KL divergence from the float model, in nats a token (0.01)",
     )
     parser.add_argument(
-        "--num-batches", type=int, metavar="N", help="compare on at most this many batches of 8 rows (16)"
+        "--num-batches", type=_count, metavar="N", help="compare on at most this many batches of 8 rows (16)"
     )
     parser.add_argument("--json", action="store_true", help="print the receipt as one JSON object")
     parser.set_defaults(func=run_export)
@@ -102,3 +102,15 @@ def _print_receipt(receipt: "Receipt", args: argparse.Namespace, **more: str) ->
     table.add_row("KL, largest", "", "", f"{receipt.max_kl:.5f} nats")
     table.add_row("same likeliest token", "", "", f"{receipt.top1_agreement:.2%}")
     Console().print(table)
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _bound(text: str) -> float:
+    if not (value := float(text)) >= 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return value

@@ -250,6 +250,13 @@ class TestCommandLine:
         assert main(["export", str(tmp_path / "nothing"), str(tmp_path / "out"), "--data", str(run.data)]) == 2
         assert "there is no such folder" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("wrong", [("--num-batches", "0"), ("--max-mean-kl", "-1"), ("--max-mean-kl", "nan")])
+    def test_a_setting_out_of_range(self, run, tmp_path, capsys, wrong):
+        with pytest.raises(SystemExit) as caught:
+            main(self.command(run, tmp_path / "int8", *wrong))
+        assert caught.value.code == 2
+        assert "must be" in capsys.readouterr().err
+
 
 def test_an_adapted_run_is_exported_with_its_adapters_merged(run, tmp_path):
     lora = LoraConfig(rank=2, alpha=4.0, targets=("query", "down"))
