@@ -1,8 +1,8 @@
 """Where text comes from, how it is cleaned and packed, and how a tokenizer is trained on it."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 
 from maxlm.config.base import Count, Fraction, Frozen
 
@@ -16,13 +16,20 @@ class SourceConfig(Frozen):
     )
     text_field: str = Field("text", description="The field that holds the text, in formats that have fields.")
     id_field: str | None = Field(None, description="The field that names a document; without it, file and position do.")
+    document_per_line: bool = Field(False, description="Each line of a plain-text file is a document.")
     split_on_blank_lines: Count | None = Field(
         None,
         description="Cut a plain-text file into documents of about this many characters, at blank lines;"
-        " null makes one document of each file.",
+        " without it and document_per_line, each file is one document.",
     )
     licence: str = Field("unknown", description="Recorded with each document, unless the source itself states one.")
     limit: Count | None = Field(None, description="Read at most this many documents.")
+
+    @model_validator(mode="after")
+    def _one_way_to_cut(self) -> Self:
+        if self.document_per_line and self.split_on_blank_lines:
+            raise ValueError("document_per_line and split_on_blank_lines exclude each other")
+        return self
 
 
 class CleanConfig(Frozen):

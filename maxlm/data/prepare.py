@@ -260,6 +260,6 @@ def _check_splits(counts: dict[str, Counter], config: DataConfig) -> None:
         if wanted and counts[split]["documents"] == 0:
             raise DataError(
                 f"none of the {total} documents fell into the {split} split (valid_fraction is"
-                f" {config.valid_fraction}); cut the text into more documents with split_on_blank_lines,"
-                " or change valid_fraction or seed"
+                f" {config.valid_fraction}); cut the text into more documents with split_on_blank_lines or"
+                " document_per_line, or change valid_fraction or seed"
             )

@@ -1,5 +1,6 @@
 """Hashes of a text's words and of its runs of words: what near-duplicates and overlaps are found by."""
 
+import functools
 import re
 
 import numpy as np
@@ -31,6 +32,11 @@ def hash_words(text: str) -> np.ndarray:
     return np.fromiter(map(_word_hashes.__getitem__, words), np.uint64, len(words))
 
 
+@functools.cache
+def _factor(place: int) -> np.uint64:
+    return np.uint64(xxhash.xxh3_64_intdigest(b"place", seed=place) | 1)
+
+
 def hash_ngrams(words: np.ndarray, size: int) -> np.ndarray:
     """`[num_words - size + 1]` uint64: a hash of each run of `size` words; empty for a shorter text."""
     count = len(words) - size + 1
@@ -40,8 +46,7 @@ def hash_ngrams(words: np.ndarray, size: int) -> np.ndarray:
     # splitmix64) so that every bit depends on every word.
     total = np.zeros(count, np.uint64)
     for place in range(size):
-        factor = np.uint64(xxhash.xxh3_64_intdigest(b"place", seed=place) | 1)
-        total += words[place : place + count] * factor
+        total += words[place : place + count] * _factor(place)
     total = (total ^ (total >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     total = (total ^ (total >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return total ^ (total >> np.uint64(31))

@@ -102,16 +102,17 @@ def _format(path: Path) -> str:
 
 
 def _read_text(path: Path, source: SourceConfig) -> Iterator[Record]:
-    """One document for the file, or one for about `split_on_blank_lines` characters, cut at blank lines."""
+    """One document for the file, or for each line, or for about `split_on_blank_lines` characters."""
+    is_cut = source.document_per_line or source.split_on_blank_lines is not None
     lines: list[str] = []
     size, first_line, problem = 0, 1, ""
 
     def take() -> Iterator[Record]:
-        name = path.name if source.split_on_blank_lines is None else f"{path.name}:{first_line}"
+        name = f"{path.name}:{first_line}" if is_cut else path.name
         text = "".join(lines)
         if problem:
             yield Reject(name, source.uri, "broken_text", f"{path}: {problem}", text)
-        elif text.strip() or source.split_on_blank_lines is None:
+        elif text.strip() or not is_cut:
             yield Document(name, source.uri, source.licence, text)
 
     number = 0
@@ -122,19 +123,18 @@ def _read_text(path: Path, source: SourceConfig) -> Iterator[Record]:
             except UnicodeDecodeError:
                 line = raw.decode(errors="replace")
                 problem = problem or f"line {number} is not valid UTF-8"
+            lines.append(line)
+            size += len(line)
             is_full = source.split_on_blank_lines is not None and (problem or size >= source.split_on_blank_lines)
-            if is_full and not line.strip():
+            if source.document_per_line or (is_full and not line.strip()):
                 yield from take()
                 lines, size, first_line, problem = [], 0, number + 1, ""
-            else:
-                lines.append(line)
-                size += len(line)
     except BrokenFile as error:
         lines.append(_shown(error.rest))
         problem = str(error)
     if number == 0 and not problem:
         yield Reject(path.name, source.uri, "empty_file", f"{path} is empty", "")
-    else:
+    elif lines or not is_cut:
         yield from take()
 
 

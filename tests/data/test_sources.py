@@ -6,6 +6,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 import zstandard
+from pydantic import ValidationError
 
 from maxlm.config.data import SourceConfig
 from maxlm.data.documents import Document, Reject
@@ -73,6 +74,19 @@ def test_a_text_file_is_cut_at_blank_lines(tmp_path):
     assert "\n\n".join(d.text.rstrip("\n") for d in documents) == "\n\n".join(paragraphs)
 
 
+def test_each_line_can_be_a_document(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\n\nbad \xff\nthree")
+    documents, (reject,) = read(path, document_per_line=True)
+    assert [(d.id, d.text) for d in documents] == [("a.txt:1", "one\n"), ("a.txt:4", "three")]
+    assert (reject.id, reject.text) == ("a.txt:3", "bad \ufffd\n")
+
+
+def test_there_is_one_way_to_cut_a_file():
+    with pytest.raises(ValidationError, match="exclude each other"):
+        SourceConfig(uri="a.txt", document_per_line=True, split_on_blank_lines=9)
+
+
 def test_a_glob_reads_files_in_the_order_of_their_names(tmp_path):
     for name in ("b.txt", "a.txt", "c.jsonl"):
         (tmp_path / name).write_text('{"text": "c"}' if name == "c.jsonl" else name[0])
@@ -122,7 +136,7 @@ def test_a_paragraph_that_is_not_utf8_is_rejected_alone(tmp_path):
     assert [d.text.strip() for d in documents] == ["good one", "good two"]
     assert (reject.id, reject.reason) == ("a.txt:3", "broken_text")
     assert "line 3 is not valid UTF-8" in reject.detail
-    assert reject.text == "bad \ufffd\n"
+    assert reject.text == "bad \ufffd\n\n"
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
