@@ -1,0 +1,119 @@
+"""The report's part on training runs: curves from `metrics.jsonl`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from maxlm.eval.html_parts import charts, facts, figure, flat_facts, folded_charts, section, table, to_dict, to_number
+from maxlm.eval.svg import Line, Reference, format_number, line_chart, smooth, thin
+
+Points = list[tuple[float, float]]
+
+# How a run went rather than what it reached: shown folded, under the rest.
+_MACHINERY = ("learning_rate", "grad_norm", "tokens_per_second", "mfu", "data_wait", "skipped")
+_HIDDEN = ("step", "time", "skipped_in_a_row", "perplexity")
+_FIRST = ("loss", "bits_per_byte")
+_TITLES = {
+    "loss": "Loss, nats per token",
+    "bits_per_byte": "Bits per byte",
+    "tokens_per_second": "Tokens per second",
+    "mfu": "Model FLOPs utilisation",
+    "grad_norm": "Gradient norm",
+    "data_wait": "Share of time waiting for data",
+    "skipped": "Skipped steps",
+}
+_TABLE_ROWS = 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: its name, the records of its metrics file, and its manifest, which may be missing."""
+
+    name: str
+    records: list[dict[str, Any]]
+    manifest: dict[str, Any]
+
+
+def run_section(run: Run, *, references: Sequence[Reference] = ()) -> str:
+    """Curves of one run; `references` are drawn into its bits per byte."""
+    names = _metric_names(run.records)
+    main = [name for name in names if name not in _MACHINERY]
+    drawn = {
+        name: _metric_figure(run, name, references if name == "bits_per_byte" else ()) for name in (*main, *_MACHINERY)
+    }
+    config, metrics = to_dict(run.manifest.get("config")), to_dict(run.manifest.get("metrics"))
+    tokens = (to_number(config.get("batch_size")) or 0) * (to_number(config.get("row_length")) or 0)
+    told = flat_facts({name: value for name, value in metrics.items() if name != "valid"})
+    if tokens:
+        told.append(("tokens in a step", format_number(tokens)))
+    return section(
+        f"Training: {run.name}",
+        facts(told),
+        charts(drawn[name] for name in main),
+        folded_charts("Learning rate, gradient norm, speed", (drawn[name] for name in _MACHINERY)),
+    )
+
+
+def last_value(run: Run, name: str) -> float | None:
+    points = _points(run.records, name)
+    return points[-1][1] if points else None
+
+
+def _metric_names(records: list[dict[str, Any]]) -> list[str]:
+    """Names without `valid_`: what matters most first, then in the order of the records."""
+    found = dict.fromkeys(name.removeprefix("valid_") for record in records for name in record)
+    shown = [name for name in found if name not in _HIDDEN and not _repeats_loss(records, name)]
+    return sorted(shown, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
+
+
+def _metric_figure(run: Run, name: str, references: Sequence[Reference]) -> str:
+    train, valid = _points(run.records, name), _points(run.records, f"valid_{name}")
+    if (not train and not valid) or not any(y for _, y in train + valid):
+        return ""
+    lines, legend = [], []
+    if train and (name in _MACHINERY or len(train) < 8):
+        lines.append(Line("training", thin(train), "series-1"))
+    elif train:
+        span = max(5, len(train) // 15)
+        lines.append(Line("training", thin(train), "faint"))
+        lines.append(Line("smoothed", thin(smooth(train, span=span)), "series-1"))
+    if train:
+        legend.append(("series-1", "training"))
+    if valid:
+        lines.append(Line("validation", thin(valid), "series-2", has_marks=len(valid) <= 40))
+        legend.append(("series-2", "validation"))
+    title = _TITLES.get(name, name.replace("_", " ").capitalize())
+    kinds = [(kind, points) for kind, points in (("training", train), ("validation", valid)) if points]
+    described = [_describe(kind, points) for kind, points in kinds]
+    svg = line_chart(f"{run.name}: {title}", "; ".join(described), lines, references=references, x_label="step")
+    ends = [f"{kind} {format_number(points[-1][1])}" for kind, points in kinds]
+    note = f"at the end: {', '.join(ends)}" if name not in _MACHINERY else ""
+    return figure(title, svg, _numbers(train, valid), note=note, legend=legend if valid else ())
+
+
+def _points(records: list[dict[str, Any]], name: str) -> Points:
+    pairs = [(to_number(record.get("step")), to_number(record.get(name))) for record in records]
+    return [(step, value) for step, value in pairs if step is not None and value is not None]
+
+
+def _describe(kind: str, points: Points) -> str:
+    if len(points) == 1:
+        return f"{kind} {format_number(points[0][1])}"
+    return f"{kind} from {format_number(points[0][1])} to {format_number(points[-1][1])}"
+
+
+def _repeats_loss(records: list[dict[str, Any]], name: str) -> bool:
+    """A run with one term logs it beside a total that equals it."""
+    values = [(record["loss"], record[name]) for record in records if "loss" in record and name in record]
+    return name != "loss" and len(values) > 1 and all(a == b for a, b in values)
+
+
+def _numbers(train: Points, valid: Points) -> str:
+    """Every validation, and some of the steps between."""
+    by_step = {step: (format_number(value), "") for step, value in thin(train, _TABLE_ROWS)}
+    training = dict(train)
+    for step, value in thin(valid, _TABLE_ROWS):
+        known = format_number(training[step]) if step in training else by_step.get(step, ("", ""))[0]
+        by_step[step] = (known, format_number(value))
+    rows = [(f"{step:,.0f}", *values) for step, values in sorted(by_step.items())]
+    return table(("step", "training", "validation"), rows)

@@ -1,0 +1,193 @@
+"""The report is one page that tells what the folders hold, needs no network, and lets no text act as markup."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from maxlm.core.manifest import manifest_chain, write_manifest
+from maxlm.errors import DataError
+from maxlm.eval.report import write_report
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Checker(HTMLParser):
+    """Every element is closed in order; what could load or run anything is collected."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links, self.scripts, self.text = [], [], 0, []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in VOID:
+            self.open.append(tag)
+        self.scripts += tag in ("script", "iframe", "object", "embed", "link", "base", "form")
+        self.scripts += sum(name.startswith("on") for name, _ in attributes)
+        self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href", "data", "action")]
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def check(path) -> str:
+    """Parse the page, and return its visible text."""
+    page = path.read_text(encoding="utf-8")
+    checker = Checker()
+    checker.feed(page)
+    checker.close()
+    assert checker.open == []
+    assert checker.scripts == 0
+    assert all(link.startswith("#") for link in checker.links)
+    assert "url(" not in page
+    assert "@import" not in page
+    for link in checker.links:
+        assert f'id="{link[1:]}"' in page
+    assert not re.search(r'="[^"]*\b(nan|inf)\b', page)
+    return " ".join(" ".join(checker.text).split())
+
+
+def write_run(folder, *, steps=40, **valid):
+    folder.mkdir(parents=True)
+    records = [
+        {
+            "step": s,
+            "loss": 8 / s,
+            "cross_entropy": 8 / s,
+            "learning_rate": 0.01,
+            "tokens_per_second": 5000 + s,
+            "time": s,
+        }
+        for s in range(1, steps + 1)
+    ]
+    records.append({"step": steps, "valid_loss": 1.25, **valid})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    (folder / "config.yaml").write_text("kind: train\nsteps: 40 # <i>\n")
+
+
+@pytest.fixture
+def quickstart(tmp_path):
+    folder = tmp_path / "quick <b>start"
+    (folder / "data").mkdir(parents=True)
+    write_manifest(folder / "data", stage="data", inputs={}, config={"row_length": 64}, metrics={"tokens": 123456})
+    write_run(folder / "pretrain", valid_bits_per_byte=1.875)
+    write_manifest(
+        folder / "pretrain",
+        stage="train/pretrain",
+        inputs={"data_0": folder / "data"},
+        config={"batch_size": 4, "row_length": 64},
+        metrics={"steps": 40, "seconds": 61.5},
+    )
+    summary = {
+        "seconds": {"data": 2.5, "pretrain": 61.5},
+        "tokens_per_second": 5120.0,
+        "bits_per_byte": {"pretrain": {"value": 1.875, "low": 1.75, "high": 2.0}, "bigram": 2.214, "xz": 2.46},
+        "sft_exact_match": {
+            "before": 0.125,
+            "after": 0.75,
+            "interval": [0.5, 0.7],
+            "by_kind": {"<script>alert(1)</script>": {"before": 0, "after": 1}},
+        },
+        "align_reward": {"before": -0.25, "after": 0.5, "interval": [0.6, 0.9]},
+        "int8": {"perplexity_change": 0.00123, "mean_kl": 0.00031},
+        "chat": {"prompt": "<img src=x onerror=alert(2)>", "reply": "fine & well"},
+        "samples": [{"stage": "pretrain", "prompt": "def ", "text": "</pre><script>alert(3)</script>"}],
+        "manifest_chain": manifest_chain(folder / "pretrain"),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    return folder
+
+
+def test_a_quickstart_is_told_with_its_numbers(quickstart):
+    path = write_report(quickstart)
+    assert path == quickstart / "report.html"
+    text = check(path)
+    for told in (
+        "quick <b>start",
+        "1 min 04 s",
+        "5,120",
+        "bigram over tokens 2.214",
+        "1.875",
+        "1.75 to 2",
+        "+62.5 points",
+        "+50.0 points to +70.0 points",
+        "-0.25",
+        "+0.750",
+        "+0.123 %",
+        "0.00031 nats",
+        "fine & well",
+        "same hash",
+        "tokens 123,456",
+        "tokens in a step 256",
+    ):
+        assert told in text, told
+
+
+def test_text_from_outside_cannot_act(quickstart):
+    text = check(write_report(quickstart))
+    for told in ("<script>alert(1)</script>", "<img src=x onerror=alert(2)>", "</pre><script>alert(3)</script>"):
+        assert told in text
+
+
+def test_the_same_folder_gives_the_same_page(quickstart):
+    first = write_report(quickstart).read_bytes()
+    assert write_report(quickstart).read_bytes() == first
+
+
+def test_every_part_may_be_missing_or_empty(quickstart):
+    path = quickstart / "summary.json"
+    summary = json.loads(path.read_text())
+    for name in summary:
+        path.write_text(json.dumps({key: value for key, value in summary.items() if key != name}))
+        check(write_report(quickstart))
+        for empty in (None, {}, [], "text", 3.5, {"value": None}, {"before": math.nan, "after": 1}, [None]):
+            path.write_text(json.dumps({**summary, name: empty}))
+            check(write_report(quickstart))
+    path.write_text("{}")
+    assert "Training: pretrain" in check(write_report(quickstart))
+
+
+def test_a_run_folder_is_told_on_its_own(quickstart):
+    text = check(write_report(quickstart / "pretrain"))
+    for told in ("pretrain", "1.25", "1.875", "steps: 40 # <i>", "train/pretrain", "Bits per byte", "0.2"):
+        assert told in text, told
+    assert "Results" not in text
+
+
+def test_a_run_without_manifest_or_with_a_single_record(tmp_path):
+    write_run(tmp_path / "run", steps=1)
+    assert "Loss" in check(write_report(tmp_path / "run"))
+
+
+def test_records_that_are_not_finite_are_left_out(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lines = [{"step": 1, "loss": math.nan}, {"step": 2, "loss": math.inf}, {"step": 3, "loss": 2.5}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "2.5" in check(write_report(folder))
+
+
+def test_an_input_that_was_made_again_is_marked(quickstart):
+    (quickstart / "summary.json").unlink()
+    write_manifest(quickstart / "data", stage="data", inputs={}, config={}, metrics={"tokens": 99})
+    assert "changed since" in check(write_report(quickstart))
+
+
+def test_a_folder_without_anything_to_tell_is_a_mistake(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        write_report(tmp_path / "none")
+    with pytest.raises(DataError, match="to report on"):
+        write_report(tmp_path)
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(DataError, match="not valid JSON"):
+        write_report(tmp_path)
