@@ -1,6 +1,6 @@
 """Where text comes from, how it is cleaned and packed, and how a tokenizer is trained on it."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, model_validator
 
@@ -68,7 +68,7 @@ class DataConfig(Frozen):
     decontaminate: DecontaminateConfig = DecontaminateConfig()
     valid_fraction: Fraction = Field(0.05, description="Documents held out, chosen by a hash of their id.")
     tokenizer: str = Field(description="Folder of the tokenizer that the rows are made with.")
-    row_length: Count = Field(256, description="Tokens in a packed row.")
+    row_length: Annotated[int, Field(ge=2)] = Field(256, description="Tokens in a packed row.")
     workers: NonNegativeInt = Field(0, description="Processes that clean and tokenise; 0 takes one for each core.")
     seed: int = 0
 

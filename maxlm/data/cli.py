@@ -57,7 +57,7 @@ def register(subparsers) -> None:
         description="Print the documents whose tokens a training step reads: to look at what a jump in the loss met.",
         epilog="example: maxlm data at-step 120 --run runs/small",
     )
-    at_step.add_argument("step", type=int, metavar="N", help="the step, counted from 0")
+    at_step.add_argument("step", type=int, metavar="N", help="the step, as logs count: the first is 1")
     source = at_step.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", metavar="RUN", help="a run of objective.kind=pretrain")
     source.add_argument("--data", metavar="FOLDER", nargs="+", help="data folders, mixed with equal weights")
@@ -116,12 +116,15 @@ def run_at_step(args: argparse.Namespace) -> int:
 
     from maxlm.data.loader import open_mixture
     from maxlm.data.show import open_run
+    from maxlm.errors import DataError
 
     if args.run:
         rows = open_run(args.run)
     else:
         rows = open_mixture([(path, 1.0) for path in args.data], seed=args.seed, batch_size=args.batch_size)
-    documents = rows.documents(args.step)
+    if args.step < 1:
+        raise DataError(f"step {args.step}: steps are counted from 1, as logs count them")
+    documents = rows.documents(args.step - 1)
     for document in documents:
         print(json.dumps(asdict(document)) if args.json else f"{document.id}  ({document.source}, {document.folder})")
     if not args.json:

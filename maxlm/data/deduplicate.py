@@ -37,13 +37,14 @@ class NearDuplicates:
     Documents of similarity `threshold` share a bucket with probability 0.99 or more; whether they are near-duplicates
     is then decided by comparing whole signatures. These only estimate the similarity, so two standard deviations less
     than the threshold are enough: of copies just at the threshold, about 2 in 100 are missed.
+    Memory: about 4 KB a document with 128 permutations.
     """
 
     def __init__(self, *, threshold: float, num_permutations: int):
         self._lowest_estimate = threshold - 2 * math.sqrt(threshold * (1 - threshold) / num_permutations)
         self._rows_per_band = _rows_per_band(threshold, num_permutations)
         self._num_bands = num_permutations // self._rows_per_band
-        self._buckets: list[dict[bytes, list[int]]] = [{} for _ in range(self._num_bands)]
+        self._buckets: list[dict[bytes, tuple[int, ...]]] = [{} for _ in range(self._num_bands)]
         self._signatures = np.empty((1024, num_permutations), np.uint32)
         self._num_kept = 0
 
@@ -69,7 +70,7 @@ class NearDuplicates:
             self._signatures = np.concatenate([self._signatures, np.empty_like(self._signatures)])
         self._signatures[self._num_kept] = signature
         for bucket, key in zip(self._buckets, keys):
-            bucket.setdefault(key, []).append(self._num_kept)
+            bucket[key] = (*bucket.get(key, ()), self._num_kept)
         self._num_kept += 1
         return None
 

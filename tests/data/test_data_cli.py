@@ -2,14 +2,17 @@ import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from corpora import make_text, read_jsonl, write_jsonl
 
-from maxlm.config import dump_yaml, parse_config
+from maxlm.config import dump_yaml, load_config, parse_config
 from maxlm.data import cli
 from maxlm.data.loader import open_mixture
 from maxlm.errors import ConfigError, DataError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture
@@ -68,10 +71,15 @@ def test_show_prints_documents_rows_and_rejects(built, call):
 
 def test_at_step_names_the_documents_of_a_step(built, call):
     folder, _ = built
-    expected = [d.id for d in open_mixture([(folder, 1.0)], seed=5, batch_size=4).documents(7)]
+    expected = [d.id for d in open_mixture([(folder, 1.0)], seed=5, batch_size=4).documents(6)]
     said = call("at-step", 7, "--data", folder, "--seed", 5, "--batch-size", 4, "--json")
     assert [json.loads(line)["id"] for line in said.splitlines()] == expected
     assert expected[0] in call("at-step", 7, "--data", folder, "--seed", 5, "--batch-size", 4)
+
+
+def test_steps_are_counted_from_one(built, call):
+    with pytest.raises(DataError, match="step 0: steps are counted from 1"):
+        call("at-step", 0, "--data", built[0])
 
 
 def test_at_step_reads_the_configuration_of_a_run(built, call, tmp_path):
@@ -87,7 +95,7 @@ def test_at_step_reads_the_configuration_of_a_run(built, call, tmp_path):
     }
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(dump_yaml(parse_config(tree)))
-    expected = [d.id for d in open_mixture([(folder, 2.0)], seed=5, batch_size=4).documents(7)]
+    expected = [d.id for d in open_mixture([(folder, 2.0)], seed=5, batch_size=4).documents(6)]
     said = call("at-step", 7, "--run", tmp_path / "run", "--json")
     assert [json.loads(line)["id"] for line in said.splitlines()] == expected
 
@@ -98,11 +106,18 @@ def test_at_step_reads_the_configuration_of_a_run(built, call, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [("show", "nowhere"), ("show", "nowhere", "--rows"), ("at-step", "0", "--data", "nowhere")]
+    "words", [("show", "nowhere"), ("show", "nowhere", "--rows"), ("at-step", "1", "--data", "nowhere")]
 )
 def test_a_folder_that_was_not_built_is_one_clear_sentence(call, words):
     with pytest.raises(DataError, match=r"holds no manifest.json; the stage that makes it has not run"):
         call(*words)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.glob("data/*.yaml")) + sorted(CONFIGS.glob("tokenizer/*.yaml")), ids=str
+)
+def test_the_example_configurations_are_valid(path):
+    assert load_config(path).kind == path.parent.name
 
 
 def test_mistakes_in_a_configuration_are_told_at_once(tmp_path, call):
