@@ -1,0 +1,47 @@
+# make quickstart   text to a served chat model, in minutes on a CPU
+# make test         lint and the whole test suite
+# Both do all of their own set-up in .venv; `make test PYTHON=python3.12` uses another interpreter, in a folder of its own.
+
+SUPPORTED := python3.11 python3.12 python3.13 python3
+PYTHON ?= $(shell for p in $(SUPPORTED); do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV := $(if $(filter 3.11,$(VERSION)),.venv,.venv-$(VERSION))
+# Python 3.11 is what is pinned; others take the newest versions that pyproject.toml allows.
+CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),--constraint constraints.txt)
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(CONSTRAINTS)
+WORKERS ?= 2
+
+.PHONY: install install-dev quickstart test lint format clean
+
+install: $(VENV)/.installed
+
+install-dev: $(VENV)/.installed-dev
+
+quickstart: install
+	$(VENV)/bin/maxlm quickstart
+
+test: install-dev lint
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+
+lint: install-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: install-dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf .venv .venv-* build *.egg-info
+
+$(VENV)/bin/python:
+	@test -n "$(VERSION)" || { echo "maxlm needs Python 3.11 or newer: install it, or name one with PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[serve]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
+	@touch $@

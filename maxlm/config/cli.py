@@ -1,0 +1,42 @@
+"""`maxlm config`: look at what a configuration resolves to."""
+
+import argparse
+
+
+def register(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "config",
+        help="show a resolved configuration, or the schema",
+        description="Look at configurations without running them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=(
+            "examples:\n"
+            "  maxlm config show configs/quickstart/pretrain.yaml optim.learning_rate=1e-3\n"
+            "  maxlm config schema > maxlm.schema.json      for completion in editors"
+        ),
+    )
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    show = actions.add_parser("show", help="print the resolved configuration as YAML, or all its mistakes")
+    show.add_argument("file", metavar="FILE", help="a YAML file with a `kind`: train, data or tokenizer")
+    show.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.learning_rate=3e-4")
+    show.add_argument("--json", action="store_true", help="print JSON instead of YAML")
+    show.set_defaults(func=run_show)
+    schema = actions.add_parser("schema", help="print the JSON schema of all configuration files")
+    schema.set_defaults(func=run_schema)
+
+
+def run_show(args: argparse.Namespace) -> int:
+    from maxlm.config import dump_yaml, load_config
+
+    config = load_config(args.file, args.overrides)
+    print(config.model_dump_json(indent=2) if args.json else dump_yaml(config), end="" if not args.json else "\n")
+    return 0
+
+
+def run_schema(args: argparse.Namespace) -> int:
+    import json
+
+    from maxlm.config import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+    return 0

@@ -1,0 +1,52 @@
+"""One chat turn against a server of its own process."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from maxlm.errors import RequestError
+
+START_SECONDS = 120
+
+
+def chat_once(model: Path, prompt: str) -> dict[str, Any]:
+    """Start `maxlm serve`, stream one answer from it, and end it.
+
+    Returns:
+      reply: the text; events: how many pieces it came in; seconds: from request to last piece.
+
+    Raises:
+      RequestError: the server did not start, or ended badly.
+    """
+    command = [sys.executable, "-m", "maxlm.cli", "serve", str(model), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        found = re.search(r"http://\S+", line)
+        if not found:
+            raise RequestError(f"the server did not start; run it by hand to see why: maxlm serve {model}")
+        return _stream(found[0].rstrip("/"), prompt)
+    finally:
+        process.terminate()
+        process.wait(timeout=START_SECONDS)
+        process.stdout.close()
+
+
+def _stream(url: str, prompt: str) -> dict[str, Any]:
+    body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 16, "temperature": 0, "stream": True}
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    began, pieces = time.perf_counter(), []
+    with urllib.request.urlopen(request, timeout=START_SECONDS) as response:
+        for raw in response:
+            data = raw.decode().strip().removeprefix("data: ")
+            if data and data != "[DONE]":
+                choices = json.loads(data)["choices"]
+                pieces.append((choices[0]["delta"].get("content") or "") if choices else "")
+    return {"reply": "".join(pieces), "events": len(pieces), "seconds": round(time.perf_counter() - began, 3)}

@@ -1,0 +1,61 @@
+"""The files that SFT, alignment and evaluation read: chats to learn from, prompts to be rewarded, questions held out."""
+
+import json
+import random
+from pathlib import Path
+
+from maxlm.core.manifest import write_manifest
+from maxlm.quickstart.questions import Question, is_held_out, questions_about, read_functions
+
+HELD_OUT_FRACTION = 0.15
+NUM_TEST_QUESTIONS = 400
+NUM_PROMPTS = 2000
+CHATS_OF_A_FUNCTION = 2
+SEED = 0
+
+
+def write_tasks(folder: Path) -> dict:
+    """Write sft_{train,valid}.jsonl, prompts.jsonl and questions.jsonl, and return the manifest.
+
+    Questions for alignment are about the functions of SFT; those for evaluation are about functions that no stage saw.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    functions = read_functions()
+    rng = random.Random(SEED)
+    seen = [function for function in functions if not is_held_out(function, HELD_OUT_FRACTION)]
+    unseen = [function for function in functions if is_held_out(function, HELD_OUT_FRACTION)]
+
+    chats = [_chat(questions_about(function, rng)) for function in seen for _ in range(CHATS_OF_A_FUNCTION)]
+    prompts = [question for function in seen for question in questions_about(function, rng)]
+    questions = [question for function in unseen for question in questions_about(function, rng)]
+    valid = [_chat(questions_about(function, rng)) for function in unseen]
+    for items in (chats, prompts, questions, valid):
+        rng.shuffle(items)
+    counts = {
+        "sft_train": _write(folder / "sft_train.jsonl", chats),
+        "sft_valid": _write(folder / "sft_valid.jsonl", valid),
+        "prompts": _write(folder / "prompts.jsonl", [_task(question) for question in prompts[:NUM_PROMPTS]]),
+        "questions": _write(
+            folder / "questions.jsonl", [_task(question) for question in questions[:NUM_TEST_QUESTIONS]]
+        ),
+    }
+    config = {"held_out_fraction": HELD_OUT_FRACTION, "seed": SEED}
+    return write_manifest(
+        folder, stage="tasks", inputs={}, config=config, metrics={"functions": len(functions), **counts}
+    )
+
+
+def _chat(questions: list[Question]) -> dict:
+    """All questions about one function as one chat: more answers to learn from than one chat for each."""
+    turns = [({"role": "user", "content": q.prompt}, {"role": "assistant", "content": q.answer}) for q in questions]
+    return {"messages": [message for turn in turns for message in turn]}
+
+
+def _task(question: Question) -> dict:
+    messages = [{"role": "user", "content": question.prompt}]
+    return {"prompt": messages, "messages": messages, "answer": question.answer, "kind": question.kind}
+
+
+def _write(path: Path, records: list[dict]) -> int:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return len(records)
