@@ -98,7 +98,7 @@ def _read_yaml(path: Path) -> dict:
 
 
 def _merge(base: dict, top: dict) -> dict:
-    """`top` over `base`. A section whose `kind` changes is replaced whole: its old keys mean nothing in the new kind."""
+    """`top` over `base`. A section whose `kind` changes is replaced whole: its old keys mean nothing there."""
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)

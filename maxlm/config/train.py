@@ -193,7 +193,7 @@ class TrainConfig(Frozen):
             multiple = self.objective.updates_per_rollout
             for name, value in (("steps", self.steps), ("checkpoint.every", self.checkpoint.every)):
                 if value % multiple:
-                    problems.append(f"{name} ({value}) must be a multiple of objective.updates_per_rollout ({multiple})")
+                    problems.append(f"{name} ({value}) must be a multiple of updates_per_rollout ({multiple})")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -256,8 +256,9 @@ def checks(summary: dict[str, Any]) -> list[Check]:
         Check(
             "pretraining beats a bigram model and xz",
             model["high"] < bigram["value"] and model["value"] < xz,
-            f"{model['value']:.3f} bits per byte [{model['low']:.3f}, {model['high']:.3f}] against {bigram['value']:.3f}"
-            f" and {xz:.3f} (xz after the training text: {bits['xz_after_training']:.3f})",
+            f"{model['value']:.3f} bits per byte [{model['low']:.3f}, {model['high']:.3f}]"
+            f" against {bigram['value']:.3f} and {xz:.3f}; xz after the training text:"
+            f" {bits['xz_after_training']:.3f}",
         ),
         Check(
             "SFT lifts exact match on held-out questions",

@@ -1,4 +1,4 @@
-"""The files that SFT, alignment and evaluation read: chats to learn from, prompts to be rewarded, questions held out."""
+"""The files that SFT, alignment and evaluation read: chats, prompts whose answers are checked, questions held out."""
 
 import json
 import random
@@ -31,17 +31,19 @@ def write_tasks(folder: Path) -> dict:
     valid = [_chat(questions_about(function, rng)) for function in unseen]
     for items in (chats, prompts, questions, valid):
         rng.shuffle(items)
-    counts = {
-        "sft_train": _write(folder / "sft_train.jsonl", chats),
-        "sft_valid": _write(folder / "sft_valid.jsonl", valid),
-        "prompts": _write(folder / "prompts.jsonl", [_task(question) for question in prompts[:NUM_PROMPTS]]),
-        "questions": _write(
-            folder / "questions.jsonl", [_task(question) for question in questions[:NUM_TEST_QUESTIONS]]
-        ),
+    files = {
+        "sft_train": chats,
+        "sft_valid": valid,
+        "prompts": [_task(question) for question in prompts[:NUM_PROMPTS]],
+        "questions": [_task(question) for question in questions[:NUM_TEST_QUESTIONS]],
     }
-    config = {"held_out_fraction": HELD_OUT_FRACTION, "seed": SEED}
+    counts = {name: _write(folder / f"{name}.jsonl", records) for name, records in files.items()}
     return write_manifest(
-        folder, stage="tasks", inputs={}, config=config, metrics={"functions": len(functions), **counts}
+        folder,
+        stage="tasks",
+        inputs={},
+        config={"held_out_fraction": HELD_OUT_FRACTION, "seed": SEED},
+        metrics={"functions": len(functions), **counts},
     )
 
 

@@ -128,7 +128,7 @@ class Checkpointer:
         free = shutil.disk_usage(self.folder).free
         if free < 1.1 * size:
             raise TrainingError(
-                f"{self.folder}: a checkpoint takes about {size / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free;"
+                f"{self.folder}: a checkpoint takes {size / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free;"
                 f" {self._newest()}; make room and run the same command to go on from there"
             )
 

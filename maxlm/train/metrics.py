@@ -85,7 +85,7 @@ class StepWindow:
 
 
 class MetricsLog:
-    """`metrics.jsonl` and `tensorboard/` of a run, and its progress line. A resumed run drops what came after its start."""
+    """`metrics.jsonl`, `tensorboard/` and the progress line. A resumed run drops what came after its start."""
 
     def __init__(self, folder: Path, *, start_step: int, total_steps: int):
         self.path = folder / "metrics.jsonl"

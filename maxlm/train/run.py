@@ -92,8 +92,8 @@ def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
             shape = [name for name in changed if name not in ("vocab_size", *_RUNTIME_FIELDS)]
             if shape:
                 raise CheckpointError(
-                    f"{config.init_from}: is a model with {shape[0]} {getattr(start, shape[0])}, and model.{shape[0]} asks"
-                    f" for {getattr(model, shape[0])}; leave the model section out to take the checkpoint's"
+                    f"{config.init_from}: is a model with {shape[0]} {getattr(start, shape[0])}, and model.{shape[0]}"
+                    f" asks for {getattr(model, shape[0])}; leave the model section out to take the checkpoint's"
                 )
         model = start if model is None else model
     if model.vocab_size not in (0, tokenizer.vocab_size):
