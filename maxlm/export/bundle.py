@@ -85,6 +85,8 @@ def write_bundle(
         "tensors": {path: {**_type(tensor), "xxh3": _checksum(tensor)} for path, tensor in tensors.items()},
     }
     write_json(folder / INDEX_FILE, index)
+    # safetensors makes files that nobody else may read, such as a server with an account of its own.
+    shutil.copymode(folder / INDEX_FILE, folder / WEIGHTS_FILE)
 
 
 def load_bundle(path: str | Path) -> tuple[Decoder, Path]:

@@ -147,6 +147,10 @@ class TestLoading:
         assert tensors["embedding/values"].shape == (run.tokenizer.vocab_size, 32)
         assert tensors["layers/mlp_norm"].shape == (2, 32)
 
+    def test_who_may_read_one_file_may_read_all(self, written):
+        modes = {path.stat().st_mode for path in written[0].iterdir() if path.is_file()}
+        assert len(modes) == 1
+
     def test_without_an_index_it_is_no_bundle(self, written):
         (written[0] / "bundle.json").unlink()
         with pytest.raises(CheckpointError, match=r"is no int8 bundle: it holds no bundle\.json"):
