@@ -17,6 +17,7 @@ from maxlm.generate.decoding import bucket_length
 from maxlm.generate.engine import Engine
 from maxlm.generate.request import Request
 from maxlm.models.decoder import Decoder
+from maxlm.ops.qtensor import QTensor
 from maxlm.tokenizer.codec import Tokenizer
 
 # A text to continue, or the messages of a chat to answer.
@@ -44,7 +45,20 @@ def load(path: str | Path) -> "LoadedModel":
         from maxlm.train.run import load_model
 
         decoder, tokenizer_folder = load_model(path)
-    return LoadedModel(decoder, Tokenizer.load(tokenizer_folder), name=path.resolve().name)
+    return LoadedModel(for_this_backend(decoder), Tokenizer.load(tokenizer_folder), name=path.resolve().name)
+
+
+def for_this_backend(decoder: Decoder) -> Decoder:
+    """The same weights, computed as suits the backend: on a CPU with float32 activations.
+
+    CPUs add and multiply bfloat16 in software, which makes a decode step three times as slow. Matrix products keep
+    the operands that the model was trained with.
+    """
+    if jax.default_backend() != "cpu":
+        return decoder
+    config = decoder.config.model_copy(update={"activation_dtype": "float32"})
+    weights = jax.tree.leaves(decoder, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    return jax.tree.unflatten(jax.tree.structure(Decoder(config)), weights)
 
 
 @dataclass(frozen=True)

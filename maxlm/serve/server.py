@@ -18,10 +18,14 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
       RequestError: the port is in use, or the address is not this machine's.
     """
+    if not 0 <= port <= 65535:
+        raise RequestError(f"cannot listen on port {port}: ports go from 0 to 65535; try --port 8000")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (socket.gaierror, OverflowError, UnicodeError):
-        raise RequestError(f"{host}:{port} is not an address to listen on; try --host 127.0.0.1 --port 8000") from None
+    except (socket.gaierror, ValueError):
+        raise RequestError(
+            f"cannot listen on {host!r}: it is no address of this machine; try --host 127.0.0.1"
+        ) from None
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -29,10 +33,9 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(2048)
     except OSError as error:
         listener.close()
-        hint = (
-            "stop what listens there or give another --port" if error.errno == 98 else "give another --host or --port"
-        )
-        raise RequestError(f"cannot listen on {host}:{port}: {error.strerror}; {hint}") from None
+        raise RequestError(
+            f"cannot listen on {host}:{port}: {error.strerror}; give another --port or --host, or stop what listens there"
+        ) from None
     return listener
 
 

@@ -7,8 +7,10 @@ import pytest
 
 import maxlm
 from maxlm.errors import CheckpointError, RequestError
-from maxlm.generate.model import LoadedModel, segment_positions
+from maxlm.export.bundle import quantize_model, write_bundle
+from maxlm.generate.model import LoadedModel, for_this_backend, segment_positions
 from maxlm.generate.request import Request
+from maxlm.models.decoder import Decoder
 
 
 @jax.jit
@@ -143,6 +145,39 @@ def test_scores_of_chats(model, tokenizer):
     [score] = model.score([messages], ["The fox"])
     ids = tokenizer.encode_chat(messages, generation_prompt=True).ids
     assert score == model.score_tokens([ids], [tokenizer.encode("The fox")])[0]
+
+
+def with_bfloat16(decoder):
+    """The fixture's weights in a model that declares bfloat16 activations."""
+    config = decoder.config.model_copy(update={"activation_dtype": "bfloat16"})
+    return jax.tree.unflatten(jax.tree.structure(Decoder(config)), jax.tree.leaves(decoder))
+
+
+def test_on_a_cpu_activations_are_float32(decoder):
+    """Same weights, and the logits of the float32 model rather than those of the bfloat16 one."""
+    tokens = jnp.asarray([[5, 50, 100, 150]])
+    declared = with_bfloat16(decoder)
+    converted = for_this_backend(declared)
+    assert converted.config.activation_dtype == "float32"
+    expected = decoder.logits(decoder(tokens))
+    assert jnp.abs(declared.logits(declared(tokens)) - expected).max() > 1e-4
+    np.testing.assert_allclose(converted.logits(converted(tokens)), expected, atol=1e-6)
+
+
+def test_load_reads_an_int8_bundle(decoder, tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer")
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    quantized = quantize_model(with_bfloat16(decoder))
+    fingerprint = tokenizer.fingerprint
+    write_bundle(folder, quantized, tokenizer_folder=tmp_path / "tokenizer", fingerprint=fingerprint, receipt={})
+    loaded = maxlm.load(folder)
+    assert loaded.name == "bundle"
+    assert loaded.config.activation_dtype == "float32"
+    tokens = np.asarray([[1, 40, 50, 60, 70]])
+    exact = np.asarray(decoder.logits(decoder(jnp.asarray(tokens))))
+    np.testing.assert_allclose(loaded.logits(tokens), exact, atol=0.05 * np.abs(exact).max())
+    assert loaded.generate("The dog", max_new_tokens=5) == loaded.generate("The dog", max_new_tokens=5)
 
 
 @pytest.mark.parametrize(
