@@ -15,8 +15,8 @@ from maxlm.core.manifest import write_manifest
 from maxlm.core.progress import track
 from maxlm.data.loader import open_in_order
 from maxlm.errors import CheckFailed, CheckpointError, ConfigError, DataError
-from maxlm.export.bundle import is_bundle, load_bundle, quantize_model, write_bundle
 from maxlm.export.receipt import Receipt
+from maxlm.models.bundle import is_bundle, load_bundle, quantize_model, write_bundle
 from maxlm.models.decoder import Decoder
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.run import load_model

@@ -38,7 +38,7 @@ def load(path: str | Path) -> "LoadedModel":
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such folder; give a run, a checkpoint or an int8 bundle")
     if (path / "bundle.json").is_file():
-        from maxlm.export.bundle import load_bundle
+        from maxlm.models.bundle import load_bundle
 
         decoder, tokenizer_folder = load_bundle(path)
     else:

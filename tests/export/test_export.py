@@ -15,11 +15,11 @@ from maxlm.core.parameters import initialize
 from maxlm.core.tree import flatten
 from maxlm.data.loader import open_in_order
 from maxlm.errors import CheckpointError, ConfigError, DataError, TokenizerError
-from maxlm.export.bundle import load_bundle, quantize_model
 from maxlm.export.int8 import ReceiptOutOfBounds, check_receipt, export_int8
 from maxlm.export.receipt import Receipt
 from maxlm.generate.model import load
 from maxlm.models.adapters import declare_adapters
+from maxlm.models.bundle import load_bundle, quantize_model
 from maxlm.models.decoder import Decoder
 from tests.export.conftest import make_data, make_tokenizer, save_run
 

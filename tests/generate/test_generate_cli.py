@@ -8,9 +8,9 @@ import pytest
 
 import maxlm
 from maxlm.errors import CheckpointError, RequestError
-from maxlm.export.bundle import quantize_model, write_bundle
 from maxlm.generate import cli
 from maxlm.generate.chat import Chat
+from maxlm.models.bundle import quantize_model, write_bundle
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 
 import maxlm
 from maxlm.errors import CheckpointError, RequestError
-from maxlm.export.bundle import quantize_model, write_bundle
 from maxlm.generate.model import LoadedModel, for_this_backend, segment_positions
 from maxlm.generate.request import Request
+from maxlm.models.bundle import quantize_model, write_bundle
 from maxlm.models.decoder import Decoder
 
 

@@ -8,7 +8,7 @@ from running_server import serve
 import maxlm
 from maxlm.config import ModelConfig, TokenizerConfig
 from maxlm.core.parameters import initialize
-from maxlm.export.bundle import quantize_model, write_bundle
+from maxlm.models.bundle import quantize_model, write_bundle
 from maxlm.models.decoder import Decoder
 from maxlm.tokenizer.train import train_tokenizer
 

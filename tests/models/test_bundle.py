@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckFailed, CheckpointError
-from maxlm.export import bundle
-from maxlm.export.bundle import check_quantized, load_bundle, quantize_model, write_bundle
+from maxlm.models import bundle
+from maxlm.models.bundle import check_quantized, load_bundle, quantize_model, write_bundle
 from maxlm.models.cache import KVCache
 from maxlm.models.decoder import Decoder
 from maxlm.ops.qtensor import QTensor
