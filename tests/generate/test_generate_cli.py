@@ -104,7 +104,7 @@ def test_chat_forgets_and_leaves(loaded, capsys):
 def test_chat_takes_back_a_question_that_does_not_fit(loaded, capsys):
     printed, messages = converse(loaded, ["fox " * 200, "The dog"], capsys)
     assert "the context holds 128" in printed
-    assert [message["content"] for message in messages][0] == "The dog"
+    assert next(message["content"] for message in messages) == "The dog"
 
 
 def test_help_teaches_by_an_example(capsys):

@@ -33,7 +33,8 @@ def process(bundle):
 
 def address(process):
     told = process.stdout.readline()
-    assert (match := re.match(r"Serving tiny-int8 on (http://127\.0\.0\.1:\d+) with 2 slots of 128", told)), told
+    match = re.match(r"Serving tiny-int8 on (http://127\.0\.0\.1:\d+) with 2 slots of 128", told)
+    assert match, told
     return match[1]
 
 
