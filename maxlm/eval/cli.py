@@ -32,8 +32,8 @@ def register(subparsers) -> None:
     evaluation = subparsers.add_parser(
         "eval",
         help="bits per byte, perplexity, accuracy, with intervals and baselines",
-        description="Measure a model on held-out text and on task files, beside models that only count and beside xz."
-        " Intervals are 95 % bootstrap intervals over documents or examples.",
+        description="Measure a model on held-out text and on task files, beside models that only count and beside xz.\n"
+        "Intervals are 95 % bootstrap intervals over documents or examples.",
         epilog=_EVAL_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -61,8 +61,8 @@ def register(subparsers) -> None:
     report = subparsers.add_parser(
         "report",
         help="one HTML page about a run or a quickstart",
-        description="Write report.html into a folder: one file that needs no network. A quickstart folder gives the"
-        " whole story, a run folder that of the run.",
+        description="Write report.html into a folder: one file that needs no network.\n"
+        "A quickstart folder gives the whole story, a run folder that of the run.",
         epilog=_REPORT_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

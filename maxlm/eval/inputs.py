@@ -1,6 +1,6 @@
 """Documents to evaluate on: a split of a data folder, or files."""
 
-from dataclasses import dataclass
+import os
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -15,15 +15,6 @@ from maxlm.errors import DataError
 MAX_TRAIN_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
-class Documents:
-    """Held-out texts, and the training texts that baselines are made from; `train` is empty where none are known."""
-
-    where: str
-    valid: list[str]
-    train: list[str]
-
-
 def find_data_folders(model_path: str | Path) -> list[Path]:
     """The data folders that a model stands on, as its manifests tell, those that are still there.
 
@@ -31,7 +22,7 @@ def find_data_folders(model_path: str | Path) -> list[Path]:
     """
     path = Path(model_path).resolve()
     chain = manifest_chain(path) or manifest_chain(path.parent.parent)
-    return [Path(item["folder"]) for item in chain if item["stage"] == "data"]
+    return [Path(os.path.relpath(item["folder"])) for item in chain if item["stage"] == "data"]
 
 
 def read_held_out(path: str | Path, *, limit: int | None = None) -> list[str]:

@@ -25,10 +25,7 @@ def _print_text(console: Console, evaluation: Evaluation, text: TextEvaluation) 
         title=f"{escape(text.name)}: {len(text.model.bits):,} held-out documents, {text.model.num_bytes.sum():,} bytes",
         title_justify="left",
     )
-    table.add_column("")
-    table.add_column("bits per byte")
-    table.add_column("95 %")
-    table.add_column("perplexity")
+    _add_columns(table, "bits per byte", "95 %", "perplexity")
     for name, likelihood in ((evaluation.model, text.model), (evaluation.other, text.other)):
         if likelihood is not None:
             perplexity = f"{likelihood.perplexity.value:.2f}"
@@ -48,9 +45,7 @@ def _print_text(console: Console, evaluation: Evaluation, text: TextEvaluation) 
 
 def _print_task(console: Console, evaluation: Evaluation, task: TaskEvaluation) -> None:
     table = Table(title=f"{escape(task.name)}: {len(task.examples):,} examples", title_justify="left")
-    table.add_column("")
-    table.add_column("right")
-    table.add_column("95 %")
+    _add_columns(table, "right", "95 %")
     for name, result in ((evaluation.model, task.model), (evaluation.other, task.other)):
         if result is not None:
             table.add_row(escape(name), *_figure(result.accuracy, percent=True), style="bold")
@@ -67,10 +62,17 @@ def _print_task(console: Console, evaluation: Evaluation, task: TaskEvaluation) 
         console.print(f"{mark} {_short(prompt)} -> {_short(output)}", soft_wrap=True)
 
 
+def _add_columns(table: Table, *names: str) -> None:
+    """A first column that folds where a path is long, and figures that are never cut."""
+    table.add_column("", overflow="fold")
+    for name in names:
+        table.add_column(name, no_wrap=True)
+
+
 def _figure(interval: Interval, *, signed: bool = False, percent: bool = False) -> tuple[str, str]:
     form = f"{'+' if signed else ''}.{1 if percent else 4}{'%' if percent else 'f'}"
     if interval.low is None:
-        return format(interval.value, form), "one document"
+        return format(interval.value, form), "needs two or more"
     return format(interval.value, form), f"{interval.low:{form}} to {interval.high:{form}}"
 
 

@@ -1,0 +1,189 @@
+"""`maxlm eval` and `maxlm report` on runs that were made the way a user makes them."""
+
+import argparse
+import json
+
+import pytest
+
+from maxlm.config import DataConfig, TokenizerConfig, TrainConfig
+from maxlm.data.build import build_data
+from maxlm.errors import CheckFailed, CheckpointError, DataError
+from maxlm.eval.cli import register
+from maxlm.eval.likelihood import bits_per_byte
+from maxlm.generate.model import load
+from maxlm.post.run import train
+from maxlm.tokenizer.train import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory, sentences):
+    """A folder with data, a tokenizer and a run of two steps, a checkpoint at each."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    texts = [f"{number}. {sentence} {sentence[::-1]}" for number, sentence in enumerate(sentences)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    data = DataConfig(
+        kind="data",
+        output=str(folder / "data"),
+        sources=[{"uri": str(folder / "text.jsonl")}],
+        clean={"min_characters": 5, "min_letter_fraction": 0},
+        deduplicate={"near_threshold": None},
+        valid_fraction=0.3,
+        tokenizer=str(folder / "tokenizer"),
+        row_length=32,
+        workers=1,
+    )
+    build_data(data, stop_after="documents")
+    train_tokenizer(TokenizerConfig(kind="tokenizer", output=data.tokenizer, input=data.output, vocab_size=330))
+    build_data(data)
+    train(
+        TrainConfig(
+            kind="train",
+            output=str(folder / "run"),
+            objective={"kind": "pretrain", "sources": [{"path": data.output}]},
+            model={
+                "num_layers": 1,
+                "embed_dim": 16,
+                "mlp_dim": 16,
+                "num_heads": 2,
+                "num_kv_heads": 1,
+                "head_dim": 8,
+                "max_length": 32,
+            },
+            mesh={"fsdp": 1},
+            steps=2,
+            batch_size=4,
+            row_length=32,
+            log_every=1,
+            eval_batches=1,
+            checkpoint={"every": 1, "keep": 2},
+        )
+    )
+    return folder
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command line; gives its exit code and its standard output."""
+
+    def call(*words) -> tuple[int, str]:
+        parser = argparse.ArgumentParser(prog="maxlm")
+        register(parser.add_subparsers(required=True))
+        args = parser.parse_args([str(word) for word in words])
+        capsys.readouterr()
+        code = args.func(args)
+        return code, capsys.readouterr().out
+
+    return call
+
+
+def test_a_run_is_measured_on_its_own_held_out_documents(pipeline, run):
+    code, out = run("eval", pipeline / "run", "--json")
+    assert code == 0
+    text = json.loads(out)["text"]
+    held_out = read_texts(pipeline / "data" / "documents" / "valid.parquet")
+    assert text["documents"] == len(held_out)
+    assert text["bytes"] == sum(len(t.encode()) for t in held_out)
+    expected = bits_per_byte(load(pipeline / "run"), held_out).bits_per_byte
+    assert text["bits_per_byte"] == expected.to_dict()
+    assert text["bits_per_byte"]["low"] < text["bits_per_byte"]["value"] < text["bits_per_byte"]["high"]
+    assert text["baselines"]["valid_bytes"] == text["bytes"]
+    assert set(text["baselines"]) >= {"unigram", "bigram", "xz", "xz_after_training"}
+
+
+def read_texts(path) -> list[str]:
+    import pyarrow.parquet as parquet
+
+    return parquet.read_table(path).column("text").to_pylist()
+
+
+def test_two_checkpoints_are_compared_on_text_and_tasks(pipeline, run, tmp_path):
+    task = tmp_path / "task.jsonl"
+    task.write_text(
+        "".join(json.dumps({"prompt": f"the {i}", "answer": "stone", "kind": f"k{i % 2}"}) + "\n" for i in range(4))
+    )
+    choices = tmp_path / "choices.jsonl"
+    choices.write_text(json.dumps({"prompt": "the", "choices": [" river", " 橋"], "answer": 0}) + "\n")
+    output = tmp_path / "out" / "result.json"
+    words = (
+        "--data",
+        pipeline / "data",
+        "--task",
+        task,
+        "--task",
+        choices,
+        "--compare",
+        pipeline / "run" / "checkpoints" / "1",
+    )
+    code, out = run("eval", pipeline / "run", *words, "--max-new-tokens", 3, "--no-baselines", "--output", output)
+    assert code == 0
+    for told in ("bits per byte", "difference", "needs two or more", "4 examples", "k0", "wrong"):
+        assert told in out, told
+    result = json.loads(output.read_text())
+    text = result["text"]
+    difference = text["compare"]["bits_per_byte"]["value"] - text["bits_per_byte"]["value"]
+    assert text["difference"]["value"] == pytest.approx(difference)
+    assert text["baselines"] is None
+    assert [len(task["examples"]) for task in result["tasks"]] == [4, 1]
+    assert result["tasks"][1]["examples"][0]["output"] in (" river", " 橋")
+    assert {"prompt", "answer", "output", "correct", "compare_output"} == set(result["tasks"][0]["examples"][0])
+
+
+def test_a_text_of_ones_own(pipeline, run, tmp_path):
+    (tmp_path / "a.txt").write_text("the river carries a stone under the bridge " * 9)
+    code, out = run("eval", pipeline / "run", "--data", tmp_path / "a.txt", "--json")
+    text = json.loads(out)["text"]
+    assert code == 0
+    assert text["documents"] == 1
+    assert text["bits_per_byte"]["low"] is None
+    # The baselines count the training text that the model's manifests lead to.
+    assert text["baselines"]["train_bytes"] > text["bytes"]
+
+
+def test_fewer_documents_are_drawn_evenly(pipeline, run):
+    code, out = run("eval", pipeline / "run", "--json", "--no-baselines", "--max-documents", 5)
+    assert code == 0
+    assert 2 <= json.loads(out)["text"]["documents"] <= 5
+
+
+def test_bounds_decide_the_exit_code(pipeline, run):
+    words = ("eval", pipeline / "run", "--no-baselines", "--max-documents", 5)
+    assert run(*words, "--max-bits-per-byte", 99)[0] == 0
+    with pytest.raises(CheckFailed, match=r"bits per byte are more than 0\.5") as error:
+        run(*words, "--max-bits-per-byte", 0.5)
+    assert error.value.exit_code == 1
+    code, out = run(*words, "--max-bits-per-byte", 0.5, "--json")
+    assert code == 1
+    assert "more than 0.5" in json.loads(out)["failed"][0]
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "message"),
+    [
+        (("run-9",), CheckpointError, "no such folder"),
+        (("run", "--compare", "run-9"), CheckpointError, "no such folder"),
+        (("data", "--task", "none.jsonl"), DataError, "no such file"),
+        (("run", "--data", "none.txt"), DataError, "no such file"),
+        (("run", "--data", "tokenizer"), DataError, "is no folder of `maxlm data build`"),
+        (("run", "--output", "data"), DataError, "is a folder"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(pipeline, run, words, kind, message):
+    words = [word if word.startswith("--") else str(pipeline / word) for word in words]
+    with pytest.raises(kind, match=message) as error:
+        run("eval", *words)
+    assert error.value.exit_code == 2
+
+
+def test_a_model_that_does_not_lead_to_data(pipeline, run, tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(DataError, match="--data"):
+        run("eval", tmp_path / "model")
+
+
+def test_the_report_of_a_run(pipeline, run):
+    code, out = run("report", pipeline / "run", "--json")
+    assert code == 0
+    assert json.loads(out)["report"] == str(pipeline / "run" / "report.html")
+    page = (pipeline / "run" / "report.html").read_text(encoding="utf-8")
+    for told in ("data/documents", "tokenizer", "train/pretrain", "Bits per byte", "same hash"):
+        assert told in page, told
