@@ -58,9 +58,8 @@ def run_train(args: argparse.Namespace) -> int:
         return 0
     state = "finished" if metrics["finished"] else "stopped; the same command goes on from there"
     print(f"{config.output}: {metrics['steps']} of {config.steps} steps, {state}")
-    print(
-        f"  {metrics['seconds']:.1f} s, {metrics['tokens_per_second']:,.0f} tokens/s, {metrics['skipped']} steps skipped"
-    )
+    speed = f"{metrics['seconds']:.1f} s, {metrics['tokens_per_second']:,.0f} tokens/s"
+    print(f"  {speed}, {metrics['skipped']} steps skipped")
     for name, value in metrics["valid"].items():
         print(f"  valid {name} {value:.4f}")
     return 0

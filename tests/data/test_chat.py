@@ -1,0 +1,164 @@
+"""Chats from a file to packed rows: what is learned, what is refused, and which rows a step reads."""
+
+import json
+
+import numpy as np
+import pytest
+
+from maxlm.config import TokenizerConfig
+from maxlm.data.chat import EpochOrder, PackedChats, encode_prompt, pack, padded_batches, read_records
+from maxlm.errors import DataError
+from maxlm.tokenizer.train import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.txt").write_text("what is one and one? two. say yes or no.\n" * 50, encoding="utf-8")
+    config = {"kind": "tokenizer", "output": str(folder / "out"), "input": str(folder / "text.txt"), "vocab_size": 300}
+    return train_tokenizer(TokenizerConfig(**config))
+
+
+def chat(*contents):
+    roles = ["user", "assistant"] * len(contents)
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, contents)]}
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+CHATS = [chat("one and one?", "two."), chat("yes", "no", "no", "yes"), chat("say", "yes"), chat("what is one?", "one.")]
+
+
+def segments_of(batch):
+    """(tokens, targets, loss weights, positions) of each segment of each row."""
+    for row in range(len(batch.tokens)):
+        ids = batch.segment_ids[row]
+        for segment in range(1, ids.max(initial=0) + 1):
+            here = ids == segment
+            yield tuple(x[row][here] for x in (batch.tokens, batch.targets, batch.loss_weights, batch.positions))
+
+
+def test_every_chat_stands_once_and_whole_in_some_row_with_its_own_positions_and_weights(tokenizer, tmp_path):
+    packed = PackedChats.read(write(tmp_path / "chats.jsonl", *CHATS), tokenizer, row_length=40)
+    batch = packed.batch(np.arange(len(packed.rows)))
+    expected = [tokenizer.encode_chat(record["messages"]) for record in CHATS]
+    assert len(packed.rows) < len(CHATS), "several chats must share a row"
+
+    found = []
+    for tokens, targets, weights, positions in segments_of(batch):
+        ids = [*tokens.tolist(), int(targets[-1])]
+        match = next(chat for chat in expected if chat.ids == ids)
+        np.testing.assert_array_equal(targets, ids[1:])
+        np.testing.assert_array_equal(weights, match.loss_weights[1:])
+        np.testing.assert_array_equal(positions, np.arange(len(tokens)))
+        found.append(ids)
+    assert sorted(found) == sorted(chat.ids for chat in expected)
+    padding = batch.segment_ids == 0
+    assert not batch.tokens[padding].any()
+    assert not batch.loss_weights[padding].any()
+
+
+def test_the_loss_is_on_the_answers_and_what_ends_them_and_on_nothing_else(tokenizer, tmp_path):
+    packed = PackedChats.read(write(tmp_path / "chats.jsonl", CHATS[1]), tokenizer, row_length=40)
+    batch = packed.batch(np.array([0]))
+    learned = batch.targets[0][batch.loss_weights[0] > 0]
+    assert tokenizer.decode(learned, skip_control=False) == "no<|end|>yes<|end|>"
+
+
+def test_a_row_of_index_minus_one_is_padding(tokenizer, tmp_path):
+    packed = PackedChats.read(write(tmp_path / "chats.jsonl", *CHATS), tokenizer, row_length=40)
+    batch = packed.batch(np.array([0, -1]))
+    assert batch.tokens.shape == (2, 40)
+    assert not batch.segment_ids[1].any()
+    np.testing.assert_array_equal(batch.tokens[0], packed.batch(np.array([0])).tokens[0])
+
+
+@pytest.mark.parametrize("capacity", [8, 64, 1000])
+def test_packing_places_every_item_once_within_capacity_and_tightly(capacity):
+    lengths = np.random.default_rng(0).integers(1, capacity + 1, 2000)
+    bins = pack(lengths, capacity)
+    assert sorted(item for items in bins for item in items) == list(range(2000))
+    sizes = [lengths[items].sum() for items in bins]
+    assert max(sizes) <= capacity
+    # Best-fit decreasing needs at most 11/9 of the optimum, which is at least the total over the capacity.
+    assert len(bins) <= 11 / 9 * np.ceil(lengths.sum() / capacity) + 1
+
+
+def test_chats_that_are_too_long_are_counted_and_left_out(tokenizer, tmp_path, capsys):
+    path = write(tmp_path / "chats.jsonl", CHATS[0], chat("one", "two " * 100))
+    packed = PackedChats.read(path, tokenizer, row_length=40)
+    assert len(packed.rows) == 1
+    assert "1 of 2 chats are longer than row_length=40" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_chat_that_fills_a_row_to_the_last_token_is_kept(tokenizer, tmp_path):
+    length = len(tokenizer.encode_chat(CHATS[0]["messages"]).ids)
+    path = write(tmp_path / "chats.jsonl", CHATS[0])
+    assert len(PackedChats.read(path, tokenizer, row_length=length - 1).rows) == 1
+    with pytest.raises(DataError, match="all 1 chats are longer than row_length"):
+        PackedChats.read(path, tokenizer, row_length=length - 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", r"chats\.jsonl:2: is no JSON"),
+        ("[1, 2]", r"chats\.jsonl:2: must be a JSON object"),
+        ('{"mesages": []}', r"chats\.jsonl:2: lacks 'messages'; did you mean"),
+        ('{"messages": []}', r"chats\.jsonl:2: messages must be a list"),
+        ('{"messages": "hello"}', r"chats\.jsonl:2: messages must be a list"),
+        ('{"messages": [{"role": "usr", "content": "a"}]}', r"chats\.jsonl:2: chat role 'usr' is unknown.*'user'"),
+        ('{"messages": [{"role": "user"}]}', r"chats\.jsonl:2: message 1 .* content"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', r"chats\.jsonl:2: has no message of role 'assistant'"),
+    ],
+)
+def test_a_bad_line_is_named_with_file_and_line(tokenizer, tmp_path, line, message):
+    path = write(tmp_path / "chats.jsonl", CHATS[0])
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(DataError, match=message):
+        PackedChats.read(path, tokenizer, row_length=40)
+
+
+def test_missing_and_empty_files_are_one_sentence(tokenizer, tmp_path):
+    write(tmp_path / "chats.jsonl", CHATS[0])
+    with pytest.raises(DataError, match=r"no such file; did you mean .*chats\.jsonl"):
+        PackedChats.read(tmp_path / "chat.jsonl", tokenizer, row_length=40)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="holds no chats"):
+        PackedChats.read(tmp_path / "empty.jsonl", tokenizer, row_length=40)
+
+
+def test_line_numbers_count_empty_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_text('\n{"a": 1}\n\n{"a": 2}\n')
+    assert [where.rsplit(":", 1)[1] for where, _ in read_records(tmp_path / "a.jsonl")] == ["2", "4"]
+
+
+def test_each_epoch_shows_every_example_once_in_an_order_of_its_own():
+    order = EpochOrder(10, seed=3)
+    steps = [order.indices(step, batch_size=4) for step in range(5)]
+    seen = np.concatenate(steps)
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert list(seen[:10]) != list(seen[10:])
+
+
+def test_the_examples_of_a_step_depend_on_seed_and_step_alone_and_shards_are_cuts_of_it():
+    whole = EpochOrder(10, seed=3).indices(7, batch_size=4)
+    np.testing.assert_array_equal(whole, EpochOrder(10, seed=3).indices(7, batch_size=4))
+    parts = [EpochOrder(10, seed=3).indices(7, batch_size=4, shard=shard, num_shards=2) for shard in range(2)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    others = [EpochOrder(10, seed=seed).indices(7, batch_size=4).tolist() for seed in range(10)]
+    assert len(set(map(tuple, others))) > 1
+
+
+def test_validation_goes_over_all_examples_once():
+    assert [batch.tolist() for batch in padded_batches(5, 2, limit=10)] == [[0, 1], [2, 3], [4, -1]]
+    assert len(padded_batches(5, 2, limit=2)) == 2
+
+
+def test_a_prompt_is_a_text_or_messages_up_to_the_answer(tokenizer):
+    assert encode_prompt(tokenizer, "say", "here") == [tokenizer.bos_id, *tokenizer.encode("say")]
+    ids = encode_prompt(tokenizer, [{"role": "user", "content": "say"}], "here")
+    assert tokenizer.decode(ids, skip_control=False) == "<|bos|><|user|>say<|end|><|assistant|>"

@@ -1,0 +1,101 @@
+"""Preference pairs and prompts from a file to batches."""
+
+import json
+
+import numpy as np
+import pytest
+
+from maxlm.config import TokenizerConfig
+from maxlm.data.preference import PreferencePairs, encode_answer, read_prompts
+from maxlm.errors import DataError
+from maxlm.tokenizer.train import train_tokenizer
+
+QUESTION = [{"role": "user", "content": "say yes"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.txt").write_text("what is one and one? two. say yes or no.\n" * 50, encoding="utf-8")
+    config = {"kind": "tokenizer", "output": str(folder / "out"), "input": str(folder / "text.txt"), "vocab_size": 300}
+    return train_tokenizer(TokenizerConfig(**config))
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def learned(tokenizer, batch, row):
+    return tokenizer.decode(batch.targets[row][batch.loss_weights[row] > 0], skip_control=False)
+
+
+def test_the_loss_is_on_the_answers_alone(tokenizer, tmp_path):
+    path = write(tmp_path / "p.jsonl", {"prompt": QUESTION, "chosen": "yes", "rejected": "no"})
+    pairs = PreferencePairs.read(path, tokenizer, row_length=64)
+    batch = pairs.batch(np.array([0]))
+    assert learned(tokenizer, batch.chosen, 0) == "yes<|end|>"
+    assert learned(tokenizer, batch.rejected, 0) == "no<|end|>"
+    whole = tokenizer.encode_chat([*QUESTION, {"role": "assistant", "content": "yes"}]).ids
+    np.testing.assert_array_equal(batch.chosen.tokens[0][batch.chosen.segment_ids[0] > 0], whole)
+    np.testing.assert_array_equal(batch.chosen.positions[0, : len(whole)], np.arange(len(whole)))
+
+
+def test_earlier_answers_are_part_of_the_prompt(tokenizer):
+    prompt = [*QUESTION, {"role": "assistant", "content": "no"}, {"role": "user", "content": "say yes"}]
+    sequence = encode_answer(tokenizer, prompt, "yes", "here")
+    ids = [id_ for id_, weight in zip(sequence.ids, sequence.loss_weights) if weight]
+    assert tokenizer.decode(ids, skip_control=False) == "yes<|end|>"
+    assert sequence == encode_answer(tokenizer, prompt, [{"role": "assistant", "content": "yes"}], "here")
+
+
+def test_a_plain_text_goes_on_to_its_end_token(tokenizer):
+    sequence = encode_answer(tokenizer, "say", " yes", "here")
+    assert sequence.ids == [tokenizer.bos_id, *tokenizer.encode("say"), *tokenizer.encode(" yes"), tokenizer.eos_id]
+    assert sum(sequence.loss_weights) == len(tokenizer.encode(" yes")) + 1
+
+
+def test_rows_are_no_longer_than_the_longest_answer_needs(tokenizer, tmp_path):
+    path = write(tmp_path / "p.jsonl", {"prompt": QUESTION, "chosen": "yes", "rejected": "no"})
+    assert PreferencePairs.read(path, tokenizer, row_length=64).batch(np.array([0, -1])).chosen.tokens.shape == (2, 16)
+
+
+def test_pairs_that_are_too_long_are_counted_and_left_out(tokenizer, tmp_path, capsys):
+    short = {"prompt": QUESTION, "chosen": "yes", "rejected": "no"}
+    long = {"prompt": QUESTION, "chosen": "yes", "rejected": "no " * 50}
+    assert len(PreferencePairs.read(write(tmp_path / "p.jsonl", short, long), tokenizer, row_length=32)) == 1
+    assert "1 of 2 pairs are longer" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(DataError, match="all 1 pairs are longer than row_length=32"):
+        PreferencePairs.read(write(tmp_path / "q.jsonl", long), tokenizer, row_length=32)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"chosen": "a", "rejected": "b"}, r"p\.jsonl:1: lacks 'prompt'"),
+        ({"prompt": "a", "chosen": "b", "reject": "c"}, r"p\.jsonl:1: lacks 'rejected'; did you mean"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, r"p\.jsonl:1: chosen and rejected are the same"),
+        ({"prompt": "a", "chosen": "b", "rejected": 3}, r"p\.jsonl:1: after a prompt that is a text"),
+        ({"prompt": QUESTION, "chosen": "b", "rejected": 3}, r"p\.jsonl:1: an answer must be a text or a list"),
+        ({"prompt": QUESTION, "chosen": "b", "rejected": QUESTION}, r"p\.jsonl:1: an answer has no message of role"),
+        ({"prompt": [{"role": "x"}], "chosen": "b", "rejected": "c"}, r"p\.jsonl:1: "),
+    ],
+)
+def test_a_bad_pair_is_named_with_file_and_line(tokenizer, tmp_path, record, message):
+    with pytest.raises(DataError, match=message):
+        PreferencePairs.read(write(tmp_path / "p.jsonl", record), tokenizer, row_length=32)
+
+
+def test_prompts_keep_their_record_for_the_reward(tokenizer, tmp_path):
+    record = {"prompt": QUESTION, "answer": "yes", "unit": "word"}
+    (prompt,) = read_prompts(write(tmp_path / "g.jsonl", record), tokenizer, max_prompt_length=16, row_length=32)
+    assert prompt.record == record
+    assert prompt.ids == tokenizer.encode_chat(QUESTION, generation_prompt=True).ids
+
+
+def test_prompts_must_have_an_answer_and_fit(tokenizer, tmp_path):
+    with pytest.raises(DataError, match=r"g\.jsonl:1: lacks 'answer'"):
+        read_prompts(write(tmp_path / "g.jsonl", {"prompt": "a"}), tokenizer, max_prompt_length=16, row_length=32)
+    with pytest.raises(DataError, match="all 1 prompts with their answers are longer"):
+        path = write(tmp_path / "g.jsonl", {"prompt": "a" * 50, "answer": "b"})
+        read_prompts(path, tokenizer, max_prompt_length=16, row_length=32)

@@ -1,0 +1,188 @@
+"""Loss and gradient depend on the examples alone: not on how they are cut into microbatches, padded or packed."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from toy_task import MODEL, chat, make_config, question, write_lines
+
+from maxlm.config.model import ModelConfig
+from maxlm.core.parameters import initialize
+from maxlm.core.sharding import make_mesh
+from maxlm.data.chat import PackedChats
+from maxlm.data.preference import PreferencePairs
+from maxlm.models.decoder import Decoder
+from maxlm.post.dpo import Dpo, DpoBatch
+from maxlm.post.grpo import Grpo, PolicyBatch
+from maxlm.post.reward import Reward, RewardModel
+from maxlm.post.sft import Sft
+from maxlm.train.objective import RunContext
+from maxlm.train.step import loss_and_gradient
+
+CHATS = [chat("sky", "blue"), chat("grass", "green"), chat("coin 1", "yes"), chat("snow and coal", "white and black")]
+PAIRS = [
+    {"prompt": question(text), "chosen": chosen, "rejected": rejected}
+    for text, chosen, rejected in [
+        ("sky", "blue", "red"),
+        ("coin", "yes", "no"),
+        ("a", "b c d e", "f"),
+        ("g", "h", "i j"),
+    ]
+]
+
+
+@pytest.fixture(scope="module")
+def model_config(tokenizer):
+    return ModelConfig(**MODEL, vocab_size=tokenizer.vocab_size)
+
+
+def build(objective_class, settings, *, tokenizer, tmp_path, reference=None):
+    config = make_config(tmp_path / "run", init_from="unused", objective=settings)
+    return objective_class(RunContext(config, tokenizer, make_mesh(config.mesh), reference))
+
+
+def terms_and_gradient(objective, model, batch, accumulate=1):
+    """The means of the loss terms, and the gradient of their sum."""
+
+    def function(model, batch):
+        loss_function = lambda model, _, batch: objective.loss(model, batch)  # noqa: E731
+        return loss_and_gradient(model, None, batch, loss_function=loss_function, accumulate=accumulate)
+
+    # These run once: what the compiler would save is less than what it would take.
+    output, gradient = jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})(model, batch)
+    means = {name: float(term.mean()) for name, term in {**output.terms, **output.metrics}.items()}
+    return means, gradient
+
+
+def assert_same(left, right):
+    (left_means, left_gradient), (right_means, right_gradient) = left, right
+    assert left_means.keys() == right_means.keys()
+    for name in left_means:
+        np.testing.assert_allclose(left_means[name], right_means[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    leaves = list(zip(jax.tree.leaves(left_gradient), jax.tree.leaves(right_gradient)))
+    assert any(np.abs(a).max() > 1e-4 for a, _ in leaves)
+    for a, b in leaves:
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
+def padded(batch, *, rows, columns):
+    """The batch with rows of padding below and columns of it on the right."""
+    return jax.tree.map(lambda x: np.pad(x, [(0, rows), (0, columns)][: x.ndim]), batch)
+
+
+class TestSft:
+    @pytest.fixture(scope="class")
+    def model(self, model_config):
+        return initialize(Decoder(model_config), jax.random.key(1))
+
+    @pytest.fixture
+    def objective(self, tokenizer, tmp_path):
+        path = write_lines(tmp_path / "chats.jsonl", CHATS)
+        settings = {"kind": "sft", "train_file": path, "z_loss": 1e-2}
+        return build(Sft, settings, tokenizer=tokenizer, tmp_path=tmp_path)
+
+    def test_packing_and_padding_and_accumulation_change_nothing(self, objective, model, tokenizer):
+        encoded = [tokenizer.encode_chat(record["messages"]) for record in CHATS]
+        packed = PackedChats(encoded, row_length=40)
+        assert len(packed.rows) == 2
+        alone = PackedChats(encoded, row_length=max(len(c.ids) - 1 for c in encoded))
+        alone.rows = [[index] for index in range(4)]
+        expected = terms_and_gradient(objective, model, alone.batch(np.arange(4)))
+        assert_same(terms_and_gradient(objective, model, packed.batch(np.arange(2))), expected)
+        assert_same(terms_and_gradient(objective, model, alone.batch(np.arange(4)), accumulate=4), expected)
+        assert_same(
+            terms_and_gradient(objective, model, padded(alone.batch(np.arange(4)), rows=2, columns=7)), expected
+        )
+
+
+class TestReward:
+    @pytest.fixture(scope="class")
+    def model(self, model_config):
+        model = initialize(RewardModel(model_config), jax.random.key(1))
+        model.value = jax.random.normal(jax.random.key(2), model.value.shape)
+        return model
+
+    def test_padding_and_accumulation_change_nothing(self, model, tokenizer, tmp_path):
+        path = write_lines(tmp_path / "pairs.jsonl", PAIRS)
+        settings = {"kind": "reward", "train_file": path, "center": 0.01}
+        objective = build(Reward, settings, tokenizer=tokenizer, tmp_path=tmp_path)
+        batch = PreferencePairs.read(path, tokenizer, row_length=32).batch(np.arange(4))
+        expected = terms_and_gradient(objective, model, batch)
+        assert_same(terms_and_gradient(objective, model, batch, accumulate=2), expected)
+        assert_same(terms_and_gradient(objective, model, padded(batch, rows=2, columns=5)), expected)
+
+
+class TestDpo:
+    def test_padding_and_accumulation_change_nothing(self, model_config, tokenizer, tmp_path):
+        path = write_lines(tmp_path / "pairs.jsonl", PAIRS)
+        settings = {"kind": "dpo", "train_file": path, "sft_weight": 0.3, "label_smoothing": 0.1}
+        model = initialize(Decoder(model_config), jax.random.key(1))
+        objective = build(Dpo, settings, tokenizer=tokenizer, tmp_path=tmp_path)
+        pairs = PreferencePairs.read(path, tokenizer, row_length=32).batch(np.arange(4))
+        references = np.random.default_rng(0).normal(-20, 3, (2, 4)).astype(np.float32)
+        batch = DpoBatch(pairs, *references)
+        expected = terms_and_gradient(objective, model, batch)
+        assert_same(terms_and_gradient(objective, model, batch, accumulate=2), expected)
+        assert_same(terms_and_gradient(objective, model, padded(batch, rows=2, columns=5)), expected)
+
+
+class TestGrpo:
+    @pytest.fixture
+    def objective(self, tokenizer, tmp_path):
+        prompts = [{"prompt": question(text), "answer": "yes"} for text in ("sky", "coin 1")]
+        settings = {
+            "kind": "grpo",
+            "train_file": write_lines(tmp_path / "prompts.jsonl", prompts),
+            "kl_beta": 0.1,
+            "temperature": 0.7,
+            "max_new_tokens": 6,
+        }
+        return build(Grpo, settings, tokenizer=tokenizer, tmp_path=tmp_path)
+
+    @pytest.fixture
+    def batch(self, tokenizer):
+        rng = np.random.default_rng(0)
+        encoded = [tokenizer.encode_chat(record["messages"]) for record in CHATS]
+        packed = PackedChats(encoded, row_length=32)
+        packed.rows = [[index] for index in range(4)]
+        rows = packed.batch(np.arange(4))
+        drawn = [(-6 + rng.normal(size=rows.tokens.shape) * 0.3).astype(np.float32) for _ in range(2)]
+        return PolicyBatch(
+            rows=rows,
+            sampled_BL=drawn[0] * rows.loss_weights,
+            reference_BL=drawn[1] * rows.loss_weights,
+            advantages_B=rng.normal(size=4).astype(np.float32),
+            rewards_B=np.array([1, 0, 0, 1], np.float32),
+            has_signal_B=np.array([1, 1, 0, 0], np.float32),
+        )
+
+    def test_padding_and_accumulation_change_nothing(self, objective, batch, model_config):
+        model = initialize(Decoder(model_config), jax.random.key(1))
+        expected = terms_and_gradient(objective, model, batch)
+        assert_same(terms_and_gradient(objective, model, batch, accumulate=2), expected)
+        assert_same(terms_and_gradient(objective, model, padded(batch, rows=0, columns=5)), expected)
+
+    def test_the_loss_divides_by_the_tokens_of_all_answers(self, objective, batch, model_config):
+        """A long answer's tokens count as much as a short one's."""
+        model = initialize(Decoder(model_config), jax.random.key(1))
+        logits = model.logits(model(batch.rows.tokens, segment_ids_BL=batch.rows.segment_ids)) / 0.7
+        log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch.rows.targets[..., None], -1)[..., 0]
+        ratio, a = np.exp((log_p - batch.sampled_BL).astype(np.float64)), batch.advantages_B[:, None]
+        token_loss = -np.minimum(ratio * a, np.clip(ratio, 0.8, 1.28) * a) * batch.rows.loss_weights
+        log_ratio = (batch.reference_BL - log_p).astype(np.float64)
+        kl = (np.exp(log_ratio) - log_ratio - 1) * batch.rows.loss_weights
+        means, _ = terms_and_gradient(objective, model, batch)
+        num_tokens = batch.rows.loss_weights.sum()
+        np.testing.assert_allclose(means["policy"], token_loss.sum() / num_tokens, rtol=1e-4)
+        np.testing.assert_allclose(means["kl_penalty"], 0.1 * kl.sum() / num_tokens, rtol=1e-4)
+        np.testing.assert_allclose(means["reward"], 0.5)
+        np.testing.assert_allclose(means["groups_with_signal"], 0.5)
+        np.testing.assert_allclose(means["completion_length"], num_tokens / 4)
+
+    def test_tokens_outside_of_answers_have_no_say(self, objective, batch, model_config):
+        model = initialize(Decoder(model_config), jax.random.key(1))
+        expected = terms_and_gradient(objective, model, batch)
+        targets = np.where(batch.rows.loss_weights > 0, batch.rows.targets, 7)
+        changed = dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, targets=targets))
+        assert_same(terms_and_gradient(objective, model, changed), expected)
