@@ -21,10 +21,9 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def _print_text(console: Console, evaluation: Evaluation, text: TextEvaluation) -> None:
-    table = Table(
-        title=f"{escape(text.name)}: {len(text.model.bits):,} held-out documents, {text.model.num_bytes.sum():,} bytes",
-        title_justify="left",
-    )
+    title = f"{text.name}: {len(text.model.bits):,} held-out documents, {text.model.num_bytes.sum():,} bytes"
+    console.print(escape(title), soft_wrap=True)
+    table = Table()
     _add_columns(table, "bits per byte", "95 %", "perplexity")
     for name, likelihood in ((evaluation.model, text.model), (evaluation.other, text.other)):
         if likelihood is not None:
@@ -44,7 +43,8 @@ def _print_text(console: Console, evaluation: Evaluation, text: TextEvaluation) 
 
 
 def _print_task(console: Console, evaluation: Evaluation, task: TaskEvaluation) -> None:
-    table = Table(title=f"{escape(task.name)}: {len(task.examples):,} examples", title_justify="left")
+    console.print(escape(f"{task.name}: {len(task.examples):,} examples"), soft_wrap=True)
+    table = Table()
     _add_columns(table, "right", "95 %")
     for name, result in ((evaluation.model, task.model), (evaluation.other, task.other)):
         if result is not None:
