@@ -23,9 +23,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, ValueError):
-        raise RequestError(
-            f"cannot listen on {host!r}: it is no address of this machine; try --host 127.0.0.1"
-        ) from None
+        raise RequestError(f"cannot listen on {host!r}: not an address of this machine; try --host 127.0.0.1") from None
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -34,7 +32,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise RequestError(
-            f"cannot listen on {host}:{port}: {error.strerror}; give another --port or --host, or stop what listens there"
+            f"cannot listen on {host}:{port}: {error.strerror}; give another --port or stop what listens there"
         ) from None
     return listener
 

@@ -38,7 +38,6 @@ def address(process):
     return match[1]
 
 
-@pytest.mark.slow
 def test_sigterm_finishes_what_runs_and_exits_with_0(process):
     url = address(process)
     # Eight answers for each slot, so that the signal comes while most wait.
