@@ -1,5 +1,7 @@
 """A tiny tokenizer, an untrained model, and a model that was fine-tuned on the toy task, made once for all tests."""
 
+import shutil
+
 import jax
 import pytest
 from toy_task import COLORS, MODEL, chat, make_config, write_lines
@@ -9,6 +11,7 @@ from maxlm.config.load import dump_yaml
 from maxlm.core.parameters import initialize
 from maxlm.models.decoder import Decoder
 from maxlm.post.run import train
+from maxlm.tokenizer.codec import Tokenizer
 from maxlm.tokenizer.train import train_tokenizer
 from maxlm.train.checkpoint import Checkpointer
 from maxlm.train.optim import make_optimizer
@@ -17,16 +20,22 @@ from maxlm.train.state import create_state
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
+def tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     words = [*COLORS, *COLORS.values(), "coin", "yes", "no"]
     (folder / "text.txt").write_text("\n".join(" ".join(words) for _ in range(50)), encoding="utf-8")
     config = {"kind": "tokenizer", "output": str(folder / "out"), "input": str(folder / "text.txt"), "vocab_size": 330}
-    return train_tokenizer(TokenizerConfig(**config))
+    train_tokenizer(TokenizerConfig(**config))
+    return folder / "out"
 
 
 @pytest.fixture(scope="session")
-def untrained(tokenizer, tmp_path_factory):
+def tokenizer(tokenizer_folder):
+    return Tokenizer.load(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def untrained(tokenizer, tokenizer_folder, tmp_path_factory):
     """The run folder of a model with random weights."""
     folder = tmp_path_factory.mktemp("untrained")
     config = make_config(folder, model=MODEL, objective={"kind": "pretrain", "sources": [{"path": "nowhere"}]})
@@ -35,7 +44,7 @@ def untrained(tokenizer, tmp_path_factory):
     metadata = {"config": config.model_dump(mode="json"), "config_yaml": dump_yaml(config)}
     with Checkpointer(folder, keep=1) as checkpointer:
         checkpointer.save(state, {**metadata, "fingerprint": tokenizer.fingerprint, "step": 0})
-    tokenizer.save(folder / "tokenizer")
+    shutil.copytree(tokenizer_folder, folder / "tokenizer")
     return folder
 
 
