@@ -70,7 +70,7 @@ def _add_columns(table: Table, *names: str) -> None:
 
 
 def _figure(interval: Interval, *, signed: bool = False, percent: bool = False) -> tuple[str, str]:
-    form = f"{'+' if signed else ''}.{1 if percent else 4}{'%' if percent else 'f'}"
+    XX
     if interval.low is None:
         return format(interval.value, form), "needs two or more"
     return format(interval.value, form), f"{interval.low:{form}} to {interval.high:{form}}"

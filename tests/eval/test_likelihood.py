@@ -21,7 +21,7 @@ def naive_bits(model, text: str) -> float:
             if done <= target < len(ids):
                 bits -= log_softmax[position, ids[target]] / np.log(2)
         done = min(start + context + 1, len(ids))
-        start += context // 2
+        start += context - context // 4
     return bits
 
 
