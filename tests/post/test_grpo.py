@@ -109,7 +109,7 @@ def test_answers_depend_on_weights_seed_stream_and_row_and_not_on_the_mesh(sampl
 
 
 def test_the_policy_that_learns_is_the_one_that_sampled(sampled, tuned):
-    """The training forward pass gives the sampled tokens the probability they were drawn with: the ratio starts at 1."""
+    """The training pass gives the sampled tokens the probability they were drawn with: the ratio starts at 1."""
     model, _ = load_model(tuned[0])
     rows, sampled_BL = policy_rows(sampled["one"])
     log_p = np.asarray(token_log_probabilities(model, rows, temperature=1.3))

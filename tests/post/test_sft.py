@@ -69,9 +69,7 @@ def test_adapters_alone_are_trained_and_the_base_is_the_same_bit_by_bit(lora_run
             assert (np.linalg.svd(update)[1][:, 4:] < 1e-4 * np.linalg.norm(update)).all(), "rank 4 at most"
     # What the run saved holds no base at all.
     size = sum(f.stat().st_size for f in (find_checkpoint(folder / "whole") / "weights").rglob("*") if f.is_file())
-    assert size < 0.6 * sum(
-        f.stat().st_size for f in (find_checkpoint(tuned[0]) / "weights").rglob("*") if f.is_file()
-    )
+    assert size < 0.6 * sum(f.stat().st_size for f in (find_checkpoint(tuned[0]) / "weights").rglob("*") if f.is_file())
 
 
 def test_adapters_lower_the_loss(lora_run):

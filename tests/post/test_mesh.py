@@ -1,0 +1,85 @@
+"""Post-training on several devices: every loss can be cut over a mesh, and batches are the same on any."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from toy_task import MODEL, chat, make_config, question, write_lines
+
+from maxlm.config.model import ModelConfig
+from maxlm.core.parameters import abstract, initialize
+from maxlm.core.sharding import logical_to_spec, make_mesh
+from maxlm.core.tree import flatten
+from maxlm.models.adapters import apply_adapters, declare_adapters
+from maxlm.models.decoder import Decoder
+from maxlm.post.run import recipe_of
+from maxlm.train.objective import RunContext
+from maxlm.train.step import loss_and_gradient
+
+RECORDS = {
+    "sft": [chat("sky", "blue"), chat("grass", "green"), chat("coin", "yes")],
+    "dpo": [{"prompt": question(f"coin {n}"), "chosen": "yes", "rejected": "no"} for n in range(4)],
+    "reward": [{"prompt": question(f"coin {n}"), "chosen": "yes", "rejected": "no"} for n in range(4)],
+    "grpo": [{"prompt": question(f"coin {n}"), "answer": "yes"} for n in range(4)],
+}
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.fixture
+def build(tokenizer, tmp_path):
+    """(kind, mesh sizes) -> configuration, mesh, plan, objective with an untrained reference."""
+
+    def make(kind, mesh, lora=None):
+        objective = {"kind": kind, "train_file": write_lines(tmp_path / f"{kind}.jsonl", RECORDS[kind])}
+        if kind == "grpo":
+            objective |= {"max_new_tokens": 4, "group_size": 2, "kl_beta": 0.1}
+        # Two key-value heads, so that they can be cut over two devices.
+        model = {**MODEL, "num_kv_heads": 2, "vocab_size": tokenizer.vocab_size}
+        config = make_config(tmp_path / kind, init_from="x", objective=objective, mesh=mesh, lora=lora, model=model)
+        mesh = make_mesh(config.mesh)
+        recipe = recipe_of(config)
+        reference = initialize(Decoder(ModelConfig(**model)), jax.random.key(0), mesh)
+        with jax.set_mesh(mesh):
+            objective = recipe.build(RunContext(config, tokenizer, mesh, reference))
+        return config, mesh, recipe.declare(config.model), objective, reference
+
+    return make
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "reward", "grpo"])
+def test_the_gradient_of_every_objective_can_be_cut_over_rows_weights_and_heads(build, kind, lora):
+    """Shardings are part of types here: a mistake would raise while the step is traced."""
+    config, mesh, plan, objective, reference = build(kind, MESH, lora)
+    trainable = abstract(plan if lora is None else declare_adapters(plan, config.lora), mesh)
+
+    def assemble(trainable, frozen):
+        return trainable if lora is None else apply_adapters(frozen, trainable, config.lora)
+
+    def on_mesh(x):
+        spec = logical_to_spec(("batch", *[None] * (x.ndim - 1)))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        batch = jax.tree.map(on_mesh, next(objective.batches(0, lambda: reference)))
+        step = partial(
+            loss_and_gradient,
+            loss_function=lambda trainable, frozen, batch: objective.loss(assemble(trainable, frozen), batch),
+            accumulate=1,
+        )
+        _, gradient = jax.eval_shape(step, trainable, abstract(plan, mesh), batch)
+    layout = lambda tree: {path: (x.shape, x.sharding.spec) for path, x in flatten(tree).items()}  # noqa: E731
+    assert layout(gradient) == layout(trainable)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+def test_batches_that_need_a_model_are_the_same_on_any_mesh(build, kind):
+    batches = []
+    for mesh in ({"data": 1, "fsdp": 1, "tensor": 1}, MESH):
+        _, mesh, _, objective, reference = build(kind, mesh)
+        with jax.set_mesh(mesh):
+            batches.append(next(objective.batches(3, lambda reference=reference: reference)))
+    for one, eight in zip(jax.tree.leaves(batches[0]), jax.tree.leaves(batches[1])):
+        np.testing.assert_allclose(one, eight, rtol=1e-5, atol=1e-5)
