@@ -30,7 +30,7 @@ def _print_text(console: Console, evaluation: Evaluation, text: TextEvaluation) 
             perplexity = f"{likelihood.perplexity.value:.2f}"
             table.add_row(f"[bold]{escape(name)}[/]", *_figure(likelihood.bits_per_byte), perplexity, style="bold")
     if text.difference is not None:
-        table.add_row("difference", *_figure(text.difference, signed=True), "")
+        table.add_row("difference", *_figure(text.difference, digits=5, signed=True), "")
     if text.baselines is not None:
         found = text.baselines
         table.add_section()
@@ -69,8 +69,8 @@ def _add_columns(table: Table, *names: str) -> None:
         table.add_column(name, no_wrap=True)
 
 
-def _figure(interval: Interval, *, signed: bool = False, percent: bool = False) -> tuple[str, str]:
-    XX
+def _figure(interval: Interval, *, digits: int = 4, signed: bool = False, percent: bool = False) -> tuple[str, str]:
+    form = f"{'+' if signed else ''}.{1 if percent else digits}{'%' if percent else 'f'}"
     if interval.low is None:
         return format(interval.value, form), "needs two or more"
     return format(interval.value, form), f"{interval.low:{form}} to {interval.high:{form}}"
