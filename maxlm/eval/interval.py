@@ -97,7 +97,10 @@ def wilson_interval(successes: int, trials: int) -> Interval:
     share, z = successes / trials, _NORMAL_QUANTILE
     centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2)) / (1 + z * z / trials)
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+    # The formula gives 0 and 1 at the edges, but for rounding.
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == trials else centre + half
+    return Interval(share, low, high)
 
 
 def paired_difference(

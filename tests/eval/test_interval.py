@@ -77,7 +77,7 @@ def test_all_right_is_not_certainty():
     # Wilson at the edge: n / (n + z^2).
     assert found.low == pytest.approx(20 / (20 + 1.959964**2))
     assert found.high == 1.0
-    assert proportion_interval(np.zeros(20)).low == 0.0
+    assert [proportion_interval(np.zeros(n)).low for n in (1, 20, 200)] == [0.0, 0.0, 0.0]
 
 
 def test_wilson_solves_its_equation():
