@@ -100,7 +100,7 @@ def to_list(value: Any) -> list:
 
 
 def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f}\u00a0%"
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """The report's part on training runs: curves from `metrics.jsonl`."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,9 +104,10 @@ def _describe(kind: str, points: Points) -> str:
 
 
 def _repeats_loss(records: list[dict[str, Any]], name: str) -> bool:
-    """A run with one term logs it beside a total that equals it."""
-    values = [(record["loss"], record[name]) for record in records if "loss" in record and name in record]
-    return name != "loss" and len(values) > 1 and all(a == b for a, b in values)
+    """A run with one term logs it beside a total that is the same but for how windows are averaged."""
+    losses = {step: loss for step, loss in _points(records, "loss")}
+    values = [(losses[step], value) for step, value in _points(records, name) if step in losses]
+    return name != "loss" and len(values) > 1 and all(math.isclose(a, b, rel_tol=0.02) for a, b in values)
 
 
 def _numbers(train: Points, valid: Points) -> str:
