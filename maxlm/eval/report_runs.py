@@ -105,7 +105,7 @@ def _describe(kind: str, points: Points) -> str:
 
 def _repeats_loss(records: list[dict[str, Any]], name: str) -> bool:
     """A run with one term logs it beside a total that is the same but for how windows are averaged."""
-    losses = {step: loss for step, loss in _points(records, "loss")}
+    losses = dict(_points(records, "loss"))
     values = [(losses[step], value) for step, value in _points(records, name) if step in losses]
     return name != "loss" and len(values) > 1 and all(math.isclose(a, b, rel_tol=0.02) for a, b in values)
 
