@@ -96,6 +96,6 @@ def test_prompts_keep_their_record_for_the_reward(tokenizer, tmp_path):
 def test_prompts_must_have_an_answer_and_fit(tokenizer, tmp_path):
     with pytest.raises(DataError, match=r"g\.jsonl:1: lacks 'answer'"):
         read_prompts(write(tmp_path / "g.jsonl", {"prompt": "a"}), tokenizer, max_prompt_length=16, row_length=32)
+    path = write(tmp_path / "g.jsonl", {"prompt": "a" * 50, "answer": "b"})
     with pytest.raises(DataError, match="all 1 prompts with their answers are longer"):
-        path = write(tmp_path / "g.jsonl", {"prompt": "a" * 50, "answer": "b"})
         read_prompts(path, tokenizer, max_prompt_length=16, row_length=32)

@@ -1,11 +1,15 @@
 """GRPO raises the reward of what the model samples; a run goes on exactly; sampling is the same on any mesh."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from toy_task import make_config, question, write_lines
 
-from maxlm.config.train import MeshConfig
+from maxlm.config.train import GuardConfig, MeshConfig
 from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten
 from maxlm.data.preference import Prompt
@@ -16,6 +20,8 @@ from maxlm.post.sampler import Sampler
 from maxlm.post.sequences import token_log_probabilities
 from maxlm.train.metrics import read_metrics
 from maxlm.train.run import load_model
+from maxlm.train.state import create_state
+from maxlm.train.step import judge
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +132,16 @@ def test_rows_hold_each_prompt_with_its_answer_right_behind_it(sampled, tokenize
         here = rows.segment_ids[row] > 0
         assert rows.tokens[row][here].tolist() == prompt + answer
         assert rows.targets[row][rows.loss_weights[row] > 0].tolist() == answer
+
+
+def test_steps_without_a_signal_do_not_make_the_first_one_with_it_look_like_a_spike():
+    guard, state = GuardConfig(spike_factor=10.0), create_state({}, optax.identity())
+    for grad_norm in [0.0] * 30 + [1.0] + [0.0] * 300 + [2.0]:
+        good, guard_state = judge(guard, state, jnp.float32(0.5), jnp.float32(grad_norm))
+        state = dataclasses.replace(state, step=state.step + 1, guard=guard_state)
+        assert good
+    good, _ = judge(guard, state, jnp.float32(0.5), jnp.float32(50.0))
+    assert not good
 
 
 @pytest.mark.parametrize(

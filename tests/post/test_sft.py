@@ -1,5 +1,7 @@
 """Fine-tuning learns what the assistant says; with adapters, the base stays as it is."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,10 @@ from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.checkpoint import find_checkpoint
 from maxlm.train.metrics import read_metrics
 from maxlm.train.run import load_model
+
+
+def size_of(folder):
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def greedy_answers(model, tokenizer, texts):
@@ -68,8 +74,8 @@ def test_adapters_alone_are_trained_and_the_base_is_the_same_bit_by_bit(lora_run
             update = np.asarray(merged[path] - base[path], np.float64)
             assert (np.linalg.svd(update)[1][:, 4:] < 1e-4 * np.linalg.norm(update)).all(), "rank 4 at most"
     # What the run saved holds no base at all.
-    size = sum(f.stat().st_size for f in (find_checkpoint(folder / "whole") / "weights").rglob("*") if f.is_file())
-    assert size < 0.6 * sum(f.stat().st_size for f in (find_checkpoint(tuned[0]) / "weights").rglob("*") if f.is_file())
+    saved, whole = (Path(find_checkpoint(run)) / "weights" for run in (folder / "whole", tuned[0]))
+    assert size_of(saved) < 0.6 * size_of(whole)
 
 
 def test_adapters_lower_the_loss(lora_run):
