@@ -7,6 +7,9 @@ __version__ = version("maxlm")
 
 def load(path):
     """Load a model for inference: see `maxlm.generate.model.load`."""
+    from maxlm.core.platform import prepare_platform
+
+    prepare_platform()
     from maxlm.generate.model import load as load_model
 
     return load_model(path)

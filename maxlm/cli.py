@@ -5,6 +5,7 @@ import importlib
 import json
 import sys
 
+from maxlm.core.platform import prepare_platform
 from maxlm.errors import MaxlmError
 
 # Modules with a `register(subparsers)`; they import only the standard library at their top.
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in COMMANDS:
         importlib.import_module(name).register(subparsers)
     args = parser.parse_args(argv)
+    prepare_platform()
     try:
         return args.func(args) or 0
     except MaxlmError as error:

@@ -4,7 +4,6 @@ The manifests of a pipeline form a chain: each names the manifests of the folder
 """
 
 import json
-import os
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from etils import epath
 
+from maxlm.core.storage import files_in, is_remote, relative_path, storage_path
 from maxlm.errors import DataError
 
 FILE_NAME = "manifest.json"
@@ -34,13 +35,13 @@ def write_manifest(
         "stage": stage,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "inputs": {
-            name: {"path": os.path.relpath(path, folder), "hash": content_hash(path)} for name, path in inputs.items()
+            name: {"path": relative_path(path, folder), "hash": content_hash(path)} for name, path in inputs.items()
         },
         "config": config,
         "versions": _versions(),
         "metrics": metrics,
     }
-    write_json(Path(folder) / FILE_NAME, manifest)
+    write_json(storage_path(folder) / FILE_NAME, manifest)
     return manifest
 
 
@@ -50,7 +51,7 @@ def read_manifest(folder: str | Path) -> dict:
     Raises:
       DataError: if there is none: the stage has not run, or has not ended.
     """
-    path = Path(folder) / FILE_NAME
+    path = storage_path(folder) / FILE_NAME
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -61,26 +62,26 @@ def read_manifest(folder: str | Path) -> dict:
 
 def manifest_chain(folder: str | Path) -> list[dict]:
     """All manifests that `folder` stands on, the first stage first, each with its `folder` and `hash`."""
-    chain: dict[Path, dict] = {}
+    chain: dict[epath.Path, dict] = {}
 
-    def visit(path: Path) -> None:
+    def visit(path: epath.Path) -> None:
         if path in chain or not (path / FILE_NAME).is_file():
             return
         manifest = read_manifest(path)
         for item in manifest["inputs"].values():
-            visit((path / item["path"]).resolve())
+            visit((epath.Path(item["path"]) if is_remote(item["path"]) else path / item["path"]).resolve())
         chain[path] = {"folder": str(path), "hash": content_hash(path), **manifest}
 
-    visit(Path(folder).resolve())
+    visit(storage_path(folder).resolve())
     return list(chain.values())
 
 
 def content_hash(path: str | Path) -> str:
     """xxh3-128 of a file, or of a folder's manifest, or of all files in a folder without one."""
-    path = Path(path)
+    path = storage_path(path)
     if path.is_dir():
         manifest = path / FILE_NAME
-        files = [manifest] if manifest.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        files = [manifest] if manifest.is_file() else sorted(files_in(path))
     elif path.is_file():
         files = [path]
     else:
@@ -94,12 +95,13 @@ def content_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: str | Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one, never a part."""
+    path = storage_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _versions() -> dict[str, str]:

@@ -63,10 +63,8 @@ def initialize(tree: Any, key: jax.Array, mesh: Mesh | None = None) -> Any:
 
         return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_parameter)
 
-    if mesh is None:
-        return jax.jit(create)(key)
-    # Initializers know nothing of meshes: draw under automatic sharding, then lay out.
-    return jax.tree.map(jax.device_put, jax.jit(create)(key), shardings(tree, mesh))
+    # Each device draws its own part: no device ever holds a whole model.
+    return jax.jit(create, out_shardings=None if mesh is None else shardings(tree, mesh))(key)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

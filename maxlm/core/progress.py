@@ -18,8 +18,9 @@ from rich.progress import (
 
 Item = TypeVar("Item")
 
-# Results go to standard output; what is for the eye alone goes to standard error.
-console = Console(stderr=True)
+# Results go to standard output; what is for the eye alone goes to standard error. Sentences are not broken into lines:
+# a path or a step that is cut in two cannot be copied or searched for.
+console = Console(stderr=True, soft_wrap=True)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from maxlm.core.storage import storage_path
 from maxlm.errors import TokenizerError
 
 FILE_NAME = "chat_template.json"
@@ -62,7 +63,7 @@ class ChatTemplate:
           TokenizerError: if it is missing or is no template.
         """
         try:
-            tree = json.loads(Path(path).read_text(encoding="utf-8"))
+            tree = json.loads(storage_path(path).read_text(encoding="utf-8"))
             roles = {
                 name: RoleTemplate(prefix=_parts(role["prefix"]), suffix=_parts(role["suffix"]))
                 for name, role in tree["roles"].items()

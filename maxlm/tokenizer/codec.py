@@ -13,6 +13,7 @@ import numpy as np
 import sentencepiece
 import xxhash
 
+from maxlm.core.storage import storage_path
 from maxlm.errors import TokenizerError
 from maxlm.tokenizer import chat_template as chat
 from maxlm.tokenizer.chat_template import ChatTemplate
@@ -78,7 +79,7 @@ class Tokenizer:
         Raises:
           TokenizerError: if the folder or a file in it is missing or broken.
         """
-        folder = Path(folder)
+        folder = storage_path(folder)
         try:
             model = (folder / MODEL_FILE).read_bytes()
         except OSError:

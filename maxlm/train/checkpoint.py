@@ -5,16 +5,21 @@ A checkpoint folder is `RUN/checkpoints/STEP` with three Orbax items: `weights` 
 """
 
 import errno
+import itertools
+import os
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental.multihost_utils import sync_global_devices
 
+from maxlm.core.distributed import is_primary
 from maxlm.core.progress import console
+from maxlm.core.storage import is_remote, storage_path
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError, TrainingError
 from maxlm.train.state import TrainState
@@ -28,8 +33,8 @@ class Checkpointer:
     Use as a context manager: leaving it waits for the last save.
     """
 
-    def __init__(self, run_folder: Path, *, keep: int):
-        self.folder = Path(run_folder).resolve() / FOLDER
+    def __init__(self, run_folder: str | os.PathLike, *, keep: int):
+        self.folder = storage_path(run_folder).resolve() / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -65,6 +70,7 @@ class Checkpointer:
                     rest=ocp.args.StandardSave(rest),
                     metadata=ocp.args.JsonSave(metadata),
                 ),
+                force=True,
             )
         except Exception as error:
             raise self._save_failed(error) from error
@@ -89,26 +95,31 @@ class Checkpointer:
         for step in steps:
             try:
                 return self._restore_step(step, like)
-            except CheckpointError:
+            except (CheckpointError, jax.errors.JaxRuntimeError, MemoryError):
+                # Another model, or too little memory: says nothing against the checkpoint.
                 raise
             except Exception as error:
-                reason = str(error).splitlines()[0][:200]
-                console.print(f"checkpoint {step} is broken and is set aside ({reason})", markup=False)
-                broken = self.folder / str(step)
-                broken.rename(self.folder.parent / f"broken-checkpoint-{step}")
+                self._set_aside(step, _first_line(error))
         if steps:
             raise CheckpointError(
-                f"{self.folder}: all {len(steps)} checkpoints are broken; remove the folder to start anew"
+                f"{self.folder}: all checkpoints ({len(steps)}) are broken; remove the run folder to start anew"
             )
         return None
 
-    def reload(self) -> None:
-        """Look at the disk again after `restore` set checkpoints aside."""
+    def _set_aside(self, step: int, reason: str) -> None:
+        """Move a broken checkpoint out of the way of the one that training will save in its place."""
+        if is_primary():
+            names = (f"broken-checkpoint-{step}{suffix}" for suffix in ("", *(f"-{n}" for n in itertools.count(2))))
+            target = next(path for path in (self.folder.parent / name for name in names) if not path.exists())
+            (self.folder / str(step)).rename(target)
+            console.print(f"checkpoint {step} is broken ({reason}) and is set aside as {target}", markup=False)
+        if jax.process_count() > 1:
+            sync_global_devices(f"checkpoint {step} is set aside")
         self._manager.reload()
 
     def _restore_step(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         folder = self.folder / str(step)
-        metadata = read_metadata(folder)
+        metadata = _load_metadata(folder)
         like_weights = flatten(like.trainable)
         check_shapes(metadata["shapes"], _shapes(like_weights), where=folder)
         like_rest = flatten(replace(like, trainable=None))
@@ -125,6 +136,8 @@ class Checkpointer:
         return replace(rest, trainable=unflatten(restored.weights, like.trainable)), metadata
 
     def _check_room(self, size: int) -> None:
+        if is_remote(self.folder):
+            return
         free = shutil.disk_usage(self.folder).free
         if free < 1.1 * size:
             raise TrainingError(
@@ -133,9 +146,8 @@ class Checkpointer:
             )
 
     def _save_failed(self, error: Exception) -> TrainingError:
-        text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        what = "the disk is full" if full else text
+        what = "the disk is full" if full else _first_line(error)
         return TrainingError(
             f"{self.folder}: a checkpoint could not be saved: {what};"
             f" {self._newest()}; run the same command to go on from there"
@@ -146,36 +158,56 @@ class Checkpointer:
         return f"the newest whole checkpoint is of step {max(steps)}" if steps else "there is no whole checkpoint yet"
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def has_checkpoint(run_folder: epath.Path) -> bool:
+    """Whether a run has saved anything."""
+    return bool(_steps(run_folder / FOLDER))
+
+
+def find_checkpoint(path: str | os.PathLike) -> epath.Path:
     """The newest checkpoint folder of a run folder, or the checkpoint folder that `path` is.
 
     Raises:
       CheckpointError: there is none.
     """
-    path = Path(path)
+    path = storage_path(path)
     if (path / "weights").is_dir():
         return path.resolve()
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "weights").is_dir()]
+    steps = _steps(folder)
     if not steps:
         what = "there is no such folder" if not path.exists() else "holds no whole checkpoint"
         raise CheckpointError(f"{path}: {what}; give a run folder of `maxlm train` or one of its checkpoints")
     return (folder / str(max(steps))).resolve()
 
 
-def read_metadata(checkpoint: Path) -> dict[str, Any]:
-    """What was saved beside the weights: config, fingerprint, step, shapes, checksums."""
-    handler = ocp.Checkpointer(ocp.JsonCheckpointHandler())
-    return handler.restore(checkpoint / "metadata")
+def _steps(folder: epath.Path) -> list[int]:
+    """Steps of the checkpoints in a folder that are not half written."""
+    if not folder.is_dir():
+        return []
+    paths = [path for path in folder.iterdir() if path.name.isdigit() and (path / "weights").is_dir()]
+    return [int(path.name) for path in paths if ocp.utils.is_checkpoint_finalized(path)]
 
 
-def restore_weights(checkpoint: Path, like: Any) -> Any:
+def read_metadata(checkpoint: epath.Path) -> dict[str, Any]:
+    """What was saved beside the weights: config, fingerprint, step, shapes, checksums.
+
+    Raises:
+      CheckpointError: it is broken.
+    """
+    return _readable(checkpoint, lambda: _load_metadata(checkpoint))
+
+
+def _load_metadata(checkpoint: epath.Path) -> dict[str, Any]:
+    return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(checkpoint / "metadata")
+
+
+def restore_weights(checkpoint: epath.Path, like: Any) -> Any:
     """The weights of a checkpoint as a tree shaped, typed and sharded as `like` (arrays or ShapeDtypeStructs).
 
     Raises:
       CheckpointError: it is broken, or of another model.
     """
-    metadata = _readable(checkpoint, lambda: read_metadata(checkpoint))
+    metadata = read_metadata(checkpoint)
     flat = flatten(like)
     check_shapes(metadata["shapes"], _shapes(flat), where=checkpoint)
     handler = ocp.StandardCheckpointer()
@@ -207,7 +239,7 @@ def _checksums(flat):
     return {path: one(x) for path, x in flat.items()}
 
 
-def check_shapes(saved: dict[str, list], wanted: dict[str, list], *, where: Path) -> None:
+def check_shapes(saved: dict[str, list], wanted: dict[str, list], *, where: epath.Path) -> None:
     """Raise CheckpointError naming the first weights that do not fit."""
     problems = [f"{path} is {saved.get(path, 'not there')}" for path in wanted if saved.get(path) != wanted[path]]
     problems += [f"{path} is not wanted" for path in saved if path not in wanted]
@@ -221,12 +253,18 @@ def check_shapes(saved: dict[str, list], wanted: dict[str, list], *, where: Path
         )
 
 
-def _readable(checkpoint: Path, read):
+def _readable(checkpoint: epath.Path, read):
     try:
         return read()
     except Exception as error:
-        reason = str(error).splitlines()[0][:200]
-        raise CheckpointError(f"{checkpoint}: is broken ({reason}); use another checkpoint of the run") from error
+        raise CheckpointError(
+            f"{checkpoint}: is broken ({_first_line(error)}); use another checkpoint of the run"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What an exception says, in at most 200 characters; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _shapes(flat: dict[str, Any]) -> dict[str, list]:

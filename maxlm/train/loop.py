@@ -2,12 +2,10 @@
 
 import collections
 import contextlib
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,10 +13,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from maxlm.config.load import dump_yaml
 from maxlm.config.train import TrainConfig
+from maxlm.core.distributed import is_primary, stop_on_signal
 from maxlm.core.hardware import peak_flops
 from maxlm.core.progress import console
 from maxlm.core.sharding import logical_to_spec
-from maxlm.errors import ConfigError, TrainingError
+from maxlm.core.storage import storage_path
+from maxlm.errors import CheckpointError, ConfigError, TrainingError
 from maxlm.train.checkpoint import Checkpointer
 from maxlm.train.metrics import MetricsLog, StepWindow
 from maxlm.train.objective import Objective
@@ -32,9 +32,10 @@ STEPS_IN_FLIGHT = 2
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended."""
+    """How a run ended. It began at step `start`: where it was resumed, or 0."""
 
     state: TrainState
+    start: int
     steps: int
     interrupted: bool
     metrics: dict[str, float]
@@ -68,7 +69,7 @@ def run(
       TrainingError: too many steps in a row were skipped, or a checkpoint could not be saved.
     """
     check_batch(config, mesh)
-    folder = Path(config.output)
+    folder = storage_path(config.output)
     optimizer = make_optimizer(config.optim)
     schedule = partial(schedule_factor, config.optim.schedule, config.steps)
     step_function = jax.jit(
@@ -90,10 +91,14 @@ def run(
         if (restored := checkpointer.restore(state)) is not None:
             state, saved = restored
             check_fingerprint(saved["fingerprint"], fingerprint, folder)
-            console.print(f"resuming {folder} at step {int(state.step)}", markup=False)
+            if is_primary():
+                console.print(f"resuming {folder} at step {int(state.step)}", markup=False)
         start = int(state.step)
+        if is_primary():
+            # Not before: a run that is refused leaves the folder as it was.
+            (folder / "config.yaml").write_text(metadata["config_yaml"], encoding="utf-8")
         log = stack.enter_context(MetricsLog(folder, start_step=start, total_steps=config.steps))
-        stop_requested = stack.enter_context(stop_on_sigterm())
+        stop_requested = stack.enter_context(stop_on_signal())
         window = StepWindow(config, parameters=state.trainable, peak=peak_flops(mesh.devices.flat[0]), mesh=mesh)
         in_flight: collections.deque[Any] = collections.deque()
         began = time.perf_counter()
@@ -114,8 +119,10 @@ def run(
             window.add(metrics)
 
             last = step == config.steps
-            interrupted = stop_requested() and step % objective.resume_multiple == 0 and not last
-            if step % config.log_every == 0 or last or interrupted:
+            interrupted = stop_requested(step) and step % objective.resume_multiple == 0 and not last
+            saves = last or interrupted or step % config.checkpoint.every == 0
+            # A window ends at each checkpoint too: a run that goes on from one logs what an unbroken one would.
+            if saves or step % config.log_every == 0:
                 record = window.close(step, learning_rate=config.optim.learning_rate * float(schedule(step - 1)))
                 log.train(record)
                 check_guard(config, record, step)
@@ -123,15 +130,18 @@ def run(
                 with window.paused():
                     valid = objective.validate(assemble(state.trainable, frozen))
                 log.valid(step, valid)
-            if last or interrupted or step % config.checkpoint.every == 0:
+            if saves:
                 with window.paused():
                     checkpointer.save(state, {**metadata, "step": step})
             if interrupted:
-                console.print(f"stopped by a signal: step {step} is saved; run the same command to go on", markup=False)
                 break
+        if start >= config.steps:
+            valid = objective.validate(assemble(state.trainable, frozen))
         seconds = time.perf_counter() - began
         rate = window.tokens_per_second_overall()
-    return TrainResult(state, step, interrupted, valid, seconds, rate)
+    if interrupted and is_primary():
+        console.print(f"stopped by a signal: step {step} is saved; run the same command to go on", markup=False)
+    return TrainResult(state, start, step, interrupted, valid, seconds, rate)
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
@@ -177,29 +187,10 @@ def check_guard(config: TrainConfig, record: dict[str, Any], step: int) -> None:
         )
 
 
-def check_fingerprint(saved: str, wanted: str, folder: Path) -> None:
-    from maxlm.errors import CheckpointError
-
+def check_fingerprint(saved: str, wanted: str, folder: Any) -> None:
+    """Raise CheckpointError when a checkpoint in `folder` was trained with another tokenizer."""
     if saved != wanted:
         raise CheckpointError(
             f"{folder}: its checkpoint was trained with another tokenizer ({saved[:12]} and not {wanted[:12]});"
             " use the data and tokenizer of that run, or another output folder"
         )
-
-
-@contextlib.contextmanager
-def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether SIGTERM (or, once, Ctrl-C) has come."""
-    asked = []
-
-    def ask(number, frame):
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -3,16 +3,19 @@
 import contextlib
 import json
 import operator
+import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Self
 
 import jax
+from etils import epath
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from maxlm.config.train import TrainConfig
+from maxlm.core.distributed import is_primary
 from maxlm.core.progress import console
+from maxlm.core.storage import is_remote, storage_path
 
 
 class StepWindow:
@@ -85,19 +88,23 @@ class StepWindow:
 
 
 class MetricsLog:
-    """`metrics.jsonl`, `tensorboard/` and the progress line. A resumed run drops what came after its start."""
+    """`metrics.jsonl`, `tensorboard/` and the progress line. A resumed run drops what came after its start.
 
-    def __init__(self, folder: Path, *, start_step: int, total_steps: int):
+    Of several processes the first alone writes.
+    """
+
+    def __init__(self, folder: epath.Path, *, start_step: int, total_steps: int):
         self.path = folder / "metrics.jsonl"
         self.folder = folder
         self.start_step, self.total_steps = start_step, total_steps
 
     def __enter__(self) -> Self:
+        if not is_primary():
+            return self
         from tensorboardX import SummaryWriter
 
-        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= self.start_step]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self._file = self.path.open("a", encoding="utf-8")
+        self._kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= self.start_step]
+        self._rewrite()
         self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start_step + 1)
         self._progress = Progress(
             TextColumn(self.folder.name),
@@ -114,12 +121,14 @@ class MetricsLog:
         return self
 
     def __exit__(self, *error) -> None:
-        self._progress.stop()
-        self._file.close()
-        self._writer.close()
+        if is_primary():
+            self._progress.stop()
+            self._writer.close()
 
     def train(self, record: dict[str, Any]) -> None:
         """A window of training."""
+        if not is_primary():
+            return
         self._write(record, "train")
         note = f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
         if record["skipped"]:
@@ -130,27 +139,36 @@ class MetricsLog:
 
     def valid(self, step: int, values: dict[str, float]) -> None:
         """A validation."""
-        if not values:
+        if not values or not is_primary():
             return
         self._write({"step": step, **{f"valid_{name}": value for name, value in values.items()}}, "valid")
         text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         console.print(f"{self.folder.name}: step {step}/{self.total_steps}  valid {text}", markup=False)
 
     def _write(self, record: dict[str, Any], group: str) -> None:
-        self._file.write(json.dumps({**record, "time": time.time()}) + "\n")
-        self._file.flush()
+        line = json.dumps({**record, "time": time.time()})
+        if is_remote(self.path):
+            # Objects of a bucket cannot be appended to.
+            self._kept.append(line)
+            self._rewrite()
+        else:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
         for name, value in record.items():
             if name != "step":
                 self._writer.add_scalar(f"{group}/{name.removeprefix('valid_')}", value, record["step"])
         self._writer.flush()
 
+    def _rewrite(self) -> None:
+        self.path.write_text("".join(line + "\n" for line in self._kept), encoding="utf-8")
 
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+
+def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """All records of a run, oldest first."""
-    return [json.loads(line) for line in _lines(Path(folder) / "metrics.jsonl")]
+    return [json.loads(line) for line in _lines(storage_path(folder) / "metrics.jsonl")]
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: epath.Path) -> list[str]:
     """Whole lines: the last one of a killed run may be cut off."""
     if not path.exists():
         return []

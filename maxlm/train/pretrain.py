@@ -41,21 +41,23 @@ class Pretrain:
         return map(Batch.from_rows, self._mixture.iterate(start_step, shard=shard, num_shards=num_shards))
 
     def validate(self, model: Any) -> dict[str, float]:
-        if not self._valid_batches:
-            return {}
-        byte_lengths = self._context.tokenizer.byte_lengths
-        num_bytes = sum(target_bytes(batch, byte_lengths) for batch in self._valid_batches)
-        return language_model_values(self._evaluator.sums(model, self._valid_batches), num_bytes)
+        batches, num_bytes = self._valid_batches
+        return language_model_values(self._evaluator.sums(model, batches), num_bytes) if batches else {}
 
     @functools.cached_property
-    def _valid_batches(self) -> list[Batch]:
-        """The first `eval_batches` batches of held-out rows; none where no source holds any out."""
+    def _valid_batches(self) -> tuple[list[Batch], int]:
+        """This process's rows of the first `eval_batches` batches that are held out, and the bytes of text in all rows.
+
+        No batches where no source holds any out.
+        """
         config = self._context.config
         paths = [source.path for source in config.objective.sources]
         paths = [path for path in paths if read_manifest(path)["metrics"]["splits"]["valid"]["rows"]]
         if not paths:
-            return []
+            return [], 0
         rows = open_in_order(paths, batch_size=config.batch_size)
         steps = range(min(rows.num_steps, config.eval_batches))
         shard, num_shards = jax.process_index(), jax.process_count()
-        return [Batch.from_rows(rows.batch(step, shard=shard, num_shards=num_shards)) for step in steps]
+        batches = [Batch.from_rows(rows.batch(step, shard=shard, num_shards=num_shards)) for step in steps]
+        whole = batches if num_shards == 1 else [Batch.from_rows(rows.batch(step)) for step in steps]
+        return batches, sum(target_bytes(batch, self._context.tokenizer.byte_lengths) for batch in whole)

@@ -1,26 +1,28 @@
 """From a configuration to a finished run folder: tokenizer, model, mesh, objective, loop, manifest."""
 
-import shutil
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
-from maxlm.config.load import dump_yaml, parse_config
+from maxlm.config.load import parse_config
 from maxlm.config.model import ModelConfig
 from maxlm.config.train import TrainConfig
-from maxlm.core.manifest import read_manifest, write_manifest
+from maxlm.core.distributed import initialize_distributed, is_primary
+from maxlm.core.manifest import FILE_NAME, read_manifest, write_manifest
 from maxlm.core.parameters import abstract, initialize
 from maxlm.core.sharding import make_mesh
+from maxlm.core.storage import copy_folder, storage_path
 from maxlm.errors import CheckpointError, ConfigError
 from maxlm.models.adapters import apply_adapters, declare_adapters, merge_adapters
 from maxlm.models.decoder import Decoder
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.checkpoint import find_checkpoint, read_metadata, restore_weights
+from maxlm.train.checkpoint import find_checkpoint, has_checkpoint, read_metadata, restore_weights
 from maxlm.train.loop import TrainResult, check_batch, check_fingerprint, run
 from maxlm.train.objective import Objective, RunContext
 
@@ -41,7 +43,8 @@ def train(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
     Raises:
       MaxlmError: what the user can mend: configuration, data, tokenizer, checkpoints, skipped steps.
     """
-    folder = Path(config.output)
+    initialize_distributed()
+    folder = storage_path(config.output)
     tokenizer_folder = find_tokenizer(config)
     tokenizer = Tokenizer.load(tokenizer_folder)
     config = resolve_model(config, tokenizer)
@@ -49,8 +52,8 @@ def train(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
     check_batch(config, mesh)
     if config.init_from is not None:
         start_fingerprint = read_metadata(find_checkpoint(config.init_from))["fingerprint"]
-        check_fingerprint(start_fingerprint, tokenizer.fingerprint, Path(config.init_from))
-    prepare_folder(folder, config, tokenizer_folder)
+        check_fingerprint(start_fingerprint, tokenizer.fingerprint, config.init_from)
+    prepare_folder(folder, tokenizer, tokenizer_folder)
 
     plan = recipe.declare(config.model)
     key = jax.random.key(config.seed)
@@ -79,6 +82,8 @@ def train(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
             assemble=assemble,
             fingerprint=tokenizer.fingerprint,
         )
+    if result.start == result.steps and is_finished(folder):
+        return read_manifest(folder)
     return finish(config, result, tokenizer_folder)
 
 
@@ -108,28 +113,41 @@ def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
 _RUNTIME_FIELDS = ("activation_dtype", "matmul_dtype", "remat", "attention", "max_length")
 
 
-def find_tokenizer(config: TrainConfig) -> Path:
+def find_tokenizer(config: TrainConfig) -> epath.Path:
     """The tokenizer named in the configuration, or that of the model or data that it starts from."""
     if config.tokenizer is not None:
-        return Path(config.tokenizer)
+        return storage_path(config.tokenizer)
     if config.init_from is not None:
         return run_folder_of(find_checkpoint(config.init_from)) / "tokenizer"
-    data = Path(config.objective.sources[0].path)
+    data = storage_path(config.objective.sources[0].path)
     return data / read_manifest(data)["inputs"]["tokenizer"]["path"]
 
 
-def prepare_folder(folder: Path, config: TrainConfig, tokenizer_folder: Path) -> None:
-    """Make the run folder self-contained: its configuration, and a copy of its tokenizer."""
-    if jax.process_index() != 0:
+def prepare_folder(folder: epath.Path, tokenizer: Tokenizer, tokenizer_folder: epath.Path) -> None:
+    """Make the run folder, with a copy of the run's tokenizer, so that it needs no other folder.
+
+    Raises:
+      CheckpointError: a run with another tokenizer stands there.
+    """
+    if not is_primary():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
     copy = folder / "tokenizer"
-    if not copy.exists():
-        shutil.copytree(tokenizer_folder, copy)
+    if copy.exists():
+        fingerprint = Tokenizer.load(copy).fingerprint
+        if fingerprint == tokenizer.fingerprint:
+            return
+        if has_checkpoint(folder):
+            check_fingerprint(fingerprint, tokenizer.fingerprint, folder)
+    copy_folder(tokenizer_folder, copy)
 
 
-def finish(config: TrainConfig, result: TrainResult, tokenizer_folder: Path) -> dict[str, Any]:
+def is_finished(folder: epath.Path) -> bool:
+    """Whether a manifest says that the run in this folder has reached its end."""
+    return (folder / FILE_NAME).exists() and read_manifest(folder)["metrics"].get("finished", False)
+
+
+def finish(config: TrainConfig, result: TrainResult, tokenizer_folder: epath.Path) -> dict[str, Any]:
     """Write the manifest of a run that has ended, or of one that was stopped and waits to go on."""
     inputs = {"tokenizer": tokenizer_folder}
     if config.init_from is not None:
@@ -147,6 +165,8 @@ def finish(config: TrainConfig, result: TrainResult, tokenizer_folder: Path) -> 
         "skipped": int(result.state.guard.skipped),
         "valid": result.metrics,
     }
+    if not is_primary():
+        return {"metrics": metrics}
     return write_manifest(
         config.output,
         stage=f"train/{objective.kind}",
@@ -156,7 +176,7 @@ def finish(config: TrainConfig, result: TrainResult, tokenizer_folder: Path) -> 
     )
 
 
-def load_model(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> tuple[Decoder, Path]:
+def load_model(path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None) -> tuple[Decoder, epath.Path]:
     """A trained model for inference or as a start, its adapters merged, and the folder of its tokenizer.
 
     Args:
@@ -181,7 +201,8 @@ def load_model(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> tuple
     return merged, run_folder / "tokenizer"
 
 
-def run_folder_of(checkpoint: Path) -> Path:
+def run_folder_of(checkpoint: epath.Path) -> epath.Path:
+    """The run folder that a checkpoint lies in."""
     return checkpoint.parent.parent
 
 

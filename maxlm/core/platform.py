@@ -1,0 +1,26 @@
+"""What must be settled before JAX is imported. Imports nothing heavy itself."""
+
+import os
+from glob import glob
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def prepare_platform() -> None:
+    """Set what JAX reads from the environment, where the user has not.
+
+    Where libtpu is installed and there is no TPU or GPU, JAX is told to use the CPU: libtpu would look for a TPU with
+    alarming messages, or for ever. Compiled programs are kept on disk, so that a second start is quick.
+    """
+    if "JAX_PLATFORMS" not in os.environ and find_spec("libtpu") and not _has_accelerator():
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path.home() / ".cache" / "maxlm" / "compilation")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
+
+def _has_accelerator() -> bool:
+    return any(
+        glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
+    )

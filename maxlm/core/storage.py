@@ -1,0 +1,58 @@
+"""Folders on a disk or in a bucket, such as `gs://bucket/name`, behind one kind of path."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+from maxlm.errors import ConfigError
+
+
+def storage_path(path: str | os.PathLike) -> epath.Path:
+    """`path` to read and write, wherever it lies; `pathlib` would take a bucket for a local folder named `gs:`.
+
+    Raises:
+      ConfigError: it names a bucket, and the package that reaches buckets is not installed.
+    """
+    path = epath.Path(path)
+    if is_remote(path):
+        try:
+            path.exists()
+        except ImportError as error:
+            raise ConfigError([f"{path}: cannot be reached: {error}; or name a local folder"]) from None
+    return path
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether it lies in a bucket."""
+    return "://" in os.fspath(path)
+
+
+def files_in(folder: epath.Path) -> Iterator[epath.Path]:
+    """All files in a folder and in the folders in it."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from files_in(path)
+        else:
+            yield path
+
+
+def copy_folder(source: str | os.PathLike, target: epath.Path) -> None:
+    """Copy a folder's files in place of what stands at `target`, which is whole or not there at every moment."""
+    source, temporary = epath.Path(source), target.with_name(target.name + ".tmp")
+    for stale in (temporary, target):
+        if stale.exists():
+            stale.rmtree()
+    for file in files_in(source):
+        copy = temporary / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    temporary.rename(target)
+
+
+def relative_path(path: str | os.PathLike, start: str | os.PathLike) -> str:
+    """`path` as seen from the folder `start`; as it is when either lies in a bucket."""
+    if is_remote(path) or is_remote(start):
+        return os.fspath(path) if is_remote(path) else str(Path(path).resolve())
+    return os.path.relpath(path, start)

@@ -1,0 +1,108 @@
+"""Runs from a configuration to a finished folder, and what is left of one that was killed."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import tiny_config, train_process
+
+from maxlm.core.manifest import manifest_chain, read_manifest
+from maxlm.core.tree import flatten
+from maxlm.train.metrics import read_metrics
+from maxlm.train.run import load_model
+
+# What two equal runs may differ in.
+TIMING = ("time", "tokens_per_second", "data_wait")
+
+
+def parameters(folder) -> dict[str, np.ndarray]:
+    return flatten(jax.device_get(load_model(folder)[0]))
+
+
+def records(folder) -> list[dict]:
+    return [{name: value for name, value in record.items() if name not in TIMING} for record in read_metrics(folder)]
+
+
+def assert_same_run(folder, other):
+    for path, value in parameters(folder).items():
+        np.testing.assert_array_equal(value, parameters(other)[path], err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, tiny_data_folder):
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    result = train_process(tiny_config(folder, tiny_data_folder))
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_a_run_folder_holds_all_that_belongs_to_the_run(unbroken, tiny_data_folder):
+    names = {path.name for path in unbroken.iterdir()}
+    assert names == {"config.yaml", "manifest.json", "metrics.jsonl", "tensorboard", "checkpoints", "tokenizer"}
+    assert list((unbroken / "tensorboard").glob("events.out.tfevents.*"))
+    assert sorted(path.name for path in (unbroken / "checkpoints").iterdir()) == ["12", "8"]
+    manifest = read_manifest(unbroken)
+    assert manifest["stage"] == "train/pretrain"
+    assert manifest["metrics"]["steps"] == 12
+    assert manifest["metrics"]["finished"]
+    assert manifest["metrics"]["valid"]["bits_per_byte"] > 0
+    assert [link["stage"] for link in manifest_chain(unbroken)][-1] == "train/pretrain"
+    assert "data" in [link["stage"] for link in manifest_chain(unbroken)]
+
+
+def test_metrics_tell_of_every_window_and_every_validation(unbroken):
+    train = [record["step"] for record in records(unbroken) if "loss" in record]
+    valid = [record["step"] for record in records(unbroken) if "valid_loss" in record]
+    assert {3, 6, 9, 12} <= set(train)
+    assert valid == [6, 12]
+    losses = [record["loss"] for record in records(unbroken) if "loss" in record]
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 10])
+def test_a_killed_run_goes_on_to_the_same_end(step, unbroken, tmp_path, tiny_data_folder):
+    """Before the first checkpoint, and between two: weights and metrics are those of a run that was not killed."""
+    config = tiny_config(tmp_path / "run", tiny_data_folder)
+    killed = train_process(config, signal_at=("SIGKILL", step))
+    assert killed.returncode == -9, killed.stderr
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    resumed = train_process(config)
+    assert resumed.returncode == 0, resumed.stderr
+    assert ("resuming" in resumed.stderr) == (step > 4)
+    assert_same_run(tmp_path / "run", unbroken)
+    assert records(tmp_path / "run") == records(unbroken)
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_ends_in_order(unbroken, tmp_path, tiny_data_folder):
+    config = tiny_config(tmp_path / "run", tiny_data_folder)
+    stopped = train_process(config, signal_at=("SIGTERM", 6))
+    assert stopped.returncode == 0, stopped.stderr
+    assert "step 6 is saved" in stopped.stderr
+    assert "stopped" in stopped.stdout
+    manifest = read_manifest(tmp_path / "run")
+    assert (manifest["metrics"]["steps"], manifest["metrics"]["finished"]) == (6, False)
+    resumed = train_process(config)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "at step 6" in resumed.stderr
+    assert_same_run(tmp_path / "run", unbroken)
+    steps = [record["step"] for record in records(tmp_path / "run") if "loss" in record]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.slow
+def test_a_finished_run_stays_as_it_is(unbroken, tiny_data_folder):
+    """Running the command again neither trains nor forgets what was measured."""
+    before = (unbroken / "manifest.json").read_text(), (unbroken / "metrics.jsonl").read_text()
+    again = train_process(tiny_config(unbroken, tiny_data_folder))
+    assert again.returncode == 0, again.stderr
+    assert ((unbroken / "manifest.json").read_text(), (unbroken / "metrics.jsonl").read_text()) == before
+    assert "12 of 12 steps, finished" in again.stdout
+
+
+def test_metrics_are_json_lines(unbroken):
+    for line in (unbroken / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line)["step"] >= 1
