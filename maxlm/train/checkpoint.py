@@ -109,8 +109,8 @@ class Checkpointer:
     def _set_aside(self, step: int, reason: str) -> None:
         """Move a broken checkpoint out of the way of the one that training will save in its place."""
         if is_primary():
-            names = (f"broken-checkpoint-{step}{suffix}" for suffix in ("", *(f"-{n}" for n in itertools.count(2))))
-            target = next(path for path in (self.folder.parent / name for name in names) if not path.exists())
+            targets = (self.folder.parent / f"broken-checkpoint-{step}-{number}" for number in itertools.count(1))
+            target = next(path for path in targets if not path.exists())
             (self.folder / str(step)).rename(target)
             console.print(f"checkpoint {step} is broken ({reason}) and is set aside as {target}", markup=False)
         if jax.process_count() > 1:

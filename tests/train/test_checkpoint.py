@@ -1,0 +1,238 @@
+"""Checkpoints: what was saved comes back to the bit, and nothing that is broken or foreign is taken for it."""
+
+import contextlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import MODEL
+
+from maxlm.config import ModelConfig
+from maxlm.config.train import MeshConfig, OptimConfig
+from maxlm.core.parameters import abstract, initialize
+from maxlm.core.sharding import make_mesh
+from maxlm.core.tree import flatten
+from maxlm.errors import CheckpointError, TrainingError
+from maxlm.models.decoder import Decoder
+from maxlm.train.checkpoint import Checkpointer, find_checkpoint, read_metadata, restore_weights
+from maxlm.train.optim import make_optimizer
+from maxlm.train.state import TrainState, create_state
+
+# Orbax leaves reads of broken files unawaited.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+PLAN = Decoder(ModelConfig(**{**MODEL, "vocab_size": 64}))
+
+
+def make_state(seed: int, *, step: int = 0, plan=PLAN, mesh=None) -> TrainState:
+    """A state whose every array differs from zero."""
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        state = create_state(initialize(plan, jax.random.key(seed), mesh), make_optimizer(OptimConfig()))
+        state = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + (seed + 1), state))(state)
+        return TrainState(jax.numpy.asarray(step, "int32"), state.trainable, state.optimizer, state.guard)
+
+
+def assert_equal(restored, saved):
+    restored, saved = flatten(jax.device_get(restored)), flatten(jax.device_get(saved))
+    assert restored.keys() == saved.keys()
+    for path, value in saved.items():
+        np.testing.assert_array_equal(restored[path], value, err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory):
+    """A run folder with the checkpoints of steps 1, 2 and 3, of seeds 1, 2 and 3."""
+    folder = tmp_path_factory.mktemp("saved")
+    with Checkpointer(folder, keep=3) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(make_state(step, step=step), {"note": f"of step {step}"})
+    return folder
+
+
+@pytest.fixture
+def saved(saved_once, tmp_path):
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(saved_once, tmp_path / "run"))
+
+
+def array_files(checkpoint: Path) -> list[Path]:
+    """Files that hold the arrays' bytes, the largest first."""
+    return sorted((path for path in checkpoint.rglob("d/*") if path.is_file()), key=lambda path: -path.stat().st_size)
+
+
+def damage_cut(checkpoint):
+    largest = array_files(checkpoint)[0]
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def damage_missing(checkpoint):
+    shutil.rmtree(checkpoint / "rest")
+
+
+def damage_metadata(checkpoint):
+    for path in (checkpoint / "metadata").rglob("metadata"):
+        path.write_text("{", encoding="utf-8")
+
+
+def damage_values(checkpoint):
+    """Sound arrays, but not those that were saved: only their checksums tell."""
+    shutil.rmtree(checkpoint / "weights")
+    shutil.copytree(checkpoint.parent / "1" / "weights", checkpoint / "weights")
+
+
+def test_what_was_saved_comes_back_to_the_bit(saved):
+    with Checkpointer(saved, keep=3) as checkpointer:
+        restored, metadata = checkpointer.restore(make_state(0))
+    assert_equal(restored, make_state(3, step=3))
+    assert metadata["note"] == "of step 3"
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    with Checkpointer(tmp_path, keep=3) as checkpointer:
+        assert checkpointer.restore(make_state(0)) is None
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_it_may_be_restored_on_another_mesh(sizes, saved, tmp_path):
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
+    with Checkpointer(saved, keep=3) as checkpointer:
+        restored, _ = checkpointer.restore(make_state(0, mesh=mesh))
+    assert_equal(restored, make_state(3, step=3))
+    assert len(restored.trainable.layers.mlp.gate.sharding.device_set) == 8
+    # And back: saved on eight devices, read on one.
+    with jax.set_mesh(mesh), Checkpointer(tmp_path / "back", keep=1) as checkpointer:
+        checkpointer.save(restored, {})
+    assert_equal(restore_weights(find_checkpoint(tmp_path / "back"), abstract(PLAN)), make_state(3, step=3).trainable)
+
+
+@pytest.mark.parametrize("damage", [damage_cut, damage_missing, damage_metadata, damage_values])
+def test_a_broken_checkpoint_is_set_aside_and_named(damage, saved, capfd):
+    damage(saved / "checkpoints" / "3")
+    with Checkpointer(saved, keep=3) as checkpointer:
+        restored, _ = checkpointer.restore(make_state(0))
+        assert_equal(restored, make_state(2, step=2))
+        assert "checkpoint 3 is broken" in capfd.readouterr().err
+        assert (saved / "broken-checkpoint-3-1").is_dir()
+        # Training goes on from step 2, and step 3 is saved anew.
+        checkpointer.save(make_state(5, step=3), {"note": "anew"})
+    assert_equal(restore_weights(find_checkpoint(saved), abstract(PLAN)), make_state(5).trainable)
+    # It may break again: nothing of what was set aside is lost.
+    damage(saved / "checkpoints" / "3")
+    with Checkpointer(saved, keep=3) as checkpointer:
+        assert int(checkpointer.restore(make_state(0))[0].step) == 2
+    assert (saved / "broken-checkpoint-3-1").is_dir()
+    assert (saved / "broken-checkpoint-3-2").is_dir()
+
+
+def test_changed_bytes_of_an_array_are_noticed(saved):
+    """Wherever in the largest file of the arrays the bits turn."""
+    [largest, *_] = array_files(saved / "checkpoints" / "3")
+    content = bytearray(largest.read_bytes())
+    for place in range(0, len(content), max(1, len(content) // 7)):
+        content[place] ^= 0x10
+    largest.write_bytes(content)
+    with Checkpointer(saved, keep=3) as checkpointer:
+        restored, _ = checkpointer.restore(make_state(0))
+    assert_equal(restored, make_state(2, step=2))
+
+
+def test_a_half_written_checkpoint_is_no_checkpoint(saved):
+    """What a process leaves that is killed while it saves."""
+    folder = saved / "checkpoints"
+    (folder / "3").rename(folder / "3.orbax-checkpoint-tmp-7")
+    shutil.rmtree(folder / "3.orbax-checkpoint-tmp-7" / "metadata")
+    assert find_checkpoint(saved).name == "2"
+    with Checkpointer(saved, keep=3) as checkpointer:
+        restored, _ = checkpointer.restore(make_state(0))
+        assert_equal(restored, make_state(2, step=2))
+        checkpointer.save(make_state(3, step=3), {})
+    assert find_checkpoint(saved).name == "3"
+
+
+def test_when_all_are_broken_it_says_so(saved):
+    for step in (1, 2, 3):
+        damage_cut(saved / "checkpoints" / str(step))
+    with Checkpointer(saved, keep=3) as checkpointer, pytest.raises(CheckpointError, match=r"all checkpoints \(3\)"):
+        checkpointer.restore(make_state(0))
+
+
+def test_inference_refuses_broken_weights(saved):
+    damage_values(saved / "checkpoints" / "3")
+    with pytest.raises(CheckpointError, match="weights differ from those that were saved"):
+        restore_weights(find_checkpoint(saved), abstract(PLAN))
+    damage_cut(saved / "checkpoints" / "2")
+    with pytest.raises(CheckpointError, match="is broken"):
+        restore_weights(find_checkpoint(saved / "checkpoints" / "2"), abstract(PLAN))
+    damage_metadata(saved / "checkpoints" / "1")
+    with pytest.raises(CheckpointError, match="is broken"):
+        read_metadata(find_checkpoint(saved / "checkpoints" / "1"))
+
+
+def test_another_model_is_refused_in_one_sentence(saved):
+    wider = Decoder(ModelConfig(**{**MODEL, "vocab_size": 64, "mlp_dim": 56}))
+    with Checkpointer(saved, keep=3) as checkpointer, pytest.raises(CheckpointError) as error:
+        checkpointer.restore(make_state(0, plan=wider))
+    assert "another model" in str(error.value)
+    assert "layers/mlp/down is [2, 48, 32, 'float32'] and must be [2, 56, 32, 'float32']" in str(error.value)
+    assert (saved / "checkpoints" / "3").is_dir(), "a checkpoint of another model is not broken"
+    with pytest.raises(CheckpointError, match="another model"):
+        restore_weights(find_checkpoint(saved), abstract(wider))
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(make_state(step, step=step), {})
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_a_folder_without_checkpoints_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        find_checkpoint(tmp_path / "missing")
+    with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
+        find_checkpoint(tmp_path)
+
+
+def test_too_little_room_is_told_before_anything_is_written(saved, monkeypatch):
+    usage = shutil.disk_usage(saved)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with Checkpointer(saved, keep=3) as checkpointer:
+        with pytest.raises(TrainingError, match="make room") as error:
+            checkpointer.save(make_state(4, step=4), {})
+        assert "newest whole checkpoint is of step 3" in str(error.value)
+    assert find_checkpoint(saved).name == "3"
+
+
+FULL_DISK = """
+import resource, signal, sys
+sys.path.insert(0, {tests!r})
+from test_checkpoint import Checkpointer, make_state
+from maxlm.errors import TrainingError
+state = make_state(4, step=4)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+try:
+    with Checkpointer({folder!r}, keep=3) as checkpointer:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        checkpointer.save(state, {{}})
+except TrainingError as error:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_write_that_fails_is_told_and_leaves_the_last_checkpoint(saved):
+    """The operating system refuses to write more, in the middle of a save."""
+    script = FULL_DISK.format(tests=str(Path(__file__).parent), folder=str(saved))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "a checkpoint could not be saved" in done.stdout
+    assert "newest whole checkpoint is of step 3; run the same command to go on from there" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    with Checkpointer(saved, keep=3) as checkpointer:
+        restored, _ = checkpointer.restore(make_state(0))
+    assert_equal(restored, make_state(3, step=3))
