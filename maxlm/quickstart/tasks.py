@@ -55,7 +55,7 @@ def _chat(questions: list[Question]) -> dict:
 
 def _task(question: Question) -> dict:
     messages = [{"role": "user", "content": question.prompt}]
-    return {"prompt": messages, "messages": messages, "answer": question.answer, "kind": question.kind}
+    return {"prompt": messages, "answer": question.answer, "kind": question.kind}
 
 
 def _write(path: Path, records: list[dict]) -> int:
