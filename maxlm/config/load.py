@@ -46,7 +46,8 @@ def parse_config(tree: dict, *, where: str = "config") -> Any:
     try:
         return _ADAPTER.validate_python(tree)
     except ValidationError as error:
-        raise ConfigError([f"{where}: {_explain(item, tree)}" for item in error.errors()]) from None
+        items = error.errors()
+        raise ConfigError([f"{where}: {_explain(item, tree)}" for item in items if not _follows(item, items)]) from None
 
 
 def dump_yaml(config: BaseModel) -> str:
@@ -90,8 +91,8 @@ def _read_yaml(path: Path) -> dict:
         raise ConfigError([f"{path}: cannot be read: {error}"]) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}," if mark else ""
-        raise ConfigError([f"{path}:{line} is not valid YAML: {getattr(error, 'problem', error)}"]) from None
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError([f"{path}{line}: is not valid YAML: {getattr(error, 'problem', error)}"]) from None
     if not isinstance(tree, dict):
         raise ConfigError([f"{path}: must hold keys and values, such as `kind: train`"])
     return tree
@@ -113,23 +114,32 @@ def _apply_override(tree: dict, override: str) -> str | None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         return f"override {override!r}: must look like section.key=value"
-    *sections, key = dotted.split(".")
-    node: Any = tree
-    for section in sections:
-        node = node[int(section)] if isinstance(node, list) and section.isdigit() else node.setdefault(section, {})
-        if not isinstance(node, dict | list):
-            return f"override {override!r}: {section} holds a value, not a section"
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return f"override {override!r}: the value is not valid YAML"
-    if isinstance(node, list):
-        if not key.isdigit() or int(key) >= len(node):
-            return f"override {override!r}: {dotted} is a list of {len(node)}, and {key} is no place in it"
-        node[int(key)] = value
-    else:
-        node[key] = value
+    keys = dotted.split(".")
+    node: Any = tree
+    for depth, key in enumerate(keys):
+        where = ".".join(keys[:depth])
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                return f"override {override!r}: {where} is a list of {len(node)}, counted from 0, and has no {key}"
+            key = int(key)
+        elif not isinstance(node, dict):
+            return f"override {override!r}: {where} holds a value, not a section"
+        if depth == len(keys) - 1:
+            node[key] = value
+        elif isinstance(node, dict) and node.get(key) is None:
+            node[key] = {}
+        node = node[key]
     return None
+
+
+def _follows(item: dict, items: list[dict]) -> bool:
+    """Whether a mistake is but the consequence of another: a list is too short without its elements that are wrong."""
+    loc = item["loc"]
+    return item["type"] == "too_short" and any(len(i["loc"]) > len(loc) and i["loc"][: len(loc)] == loc for i in items)
 
 
 def _explain(item: dict, tree: dict) -> str:

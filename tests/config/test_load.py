@@ -1,0 +1,245 @@
+"""Configurations: what is merged, what is refused, and what a user is told."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from maxlm.config import dump_yaml, json_schema, load_config, parse_config
+from maxlm.config.model import ModelConfig
+from maxlm.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+CONFIG_FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+
+GOOD = """\
+kind: train
+output: runs/x
+model: {num_layers: 2, num_heads: 4, num_kv_heads: 2}
+objective:
+  kind: pretrain
+  sources: [{path: a}, {path: b, weight: 2}]
+"""
+
+
+@pytest.fixture
+def good(tmp_path):
+    path = tmp_path / "good.yaml"
+    path.write_text(GOOD, encoding="utf-8")
+    return path
+
+
+def problems(path, overrides=(), **arguments) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides, **arguments)
+    return [problem.removeprefix(f"{path}: ") for problem in error.value.problems]
+
+
+def test_all_mistakes_are_told_at_once(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(
+        "kind: train\n"
+        "output: x\n"
+        "modle: {}\n"
+        "model: {num_layers: two, embed_dim: -1, nam_heads: 3}\n"
+        "objective:\n"
+        "  kind: pretrain\n"
+        "  sources: [{pth: a}, {path: 3}]\n"
+        "optim: {lerning_rate: 1, schedule: {kind: cosin}}\n"
+        "mesh: {data: 0}\n",
+        encoding="utf-8",
+    )
+    assert set(problems(path)) == {
+        "modle: unknown key; did you mean model?",
+        "model.num_layers: 'two': input should be a valid integer, unable to parse string as an integer",
+        "model.embed_dim: -1: input should be greater than or equal to 1",
+        "model.nam_heads: unknown key; did you mean num_heads?",
+        "objective.sources.0.path: must be given",
+        "objective.sources.0.pth: unknown key; did you mean path?",
+        "objective.sources.1.path: 3: input should be a valid string",
+        "optim.lerning_rate: unknown key; did you mean learning_rate?",
+        "optim.schedule.kind: 'cosin': input should be 'cosine', 'wsd' or 'constant'",
+        "mesh: at most one mesh axis may be -1, and none may be 0",
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("kind=trian", "kind: 'trian' must be one of 'train', 'data', 'tokenizer'; did you mean train?"),
+        ("objective.kind=gpro", "objective.kind: 'gpro' must be one of 'pretrain', 'sft', 'reward', 'dpo', 'grpo'"),
+        ("objective.sources=[]", "objective.sources: []: tuple should have at least 1 item"),
+        ("optim.learning_rate=nan", "optim.learning_rate: 'nan': input should be a finite number"),
+        ("optim.learning_rate=.inf", "optim.learning_rate: inf: input should be a finite number"),
+        ("optim.beta2=1", "optim.beta2: 1: input should be less than 1"),
+        ("output=5", "output: 5: input should be a valid string"),
+        ("steps=", "steps: None: input should be a valid integer"),
+        ("seed=1.5", "seed: 1.5: input should be a valid integer"),
+        ("optim=3", "optim: 3: input should be a valid dictionary"),
+        ("batch_size=10", None),
+        ("accumulate=3", "batch_size (16) must be a multiple of accumulate (3)"),
+        ("model.num_kv_heads=3", "model: num_heads (4) must be a multiple of num_kv_heads (3)"),
+        ("model.head_dim=7", "model: head_dim (7) must be even"),
+        ("model.window_pattern=[8, null, 8]", "num_layers (2) must be a multiple of the length of window_pattern (3)"),
+        ("row_length=512", "row_length (512) exceeds model.max_length (256)"),
+        ("model=null", "either model or init_from must be given"),
+        ("objective={kind: sft, train_file: x}", "init_from must name the model that objective.kind=sft starts from"),
+    ],
+)
+def test_what_does_not_fit_is_told_with_path_and_value(good, override, message):
+    if message is None:
+        load_config(good, [override])
+    else:
+        assert any(message in problem for problem in problems(good, [override])), problems(good, [override])
+
+
+def test_a_key_far_from_all_others_is_told_what_is_allowed(good):
+    [problem] = problems(good, ["checkpoint.zzz=1"])
+    assert problem == "checkpoint.zzz: unknown key; allowed here: every, keep"
+
+
+def test_overrides_reach_sections_lists_and_what_is_not_there(good):
+    config = load_config(
+        good,
+        [
+            "objective.sources.1.path=c",
+            "objective.sources.0.weight=0.5",
+            "optim.learning_rate=3e-4",
+            "optim.clip_norm=null",
+            "optim.schedule.kind=wsd",
+            "lora=null",
+            "lora.rank=4",
+            "model.window_pattern=[null, 16]",
+            "steps=7",
+        ],
+    )
+    assert [(source.path, source.weight) for source in config.objective.sources] == [("a", 0.5), ("c", 2.0)]
+    assert config.optim.learning_rate == 3e-4
+    assert config.optim.clip_norm is None
+    assert config.optim.schedule.kind == "wsd"
+    assert config.lora.rank == 4
+    assert config.model.window_pattern == (None, 16)
+    assert config.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps", "must look like section.key=value"),
+        ("=3", "must look like section.key=value"),
+        ("optim.learning_rate={a", "the value is not valid YAML"),
+        ("output.x=1", "output holds a value, not a section"),
+        ("objective.sources.2.path=x", "objective.sources is a list of 2, counted from 0, and has no 2"),
+        ("objective.sources.2=x", "objective.sources is a list of 2, counted from 0, and has no 2"),
+        ("objective.sources.first.path=x", "objective.sources is a list of 2, counted from 0, and has no first"),
+        ("objective.sources.-1.path=x", "objective.sources is a list of 2, counted from 0, and has no -1"),
+    ],
+)
+def test_an_override_that_reaches_nothing_is_told(good, override, message):
+    assert problems(good, [override, "steps=3"]) == [f"override {override!r}: {message}"]
+
+
+def test_a_base_is_merged_and_its_file_is_relative(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "base.yaml").write_text(GOOD + "optim: {kind: muon, weight_decay: 0.3}\n")
+    top = tmp_path / "top.yaml"
+    top.write_text("base: models/base.yaml\noutput: runs/y\noptim: {weight_decay: 0.2}\nmodel: {num_layers: 6}\n")
+    config = load_config(top, ["optim.beta1=0.8"])
+    assert config.output == "runs/y"
+    assert (config.optim.kind, config.optim.weight_decay, config.optim.beta1) == ("muon", 0.2, 0.8)
+    assert (config.model.num_layers, config.model.num_heads) == (6, 4)
+    assert [source.path for source in config.objective.sources] == ["a", "b"]
+
+
+def test_a_section_of_another_kind_replaces_that_of_the_base(tmp_path):
+    (tmp_path / "base.yaml").write_text(GOOD)
+    top = tmp_path / "top.yaml"
+    top.write_text("base: base.yaml\ninit_from: runs/a\nobjective: {kind: sft, train_file: t.jsonl}\n")
+    assert load_config(top).objective.train_file == "t.jsonl"
+
+
+def test_a_base_has_no_base(tmp_path):
+    (tmp_path / "a.yaml").write_text(GOOD)
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    (tmp_path / "c.yaml").write_text("base: b.yaml\n")
+    load_config(tmp_path / "b.yaml")
+    assert problems(tmp_path / "c.yaml") == ["its base b.yaml has a base of its own; only one level is allowed"]
+    (tmp_path / "d.yaml").write_text("base: [a.yaml]\n")
+    assert problems(tmp_path / "d.yaml") == ["base: ['a.yaml'] is not the name of a file"]
+
+
+def test_a_missing_file_is_told_with_the_nearest(good):
+    missing = good.with_name("god.yaml")
+    assert problems(missing) == [f"there is no such file; did you mean {good}?"]
+    assert problems(good.parent / "none" / "x.yaml") == ["there is no such file"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kind: train\nmodel: {a: 1\nsteps: 3\n", ", line 3: is not valid YAML"),
+        ("- 1\n", "must hold keys and values"),
+        ("", "must hold keys and values"),
+    ],
+)
+def test_what_is_no_configuration_is_told_with_its_line(tmp_path, text, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    [problem] = problems(path)
+    assert message in problem
+
+
+def test_bytes_that_are_no_text_and_folders_are_told(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"\xff\xfe\x00kind")
+    assert "cannot be read" in problems(path)[0]
+    assert "cannot be read" in problems(tmp_path)[0]
+
+
+def test_the_wrong_kind_is_told(good):
+    good.write_text(GOOD.replace("kind: train\n", "", 1), encoding="utf-8")
+    assert problems(good) == ["kind: None must be one of 'train', 'data', 'tokenizer'"]
+    good.write_text(GOOD, encoding="utf-8")
+    assert problems(good, kind="data") == ["kind is 'train', and this command needs kind: data"]
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_configuration_of_the_repository_loads(path, tmp_path):
+    config = load_config(path)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_yaml(config), encoding="utf-8")
+    assert load_config(copy) == config
+    assert len(path.read_text().splitlines()) < 60
+
+
+def test_the_repository_has_configurations():
+    assert len(CONFIG_FILES) >= 5
+
+
+def test_the_schema_is_one_and_names_every_key():
+    schema = json.loads(json.dumps(json_schema()))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    for path in CONFIG_FILES:
+        validator.validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    validator.validate({"base": "x.yaml", **yaml.safe_load(GOOD)})
+    with pytest.raises(jsonschema.ValidationError):
+        validator.validate({**yaml.safe_load(GOOD), "stepz": 3})
+    assert set(schema["$defs"]["ModelConfig"]["properties"]) == set(ModelConfig.model_fields)
+
+
+def test_configurations_do_not_change():
+    config = parse_config({"kind": "tokenizer", "output": "a", "input": "b"})
+    with pytest.raises(ValueError, match="frozen"):
+        config.output = "c"
+
+
+def test_configuration_needs_no_jax():
+    heavy = ("jax", "numpy", "flax", "grain")
+    script = f"import sys, maxlm.config; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
