@@ -1,6 +1,7 @@
 """The command line: one subcommand for each stage. Stages are imported when they run, so that `--help` is instant."""
 
 import argparse
+import errno
 import importlib
 import json
 import sys
@@ -53,6 +54,13 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        # A folder that may not be written, a file in its place, a full disk are the user's to mend.
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"maxlm: {where}{error.strerror.lower()}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("maxlm: interrupted", file=sys.stderr)
         return 130

@@ -5,6 +5,9 @@ from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 
+# Where Linux shows TPUs (the first two), and NVIDIA's and AMD's GPUs.
+_ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd")
+
 
 def prepare_platform() -> None:
     """Set what JAX reads from the environment, where the user has not.
@@ -21,6 +24,4 @@ def prepare_platform() -> None:
 
 
 def _has_accelerator() -> bool:
-    return any(
-        glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
-    )
+    return any(glob(pattern) for pattern in _ACCELERATORS)

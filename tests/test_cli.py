@@ -1,0 +1,137 @@
+"""The command line as a whole: quick to start, and a user's mistake is one sentence."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from maxlm import cli
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("jax", "numpy", "grain", "flax", "orbax", "tensorstore", "pyarrow", "rich", "fastapi", "etils")
+COMMANDS = (
+    "config",
+    "data",
+    "tokenizer",
+    "train",
+    "preview",
+    "eval",
+    "export",
+    "generate",
+    "chat",
+    "serve",
+    "quickstart",
+)
+
+
+def python(script: str, **variables) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_help_imports_nothing_heavy():
+    done = python(
+        "import sys\nfrom maxlm.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as end:\n    code = end.code\n"
+        f"print(code, [name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+    )
+    assert done.stderr.strip() == "0 []"
+    for command in (*COMMANDS, "submit"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "submit"])
+def test_every_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    assert end.value.code == 0
+    assert f"maxlm {command}" in capsys.readouterr().out
+
+
+def test_config_show_prints_what_loads_again(tmp_path, capsys):
+    assert cli.main(["config", "show", "configs/quickstart/pretrain.yaml", "optim.learning_rate=1e-3"]) == 0
+    shown = capsys.readouterr().out
+    (tmp_path / "shown.yaml").write_text(shown, encoding="utf-8")
+    assert cli.main(["config", "show", str(tmp_path / "shown.yaml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["optim"]["learning_rate"] == 1e-3
+    assert cli.main(["config", "schema"]) == 0
+    assert "TrainConfig" in json.loads(capsys.readouterr().out)["$defs"]
+
+
+def test_mistakes_are_sentences_and_exit_2(tmp_path, capsys):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("kind: train\noutput: x\nmodel: {num_layer: 2}\nobjective: {kind: pretrain, sources: [{path: a}]}\n")
+    assert cli.main(["train", str(bad), "optim.lr=1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert lines[0] == f"maxlm: {bad}: model.num_layer: unknown key; did you mean num_layers?"
+    assert lines[1].startswith(f"{bad}: optim.lr: unknown key")
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["train", "configs/data/embedded.yaml"], "kind is 'data', and this command needs kind: train"),
+        (["train", "configs/quickstart/pretrain.yaml", "objective.sources.0.path={tmp}/none"], "none"),
+        (["train", "configs/post/sft.yaml", "init_from={tmp}/none"], "none"),
+        (["data", "build", "configs/data/embedded.yaml", "tokenizer={tmp}/none"], "none"),
+        (["eval", "{tmp}/none"], "none"),
+        (["generate", "{tmp}/none", "Hello"], "none"),
+    ],
+)
+def test_what_is_not_there_is_one_sentence(arguments, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    if arguments[0] in ("train", "data"):
+        arguments.append(f"output={tmp_path}/out")
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, tiny_data_folder, capsys):
+    (tmp_path / "file").write_text("in the way")
+    arguments = ["train", "configs/quickstart/pretrain.yaml", f"objective.sources.0.path={tiny_data_folder}"]
+    code = cli.main([*arguments, f"output={tmp_path}/file/run", "row_length=32", "steps=1"])
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert f"{tmp_path}/file" in error
+    assert "Traceback" not in error
+
+
+def test_a_tpu_library_without_a_tpu_is_left_alone():
+    """And compiled programs are kept, unless the user says where."""
+    script = (
+        "import os, sys\nfrom maxlm.core import platform\nfor name in ('JAX_PLATFORMS', 'JAX_COMPILATION_CACHE_DIR'):\n"
+        "    os.environ.pop(name, None)\n"
+        "platform.find_spec = lambda name: {libtpu}\nplatform._ACCELERATORS = ({device!r},)\n"
+        "platform.prepare_platform()\n"
+        "print(os.environ.get('JAX_PLATFORMS'), os.environ['JAX_COMPILATION_CACHE_DIR'], 'jax' in sys.modules)"
+    )
+    cache = str(Path.home() / ".cache" / "maxlm" / "compilation")
+    for libtpu, device, platform in [
+        (True, "/nowhere/*", "cpu"),
+        (True, "/dev/nul*", None),
+        (None, "/nowhere/*", None),
+    ]:
+        done = python(script.format(libtpu=libtpu, device=device))
+        assert done.stdout.split() == [str(platform), cache, "False"], done.stderr
+
+
+def test_what_the_user_set_stays():
+    script = (
+        "import os\nfrom maxlm.core.platform import prepare_platform\nprepare_platform()\n"
+        "print(os.environ['JAX_PLATFORMS'], os.environ['JAX_COMPILATION_CACHE_DIR'])"
+    )
+    done = python(script, JAX_PLATFORMS="cuda", JAX_COMPILATION_CACHE_DIR="/elsewhere")
+    assert done.stdout.split() == ["cuda", "/elsewhere"]
