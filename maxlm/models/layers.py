@@ -77,7 +77,8 @@ class Attention(nnx.Module):
 
     def _merge(self, mixed_BLHE):
         batch, length, heads, head_dim = mixed_BLHE.shape
-        return linear(mixed_BLHE.reshape(batch, length, heads * head_dim), self.out, self.config.matmul_dtype)
+        merged = _reshape(mixed_BLHE, (batch, length, heads * head_dim), ("batch", "length", "heads"))
+        return linear(merged, self.out, self.config.matmul_dtype)
 
 
 class Mlp(nnx.Module):
@@ -123,10 +124,12 @@ class DecoderLayer(nnx.Module):
 
 def _split_heads(x_BLX, num_heads: int, axis: str):
     batch, length, features = x_BLX.shape
-    shape = (batch, length, num_heads, features // num_heads)
-    if not is_explicit():
-        return x_BLX.reshape(shape)
-    return jax.lax.reshape(x_BLX, shape, out_sharding=logical_to_spec(("batch", "length", axis, None)))
+    return _reshape(x_BLX, (batch, length, num_heads, features // num_heads), ("batch", "length", axis, None))
+
+
+def _reshape(x, shape: tuple[int, ...], axes: tuple[str | None, ...]):
+    """Named axes say how the result lies: a head axis of size 1 would otherwise lose its mesh axis."""
+    return jax.lax.reshape(x, shape, out_sharding=logical_to_spec(axes)) if is_explicit() else x.reshape(shape)
 
 
 def _sharded_attention(config: ModelConfig, query_BLHE, key_BLKE, value_BLKE, segment_ids_BL, window):

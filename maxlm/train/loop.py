@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from maxlm.config.load import dump_yaml
 from maxlm.config.train import TrainConfig
+from maxlm.core.batch import Batch
 from maxlm.core.distributed import is_primary, stop_on_signal
 from maxlm.core.hardware import peak_flops
 from maxlm.core.progress import console
@@ -99,7 +100,9 @@ def run(
             (folder / "config.yaml").write_text(metadata["config_yaml"], encoding="utf-8")
         log = stack.enter_context(MetricsLog(folder, start_step=start, total_steps=config.steps))
         stop_requested = stack.enter_context(stop_on_signal())
-        window = StepWindow(config, parameters=state.trainable, peak=peak_flops(mesh.devices.flat[0]), mesh=mesh)
+        window = StepWindow(
+            (state.trainable, frozen), peak=peak_flops(mesh.devices.flat[0]), num_devices=mesh.devices.size
+        )
         in_flight: collections.deque[Any] = collections.deque()
         began = time.perf_counter()
         step, interrupted, valid = start, False, {}
@@ -116,7 +119,7 @@ def run(
             in_flight.append(metrics["loss"])
             if len(in_flight) > STEPS_IN_FLIGHT:
                 in_flight.popleft().block_until_ready()
-            window.add(metrics)
+            window.add(metrics, num_tokens=num_tokens(batch))
 
             last = step == config.steps
             interrupted = stop_requested(step) and step % objective.resume_multiple == 0 and not last
@@ -152,6 +155,12 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_process_local_data(sharding, x)
 
     return jax.tree.map(put, batch)
+
+
+def num_tokens(batch: Any) -> int:
+    """Tokens of all rows in a batch, padding included."""
+    parts = jax.tree.leaves(batch, is_leaf=lambda part: isinstance(part, Batch))
+    return sum(part.tokens.size for part in parts if isinstance(part, Batch))
 
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:

@@ -12,7 +12,6 @@ import jax
 from etils import epath
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from maxlm.config.train import TrainConfig
 from maxlm.core.distributed import is_primary
 from maxlm.core.progress import console
 from maxlm.core.storage import is_remote, storage_path
@@ -21,18 +20,18 @@ from maxlm.core.storage import is_remote, storage_path
 class StepWindow:
     """Gathers the metrics of steps on the device, and brings them to the host once a window."""
 
-    def __init__(self, config: TrainConfig, *, parameters: Any, peak: float | None, mesh):
-        self.tokens_per_step = config.batch_size * config.row_length
-        count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    def __init__(self, model: Any, *, peak: float | None, num_devices: int):
+        count = sum(leaf.size for leaf in jax.tree.leaves(model))
         # 6 FLOPs for each parameter and token (2 forward, 4 backward), attention aside.
         self.flops_per_token = 6 * count
-        self.peak = peak and peak * mesh.devices.size
-        self.seconds, self.steps = 0.0, 0
+        self.peak = peak and peak * num_devices
+        self.seconds, self.tokens = 0.0, 0
         self._compiled = False
         self._reset()
 
     def _reset(self) -> None:
         self._metrics: list[dict] = []
+        self._tokens = 0
         self._began = time.perf_counter()
         self._waited = 0.0
 
@@ -50,8 +49,10 @@ class StepWindow:
         yield
         self._began += time.perf_counter() - began
 
-    def add(self, metrics: dict[str, Any]) -> None:
+    def add(self, metrics: dict[str, Any], *, num_tokens: int) -> None:
+        """One step's metrics, still on the device, and the tokens that it worked on, padding included."""
         self._metrics.append(metrics)
+        self._tokens += num_tokens
 
     def close(self, step: int, *, learning_rate: float) -> dict[str, Any]:
         """Means over the window: one record."""
@@ -60,7 +61,7 @@ class StepWindow:
         terms = metrics[0]["terms"]
         for other in metrics[1:]:
             terms = jax.tree.map(operator.add, terms, other["terms"])
-        rate = len(metrics) * self.tokens_per_step / elapsed
+        rate = self._tokens / elapsed
         record = {
             "step": step,
             "loss": sum(float(m["loss"]) for m in metrics) / len(metrics),
@@ -77,14 +78,14 @@ class StepWindow:
         # The first window holds the compilation and says nothing of the speed.
         if self._compiled:
             self.seconds += elapsed
-            self.steps += len(metrics)
+            self.tokens += self._tokens
         self._compiled = True
         self._reset()
         return record
 
     def tokens_per_second_overall(self) -> float:
         """Over all windows but the first."""
-        return self.steps * self.tokens_per_step / max(self.seconds, 1e-9)
+        return self.tokens / max(self.seconds, 1e-9)
 
 
 class MetricsLog:

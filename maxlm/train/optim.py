@@ -57,7 +57,7 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def muon_labels(tree: Any) -> Any:
-    """`muon` for the stacked matrices of layers, `adamw` for embedding, head, norm scales and adapters."""
+    """`muon` for the stacked matrices of layers, or of their adapters; `adamw` for tables and norm scales."""
 
     def label(path, leaf):
         return "muon" if path_of(path).startswith("layers/") and leaf.ndim == 3 else "adamw"

@@ -65,8 +65,8 @@ def _signal_after_step(name: str, step: int) -> None:
 
     add, count = StepWindow.add, iter(range(1, 1 << 30))
 
-    def add_then_signal(self, metrics):
-        add(self, metrics)
+    def add_then_signal(self, *args, **kwargs):
+        add(self, *args, **kwargs)
         if next(count) == step:
             os.kill(os.getpid(), getattr(signal, name))
 
