@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 from etils import epath
 
-from maxlm.core.storage import files_in, is_remote, relative_path, storage_path
+from maxlm.core.storage import absolute_path, files_in, is_remote, relative_path, storage_path
 from maxlm.errors import DataError
 
 FILE_NAME = "manifest.json"
@@ -69,10 +69,10 @@ def manifest_chain(folder: str | Path) -> list[dict]:
             return
         manifest = read_manifest(path)
         for item in manifest["inputs"].values():
-            visit((epath.Path(item["path"]) if is_remote(item["path"]) else path / item["path"]).resolve())
+            visit(absolute_path(item["path"] if is_remote(item["path"]) else path / item["path"]))
         chain[path] = {"folder": str(path), "hash": content_hash(path), **manifest}
 
-    visit(storage_path(folder).resolve())
+    visit(absolute_path(folder))
     return list(chain.values())
 
 

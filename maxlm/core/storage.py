@@ -24,6 +24,12 @@ def storage_path(path: str | os.PathLike) -> epath.Path:
     return path
 
 
+def absolute_path(path: str | os.PathLike) -> epath.Path:
+    """`storage_path`, and for a local one from the root of the disk."""
+    path = storage_path(path)
+    return path if is_remote(path) else path.resolve()
+
+
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether it lies in a bucket."""
     return "://" in os.fspath(path)

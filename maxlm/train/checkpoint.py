@@ -19,7 +19,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 
 from maxlm.core.distributed import is_primary
 from maxlm.core.progress import console
-from maxlm.core.storage import is_remote, storage_path
+from maxlm.core.storage import absolute_path, is_remote
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError, TrainingError
 from maxlm.train.state import TrainState
@@ -34,7 +34,7 @@ class Checkpointer:
     """
 
     def __init__(self, run_folder: str | os.PathLike, *, keep: int):
-        self.folder = storage_path(run_folder).resolve() / FOLDER
+        self.folder = absolute_path(run_folder) / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -169,15 +169,15 @@ def find_checkpoint(path: str | os.PathLike) -> epath.Path:
     Raises:
       CheckpointError: there is none.
     """
-    path = storage_path(path)
+    path = absolute_path(path)
     if (path / "weights").is_dir():
-        return path.resolve()
+        return path
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     steps = _steps(folder)
     if not steps:
         what = "there is no such folder" if not path.exists() else "holds no whole checkpoint"
         raise CheckpointError(f"{path}: {what}; give a run folder of `maxlm train` or one of its checkpoints")
-    return (folder / str(max(steps))).resolve()
+    return folder / str(max(steps))
 
 
 def _steps(folder: epath.Path) -> list[int]:

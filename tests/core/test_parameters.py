@@ -1,0 +1,150 @@
+"""Parameters: what is declared once gives values, shardings and shapes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from maxlm.config import ModelConfig
+from maxlm.config.train import MeshConfig
+from maxlm.core.parameters import Parameter, abstract, initialize, normal, ones, shardings, stack, zeros
+from maxlm.core.sharding import LOGICAL_AXES, MESH_AXES, gather_weight, logical_to_spec, make_mesh, shard, spec_of
+from maxlm.core.tree import flatten, path_of, unflatten
+from maxlm.errors import ConfigError
+from maxlm.models.decoder import Decoder
+
+CONFIG = ModelConfig(
+    vocab_size=64, num_layers=2, embed_dim=16, mlp_dim=24, num_heads=4, num_kv_heads=2, head_dim=4, qk_norm=True
+)
+MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8, "fsdp": 1}]
+
+
+def mesh_of(**sizes):
+    return make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
+
+
+def arrays(tree) -> dict[str, np.ndarray]:
+    return flatten(jax.device_get(tree))
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_values_are_the_same_on_every_mesh(sizes):
+    plan, key = Decoder(CONFIG), jax.random.key(3)
+    alone, cut = arrays(initialize(plan, key)), arrays(initialize(plan, key, mesh_of(**sizes)))
+    for path, value in alone.items():
+        np.testing.assert_array_equal(cut[path], value, err_msg=path)
+
+
+def test_a_value_depends_on_the_key_and_its_own_path_alone():
+    def declare(*names):
+        return {name: Parameter((4, 5), ("embed", "mlp"), normal(1.0)) for name in names}
+
+    few, many = (arrays(initialize(declare(*names), jax.random.key(0))) for names in (("b",), ("a", "b", "c")))
+    np.testing.assert_array_equal(few["b"], many["b"])
+    assert not np.array_equal(many["a"], many["b"])
+    other_key = arrays(initialize(declare("b"), jax.random.key(1)))
+    assert not np.array_equal(few["b"], other_key["b"])
+
+
+def test_initial_scales_are_those_that_are_declared():
+    config = CONFIG.model_copy(update={"embed_dim": 128, "mlp_dim": 256, "vocab_size": 512})
+    values = arrays(initialize(Decoder(config), jax.random.key(0)))
+    assert values["embedding"].std() == pytest.approx(0.02, rel=0.05)
+    assert values["layers/mlp/gate"].std() == pytest.approx(128**-0.5, rel=0.05)
+    # What is added to the residual stream is smaller by the number of additions.
+    assert values["layers/mlp/down"].std() == pytest.approx(256**-0.5 / 2, rel=0.05)
+    np.testing.assert_array_equal(values["layers/attention_norm"], np.ones((2, 128)))
+
+
+def test_stacked_layers_are_drawn_apart():
+    stacked = stack({"w": Parameter((3, 4), ("embed", "mlp"), normal(1.0)), "b": Parameter((4,), ("norm",), ones)}, 5)
+    assert stacked["w"].shape == (5, 3, 4)
+    assert stacked["w"].axes == ("layers", "embed", "mlp")
+    values = arrays(initialize(stacked, jax.random.key(0)))
+    assert len(np.unique(values["w"])) == 60
+    np.testing.assert_array_equal(values["b"], np.ones((5, 4)))
+
+
+def test_shardings_and_shapes_follow_from_the_declaration():
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    plan = Decoder(CONFIG)
+    layouts = {path: layout.spec for path, layout in flatten(shardings(plan, mesh)).items()}
+    assert layouts["embedding"] == P("tensor", "fsdp")
+    assert layouts["layers/attention/query"] == P(None, "fsdp", "tensor")
+    assert layouts["layers/attention/out"] == P(None, "tensor", "fsdp")
+    assert layouts["layers/mlp/down"] == P(None, "tensor", "fsdp")
+    assert layouts["layers/attention/query_norm"] == P(None, None)
+    shapes = flatten(abstract(plan, mesh))
+    made = flatten(initialize(plan, jax.random.key(0), mesh))
+    assert shapes.keys() == made.keys()
+    for path, shape in shapes.items():
+        assert (shape.shape, shape.dtype, shape.sharding) == (made[path].shape, made[path].dtype, made[path].sharding)
+
+
+def test_shape_and_axes_must_agree():
+    with pytest.raises(ValueError, match="differ in length"):
+        Parameter((3, 4), ("embed",), zeros)
+
+
+def test_colliding_axes_are_an_error():
+    with pytest.raises(ValueError, match="use mesh axis 'tensor' twice"):
+        logical_to_spec(("heads", "mlp"))
+    with pytest.raises(ValueError, match="use mesh axis 'fsdp' twice"):
+        logical_to_spec(("batch", "embed"))
+    with pytest.raises(ValueError, match="'hats' is not in the table"):
+        logical_to_spec(("hats",))
+
+
+def test_the_table_names_axes_of_the_mesh():
+    for axes in LOGICAL_AXES.values():
+        assert set(axes or ()) <= set(MESH_AXES)
+    assert logical_to_spec(("batch", "length", None)) == P(("data", "fsdp"), None, None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({"fsdp": -1}, (1, 8, 1)),
+        ({"data": -1, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
+        ({"data": 2, "fsdp": 1, "tensor": 1}, (2, 1, 1)),
+        ({"fsdp": 1, "tensor": 8}, (1, 1, 8)),
+    ],
+)
+def test_a_mesh_has_the_sizes_that_are_asked_for(sizes, shape):
+    mesh = make_mesh(MeshConfig(**sizes))
+    assert (mesh.axis_names, mesh.devices.shape) == (MESH_AXES, shape)
+    assert mesh.axis_types == (AxisType.Explicit,) * 3
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 16}, {"data": 3, "fsdp": 3}, {"data": 9, "fsdp": -1}])
+def test_a_mesh_that_is_too_large_is_told(sizes):
+    with pytest.raises(ConfigError, match=r"needs \d+ devices, and there are 8; make mesh sizes smaller"):
+        make_mesh(MeshConfig(**sizes))
+
+
+def test_without_a_mesh_nothing_is_laid_out():
+    x = jnp.ones((4, 4))
+    assert shard(x, "batch", None) is x
+    assert gather_weight(x) is x
+
+
+def test_a_gathered_weight_is_whole_along_fsdp_and_cut_along_tensor():
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    parameter = {"w": Parameter((8, 8), ("embed", "mlp"), normal(1.0))}
+    with jax.set_mesh(mesh):
+        weight = initialize(parameter, jax.random.key(0), mesh)["w"]
+        assert spec_of(weight) == P("fsdp", "tensor")
+        assert spec_of(gather_weight(weight)) == P(None, "tensor")
+
+
+def test_paths_name_leaves_and_trees_come_back():
+    tree = {"a": [jnp.ones(1), jnp.zeros(2)], "b": {"c": jnp.ones(3)}}
+    flat = flatten(tree)
+    assert list(flat) == ["a/0", "a/1", "b/c"]
+    assert jax.tree.structure(unflatten(flat, tree)) == jax.tree.structure(tree)
+    [(path, _), *_] = jax.tree_util.tree_leaves_with_path(Decoder(CONFIG), is_leaf=lambda x: isinstance(x, Parameter))
+    assert path_of(path) == "embedding"
+    with pytest.raises(KeyError, match=r"missing \['b/c'\], not wanted \['d'\]"):
+        unflatten({"a/0": 1, "a/1": 2, "d": 3}, tree)
