@@ -5,42 +5,41 @@ was interrupted goes on where it stopped.
 """
 
 import json
-import os
+import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import maxlm
-from maxlm.config import load_config
+from maxlm.config import TrainConfig, load_config
 from maxlm.core.manifest import content_hash, manifest_chain, read_manifest, write_json
 from maxlm.core.progress import console
-from maxlm.errors import CheckFailed, DataError
-from maxlm.quickstart.configs import config_folder
+from maxlm.errors import CheckFailed, ConfigError, DataError
+from maxlm.quickstart.checks import checks
+from maxlm.quickstart.configs import config_folder, moved_paths
 from maxlm.quickstart.server import chat_once
 from maxlm.quickstart.tasks import write_tasks
 
+RECIPES = ("data", "tokenizer", "pretrain", "sft", "align")
 CHAT_PROMPT = "What is the last parameter of `copyfile(src, dst)`?"
-SAMPLE_PROMPTS = ("Return the ", "The default value is ", "If the file does not exist, ")
-SAMPLES_OF_A_PROMPT = 2
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that the main job must show."""
-
-    name: str
-    passed: bool
-    told: str
 
 
 class Quickstart:
     """The stages, in the order of `run`, in one output folder."""
 
-    def __init__(self, output: str | Path):
+    def __init__(self, output: str | Path, overrides: Sequence[str] = ()):
+        """`overrides` begin with the name of a recipe: `pretrain.steps=800`.
+
+        Raises:
+          ConfigError: an override names no recipe.
+        """
         self.folder = Path(output)
-        self.seconds: dict[str, float] = {}
+        self._overrides: dict[str, list[str]] = {name: [] for name in RECIPES}
+        for override in overrides:
+            name, _, rest = override.partition(".")
+            if name not in self._overrides:
+                raise ConfigError([f"override {override!r}: must begin with one of {', '.join(RECIPES)} and a dot"])
+            self._overrides[name].append(rest)
 
     def run(self) -> dict[str, Any]:
         """Run or finish all stages; returns the summary that stands in `summary.json`.
@@ -75,10 +74,11 @@ class Quickstart:
     def path(self, name: str) -> Path:
         return self.folder / name
 
-    def config(self, name: str, *overrides: str) -> Any:
-        """A recipe of configs/quickstart with its paths moved to this output folder."""
-        text = (config_folder() / f"{name}.yaml").read_text(encoding="utf-8")
-        return load_config(config_folder() / f"{name}.yaml", [*_moved_paths(text, self.folder), *overrides])
+    def config(self, name: str) -> Any:
+        """A recipe of configs/quickstart with its paths moved to this output folder, and the user's overrides."""
+        recipe = config_folder() / f"{name}.yaml"
+        moved = moved_paths(recipe.read_text(encoding="utf-8"), self.folder)
+        return load_config(recipe, [*moved, *self._overrides[name]])
 
     def documents(self) -> None:
         from maxlm.data.build import build_data
@@ -115,7 +115,9 @@ class Quickstart:
         if target.exists() and json.loads(target.read_text())["of"] == key:
             console.print(f"{target}: is up to date", markup=False)
             return
-        write_json(target, {"of": key, **self._evaluation()})
+        from maxlm.quickstart.evaluation import evaluate_stages
+
+        write_json(target, {"of": key, **evaluate_stages(self.folder)})
 
     def int8(self) -> None:
         from maxlm.export.int8 import export_int8
@@ -135,7 +137,7 @@ class Quickstart:
         pretrain = read_manifest(self.path("pretrain"))["metrics"]
         receipt = read_manifest(self.path("int8"))["metrics"]
         summary = {
-            "seconds": self._all_seconds(),
+            "seconds": self._seconds(),
             "tokens_per_second": pretrain["tokens_per_second"],
             **{name: evaluation[name] for name in ("bits_per_byte", "sft_exact_match", "align_reward", "samples")},
             "int8": {
@@ -152,13 +154,18 @@ class Quickstart:
         return summary
 
     def _train(self, name: str) -> None:
+        """Train, resume, or skip; what stands there with other settings or on other inputs is made anew."""
         from maxlm.post.run import train
 
         config = self.config(name)
-        if self._is_done(name) and self._is_same(name, config):
+        if self._is_stale(name, config):
+            console.print(f"{self.path(name)}: settings or inputs have changed; it is made anew", markup=False)
+            shutil.rmtree(self.path(name))
+        elif self._is_done(name):
             console.print(f"{self.path(name)}: is done", markup=False)
             return
-        train(config)
+        if not train(config)["metrics"]["finished"]:
+            raise KeyboardInterrupt
 
     def _is_done(self, name: str) -> bool:
         try:
@@ -166,134 +173,31 @@ class Quickstart:
         except DataError:
             return False
 
-    def _is_same(self, name: str, config: Any) -> bool:
-        """Whether the finished run had this number of steps and stands on the inputs of today."""
-        manifest = read_manifest(self.path(name))
-        inputs = manifest["inputs"].values()
-        fresh = all(content_hash(self.path(name) / item["path"]) == item["hash"] for item in inputs)
-        return fresh and manifest["metrics"]["steps"] == config.steps
+    def _is_stale(self, name: str, config: TrainConfig) -> bool:
+        folder = self.path(name)
+        if not (folder / "config.yaml").exists():
+            return False
+        former = load_config(folder / "config.yaml")
+        # A run's own copy has its model filled in, from the tokenizer or from the run that it started from.
+        model = config.model and config.model.model_copy(update={"vocab_size": former.model.vocab_size})
+        if config.model_copy(update={"model": model or former.model}) != former:
+            return True
+        inputs = read_manifest(folder)["inputs"].values() if (folder / "manifest.json").exists() else ()
+        return any(content_hash(folder / item["path"]) != item["hash"] for item in inputs)
 
     def _is_of(self, folder: Path, name: str, source: Path) -> bool:
         return read_manifest(folder)["inputs"][name]["hash"] == content_hash(source)
 
-    def _evaluation(self) -> dict[str, Any]:
-        from maxlm.eval.baselines import baselines
-        from maxlm.eval.inputs import read_held_out, read_training
-        from maxlm.eval.interval import paired_difference
-        from maxlm.eval.likelihood import bits_per_byte
-        from maxlm.eval.tasks import exact_match, read_examples
-
-        train_texts, valid_texts = read_training(self.path("data")), read_held_out(self.path("data"))
-        questions = read_examples(self.path("tasks") / "questions.jsonl")
-        base, sft, aligned = (maxlm.load(self.path(name)) for name in ("pretrain", "sft", "align"))
-
-        console.print("evaluating held-out text", markup=False)
-        simple = baselines(train_texts, valid_texts, base.tokenizer).to_dict()
-        likelihood = bits_per_byte(base, valid_texts)
-
-        console.print("evaluating held-out questions", markup=False)
-        settings = {"max_new_tokens": 16}
-        before, after = (exact_match(model, questions, **settings) for model in (base, sft))
-        sampled_before, sampled_after = (
-            exact_match(model, questions, temperature=1.0, **settings) for model in (sft, aligned)
-        )
-        greedy_aligned = exact_match(aligned, questions, **settings)
-        return {
-            "bits_per_byte": {"pretrain": likelihood.bits_per_byte.to_dict(), **simple},
-            "sft_exact_match": {
-                "before": before.accuracy.value,
-                "after": after.accuracy.value,
-                "aligned": greedy_aligned.accuracy.value,
-                "interval": list(paired_difference(before.correct, after.correct).bounds),
-                "by_kind": {
-                    kind: {"before": before.by_kind[kind].value, "after": after.by_kind[kind].value}
-                    for kind in after.by_kind
-                },
-            },
-            "align_reward": {
-                "before": sampled_before.accuracy.value,
-                "after": sampled_after.accuracy.value,
-                "interval": list(paired_difference(sampled_before.correct, sampled_after.correct).bounds),
-            },
-            "samples": self._samples(base, aligned, questions),
-        }
-
-    def _samples(self, base: Any, aligned: Any, questions: list[Any]) -> list[dict[str, str]]:
-        prompts = [prompt for prompt in SAMPLE_PROMPTS for _ in range(SAMPLES_OF_A_PROMPT)]
-        texts = base.generate(prompts, max_new_tokens=48, temperature=0.7, top_p=0.95)
-        asked = [example.prompt for example in questions[:4]]
-        answers = aligned.generate(asked, max_new_tokens=16)
-        return [
-            *({"stage": "pretrain", "prompt": prompt, "text": text} for prompt, text in zip(prompts, texts)),
-            *(
-                {"stage": "align", "prompt": messages[-1]["content"], "text": text}
-                for messages, text in zip(asked, answers)
-            ),
-        ]
-
     def _timed(self, stage: Callable[[], None]) -> None:
-        name = stage.__name__
-        console.rule(f"[bold]{name}")
+        """Run a stage and note its seconds; one that is skipped takes none, and keeps those of when it worked."""
+        console.rule(f"[bold]{stage.__name__}")
         began = time.perf_counter()
         stage()
-        self.seconds[name] = round(time.perf_counter() - began, 2)
+        elapsed = round(time.perf_counter() - began, 2)
+        seconds = self._seconds()
+        seconds[stage.__name__] = max(elapsed, seconds.get(stage.__name__, 0.0))
+        write_json(self.path("seconds.json"), seconds)
 
-    def _all_seconds(self) -> dict[str, float]:
-        """Seconds of each stage in the run that did its work: a stage that was skipped keeps its former time."""
+    def _seconds(self) -> dict[str, float]:
         target = self.path("seconds.json")
-        former = json.loads(target.read_text()) if target.exists() else {}
-        seconds = {name: max(value, former.get(name, 0.0)) for name, value in self.seconds.items()}
-        write_json(target, seconds)
-        return seconds
-
-
-def checks(summary: dict[str, Any]) -> list[Check]:
-    """What the main job must show, in numbers."""
-    bits, match, reward = summary["bits_per_byte"], summary["sft_exact_match"], summary["align_reward"]
-    model, bigram, xz = bits["pretrain"], bits["bigram"], bits["xz"]
-    change, reply = summary["int8"]["perplexity_change"], summary["chat"]["reply"]
-    return [
-        Check(
-            "pretraining beats a bigram model and xz",
-            model["high"] < bigram["value"] and model["value"] < xz,
-            f"{model['value']:.3f} bits per byte [{model['low']:.3f}, {model['high']:.3f}]"
-            f" against {bigram['value']:.3f} and {xz:.3f}; xz after the training text:"
-            f" {bits['xz_after_training']:.3f}",
-        ),
-        Check(
-            "SFT lifts exact match on held-out questions",
-            match["interval"][0] > 0.2,
-            f"{match['before']:.1%} to {match['after']:.1%}, difference {_interval(match['interval'])}",
-        ),
-        Check(
-            "alignment lifts its reward",
-            reward["interval"][0] > 0,
-            f"{reward['before']:.1%} to {reward['after']:.1%}, difference {_interval(reward['interval'])}",
-        ),
-        Check("int8 costs at most 0.5 % perplexity", abs(change) <= 0.005, f"{change:+.3%}"),
-        Check("the server streams an answer", bool(reply) and summary["chat"]["events"] > 1, f"{reply!r}"),
-    ]
-
-
-def _interval(bounds: list[float]) -> str:
-    return f"[{bounds[0]:+.1%}, {bounds[1]:+.1%}]"
-
-
-def _moved_paths(text: str, folder: Path) -> list[str]:
-    """Overrides that put every `runs/quickstart/...` of a recipe under `folder`."""
-    import yaml
-
-    overrides: list[str] = []
-
-    def visit(node: Any, dotted: str) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                visit(value, f"{dotted}.{key}" if dotted else key)
-        elif isinstance(node, list):
-            for index, value in enumerate(node):
-                visit(value, f"{dotted}.{index}")
-        elif isinstance(node, str) and node.startswith("runs/quickstart/"):
-            overrides.append(f"{dotted}={json.dumps(os.path.join(folder, node.removeprefix('runs/quickstart/')))}")
-
-    visit(yaml.safe_load(text), "")
-    return overrides
+        return json.loads(target.read_text()) if target.exists() else {}
