@@ -1,0 +1,48 @@
+"""RoPE against rotations of complex numbers, and what makes it a position embedding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.ops.rope import apply_rope, rope_angles
+
+
+def rotate(x, positions, theta=10_000.0):
+    return np.asarray(apply_rope(jnp.asarray(x, "float32"), rope_angles(jnp.asarray(positions), x.shape[-1], theta)))
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500.0])
+def test_pairs_turn_as_complex_numbers_do(theta):
+    random = np.random.default_rng(0)
+    x, positions = random.standard_normal((2, 5, 3, 8)), random.integers(0, 300, (2, 5))
+    z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[..., None, None] * theta ** (-2.0 * np.arange(4) / 8))
+    np.testing.assert_allclose(rotate(x, positions, theta), np.concatenate([z.real, z.imag], -1), rtol=1e-4, atol=1e-4)
+
+
+def test_only_distances_count():
+    random = np.random.default_rng(0)
+    query, key = random.standard_normal((2, 1, 1, 1, 16))
+    products = [(rotate(query, [[40 + shift]]) * rotate(key, [[33 + shift]])).sum() for shift in (0, 5, 1000)]
+    np.testing.assert_allclose(products, products[0], rtol=2e-3)
+    assert abs((rotate(query, [[40]]) * rotate(key, [[34]])).sum() - products[0]) > 0.01
+
+
+def test_far_positions_keep_their_precision():
+    """Angles are computed in float32 however low the activations are."""
+    x = np.random.default_rng(0).standard_normal((1, 1, 1, 8))
+    angles = rope_angles(jnp.asarray([[4001]]), 8, 10_000.0)
+    got = apply_rope(jnp.asarray(x, "bfloat16"), angles)
+    assert got.dtype == jnp.bfloat16
+    assert angles[0].dtype == jnp.float32
+    np.testing.assert_allclose(np.float32(got), rotate(x, [[4001]]), atol=0.03)
+
+
+def test_the_gradient_turns_back():
+    random = np.random.default_rng(0)
+    x, grad = random.standard_normal((2, 1, 6, 2, 8))
+    positions = np.arange(6)[None]
+    _, pull = jax.vjp(lambda x: apply_rope(x, rope_angles(positions, 8, 10_000.0)), jnp.float32(x)[None])
+    np.testing.assert_allclose(
+        pull(jnp.float32(grad)[None])[0][0], rotate(grad[None], -positions)[0], rtol=1e-4, atol=1e-5
+    )
