@@ -60,7 +60,8 @@ def muon_labels(tree: Any) -> Any:
     """`muon` for the stacked matrices of layers, or of their adapters; `adamw` for tables and norm scales."""
 
     def label(path, leaf):
-        return "muon" if path_of(path).startswith("layers/") and leaf.ndim == 3 else "adamw"
+        # The first key of an adapter is the whole path of the weight that it adapts.
+        return "muon" if path_of(path[:1]) == "layers" and leaf.ndim == 3 else "adamw"
 
     return jax.tree_util.tree_map_with_path(label, tree)
 
