@@ -65,6 +65,8 @@ def manifest_chain(folder: str | Path) -> list[dict]:
     chain: dict[epath.Path, dict] = {}
 
     def visit(path: epath.Path) -> None:
+        # A file that a stage made stands in the stage's folder.
+        path = path.parent if path.is_file() else path
         if path in chain or not (path / FILE_NAME).is_file():
             return
         manifest = read_manifest(path)

@@ -1,0 +1,104 @@
+"""The main job on little data and few steps: every stage runs, what is done is skipped, and failed checks fail."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from maxlm.errors import ConfigError
+from maxlm.quickstart.checks import checks
+from maxlm.quickstart.pipeline import Quickstart
+
+SMALL = [
+    "data.sources.0.limit=60",
+    "tokenizer.vocab_size=600",
+    *(f"{stage}.row_length=256" for stage in ("pretrain", "sft")),
+    "pretrain.model.num_layers=1",
+    "pretrain.model.embed_dim=32",
+    "pretrain.model.mlp_dim=64",
+    "pretrain.model.num_heads=2",
+    "pretrain.model.head_dim=16",
+    "pretrain.steps=4",
+    "pretrain.batch_size=4",
+    "sft.steps=2",
+    "sft.batch_size=4",
+    "align.steps=2",
+    "align.batch_size=2",
+    "align.objective.group_size=2",
+    "align.row_length=256",
+]
+
+
+def quickstart(folder, *overrides):
+    command = [sys.executable, "-m", "maxlm.cli", "quickstart", "--output", str(folder), "--json"]
+    environment = {**os.environ, "XLA_FLAGS": ""}  # one device, as a laptop has
+    return subprocess.run([*command, *SMALL, *overrides], capture_output=True, text=True, timeout=600, env=environment)
+
+
+@pytest.mark.slow
+def test_a_model_that_learned_nothing_fails_its_checks_and_is_reported_all_the_same(tmp_path):
+    first = quickstart(tmp_path)
+    assert first.returncode == 1, first.stderr
+    assert "Traceback" not in first.stderr
+    assert "pretraining beats a bigram model and xz" in first.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {link["stage"] for link in summary["manifest_chain"]} == {
+        "data", "tokenizer", "train/pretrain", "tasks", "train/sft", "train/grpo", "export/int8", "data/documents"
+    }  # fmt: skip
+    assert summary["chat"]["events"] > 1
+    assert set(summary["seconds"]) >= {"documents", "pretrain", "sft", "align", "evaluate", "int8", "chat"}
+    report = (tmp_path / "report.html").read_text()
+    assert "xz" in report
+    assert "http://" not in report.replace("http://www.w3.org", "")
+
+    untouched = (tmp_path / "pretrain" / "manifest.json").read_bytes()
+    aligned = (tmp_path / "align" / "manifest.json").read_bytes()
+    again = quickstart(tmp_path, "align.optim.learning_rate=1e-5")
+    assert again.returncode == 1, again.stderr
+    assert (tmp_path / "pretrain" / "manifest.json").read_bytes() == untouched
+    assert (tmp_path / "align" / "manifest.json").read_bytes() != aligned
+
+
+def test_an_override_must_name_a_recipe(tmp_path):
+    with pytest.raises(ConfigError, match="must begin with one of data, tokenizer, pretrain, sft, align"):
+        Quickstart(tmp_path, ["optim.learning_rate=1"])
+
+
+def summary(**changes):
+    values = {
+        "bits_per_byte": {
+            "pretrain": {"value": 1.8, "low": 1.7, "high": 1.9},
+            "bigram": {"value": 2.2, "low": 2.0, "high": 2.4},
+            "xz": 2.3,
+            "xz_after_training": 1.8,
+        },
+        "sft_exact_match": {"before": 0.0, "after": 0.6, "interval": [0.5, 0.7]},
+        "align_reward": {"before": 0.4, "after": 0.6, "interval": [0.1, 0.3]},
+        "int8": {"perplexity_change": 0.001, "mean_kl": 0.001},
+        "chat": {"prompt": "?", "reply": "yes", "events": 3},
+    }
+    return values | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "failed"),
+    [
+        ({}, []),
+        ({"align_reward": {"before": 0.4, "after": 0.5, "interval": [-0.01, 0.2]}}, ["alignment lifts its reward"]),
+        ({"int8": {"perplexity_change": -0.006, "mean_kl": 0}}, ["int8 costs at most 0.5 % perplexity"]),
+        ({"chat": {"prompt": "?", "reply": "", "events": 3}}, ["the server streams an answer"]),
+        (
+            {"sft_exact_match": {"before": 0.3, "after": 0.6, "interval": [0.19, 0.4]}},
+            ["SFT lifts exact match on held-out questions"],
+        ),
+    ],
+)
+def test_checks_judge_the_numbers(changes, failed):
+    assert [check.name for check in checks(summary(**changes)) if not check.passed] == failed
+
+
+def test_a_model_no_better_than_bigrams_fails():
+    bits = summary()["bits_per_byte"] | {"pretrain": {"value": 2.1, "low": 2.0, "high": 2.25}}
+    assert not checks(summary(bits_per_byte=bits))[0].passed
