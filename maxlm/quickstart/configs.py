@@ -2,7 +2,7 @@
 
 import json
 import os
-import sys
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,16 @@ def config_folder() -> Path:
       ConfigError: there is neither.
     """
     checkout = Path(__file__).resolve().parents[2] / "configs" / "quickstart"
-    installed = Path(sys.prefix) / "share" / "maxlm" / "configs" / "quickstart"
-    for folder in (checkout, installed):
-        if folder.is_dir():
-            return folder
-    raise ConfigError([f"neither {checkout} nor {installed} is there; install maxlm again"])
+    if checkout.is_dir():
+        return checkout
+    try:
+        installed = files("maxlm") or []
+    except PackageNotFoundError:
+        installed = []
+    for file in installed:  # pip knows where its scheme (venv, user, system) has put them
+        if file.match("share/maxlm/configs/quickstart/*.yaml") and Path(file.locate()).is_file():
+            return Path(file.locate()).resolve().parent
+    raise ConfigError([f"there is no {checkout}, and the installed maxlm has no recipes: install it again with pip"])
 
 
 def moved_paths(text: str, folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ FOLDER = "share/maxlm/configs/quickstart"
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """Site-packages of an installed copy, its recipes two folders above as in pip's `--user` scheme, not in sys.prefix."""
+    """Site-packages of an installed copy, its recipes two folders above, as `pip install --user` puts them."""
     site = tmp_path / "lib" / "site-packages"
     for name in ("maxlm/__init__.py", "maxlm/errors.py", "maxlm/quickstart/configs.py"):
         (site / name).parent.mkdir(parents=True, exist_ok=True)
