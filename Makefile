@@ -1,10 +1,12 @@
 # make quickstart   text to a served chat model, in minutes on a CPU
 # make test         lint and the whole test suite
-# Both do all of their own set-up in .venv; `make test PYTHON=python3.12` uses another interpreter, in a folder of its own.
+# Both do all of their own set-up in .venv. `make test PYTHON=python3.12` uses another interpreter, given by name or by
+# path, in a folder of its own: .venv-3.12.
 
 SUPPORTED := python3.11 python3.12 python3.13 python3
 PYTHON ?= $(shell for p in $(SUPPORTED); do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+# Empty where there is no such interpreter, or an older one.
+VERSION := $(shell $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) and print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV := $(if $(filter 3.11,$(VERSION)),.venv,.venv-$(VERSION))
 # Python 3.11 is what is pinned; others take the newest versions that pyproject.toml allows.
 CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),--constraint constraints.txt)
@@ -35,8 +37,9 @@ clean:
 	rm -rf .venv .venv-* build *.egg-info
 
 $(VENV)/bin/python:
-	@test -n "$(VERSION)" || { echo "maxlm needs Python 3.11 or newer: install it, or name one with PYTHON=..."; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	@test -n "$(VERSION)" || { echo "maxlm needs Python 3.11 or newer, and $(or $(PYTHON),none of $(SUPPORTED)) is not one that" \
+	  "runs here: install it, or name another with PYTHON=, by name or path"; exit 2; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[serve]'
