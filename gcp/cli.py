@@ -35,7 +35,9 @@ ACTIONS = {
 
 def register(subparsers) -> None:
     """Add `maxlm submit` to the command line."""
-    parser = subparsers.add_parser("submit", help="train on a Cloud TPU: create it, send the code, start, watch, delete")
+    parser = subparsers.add_parser(
+        "submit", help="train on a Cloud TPU: create it, send the code, start, watch, delete"
+    )
     add_arguments(parser)
     parser.set_defaults(func=run)
 

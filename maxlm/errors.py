@@ -39,7 +39,7 @@ class RequestError(MaxlmError):
     """A request to the generator or server cannot be met: too long, an unknown model, a port in use."""
 
 
-class CheckFailed(MaxlmError):
+class CheckFailed(MaxlmError):  # noqa: N818 - not an error of the command, which did its work
     """The command ran, and a check that it makes did not pass."""
 
     exit_code = 1
