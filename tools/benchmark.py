@@ -1,0 +1,159 @@
+"""Medians and ratios of what limits training and decoding on this machine.
+
+    python tools/benchmark.py [product attention step decode] [--repeats 7]
+
+Every variant is run in turn, round by round, so that a busy moment hits all alike; a ratio is to the first variant.
+Results in docs/benchmarks.md come from here.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+from maxlm.core.platform import prepare_platform
+
+prepare_platform()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+
+from maxlm.config import load_config  # noqa: E402
+from maxlm.core.batch import Batch  # noqa: E402
+from maxlm.core.parameters import initialize  # noqa: E402
+from maxlm.models.bundle import quantize_model  # noqa: E402
+from maxlm.models.cache import KVCache  # noqa: E402
+from maxlm.models.decoder import Decoder  # noqa: E402
+from maxlm.ops.attention import attention  # noqa: E402
+from maxlm.train.loss import language_model_loss  # noqa: E402
+from maxlm.train.optim import make_optimizer  # noqa: E402
+from maxlm.train.state import create_state  # noqa: E402
+from maxlm.train.step import train_step  # noqa: E402
+
+Variants = dict[str, Callable[[], object]]
+VOCAB_SIZE = 2048
+
+
+def product() -> tuple[str, Variants]:
+    """One matrix product: dtype of the operands, and of the result."""
+    x, weight = jax.random.normal(jax.random.key(0), (4096, 256)), jax.random.normal(jax.random.key(1), (256, 1024))
+
+    def dot(x, weight, operands, result):
+        return jnp.dot(x.astype(operands), weight.astype(operands), preferred_element_type=result)
+
+    return "product 4096 x 256 x 1024", {
+        name: partial(jax.jit(partial(dot, operands=operands, result=result)), x, weight)
+        for name, operands, result in (
+            ("float32", jnp.float32, jnp.float32),
+            ("bfloat16 operands, float32 sums", jnp.bfloat16, jnp.float32),
+            ("bfloat16", jnp.bfloat16, jnp.bfloat16),
+        )
+    }
+
+
+def attention_gradient() -> tuple[str, Variants]:
+    """Attention forward and backward, batch 8, length 512, 4 query and 2 key-value heads of 64, two documents a row."""
+    shapes = ((8, 512, 4, 64), (8, 512, 2, 64), (8, 512, 2, 64))
+    operands = tuple(jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+    segment_ids = jnp.broadcast_to(1 + jnp.arange(512) // 300, (8, 512))
+
+    def loss(operands, **settings):
+        return jnp.sum(attention(*operands, segment_ids=segment_ids, **settings) ** 2)
+
+    return "attention, forward and backward", {
+        name: partial(jax.jit(jax.grad(partial(loss, **settings))), operands)
+        for name, settings in (
+            ("reference", {"implementation": "reference"}),
+            ("xla, float32", {"implementation": "xla"}),
+            ("xla, bfloat16 operands", {"implementation": "xla", "matmul_dtype": jnp.bfloat16}),
+        )
+    }
+
+
+def step() -> tuple[str, Variants]:
+    """A training step of the quickstart's model, update included."""
+    config = load_config("configs/quickstart/pretrain.yaml")
+    shape = (config.batch_size, config.row_length)
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, VOCAB_SIZE)
+    ones = jnp.ones(shape, jnp.int32)
+    batch = Batch(tokens, tokens, jnp.ones(shape), ones, jnp.broadcast_to(jnp.arange(shape[1]), shape))
+
+    def variant(optimizer_kind: str, **changes) -> Callable[[], object]:
+        model_config = config.model.model_copy(update={"vocab_size": VOCAB_SIZE, **changes})
+        optimizer = make_optimizer(config.optim.model_copy(update={"kind": optimizer_kind}))
+        state = create_state(initialize(Decoder(model_config), jax.random.key(0)), optimizer)
+        function = partial(
+            train_step,
+            loss_function=lambda model, frozen, batch: language_model_loss(model, batch),
+            optimizer=optimizer,
+            schedule=lambda step: 1.0,
+            guard=config.guard,
+            accumulate=1,
+        )
+        return partial(jax.jit(function), state, None, batch)
+
+    return f"training step, {shape[0]} x {shape[1]} tokens", {
+        "quickstart": variant(config.optim.kind),
+        "float32 products": variant(config.optim.kind, matmul_dtype="float32"),
+        "no rematerialisation": variant(config.optim.kind, remat="none"),
+        "reference attention": variant(config.optim.kind, attention="reference"),
+        "AdamW": variant("adamw"),
+    }
+
+
+def decode() -> tuple[str, Variants]:
+    """One decode step of the quickstart's model with 8 rows at half of the context."""
+    model_config = load_config("configs/quickstart/pretrain.yaml").model.model_copy(update={"vocab_size": VOCAB_SIZE})
+    model = initialize(Decoder(model_config), jax.random.key(0))
+    cache = KVCache.create(model_config, 8, model_config.max_length)
+    tokens = jnp.ones((8, 1), jnp.int32)
+    positions = jnp.full((8, 1), model_config.max_length // 2)
+
+    @jax.jit
+    def one(model, cache):
+        hidden, cache = model.decode(tokens, cache, positions)
+        return model.logits(hidden), cache
+
+    return "decode step, 8 rows", {
+        "as trained": partial(one, model, cache),
+        "int8": partial(one, jax.jit(quantize_model)(model), cache),
+    }
+
+
+BENCHMARKS = {"product": product, "attention": attention_gradient, "step": step, "decode": decode}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], help="default: all")
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, {jax.local_device_count()} device(s)")
+    for name in args.names or BENCHMARKS:
+        title, variants = BENCHMARKS[name]()
+        print(f"\n{title}\n| variant | wall ms | CPU ms | ratio |\n| --- | --- | --- | --- |")
+        medians = measure(variants, args.repeats)
+        first = next(iter(medians.values()))[0]
+        for variant, (wall, cpu) in medians.items():
+            print(f"| {variant} | {1e3 * wall:.2f} | {1e3 * cpu:.2f} | {wall / first:.2f} |", flush=True)
+
+
+def measure(variants: Variants, repeats: int) -> dict[str, tuple[float, float]]:
+    """Median wall and CPU seconds of each variant, compilation aside."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    for function in variants.values():
+        jax.block_until_ready(function())
+    for _ in range(repeats):
+        for name, function in variants.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            jax.block_until_ready(function())
+            times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {
+        name: (statistics.median(wall for wall, _ in pairs), statistics.median(cpu for _, cpu in pairs))
+        for name, pairs in times.items()
+    }
+
+
+if __name__ == "__main__":
+    main()
