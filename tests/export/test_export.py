@@ -64,11 +64,15 @@ def test_the_receipt_is_that_of_whole_logits_in_float64(run, exported):
 
     assert receipt.num_tokens == counted.sum()
     assert receipt.perplexity_float == pytest.approx(np.exp(losses[0]), rel=1e-5)
-    assert receipt.perplexity_int8 == pytest.approx(np.exp(losses[1]), rel=1e-5)
-    assert receipt.perplexity_change == pytest.approx(np.exp(losses[1]) / np.exp(losses[0]) - 1, abs=1e-6)
+    # An activation half-way between two int8 values rounds as the compiler orders its sums: that moves one token's loss
+    # by 0.01 nats, the mean of these thousands by some 1e-6.
+    assert receipt.perplexity_int8 == pytest.approx(np.exp(losses[1]), rel=5e-5)
+    assert receipt.perplexity_change == pytest.approx(np.exp(losses[1]) / np.exp(losses[0]) - 1, abs=5e-5)
+    assert receipt.perplexity_change == pytest.approx(receipt.perplexity_int8 / receipt.perplexity_float - 1, abs=1e-12)
+    assert abs(receipt.perplexity_change) > 5e-4
     assert receipt.mean_kl == pytest.approx(kl.mean(), rel=1e-2)
     assert receipt.max_kl == pytest.approx(kl.max(), rel=1e-2)
-    assert receipt.top1_agreement == pytest.approx(agree.mean(), abs=1e-6)
+    assert receipt.top1_agreement == pytest.approx(agree.mean(), abs=1e-3)
     assert 0 < receipt.mean_kl < receipt.max_kl
 
 
