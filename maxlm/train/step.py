@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from maxlm.config.train import GuardConfig
+from maxlm.core.sharding import shard
 from maxlm.train.loss import LossOutput, Term, add
 from maxlm.train.state import GuardState, TrainState
 
@@ -115,4 +116,6 @@ def judge(guard: GuardConfig, state: TrainState, loss: jax.Array, grad_norm: jax
 
 def _split(x: jax.Array, parts: int) -> jax.Array:
     """[batch, ...] to [parts, batch / parts, ...], every part with rows of every device."""
-    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+    split = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+    # A reshape forgets mesh axes of size 1.
+    return shard(split, None, "batch", *[None] * (x.ndim - 1))

@@ -1,0 +1,270 @@
+"""One step of training: the same on any mesh, however the batch is cut, packed or padded; and what the guard skips."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from maxlm.config import ModelConfig
+from maxlm.config.train import GuardConfig, MeshConfig, OptimConfig, ScheduleConfig
+from maxlm.core.batch import Batch
+from maxlm.core.parameters import initialize
+from maxlm.core.sharding import make_mesh
+from maxlm.core.tree import flatten
+from maxlm.models.decoder import Decoder
+from maxlm.train.loop import put_batch
+from maxlm.train.loss import LossOutput, Term, language_model_loss
+from maxlm.train.optim import make_optimizer, schedule_factor
+from maxlm.train.state import create_state
+from maxlm.train.step import GUARD_WARMUP_STEPS, loss_and_gradient, train_step
+
+CONFIG = ModelConfig(
+    vocab_size=48,
+    num_layers=2,
+    embed_dim=16,
+    mlp_dim=24,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=4,
+    max_length=32,
+    window_pattern=(6,),
+    activation_dtype="float32",
+    matmul_dtype="float32",
+)
+PLAN = Decoder(CONFIG)
+
+
+def loss_function(model, frozen, batch):
+    return language_model_loss(model, batch, z_loss=0.1)
+
+
+def documents(seed=0, count=12):
+    """Token sequences of 3 to 9 tokens, and a weight for each."""
+    random = np.random.default_rng(seed)
+    return [(random.integers(0, 48, random.integers(3, 10)), random.uniform(0.2, 2)) for _ in range(count)]
+
+
+def pack(documents, *, rows, length, per_row) -> Batch:
+    """`per_row` documents in each row, padding after them; rows that get none are padding."""
+    batch = Batch(*(np.zeros((rows, length), dtype) for dtype in ("int32", "int32", "float32", "int32", "int32")))
+    # What stands in padding must not matter.
+    batch.tokens[:], batch.targets[:] = 5, 7
+    for number, (tokens, weight) in enumerate(documents):
+        row, segment = divmod(number, per_row)
+        begin = int((batch.segment_ids[row] > 0).sum())
+        place = slice(begin, begin + len(tokens) - 1)
+        batch.tokens[row, place], batch.targets[row, place] = tokens[:-1], tokens[1:]
+        batch.loss_weights[row, place], batch.segment_ids[row, place] = weight, segment + 1
+        batch.positions[row, place] = np.arange(len(tokens) - 1)
+    return batch
+
+
+PACKED = pack(documents(), rows=8, length=30, per_row=3)
+
+
+def model_of(mesh=None):
+    model = initialize(PLAN, jax.random.key(0), mesh)
+    return jax.tree.map(lambda leaf: leaf * 1.5, model)
+
+
+def terms_and_gradient(batch, *, mesh=None, accumulate=1):
+    def compute(model, batch):
+        return loss_and_gradient(model, None, batch, loss_function=loss_function, accumulate=accumulate)
+
+    if mesh is None:
+        output, gradient = jax.jit(compute)(model_of(), batch)
+    else:
+        with jax.set_mesh(mesh):
+            output, gradient = jax.jit(compute)(model_of(mesh), put_batch(batch, mesh))
+    terms = {name: (float(term.sum), float(term.weight)) for name, term in output.terms.items()}
+    return terms, flatten(jax.device_get(gradient))
+
+
+def assert_same(left, right):
+    for name in left[0]:
+        np.testing.assert_allclose(left[0][name], right[0][name], rtol=1e-5, err_msg=name)
+    for path, value in right[1].items():
+        scale = np.abs(value).max()
+        assert scale > 0, path
+        np.testing.assert_allclose(left[1][path], value, rtol=1e-4, atol=1e-5 * scale, err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Terms and gradient of the packed batch, in one piece on one device."""
+    return terms_and_gradient(PACKED)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 8])
+def test_microbatches_change_nothing(accumulate, whole):
+    """Though they hold different numbers of tokens, and some none."""
+    weights = PACKED.loss_weights.reshape(8 // accumulate, accumulate, -1).sum((0, 2))
+    assert len(set(weights.round(3))) > 1
+    assert_same(terms_and_gradient(PACKED, accumulate=accumulate), whole)
+
+
+@pytest.mark.parametrize("layout", [{"rows": 12, "length": 9, "per_row": 1}, {"rows": 16, "length": 20, "per_row": 2}])
+def test_packing_and_padding_change_nothing(layout, whole):
+    assert_same(terms_and_gradient(pack(documents(), **layout)), whole)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accumulate"),
+    [({"fsdp": 8}, 1), ({"tensor": 8}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 2), ({"data": 8}, 2)],
+    ids=str,
+)
+def test_the_mesh_changes_nothing(sizes, accumulate, whole):
+    batch = PACKED
+    if sizes == {"data": 8}:
+        # Each microbatch must fill all devices.
+        batch = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), PACKED)
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
+    assert_same(terms_and_gradient(batch, mesh=mesh, accumulate=accumulate), whole)
+
+
+def test_the_weight_of_a_term_does_not_depend_on_parameters():
+    def weights(model):
+        output = loss_function(model, None, PACKED)
+        return sum(term.weight for term in output.terms.values())
+
+    gradient = jax.jit(jax.grad(weights))(model_of())
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+def test_terms_add_up_and_are_divided_once():
+    left, right = Term(jnp.float32(3), jnp.float32(1)), Term(jnp.float32(1), jnp.float32(3))
+    assert float((left + right).mean()) == 1
+    assert float(Term(jnp.float32(0), jnp.float32(0)).mean()) == 0
+
+
+# The step
+
+
+def make_step(*, kind="adamw", accumulate=1, guard=None, loss=loss_function, learning_rate=0.01):
+    config = OptimConfig(
+        kind=kind, learning_rate=learning_rate, schedule=ScheduleConfig(kind="constant", warmup_steps=2)
+    )
+    optimizer = make_optimizer(config)
+
+    def step(state, batch):
+        return train_step(
+            state,
+            None,
+            batch,
+            loss_function=loss,
+            optimizer=optimizer,
+            schedule=lambda step: schedule_factor(config.schedule, 10, step),
+            guard=guard or GuardConfig(),
+            accumulate=accumulate,
+        )
+
+    return optimizer, jax.jit(step)
+
+
+def three_steps(*, mesh=None, **settings):
+    optimizer, step = make_step(**settings)
+    mesh = mesh or make_mesh(MeshConfig(fsdp=1))
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda model: create_state(model, optimizer))(model_of(mesh))
+        for seed in range(3):
+            batch = pack(documents(seed), rows=8, length=30, per_row=3)
+            state, metrics = step(state, put_batch(batch, mesh))
+    return flatten(jax.device_get(state.trainable)), {name: float(metrics[name]) for name in ("loss", "grad_norm")}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The result of steps on one device, in one piece."""
+    return {kind: three_steps(kind=kind) for kind in ("adamw", "muon")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "accumulate"),
+    [("adamw", {"data": 2, "fsdp": 2, "tensor": 2}, 2), ("muon", {"fsdp": 8}, 1), ("muon", {"tensor": 8}, 4)],
+    ids=str,
+)
+def test_steps_are_the_same_on_every_mesh(kind, sizes, accumulate, alone):
+    parameters, metrics = alone[kind]
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
+    other_parameters, other_metrics = three_steps(kind=kind, mesh=mesh, accumulate=accumulate)
+    assert other_metrics == pytest.approx(metrics, rel=1e-4)
+    start = flatten(model_of())
+    for path, value in parameters.items():
+        moved = np.abs(value - start[path]).max()
+        assert moved > 1e-3, path
+        # Adam's first steps go by the sign of a gradient, however small: rounding shows in single weights.
+        near = np.abs(other_parameters[path] - value) <= 0.02 * moved
+        assert near.mean() > 0.99, path
+
+
+def test_the_learning_rate_follows_the_schedule():
+    """Of two warm-up steps the first goes half as far: with Adam, by half the rate in each weight."""
+    optimizer, step = make_step()
+    state, _ = step(create_state(model_of(), optimizer), PACKED)
+    moved = np.abs(np.asarray(state.trainable.final_norm) - 1.5)
+    np.testing.assert_allclose(moved, 0.005, rtol=1e-3)
+
+
+# The guard
+
+
+def poisoned(model, frozen, batch):
+    """The loss, times the weight of the batch's first token: NaN or large at will."""
+    output = language_model_loss(model, batch)
+    factor = batch.loss_weights[0, 0]
+    return LossOutput({name: Term(term.sum * factor, term.weight) for name, term in output.terms.items()}, {})
+
+
+def batch_with(factor):
+    weights = np.ones_like(PACKED.loss_weights)
+    weights[0, 0] = factor
+    return dataclasses.replace(PACKED, loss_weights=weights)
+
+
+def guarded(factors, **settings):
+    """States and metrics after each batch of a sequence."""
+    optimizer, step = make_step(loss=poisoned, guard=GuardConfig(**settings), learning_rate=1e-5)
+    state, history = create_state(model_of(), optimizer), []
+    for factor in factors:
+        state, metrics = step(state, batch_with(factor))
+        history.append((state, metrics))
+    return history
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(bad):
+    before, skipped, after = (state for state, _ in guarded([1.0, bad, 1.0]))
+    for part in ("trainable", "optimizer"):
+        for old, new in zip(jax.tree.leaves(getattr(before, part)), jax.tree.leaves(getattr(skipped, part))):
+            np.testing.assert_array_equal(old, new)
+    assert [int(state.step) for state in (before, skipped, after)] == [1, 2, 3], "the batch is consumed all the same"
+    assert [int(state.guard.skipped) for state in (before, skipped, after)] == [0, 1, 1]
+    assert [int(state.guard.skipped_in_a_row) for state in (before, skipped, after)] == [0, 1, 0]
+    assert float(skipped.guard.norm_mean) == float(before.guard.norm_mean)
+    assert not np.array_equal(before.trainable.embedding, after.trainable.embedding)
+
+
+def test_a_first_step_that_is_not_finite_leaves_the_start():
+    [(state, _)] = guarded([np.nan])
+    np.testing.assert_array_equal(state.trainable.embedding, model_of().embedding)
+    assert np.isfinite(float(state.guard.norm_mean))
+
+
+def test_a_spike_is_skipped_once_the_usual_is_known():
+    early = guarded([1.0, 100.0])
+    assert int(early[-1][0].guard.skipped) == 0, "nothing is usual yet"
+    late = guarded([1.0] * GUARD_WARMUP_STEPS + [9.0, 100.0, 1.0], spike_factor=10.0)
+    assert [int(state.guard.skipped) for state, _ in late[-3:]] == [0, 1, 1]
+    np.testing.assert_array_equal(late[-2][0].trainable.embedding, late[-3][0].trainable.embedding)
+    never = guarded([1.0] * GUARD_WARMUP_STEPS + [1e4], spike_factor=None)
+    assert int(never[-1][0].guard.skipped) == 0
+
+
+def test_batches_are_cut_along_their_rows():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    batch = put_batch(PACKED, mesh)
+    assert batch.tokens.sharding.spec == P(("data", "fsdp"), None)
+    np.testing.assert_array_equal(batch.loss_weights, PACKED.loss_weights)
