@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 from etils import epath
 
-from maxlm.core.storage import absolute_path, files_in, is_remote, relative_path, storage_path
+from maxlm.core.storage import absolute_path, files_in, relative_path, resolve_path, storage_path
 from maxlm.errors import DataError
 
 FILE_NAME = "manifest.json"
@@ -71,7 +71,7 @@ def manifest_chain(folder: str | Path) -> list[dict]:
             return
         manifest = read_manifest(path)
         for item in manifest["inputs"].values():
-            visit(absolute_path(item["path"] if is_remote(item["path"]) else path / item["path"]))
+            visit(absolute_path(resolve_path(item["path"], path)))
         chain[path] = {"folder": str(path), "hash": content_hash(path), **manifest}
 
     visit(absolute_path(folder))

@@ -62,3 +62,9 @@ def relative_path(path: str | os.PathLike, start: str | os.PathLike) -> str:
     if is_remote(path) or is_remote(start):
         return os.fspath(path) if is_remote(path) else str(Path(path).resolve())
     return os.path.relpath(path, start)
+
+
+def resolve_path(path: str, start: str | os.PathLike) -> epath.Path:
+    """What `relative_path` has named `path`, as seen from the folder `start`."""
+    # A bucket's folder / "/a/b" is /a/b up to Python 3.11, and lies below that folder from 3.12 on.
+    return storage_path(path) if is_remote(path) or os.path.isabs(path) else storage_path(start) / path

@@ -8,6 +8,7 @@ import pyarrow.parquet as parquet
 
 from maxlm.config import load_config
 from maxlm.core.manifest import read_manifest
+from maxlm.core.storage import resolve_path
 from maxlm.data.loader import PackedRows, open_in_order, open_mixture
 from maxlm.data.prepare import REJECTS_FILE
 from maxlm.errors import DataError
@@ -47,7 +48,7 @@ def read_rows(folder: str | Path, split: str) -> Iterator[dict]:
     """
     manifest = read_manifest(folder)
     rows = open_in_order([folder], split=split, batch_size=1)
-    tokenizer = Tokenizer.load(Path(folder) / manifest["inputs"]["tokenizer"]["path"])
+    tokenizer = Tokenizer.load(resolve_path(manifest["inputs"]["tokenizer"]["path"], folder))
     for step in range(rows.num_steps):
         batch = rows.batch(step)
         tokens = batch["tokens"][0][batch["segment_ids"][0] > 0].tolist()

@@ -14,6 +14,7 @@ from typing import Any
 from maxlm.config import TrainConfig, load_config
 from maxlm.core.manifest import content_hash, manifest_chain, read_manifest, write_json
 from maxlm.core.progress import console
+from maxlm.core.storage import resolve_path
 from maxlm.errors import CheckFailed, ConfigError, DataError
 from maxlm.quickstart.checks import checks
 from maxlm.quickstart.configs import config_folder, moved_paths
@@ -183,7 +184,7 @@ class Quickstart:
         if config.model_copy(update={"model": model or former.model}) != former:
             return True
         inputs = read_manifest(folder)["inputs"].values() if (folder / "manifest.json").exists() else ()
-        return any(content_hash(folder / item["path"]) != item["hash"] for item in inputs)
+        return any(content_hash(resolve_path(item["path"], folder)) != item["hash"] for item in inputs)
 
     def _is_of(self, folder: Path, name: str, source: Path) -> bool:
         return read_manifest(folder)["inputs"][name]["hash"] == content_hash(source)

@@ -17,7 +17,7 @@ from maxlm.core.distributed import initialize_distributed, is_primary
 from maxlm.core.manifest import FILE_NAME, read_manifest, write_manifest
 from maxlm.core.parameters import abstract, initialize
 from maxlm.core.sharding import make_mesh
-from maxlm.core.storage import copy_folder, storage_path
+from maxlm.core.storage import copy_folder, resolve_path, storage_path
 from maxlm.errors import CheckpointError, ConfigError
 from maxlm.models.adapters import apply_adapters, declare_adapters, merge_adapters
 from maxlm.models.decoder import Decoder
@@ -120,7 +120,7 @@ def find_tokenizer(config: TrainConfig) -> epath.Path:
     if config.init_from is not None:
         return run_folder_of(find_checkpoint(config.init_from)) / "tokenizer"
     data = storage_path(config.objective.sources[0].path)
-    return data / read_manifest(data)["inputs"]["tokenizer"]["path"]
+    return resolve_path(read_manifest(data)["inputs"]["tokenizer"]["path"], data)
 
 
 def prepare_folder(folder: epath.Path, tokenizer: Tokenizer, tokenizer_folder: epath.Path) -> None:

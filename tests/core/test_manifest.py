@@ -9,7 +9,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from maxlm.core import storage
 from maxlm.core.manifest import content_hash, manifest_chain, read_manifest, write_json, write_manifest
-from maxlm.core.storage import copy_folder, relative_path, storage_path
+from maxlm.core.storage import copy_folder, relative_path, resolve_path, storage_path
 from maxlm.errors import ConfigError, DataError
 
 
@@ -130,3 +130,11 @@ def test_paths_are_relative_where_they_can_be(tmp_path, monkeypatch):
     assert relative_path("a", "gs://x/y") == str(tmp_path / "a")
     assert storage.is_remote("gs://x")
     assert not storage.is_remote("runs/x")
+
+
+@pytest.mark.parametrize("start", ["runs/a", "/disk/runs/a", "gs://bucket/runs/a"])
+@pytest.mark.parametrize("path", ["runs/data", "/disk/data", "gs://bucket/data"])
+def test_a_path_that_a_manifest_names_is_found_again(path, start, bucket, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = resolve_path(relative_path(path, start), start)
+    assert str(found if "://" in path else found.resolve()) == (path if "://" in path else str(Path(path).resolve()))
