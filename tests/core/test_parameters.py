@@ -34,7 +34,8 @@ def test_values_are_the_same_on_every_mesh(sizes):
     plan, key = Decoder(CONFIG), jax.random.key(3)
     alone, cut = arrays(initialize(plan, key)), arrays(initialize(plan, key, mesh_of(**sizes)))
     for path, value in alone.items():
-        np.testing.assert_array_equal(cut[path], value, err_msg=path)
+        # The same random bits; what is computed of them may differ in the last place, as compilers cut loops by shape.
+        np.testing.assert_allclose(cut[path], value, rtol=1e-6, err_msg=path)
 
 
 def test_a_value_depends_on_the_key_and_its_own_path_alone():
