@@ -13,6 +13,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 
+@pytest.fixture(scope="module")
+def quick_compile():
+    """For modules that compile much and run little: XLA leaves most optimisations out, in half the time."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer_folder(tmp_path_factory) -> str:
     """A tokenizer of 400 tokens, trained on help texts that every Python carries."""

@@ -14,6 +14,8 @@ from maxlm.models.cache import KVCache
 from maxlm.models.decoder import Decoder
 from maxlm.train.loss import language_model_loss
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 BASE = {
     "vocab_size": 40,
     "num_layers": 2,

@@ -16,6 +16,8 @@ from maxlm.models.adapters import declare_adapters
 from maxlm.models.decoder import Decoder
 from maxlm.train.optim import make_optimizer, muon_labels, orthogonalize, scale_by_muon, schedule_factor
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 PLAN = Decoder(ModelConfig(**{**MODEL, "vocab_size": 64, "qk_norm": True}))
 
 

@@ -21,6 +21,8 @@ from maxlm.train.optim import make_optimizer, schedule_factor
 from maxlm.train.state import create_state
 from maxlm.train.step import GUARD_WARMUP_STEPS, loss_and_gradient, train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CONFIG = ModelConfig(
     vocab_size=48,
     num_layers=2,
