@@ -1,0 +1,89 @@
+"""Adapters: a frozen model with low-rank updates is the model whose weights hold the updates."""
+
+import jax
+import numpy as np
+import pytest
+
+from maxlm.config import ModelConfig
+from maxlm.config.train import LoraConfig
+from maxlm.core.parameters import initialize
+from maxlm.core.tree import flatten
+from maxlm.errors import ConfigError
+from maxlm.models.adapters import apply_adapters, declare_adapters, merge_adapters
+from maxlm.models.decoder import Decoder
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+PLAN = Decoder(
+    ModelConfig(
+        vocab_size=32,
+        num_layers=2,
+        embed_dim=16,
+        mlp_dim=24,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        activation_dtype="float32",
+        matmul_dtype="float32",
+    )
+)
+LORA = LoraConfig(rank=3, alpha=6.0)
+TOKENS = np.random.default_rng(0).integers(0, 32, (2, 7)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return jax.tree.map(lambda leaf: leaf * 2, initialize(PLAN, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def adapters():
+    """With `up` away from zero, where it starts."""
+    fresh = initialize(declare_adapters(PLAN, LORA), jax.random.key(1))
+    random = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: leaf + 0.2 * random.standard_normal(leaf.shape).astype(np.float32), fresh)
+
+
+def score(model):
+    """A number that all logits have a part in."""
+    logits = model.logits(model(TOKENS))
+    return (logits * np.random.default_rng(2).standard_normal(logits.shape)).sum()
+
+
+def test_they_start_as_the_model(model):
+    fresh = initialize(declare_adapters(PLAN, LORA), jax.random.key(1))
+    assert len(fresh) == 7
+    assert all(np.any(adapter["down"]) and not np.any(adapter["up"]) for adapter in fresh.values())
+    np.testing.assert_allclose(score(apply_adapters(model, fresh, LORA)), score(model), rtol=1e-6)
+
+
+def test_merged_weights_give_what_adapted_ones_give(model, adapters):
+    merged = merge_adapters(model, adapters, LORA)
+    assert abs(score(merged) - score(model)) > 1
+    np.testing.assert_allclose(score(apply_adapters(model, adapters, LORA)), score(merged), rtol=1e-4)
+    weight, adapter = flatten(model)["layers/mlp/up"], adapters["layers/mlp/up"]
+    expected = [w + 2.0 * (d @ u) for w, d, u in zip(weight, np.asarray(adapter["down"]), np.asarray(adapter["up"]))]
+    np.testing.assert_allclose(flatten(merged)["layers/mlp/up"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_those_of_the_merged_weights(model, adapters):
+    """By the chain rule through W + scale * down @ up; none reaches the model itself."""
+    grads, frozen = jax.jit(
+        jax.grad(lambda adapters, model: score(apply_adapters(model, adapters, LORA)), argnums=(0, 1))
+    )(adapters, model)
+    whole = flatten(jax.jit(jax.grad(score))(merge_adapters(model, adapters, LORA)))
+    for path, adapter in adapters.items():
+        down, up = np.asarray(adapter["down"]), np.asarray(adapter["up"])
+        size = np.abs(whole[path]).max()
+        np.testing.assert_allclose(
+            grads[path]["down"], 2.0 * whole[path] @ up.swapaxes(1, 2), rtol=1e-3, atol=1e-4 * size
+        )
+        np.testing.assert_allclose(
+            grads[path]["up"], 2.0 * down.swapaxes(1, 2) @ whole[path], rtol=1e-3, atol=1e-4 * size
+        )
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(frozen))
+
+
+def test_a_target_that_is_no_weight_is_told():
+    with pytest.raises(ConfigError, match=r"lora.targets: 'norm' names no weight; allowed: down, gate, key"):
+        declare_adapters(PLAN, LoraConfig(targets=("query", "norm")))
