@@ -24,7 +24,9 @@ def run(args: argparse.Namespace) -> int:
 
     from maxlm.errors import CheckFailed
     from maxlm.quickstart.pipeline import Quickstart
+    from maxlm.serve.cli import need_server
 
+    need_server()  # the last stage: told before the minutes of the others
     job = Quickstart(args.output, args.overrides)
     try:
         summary = job.run()

@@ -22,7 +22,8 @@ def register(subparsers) -> None:
     serve.set_defaults(func=run)
 
 
-def run(args: argparse.Namespace) -> int:
+def need_server() -> None:
+    """Raises RequestError where the packages of the extra `serve` are not installed."""
     from maxlm.errors import RequestError
 
     try:
@@ -30,6 +31,10 @@ def run(args: argparse.Namespace) -> int:
         import uvicorn  # noqa: F401
     except ImportError:
         raise RequestError("maxlm serve needs FastAPI and uvicorn: pip install 'maxlm[serve]'") from None
+
+
+def run(args: argparse.Namespace) -> int:
+    need_server()
 
     from maxlm.core.progress import console
     from maxlm.generate.model import load

@@ -1,5 +1,6 @@
 """The main job on little data and few steps: every stage runs, what is done is skipped, and failed checks fail."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -7,8 +8,9 @@ import sys
 
 import pytest
 
-from maxlm.errors import ConfigError
+from maxlm.errors import ConfigError, RequestError
 from maxlm.quickstart.checks import checks
+from maxlm.quickstart.cli import run
 from maxlm.quickstart.pipeline import Quickstart
 
 SMALL = [
@@ -59,6 +61,13 @@ def test_a_model_that_learned_nothing_fails_its_checks_and_is_reported_all_the_s
     assert again.returncode == 1, again.stderr
     assert (tmp_path / "pretrain" / "manifest.json").read_bytes() == untouched
     assert (tmp_path / "align" / "manifest.json").read_bytes() != aligned
+
+
+def test_a_server_that_is_not_installed_is_told_before_the_first_stage(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    with pytest.raises(RequestError, match=r"pip install 'maxlm\[serve\]'"):
+        run(argparse.Namespace(output=str(tmp_path / "q"), overrides=[], json=False))
+    assert not (tmp_path / "q").exists()
 
 
 def test_an_override_must_name_a_recipe(tmp_path):
