@@ -104,4 +104,5 @@ def test_the_vocabulary_may_lie_on_several_devices(inputs):
         cut = jax.device_put(targets, P("data"))
         got = jax.jit(jax.grad(loss_of(5, cut, jax.device_put(ones, P("data")), 1.0), argnums=(0, 1)))(*arguments)
     for a, b in zip(got, expected):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        # Devices add in another order: the rounding is that of the largest terms, near 10.
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
