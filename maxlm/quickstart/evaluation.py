@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import maxlm
 from maxlm.core.progress import console
 from maxlm.eval.baselines import baselines
@@ -13,6 +15,7 @@ from maxlm.eval.tasks import Example, TaskResult, exact_match, read_examples
 from maxlm.generate.model import LoadedModel
 
 MAX_NEW_TOKENS = 16
+ANSWERS_OF_A_QUESTION = 3
 SAMPLE_PROMPTS = ("Return the ", "The default value is ", "If the file does not exist, ")
 SAMPLES_OF_A_PROMPT = 2
 
@@ -34,14 +37,11 @@ def evaluate_stages(folder: Path) -> dict[str, Any]:
     before, after, greedy_aligned = (
         exact_match(model, questions, max_new_tokens=MAX_NEW_TOKENS) for model in (base, tuned, aligned)
     )
-    # The reward of alignment is the exact match of an answer that is sampled, as it was in training.
-    reward_before, reward_after = (
-        exact_match(model, questions, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0) for model in (tuned, aligned)
-    )
+    reward_before, reward_after = (_mean_reward(model, questions) for model in (tuned, aligned))
     return {
         "bits_per_byte": {"pretrain": likelihood.bits_per_byte.to_dict(), **simple.to_dict()},
         "sft_exact_match": {
-            **_before_after(before, after),
+            **_before_after(before.correct, after.correct),
             "aligned": greedy_aligned.accuracy.value,
             "by_kind": {
                 kind: {"before": before.by_kind[kind].value, "after": after.by_kind[kind].value}
@@ -53,13 +53,19 @@ def evaluate_stages(folder: Path) -> dict[str, Any]:
     }
 
 
-def _before_after(before: TaskResult, after: TaskResult) -> dict[str, Any]:
-    """Both figures, and the interval of their difference on the same questions."""
+def _mean_reward(model: LoadedModel, questions: list[Example]) -> np.ndarray:
+    """[questions]: the reward of alignment, which is exact match of a sampled answer, averaged over a few of them."""
+    result = exact_match(model, questions * ANSWERS_OF_A_QUESTION, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0)
+    return result.correct.reshape(ANSWERS_OF_A_QUESTION, len(questions)).mean(axis=0)
+
+
+def _before_after(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+    """Both means, and the interval of their difference on the same questions."""
     return {
-        "before": before.accuracy.value,
-        "after": after.accuracy.value,
-        "interval": list(paired_difference(before.correct, after.correct).bounds),
-        "questions": len(after.correct),
+        "before": float(before.mean()),
+        "after": float(after.mean()),
+        "interval": list(paired_difference(before, after).bounds),
+        "questions": len(after),
     }
 
 
