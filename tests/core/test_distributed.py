@@ -69,5 +69,5 @@ def test_a_signal_asks_to_stop_and_a_second_interrupt_stops():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop(2)
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.getsignal(signal.SIGINT)(signal.SIGINT, None)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
