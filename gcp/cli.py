@@ -13,9 +13,9 @@ Train on a Cloud TPU: create it, send the last commit of this folder, install it
 `maxlm train CONFIG` on all workers. Needs gcloud, logged in, with the TPU API enabled.
 
 Look first at what would run, then run it:
-  maxlm submit configs/tiny/train.yaml steps=2000 --dry-run \\
+  maxlm submit configs/quickstart/pretrain.yaml steps=2000 --dry-run \\
       --name=tiny-1 --project=my-project --zone=us-west4-a --accelerator=v5litepod-16 --bucket=gs://my-bucket/runs
-  maxlm submit configs/tiny/train.yaml steps=2000 --spot --delete-after \\
+  maxlm submit configs/quickstart/pretrain.yaml steps=2000 --spot --delete-after \\
       --name=tiny-1 --project=my-project --zone=us-west4-a --accelerator=v5litepod-16 --bucket=gs://my-bucket/runs
 
 Submitting again goes on where it stopped. Then, with the same name, project and zone:

@@ -114,7 +114,7 @@ def install_script(job: TpuJob) -> str:
         f"cd {folder}",
         "python3 -m pip install --quiet --user --upgrade uv",
         f"python3 -m uv venv --quiet --allow-existing --python={job.python_version} .venv",
-        'python3 -m uv pip install --quiet --python=.venv --editable=. "jax[tpu]"',
+        'python3 -m uv pip install --quiet --python=.venv --editable=".[tpu]"',
     ]
     for path, source in job.inputs.items():
         steps += [f"mkdir -p {shlex.quote(path)}", shlex.join(fetch_input(source, path))]
@@ -126,7 +126,9 @@ def start_script(job: TpuJob) -> str:
 
     gcloud repeats a command whose connection broke, so a second start beside a running one must do nothing.
     """
-    assignments = [f"{name}={value}" for name, value in job.environment.items()]
+    # The workers of a slice are processes of one run.
+    environment = {"MAXLM_DISTRIBUTED": "auto", **job.environment}
+    assignments = [f"{name}={value}" for name, value in environment.items()]
     train = shlex.join(["env", *assignments, ".venv/bin/maxlm", *job.train_arguments])
     keep_log = f'{shlex.join(upload_log(job.run_folder))}"$(hostname)".log'
     return (

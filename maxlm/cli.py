@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"maxlm: {where}{error.strerror.lower()}", file=sys.stderr)
+        print(f"maxlm: {where}{(error.strerror or str(error)).lower()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("maxlm: interrupted", file=sys.stderr)

@@ -18,7 +18,8 @@ _PROCESS_ID = ("MAXLM_PROCESS_ID", "JAX_PROCESS_ID")
 def initialize_distributed() -> None:
     """Join the other processes of this run, when the environment says that there are others; else do nothing.
 
-    On a Cloud TPU slice of several hosts JAX finds the others by itself. Elsewhere JAX_COORDINATOR_ADDRESS (host:port
+    On a Cloud TPU slice JAX finds the others by itself: where MAXLM_DISTRIBUTED is `auto`, which `maxlm submit` sets,
+    or TPU_WORKER_HOSTNAMES names several. Elsewhere JAX_COORDINATOR_ADDRESS (host:port
     of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say so, or the same with MAXLM_COORDINATOR, MAXLM_NUM_PROCESSES
     and MAXLM_PROCESS_ID. Must be called before JAX looks at its devices.
 
@@ -35,7 +36,7 @@ def initialize_distributed() -> None:
                 [f"{_PROCESS_ID[1]}: {process_id} is not among {num_processes} processes, counted from 0"]
             )
         jax.distributed.initialize(coordinator, num_processes, process_id)
-    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+    elif os.environ.get("MAXLM_DISTRIBUTED") == "auto" or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize()
 
 

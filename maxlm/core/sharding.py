@@ -52,7 +52,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """A mesh over `devices` (default: all).
 
     Raises:
-      ConfigError: the sizes do not multiply to at most the number of devices, or leave none for the free axis.
+      ConfigError: the sizes need more devices than there are, or the free axis would leave some without work.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in MESH_AXES]
@@ -65,6 +65,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if fixed > len(devices):
         raise ConfigError(
             [f"mesh: {described} needs {fixed} devices, and there are {len(devices)}; make mesh sizes smaller"]
+        )
+    if -1 in (config.data, config.fsdp, config.tensor) and len(devices) % fixed:
+        raise ConfigError(
+            [f"mesh: {described} leaves {len(devices) % fixed} of {len(devices)} devices without work; name every size"]
         )
     needed = sizes[0] * sizes[1] * sizes[2]
     return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Explicit,) * 3, devices=devices[:needed])

@@ -34,6 +34,10 @@ class QueueFullError(RequestError):
     """As many requests wait as the engine lets wait; try again later."""
 
 
+class EngineStoppedError(RuntimeError):
+    """The engine has failed or was closed, and takes no more requests."""
+
+
 class Engine:
     """Runs requests on `num_slots` slots of `max_length` tokens each, prompt included.
 
@@ -97,7 +101,7 @@ class Engine:
         generation = Generation(request, self._room_for(request), self._tokenizer.stream_decoder(), on_event)
         with self._wake:
             if self.failure is not None or self._closing:
-                raise RuntimeError(f"the engine has stopped: {self.failure or 'closed'}")
+                raise EngineStoppedError(f"the engine has stopped: {self.failure or 'closed'}")
             busy = len(self._active) + len(self._waiting)
             if self._max_waiting is not None and busy >= self.num_slots + self._max_waiting:
                 raise QueueFullError(f"{busy} requests run or wait already; try again later")

@@ -29,7 +29,7 @@ from maxlm.tokenizer.codec import ChatTokens, Tokenizer
 from maxlm.train.checkpoint import find_checkpoint, read_metadata, restore_weights
 from maxlm.train.loss import LossOutput, Term
 from maxlm.train.objective import RunContext
-from maxlm.train.run import load_model, run_folder_of
+from maxlm.train.run import load_start, run_folder_of
 from maxlm.train.validate import Evaluator
 
 _SCORED_ROWS = 8
@@ -137,7 +137,7 @@ def load_reward_model(path: str | Path, mesh: jax.sharding.Mesh | None = None) -
     plan = RewardModel(config.model)
     if config.lora is None:
         return restore_weights(checkpoint, abstract(plan, mesh)), tokenizer
-    base, _ = load_model(config.init_from, mesh)
+    base = load_start(checkpoint, config, mesh)
     base = RewardModel.from_decoder(base, jax.random.key(config.seed))
     adapters = restore_weights(checkpoint, abstract(declare_adapters(plan, config.lora), mesh))
     return jax.jit(partial(merge_adapters, config=config.lora))(base, adapters), tokenizer

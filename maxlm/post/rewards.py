@@ -5,7 +5,9 @@ A configuration names one of `REWARDS`, or a function of its own as `package.mod
 
 import difflib
 import importlib
+import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -56,10 +58,16 @@ def find_reward(name: str) -> Reward:
         return REWARDS[name]
     module_name, colon, function_name = name.partition(":")
     if colon:
+        # A script's own folder is on the path, and this one's is that of the command: the user's is the current one.
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
         try:
-            return getattr(importlib.import_module(module_name), function_name)
+            function = getattr(importlib.import_module(module_name), function_name)
         except (ImportError, AttributeError, ValueError) as error:
             raise ConfigError([f"objective.reward: {name!r} cannot be imported: {error}"]) from None
+        if not callable(function):
+            raise ConfigError([f"objective.reward: {name!r} is no function but a {type(function).__name__}"])
+        return function
     near = difflib.get_close_matches(name, REWARDS, 1)
     hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(REWARDS)}, or package.module:function"
     raise ConfigError([f"objective.reward: {name!r} is no reward function; {hint}"])

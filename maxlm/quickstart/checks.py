@@ -3,6 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
+from maxlm.errors import CheckFailed
+
+
+class ChecksFailed(CheckFailed):
+    """The main job ran to its end and did not show all that it must."""
+
+    def __init__(self, summary: dict[str, Any], failed: "list[Check]"):
+        self.summary = summary
+        super().__init__("; ".join(f"{check.name}: {check.told}" for check in failed))
+
 
 @dataclass(frozen=True)
 class Check:

@@ -21,23 +21,26 @@ def register(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import json
+    import sys
 
-    from maxlm.errors import CheckFailed
+    from maxlm.quickstart.checks import ChecksFailed
     from maxlm.quickstart.pipeline import Quickstart
     from maxlm.serve.cli import need_server
 
     need_server()  # the last stage: told before the minutes of the others
     job = Quickstart(args.output, args.overrides)
+    failure = None
     try:
         summary = job.run()
-    except CheckFailed:
-        summary = json.loads(job.path("summary.json").read_text())
-        show(job, summary)
-        raise
+    except ChecksFailed as error:
+        summary, failure = error.summary, error
     if args.json:
         print(json.dumps(summary, indent=2))
     else:
         show(job, summary)
+    if failure is not None:
+        print(f"maxlm: {failure}", file=sys.stderr)
+        return failure.exit_code
     return 0
 
 

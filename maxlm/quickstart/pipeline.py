@@ -15,11 +15,11 @@ from maxlm.config import TrainConfig, load_config
 from maxlm.core.manifest import content_hash, manifest_chain, read_manifest, write_json
 from maxlm.core.progress import console
 from maxlm.core.storage import resolve_path
-from maxlm.errors import CheckFailed, ConfigError, DataError
-from maxlm.quickstart.checks import checks
+from maxlm.errors import ConfigError, DataError
+from maxlm.quickstart.checks import ChecksFailed, checks
 from maxlm.quickstart.configs import config_folder, moved_paths
 from maxlm.quickstart.server import chat_once
-from maxlm.quickstart.tasks import write_tasks
+from maxlm.quickstart.tasks import settings, write_tasks
 
 RECIPES = ("data", "tokenizer", "pretrain", "sft", "align")
 CHAT_PROMPT = "What is the last parameter of `copyfile(src, dst)`?"
@@ -46,7 +46,7 @@ class Quickstart:
         """Run or finish all stages; returns the summary that stands in `summary.json`.
 
         Raises:
-          CheckFailed: a stage did not show what it must; summary and report are written all the same.
+          ChecksFailed: a stage did not show what it must; summary and report are written all the same.
           MaxlmError: a stage failed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ class Quickstart:
         write_report(self.folder)
         failed = [check for check in checks(summary) if not check.passed]
         if failed:
-            raise CheckFailed("; ".join(f"{check.name}: {check.told}" for check in failed))
+            raise ChecksFailed(summary, failed)
         return summary
 
     def path(self, name: str) -> Path:
@@ -97,7 +97,7 @@ class Quickstart:
         build_data(self.config("data"))
 
     def tasks(self) -> None:
-        if not self._is_done("tasks"):
+        if not self._is_done("tasks") or read_manifest(self.path("tasks"))["config"] != settings():
             write_tasks(self.path("tasks"))
 
     def pretrain(self) -> None:

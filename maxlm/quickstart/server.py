@@ -4,7 +4,9 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,18 @@ def chat_once(model: Path, prompt: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "maxlm.cli", "serve", str(model), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        line = process.stdout.readline()
-        found = re.search(r"http://\S+", line)
+        # A server that never tells its address is ended, which ends the wait for it.
+        watch = threading.Timer(START_SECONDS, process.terminate)
+        watch.start()
+        found = re.search(r"http://\S+", process.stdout.readline())
+        watch.cancel()
         if not found:
             raise RequestError(f"the server did not start; run it by hand to see why: maxlm serve {model}")
         return _stream(found[0].rstrip("/"), prompt)
+    except (urllib.error.URLError, TimeoutError) as error:
+        raise RequestError(
+            f"the server did not answer: {error}; run it by hand to see why: maxlm serve {model}"
+        ) from error
     finally:
         process.terminate()
         process.wait(timeout=START_SECONDS)
@@ -47,6 +56,9 @@ def _stream(url: str, prompt: str) -> dict[str, Any]:
         for raw in response:
             data = raw.decode().strip().removeprefix("data: ")
             if data and data != "[DONE]":
-                choices = json.loads(data)["choices"]
+                event = json.loads(data)
+                if "error" in event:
+                    raise RequestError(f"the server answered with an error: {event['error']['message']}")
+                choices = event["choices"]
                 pieces.append((choices[0]["delta"].get("content") or "") if choices else "")
     return {"reply": "".join(pieces), "events": len(pieces), "seconds": round(time.perf_counter() - began, 3)}

@@ -1,6 +1,7 @@
 """The files that SFT, alignment and evaluation read: chats, prompts whose answers are checked, questions held out."""
 
 import json
+import platform
 import random
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from maxlm.quickstart.questions import Question, is_held_out, questions_about, r
 
 HELD_OUT_FRACTION = 0.15
 NUM_TEST_QUESTIONS = 400
-NUM_PROMPTS = 2000
+ALIGNMENT_FRACTION = 0.3  # of the functions that are not held out
 CHATS_OF_A_FUNCTION = 2
 SEED = 0
 
@@ -17,16 +18,21 @@ SEED = 0
 def write_tasks(folder: Path) -> dict:
     """Write sft_{train,valid}.jsonl, prompts.jsonl and questions.jsonl, and return the manifest.
 
-    Questions for alignment are about the functions of SFT; those for evaluation are about functions that no stage saw.
+    Alignment asks about functions that SFT has not told the answers for: what a model knows by heart gives no signal.
+    Questions for evaluation are about functions that no stage saw.
     """
     folder.mkdir(parents=True, exist_ok=True)
     functions = read_functions()
     rng = random.Random(SEED)
-    seen = [function for function in functions if not is_held_out(function, HELD_OUT_FRACTION)]
-    unseen = [function for function in functions if is_held_out(function, HELD_OUT_FRACTION)]
+    held_out = [is_held_out(function, HELD_OUT_FRACTION) for function in functions]
+    unseen = [function for function, out in zip(functions, held_out) if out]
+    seen = [function for function, out in zip(functions, held_out) if not out]
+    rng.shuffle(seen)
+    cut = round(ALIGNMENT_FRACTION * len(seen))
+    rewarded, taught = seen[:cut], seen[cut:]
 
-    chats = [_chat(questions_about(function, rng)) for function in seen for _ in range(CHATS_OF_A_FUNCTION)]
-    prompts = [question for function in seen for question in questions_about(function, rng)]
+    chats = [_chat(questions_about(function, rng)) for function in taught for _ in range(CHATS_OF_A_FUNCTION)]
+    prompts = [question for function in rewarded for question in questions_about(function, rng)]
     questions = [question for function in unseen for question in questions_about(function, rng)]
     valid = [_chat(questions_about(function, rng)) for function in unseen]
     for items in (chats, prompts, questions, valid):
@@ -34,7 +40,7 @@ def write_tasks(folder: Path) -> dict:
     files = {
         "sft_train": chats,
         "sft_valid": valid,
-        "prompts": [_task(question) for question in prompts[:NUM_PROMPTS]],
+        "prompts": [_task(question) for question in prompts],
         "questions": [_task(question) for question in questions[:NUM_TEST_QUESTIONS]],
     }
     counts = {name: _write(folder / f"{name}.jsonl", records) for name, records in files.items()}
@@ -42,9 +48,14 @@ def write_tasks(folder: Path) -> dict:
         folder,
         stage="tasks",
         inputs={},
-        config={"held_out_fraction": HELD_OUT_FRACTION, "seed": SEED},
+        config=settings(),
         metrics={"functions": len(functions), **counts},
     )
+
+
+def settings() -> dict:
+    """What the files depend on: another Python has another library."""
+    return {"held_out_fraction": HELD_OUT_FRACTION, "seed": SEED, "python": platform.python_version()}
 
 
 def _chat(questions: list[Question]) -> dict:

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from maxlm import __version__
 from maxlm.errors import MaxlmError
 from maxlm.generate import request as engine_request
-from maxlm.generate.engine import Engine, QueueFullError
+from maxlm.generate.engine import Engine, EngineStoppedError, QueueFullError
 from maxlm.generate.model import LoadedModel
 from maxlm.serve.metrics import ServerMetrics
 from maxlm.serve.middleware import CountRequests, LimitBody
@@ -239,6 +239,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     @handle(MaxlmError)
     async def impossible(_: Request, error: MaxlmError) -> Response:
         return JSONResponse(error_body(str(error)), 400)
+
+    @handle(EngineStoppedError)
+    async def stopped(_: Request, error: EngineStoppedError) -> Response:
+        return JSONResponse(error_body(str(error), kind="server_error"), 503)
 
     @handle(HTTPException)
     async def http_error(http: Request, error: HTTPException) -> Response:

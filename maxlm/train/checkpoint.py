@@ -25,6 +25,7 @@ from maxlm.errors import CheckpointError, TrainingError
 from maxlm.train.state import TrainState
 
 FOLDER = "checkpoints"
+_UNREACHABLE = (PermissionError, ConnectionError, TimeoutError)
 
 
 class Checkpointer:
@@ -95,8 +96,8 @@ class Checkpointer:
         for step in steps:
             try:
                 return self._restore_step(step, like)
-            except (CheckpointError, jax.errors.JaxRuntimeError, MemoryError):
-                # Another model, or too little memory: says nothing against the checkpoint.
+            except (CheckpointError, jax.errors.JaxRuntimeError, MemoryError, *_UNREACHABLE):
+                # Another model, too little memory, no way to the files: says nothing against the checkpoint.
                 raise
             except Exception as error:
                 self._set_aside(step, _first_line(error))

@@ -53,6 +53,7 @@ def run(
     frozen: Any,
     assemble: Callable[[Any, Any], Any],
     fingerprint: str,
+    start: dict[str, str] | None,
 ) -> TrainResult:
     """Train from the newest checkpoint in the run folder, or from `trainable`, to `config.steps`.
 
@@ -64,6 +65,7 @@ def run(
       frozen: weights that do not change, or None.
       assemble: (trainable, frozen) -> the model that the objective's loss takes.
       fingerprint: of the tokenizer; a checkpoint of another is refused.
+      start: the checkpoint that the run starts from, to be recorded; None where it starts from nothing.
 
     Raises:
       CheckpointError: the checkpoint in the folder is of another model or tokenizer.
@@ -85,7 +87,12 @@ def run(
         donate_argnums=0,
     )
     state = jax.jit(partial(create_state, optimizer=optimizer), donate_argnums=0)(trainable)
-    metadata = {"config": config.model_dump(mode="json"), "config_yaml": dump_yaml(config), "fingerprint": fingerprint}
+    metadata = {
+        "config": config.model_dump(mode="json"),
+        "config_yaml": dump_yaml(config),
+        "fingerprint": fingerprint,
+        "start": start,
+    }
 
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(Checkpointer(folder, keep=config.checkpoint.keep))
@@ -94,22 +101,22 @@ def run(
             check_fingerprint(saved["fingerprint"], fingerprint, folder)
             if is_primary():
                 console.print(f"resuming {folder} at step {int(state.step)}", markup=False)
-        start = int(state.step)
+        first_step = int(state.step)
         if is_primary():
             # Not before: a run that is refused leaves the folder as it was.
             (folder / "config.yaml").write_text(metadata["config_yaml"], encoding="utf-8")
-        log = stack.enter_context(MetricsLog(folder, start_step=start, total_steps=config.steps))
+        log = stack.enter_context(MetricsLog(folder, start_step=first_step, total_steps=config.steps))
         stop_requested = stack.enter_context(stop_on_signal())
         window = StepWindow(
             (state.trainable, frozen), peak=peak_flops(mesh.devices.flat[0]), num_devices=mesh.devices.size
         )
         in_flight: collections.deque[Any] = collections.deque()
         began = time.perf_counter()
-        step, interrupted, valid = start, False, {}
+        step, interrupted, valid = first_step, False, {}
 
         # The batch builder of an objective that samples needs the weights of the moment.
         current: dict[str, Any] = {"state": state}
-        batches = objective.batches(start, lambda: assemble(current["state"].trainable, frozen))
+        batches = objective.batches(first_step, lambda: assemble(current["state"].trainable, frozen))
         while step < config.steps:
             with window.waiting():
                 batch = put_batch(next(batches), mesh)
@@ -138,13 +145,13 @@ def run(
                     checkpointer.save(state, {**metadata, "step": step})
             if interrupted:
                 break
-        if start >= config.steps:
+        if first_step >= config.steps:
             valid = objective.validate(assemble(state.trainable, frozen))
         seconds = time.perf_counter() - began
         rate = window.tokens_per_second_overall()
     if interrupted and is_primary():
         console.print(f"stopped by a signal: step {step} is saved; run the same command to go on", markup=False)
-    return TrainResult(state, start, step, interrupted, valid, seconds, rate)
+    return TrainResult(state, first_step, step, interrupted, valid, seconds, rate)
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

@@ -26,7 +26,7 @@ class StepWindow:
         self.flops_per_token = 6 * count
         self.peak = peak and peak * num_devices
         self.seconds, self.tokens = 0.0, 0
-        self._compiled = False
+        self._first_rate = 0.0
         self._reset()
 
     def _reset(self) -> None:
@@ -76,16 +76,17 @@ class StepWindow:
         if self.peak:
             record["mfu"] = rate * self.flops_per_token / self.peak
         # The first window holds the compilation and says nothing of the speed.
-        if self._compiled:
+        if self._first_rate:
             self.seconds += elapsed
             self.tokens += self._tokens
-        self._compiled = True
+        else:
+            self._first_rate = rate
         self._reset()
         return record
 
     def tokens_per_second_overall(self) -> float:
-        """Over all windows but the first."""
-        return self.tokens / max(self.seconds, 1e-9)
+        """Over all windows but the first; of that one, where there is no other."""
+        return self.tokens / self.seconds if self.seconds else self._first_rate
 
 
 class MetricsLog:

@@ -1,5 +1,7 @@
 """From a configuration to a finished run folder: tokenizer, model, mesh, objective, loop, manifest."""
 
+import contextlib
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import xxhash
 from etils import epath
 
 from maxlm.config.load import parse_config
@@ -18,6 +21,7 @@ from maxlm.core.manifest import FILE_NAME, read_manifest, write_manifest
 from maxlm.core.parameters import abstract, initialize
 from maxlm.core.sharding import make_mesh
 from maxlm.core.storage import copy_folder, resolve_path, storage_path
+from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError, ConfigError
 from maxlm.models.adapters import apply_adapters, declare_adapters, merge_adapters
 from maxlm.models.decoder import Decoder
@@ -61,7 +65,7 @@ def train(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
         model = initialize(plan, key, mesh)
     else:
         decoder, _ = load_model(config.init_from, mesh)
-        model = recipe.from_decoder(decoder, key)
+        model = recipe.from_decoder(_as_configured(decoder, config.model), key)
 
     with jax.set_mesh(mesh):
         if config.lora is None:
@@ -81,6 +85,7 @@ def train(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
             frozen=frozen,
             assemble=assemble,
             fingerprint=tokenizer.fingerprint,
+            start=None if config.init_from is None else identify(find_checkpoint(config.init_from)),
         )
     if result.start == result.steps and is_finished(folder):
         return read_manifest(folder)
@@ -105,6 +110,8 @@ def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
         raise ConfigError(
             [f"model.vocab_size: {model.vocab_size} differs from the tokenizer's {tokenizer.vocab_size}; leave it out"]
         )
+    if config.row_length > model.max_length:
+        raise ConfigError([f"row_length: {config.row_length} exceeds the model's max_length of {model.max_length}"])
     model = model.model_copy(update={"vocab_size": tokenizer.vocab_size})
     return config.model_copy(update={"model": model})
 
@@ -194,19 +201,45 @@ def load_model(path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None) -
     plan = Decoder(config.model)
     if config.lora is None:
         return restore_weights(checkpoint, abstract(plan, mesh)), run_folder / "tokenizer"
-    base, _ = load_model(config.init_from, mesh)
+    base = load_start(checkpoint, config, mesh)
     adapters = restore_weights(checkpoint, abstract(declare_adapters(plan, config.lora), mesh))
-    with jax.set_mesh(mesh) if mesh is not None else _no_mesh():
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         merged = jax.jit(partial(merge_adapters, config=config.lora))(base, adapters)
     return merged, run_folder / "tokenizer"
+
+
+def load_start(checkpoint: epath.Path, config: TrainConfig, mesh: jax.sharding.Mesh | None = None) -> Decoder:
+    """The model that a checkpoint's adapters were trained on.
+
+    Raises:
+      CheckpointError: it is gone, or no longer what it was.
+    """
+    start = read_metadata(checkpoint)["start"]
+    if identify(find_checkpoint(start["checkpoint"])) != start:
+        raise CheckpointError(
+            f"{start['checkpoint']}: has changed since the adapters of {checkpoint} were trained on it;"
+            " train them again"
+        )
+    decoder, _ = load_model(start["checkpoint"], mesh)
+    return _as_configured(decoder, config.model)
+
+
+def identify(checkpoint: epath.Path) -> dict[str, str]:
+    """Where a checkpoint lies, and a hash of what its arrays hold."""
+    weights = {
+        path: value for path, value in read_metadata(checkpoint)["checksums"].items() if path.startswith("weights")
+    }
+    return {
+        "checkpoint": str(checkpoint),
+        "hash": xxhash.xxh3_128_hexdigest(json.dumps(weights, sort_keys=True).encode()),
+    }
+
+
+def _as_configured(decoder: Decoder, config: ModelConfig) -> Decoder:
+    """The same weights, computed in the way of another configuration of that shape."""
+    return unflatten(flatten(decoder), Decoder(config))
 
 
 def run_folder_of(checkpoint: epath.Path) -> epath.Path:
     """The run folder that a checkpoint lies in."""
     return checkpoint.parent.parent
-
-
-def _no_mesh():
-    from contextlib import nullcontext
-
-    return nullcontext()

@@ -125,6 +125,11 @@ def test_a_mesh_that_is_too_large_is_told(sizes):
         make_mesh(MeshConfig(**sizes))
 
 
+def test_a_mesh_that_would_leave_devices_without_work_is_told():
+    with pytest.raises(ConfigError, match="leaves 2 of 8 devices without work"):
+        make_mesh(MeshConfig(data=3, fsdp=-1))
+
+
 def test_without_a_mesh_nothing_is_laid_out():
     x = jnp.ones((4, 4))
     assert shard(x, "batch", None) is x

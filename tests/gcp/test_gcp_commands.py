@@ -111,7 +111,7 @@ def test_installing_unpacks_installs_and_fetches_and_may_be_repeated(make_job, w
     calls = (worker.home / "python.calls").read_text().splitlines()
     assert calls[1:3] == [
         "-m uv venv --quiet --allow-existing --python=3.11 .venv",
-        "-m uv pip install --quiet --python=.venv --editable=. jax[tpu]",
+        "-m uv pip install --quiet --python=.venv --editable=.[tpu]",
     ]
     assert "storage rsync gs://my-bucket/packed data/my rows --recursive" in (worker.home / "gcloud.calls").read_text()
 

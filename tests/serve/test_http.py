@@ -184,7 +184,8 @@ def test_health_tells_when_the_engine_has_failed(model):
         assert reply.json()["error"]["type"] == "server_error"
         assert httpx.get(f"{url}/health").status_code == 503
         reply = httpx.post(f"{url}{CHAT}", json={"messages": MESSAGES, "max_tokens": 5})
-        assert reply.status_code == 500
+        assert reply.status_code == 503
+        assert "the engine has stopped" in reply.json()["error"]["message"]
 
 
 def test_metrics_count_what_happened(model):

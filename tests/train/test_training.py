@@ -9,7 +9,7 @@ import pytest
 from tiny_run import MODEL, tiny_config
 
 from maxlm.config import TokenizerConfig
-from maxlm.config.train import MeshConfig
+from maxlm.config.train import LoraConfig, MeshConfig
 from maxlm.core.manifest import read_manifest, write_json
 from maxlm.core.sharding import make_mesh
 from maxlm.core.storage import storage_path
@@ -85,6 +85,36 @@ def test_a_run_that_never_saved_takes_the_tokenizer_it_is_given(tmp_path, tiny_d
 def test_rows_of_another_length_are_refused(tmp_path, tiny_data_folder):
     with pytest.raises(DataError, match="its rows hold 32 tokens, and 16 are needed"):
         train(tiny_config(tmp_path / "run", tiny_data_folder, row_length=16))
+
+
+def test_rows_longer_than_the_context_of_the_start_are_refused(short_run, tmp_path, tiny_data_folder):
+    config = tiny_config(tmp_path / "run", tiny_data_folder, init_from=str(short_run))
+    with pytest.raises(ConfigError, match="exceeds the model's max_length of"):
+        train(config.model_copy(update={"model": None, "row_length": 4096}))
+
+
+def test_a_start_is_computed_as_the_new_run_says(short_run, tmp_path, tiny_data_folder):
+    """What changes how a model is computed, and not its weights, is the new run's to choose."""
+    model = {**MODEL, "remat": "full", "max_length": 48}
+    train(tiny_config(tmp_path / "run", tiny_data_folder, init_from=str(short_run), model=model, steps=1))
+    loaded, _ = load_model(tmp_path / "run")
+    assert (loaded.config.remat, loaded.config.max_length) == ("full", 48)
+
+
+def test_adapters_refuse_a_base_that_has_changed(tmp_path, tiny_data_folder):
+    base = tiny_config(tmp_path / "base", tiny_data_folder, steps=1)
+    train(base)
+    config = tiny_config(tmp_path / "adapters", tiny_data_folder, init_from=base.output, steps=1)
+    config = config.model_copy(update={"model": None, "lora": LoraConfig(rank=2)})
+    train(config)
+    load_model(config.output)
+    metadata = find_checkpoint(base.output) / "metadata" / "metadata"
+    saved = json.loads(metadata.read_text())
+    first = next(path for path in saved["checksums"] if path.startswith("weights/"))
+    saved["checksums"][first] += 1
+    metadata.write_text(json.dumps(saved))
+    with pytest.raises(CheckpointError, match="has changed since the adapters"):
+        load_model(config.output)
 
 
 def test_a_vocabulary_of_another_size_is_refused(tmp_path, tiny_data_folder):
