@@ -29,7 +29,8 @@ def evaluate_stages(folder: Path) -> dict[str, Any]:
     base, tuned, aligned = (maxlm.load(folder / name) for name in ("pretrain", "sft", "align"))
     console.print("measuring held-out text", markup=False)
     valid_texts = read_held_out(folder / "data")
-    simple = baselines(read_training(folder / "data"), valid_texts, base.tokenizer)
+    simple = baselines(read_training(folder / "data"), valid_texts, base.tokenizer).to_dict()
+    sizes = {name: simple.pop(name) for name in ("train_bytes", "valid_bytes")}
     likelihood = bits_per_byte(base, valid_texts)
 
     console.print("asking held-out questions", markup=False)
@@ -39,7 +40,8 @@ def evaluate_stages(folder: Path) -> dict[str, Any]:
     )
     reward_before, reward_after = (_mean_reward(model, questions) for model in (tuned, aligned))
     return {
-        "bits_per_byte": {"pretrain": likelihood.bits_per_byte.to_dict(), **simple.to_dict()},
+        "bits_per_byte": {"pretrain": likelihood.bits_per_byte.to_dict(), **simple},
+        "text": sizes,
         "sft_exact_match": {
             **_before_after(before.correct, after.correct),
             "aligned": greedy_aligned.accuracy.value,

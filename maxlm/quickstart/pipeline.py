@@ -22,7 +22,7 @@ from maxlm.quickstart.server import chat_once
 from maxlm.quickstart.tasks import settings, write_tasks
 
 RECIPES = ("data", "tokenizer", "pretrain", "sft", "align")
-CHAT_PROMPT = "What is the last parameter of `copyfile(src, dst)`?"
+CHAT_PROMPT = "What is the first parameter of `copyfile(src, dst)`?"
 
 
 class Quickstart:

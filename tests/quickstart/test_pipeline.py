@@ -50,6 +50,9 @@ def test_a_model_that_learned_nothing_fails_its_checks_and_is_reported_all_the_s
         "data", "tokenizer", "train/pretrain", "tasks", "train/sft", "train/grpo", "export/int8", "data/documents"
     }  # fmt: skip
     assert summary["chat"]["events"] > 1
+    assert set(summary["bits_per_byte"]) == {
+        "pretrain", "unigram", "bigram", "byte_bigram", "xz", "xz_after_training"
+    }  # fmt: skip
     assert set(summary["seconds"]) >= {"documents", "pretrain", "sft", "align", "evaluate", "int8", "chat"}
     report = (tmp_path / "report.html").read_text()
     assert "xz" in report
