@@ -156,9 +156,11 @@ def is_finished(folder: epath.Path) -> bool:
 
 def finish(config: TrainConfig, result: TrainResult, tokenizer_folder: epath.Path) -> dict[str, Any]:
     """Write the manifest of a run that has ended, or of one that was stopped and waits to go on."""
-    inputs = {"tokenizer": tokenizer_folder}
-    if config.init_from is not None:
-        inputs["init_from"] = run_folder_of(find_checkpoint(config.init_from))
+    # A run that starts from another takes that one's tokenizer with it.
+    if config.init_from is None:
+        inputs = {"tokenizer": tokenizer_folder}
+    else:
+        inputs = {"init_from": run_folder_of(find_checkpoint(config.init_from))}
     objective = config.objective
     if objective.kind == "pretrain":
         inputs |= {f"data_{index}": source.path for index, source in enumerate(objective.sources)}

@@ -15,7 +15,8 @@ from maxlm.data.build import build_data
 from maxlm.models.decoder import Decoder
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.tokenizer.train import train_tokenizer
-from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.checkpoint import Checkpointer, find_checkpoint
+from maxlm.train.run import identify
 from maxlm.train.state import create_state
 
 TEXT = "the quick brown fox jumps over a lazy dog while seven wizards quietly box five judges in the morning"
@@ -100,7 +101,12 @@ def save_run(folder: Path, model: Decoder, *, tokenizer_folder: Path, data: Path
         }
     )
     fingerprint = Tokenizer.load(tokenizer_folder).fingerprint
-    metadata = {"config": config.model_dump(mode="json"), "config_yaml": dump_yaml(config), "fingerprint": fingerprint}
+    metadata = {
+        "config": config.model_dump(mode="json"),
+        "config_yaml": dump_yaml(config),
+        "fingerprint": fingerprint,
+        "start": config.init_from and identify(find_checkpoint(config.init_from)),
+    }
     with Checkpointer(folder, keep=1) as checkpointer:
         checkpointer.save(create_state(model if adapters is None else adapters, optax.sgd(0.1)), metadata)
     (folder / "tokenizer").symlink_to(tokenizer_folder)
