@@ -18,7 +18,7 @@ SEED = 0
 def write_tasks(folder: Path) -> dict:
     """Write sft_{train,valid}.jsonl, prompts.jsonl and questions.jsonl, and return the manifest.
 
-    Alignment asks about functions that SFT has not told the answers for: what a model knows by heart gives no signal.
+    Alignment asks about functions that SFT has not told the answers for, so that no reward is earned by memory.
     Questions for evaluation are about functions that no stage saw.
     """
     folder.mkdir(parents=True, exist_ok=True)
