@@ -4,8 +4,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
-from maxlm.config.base import Count, Fraction, Frozen
+from maxlm.config.base import Count, Frozen
+from maxlm.config.fault import CheckpointConfig, GuardConfig
+from maxlm.config.mesh import MeshConfig
 from maxlm.config.model import ModelConfig
+from maxlm.config.optim import OptimConfig
 
 
 class PackedSource(Frozen):
@@ -86,65 +89,6 @@ class LoraConfig(Frozen):
     targets: tuple[str, ...] = Field(
         ("query", "key", "value", "out", "gate", "up", "down"), description="Names of the weights that get an adapter."
     )
-
-
-class ScheduleConfig(Frozen):
-    """Learning rate over steps, as a factor of the optimizer's."""
-
-    kind: Literal["cosine", "wsd", "constant"] = Field(
-        "cosine", description="wsd: warm-up, stable, then a linear decay over the last `decay_fraction` of the steps."
-    )
-    warmup_steps: NonNegativeInt = 20
-    decay_fraction: Fraction = 0.2
-    final_factor: Fraction = 0.1
-
-
-class OptimConfig(Frozen):
-    """The optimizer, and what is done to gradients before it."""
-
-    kind: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon orthogonalises the updates of the layers' matrices and leaves the rest to AdamW."
-    )
-    learning_rate: PositiveFloat = 3e-4
-    muon_learning_rate: PositiveFloat = 0.02
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    epsilon: PositiveFloat = 1e-8
-    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    weight_decay: NonNegativeFloat = 0.1
-    clip_norm: PositiveFloat | None = 1.0
-    schedule: ScheduleConfig = ScheduleConfig()
-
-
-class MeshConfig(Frozen):
-    """Devices along each mesh axis; -1 takes those that are left."""
-
-    data: Annotated[int, Field(ge=-1)] = 1
-    fsdp: Annotated[int, Field(ge=-1)] = -1
-    tensor: Annotated[int, Field(ge=-1)] = 1
-
-    @model_validator(mode="after")
-    def _one_free_axis(self) -> Self:
-        sizes = (self.data, self.fsdp, self.tensor)
-        if sizes.count(-1) > 1 or 0 in sizes:
-            raise ValueError("at most one mesh axis may be -1, and none may be 0")
-        return self
-
-
-class GuardConfig(Frozen):
-    """Steps whose loss or gradient is not finite, or jumps, are skipped and counted."""
-
-    spike_factor: PositiveFloat | None = Field(
-        10.0, description="Skip a step whose gradient norm exceeds this many times its running mean."
-    )
-    max_skipped_in_a_row: Count = 5
-
-
-class CheckpointConfig(Frozen):
-    """When checkpoints are saved, and how many stay."""
-
-    every: Count = 500
-    keep: Count = 2
 
 
 class TrainConfig(Frozen):

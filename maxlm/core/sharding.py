@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maxlm.config.train import MeshConfig
+from maxlm.config.mesh import MeshConfig
 from maxlm.errors import ConfigError
 
 MESH_AXES = ("data", "fsdp", "tensor")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from maxlm.config.train import OptimConfig, ScheduleConfig
+from maxlm.config.optim import OptimConfig, ScheduleConfig
 from maxlm.core.sharding import is_explicit, spec_of
 from maxlm.core.tree import path_of
 

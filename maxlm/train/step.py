@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maxlm.config.train import GuardConfig
+from maxlm.config.fault import GuardConfig
 from maxlm.core.sharding import shard
 from maxlm.train.loss import LossOutput, Term, add
 from maxlm.train.state import GuardState, TrainState

@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from maxlm.config import ModelConfig
-from maxlm.config.train import MeshConfig
+from maxlm.config.mesh import MeshConfig
 from maxlm.core.parameters import Parameter, abstract, initialize, normal, ones, shardings, stack, zeros
 from maxlm.core.sharding import LOGICAL_AXES, MESH_AXES, gather_weight, logical_to_spec, make_mesh, shard, spec_of
 from maxlm.core.tree import flatten, path_of, unflatten

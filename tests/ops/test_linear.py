@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maxlm.config.train import MeshConfig
+from maxlm.config.mesh import MeshConfig
 from maxlm.core.sharding import logical_to_spec, make_mesh, shard
 from maxlm.ops.linear import AdaptedWeight, embed, linear, unembed
 from maxlm.ops.qtensor import quantize

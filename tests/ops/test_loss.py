@@ -7,7 +7,7 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import PartitionSpec as P
 
-from maxlm.config.train import MeshConfig
+from maxlm.config.mesh import MeshConfig
 from maxlm.core.sharding import make_mesh
 from maxlm.ops.loss import token_log_probabilities
 

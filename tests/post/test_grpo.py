@@ -9,7 +9,8 @@ import optax
 import pytest
 from toy_task import make_config, question, write_lines
 
-from maxlm.config.train import GuardConfig, MeshConfig
+from maxlm.config.fault import GuardConfig
+from maxlm.config.mesh import MeshConfig
 from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten
 from maxlm.data.preference import Prompt

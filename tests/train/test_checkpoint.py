@@ -12,7 +12,8 @@ import pytest
 from tiny_run import MODEL
 
 from maxlm.config import ModelConfig
-from maxlm.config.train import MeshConfig, OptimConfig
+from maxlm.config.mesh import MeshConfig
+from maxlm.config.optim import OptimConfig
 from maxlm.core.parameters import abstract, initialize
 from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten

@@ -8,7 +8,9 @@ import pytest
 from tiny_run import MODEL
 
 from maxlm.config import ModelConfig
-from maxlm.config.train import LoraConfig, MeshConfig, OptimConfig, ScheduleConfig
+from maxlm.config.mesh import MeshConfig
+from maxlm.config.optim import OptimConfig, ScheduleConfig
+from maxlm.config.train import LoraConfig
 from maxlm.core.parameters import shardings
 from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten

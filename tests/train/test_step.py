@@ -9,7 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from maxlm.config import ModelConfig
-from maxlm.config.train import GuardConfig, MeshConfig, OptimConfig, ScheduleConfig
+from maxlm.config.fault import GuardConfig
+from maxlm.config.mesh import MeshConfig
+from maxlm.config.optim import OptimConfig, ScheduleConfig
 from maxlm.core.batch import Batch
 from maxlm.core.parameters import initialize
 from maxlm.core.sharding import make_mesh

@@ -9,7 +9,8 @@ import pytest
 from tiny_run import MODEL, tiny_config
 
 from maxlm.config import TokenizerConfig
-from maxlm.config.train import LoraConfig, MeshConfig
+from maxlm.config.mesh import MeshConfig
+from maxlm.config.train import LoraConfig
 from maxlm.core.manifest import read_manifest, write_json
 from maxlm.core.sharding import make_mesh
 from maxlm.core.storage import storage_path
