@@ -92,6 +92,22 @@ def test_what_was_saved_comes_back_to_the_bit(saved):
     assert metadata["note"] == "of step 3"
 
 
+@pytest.mark.parametrize("sizes", [None, {"fsdp": 4, "tensor": 2}])
+def test_shapes_alone_say_what_to_restore(sizes, saved):
+    """No state has to be made before one is restored; each array comes back laid out as its shape says."""
+    mesh = sizes and make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding if mesh else None),
+        make_state(0, mesh=mesh),
+    )
+    with Checkpointer(saved, keep=3) as checkpointer:
+        restored, _ = checkpointer.restore(like)
+    assert_equal(restored, make_state(3, step=3))
+    if mesh:
+        shardings = {path: leaf.sharding for path, leaf in flatten(restored).items()}
+        assert shardings == {path: leaf.sharding for path, leaf in flatten(like).items()}
+
+
 def test_no_checkpoint_is_none(tmp_path):
     with Checkpointer(tmp_path, keep=3) as checkpointer:
         assert checkpointer.restore(make_state(0)) is None
