@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, Tag, TypeAdapter, ValidationError
 
 from maxlm.config.data import DataConfig, TokenizerConfig
+from maxlm.config.sweep import SweepConfig
 from maxlm.config.train import TrainConfig
 from maxlm.errors import ConfigError
 
-AnyConfig = Annotated[TrainConfig | DataConfig | TokenizerConfig, Field(discriminator="kind")]
+AnyConfig = Annotated[TrainConfig | DataConfig | TokenizerConfig | SweepConfig, Field(discriminator="kind")]
+_MODELS = {"train": TrainConfig, "data": DataConfig, "tokenizer": TokenizerConfig, "sweep": SweepConfig}
 _ADAPTER = TypeAdapter(AnyConfig)
 
 
@@ -27,7 +29,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *
     Args:
       path: a YAML file.
       overrides: `dotted.key=value` strings; values are read as YAML.
-      kind: the kind that the caller can use (`train`, `data`, `tokenizer`); None takes any.
+      kind: the kind that the caller can use (`train`, `data`, `tokenizer`, `sweep`); None takes any.
 
     Raises:
       ConfigError: with one line for each mistake.
@@ -59,8 +61,8 @@ def json_schema() -> dict:
     """The JSON schema of all configuration files, for editors."""
     schema = _ADAPTER.json_schema()
     # An editor must accept the one key that is gone before validation.
-    for definition in ("TrainConfig", "DataConfig", "TokenizerConfig"):
-        schema["$defs"][definition]["properties"]["base"] = {
+    for model in _MODELS.values():
+        schema["$defs"][model.__name__]["properties"]["base"] = {
             "type": "string",
             "description": "A YAML file, relative to this one, whose keys this file overrides.",
         }
@@ -154,7 +156,7 @@ def _explain(item: dict, tree: dict) -> str:
     if item["type"] == "missing":
         return f"{path}: must be given"
     if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        expected = item.get("ctx", {}).get("expected_tags", "'train', 'data', 'tokenizer'")
+        expected = item.get("ctx", {}).get("expected_tags", ", ".join(map(repr, _MODELS)))
         given = item.get("ctx", {}).get("tag")
         near = difflib.get_close_matches(str(given), expected.replace("'", "").split(", "), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -167,7 +169,7 @@ def _explain(item: dict, tree: dict) -> str:
 
 def _locate(loc: tuple, tree: Any) -> tuple[list[str], type[BaseModel] | None]:
     """The dotted path of pydantic's `loc`, without the tags of unions, and the model that holds its last key."""
-    model: Any = {"train": TrainConfig, "data": DataConfig, "tokenizer": TokenizerConfig}.get(loc[0] if loc else None)
+    model: Any = _MODELS.get(loc[0] if loc else None)
     path: list[str] = []
     owner = model
     for part in loc[1:] if model else loc:
@@ -195,7 +197,12 @@ def _members(kind: Any) -> tuple:
 
 
 def _tagged(kind: Any, tag: Any) -> Any:
-    """The member of a union of models that has this `kind`; None if it is no such union or tag."""
+    """The member of a union that has this `kind`, or this name; None if it is no such union or tag."""
+    for member in _members(kind):
+        if typing.get_origin(member) is Annotated and any(
+            isinstance(m, Tag) and m.tag == tag for m in member.__metadata__
+        ):
+            return typing.get_args(member)[0]
     models = [member for member in _members(kind) if _is_model(member) and "kind" in member.model_fields]
     if len(models) < 2:
         return None
@@ -209,6 +216,6 @@ def _only_model(kind: Any) -> Any:
 
 
 def _item(kind: Any) -> Any:
-    """The element type of a sequence annotation."""
+    """The element type of a sequence annotation, or the type of a dict's values."""
     arguments = typing.get_args(kind)
-    return _only_model(arguments[0]) if arguments else None
+    return _only_model(arguments[typing.get_origin(kind) is dict]) if arguments else None

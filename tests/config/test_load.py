@@ -70,7 +70,7 @@ def test_all_mistakes_are_told_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("kind=trian", "kind: 'trian' must be one of 'train', 'data', 'tokenizer'; did you mean train?"),
+        ("kind=trian", "kind: 'trian' must be one of 'train', 'data', 'tokenizer', 'sweep'; did you mean train?"),
         ("objective.kind=gpro", "objective.kind: 'gpro' must be one of 'pretrain', 'sft', 'reward', 'dpo', 'grpo'"),
         ("objective.sources=[]", "objective.sources: []: tuple should have at least 1 item"),
         ("optim.learning_rate=nan", "optim.learning_rate: 'nan': input should be a finite number"),
@@ -202,7 +202,7 @@ def test_bytes_that_are_no_text_and_folders_are_told(tmp_path):
 
 def test_the_wrong_kind_is_told(good):
     good.write_text(GOOD.replace("kind: train\n", "", 1), encoding="utf-8")
-    assert problems(good) == ["kind: None must be one of 'train', 'data', 'tokenizer'"]
+    assert problems(good) == ["kind: None must be one of 'train', 'data', 'tokenizer', 'sweep'"]
     good.write_text(GOOD, encoding="utf-8")
     assert problems(good, kind="data") == ["kind is 'train', and this command needs kind: data"]
 

@@ -1,0 +1,151 @@
+"""A sweep: many short runs of one training configuration, and what is varied between them."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Discriminator, Field, PositiveFloat, Tag, model_validator
+
+from maxlm.config.base import Count, Frozen
+
+_RANGE_KEYS = {"low", "high", "log", "points"}
+
+
+class Range(Frozen):
+    """All values from `low` to `high`."""
+
+    low: float
+    high: float
+    log: bool = Field(False, description="Even in the logarithm: as many values from 1 to 10 as from 10 to 100.")
+    points: Annotated[int, Field(ge=2)] = Field(5, description="How many values a grid takes, both ends included.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) must be less than high ({self.high})")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low ({self.low}) must be above 0 where log is true")
+        return self
+
+
+Choices = Annotated[tuple[Any, ...], Field(min_length=1, description="The values that are tried.")]
+Dimension = Annotated[
+    Annotated[Range, Tag("range")] | Annotated[Choices, Tag("choices")],
+    Discriminator(lambda value: "range" if isinstance(value, dict | Range) else "choices"),
+]
+
+
+class GridMethod(Frozen):
+    """Every combination of the fields' values."""
+
+    kind: Literal["grid"] = "grid"
+
+
+class RandomMethod(Frozen):
+    """Settings drawn at random, no two of them alike."""
+
+    kind: Literal["random"] = "random"
+    trials: Count = 8
+    seed: int = 0
+
+
+class HalvingMethod(Frozen):
+    """Many random settings for a few steps; of each round the best 1/eta go on to eta times as many steps."""
+
+    kind: Literal["successive_halving"] = "successive_halving"
+    trials: Count = Field(9, description="Settings in the first round.")
+    eta: Annotated[int, Field(ge=2)] = 3
+    min_steps: Count = Field(description="Steps of the first round, at least.")
+    max_steps: Count | None = Field(None, description="Steps of the last round; null takes the training's own.")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max_steps is not None and self.min_steps > self.max_steps:
+            raise ValueError(f"min_steps ({self.min_steps}) exceeds max_steps ({self.max_steps})")
+        return self
+
+
+Method = Annotated[GridMethod | RandomMethod | HalvingMethod, Field(discriminator="kind")]
+
+
+def _dotted(tree: Any) -> Any:
+    """Nested sections as dotted keys, which is how an override from the command line joins those of the file.
+
+    A section with a `kind` stays whole: it replaces the old one.
+    """
+    if not isinstance(tree, dict):
+        return tree
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = _dotted(value) if isinstance(value, dict) else None
+        if inner and "kind" not in value and not _RANGE_KEYS & set(value):
+            found = {f"{key}.{rest}": leaf for rest, leaf in inner.items()}
+        else:
+            found = {str(key): value}
+        for name, leaf in found.items():
+            old = flat.get(name)
+            both = isinstance(old, dict) and isinstance(leaf, dict) and _RANGE_KEYS & set(leaf)
+            flat[name] = old | leaf if both else leaf
+    return flat
+
+
+Overrides = Annotated[dict[str, Any], BeforeValidator(_dotted)]
+
+
+class ScalesConfig(Frozen):
+    """Small models first, then a larger one foretold from them."""
+
+    ladder: tuple[Overrides, ...] = Field(
+        min_length=3,
+        description="Overrides of the training configuration for each size, smallest first. Three fit a law, four or"
+        " more tell how certain it is.",
+    )
+    against: Literal["flops", "parameters", "tokens"] = Field("flops", description="What the law is a function of.")
+    target: Overrides | None = Field(None, description="Overrides of the size that is foretold.")
+    run_target: bool = Field(True, description="Train the target too, and compare.")
+
+
+class SweepConfig(Frozen):
+    """`maxlm sweep`: trials of one training configuration."""
+
+    kind: Literal["sweep"]
+    output: str = Field(description="A local folder; a sweep that stands there already goes on.")
+    train: str = Field(description="A file of kind: train, which every trial starts from.")
+    overrides: Overrides = Field({}, description="Dotted key -> value: what all trials change in it.")
+    fields: Annotated[dict[str, Dimension], BeforeValidator(_dotted)] = Field(
+        {}, description="Dotted key -> list of values, or {low, high, log}: what differs between trials."
+    )
+    method: Method = GridMethod()
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] | None = Field(
+        None, description="Each setting is trained with all of them, and their mean counts; null takes the training's."
+    )
+    metric: str = Field("loss", description="The validation metric that counts.")
+    goal: Literal["minimize", "maximize"] = "minimize"
+    scales: ScalesConfig | None = None
+    keep_checkpoints: Literal["best", "all", "none"] = Field(
+        "best", description="Which trials keep their checkpoints once they are decided: those of the best, all, none."
+    )
+    trial_seconds: PositiveFloat | None = Field(None, description="A trial that takes longer is ended, and has failed.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        problems = []
+        if not self.fields and self.scales is None:
+            problems.append("fields must name what is varied, or scales the sizes to fit a law to")
+        if self.scales is not None and self.goal == "maximize":
+            problems.append("scales need goal: minimize, because the law is one of a falling loss")
+        taken = {"kind", "output"} | ({"seed"} if self.seeds else set())
+        if self.method.kind == "successive_halving" and not self.fields:
+            problems.append("method.kind: successive_halving needs fields to choose among")
+        sections: dict[str, Any] = {"overrides": self.overrides}
+        if self.scales is not None:
+            sections |= {f"scales.ladder.{index}": size for index, size in enumerate(self.scales.ladder)}
+            sections |= {"scales.target": self.scales.target or {}}
+        for where, names in sections.items():
+            problems += [f"{where}.{name}: is varied by fields too" for name in names if name in self.fields]
+            problems += [f"{where}.{name}: is set by the sweep itself" for name in names if name in taken]
+        # Of halving, `steps` of a size are those of its last round.
+        taken |= {"steps"} if self.method.kind == "successive_halving" else set()
+        problems += [f"fields.{name}: is set by the sweep itself" for name in self.fields if name in taken]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
