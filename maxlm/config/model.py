@@ -38,6 +38,10 @@ class ModelConfig(Frozen):
     remat: Literal["none", "dots", "full"] = Field(
         "none", description="What the backward pass computes again: nothing, all but matrix products, whole layers."
     )
+    unroll: bool = Field(False, description="Compile each layer by itself and not one loop over all: slow to compile.")
+    loss_chunk_length: Count = Field(
+        512, description="Tokens of a row whose logits live at a time; a whole batch's are a step's largest array."
+    )
     attention: Literal["auto", "pallas_tpu", "cudnn", "xla", "reference"] = "auto"
 
     @model_validator(mode="after")

@@ -6,6 +6,9 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from maxlm.core.sharding import logical_to_spec, row_shard
 
 
 @partial(
@@ -31,3 +34,30 @@ class Batch:
     def from_rows(cls, rows: dict[str, np.ndarray]) -> Self:
         """From the arrays that the data loader gives, by name."""
         return cls(**{field.name: rows[field.name] for field in fields(cls)})
+
+
+def put_batch(batch: Any, mesh: Mesh, axes: tuple[str | None, ...] = ("batch", "length")) -> Any:
+    """This process's rows as global arrays, each cut along the logical axes of its first dimensions.
+
+    A tree of host arrays [rows], or [rows, length] and more.
+    """
+    rows = row_shard(mesh)
+
+    def put(x: np.ndarray) -> jax.Array:
+        spec = logical_to_spec((*axes, *[None] * x.ndim)[: x.ndim])
+        first = rows.index * x.shape[0]
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(rows.count * x.shape[0])
+            return x[(slice(start - first, stop - first), *index[1:])]
+
+        shape = (rows.count * x.shape[0], *x.shape[1:])
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)
+
+    return jax.tree.map(put, batch)
+
+
+def num_tokens(batch: Any) -> int:
+    """Tokens of all rows in a batch, padding included."""
+    parts = jax.tree.leaves(batch, is_leaf=lambda part: isinstance(part, Batch))
+    return sum(part.tokens.size for part in parts if isinstance(part, Batch))

@@ -4,30 +4,43 @@ Meshes have explicit axis types: an array's sharding is part of its type, so a s
 function is traced, on virtual CPU devices too. Without a mesh every helper here does nothing.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maxlm.config.mesh import MeshConfig
 from maxlm.errors import ConfigError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# From the outermost to the innermost: neighbours along the last axis are the nearest.
+MESH_AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 
 # Logical axis -> the mesh axes that cut it. `None` is replicated.
 LOGICAL_AXES: dict[str, tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
-    "length": None,
-    "layers": None,
-    "embed": ("fsdp",),
+    "batch": ("data", "fsdp", "expert"),
+    "length": ("context",),
+    # Tokens between the layers: norms and sums need no other token, so the tensor axis cuts them too.
+    "residual_length": ("context", "tensor"),
+    "layers": ("stage",),
+    "embed": ("fsdp", "expert", "context"),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "experts": ("expert",),
+    # The embed axis of an expert's weights.
+    "expert_embed": ("fsdp", "context"),
     "norm": None,
     "rank": None,
 }
+
+# The mesh axes that cut weights apart and along which they are gathered where they are used.
+_GATHERED = ("fsdp", "expert", "context")
 
 
 def logical_to_spec(axes: Sequence[str | None]) -> P:
@@ -41,37 +54,110 @@ def logical_to_spec(axes: Sequence[str | None]) -> P:
         if axis is not None and axis not in LOGICAL_AXES:
             raise ValueError(f"logical axis {axis!r} is not in the table: {', '.join(LOGICAL_AXES)}")
         mesh_axes = (axis and LOGICAL_AXES[axis]) or ()
-        if clash := used.intersection(mesh_axes):
-            raise ValueError(f"logical axes {tuple(axes)} use mesh axis {clash.pop()!r} twice")
+        if clash := [name for name in mesh_axes if name in used]:
+            raise ValueError(f"logical axes {tuple(axes)} use mesh axis {clash[0]!r} twice")
         used.update(mesh_axes)
         entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
     return P(*entries)
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all).
+def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """Devices along each mesh axis, `data` over all slices.
 
     Raises:
       ConfigError: the sizes need more devices than there are, or the free axis would leave some without work.
     """
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    fixed = config.slices * math.prod(max(size, 1) for size in sizes.values())
+    wide = {axis: size for axis, size in sizes.items() if size != 1} | (
+        {"slices": config.slices} if config.slices > 1 else {}
+    )
+    described = ", ".join(f"{axis}={size}" for axis, size in wide.items()) or "one device"
+    if fixed > num_devices:
+        largest = max((axis for axis in wide if wide[axis] > 1), key=lambda axis: wide[axis])
+        fits = max(1, num_devices // (fixed // wide[largest]))
+        raise ConfigError(
+            [
+                f"mesh: {described} needs {fixed} devices, and there are {num_devices};"
+                f" the nearest that fits is mesh.{largest}={fits}"
+            ]
+        )
+    for axis, size in sizes.items():
+        if size == -1:
+            sizes[axis] = num_devices // fixed
+            if num_devices % fixed:
+                raise ConfigError(
+                    [
+                        f"mesh: {described} leaves {num_devices % fixed} of {num_devices} devices without work;"
+                        f" name every size, mesh.{axis}={sizes[axis]} for one"
+                    ]
+                )
+    return {**sizes, "data": sizes["data"] * config.slices}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all), its axes explicit.
+
+    Where there are several slices, the data axis goes from slice to slice, and all others stay within one: gradients
+    are all that crosses the slow network.
+
+    Raises:
+      ConfigError: the sizes do not fit the number of devices, or the slices are not equal.
+    """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [getattr(config, axis) for axis in MESH_AXES]
-    fixed = 1
-    for size in sizes:
-        fixed *= max(size, 1)
-    if -1 in sizes and fixed <= len(devices):
-        sizes[sizes.index(-1)] = len(devices) // fixed
-    described = ", ".join(f"{axis}={getattr(config, axis)}" for axis in MESH_AXES)
-    if fixed > len(devices):
+    sizes = mesh_sizes(config, len(devices))
+    shape = tuple(sizes.values())
+    explicit = (AxisType.Explicit,) * len(MESH_AXES)
+    if config.slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, explicit, devices=devices[: math.prod(shape)])
+    slice_shape = (sizes["data"] // config.slices, *shape[1:])
+    groups = _slices(devices, config.slices, math.prod(slice_shape))
+    parts = [mesh_utils.create_device_mesh(slice_shape, group) for group in groups]
+    return Mesh(np.concatenate(parts, axis=0), MESH_AXES, axis_types=explicit)
+
+
+def _slices(devices: list[jax.Device], num_slices: int, size: int) -> list[list[jax.Device]]:
+    """The devices of each slice; devices that do not tell theirs are cut into equal runs."""
+    by_slice: dict[int, list[jax.Device]] = {}
+    per_run = len(devices) // num_slices
+    for place, device in enumerate(devices):
+        by_slice.setdefault(getattr(device, "slice_index", place // per_run), []).append(device)
+    groups = [group[:size] for _, group in sorted(by_slice.items())]
+    if len(groups) < num_slices or any(len(group) < size for group in groups[:num_slices]):
+        found = ", ".join(str(len(group)) for group in by_slice.values())
         raise ConfigError(
-            [f"mesh: {described} needs {fixed} devices, and there are {len(devices)}; make mesh sizes smaller"]
+            [f"mesh.slices: {num_slices} slices of {size} devices are asked for, and there are slices of {found}"]
         )
-    if -1 in (config.data, config.fsdp, config.tensor) and len(devices) % fixed:
+    return groups[:num_slices]
+
+
+@dataclass(frozen=True)
+class RowShard:
+    """Which part of a batch's rows a process reads: part `index` of `count` equal ones."""
+
+    index: int
+    count: int
+
+
+def row_shard(mesh: Mesh) -> RowShard:
+    """The rows that this process's devices hold. Processes that an axis within a row joins read the same ones.
+
+    Raises:
+      ConfigError: the mesh gives a process rows that are no run of their own.
+    """
+    axes = [MESH_AXES.index(axis) for axis in LOGICAL_AXES["batch"]]
+    order = [*axes, *(axis for axis in range(len(MESH_AXES)) if axis not in axes)]
+    num_groups = math.prod(mesh.devices.shape[axis] for axis in axes)
+    groups = mesh.devices.transpose(order).reshape(num_groups, -1)
+    mine = [n for n in range(num_groups) if any(d.process_index == jax.process_index() for d in groups[n])]
+    if not mine or num_groups % len(mine) or mine[0] % len(mine) or mine != list(range(mine[0], mine[0] + len(mine))):
         raise ConfigError(
-            [f"mesh: {described} leaves {len(devices) % fixed} of {len(devices)} devices without work; name every size"]
+            [
+                f"mesh: process {jax.process_index()} would hold the rows of groups {mine} of {num_groups}, which is no"
+                " equal run; make mesh.data * mesh.fsdp * mesh.expert a multiple of the number of processes"
+            ]
         )
-    needed = sizes[0] * sizes[1] * sizes[2]
-    return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Explicit,) * 3, devices=devices[:needed])
+    return RowShard(mine[0] // len(mine), num_groups // len(mine))
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:
@@ -96,18 +182,33 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.reshard(x, logical_to_spec(axes)) if is_explicit() else x
 
 
+def fits(shape: Sequence[int], axes: Sequence[str | None]) -> bool:
+    """Whether the current mesh cuts an array of this shape evenly along its logical axes."""
+    if not is_explicit():
+        return True
+    sizes = current_mesh().shape
+    parts = [math.prod(sizes[name] for name in (axis and LOGICAL_AXES[axis]) or ()) for axis in axes]
+    return all(size % count == 0 for size, count in zip(shape, parts, strict=True))
+
+
 def gather_weight(weight: jax.Array) -> jax.Array:
-    """The all-gather of fully sharded data parallelism: `weight` whole along `fsdp`, still cut along `tensor`.
+    """The all-gather of fully sharded data parallelism: `weight` is still cut along `tensor` and nothing else.
 
     The gather is explicit, because a compiler left to choose may turn it into many small collectives.
     """
     if not is_explicit():
         return weight
-    return jax.reshard(weight, P(*(_without(entry, "fsdp") for entry in spec_of(weight))))
+    return jax.reshard(weight, P(*(without(entry, _GATHERED) for entry in spec_of(weight))))
 
 
-def _without(entry, axis: str):
-    names = tuple(name for name in (entry if isinstance(entry, tuple) else (entry,)) if name not in (axis, None))
+def gather_layers(stacked: jax.Array) -> jax.Array:
+    """Stacked weights with all layers on each device: pipeline stages gathered."""
+    return jax.reshard(stacked, P(None, *spec_of(stacked)[1:])) if is_explicit() else stacked
+
+
+def without(entry: str | tuple[str, ...] | None, axes: Sequence[str]) -> str | tuple[str, ...] | None:
+    """An entry of a PartitionSpec less some mesh axes."""
+    names = tuple(name for name in (entry if isinstance(entry, tuple) else (entry,)) if name not in (*axes, None))
     return names[0] if len(names) == 1 else names or None
 
 

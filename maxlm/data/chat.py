@@ -14,6 +14,7 @@ import numpy as np
 
 from maxlm.core.batch import Batch
 from maxlm.core.progress import console
+from maxlm.core.sharding import RowShard
 from maxlm.data.lines import BrokenFile, read_lines
 from maxlm.errors import DataError, TokenizerError
 from maxlm.tokenizer.codec import ChatTokens, Tokenizer
@@ -240,13 +241,12 @@ def step_batches(
     start_step: int,
     *,
     batch_size: int,
-    shard: int,
-    num_shards: int,
+    rows: RowShard,
 ) -> Iterator[Any]:
     """`build` of the examples of each step from `start_step` on, without end."""
     step = start_step
     while True:
-        yield build(order.indices(step, batch_size=batch_size, shard=shard, num_shards=num_shards))
+        yield build(order.indices(step, batch_size=batch_size, shard=rows.index, num_shards=rows.count))
         step += 1
 
 

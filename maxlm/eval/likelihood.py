@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from maxlm.config.model import ModelConfig
 from maxlm.core.progress import track
 from maxlm.errors import DataError
 from maxlm.eval.interval import Interval, paired_difference, ratio_interval
 from maxlm.generate.decoding import bucket_length
 from maxlm.generate.model import LoadedModel, segment_positions
-from maxlm.models.decoder import LOSS_CHUNK_LENGTH, Decoder
+from maxlm.models.decoder import Decoder
 
 # Of a batch: tokens, and bytes of the logits that live at a time.
 _BATCH_TOKENS = 8192
@@ -88,7 +89,7 @@ def _document_nats(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> np.n
     longest = max(window.end - window.start - 1 for window in windows)
     length = bucket_length(longest, decoder.config.max_length)
     rows = _pack(windows, length)
-    num_rows = min(_batch_rows(length, decoder.config.vocab_size), len(rows))
+    num_rows = min(_batch_rows(length, decoder.config), len(rows))
     nats = np.zeros(len(sequences), np.float64)
     batches = [rows[start : start + num_rows] for start in range(0, len(rows), num_rows)]
     for batch in track(batches, "likelihood"):
@@ -139,12 +140,12 @@ def _pack(windows: Sequence[_Window], length: int) -> list[list[tuple[int, _Wind
     return rows
 
 
-def _batch_rows(length: int, vocab_size: int) -> int:
-    row_logits = min(length, LOSS_CHUNK_LENGTH) * vocab_size * 4
+def _batch_rows(length: int, config: ModelConfig) -> int:
+    row_logits = min(length, config.loss_chunk_length) * config.vocab_size * 4
     return max(1, min(_BATCH_TOKENS // length, _LOGIT_BYTES // row_logits))
 
 
 @jax.jit
 def _log_probabilities(decoder: Decoder, tokens_BL, targets_BL, segment_ids_BL, positions_BL) -> jax.Array:
-    hidden_BLD = decoder(tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL)
-    return decoder.log_probabilities(hidden_BLD, targets_BL)[0]
+    output = decoder(tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL)
+    return decoder.log_probabilities(output.hidden_BLD, targets_BL)[0]

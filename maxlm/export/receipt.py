@@ -100,7 +100,7 @@ def _compare(float_model: Decoder, int8_model: Decoder, batch: Batch) -> tuple[j
 
 
 def _hidden(model: Decoder, batch: Batch) -> jax.Array:
-    return model(batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids)
+    return model(batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids).hidden_BLD
 
 
 def _negative_at(log_p_CV: jax.Array, targets_C: jax.Array) -> jax.Array:

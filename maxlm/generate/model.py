@@ -236,7 +236,7 @@ def segment_positions(segment_ids_BL: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def _logits(model: Decoder, tokens_BL, positions_BL, segment_ids_BL) -> jax.Array:
-    return model.logits(model(tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL))
+    return model.logits(model(tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL).hidden_BLD)
 
 
 @jax.jit
@@ -252,7 +252,7 @@ def _score(model: Decoder, tokens_BL, targets_BL, scored_BL) -> tuple[jax.Array,
         return jnp.sum(log_probabilities_L * scored_L), jnp.all(is_best_L | (scored_L == 0))
 
     # Row by row: the logits of a whole batch are the largest array by far.
-    return jax.lax.map(row, (model(tokens_BL), targets_BL, scored_BL))
+    return jax.lax.map(row, (model(tokens_BL).hidden_BLD, targets_BL, scored_BL))
 
 
 def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:

@@ -6,6 +6,8 @@ gives the same tree with arrays. Its methods are pure functions of the arrays.
 Dimensions: B batch, L length, D embed, V vocab.
 """
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,16 +16,23 @@ from flax import nnx
 
 from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import Parameter, normal, stack
-from maxlm.core.sharding import shard
+from maxlm.core.sharding import fits, gather_layers, shard
+from maxlm.core.term import LossOutput
 from maxlm.models.cache import KVCache
-from maxlm.models.layers import DecoderLayer, norm_scale
+from maxlm.models.layers import TOKEN_AXES, DecoderLayer, TokenContext, norm_scale
 from maxlm.ops.linear import embed, unembed
 from maxlm.ops.loss import token_log_probabilities
 from maxlm.ops.norm import rms_norm
 from maxlm.ops.rope import rope_angles
 
-# Logits of this many tokens of a row live at a time; with the whole batch they are the largest array of a step.
-LOSS_CHUNK_LENGTH = 512
+
+@partial(jax.tree_util.register_dataclass, data_fields=["hidden_BLD", "auxiliary"], meta_fields=[])
+@dataclass(frozen=True)
+class DecoderOutput:
+    """hidden_BLD: final hidden states; auxiliary: what the layers add to the loss, and what they report."""
+
+    hidden_BLD: jax.Array
+    auxiliary: LossOutput
 
 
 class Decoder(nnx.Module):
@@ -42,25 +51,40 @@ class Decoder(nnx.Module):
 
     def __call__(
         self, tokens_BL: jax.Array, *, positions_BL: jax.Array | None = None, segment_ids_BL: jax.Array | None = None
-    ) -> jax.Array:
+    ) -> DecoderOutput:
         """Final hidden states [batch, length, embed]; `logits` or `log_probabilities` take it from there."""
         config = self.config
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
         if segment_ids_BL is None:
             segment_ids_BL = jnp.ones_like(tokens_BL)
-        x_BLD = embed(self.embedding, tokens_BL, config.activation_dtype)
-        x_BLD = shard(x_BLD, "batch", "length", None)
+        tokens_BL, positions_BL, segment_ids_BL = (
+            shard(x, "batch", "length") for x in (tokens_BL, positions_BL, segment_ids_BL)
+        )
         angles = rope_angles(positions_BL, config.head_dim, config.rope_theta)
+        residual_axes = ("batch", "residual_length", None)
+        context = TokenContext(
+            angles, segment_ids_BL, residual_axes if fits(tokens_BL.shape, residual_axes[:2]) else TOKEN_AXES
+        )
+        x_BLD = shard(embed(self.embedding, tokens_BL, config.activation_dtype), *context.residual_axes)
+        x_BLD, auxiliary = self._apply_layers(x_BLD, context)
+        hidden_BLD = rms_norm(x_BLD, self.final_norm, config.norm_epsilon)
+        return DecoderOutput(shard(hidden_BLD, *TOKEN_AXES), auxiliary)
+
+    def _apply_layers(self, x_BLD: jax.Array, context: TokenContext) -> tuple[jax.Array, LossOutput]:
+        config = self.config
 
         def group(x_BLD, layers):
+            auxiliary = []
             for index, window in enumerate(config.window_pattern):
                 layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
-                x_BLD = layer(x_BLD, angles, segment_ids_BL, window)
-            return x_BLD, None
+                x_BLD, added = layer(x_BLD, context, window)
+                auxiliary.append(added)
+            return x_BLD, jax.tree.map(lambda *parts: sum(parts), *auxiliary)
 
-        x_BLD, _ = jax.lax.scan(_rematerialize(group, config.remat), x_BLD, self._grouped_layers())
-        return rms_norm(x_BLD, self.final_norm, config.norm_epsilon)
+        group = _rematerialize(group, config.remat)
+        x_BLD, auxiliary = jax.lax.scan(group, x_BLD, self._grouped_layers(), unroll=config.unroll)
+        return x_BLD, jax.tree.map(lambda parts: jnp.sum(parts, axis=0), auxiliary)
 
     def decode(self, tokens_BL: jax.Array, cache: KVCache, positions_BL: jax.Array) -> tuple[jax.Array, KVCache]:
         """Hidden states of new tokens, which see the cache and one another.
@@ -99,7 +123,9 @@ class Decoder(nnx.Module):
         def project(head: Any, hidden: jax.Array) -> jax.Array:
             return _logits(self.config, head, hidden) / temperature
 
-        return token_log_probabilities(hidden_BLD, project, self._head(), targets_BL, chunk_length=LOSS_CHUNK_LENGTH)
+        return token_log_probabilities(
+            hidden_BLD, project, self._head(), targets_BL, chunk_length=self.config.loss_chunk_length
+        )
 
     def _head(self):
         """The output table [vocab, embed]."""
@@ -108,7 +134,11 @@ class Decoder(nnx.Module):
     def _grouped_layers(self):
         """Layers as [groups, layers of a group, ...], a group being one turn of the window pattern."""
         size = len(self.config.window_pattern)
-        return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] // size, size, *leaf.shape[1:]), self.layers)
+
+        def group(stacked):
+            return gather_layers(stacked).reshape(stacked.shape[0] // size, size, *stacked.shape[1:])
+
+        return jax.tree.map(group, self.layers)
 
 
 def _logits(config: ModelConfig, head: Any, hidden: jax.Array) -> jax.Array:

@@ -4,6 +4,8 @@ Dimensions: B batch, L length, D embed, H query heads, K key-value heads, E head
 """
 
 import math
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,28 @@ from jax.sharding import PartitionSpec as P
 from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import Parameter, normal, ones
 from maxlm.core.sharding import is_explicit, logical_to_spec, shard
+from maxlm.core.term import LossOutput
 from maxlm.models.cache import KVCache
 from maxlm.ops.attention import attention
 from maxlm.ops.linear import linear
 from maxlm.ops.norm import rms_norm
 from maxlm.ops.rope import apply_rope
+
+# Where attention and MLP take the stream of tokens.
+TOKEN_AXES = ("batch", "length", None)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["angles", "segment_ids_BL"], meta_fields=["residual_axes"])
+@dataclass(frozen=True)
+class TokenContext:
+    """What all layers know of the tokens; the first axis of each array is the batch.
+
+    angles: of the rotary positions; segment_ids_BL: 0 is padding; residual_axes: where the stream lies between layers.
+    """
+
+    angles: jax.Array
+    segment_ids_BL: jax.Array
+    residual_axes: tuple[str | None, ...]
 
 
 def weight(inputs: tuple[int, str], outputs: tuple[int, str], scale: float = 1.0) -> Parameter:
@@ -46,10 +65,10 @@ class Attention(nnx.Module):
             self.query_norm = norm_scale(config.head_dim)
             self.key_norm = norm_scale(config.head_dim)
 
-    def __call__(self, x_BLD, angles, segment_ids_BL, window: int | None):
-        query_BLHE, key_BLKE, value_BLKE = self._project(x_BLD, angles)
-        mixed_BLHE = _sharded_attention(self.config, query_BLHE, key_BLKE, value_BLKE, segment_ids_BL, window)
-        return self._merge(mixed_BLHE)
+    def __call__(self, x_BLD, context: TokenContext, window: int | None):
+        query_BLHE, key_BLKE, value_BLKE = self._project(x_BLD, context.angles)
+        mixed_BLHE = _sharded_attention(self.config, query_BLHE, key_BLKE, value_BLKE, context.segment_ids_BL, window)
+        return self._merge(mixed_BLHE, context.residual_axes)
 
     def decode(self, x_BLD, angles, positions_BL, cache: KVCache, layer, window: int | None):
         """Attend to the cache, into which the keys and values of x are written first."""
@@ -63,7 +82,7 @@ class Attention(nnx.Module):
             window=window,
             soft_cap=self.config.attention_soft_cap,
         )
-        return self._merge(mixed_BLHE), cache
+        return self._merge(mixed_BLHE, None), cache
 
     def _project(self, x_BLD, angles):
         config = self.config
@@ -75,10 +94,10 @@ class Attention(nnx.Module):
             key_BLKE = rms_norm(key_BLKE, self.key_norm, config.norm_epsilon)
         return apply_rope(query_BLHE, angles), apply_rope(key_BLKE, angles), value_BLKE
 
-    def _merge(self, mixed_BLHE):
+    def _merge(self, mixed_BLHE, output_axes):
         batch, length, heads, head_dim = mixed_BLHE.shape
         merged = _reshape(mixed_BLHE, (batch, length, heads * head_dim), ("batch", "length", "heads"))
-        return linear(merged, self.out, self.config.matmul_dtype)
+        return linear(merged, self.out, self.config.matmul_dtype, output_axes)
 
 
 class Mlp(nnx.Module):
@@ -91,14 +110,18 @@ class Mlp(nnx.Module):
         self.up = weight(embed, mlp)
         self.down = weight(mlp, embed, scale=1 / math.sqrt(2 * config.num_layers))
 
-    def __call__(self, x_BLD):
+    def __call__(self, x_BLD, output_axes: tuple[str | None, ...] | None = None):
         dtype = self.config.matmul_dtype
         hidden_BLF = jax.nn.silu(linear(x_BLD, self.gate, dtype)) * linear(x_BLD, self.up, dtype)
-        return linear(hidden_BLF, self.down, dtype)
+        return linear(hidden_BLF, self.down, dtype, output_axes)
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm residual block."""
+    """Pre-norm residual block.
+
+    Between the blocks tokens are cut along the tensor axis too, so that norms and sums are done once and not on every
+    device of it (arXiv:2205.05198): a block gathers them, and the sum over its last product spreads them again.
+    """
 
     def __init__(self, config: ModelConfig):
         self.config = config
@@ -107,11 +130,14 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = norm_scale(config.embed_dim)
         self.mlp = Mlp(config)
 
-    def __call__(self, x_BLD, angles, segment_ids_BL, window: int | None):
+    def __call__(self, x_BLD, context: TokenContext, window: int | None):
+        """The stream after this layer, and what the layer adds to the loss."""
         epsilon = self.config.norm_epsilon
-        x_BLD = x_BLD + self.attention(rms_norm(x_BLD, self.attention_norm, epsilon), angles, segment_ids_BL, window)
-        x_BLD = x_BLD + self.mlp(rms_norm(x_BLD, self.mlp_norm, epsilon))
-        return shard(x_BLD, "batch", "length", None)
+        normed_BLD = shard(rms_norm(x_BLD, self.attention_norm, epsilon), *TOKEN_AXES)
+        x_BLD = x_BLD + self.attention(normed_BLD, context, window)
+        normed_BLD = shard(rms_norm(x_BLD, self.mlp_norm, epsilon), *TOKEN_AXES)
+        x_BLD = x_BLD + self.mlp(normed_BLD, context.residual_axes)
+        return x_BLD, LossOutput({}, {})
 
     def decode(self, x_BLD, angles, positions_BL, cache, layer, window: int | None):
         epsilon = self.config.norm_epsilon

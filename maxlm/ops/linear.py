@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from maxlm.core.sharding import gather_weight, is_explicit, spec_of
+from maxlm.core.sharding import gather_weight, is_explicit, logical_to_spec, spec_of
 from maxlm.ops.qtensor import QTensor
 
 
@@ -28,40 +28,47 @@ class AdaptedWeight:
 Weight = jax.Array | QTensor | AdaptedWeight
 
 
-def linear(x: jax.Array, weight: Weight, dtype: str) -> jax.Array:
+def linear(x: jax.Array, weight: Weight, dtype: str, output_axes: tuple[str | None, ...] | None = None) -> jax.Array:
     """x [..., I] times weight [I, O], as [..., O] in the dtype of x.
 
     `dtype` is that of the operands; products accumulate in float32. A quantised weight has its own arithmetic.
+    `output_axes` names the logical axes that the result is to be cut along, where they are not those of x and weight:
+    a product whose contraction is cut can be summed and spread over those devices at once.
     """
     if isinstance(weight, AdaptedWeight):
-        update = linear(linear(x, weight.down, dtype), weight.up, dtype)
-        return linear(x, weight.base, dtype) + weight.scale * update
+        update = linear(linear(x, weight.down, dtype), weight.up, dtype, output_axes)
+        return linear(x, weight.base, dtype, output_axes) + weight.scale * update
     if isinstance(weight, QTensor):
         return weight.multiply(x)
-    return _matmul(x, weight, dtype, 0)
+    out_spec = logical_to_spec(output_axes) if output_axes is not None and is_explicit() else None
+    return _matmul(x, weight, dtype, 0, out_spec)
 
 
 def unembed(x: jax.Array, table: jax.Array | QTensor, dtype: str) -> jax.Array:
     """x [..., embed] times the rows of table [vocab, embed], as [..., vocab] in the dtype of x."""
-    return table.multiply(x) if isinstance(table, QTensor) else _matmul(x, table, dtype, 1)
+    return table.multiply(x) if isinstance(table, QTensor) else _matmul(x, table, dtype, 1, None)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _matmul(x, weight, dtype, input_axis):
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _matmul(x, weight, dtype, input_axis, out_spec):
     # The vjp is ours so that the backward products, too, have `dtype` operands and float32 sums: autodiff would
     # multiply the float32 cotangent by a bfloat16 operand, which no matrix unit does.
-    return _dot(x, gather_weight(weight.astype(dtype)), dtype, input_axis).astype(x.dtype)
+    return _dot(x, gather_weight(weight.astype(dtype)), dtype, input_axis, out_spec).astype(x.dtype)
 
 
-def _matmul_forward(x, weight, dtype, input_axis):
+def _matmul_forward(x, weight, dtype, input_axis, out_spec):
     # Saved: the weight as it lies in memory. The backward pass gathers it again rather than hold it whole.
-    return _matmul(x, weight, dtype, input_axis), (x.astype(dtype), weight)
+    return _matmul(x, weight, dtype, input_axis, out_spec), (x.astype(dtype), weight)
 
 
-def _matmul_backward(dtype, input_axis, residuals, grad):
+def _matmul_backward(dtype, input_axis, out_spec, residuals, grad):
     x, weight = residuals
-    grad_x = _dot(grad, gather_weight(weight.astype(dtype)), dtype, 1 - input_axis).astype(grad.dtype)
-    # Contracting the batch dimensions leaves a sum that is spread over the devices of `data` and `fsdp`.
+    whole = gather_weight(weight.astype(dtype))
+    if out_spec is not None:
+        # The sum was spread over the devices that share the contraction: they need the whole of its cotangent.
+        grad = jax.reshard(grad, P(*spec_of(x)[:-1], spec_of(whole)[1 - input_axis]))
+    grad_x = _dot(grad, whole, dtype, 1 - input_axis, None).astype(grad.dtype)
+    # Contracting the batch dimensions leaves a sum that is spread over the devices that cut rows and tokens.
     left, right = (x, grad) if input_axis == 0 else (grad, x)
     batch_dims = tuple(range(x.ndim - 1))
     grad_weight = jax.lax.dot_general(
@@ -79,16 +86,17 @@ def _matmul_backward(dtype, input_axis, residuals, grad):
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def _dot(x, weight, dtype, axis):
+def _dot(x, weight, dtype, axis, out_spec):
     """Contract the last axis of x with `axis` of a matrix."""
     # Where both operands are cut along the contraction (row-parallel), naming the output's sharding asks for the sum.
-    out_sharding = P(*spec_of(x)[:-1], spec_of(weight)[1 - axis]) if is_explicit() else None
+    if out_spec is None and is_explicit():
+        out_spec = P(*spec_of(x)[:-1], spec_of(weight)[1 - axis])
     return jax.lax.dot_general(
         x.astype(dtype),
         weight.astype(dtype),
         (((x.ndim - 1,), (axis,)), ((), ())),
         preferred_element_type=jnp.float32,
-        out_sharding=out_sharding,
+        out_sharding=out_spec,
     )
 
 

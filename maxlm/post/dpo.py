@@ -13,17 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maxlm.core.batch import put_batch
+from maxlm.core.term import LossOutput, Term, add
 from maxlm.data.chat import EpochOrder, padded_batches, step_batches
 from maxlm.data.preference import PreferenceBatch, PreferencePairs
 from maxlm.post.sequences import (
     is_real,
     local_rows,
-    sequence_log_probability,
     share_of_rows,
     token_log_probabilities,
+    token_scores,
 )
-from maxlm.train.loop import put_batch
-from maxlm.train.loss import LossOutput, Term
 from maxlm.train.objective import RunContext
 from maxlm.train.validate import Evaluator
 
@@ -64,8 +64,8 @@ class Dpo:
         self._evaluator = Evaluator(self.loss, context.mesh)
         self._reference_scores = jax.jit(
             lambda model, pairs: (
-                sequence_log_probability(model, pairs.chosen),
-                sequence_log_probability(model, pairs.rejected),
+                jnp.sum(token_scores(model, pairs.chosen), axis=1),
+                jnp.sum(token_scores(model, pairs.rejected), axis=1),
             )
         )
 
@@ -75,9 +75,10 @@ class Dpo:
         real_B = is_real(chosen)
         weight = jnp.sum(real_B)
 
-        chosen_BL = token_log_probabilities(model, chosen)
+        chosen_BL, chosen_auxiliary = token_log_probabilities(model, chosen)
+        rejected_BL, rejected_auxiliary = token_log_probabilities(model, rejected)
         gain_chosen_B = jnp.sum(chosen_BL, axis=1) - batch.reference_chosen
-        gain_rejected_B = sequence_log_probability(model, rejected) - batch.reference_rejected
+        gain_rejected_B = jnp.sum(rejected_BL, axis=1) - batch.reference_rejected
         margin_B = gain_chosen_B - gain_rejected_B
 
         loss_B = dpo_loss(margin_B, beta=objective.beta, label_smoothing=objective.label_smoothing)
@@ -90,13 +91,14 @@ class Dpo:
             "reward_chosen": Term(objective.beta * jnp.sum(real_B * gain_chosen_B), weight),
             "reward_rejected": Term(objective.beta * jnp.sum(real_B * gain_rejected_B), weight),
         }
-        return LossOutput(terms, metrics)
+        return LossOutput(terms, metrics).joined(add(chosen_auxiliary, rejected_auxiliary))
 
     def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[DpoBatch]:
         config = self._context.config
         order = EpochOrder(len(self._pairs), seed=config.seed)
-        processes = {"shard": jax.process_index(), "num_shards": jax.process_count()}
-        pairs = step_batches(order, self._pairs.batch, start_step, batch_size=config.batch_size, **processes)
+        pairs = step_batches(
+            order, self._pairs.batch, start_step, batch_size=config.batch_size, rows=self._context.rows
+        )
         return map(self._with_reference, pairs)
 
     def validate(self, model: Any) -> dict[str, float]:
@@ -115,7 +117,7 @@ class Dpo:
         config = self._context.config
         pairs = self._read(config.objective.valid_file)
         whole = [pairs.batch(i) for i in padded_batches(len(pairs), config.batch_size, config.eval_batches)]
-        return [self._with_reference(share_of_rows(batch)) for batch in whole]
+        return [self._with_reference(share_of_rows(batch, self._context.rows)) for batch in whole]
 
     def _read(self, path: str) -> PreferencePairs:
         context = self._context

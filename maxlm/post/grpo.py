@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.core.batch import Batch
+from maxlm.core.batch import Batch, put_batch
+from maxlm.core.term import LossOutput, Term
 from maxlm.data.chat import EpochOrder, padded_batches, share_of
 from maxlm.data.preference import Prompt, read_prompts, round_up
 from maxlm.post.advantages import group_advantages, has_signal
 from maxlm.post.rewards import find_reward
 from maxlm.post.sampler import Answers, Sampler
-from maxlm.post.sequences import local_rows, token_log_probabilities
-from maxlm.train.loop import put_batch
-from maxlm.train.loss import LossOutput, Term
+from maxlm.post.sequences import local_rows, token_log_probabilities, token_scores
 from maxlm.train.objective import RunContext
 
 # Draws for validation: no step has this number.
@@ -98,7 +97,7 @@ class Grpo:
             max_new_tokens=objective.max_new_tokens,
             seed=config.seed,
         )
-        self._token_scores = jax.jit(partial(token_log_probabilities, temperature=objective.temperature))
+        self._token_scores = jax.jit(partial(token_scores, temperature=objective.temperature))
         self._sum = jax.jit(jnp.sum)
 
     @property
@@ -115,7 +114,7 @@ class Grpo:
         weights_BL = batch.rows.loss_weights
         num_tokens, num_rows = jnp.sum(weights_BL), jnp.sum(jnp.ones_like(batch.rewards_B))
 
-        log_p_BL = token_log_probabilities(model, batch.rows, temperature=objective.temperature)
+        log_p_BL, auxiliary = token_log_probabilities(model, batch.rows, temperature=objective.temperature)
         loss_BL, is_clipped_BL = clipped_surrogate(
             log_p_BL - batch.sampled_BL,
             batch.advantages_B,
@@ -133,7 +132,7 @@ class Grpo:
             kl_BL = kl_to_reference(log_p_BL, batch.reference_BL)
             terms["kl_penalty"] = Term(objective.kl_beta * jnp.sum(weights_BL * kl_BL), num_tokens)
             metrics["kl"] = Term(jnp.sum(weights_BL * kl_BL), num_tokens)
-        return LossOutput(terms, metrics)
+        return LossOutput(terms, metrics).joined(auxiliary)
 
     def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[PolicyBatch]:
         step = start_step
@@ -154,13 +153,14 @@ class Grpo:
         """Answers for this process's prompts of the next `updates_per_rollout` steps, cut into those steps."""
         config, objective = self._context.config, self._context.config.objective
         group_size, num_steps = objective.group_size, objective.updates_per_rollout
-        shard, num_shards = jax.process_index(), jax.process_count()
+        mine = self._context.rows
         examples = [
-            self._order.indices(step + offset, batch_size=config.batch_size, shard=shard, num_shards=num_shards)
+            self._order.indices(step + offset, batch_size=config.batch_size, shard=mine.index, num_shards=mine.count)
             for offset in range(num_steps)
         ]
         numbers = [
-            share_of(np.arange(config.batch_size) + n * config.batch_size, shard, num_shards) for n in range(num_steps)
+            share_of(np.arange(config.batch_size) + n * config.batch_size, mine.index, mine.count)
+            for n in range(num_steps)
         ]
         prompts = [self._prompts[index] for index in np.concatenate(examples) for _ in range(group_size)]
         rows = (np.concatenate(numbers)[:, None] * group_size + np.arange(group_size)).reshape(-1)
@@ -198,7 +198,7 @@ class Grpo:
         size = config.batch_size * objective.group_size * objective.updates_per_rollout
         total = 0.0
         for batch in padded_batches(len(prompts), size, len(prompts)):
-            mine = share_of(batch, jax.process_index(), jax.process_count())
+            mine = share_of(batch, self._context.rows.index, self._context.rows.count)
             drawn = [prompts[max(index, 0)] for index in mine]
             rows = np.maximum(mine, 0)
             answers = self._sampler(model, drawn, rows, stream=_VALIDATION_STREAM, temperature=temperature)

@@ -18,6 +18,7 @@ from maxlm.config.load import parse_config
 from maxlm.config.model import ModelConfig
 from maxlm.core.batch import Batch
 from maxlm.core.parameters import Parameter, abstract, initialize, zeros
+from maxlm.core.term import LossOutput, Term, add
 from maxlm.core.tree import flatten, unflatten
 from maxlm.data.chat import EpochOrder, padded_batches, step_batches
 from maxlm.data.preference import PreferenceBatch, PreferencePairs, pad, round_up
@@ -27,7 +28,6 @@ from maxlm.models.decoder import Decoder
 from maxlm.post.sequences import is_real, share_of_rows
 from maxlm.tokenizer.codec import ChatTokens, Tokenizer
 from maxlm.train.checkpoint import find_checkpoint, read_metadata, restore_weights
-from maxlm.train.loss import LossOutput, Term
 from maxlm.train.objective import RunContext
 from maxlm.train.run import load_start, run_folder_of
 from maxlm.train.validate import Evaluator
@@ -54,13 +54,16 @@ class RewardModel(Decoder):
         head = initialize({"value": plan.value}, key)
         return unflatten({**flatten(decoder), **head}, plan)
 
-    def rewards(self, batch: Batch) -> jax.Array:
-        """One number for each row, read at its last token: float32 [B]; 0 for a row of padding."""
-        hidden_BLD = self(batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids)
-        values_BL = jnp.sum(hidden_BLD.astype(jnp.float32) * self.value, axis=-1)
+    def rewards(self, batch: Batch) -> tuple[jax.Array, LossOutput]:
+        """One number for each row, read at its last token: float32 [B]; 0 for a row of padding.
+
+        Beside it, what the layers add to the loss.
+        """
+        output = self(batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids)
+        values_BL = jnp.sum(output.hidden_BLD.astype(jnp.float32) * self.value, axis=-1)
         is_token_BL = batch.segment_ids > 0
         is_last_BL = is_token_BL & (batch.positions == jnp.max(batch.positions, axis=1, keepdims=True))
-        return jnp.sum(jnp.where(is_last_BL, values_BL, 0.0), axis=1)
+        return jnp.sum(jnp.where(is_last_BL, values_BL, 0.0), axis=1), output.auxiliary
 
 
 def bradley_terry_loss(chosen_B: jax.Array, rejected_B: jax.Array) -> jax.Array:
@@ -82,7 +85,8 @@ class Reward:
     def loss(self, model: RewardModel, batch: PreferenceBatch) -> LossOutput:
         real_B = is_real(batch.chosen)
         weight = jnp.sum(real_B)
-        chosen_B, rejected_B = model.rewards(batch.chosen), model.rewards(batch.rejected)
+        chosen_B, chosen_auxiliary = model.rewards(batch.chosen)
+        rejected_B, rejected_auxiliary = model.rewards(batch.rejected)
         terms = {"bradley_terry": Term(jnp.sum(real_B * bradley_terry_loss(chosen_B, rejected_B)), weight)}
         if center := self._context.config.objective.center:
             # Only differences are learned otherwise; this keeps the rewards of a pair around zero (arXiv:2312.09244).
@@ -91,18 +95,17 @@ class Reward:
             "accuracy": Term(jnp.sum(real_B * (chosen_B > rejected_B)), weight),
             "reward_margin": Term(jnp.sum(real_B * (chosen_B - rejected_B)), weight),
         }
-        return LossOutput(terms, metrics)
+        return LossOutput(terms, metrics).joined(add(chosen_auxiliary, rejected_auxiliary))
 
     def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[PreferenceBatch]:
         config = self._context.config
         order = EpochOrder(len(self._pairs), seed=config.seed)
-        processes = {"shard": jax.process_index(), "num_shards": jax.process_count()}
-        return step_batches(order, self._pairs.batch, start_step, batch_size=config.batch_size, **processes)
+        return step_batches(order, self._pairs.batch, start_step, batch_size=config.batch_size, rows=self._context.rows)
 
     def validate(self, model: RewardModel) -> dict[str, float]:
         if self._context.config.objective.valid_file is None:
             return {}
-        sums = self._evaluator.sums(model, map(share_of_rows, self._valid_batches))
+        sums = self._evaluator.sums(model, (share_of_rows(batch, self._context.rows) for batch in self._valid_batches))
         means = {name: float(np.asarray(term.mean())) for name, term in sums.items()}
         return {"loss": means["bradley_terry"], "accuracy": means["accuracy"], "reward_margin": means["reward_margin"]}
 
@@ -172,4 +175,4 @@ def score(model: RewardModel, tokenizer: Tokenizer, texts: Sequence[str | Sequen
 
 @jax.jit
 def _rewards(model: RewardModel, batch: Batch) -> jax.Array:
-    return model.rewards(batch)
+    return model.rewards(batch)[0]

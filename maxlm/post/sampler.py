@@ -14,12 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from maxlm.core.batch import put_batch
 from maxlm.core.sharding import logical_to_spec
 from maxlm.data.preference import Prompt
 from maxlm.generate.rollout import Rollout, rollout
 from maxlm.post.sequences import local_rows
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.loop import put_batch
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Sampler:
         for row, prompt in enumerate(prompts):
             prompts_RP[row, : len(prompt.ids)] = prompt.ids
         streams_R2 = np.stack([np.full(len(rows), stream), rows], axis=1).astype(np.uint32)
-        inputs = put_batch((prompts_RP, prompt_lengths_R, streams_R2), self._mesh)
+        inputs = put_batch((prompts_RP, prompt_lengths_R, streams_R2), self._mesh, axes=("batch",))
         sampled = self._sample(model, *inputs, jnp.float32(temperature))
         tokens_RN, lengths_R = local_rows(sampled.tokens_BN), local_rows(sampled.lengths_B)
         texts = [self._text(tokens[:length]) for tokens, length in zip(tokens_RN, lengths_R)]

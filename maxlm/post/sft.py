@@ -4,12 +4,11 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
 from maxlm.core.batch import Batch
+from maxlm.core.term import LossOutput
 from maxlm.data.chat import EpochOrder, PackedChats, padded_batches, step_batches
 from maxlm.post.sequences import share_of_rows
-from maxlm.train.loss import LossOutput, language_model_loss
+from maxlm.train.loss import language_model_loss
 from maxlm.train.objective import RunContext
 from maxlm.train.validate import Evaluator, language_model_values, target_bytes
 
@@ -31,15 +30,14 @@ class Sft:
     def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[Batch]:
         config = self._context.config
         order = EpochOrder(len(self._chats.rows), seed=config.seed)
-        processes = {"shard": jax.process_index(), "num_shards": jax.process_count()}
-        return step_batches(order, self._chats.batch, start_step, batch_size=config.batch_size, **processes)
+        return step_batches(order, self._chats.batch, start_step, batch_size=config.batch_size, rows=self._context.rows)
 
     def validate(self, model: Any) -> dict[str, float]:
         if self._context.config.objective.valid_file is None:
             return {}
         byte_lengths = self._context.tokenizer.byte_lengths
         num_bytes = sum(target_bytes(batch, byte_lengths) for batch in self._valid_batches)
-        mine = (share_of_rows(batch) for batch in self._valid_batches)
+        mine = (share_of_rows(batch, self._context.rows) for batch in self._valid_batches)
         return language_model_values(self._evaluator.sums(model, mine), num_bytes)
 
     @functools.cached_property

@@ -9,17 +9,16 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from maxlm.config.load import dump_yaml
 from maxlm.config.train import TrainConfig
-from maxlm.core.batch import Batch
+from maxlm.core.batch import num_tokens, put_batch
 from maxlm.core.distributed import is_primary, stop_on_signal
 from maxlm.core.hardware import peak_flops
 from maxlm.core.progress import console
-from maxlm.core.sharding import logical_to_spec
 from maxlm.core.storage import storage_path
-from maxlm.errors import CheckpointError, ConfigError, TrainingError
+from maxlm.errors import CheckpointError, TrainingError
 from maxlm.train.checkpoint import Checkpointer
 from maxlm.train.metrics import MetricsLog, StepWindow
 from maxlm.train.objective import Objective
@@ -71,7 +70,6 @@ def run(
       CheckpointError: the checkpoint in the folder is of another model or tokenizer.
       TrainingError: too many steps in a row were skipped, or a checkpoint could not be saved.
     """
-    check_batch(config, mesh)
     folder = storage_path(config.output)
     optimizer = make_optimizer(config.optim)
     schedule = partial(schedule_factor, config.optim.schedule, config.steps)
@@ -152,45 +150,6 @@ def run(
     if interrupted and is_primary():
         console.print(f"stopped by a signal: step {step} is saved; run the same command to go on", markup=False)
     return TrainResult(state, first_step, step, interrupted, valid, seconds, rate)
-
-
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """This process's rows as global arrays, cut along the batch axis."""
-
-    def put(x):
-        sharding = NamedSharding(mesh, logical_to_spec(("batch",) + (None,) * (x.ndim - 1)))
-        return jax.make_array_from_process_local_data(sharding, x)
-
-    return jax.tree.map(put, batch)
-
-
-def num_tokens(batch: Any) -> int:
-    """Tokens of all rows in a batch, padding included."""
-    parts = jax.tree.leaves(batch, is_leaf=lambda part: isinstance(part, Batch))
-    return sum(part.tokens.size for part in parts if isinstance(part, Batch))
-
-
-def check_batch(config: TrainConfig, mesh: Mesh) -> None:
-    """Raise ConfigError when a microbatch cannot be cut evenly over the mesh, or heads over its tensor axis."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    microbatch = config.batch_size // config.accumulate
-    problems = []
-    if microbatch % shards:
-        problems.append(
-            f"batch_size: {config.batch_size} / accumulate {config.accumulate} = {microbatch} rows cannot be cut over"
-            f" mesh.data * mesh.fsdp = {shards} devices; make it a multiple of {shards * config.accumulate}"
-        )
-    if config.model is not None:
-        tensor = mesh.shape["tensor"]
-        for name in ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size"):
-            if (size := getattr(config.model, name)) % tensor:
-                problems.append(f"model.{name}: {size} cannot be cut over mesh.tensor = {tensor}; make it a multiple")
-        if config.model.embed_dim % mesh.shape["fsdp"]:
-            problems.append(
-                f"model.embed_dim: {config.model.embed_dim} cannot be cut over mesh.fsdp = {mesh.shape['fsdp']}"
-            )
-    if problems:
-        raise ConfigError(problems)
 
 
 def check_guard(config: TrainConfig, record: dict[str, Any], step: int) -> None:

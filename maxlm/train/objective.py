@@ -1,5 +1,6 @@
 """What distinguishes pretraining, SFT, reward modelling, DPO and GRPO: the loss, and what builds the batch."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -7,8 +8,9 @@ from typing import Any, Protocol
 from jax.sharding import Mesh
 
 from maxlm.config.train import TrainConfig
+from maxlm.core.sharding import RowShard, row_shard
+from maxlm.core.term import LossOutput
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.loss import LossOutput
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,11 @@ class RunContext:
     mesh: Mesh
     # The starting model, unchanged by training; None where the objective does not ask for it.
     reference: Any
+
+    @functools.cached_property
+    def rows(self) -> RowShard:
+        """The rows of a batch that this process reads."""
+        return row_shard(self.mesh)
 
 
 class Objective(Protocol):

@@ -4,12 +4,11 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
 from maxlm.core.batch import Batch
 from maxlm.core.manifest import read_manifest
+from maxlm.core.term import LossOutput
 from maxlm.data.loader import open_in_order, open_mixture
-from maxlm.train.loss import LossOutput, language_model_loss
+from maxlm.train.loss import language_model_loss
 from maxlm.train.objective import RunContext
 from maxlm.train.validate import Evaluator, language_model_values, target_bytes
 
@@ -37,8 +36,8 @@ class Pretrain:
         return language_model_loss(model, batch, z_loss=self._z_loss)
 
     def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[Batch]:
-        shard, num_shards = jax.process_index(), jax.process_count()
-        return map(Batch.from_rows, self._mixture.iterate(start_step, shard=shard, num_shards=num_shards))
+        mine = self._context.rows
+        return map(Batch.from_rows, self._mixture.iterate(start_step, shard=mine.index, num_shards=mine.count))
 
     def validate(self, model: Any) -> dict[str, float]:
         batches, num_bytes = self._valid_batches
@@ -57,7 +56,7 @@ class Pretrain:
             return [], 0
         rows = open_in_order(paths, batch_size=config.batch_size)
         steps = range(min(rows.num_steps, config.eval_batches))
-        shard, num_shards = jax.process_index(), jax.process_count()
-        batches = [Batch.from_rows(rows.batch(step, shard=shard, num_shards=num_shards)) for step in steps]
-        whole = batches if num_shards == 1 else [Batch.from_rows(rows.batch(step)) for step in steps]
+        mine = self._context.rows
+        batches = [Batch.from_rows(rows.batch(step, shard=mine.index, num_shards=mine.count)) for step in steps]
+        whole = batches if mine.count == 1 else [Batch.from_rows(rows.batch(step)) for step in steps]
         return batches, sum(target_bytes(batch, self._context.tokenizer.byte_lengths) for batch in whole)

@@ -19,7 +19,7 @@ from maxlm.config.train import TrainConfig
 from maxlm.core.distributed import initialize_distributed, is_primary
 from maxlm.core.manifest import FILE_NAME, read_manifest, write_manifest
 from maxlm.core.parameters import abstract, initialize
-from maxlm.core.sharding import make_mesh
+from maxlm.core.sharding import make_mesh, mesh_sizes
 from maxlm.core.storage import copy_folder, resolve_path, storage_path
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError, ConfigError
@@ -27,7 +27,8 @@ from maxlm.models.adapters import apply_adapters, declare_adapters, merge_adapte
 from maxlm.models.decoder import Decoder
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.checkpoint import find_checkpoint, has_checkpoint, read_metadata, restore_weights
-from maxlm.train.loop import TrainResult, check_batch, check_fingerprint, run
+from maxlm.train.layout import check_layout
+from maxlm.train.loop import TrainResult, check_fingerprint, run
 from maxlm.train.objective import Objective, RunContext
 
 
@@ -52,8 +53,8 @@ def train(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
     tokenizer_folder = find_tokenizer(config)
     tokenizer = Tokenizer.load(tokenizer_folder)
     config = resolve_model(config, tokenizer)
+    check_layout(config, mesh_sizes(config.mesh, jax.device_count()))
     mesh = make_mesh(config.mesh)
-    check_batch(config, mesh)
     if config.init_from is not None:
         start_fingerprint = read_metadata(find_checkpoint(config.init_from))["fingerprint"]
         check_fingerprint(start_fingerprint, tokenizer.fingerprint, config.init_from)
@@ -117,7 +118,15 @@ def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
 
 
 # Fields of a model that change how it is computed, and not what its weights are.
-_RUNTIME_FIELDS = ("activation_dtype", "matmul_dtype", "remat", "attention", "max_length")
+_RUNTIME_FIELDS = (
+    "activation_dtype",
+    "matmul_dtype",
+    "remat",
+    "unroll",
+    "loss_chunk_length",
+    "attention",
+    "max_length",
+)
 
 
 def find_tokenizer(config: TrainConfig) -> epath.Path:

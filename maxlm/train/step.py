@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from maxlm.config.fault import GuardConfig
-from maxlm.core.sharding import shard
-from maxlm.train.loss import LossOutput, Term, add
+from maxlm.core.sharding import is_explicit, spec_of
+from maxlm.core.term import LossOutput, Term, add
 from maxlm.train.state import GuardState, TrainState
 
 # (trainable, frozen, batch) -> LossOutput
@@ -118,4 +119,4 @@ def _split(x: jax.Array, parts: int) -> jax.Array:
     """[batch, ...] to [parts, batch / parts, ...], every part with rows of every device."""
     split = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
     # A reshape forgets mesh axes of size 1.
-    return shard(split, None, "batch", *[None] * (x.ndim - 1))
+    return jax.reshard(split, P(None, *spec_of(x))) if is_explicit() else split

@@ -10,9 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from maxlm.core.batch import Batch
-from maxlm.train.loop import put_batch
-from maxlm.train.loss import LossOutput, Term
+from maxlm.core.batch import Batch, put_batch
+from maxlm.core.term import LossOutput, Term
 
 
 class Evaluator:

@@ -10,7 +10,17 @@ from jax.sharding import PartitionSpec as P
 from maxlm.config import ModelConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.core.parameters import Parameter, abstract, initialize, normal, ones, shardings, stack, zeros
-from maxlm.core.sharding import LOGICAL_AXES, MESH_AXES, gather_weight, logical_to_spec, make_mesh, shard, spec_of
+from maxlm.core.sharding import (
+    LOGICAL_AXES,
+    MESH_AXES,
+    RowShard,
+    gather_weight,
+    logical_to_spec,
+    make_mesh,
+    row_shard,
+    shard,
+    spec_of,
+)
 from maxlm.core.tree import flatten, path_of, unflatten
 from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
@@ -72,11 +82,12 @@ def test_shardings_and_shapes_follow_from_the_declaration():
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
     plan = Decoder(CONFIG)
     layouts = {path: layout.spec for path, layout in flatten(shardings(plan, mesh)).items()}
-    assert layouts["embedding"] == P("tensor", "fsdp")
-    assert layouts["layers/attention/query"] == P(None, "fsdp", "tensor")
-    assert layouts["layers/attention/out"] == P(None, "tensor", "fsdp")
-    assert layouts["layers/mlp/down"] == P(None, "tensor", "fsdp")
-    assert layouts["layers/attention/query_norm"] == P(None, None)
+    cut = ("fsdp", "expert", "context")
+    assert layouts["embedding"] == P("tensor", cut)
+    assert layouts["layers/attention/query"] == P("stage", cut, "tensor")
+    assert layouts["layers/attention/out"] == P("stage", "tensor", cut)
+    assert layouts["layers/mlp/down"] == P("stage", "tensor", cut)
+    assert layouts["layers/attention/query_norm"] == P("stage", None)
     shapes = flatten(abstract(plan, mesh))
     made = flatten(initialize(plan, jax.random.key(0), mesh))
     assert shapes.keys() == made.keys()
@@ -101,28 +112,51 @@ def test_colliding_axes_are_an_error():
 def test_the_table_names_axes_of_the_mesh():
     for axes in LOGICAL_AXES.values():
         assert set(axes or ()) <= set(MESH_AXES)
-    assert logical_to_spec(("batch", "length", None)) == P(("data", "fsdp"), None, None)
+    assert logical_to_spec(("batch", "length", None)) == P(("data", "fsdp", "expert"), "context", None)
 
 
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ({"fsdp": -1}, (1, 8, 1)),
-        ({"data": -1, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
-        ({"data": 2, "fsdp": 1, "tensor": 1}, (2, 1, 1)),
-        ({"fsdp": 1, "tensor": 8}, (1, 1, 8)),
+        ({"fsdp": -1}, (1, 1, 8, 1, 1, 1)),
+        ({"data": -1, "fsdp": 2, "tensor": 2}, (2, 1, 2, 1, 1, 2)),
+        ({"data": 2, "fsdp": 1, "tensor": 1}, (2, 1, 1, 1, 1, 1)),
+        ({"fsdp": 1, "tensor": 8}, (1, 1, 1, 1, 1, 8)),
+        ({"stage": 2, "fsdp": 1, "expert": 2, "context": 2}, (1, 2, 1, 2, 2, 1)),
+        ({"slices": 2, "data": 2, "fsdp": 2}, (4, 1, 2, 1, 1, 1)),
     ],
 )
 def test_a_mesh_has_the_sizes_that_are_asked_for(sizes, shape):
     mesh = make_mesh(MeshConfig(**sizes))
     assert (mesh.axis_names, mesh.devices.shape) == (MESH_AXES, shape)
-    assert mesh.axis_types == (AxisType.Explicit,) * 3
+    assert mesh.axis_types == (AxisType.Explicit,) * 6
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 16}, {"data": 3, "fsdp": 3}, {"data": 9, "fsdp": -1}])
-def test_a_mesh_that_is_too_large_is_told(sizes):
-    with pytest.raises(ConfigError, match=r"needs \d+ devices, and there are 8; make mesh sizes smaller"):
+@pytest.mark.parametrize(
+    ("sizes", "nearest"),
+    [
+        ({"fsdp": 16}, "fsdp=8"),
+        ({"data": 3, "fsdp": 3}, "data=2"),
+        ({"data": 9, "fsdp": -1}, "data=8"),
+        ({"slices": 4, "fsdp": 1, "tensor": 4}, "tensor=2"),
+    ],
+)
+def test_a_mesh_that_is_too_large_is_told(sizes, nearest):
+    with pytest.raises(
+        ConfigError, match=rf"needs \d+ devices, and there are 8; the nearest that fits is mesh.{nearest}"
+    ):
         make_mesh(MeshConfig(**sizes))
+
+
+def test_slices_are_the_outermost_part_of_the_data_axis():
+    """Devices that tell no slice are cut into runs: all axes but data stay within one."""
+    mesh = make_mesh(MeshConfig(slices=2, data=1, fsdp=2, tensor=2))
+    assert sorted(device.id for device in mesh.devices[0].flat) == [0, 1, 2, 3]
+    assert sorted(device.id for device in mesh.devices[1].flat) == [4, 5, 6, 7]
+
+
+def test_one_process_reads_all_rows():
+    assert row_shard(mesh_of(data=2, fsdp=2, tensor=2)) == RowShard(0, 1)
 
 
 def test_a_mesh_that_would_leave_devices_without_work_is_told():
@@ -141,7 +175,7 @@ def test_a_gathered_weight_is_whole_along_fsdp_and_cut_along_tensor():
     parameter = {"w": Parameter((8, 8), ("embed", "mlp"), normal(1.0))}
     with jax.set_mesh(mesh):
         weight = initialize(parameter, jax.random.key(0), mesh)["w"]
-        assert spec_of(weight) == P("fsdp", "tensor")
+        assert spec_of(weight) == P(("fsdp", "expert", "context"), "tensor")
         assert spec_of(gather_weight(weight)) == P(None, "tensor")
 
 

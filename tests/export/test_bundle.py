@@ -28,7 +28,7 @@ SHAPES = [
 
 @jax.jit
 def logits_of(model, tokens):
-    return model.logits(model(tokens))
+    return model.logits(model(tokens).hidden_BLD)
 
 
 def leaves(model):

@@ -32,7 +32,7 @@ def exported(run, tmp_path_factory):
 
 @jax.jit
 def whole_logits(model, tokens, positions, segments):
-    return model.logits(model(tokens, positions_BL=positions, segment_ids_BL=segments))
+    return model.logits(model(tokens, positions_BL=positions, segment_ids_BL=segments).hidden_BLD)
 
 
 def log_softmax(logits):

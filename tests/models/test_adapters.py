@@ -46,7 +46,7 @@ def adapters():
 
 def score(model):
     """A number that all logits have a part in."""
-    logits = model.logits(model(TOKENS))
+    logits = model.logits(model(TOKENS).hidden_BLD)
     return (logits * np.random.default_rng(2).standard_normal(logits.shape)).sum()
 
 

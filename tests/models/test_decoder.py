@@ -68,7 +68,7 @@ def tokens_of(shape, seed=0, vocab=40):
 
 
 def logits(model, tokens, **arguments):
-    return jax.jit(lambda model, tokens: model.logits(model(tokens, **arguments)))(model, tokens)
+    return jax.jit(lambda model, tokens: model.logits(model(tokens, **arguments).hidden_BLD))(model, tokens)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -121,7 +121,7 @@ def test_the_gradient_is_that_of_finite_differences(name):
 
 def log_probabilities(model, batch: Batch):
     def compute(model, batch):
-        hidden = model(batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids)
+        hidden = model(batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids).hidden_BLD
         return model.log_probabilities(hidden, batch.targets)[0]
 
     return np.asarray(jax.jit(compute)(model, batch))
@@ -183,7 +183,7 @@ def test_what_is_computed_again_changes_no_gradient(policy):
 
     def gradient(remat):
         model = make(**VARIANTS["all"], remat=remat)
-        return flatten(jax.jit(jax.grad(lambda model: jnp.sum(model.logits(model(tokens)) ** 2)))(model))
+        return flatten(jax.jit(jax.grad(lambda model: jnp.sum(model.logits(model(tokens).hidden_BLD) ** 2)))(model))
 
     kept, again = gradient("none"), gradient(policy)
     for path, value in kept.items():

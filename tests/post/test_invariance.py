@@ -166,7 +166,7 @@ class TestGrpo:
     def test_the_loss_divides_by_the_tokens_of_all_answers(self, objective, batch, model_config):
         """A long answer's tokens count as much as a short one's."""
         model = initialize(Decoder(model_config), jax.random.key(1))
-        logits = model.logits(model(batch.rows.tokens, segment_ids_BL=batch.rows.segment_ids)) / 0.7
+        logits = model.logits(model(batch.rows.tokens, segment_ids_BL=batch.rows.segment_ids).hidden_BLD) / 0.7
         log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch.rows.targets[..., None], -1)[..., 0]
         ratio, a = np.exp((log_p - batch.sampled_BL).astype(np.float64)), batch.advantages_B[:, None]
         token_loss = -np.minimum(ratio * a, np.clip(ratio, 0.8, 1.28) * a) * batch.rows.loss_weights

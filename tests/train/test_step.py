@@ -12,13 +12,13 @@ from maxlm.config import ModelConfig
 from maxlm.config.fault import GuardConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.optim import OptimConfig, ScheduleConfig
-from maxlm.core.batch import Batch
+from maxlm.core.batch import Batch, put_batch
 from maxlm.core.parameters import initialize
 from maxlm.core.sharding import make_mesh
+from maxlm.core.term import LossOutput, Term
 from maxlm.core.tree import flatten
 from maxlm.models.decoder import Decoder
-from maxlm.train.loop import put_batch
-from maxlm.train.loss import LossOutput, Term, language_model_loss
+from maxlm.train.loss import language_model_loss
 from maxlm.train.optim import make_optimizer, schedule_factor
 from maxlm.train.state import create_state
 from maxlm.train.step import GUARD_WARMUP_STEPS, loss_and_gradient, train_step
@@ -270,5 +270,5 @@ def test_a_spike_is_skipped_once_the_usual_is_known():
 def test_batches_are_cut_along_their_rows():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     batch = put_batch(PACKED, mesh)
-    assert batch.tokens.sharding.spec == P(("data", "fsdp"), None)
+    assert batch.tokens.sharding.spec == P(("data", "fsdp", "expert"), "context")
     np.testing.assert_array_equal(batch.loss_weights, PACKED.loss_weights)

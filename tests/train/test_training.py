@@ -9,17 +9,16 @@ import pytest
 from tiny_run import MODEL, tiny_config
 
 from maxlm.config import TokenizerConfig
-from maxlm.config.mesh import MeshConfig
 from maxlm.config.train import LoraConfig
 from maxlm.core.manifest import read_manifest, write_json
-from maxlm.core.sharding import make_mesh
+from maxlm.core.sharding import mesh_sizes
 from maxlm.core.storage import storage_path
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckpointError, ConfigError, DataError, TrainingError
 from maxlm.post.run import train
 from maxlm.tokenizer.train import train_tokenizer
 from maxlm.train.checkpoint import find_checkpoint, read_metadata
-from maxlm.train.loop import check_batch
+from maxlm.train.layout import check_layout
 from maxlm.train.metrics import MetricsLog, read_metrics
 from maxlm.train.run import load_model
 
@@ -165,8 +164,14 @@ def test_too_many_bad_steps_end_the_run_with_advice(tmp_path, tiny_data_folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 12}, "batch_size: 12 / accumulate 1 = 12 rows cannot be cut over .* make it a multiple of 8"),
-        ({"batch_size": 16, "accumulate": 4}, "batch_size: 16 / accumulate 4 = 4 rows .* make it a multiple of 32"),
+        (
+            {"batch_size": 12},
+            r"batch_size: 12 in accumulate=1 microbatches cannot be cut over mesh.fsdp = 8; .* fits is 16",
+        ),
+        (
+            {"batch_size": 16, "accumulate": 4},
+            "batch_size: 16 in accumulate=4 microbatches .* the nearest that fits is 32",
+        ),
     ],
 )
 def test_a_batch_that_cannot_be_cut_is_told(settings, message, tmp_path, tiny_data_folder):
@@ -180,10 +185,12 @@ def test_heads_that_cannot_be_cut_are_told_with_all_else(tiny_data_folder):
         "x", tiny_data_folder, mesh={"fsdp": 1, "tensor": 8}, model={**MODEL, "mlp_dim": 12, "vocab_size": 4}
     )
     with pytest.raises(ConfigError) as error:
-        check_batch(config, make_mesh(MeshConfig(fsdp=1, tensor=8)))
+        check_layout(config, mesh_sizes(config.mesh, 8))
     problems = "\n".join(error.value.problems)
     for name in ("num_heads: 4", "num_kv_heads: 2", "mlp_dim: 12", "vocab_size: 4"):
-        assert f"model.{name} cannot be cut over mesh.tensor = 8" in problems
+        assert f"model.{name} cannot be cut over mesh.tensor = 8; make it" in problems
+    # And the mesh that would fit.
+    assert "model.num_kv_heads: 2 cannot be cut over mesh.tensor = 8; make it 8, or mesh.tensor=2" in problems
 
 
 def test_adapters_are_trained_beside_a_base_that_stays(short_run, tmp_path, tiny_data_folder):

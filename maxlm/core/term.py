@@ -1,0 +1,46 @@
+"""Losses as (sum, weight) pairs: what every loss, and every layer that adds to one, returns."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["sum", "weight"], meta_fields=[])
+@dataclass(frozen=True)
+class Term:
+    """A weighted sum and the sum of its weights.
+
+    Sums and weights are added over microbatches, devices and hosts, and divided once, so that the result depends on
+    none of them. The weight is a function of the batch alone, never of the parameters.
+    """
+
+    sum: jax.Array
+    weight: jax.Array
+
+    def __add__(self, other: "Term") -> "Term":
+        return Term(self.sum + other.sum, self.weight + other.weight)
+
+    def mean(self):
+        """sum / weight; 0 where there is no weight."""
+        return self.sum / jnp.where(self.weight > 0, self.weight, 1.0)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["terms", "metrics"], meta_fields=[])
+@dataclass(frozen=True)
+class LossOutput:
+    """terms: what is minimised, the total being the sum of their means; metrics: what is only reported."""
+
+    terms: dict[str, Term]
+    metrics: dict[str, Term]
+
+    def joined(self, other: "LossOutput") -> "LossOutput":
+        """Both, of different names."""
+        return LossOutput({**self.terms, **other.terms}, {**self.metrics, **other.metrics})
+
+
+def add(left: Any, right: Any) -> Any:
+    """The leaf-wise sum of two trees: LossOutputs of two microbatches, or their gradients."""
+    return jax.tree.map(jnp.add, left, right)

@@ -1,0 +1,75 @@
+"""Whether a mesh fits a run: refused before anything is allocated, with the number to change."""
+
+import math
+from collections.abc import Mapping
+
+from maxlm.config.train import TrainConfig
+from maxlm.errors import ConfigError
+
+
+def check_layout(config: TrainConfig, sizes: Mapping[str, int]) -> None:
+    """Raise ConfigError, naming every number that the mesh does not divide and the nearest that fits.
+
+    Args:
+      config: with the model that will be trained.
+      sizes: devices along each mesh axis.
+    """
+    problems = [*_rows(config, sizes), *_tokens(config, sizes), *_weights(config, sizes)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _rows(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
+    axes = ("data", "fsdp", "expert")
+    parts = math.prod(sizes[axis] for axis in axes)
+    if (config.batch_size // config.accumulate) % parts == 0:
+        return []
+    fits = nearest_multiple(config.batch_size, parts * config.accumulate)
+    return [
+        f"batch_size: {config.batch_size} in accumulate={config.accumulate} microbatches cannot be cut over"
+        f" {_product(axes, sizes)}; the nearest that fits is {fits}"
+    ]
+
+
+def _tokens(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
+    axes = ("context", "tensor")
+    parts = math.prod(sizes[axis] for axis in axes)
+    if config.row_length % parts == 0:
+        return []
+    return [
+        f"row_length: {config.row_length} cannot be cut over {_product(axes, sizes)};"
+        f" the nearest that fits is {nearest_multiple(config.row_length, parts)}"
+    ]
+
+
+def _weights(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
+    model, problems = config.model, []
+
+    def divides(name: str, size: int, *axes: str, times: int = 1) -> None:
+        parts = math.prod(sizes[axis] for axis in axes) * times
+        if size % parts == 0:
+            return
+        change = f"make it {nearest_multiple(size, parts)}"
+        if len(wide := [axis for axis in axes if sizes[axis] > 1]) == 1:
+            fits = max(n for n in range(1, sizes[wide[0]] + 1) if size % (n * times) == 0 or n == 1)
+            change += f", or mesh.{wide[0]}={fits}"
+        problems.append(f"model.{name}: {size} cannot be cut over {_product(axes, sizes)}; {change}")
+
+    divides("num_heads", model.num_heads, "tensor")
+    divides("num_kv_heads", model.num_kv_heads, "tensor")
+    divides("mlp_dim", model.mlp_dim, "tensor")
+    divides("vocab_size", model.vocab_size, "tensor")
+    divides("embed_dim", model.embed_dim, "fsdp", "expert", "context")
+    divides("num_layers", model.num_layers, "stage", times=len(model.window_pattern))
+    return problems
+
+
+def nearest_multiple(size: int, of: int) -> int:
+    """The multiple of `of`, at least `of` itself, that is nearest to `size`."""
+    return max(of, round(size / of) * of)
+
+
+def _product(axes: tuple[str, ...], sizes: Mapping[str, int]) -> str:
+    """`mesh.data * mesh.fsdp = 8`, of the axes that cut anything."""
+    wide = [axis for axis in axes if sizes[axis] > 1]
+    return f"{' * '.join(f'mesh.{axis}' for axis in wide)} = {math.prod(sizes[axis] for axis in wide)}"
