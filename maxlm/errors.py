@@ -39,6 +39,12 @@ class RequestError(MaxlmError):
     """A request to the generator or server cannot be met: too long, an unknown model, a port in use."""
 
 
+class FaultError(MaxlmError):
+    """A machine or a process is gone, or did not come: no setting is to blame, and another start may help."""
+
+    exit_code = 3
+
+
 class CheckFailed(MaxlmError):  # noqa: N818 - not an error of the command, which did its work
     """The command ran, and a check that it makes did not pass."""
 

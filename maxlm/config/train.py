@@ -9,6 +9,7 @@ from maxlm.config.fault import CheckpointConfig, GuardConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.model import ModelConfig
 from maxlm.config.optim import OptimConfig
+from maxlm.config.processes import ProcessesConfig
 
 
 class PackedSource(Frozen):
@@ -105,6 +106,7 @@ class TrainConfig(Frozen):
     mesh: MeshConfig = MeshConfig()
     guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    processes: ProcessesConfig = ProcessesConfig()
     steps: Count = 1000
     batch_size: Count = Field(
         16, description="Rows in a step, over all devices; for preferences pairs, for GRPO prompts."

@@ -1,43 +1,169 @@
 """Several processes that train as one: start-up, and stopping together."""
 
+import atexit
 import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import jax
+from jax._src.clusters import ClusterEnv
 
+from maxlm.config.processes import ProcessesConfig
+from maxlm.core.peers import Peers, meet
 from maxlm.errors import ConfigError
 
-# Each setting, as our own variable and as JAX's.
+# Each setting, as our own variable, as JAX's, and as those of the launchers that count processes.
 _COORDINATOR = ("MAXLM_COORDINATOR", "JAX_COORDINATOR_ADDRESS")
-_NUM_PROCESSES = ("MAXLM_NUM_PROCESSES", "JAX_NUM_PROCESSES")
-_PROCESS_ID = ("MAXLM_PROCESS_ID", "JAX_PROCESS_ID")
+_NUM_PROCESSES = ("MAXLM_NUM_PROCESSES", "JAX_NUM_PROCESSES", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
+_PROCESS_ID = ("MAXLM_PROCESS_ID", "JAX_PROCESS_ID", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+
+# How much longer JAX's own watch waits than ours, which says more.
+_JAX_IS_SLOWER = 60
 
 
-def initialize_distributed() -> None:
+@dataclass(frozen=True)
+class Cluster:
+    """A run of several processes: where process 0 is (host:port), how many there are, and which one this is.
+
+    local_devices: the devices of the machine that are this process's; None is all.
+    """
+
+    address: str
+    num_processes: int
+    process: int
+    local_devices: list[int] | None = None
+
+
+_peers: Peers | None = None
+
+
+def initialize_distributed(settings: ProcessesConfig = ProcessesConfig()) -> Peers | None:  # noqa: B008 - immutable
     """Join the other processes of this run, when the environment says that there are others; else do nothing.
 
-    On a Cloud TPU slice JAX finds the others by itself: where MAXLM_DISTRIBUTED is `auto`, which `maxlm submit` sets,
-    or TPU_WORKER_HOSTNAMES names several. Elsewhere JAX_COORDINATOR_ADDRESS (host:port
-    of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say so, or the same with MAXLM_COORDINATOR, MAXLM_NUM_PROCESSES
-    and MAXLM_PROCESS_ID. Must be called before JAX looks at its devices.
+    Must be called before JAX looks at its devices.
+
+    Returns:
+      What keeps this process in touch with the others; None where there are none.
+
+    Raises:
+      ConfigError: the environment says half of what is needed, or the processes are numbered wrongly.
+      FaultError: not all of them came within `settings.start_timeout_seconds`.
+    """
+    global _peers
+    if _peers is not None or (cluster := find_cluster(settings.start_timeout_seconds)) is None:
+        return _peers
+    _peers = meet(
+        cluster.address,
+        process=cluster.process,
+        count=cluster.num_processes,
+        timeout=settings.start_timeout_seconds,
+        heartbeat_seconds=settings.heartbeat_seconds,
+    )
+    slower = int(settings.heartbeat_seconds) + _JAX_IS_SLOWER
+    jax.distributed.initialize(
+        cluster.address,
+        cluster.num_processes,
+        cluster.process,
+        cluster.local_devices,
+        cluster_detection_method="deactivate",
+        initialization_timeout=slower,
+        heartbeat_timeout_seconds=slower,
+        shutdown_timeout_seconds=slower,
+    )
+    # Registered after JAX's own, so that it runs before that one waits for the others.
+    atexit.register(_peers.leave)
+    return _peers
+
+
+def find_cluster(timeout: float) -> Cluster | None:
+    """The run of several processes that the environment speaks of; None where it speaks of none, or of one process.
+
+    JAX_COORDINATOR_ADDRESS names process 0 by host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID say the rest (also
+    with MAXLM_ in place of JAX_, and without COORDINATOR's _ADDRESS). Where it is not set, JAX finds them in what
+    Cloud TPU, GKE, SLURM and Open MPI tell. MAXLM_DISTRIBUTED=auto, which `maxlm submit` sets, makes JAX look where
+    nothing else gives a sign; JAX_NUM_PROCESSES=1 lets a process be alone whatever its launcher says.
 
     Raises:
       ConfigError: some of these variables are missing or are not numbers.
     """
-    if jax.distributed.is_initialized():
-        return
-    coordinator = _first_of(_COORDINATOR)
-    if coordinator is not None:
-        num_processes, process_id = _number(_NUM_PROCESSES), _number(_PROCESS_ID)
-        if not 0 <= process_id < num_processes:
+    address = _first_of(_COORDINATOR)
+    if _first_of(_NUM_PROCESSES[:2]) == "1":
+        return None
+    if address is not None:
+        if not address.rpartition(":")[2].isdigit():
+            raise ConfigError([f"{_COORDINATOR[1]}: {address!r} must be host:port, such as 10.0.0.2:8476"])
+        cluster = Cluster(address, _number(_NUM_PROCESSES), _number(_PROCESS_ID))
+    elif (launcher := _launcher()) is not None:
+        cluster = _ask_jax(launcher, timeout)
+    else:
+        return None
+    if not 0 <= cluster.process < cluster.num_processes:
+        count = cluster.num_processes
+        raise ConfigError([f"{_PROCESS_ID[1]}: {cluster.process} is not among {count} processes, counted from 0"])
+    return cluster if cluster.num_processes > 1 else None
+
+
+def _launcher() -> str | None:
+    """What has started several processes here, by the variables that it sets.
+
+    Raises:
+      ConfigError: it has not told this process how to find the others.
+    """
+    variables = os.environ
+    if variables.get("MAXLM_DISTRIBUTED") == "auto":
+        return "MAXLM_DISTRIBUTED=auto"
+    if any("," in variables.get(name, "") for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")):
+        return "Cloud TPU"
+    if variables.get("MEGASCALE_NUM_SLICES", "1") != "1":
+        return "Cloud TPU with several slices"
+    by_hand = "or set JAX_COORDINATOR_ADDRESS to the host:port of process 0"
+    if variables.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
+        if "OMPI_MCA_orte_hnp_uri" not in variables:
+            raise ConfigError([f"Open MPI 5 does not tell where process 0 is: use version 4, {by_hand}"])
+        return "Open MPI"
+    if variables.get("SLURM_NTASKS", "1") != "1":
+        if "SLURM_STEP_NODELIST" not in variables:
+            tasks = variables["SLURM_NTASKS"]
             raise ConfigError(
-                [f"{_PROCESS_ID[1]}: {process_id} is not among {num_processes} processes, counted from 0"]
+                [
+                    f"SLURM_NTASKS: this job has {tasks} tasks, and this process was not started as one of them; start"
+                    " it with `srun maxlm train ...`, or with JAX_NUM_PROCESSES=1 where it shall be alone"
+                ]
             )
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    elif os.environ.get("MAXLM_DISTRIBUTED") == "auto" or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
+        return "SLURM"
+    if "JOBSET_NAME" in variables or "JOB_COMPLETION_INDEX" in variables:
+        try:
+            import kubernetes  # noqa: F401
+        except ImportError:
+            raise ConfigError(
+                [
+                    "JOB_COMPLETION_INDEX: this is a pod of a Kubernetes job, and JAX asks the cluster for the others"
+                    f" with a package that is missing: pip install 'jax[k8s]', {by_hand}"
+                ]
+            ) from None
+        return "Kubernetes"
+    return None
+
+
+def _ask_jax(launcher: str, timeout: float) -> Cluster:
+    """What JAX makes of the launcher's variables or of the machine's metadata."""
+    try:
+        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(timeout))
+    except Exception as error:
+        found, why = (None, None, None, None), f" ({type(error).__name__}: {error})"
+    else:
+        why = ""
+    if None in found[:3]:
+        raise ConfigError(
+            [
+                f"{launcher}: JAX cannot tell the other processes from it{why}; set JAX_COORDINATOR_ADDRESS,"
+                " JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+            ]
+        )
+    address, num_processes, process, local_devices = found
+    return Cluster(address, num_processes, process, None if local_devices is None else list(local_devices))
 
 
 def is_primary() -> bool:

@@ -1,63 +1,104 @@
-"""Which environments say that several processes train as one."""
+"""Which environments say that several processes train as one, and what a signal asks for."""
 
 import os
 import signal
 
-import jax
 import pytest
 
-from maxlm.core.distributed import initialize_distributed, is_primary, stop_on_signal
+from maxlm.core.distributed import Cluster, find_cluster, initialize_distributed, is_primary, stop_on_signal
 from maxlm.errors import ConfigError
+
+_LAUNCHERS = ("MAXLM_", "TPU_", "MEGASCALE_", "SLURM_", "OMPI_", "JOBSET_", "JOB_COMPLETION_", "KUBERNETES_")
+_OF_JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """What JAX would be asked; nothing of the environment says that there are others."""
+def environment(monkeypatch):
+    """Sets variables, where none of those that the machine has says that there are other processes."""
     for name in list(os.environ):
-        if name.startswith(("MAXLM_", "TPU_")) or name in (
-            "JAX_COORDINATOR_ADDRESS",
-            "JAX_NUM_PROCESSES",
-            "JAX_PROCESS_ID",
-        ):
+        if name.startswith(_LAUNCHERS) or name in _OF_JAX:
             monkeypatch.delenv(name)
-    calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
-    return calls
+    return lambda variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
 
 
-def test_one_process_joins_nobody(calls, monkeypatch):
-    initialize_distributed()
-    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-    initialize_distributed()
-    assert calls == []
-    assert is_primary()
-
-
-def test_a_slice_of_several_hosts_finds_itself(calls, monkeypatch):
-    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "10.0.0.1,10.0.0.2")
-    initialize_distributed()
-    assert calls == [()]
-
-
-@pytest.mark.parametrize("names", [("MAXLM_COORDINATOR", "MAXLM_NUM_PROCESSES", "MAXLM_PROCESS_ID"),
-                                   ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")])  # fmt: skip
-def test_the_environment_names_the_others(names, calls, monkeypatch):
-    for name, value in zip(names, ("host:1234", "4", "3")):
-        monkeypatch.setenv(name, value)
-    initialize_distributed()
-    assert calls == [("host:1234", 4, 3)]
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[007-010],big1",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
+}
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
 
 
 @pytest.mark.parametrize(
-    ("processes", "number", "message"),
-    [(None, "0", "JAX_NUM_PROCESSES: None must be a number"), ("2", "x", "JAX_PROCESS_ID: 'x' must be a number"),
-     ("2", "2", "JAX_PROCESS_ID: 2 is not among 2 processes")],
-)  # fmt: skip
-def test_half_an_environment_is_told(processes, number, message, calls, monkeypatch):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1234")
-    if processes is not None:
-        monkeypatch.setenv("JAX_NUM_PROCESSES", processes)
-    monkeypatch.setenv("JAX_PROCESS_ID", number)
+    "variables",
+    [
+        {},
+        {"TPU_WORKER_HOSTNAMES": "localhost"},
+        {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+        {"OMPI_COMM_WORLD_SIZE": "1"},
+        {**SLURM, "JAX_NUM_PROCESSES": "1"},
+    ],
+)
+def test_one_process_joins_nobody(variables, environment):
+    environment(variables)
+    assert initialize_distributed() is None
+    assert is_primary()
+
+
+@pytest.mark.parametrize(
+    ("variables", "cluster"),
+    [
+        (
+            {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"},
+            Cluster("host:1234", 4, 3),
+        ),
+        (
+            {"MAXLM_COORDINATOR": "host:1234", "MAXLM_NUM_PROCESSES": "4", "MAXLM_PROCESS_ID": "3"},
+            Cluster("host:1234", 4, 3),
+        ),
+        # The first node is process 0's; the port follows from the job's number.
+        (SLURM, Cluster("node007:61447", 4, 2, [0])),
+        ({**SLURM, "JAX_COORDINATOR_ADDRESS": "10.0.0.1:99"}, Cluster("10.0.0.1:99", 4, 2)),
+        (OPEN_MPI, Cluster(f"10.96.0.1:{1531576320 // 2**12 % 2**12 + 61440}", 8, 5, [1])),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a:1", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "5"},
+            Cluster("a:1", 8, 5),
+        ),
+    ],
+)
+def test_the_environment_names_the_others(variables, cluster, environment):
+    environment(variables)
+    assert find_cluster(1) == cluster
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "host:1"}, "JAX_NUM_PROCESSES: None must be a number"),
+        ({"JAX_COORDINATOR_ADDRESS": "host", "JAX_NUM_PROCESSES": "2"}, "'host' must be host:port"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "x"},
+            "JAX_PROCESS_ID: 'x' must be a number",
+        ),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
+            "JAX_PROCESS_ID: 2 is not among 2 processes",
+        ),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "start it with `srun maxlm train"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "Open MPI 5 does not tell"),
+        ({"JOB_COMPLETION_INDEX": "1"}, "pip install 'jax\\[k8s\\]'"),
+        ({"MAXLM_DISTRIBUTED": "auto"}, "JAX cannot tell the other processes from it"),
+    ],
+)
+def test_half_an_environment_is_told(variables, message, environment):
+    environment(variables)
     with pytest.raises(ConfigError, match=message):
         initialize_distributed()
 

@@ -1,0 +1,184 @@
+"""Processes meet, compare, and know who is gone: real processes and connections, without JAX."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from maxlm.core.peers import meet
+from maxlm.errors import FaultError
+
+ROOT = Path(__file__).parents[2]
+
+# Arguments: address, process, count, what to do.
+SCRIPT = """
+import sys, time
+from maxlm.core.peers import meet
+from maxlm.errors import DataError, MaxlmError
+address, process, count, action = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+try:
+    peers = meet(address, process=process, count=count, timeout=4, heartbeat_seconds=2)
+except MaxlmError as error:
+    print(f"maxlm: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+print(peers.compare(f"record {process}", lambda records: records, timeout=10), flush=True)
+if action == "leave":
+    peers.leave()
+    sys.exit(0)
+if action == "mistake":
+    peers.fail(DataError("data/x: there is no such folder"))
+if action == "bug":
+    try:
+        raise KeyError("planted")
+    except KeyError as error:
+        peers.fail(error)
+if action == "abort":
+    # As JAX's own watch does: on a thread that does not hold Python's lock.
+    import ctypes, threading
+    threading.Thread(target=ctypes.CDLL(None).abort).start()
+time.sleep(30)
+"""
+
+
+@pytest.fixture
+def address(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", address)
+    return address
+
+
+@pytest.fixture
+def start(address):
+    """Starts a process, and kills what is left at the end."""
+    started = []
+
+    def start(process: int, count: int, action: str) -> subprocess.Popen:
+        argv = [sys.executable, "-c", SCRIPT, address, str(process), str(count), action]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(argv, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def ends(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    outputs = [process.communicate(timeout=30) for process in processes]
+    return [(process.returncode, *output) for process, output in zip(processes, outputs)]
+
+
+def test_all_meet_compare_and_leave(start):
+    ended = ends([start(n, 3, "leave") for n in (2, 0, 1)])
+    for code, output, errors in ended:
+        assert (code, output) == (0, "['record 0', 'record 1', 'record 2']\n"), errors
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_killed_process_is_named_at_once(gone, start):
+    processes = [start(n, 3, "wait") for n in range(3)]
+    for process in processes:
+        assert "record 2" in process.stdout.readline()
+    began = time.monotonic()
+    processes[gone].kill()
+    ended = ends(processes)
+    assert time.monotonic() - began < 4
+    for process, (code, _, errors) in enumerate(ended):
+        if process == gone:
+            assert code == -signal.SIGKILL
+        else:
+            assert code == FaultError.exit_code
+            assert f"maxlm: process {gone} ({socket.gethostname()}): gone: its connection broke" in errors
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_process_that_hangs_is_given_up(silent, start):
+    processes = [start(n, 2, "wait") for n in range(2)]
+    for process in processes:
+        process.stdout.readline()
+    began = time.monotonic()
+    os.kill(processes[silent].pid, signal.SIGSTOP)
+    [(code, _, errors)] = ends([processes[1 - silent]])
+    assert 1 < time.monotonic() - began < 8
+    assert code == FaultError.exit_code
+    assert f"process {silent} ({socket.gethostname()}): gone: it has said nothing for 2 s" in errors
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_users_mistake_on_one_ends_all_and_is_told_by_it_and_the_first(process, start):
+    ended = ends([start(n, 3, "mistake" if n == process else "wait") for n in range(3)])
+    assert [code for code, _, _ in ended] == [2, 2, 2]
+    for n, (_, _, errors) in enumerate(ended):
+        assert ("there is no such folder" in errors) == (n in (0, process)), n
+        assert "Traceback" not in errors
+
+
+def test_a_bug_in_one_ends_all_and_only_it_shows_the_traceback(start):
+    ended = ends([start(n, 3, "bug" if n == 2 else "wait") for n in range(3)])
+    assert [code for code, _, _ in ended] == [FaultError.exit_code] * 3
+    assert ["Traceback" in errors for _, _, errors in ended] == [False, False, True]
+    assert all("KeyError: 'planted'" in errors for _, _, errors in ended)
+
+
+def test_an_abort_of_jax_leaves_time_to_say_who_is_gone(start):
+    processes = [start(0, 2, "wait"), start(1, 2, "abort")]
+    for process in processes:
+        process.stdout.readline()
+    time.sleep(0.3)
+    processes[0].kill()
+    code, _, errors = ends(processes)[1]
+    assert code == FaultError.exit_code
+    assert "process 0" in errors
+
+
+def test_who_does_not_come_is_named(start):
+    ended = ends([start(0, 4, "wait"), start(2, 4, "wait")])
+    assert [code for code, _, _ in ended] == [FaultError.exit_code] * 2
+    for _, _, errors in ended:
+        assert "processes 1, 3 of 4 did not come to 127.0.0.1:" in errors
+
+
+def test_a_number_or_count_that_differs_is_told(start):
+    ended = ends([start(0, 2, "wait"), start(1, 3, "wait")])
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert all("is one of 3, and process 0" in errors for _, _, errors in ended)
+    ended = ends([start(0, 3, "wait"), start(1, 3, "wait"), start(1, 3, "wait")])
+    assert [code for code, _, _ in ended] == [2, 2, 2]
+    assert "two processes have the number 1" in ended[0][2]
+
+
+def test_no_process_0(address):
+    with pytest.raises(FaultError, match=r"found no process 0 at .* within 0\.5 s"):
+        meet(address, process=1, count=2, timeout=0.5, heartbeat_seconds=1)
+
+
+def test_strangers_are_sent_away(address, start):
+    """Another program that looks at the port, and process 0's port still in the hands of another server."""
+    place, _, port = address.rpartition(":")
+    with socket.create_server((place, int(port))) as server:
+        caller = start(1, 2, "leave")
+        connection, _ = server.accept()
+        connection.sendall(b"\x00\x00\x12\x04 as gRPC would begin")
+        server.close()
+        connection.close()
+    knocked = threading.Event()
+    hub = start(0, 2, "leave")
+    for _ in range(100):
+        try:
+            stranger = socket.create_connection((place, int(port)), timeout=1)
+        except OSError:
+            time.sleep(0.02)
+            continue
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        knocked.set()
+        break
+    assert [code for code, _, _ in ends([hub, caller])] == [0, 0]
