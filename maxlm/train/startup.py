@@ -1,0 +1,98 @@
+"""Before a run of several processes starts: do all of them have the same configuration, code, data and tokenizer?"""
+
+import platform
+import socket
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+import maxlm
+from maxlm.config.train import TrainConfig
+from maxlm.core.manifest import content_hash
+from maxlm.core.peers import Peers
+from maxlm.errors import ConfigError
+
+# What must be the same for all to compile the same program.
+_PACKAGES = ("maxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_MAX_TOLD = 3
+
+
+def check_start(peers: Peers, config: TrainConfig, hashes: dict[str, str], *, timeout: float) -> None:
+    """Compare this process with process 0; all end with one sentence where any differs.
+
+    Args:
+      peers: the processes of the run.
+      config: as it was loaded.
+      hashes: of what the run reads, by name.
+      timeout: seconds until all must have got here.
+
+    Raises:
+      ConfigError: on process 0, some process differs; it names each, and in what.
+    """
+    peers.compare(start_record(config, hashes), refuse_differences, timeout=timeout)
+
+
+def start_record(config: TrainConfig, hashes: dict[str, str]) -> dict[str, Any]:
+    """What is compared, by name, and the host that it is from."""
+    versions = {f"package {name}": version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+    code = {"code of maxlm": source_hash()}
+    settings = {f"config {name}": value for name, value in _settings(config.model_dump(mode="json")).items()}
+    return {"host": socket.gethostname(), "same": settings | versions | code | hashes}
+
+
+def data_hashes(config: TrainConfig) -> dict[str, str]:
+    """Hashes of the data that a configuration names; of a folder by its manifest.
+
+    Raises:
+      DataError: there is no such file or folder.
+    """
+    objective = config.objective
+    if objective.kind == "pretrain":
+        paths = [source.path for source in objective.sources]
+    else:
+        paths = [path for path in (objective.train_file, objective.valid_file) if path is not None]
+    return {f"data {path}": content_hash(path) for path in paths}
+
+
+def source_hash() -> str:
+    """Of all Python files of this package: a version alone does not tell two working copies apart."""
+    folder = Path(maxlm.__file__).parent
+    digest = xxhash.xxh3_128()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def refuse_differences(records: list[dict[str, Any]]) -> None:
+    """Raise ConfigError with one line for each process whose record differs from that of process 0."""
+    first = records[0]
+    problems = []
+    for process, record in enumerate(records):
+        names = [name for name in first["same"] | record["same"] if _of(first, name) != _of(record, name)]
+        if names:
+            told = [f"{name} ({_of(record, name)} and not {_of(first, name)})" for name in names[:_MAX_TOLD]]
+            more = f" and {len(names) - _MAX_TOLD} more" if len(names) > _MAX_TOLD else ""
+            problems.append(
+                f"process {process} ({record['host']}) differs from process 0 ({first['host']}) in"
+                f" {', '.join(told)}{more}"
+            )
+    if problems:
+        raise ConfigError([*problems, "give all processes the same configuration, code and data, and start them again"])
+
+
+def _of(record: dict[str, Any], name: str) -> Any:
+    return record["same"].get(name, "nothing")
+
+
+def _settings(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A configuration's values by dotted path."""
+    if isinstance(tree, dict):
+        items = [(f"{prefix}.{key}" if prefix else key, value) for key, value in tree.items()]
+    elif isinstance(tree, list):
+        items = [(f"{prefix}[{index}]", value) for index, value in enumerate(tree)]
+    else:
+        return {prefix: tree}
+    return {path: value for name, part in items for path, value in _settings(part, name).items()}

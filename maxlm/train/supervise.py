@@ -1,0 +1,138 @@
+"""Start training again when it dies, from its last whole checkpoint: `maxlm train --supervise N`.
+
+Each machine of a run has a supervisor of its own. A process that dies takes the others down within seconds, all
+supervisors start theirs again, and these meet as they did the first time.
+"""
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+
+from etils import epath
+
+from maxlm.config.processes import ProcessesConfig
+from maxlm.core.distributed import find_cluster
+from maxlm.core.progress import console
+from maxlm.core.storage import is_remote, storage_path
+from maxlm.errors import FaultError
+
+FILE_NAME = "restarts.jsonl"
+_UNCAUGHT = 1
+_LONGEST_WAIT = 60.0
+
+
+def supervise(command: Sequence[str], *, restarts: int, folder: str, settings: ProcessesConfig) -> int:
+    """Run `command`, which trains into `folder`, and run it again when it dies.
+
+    It dies by a signal, by an error of ours, or because another process or machine is gone. A user's mistake (2) and
+    an interrupt (130) end the supervisor too. SIGTERM and Ctrl-C are passed on as SIGTERM: training saves and ends.
+
+    Args:
+      command: program and arguments.
+      restarts: at most so many times.
+      folder: the run folder; `restarts.jsonl` in it gets a line for each new start.
+      settings: how long to wait, and when no progress is made.
+
+    Returns:
+      The exit code of the last run; 128 + N where signal N ended it.
+    """
+    run_folder = storage_path(folder)
+    cluster = find_cluster(settings.start_timeout_seconds)
+    writes = cluster is None or cluster.process == 0
+    child: subprocess.Popen | None = None
+    stopping = False
+
+    def stop(number, frame):
+        nonlocal stopping
+        stopping = True
+        if child is not None and child.poll() is None:
+            child.send_signal(signal.SIGTERM)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    started, idle = 0, 0
+    try:
+        while True:
+            before = newest_step(run_folder)
+            child = subprocess.Popen(command)
+            code = child.wait()
+            ended = time.time()
+            if stopping or (code >= 0 and code not in (FaultError.exit_code, _UNCAUGHT)):
+                return _exit_code(code)
+            newest = newest_step(run_folder)
+            idle = 0 if newest > before else idle + 1
+            why = f"training ended by {_reason(code)}"
+            if started == restarts:
+                _say(f"{why}, after {started} restarts: not started again")
+                return _exit_code(code)
+            if idle == settings.restarts_without_progress:
+                _say(f"{why}, and {idle} starts in a row got no further than step {newest}: not started again")
+                return _exit_code(code)
+            started += 1
+            wait = min(settings.restart_seconds * 2 ** (idle - 1 if idle else 0), _LONGEST_WAIT)
+            _say(f"{why}; start {started} of {restarts} from step {newest} in {wait:g} s")
+            if writes:
+                _append(
+                    run_folder / FILE_NAME,
+                    {
+                        "time": ended,
+                        "exit_code": code,
+                        "reason": _reason(code),
+                        "step_reached": max(newest, last_logged_step(run_folder)),
+                        "step_resumed": newest,
+                    },
+                )
+            _sleep(wait, lambda: stopping)
+            if stopping:
+                return _exit_code(code)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def newest_step(run_folder: epath.Path) -> int:
+    """The step of the newest whole checkpoint, by the names of their folders alone; 0 where there is none."""
+    checkpoints = run_folder / "checkpoints"
+    if not checkpoints.is_dir():
+        return 0
+    whole = [path for path in checkpoints.iterdir() if path.name.isdigit()]
+    if is_remote(run_folder):
+        # A bucket has no atomic renames; Orbax marks what is whole.
+        whole = [path for path in whole if (path / "commit_success.txt").exists()]
+    return max((int(path.name) for path in whole), default=0)
+
+
+def last_logged_step(run_folder: epath.Path) -> int:
+    """The last step in `metrics.jsonl`; 0 where there is none."""
+    path = run_folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    # The last line may be cut off.
+    return max((json.loads(line)["step"] for line in lines[-2:] if line.endswith("}")), default=0)
+
+
+def _append(path: epath.Path, record: dict) -> None:
+    # Objects of a bucket cannot be appended to, and there are few lines.
+    lines = path.read_text(encoding="utf-8") if path.exists() else ""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(lines + json.dumps(record) + "\n", encoding="utf-8")
+
+
+def _sleep(seconds: float, stopped) -> None:
+    deadline = time.monotonic() + seconds
+    while not stopped() and (left := deadline - time.monotonic()) > 0:
+        time.sleep(min(left, 0.1))
+
+
+def _reason(code: int) -> str:
+    if code < 0:
+        return f"signal {signal.Signals(-code).name}"
+    return "the loss of a process or machine" if code == FaultError.exit_code else "an error"
+
+
+def _exit_code(code: int) -> int:
+    return code if code >= 0 else 128 - code
+
+
+def _say(text: str) -> None:
+    console.print(f"maxlm: {text}", markup=False, highlight=False)
