@@ -1,8 +1,6 @@
 """The training loop: one for every objective."""
 
-import collections
 import contextlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,16 +16,17 @@ from maxlm.core.distributed import is_primary, stop_on_signal
 from maxlm.core.hardware import peak_flops
 from maxlm.core.progress import console
 from maxlm.core.storage import storage_path
-from maxlm.errors import CheckpointError, TrainingError
-from maxlm.train.checkpoint import Checkpointer
+from maxlm.errors import CheckpointError
+from maxlm.train.ema import ema_as
+from maxlm.train.faults import BadStep, GuardWatch, Quarantine
+from maxlm.train.goodput import Goodput, GoodputLog, Stopwatch
 from maxlm.train.metrics import MetricsLog, StepWindow
 from maxlm.train.objective import Objective
-from maxlm.train.optim import make_optimizer, schedule_factor
-from maxlm.train.state import TrainState, create_state
+from maxlm.train.optim import make_optimizer
+from maxlm.train.saving import RunCheckpoints
+from maxlm.train.schedule import schedule_factor
+from maxlm.train.state import TrainState, abstract_state, create_state
 from maxlm.train.step import train_step
-
-# Steps that may be under way at once: enough to hide the host's work, few enough to stop soon.
-STEPS_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class TrainResult:
     steps: int
     interrupted: bool
     metrics: dict[str, float]
-    seconds: float
+    goodput: Goodput
     tokens_per_second: float
 
 
@@ -48,27 +47,31 @@ def run(
     *,
     mesh: Mesh,
     objective: Objective,
-    trainable: Any,
+    like: Any,
+    create: Callable[[], Any],
     frozen: Any,
     assemble: Callable[[Any, Any], Any],
     fingerprint: str,
     start: dict[str, str] | None,
+    stopwatch: Stopwatch,
 ) -> TrainResult:
-    """Train from the newest checkpoint in the run folder, or from `trainable`, to `config.steps`.
+    """Train from the newest checkpoint of the run, or from what `create` gives, to `config.steps`.
 
     Args:
       config: the resolved configuration.
       mesh: where the arrays lie; must be set by the caller (`jax.set_mesh`).
       objective: loss, batches, validation.
-      trainable: initial values of what is trained.
+      like: shapes and shardings of what is trained.
+      create: its initial values; called only where no checkpoint is there to go on, or back to.
       frozen: weights that do not change, or None.
       assemble: (trainable, frozen) -> the model that the objective's loss takes.
       fingerprint: of the tokenizer; a checkpoint of another is refused.
       start: the checkpoint that the run starts from, to be recorded; None where it starts from nothing.
+      stopwatch: has run since this attempt began.
 
     Raises:
-      CheckpointError: the checkpoint in the folder is of another model or tokenizer.
-      TrainingError: too many steps in a row were skipped, or a checkpoint could not be saved.
+      CheckpointError: the checkpoint in the folder is of another model or tokenizer, or cannot be read.
+      TrainingError: too many steps were skipped, too often, or a checkpoint could not be saved.
     """
     folder = storage_path(config.output)
     optimizer = make_optimizer(config.optim)
@@ -81,85 +84,162 @@ def run(
             schedule=schedule,
             guard=config.guard,
             accumulate=config.accumulate,
+            ema_decay=config.optim.ema_decay,
         ),
         donate_argnums=0,
     )
-    state = jax.jit(partial(create_state, optimizer=optimizer), donate_argnums=0)(trainable)
-    metadata = {
-        "config": config.model_dump(mode="json"),
-        "config_yaml": dump_yaml(config),
-        "fingerprint": fingerprint,
-        "start": start,
-    }
+    state_of = partial(create_state, optimizer=optimizer, keep_ema=config.optim.ema_decay is not None)
+    state_like = abstract_state(state_of, like, mesh)
+    config_yaml = dump_yaml(config)
 
     with contextlib.ExitStack() as stack:
-        checkpointer = stack.enter_context(Checkpointer(folder, keep=config.checkpoint.keep))
-        if (restored := checkpointer.restore(state)) is not None:
-            state, saved = restored
-            check_fingerprint(saved["fingerprint"], fingerprint, folder)
-            if is_primary():
-                console.print(f"resuming {folder} at step {int(state.step)}", markup=False)
-        first_step = int(state.step)
-        if is_primary():
-            # Not before: a run that is refused leaves the folder as it was.
-            (folder / "config.yaml").write_text(metadata["config_yaml"], encoding="utf-8")
-        log = stack.enter_context(MetricsLog(folder, start_step=first_step, total_steps=config.steps))
-        stop_requested = stack.enter_context(stop_on_signal())
-        window = StepWindow(
-            (state.trainable, frozen), peak=peak_flops(mesh.devices.flat[0]), num_devices=mesh.devices.size
+        checkpoints = stack.enter_context(RunCheckpoints(folder, config.checkpoint))
+        quarantine = Quarantine(folder, config.guard)
+        goodput = GoodputLog(folder, stopwatch)
+        leg = Leg(
+            config=config,
+            mesh=mesh,
+            objective=objective,
+            model=lambda trainable: assemble(trainable, frozen),
+            step_function=lambda state, batch: step_function(state, frozen, batch),
+            learning_rate=lambda step: config.optim.learning_rate * float(schedule(step)),
+            metadata={
+                "config": config.model_dump(mode="json"),
+                "config_yaml": config_yaml,
+                "fingerprint": fingerprint,
+                "start": start,
+            },
+            checkpoints=checkpoints,
+            quarantine=quarantine,
+            goodput=goodput,
+            stopwatch=stopwatch,
+            window=StepWindow(
+                (like, frozen), goodput, peak=peak_flops(mesh.devices.flat[0]), num_devices=mesh.devices.size
+            ),
+            stop_requested=stack.enter_context(stop_on_signal()),
         )
-        in_flight: collections.deque[Any] = collections.deque()
-        began = time.perf_counter()
-        step, interrupted, valid = first_step, False, {}
+        first_step, beginning = None, "start_up"
+        while True:
+            with stopwatch.counting(beginning):
+                if (restored := checkpoints.restore(state_like)) is None:
+                    state = jax.jit(state_of, donate_argnums=0)(create())
+                else:
+                    state, saved = restored
+                    check_fingerprint(saved["fingerprint"], fingerprint, folder)
+                    quarantine.restore(saved["quarantine"])
+                step = int(state.step)
+                if is_primary():
+                    if restored is not None:
+                        console.print(f"resuming {folder} at step {step}", markup=False)
+                    # Not before: a run that is refused leaves the folder as it was.
+                    (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
+                if first_step is None:
+                    first_step = step
+                if step < config.steps:
+                    goodput.begin(step)
+            with MetricsLog(folder, start_step=step, total_steps=config.steps) as log, stopwatch.counting("step"):
+                end = leg.train(state, log)
+            if not end.bad_steps:
+                break
+            # Those before them are done again from the last checkpoint, as after a restart.
+            beginning = "rolled_back"
+            with stopwatch.counting(beginning):
+                quarantine.add(end.bad_steps, objective, batch_size=config.batch_size)
+        valid = end.valid
+        if first_step >= config.steps:
+            valid = validate(objective, end.state, leg.model)
+        elif end.step == config.steps:
+            checkpoints.remove_local()
+        if first_step < config.steps:
+            goodput.close(end.step)
+        rate = leg.window.tokens_per_second_overall()
+    if end.interrupted and is_primary():
+        console.print(f"stopped by a signal: step {end.step} is saved; run the same command to go on", markup=False)
+    return TrainResult(end.state, first_step, end.step, end.interrupted, valid, goodput.goodput, rate)
 
+
+@dataclass(frozen=True)
+class LegEnd:
+    """Why a leg has ended: the last step, a signal, or steps that went wrong, after which there is no state."""
+
+    state: TrainState | None
+    step: int
+    interrupted: bool = False
+    valid: dict[str, float] | None = None
+    bad_steps: tuple[BadStep, ...] = ()
+
+
+@dataclass(frozen=True)
+class Leg:
+    """What training takes from a checkpoint on, to the end of the run or to where it must go back."""
+
+    config: TrainConfig
+    mesh: Mesh
+    objective: Objective
+    model: Callable[[Any], Any]
+    step_function: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
+    learning_rate: Callable[[int], float]
+    metadata: dict[str, Any]
+    checkpoints: RunCheckpoints
+    quarantine: Quarantine
+    goodput: GoodputLog
+    stopwatch: Stopwatch
+    window: StepWindow
+    stop_requested: Callable[[int], bool]
+
+    def train(self, state: TrainState, log: MetricsLog) -> LegEnd:
+        config, objective, counting = self.config, self.objective, self.stopwatch.counting
+        step, interrupted, valid = int(state.step), False, {}
+        watch = GuardWatch(config.guard, step)
+        self.window.reset()
         # The batch builder of an objective that samples needs the weights of the moment.
-        current: dict[str, Any] = {"state": state}
-        batches = objective.batches(first_step, lambda: assemble(current["state"].trainable, frozen))
+        current = {"state": state}
+        batches = self.quarantine.batches_from(step, objective, lambda: self.model(current["state"].trainable))
         while step < config.steps:
-            with window.waiting():
-                batch = put_batch(next(batches), mesh)
-            state, metrics = step_function(current["state"], frozen, batch)
+            with counting("data_wait"):
+                batch = put_batch(next(batches), self.mesh)
+            state, metrics = self.step_function(current["state"], batch)
             current["state"] = state
+            watch.add(step, metrics)
+            self.window.add(metrics, num_tokens=num_tokens(batch))
             step += 1
-            in_flight.append(metrics["loss"])
-            if len(in_flight) > STEPS_IN_FLIGHT:
-                in_flight.popleft().block_until_ready()
-            window.add(metrics, num_tokens=num_tokens(batch))
 
             last = step == config.steps
-            interrupted = stop_requested(step) and step % objective.resume_multiple == 0 and not last
-            saves = last or interrupted or step % config.checkpoint.every == 0
+            is_due, stopping = self.checkpoints.is_due(step), self.stop_requested(step)
+            saves = last or ((is_due or stopping) and step % objective.resume_multiple == 0)
+            if saves:
+                watch.settle()
+                # Amid refused steps it would be too late to go back to before them.
+                saves = last or not watch.is_amid_refused
+            if bad_steps := watch.bad_steps(state, check_state=saves):
+                self.goodput.close(step)
+                return LegEnd(None, step, bad_steps=tuple(bad_steps))
             # A window ends at each checkpoint too: a run that goes on from one logs what an unbroken one would.
             if saves or step % config.log_every == 0:
-                record = window.close(step, learning_rate=config.optim.learning_rate * float(schedule(step - 1)))
-                log.train(record)
-                check_guard(config, record, step)
+                record = self.window.close(step, learning_rate=self.learning_rate(step - 1))
+                log.train({**record, "goodput": self.goodput.goodput.productive})
+                self.checkpoints.look_after()
             if last or (config.eval_every and step % config.eval_every == 0):
-                with window.paused():
-                    valid = objective.validate(assemble(state.trainable, frozen))
+                with counting("validation"):
+                    valid = validate(objective, state, self.model)
                 log.valid(step, valid)
             if saves:
-                with window.paused():
-                    checkpointer.save(state, {**metadata, "step": step})
+                interrupted = stopping and not last
+                metadata = {**self.metadata, "step": step, "quarantine": self.quarantine.saved()}
+                with counting("checkpoint"):
+                    self.checkpoints.save(state, metadata, is_end=last or interrupted)
             if interrupted:
                 break
-        if first_step >= config.steps:
-            valid = objective.validate(assemble(state.trainable, frozen))
-        seconds = time.perf_counter() - began
-        rate = window.tokens_per_second_overall()
-    if interrupted and is_primary():
-        console.print(f"stopped by a signal: step {step} is saved; run the same command to go on", markup=False)
-    return TrainResult(state, first_step, step, interrupted, valid, seconds, rate)
+        return LegEnd(current["state"], step, interrupted, valid)
 
 
-def check_guard(config: TrainConfig, record: dict[str, Any], step: int) -> None:
-    """Raise TrainingError when too many steps in a row were skipped."""
-    if record["skipped_in_a_row"] >= config.guard.max_skipped_in_a_row:
-        raise TrainingError(
-            f"{record['skipped_in_a_row']} steps in a row up to step {step} were skipped: the loss or gradient is not"
-            f" finite, or its norm exceeds guard.spike_factor={config.guard.spike_factor} times its mean; lower"
-            " optim.learning_rate, or look at the data with `maxlm data at-step`"
-        )
+def validate(objective: Objective, state: TrainState, model: Callable[[Any], Any]) -> dict[str, float]:
+    """The objective's numbers for the model and, named `ema_...`, for the running mean of its weights."""
+    values = objective.validate(model(state.trainable))
+    if state.ema is None:
+        return values
+    of_ema = objective.validate(model(ema_as(state.ema, state.trainable)))
+    return {**values, **{f"ema_{name}": value for name, value in of_ema.items()}}
 
 
 def check_fingerprint(saved: str, wanted: str, folder: Any) -> None:

@@ -1,113 +1,149 @@
-"""Optimizers and learning-rate schedules."""
+"""Optimizers: gradients to updates at the full learning rate, which the step multiplies by the schedule."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec as P
 
-from maxlm.config.optim import OptimConfig, ScheduleConfig
-from maxlm.core.sharding import is_explicit, spec_of
-from maxlm.core.tree import path_of
+from maxlm.config.optim import OptimConfig
+from maxlm.core.tree import flatten, path_of
+from maxlm.train.adafactor import scale_by_adafactor
+from maxlm.train.adam8bit import scale_by_adam8bit
+from maxlm.train.groups import check_groups, group_of, is_matrix, is_router_bias, map_with_path
+from maxlm.train.muon import scale_by_muon
+from maxlm.train.soap import scale_by_soap
 
-# Quintic Newton-Schulz coefficients that push every singular value into about [0.7, 1.2] (Jordan et al., 2024, Muon).
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_SCHULZ_STEPS = 5
-
-
-def schedule_factor(config: ScheduleConfig, num_steps: int, step: jax.Array) -> jax.Array:
-    """What the learning rate of `step` (0-based) is multiplied by: warm-up from 1/warmup_steps to 1, then the decay."""
-    step = jnp.asarray(step, jnp.float32)
-    warmup = jnp.minimum(1.0, (step + 1) / max(config.warmup_steps, 1))
-    if config.kind == "constant":
-        return warmup
-    if config.kind == "cosine":
-        start = config.warmup_steps
-        shape = lambda t: 0.5 * (1 + jnp.cos(jnp.pi * t))  # noqa: E731
-    else:
-        start = num_steps - round(config.decay_fraction * num_steps)
-        shape = lambda t: 1 - t  # noqa: E731
-    done = jnp.clip((step - start) / max(num_steps - start, 1), 0.0, 1.0)
-    return warmup * (config.final_factor + (1 - config.final_factor) * shape(done))
+# Kinds that are for the matrices of layers alone.
+_FOR_LAYERS = ("muon", "soap")
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Gradients to updates at the full learning rate; the step multiplies them by `schedule_factor`.
+    """Clip, add penalties, find the direction, decay weights and multiply by the learning rate of each parameter.
 
-    Weight decay applies to matrices alone, scaled by the learning rate, never to norm scales.
+    All of it, and all state, is in float32 whatever the dtype of the parameters. `apply_updates` applies the updates.
+
+    Raises:
+      ConfigError: from `init`, when a pattern of `groups` matches none of the parameters.
     """
-    adamw = optax.adamw(
-        config.learning_rate,
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=lambda tree: jax.tree_util.tree_map_with_path(lambda path, leaf: _is_matrix(path, leaf), tree),
+    direction = optax.partition(
+        {"main": _direction(config), "adam": _adam(config), "router_bias": optax.scale_by_sign()},
+        lambda tree: labels(config.kind, tree),
     )
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    if config.kind == "adamw":
-        return optax.chain(clip, adamw)
-    muon = optax.chain(
-        scale_by_muon(config.muon_momentum),
-        optax.add_decayed_weights(config.weight_decay),
-        optax.scale_by_learning_rate(config.muon_learning_rate),
-    )
-    return optax.chain(clip, optax.multi_transform({"muon": muon, "adamw": adamw}, muon_labels))
+    return _in_float32(optax.chain(_clip(config.clip_norm), _add_penalties(config), direction, _scale_by_rates(config)))
 
 
-def muon_labels(tree: Any) -> Any:
-    """`muon` for the stacked matrices of layers, or of their adapters; `adamw` for tables and norm scales."""
+def labels(kind: str, tree: Any) -> Any:
+    """`main` for what `kind` itself is for; `adam` for what is left to AdamW; `router_bias`."""
 
     def label(path, leaf):
-        # The first key of an adapter is the whole path of the weight that it adapts.
-        return "muon" if path_of(path[:1]) == "layers" and leaf.ndim == 3 else "adamw"
+        if is_router_bias(path_of(path)):
+            return "router_bias"
+        # The first key of an adapter is the whole path of the weight: a product of two is no matrix of the layers.
+        is_of_layers = path_of(path[:1]) == "layers" and is_matrix(path_of(path), leaf)
+        return "main" if kind not in _FOR_LAYERS or is_of_layers else "adam"
 
     return jax.tree_util.tree_map_with_path(label, tree)
 
 
-def scale_by_muon(momentum: float) -> optax.GradientTransformation:
-    """Nesterov momentum, orthogonalised: G = U S V^T becomes about U V^T, times sqrt(max(1, out / in)).
+def gradient_norm(grads: Any) -> jax.Array:
+    """The norm of a whole gradient, in float32. The "gradient" of a router bias is an error of load, and not in it."""
+    leaves = [leaf for path, leaf in flatten(grads).items() if not is_router_bias(path)]
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves))
 
-    For trees of stacked matrices [layers, in, out].
-    """
+
+def apply_updates(params: Any, updates: Any, factor: jax.Array) -> Any:
+    """Parameters after a step at `factor` of the full learning rate; router biases have a rate of their own."""
+
+    def apply(path, param, update):
+        return (param + (1 if is_router_bias(path) else factor) * update).astype(param.dtype)
+
+    return map_with_path(apply, params, updates)
+
+
+def _direction(config: OptimConfig) -> optax.GradientTransformation:
+    if config.kind == "adam8bit":
+        return scale_by_adam8bit(config.beta1, config.beta2, config.epsilon)
+    if config.kind == "adafactor":
+        return scale_by_adafactor()
+    if config.kind == "lion":
+        return optax.scale_by_lion(config.beta1, config.beta2)
+    if config.kind == "sgd":
+        return optax.trace(config.momentum, nesterov=True)
+    if config.kind == "muon":
+        return scale_by_muon(config.momentum)
+    if config.kind == "soap":
+        return scale_by_soap(
+            config.beta1,
+            config.beta2,
+            config.epsilon,
+            every=config.precondition_every,
+            max_dim=config.precondition_max_dim,
+        )
+    return _adam(config)
+
+
+def _adam(config: OptimConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+
+
+def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Moments in bfloat16 would lose what a step adds: less than half a unit of their last place."""
 
     def init(params):
-        return optax.TraceState(jax.tree.map(jnp.zeros_like, params))
+        return optimizer.init(optax.tree.cast(params, jnp.float32))
 
-    def update(updates, state, params=None):
-        del params
-        trace = jax.tree.map(lambda old, new: momentum * old + (1 - momentum) * new, state.trace, updates)
-        nesterov = jax.tree.map(lambda old, new: momentum * old + (1 - momentum) * new, trace, updates)
-        return jax.tree.map(_orthogonalize_sharded, nesterov), optax.TraceState(trace)
+    def update(updates, state, params):
+        return optimizer.update(optax.tree.cast(updates, jnp.float32), state, optax.tree.cast(params, jnp.float32))
 
     return optax.GradientTransformation(init, update)
 
 
-def orthogonalize(matrices: jax.Array) -> jax.Array:
-    """Newton-Schulz iteration on [layers, in, out]: singular values go to about 1, singular vectors stay."""
-    a, b, c = NEWTON_SCHULZ
-    x = matrices.astype(jnp.float32)
-    transpose = x.shape[-2] > x.shape[-1]
-    if transpose:
-        x = x.mT
-    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)
+def _clip(max_norm: float | None) -> optax.GradientTransformation:
+    """optax's clip_by_global_norm, with router biases in neither the norm nor what is clipped."""
+    if max_norm is None:
+        return optax.identity()
 
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if transpose else x
+    def update(updates, params):
+        del params
+        factor = jnp.minimum(1.0, max_norm / jnp.maximum(gradient_norm(updates), jnp.finfo(jnp.float32).tiny))
+        return map_with_path(lambda path, leaf: leaf if is_router_bias(path) else factor * leaf, updates)
+
+    return optax.stateless(update)
 
 
-def _orthogonalize_sharded(matrices):
-    scale = max(1.0, matrices.shape[-1] / matrices.shape[-2]) ** 0.5
-    if not is_explicit():
-        return scale * orthogonalize(matrices)
-    # The iteration needs whole matrices: each device works on all of them and keeps its part.
-    whole = jax.reshard(matrices, P(None, None, None))
-    return jax.reshard(scale * orthogonalize(whole), spec_of(matrices))
+def _add_penalties(config: OptimConfig) -> optax.GradientTransformation:
+    """The gradient of l1 * sum |w| + l2 / 2 * sum w^2 over matrices."""
+    if not (config.l1_penalty or config.l2_penalty):
+        return optax.identity()
+
+    def add(path, grad, param):
+        if is_router_bias(path) or not is_matrix(path, param):
+            return grad
+        return grad + config.l1_penalty * jnp.sign(param) + config.l2_penalty * param
+
+    return optax.stateless(lambda updates, params: map_with_path(add, updates, params))
 
 
-def _is_matrix(path, leaf) -> bool:
-    # A stacked norm scale is [layers, embed]; a matrix that is not stacked is [in, out].
-    return leaf.ndim == 3 or (leaf.ndim == 2 and not path_of(path).startswith("layers/"))
+def _scale_by_rates(config: OptimConfig) -> optax.GradientTransformation:
+    """Direction d of a parameter w to -rate * (d + decay * w), rate and decay being those of its group."""
+
+    def init(params):
+        check_groups(config.groups, params)
+        return optax.EmptyState()
+
+    def scale(path, direction, param, label):
+        if label == "router_bias":
+            return -config.router_bias_rate * direction
+        group = group_of(path, config.groups)
+        is_muon = config.kind == "muon" and label == "main"
+        rate = group.learning_rate_factor * (config.muon_learning_rate if is_muon else config.learning_rate)
+        decay = group.weight_decay
+        if decay is None:
+            decay = config.weight_decay if is_matrix(path, param) else 0.0
+        return -rate * (direction + decay * param)
+
+    def update(updates, state, params):
+        return map_with_path(scale, updates, params, labels(config.kind, params)), state
+
+    return optax.GradientTransformation(init, update)

@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 from maxlm.config.fault import GuardConfig
 from maxlm.core.sharding import is_explicit, spec_of
 from maxlm.core.term import LossOutput, Term, add
+from maxlm.train.ema import update_ema
+from maxlm.train.optim import apply_updates, gradient_norm
 from maxlm.train.state import GuardState, TrainState
 
 # (trainable, frozen, batch) -> LossOutput
@@ -31,6 +33,7 @@ def train_step(
     schedule: Callable[[jax.Array], jax.Array],
     guard: GuardConfig,
     accumulate: int,
+    ema_decay: float | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Loss, gradient, guard, update.
 
@@ -39,16 +42,17 @@ def train_step(
       frozen: weights that the loss needs and that do not change, such as the base of adapters.
       batch: a pytree of arrays whose first axis is the batch.
       accumulate: microbatches that the batch is cut into; changes memory, not the result.
+      ema_decay: of the state's running mean, where it has one.
     """
     output, grads = loss_and_gradient(
         state.trainable, frozen, batch, loss_function=loss_function, accumulate=accumulate
     )
     loss = sum(term.mean() for term in output.terms.values())
-    grad_norm = optax.global_norm(grads)
+    grad_norm = gradient_norm(grads)
 
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
-    factor = schedule(state.step)
-    trainable = jax.tree.map(lambda p, u: (p + factor * u).astype(p.dtype), state.trainable, updates)
+    trainable = apply_updates(state.trainable, updates, schedule(state.step))
+    ema = None if state.ema is None else update_ema(state.ema, trainable, ema_decay, state.step)
 
     good, guard_state = judge(guard, state, loss, grad_norm)
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)  # noqa: E731
@@ -57,6 +61,7 @@ def train_step(
         trainable=keep(trainable, state.trainable),
         optimizer=keep(optimizer_state, state.optimizer),
         guard=guard_state,
+        ema=keep(ema, state.ema),
     )
     metrics = {
         "loss": loss,

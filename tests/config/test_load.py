@@ -62,7 +62,8 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         "objective.sources.0.pth: unknown key; did you mean path?",
         "objective.sources.1.path: 3: input should be a valid string",
         "optim.lerning_rate: unknown key; did you mean learning_rate?",
-        "optim.schedule.kind: 'cosin': input should be 'cosine', 'wsd' or 'constant'",
+        "optim.schedule.kind: 'cosin': input should be 'cosine', 'linear', 'wsd', 'inverse_sqrt', 'cosine_restarts' or"
+        " 'constant'",
         "mesh: at most one mesh axis may be -1, and none may be 0",
     }
 

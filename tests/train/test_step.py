@@ -19,7 +19,8 @@ from maxlm.core.term import LossOutput, Term
 from maxlm.core.tree import flatten
 from maxlm.models.decoder import Decoder
 from maxlm.train.loss import language_model_loss
-from maxlm.train.optim import make_optimizer, schedule_factor
+from maxlm.train.optim import make_optimizer
+from maxlm.train.schedule import schedule_factor
 from maxlm.train.state import create_state
 from maxlm.train.step import GUARD_WARMUP_STEPS, loss_and_gradient, train_step
 
