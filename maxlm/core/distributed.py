@@ -2,8 +2,10 @@
 
 import atexit
 import contextlib
+import logging
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +14,7 @@ from jax._src.clusters import ClusterEnv
 
 from maxlm.config.processes import ProcessesConfig
 from maxlm.core.peers import Peers, meet
+from maxlm.core.progress import console
 from maxlm.errors import ConfigError
 
 # Each setting, as our own variable, as JAX's, and as those of the launchers that count processes.
@@ -74,6 +77,11 @@ def initialize_distributed(settings: ProcessesConfig = ProcessesConfig()) -> Pee
     )
     # Registered after JAX's own, so that it runs before that one waits for the others.
     atexit.register(_peers.leave)
+    if cluster.process:
+        # What one prints is enough; an error still is told.
+        console.quiet = True
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
     return _peers
 
 

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -209,7 +209,9 @@ class Peers:
             case "answer":
                 self._answers.put(message["value"])
             case "failed":
-                self._end(Verdict(link.process, link.host, message["sentence"], message["exit_code"]))
+                # What all find wrong is told by process 0, which may be about to find it too.
+                verdict = Verdict(link.process, link.host, message["sentence"], message["exit_code"])
+                threading.Timer(_GRACE_SECONDS / 2, self._end, [verdict]).start()
             case "verdict":
                 self._end(Verdict(**message["verdict"]))
 
@@ -238,6 +240,17 @@ class Peers:
         who = "" if verdict.process == self.process == 0 else f"process {verdict.process} ({verdict.host}): "
         console.show_cursor(True)
         print(f"maxlm: {who}{verdict.sentence}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def ending_together(peers: Peers | None) -> Iterator[None]:
+    """An error in here ends all processes of the run, where there are others."""
+    try:
+        yield
+    except BaseException as error:
+        if peers is None:
+            raise
+        peers.fail(error)
 
 
 def meet(address: str, *, process: int, count: int, timeout: float, heartbeat_seconds: float) -> Peers:

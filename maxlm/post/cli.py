@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 TRAIN_EPILOG = """\
 examples:
@@ -10,6 +11,7 @@ examples:
   maxlm train configs/post/sft.yaml lora.rank=16             the same, with low-rank adapters alone being trained
   maxlm train configs/post/dpo.yaml objective.beta=0.05      learn from preferences; reward.yaml and grpo.yaml go alike
   maxlm train CONFIG output=runs/second seed=1               any setting can be given as key=value
+  maxlm train CONFIG --supervise 10                          start again from the last checkpoint when it dies
 """
 
 PREVIEW_EPILOG = """\
@@ -31,6 +33,12 @@ def register(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_config(train)
+    train.add_argument(
+        "--supervise",
+        type=_count,
+        metavar="N",
+        help="start training again from its last checkpoint when it dies, at most N times",
+    )
     train.add_argument("--json", action="store_true", help="print the final numbers as one JSON object")
     train.set_defaults(func=run_train)
 
@@ -49,10 +57,21 @@ def register(subparsers) -> None:
 
 def run_train(args: argparse.Namespace) -> int:
     from maxlm.config.load import load_config
-    from maxlm.post.run import train
 
     config = load_config(args.config, args.overrides, kind="train")
+    if args.supervise is not None:
+        from maxlm.train.supervise import supervise
+
+        arguments = ["train", args.config, *args.overrides, *(["--json"] if args.json else [])]
+        command = [sys.executable, "-m", "maxlm.cli", *arguments]
+        return supervise(command, restarts=args.supervise, folder=config.output, settings=config.processes)
+
+    from maxlm.core.distributed import is_primary
+    from maxlm.post.run import train
+
     metrics = train(config)["metrics"]
+    if not is_primary():
+        return 0
     if args.json:
         print(json.dumps({"output": config.output, **metrics}))
         return 0

@@ -19,7 +19,7 @@ _PACKAGES = ("maxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gra
 _MAX_TOLD = 3
 
 
-def check_start(peers: Peers, config: TrainConfig, hashes: dict[str, str], *, timeout: float) -> None:
+def check_start(peers: Peers, config: TrainConfig, hashes: dict[str, Any], *, timeout: float) -> None:
     """Compare this process with process 0; all end with one sentence where any differs.
 
     Args:
@@ -34,7 +34,7 @@ def check_start(peers: Peers, config: TrainConfig, hashes: dict[str, str], *, ti
     peers.compare(start_record(config, hashes), refuse_differences, timeout=timeout)
 
 
-def start_record(config: TrainConfig, hashes: dict[str, str]) -> dict[str, Any]:
+def start_record(config: TrainConfig, hashes: dict[str, Any]) -> dict[str, Any]:
     """What is compared, by name, and the host that it is from."""
     versions = {f"package {name}": version(name) for name in _PACKAGES} | {"python": platform.python_version()}
     code = {"code of maxlm": source_hash()}

@@ -5,6 +5,7 @@ supervisors start theirs again, and these meet as they did the first time.
 """
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -56,6 +57,8 @@ def supervise(command: Sequence[str], *, restarts: int, folder: str, settings: P
         while True:
             before = newest_step(run_folder)
             child = subprocess.Popen(command)
+            if stopping:
+                child.send_signal(signal.SIGTERM)
             code = child.wait()
             ended = time.time()
             if stopping or (code >= 0 and code not in (FaultError.exit_code, _UNCAUGHT)):
@@ -70,8 +73,9 @@ def supervise(command: Sequence[str], *, restarts: int, folder: str, settings: P
                 _say(f"{why}, and {idle} starts in a row got no further than step {newest}: not started again")
                 return _exit_code(code)
             started += 1
-            wait = min(settings.restart_seconds * 2 ** (idle - 1 if idle else 0), _LONGEST_WAIT)
-            _say(f"{why}; start {started} of {restarts} from step {newest} in {wait:g} s")
+            wait = min(settings.restart_seconds * 2 ** max(idle - 1, 0), _LONGEST_WAIT)
+            if writes or code < 0:
+                _say(f"{why}; restart {started} of {restarts}, from step {newest}, in {wait:g} s")
             if writes:
                 _append(
                     run_folder / FILE_NAME,
@@ -91,9 +95,9 @@ def supervise(command: Sequence[str], *, restarts: int, folder: str, settings: P
             signal.signal(number, handler)
 
 
-def newest_step(run_folder: epath.Path) -> int:
+def newest_step(run_folder: str | os.PathLike) -> int:
     """The step of the newest whole checkpoint, by the names of their folders alone; 0 where there is none."""
-    checkpoints = run_folder / "checkpoints"
+    checkpoints = storage_path(run_folder) / "checkpoints"
     if not checkpoints.is_dir():
         return 0
     whole = [path for path in checkpoints.iterdir() if path.name.isdigit()]
