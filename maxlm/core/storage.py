@@ -1,7 +1,7 @@
 """Folders on a disk or in a bucket, such as `gs://bucket/name`, behind one kind of path."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from etils import epath
@@ -68,3 +68,35 @@ def resolve_path(path: str, start: str | os.PathLike) -> epath.Path:
     """What `relative_path` has named `path`, as seen from the folder `start`."""
     # A bucket's folder / "/a/b" is /a/b up to Python 3.11, and lies below that folder from 3.12 on.
     return storage_path(path) if is_remote(path) or os.path.isabs(path) else storage_path(start) / path
+
+
+def read_lines(path: epath.Path) -> list[str]:
+    """Whole lines of a file of JSON objects, or none where it is missing: the last one of a killed run may be cut."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line.endswith("}")]
+
+
+class LineLog:
+    """A file of JSON objects that grows by lines. Nothing is changed before the first line is added.
+
+    Then lines that were cut off, or that `keep` drops, are removed.
+    """
+
+    def __init__(self, path: epath.Path, *, keep: Callable[[str], bool] = lambda line: True):
+        self._path = path
+        self._lines = [line for line in read_lines(path) if keep(line)]
+        self._is_clean = False
+
+    def append(self, line: str) -> None:
+        # Objects of a bucket cannot be appended to.
+        if self._is_clean and not is_remote(self._path):
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            return
+        self._lines.append(line)
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        temporary.write_text("".join(f"{kept}\n" for kept in self._lines), encoding="utf-8")
+        temporary.replace(self._path)
+        if not is_remote(self._path):
+            self._is_clean, self._lines = True, []

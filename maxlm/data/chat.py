@@ -120,10 +120,12 @@ class PackedChats:
 
     Several chats stand in one row, each a segment with positions from 0. A row's targets are its tokens one later in
     the same chat; loss weights are 1 where the target is the assistant's. The last token of a chat is a target only.
+    `places` holds FILE:LINE of each chat.
     """
 
-    def __init__(self, chats: Sequence[ChatTokens], *, row_length: int):
+    def __init__(self, chats: Sequence[ChatTokens], *, row_length: int, places: Sequence[str] = ()):
         self.row_length = row_length
+        self.places = places
         self._lengths = np.array([len(chat.ids) - 1 for chat in chats])
         self._starts = np.concatenate([[0], np.cumsum(self._lengths + 1)[:-1]])
         self._ids = np.concatenate([np.array(chat.ids, np.int32) for chat in chats])
@@ -137,7 +139,7 @@ class PackedChats:
         Raises:
           DataError: a line is no chat or has no answer to learn from, or no chat is left.
         """
-        chats, num_too_long = [], 0
+        chats, places, num_too_long = [], [], 0
         for where, record in read_records(path):
             chat = encode_chat(tokenizer, field(record, "messages", where), where)
             if not any(chat.loss_weights):
@@ -149,8 +151,9 @@ class PackedChats:
                 num_too_long += 1
             else:
                 chats.append(chat)
+                places.append(where)
         check_some_left(path, len(chats), num_too_long, what="chats", row_length=row_length)
-        packed = cls(chats, row_length=row_length)
+        packed = cls(chats, row_length=row_length, places=places)
         full = packed._lengths.sum() / (len(packed.rows) * row_length)
         console.print(f"{path}: {len(chats)} chats in {len(packed.rows)} rows, {full:.0%} full", markup=False)
         return packed

@@ -115,6 +115,7 @@ def run_at_step(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from maxlm.data.loader import open_mixture
+    from maxlm.data.quarantine import batch_of_step, read_quarantine
     from maxlm.data.show import open_run
     from maxlm.errors import DataError
 
@@ -124,7 +125,8 @@ def run_at_step(args: argparse.Namespace) -> int:
         rows = open_mixture([(path, 1.0) for path in args.data], seed=args.seed, batch_size=args.batch_size)
     if args.step < 1:
         raise DataError(f"step {args.step}: steps are counted from 1, as logs count them")
-    documents = rows.documents(args.step - 1)
+    passed_over = [record["batch"] for record in read_quarantine(args.run)] if args.run else []
+    documents = rows.documents(batch_of_step(args.step - 1, passed_over))
     for document in documents:
         print(json.dumps(asdict(document)) if args.json else f"{document.id}  ({document.source}, {document.folder})")
     if not args.json:

@@ -32,10 +32,11 @@ class PreferenceBatch:
 
 
 class PreferencePairs:
-    """The pairs of a file as token ids."""
+    """The pairs of a file as token ids; `places` holds FILE:LINE of each."""
 
-    def __init__(self, pairs: Sequence[tuple[ChatTokens, ChatTokens]], *, row_length: int):
+    def __init__(self, pairs: Sequence[tuple[ChatTokens, ChatTokens]], *, row_length: int, places: Sequence[str] = ()):
         self._pairs = pairs
+        self.places = places
         longest = max(len(answer.ids) for pair in pairs for answer in pair)
         self.row_length = min(row_length, round_up(longest))
 
@@ -48,7 +49,7 @@ class PreferencePairs:
         Raises:
           DataError: a line is no pair, or no pair is left.
         """
-        pairs, num_too_long = [], 0
+        pairs, places, num_too_long = [], [], 0
         for where, record in read_records(path):
             prompt, answers = (
                 field(record, "prompt", where),
@@ -63,8 +64,9 @@ class PreferencePairs:
                 num_too_long += 1
             else:
                 pairs.append(pair)
+                places.append(where)
         check_some_left(path, len(pairs), num_too_long, what="pairs", row_length=row_length)
-        return cls(pairs, row_length=row_length)
+        return cls(pairs, row_length=row_length, places=places)
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -78,10 +80,11 @@ class PreferencePairs:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is sampled from: token ids, and the record that a reward function sees."""
+    """What is sampled from: token ids, the record that a reward function sees, and its FILE:LINE."""
 
     ids: list[int]
     record: dict[str, Any]
+    place: str = ""
 
 
 def read_prompts(path: str | Path, tokenizer: Tokenizer, *, max_prompt_length: int, row_length: int) -> list[Prompt]:
@@ -97,7 +100,7 @@ def read_prompts(path: str | Path, tokenizer: Tokenizer, *, max_prompt_length: i
         if len(ids) > max_prompt_length:
             num_too_long += 1
         else:
-            prompts.append(Prompt(ids, record))
+            prompts.append(Prompt(ids, record, where))
     check_some_left(path, len(prompts), num_too_long, what="prompts with their answers", row_length=row_length)
     return prompts
 

@@ -94,12 +94,13 @@ class Dpo:
         return LossOutput(terms, metrics).joined(add(chosen_auxiliary, rejected_auxiliary))
 
     def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[DpoBatch]:
-        config = self._context.config
-        order = EpochOrder(len(self._pairs), seed=config.seed)
-        pairs = step_batches(
-            order, self._pairs.batch, start_step, batch_size=config.batch_size, rows=self._context.rows
-        )
+        size = self._context.config.batch_size
+        pairs = step_batches(self._order, self._pairs.batch, start_step, batch_size=size, rows=self._context.rows)
         return map(self._with_reference, pairs)
+
+    def documents(self, batch: int) -> list[dict[str, Any]]:
+        pairs = self._order.indices(batch, batch_size=self._context.config.batch_size)
+        return [{"id": self._pairs.places[pair]} for pair in pairs]
 
     def validate(self, model: Any) -> dict[str, float]:
         if self._context.config.objective.valid_file is None:
@@ -111,6 +112,10 @@ class Dpo:
     def _with_reference(self, pairs: PreferenceBatch) -> DpoBatch:
         scores = self._reference_scores(self._context.reference, put_batch(pairs, self._context.mesh))
         return DpoBatch(pairs, *map(local_rows, scores))
+
+    @functools.cached_property
+    def _order(self) -> EpochOrder:
+        return EpochOrder(len(self._pairs), seed=self._context.config.seed)
 
     @functools.cached_property
     def _valid_batches(self) -> list[DpoBatch]:

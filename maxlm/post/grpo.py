@@ -140,6 +140,10 @@ class Grpo:
             yield from self._roll_out(current_model(), step)
             step += self.resume_multiple
 
+    def documents(self, batch: int) -> list[dict[str, Any]]:
+        prompts = self._order.indices(batch, batch_size=self._context.config.batch_size)
+        return [{"id": self._prompts[prompt].place} for prompt in prompts]
+
     def validate(self, model: Any) -> dict[str, float]:
         if not self._valid_prompts:
             return {}

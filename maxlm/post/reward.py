@@ -98,9 +98,12 @@ class Reward:
         return LossOutput(terms, metrics).joined(add(chosen_auxiliary, rejected_auxiliary))
 
     def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[PreferenceBatch]:
-        config = self._context.config
-        order = EpochOrder(len(self._pairs), seed=config.seed)
-        return step_batches(order, self._pairs.batch, start_step, batch_size=config.batch_size, rows=self._context.rows)
+        size = self._context.config.batch_size
+        return step_batches(self._order, self._pairs.batch, start_step, batch_size=size, rows=self._context.rows)
+
+    def documents(self, batch: int) -> list[dict[str, Any]]:
+        pairs = self._order.indices(batch, batch_size=self._context.config.batch_size)
+        return [{"id": self._pairs.places[pair]} for pair in pairs]
 
     def validate(self, model: RewardModel) -> dict[str, float]:
         if self._context.config.objective.valid_file is None:
@@ -108,6 +111,10 @@ class Reward:
         sums = self._evaluator.sums(model, (share_of_rows(batch, self._context.rows) for batch in self._valid_batches))
         means = {name: float(np.asarray(term.mean())) for name, term in sums.items()}
         return {"loss": means["bradley_terry"], "accuracy": means["accuracy"], "reward_margin": means["reward_margin"]}
+
+    @functools.cached_property
+    def _order(self) -> EpochOrder:
+        return EpochOrder(len(self._pairs), seed=self._context.config.seed)
 
     @functools.cached_property
     def _valid_batches(self) -> list[PreferenceBatch]:

@@ -28,9 +28,12 @@ class Sft:
         return language_model_loss(model, batch, z_loss=self._context.config.objective.z_loss)
 
     def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[Batch]:
-        config = self._context.config
-        order = EpochOrder(len(self._chats.rows), seed=config.seed)
-        return step_batches(order, self._chats.batch, start_step, batch_size=config.batch_size, rows=self._context.rows)
+        size = self._context.config.batch_size
+        return step_batches(self._order, self._chats.batch, start_step, batch_size=size, rows=self._context.rows)
+
+    def documents(self, batch: int) -> list[dict[str, Any]]:
+        rows = self._order.indices(batch, batch_size=self._context.config.batch_size)
+        return [{"id": self._chats.places[chat]} for row in rows for chat in self._chats.rows[row]]
 
     def validate(self, model: Any) -> dict[str, float]:
         if self._context.config.objective.valid_file is None:
@@ -39,6 +42,10 @@ class Sft:
         num_bytes = sum(target_bytes(batch, byte_lengths) for batch in self._valid_batches)
         mine = (share_of_rows(batch, self._context.rows) for batch in self._valid_batches)
         return language_model_values(self._evaluator.sums(model, mine), num_bytes)
+
+    @functools.cached_property
+    def _order(self) -> EpochOrder:
+        return EpochOrder(len(self._chats.rows), seed=self._context.config.seed)
 
     @functools.cached_property
     def _valid_batches(self) -> list[Batch]:

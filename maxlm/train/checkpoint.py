@@ -4,10 +4,11 @@ A checkpoint folder is `RUN/checkpoints/STEP` with three Orbax items: `weights` 
 (what else the training state holds) and `metadata`. Inference reads the weights alone.
 """
 
-import errno
+import contextlib
 import itertools
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,28 +18,31 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental.multihost_utils import sync_global_devices
 
+from maxlm.core.agree import any_process
 from maxlm.core.distributed import is_primary
 from maxlm.core.progress import console
 from maxlm.core.storage import absolute_path, is_remote
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError, TrainingError
+from maxlm.train.retry import Retries, first_line, is_disk_full, is_storage_error
 from maxlm.train.state import TrainState
 
 FOLDER = "checkpoints"
-_UNREACHABLE = (PermissionError, ConnectionError, TimeoutError)
 
 
 class Checkpointer:
     """Saves in the background, and restores the newest checkpoint that is whole.
 
-    Use as a context manager: leaving it waits for the last save.
+    Use as a context manager: leaving it waits for the last save. A save that failed is tried again at once, with the
+    state that is given then: one that failed in the background is noticed by `has_failed`, or by the next save.
     """
 
-    def __init__(self, run_folder: str | os.PathLike, *, keep: int):
+    def __init__(self, run_folder: str | os.PathLike, *, keep: int, retries: int = 3, retry_seconds: float = 1.0):
         self.folder = absolute_path(run_folder) / FOLDER
-        self.folder.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._retries = Retries(retries, retry_seconds)
+        self._keep = keep
+        self._failures = 0
+        self._manager = self._retries.call(self._open, f"{self.folder}: opening it")
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -48,14 +52,96 @@ class Checkpointer:
             if kind is None:
                 self.wait()
         finally:
-            self._manager.close()
+            # What failed in the background has been told, or stands behind the error that is on its way.
+            with contextlib.suppress(Exception):
+                self._manager.close()
 
-    def save(self, state: TrainState, metadata: dict[str, Any]) -> None:
+    def save(self, state: TrainState, metadata: dict[str, Any], *, wait: bool = False) -> None:
         """Start to save; `metadata` must be JSON. Returns when the arrays are copied, before they are on disk.
 
+        Args:
+          wait: until they are on disk.
+
         Raises:
-          TrainingError: there is no room on the disk, or an earlier save failed.
+          TrainingError: there is no room on the disk, or saving failed again and again.
         """
+        while True:
+            try:
+                self._finish_last()
+                self._start(state, metadata)
+                if wait:
+                    self._finish_last()
+                return
+            except Exception as error:
+                self._after_failure(error)
+
+    def wait(self) -> None:
+        """Until all saves are on disk; raises TrainingError if one failed."""
+        try:
+            self._finish_last()
+        except Exception as error:
+            raise self._save_failed(error) from error
+
+    def has_failed(self) -> bool:
+        """Whether a save in the background has failed, so that one is due. With several processes, to any of them.
+
+        All of them must call it at the same step.
+        """
+        if self._failure is None and not self._manager.is_saving_in_progress():
+            try:
+                self._manager.wait_until_finished()
+            except Exception as error:
+                self._failure = error
+        return any_process(self._failure is not None)
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are not half written, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest whole checkpoint, laid out as `like`; None when there is none at all.
+
+        A broken one is named on standard error, set aside, and the one before it is tried.
+
+        Args:
+          like: arrays or ShapeDtypeStructs.
+
+        Raises:
+          CheckpointError: the checkpoint is of another model, cannot be read, or all are broken.
+        """
+        return restore_newest([self], like)
+
+    def restore_step(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The checkpoint of a step; None if it is broken: it is named on standard error and set aside.
+
+        Raises:
+          CheckpointError: it is of another model, or cannot be read.
+        """
+        what = f"{self.folder / str(step)}: reading it"
+        try:
+            return self._retries.call(lambda: self._restore_step(step, like), what)
+        except (CheckpointError, jax.errors.JaxRuntimeError, MemoryError):
+            # Another model, too little memory: says nothing against the checkpoint.
+            raise
+        except Exception as error:
+            if is_storage_error(error):
+                raise CheckpointError(
+                    f"{self.folder / str(step)}: cannot be read: {first_line(error)}; nothing is changed: run the same"
+                    " command when the storage answers again"
+                ) from error
+            self._set_aside(step, first_line(error))
+            return None
+
+    def _open(self) -> ocp.CheckpointManager:
+        self._failure: Exception | None = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # What a save left that failed, or whose process was killed, is removed.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
+        return ocp.CheckpointManager(self.folder, options=options)
+
+    def _start(self, state: TrainState, metadata: dict[str, Any]) -> None:
         step = int(state.step)
         if self._manager.latest_step() == step:
             return
@@ -63,49 +149,45 @@ class Checkpointer:
         rest = flatten(replace(state, trainable=None))
         self._check_room(sum(leaf.nbytes for leaf in [*weights.values(), *rest.values()]))
         metadata = {**metadata, "checksums": checksums({"weights": weights, "rest": rest}), "shapes": _shapes(weights)}
-        try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    weights=ocp.args.StandardSave(weights),
-                    rest=ocp.args.StandardSave(rest),
-                    metadata=ocp.args.JsonSave(metadata),
-                ),
-                force=True,
-            )
-        except Exception as error:
-            raise self._save_failed(error) from error
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                weights=ocp.args.StandardSave(weights),
+                rest=ocp.args.StandardSave(rest),
+                metadata=ocp.args.JsonSave(metadata),
+            ),
+            force=True,
+        )
 
-    def wait(self) -> None:
-        """Until all saves are on disk; raises TrainingError if one failed."""
-        try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-        except Exception as error:
-            raise self._save_failed(error) from error
-
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest whole checkpoint, laid out as `like`; None when there is none at all.
-
-        A broken one is named on standard error, set aside, and the one before it is tried.
-
-        Raises:
-          CheckpointError: the checkpoint is of another model, or all are broken.
-        """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+    def _finish_last(self) -> None:
+        """Until the save under way is on disk; raises what it failed with."""
+        if self._failure is None:
             try:
-                return self._restore_step(step, like)
-            except (CheckpointError, jax.errors.JaxRuntimeError, MemoryError, *_UNREACHABLE):
-                # Another model, too little memory, no way to the files: says nothing against the checkpoint.
-                raise
+                self._manager.wait_until_finished()
+                self._manager.check_for_errors()
             except Exception as error:
-                self._set_aside(step, _first_line(error))
-        if steps:
-            raise CheckpointError(
-                f"{self.folder}: all checkpoints ({len(steps)}) are broken; remove the run folder to start anew"
-            )
-        return None
+                self._failure = error
+        if any_process(self._failure is not None):
+            self._failure = self._failure or OSError("another process could not save its part")
+            raise self._failure
+        self._failures = 0
+
+    def _after_failure(self, error: Exception) -> None:
+        """Make ready to save again, after a while; raises TrainingError when it is no use."""
+        if isinstance(error, TrainingError):
+            raise error
+        # In the midst of starting to save, a process cannot try again without the others, which wait for it.
+        alone = self._failure is None and jax.process_count() > 1
+        if is_disk_full(error) or self._failures == self._retries.count or alone:
+            raise self._save_failed(error) from error
+        self._retries.wait(self._failures, f"{self.folder}: saving a checkpoint", error)
+        self._failures += 1
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        try:
+            self._manager = self._open()
+        except Exception as again:
+            self._failure = again
 
     def _set_aside(self, step: int, reason: str) -> None:
         """Move a broken checkpoint out of the way of the one that training will save in its place."""
@@ -147,8 +229,7 @@ class Checkpointer:
             )
 
     def _save_failed(self, error: Exception) -> TrainingError:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        what = "the disk is full" if full else _first_line(error)
+        what = "the disk is full" if is_disk_full(error) else first_line(error)
         return TrainingError(
             f"{self.folder}: a checkpoint could not be saved: {what};"
             f" {self._newest()}; run the same command to go on from there"
@@ -157,6 +238,24 @@ class Checkpointer:
     def _newest(self) -> str:
         steps = self._manager.all_steps()
         return f"the newest whole checkpoint is of step {max(steps)}" if steps else "there is no whole checkpoint yet"
+
+
+def restore_newest(places: Sequence[Checkpointer], like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest whole checkpoint of several places, the first of them where two are of one step; None without any.
+
+    Raises:
+      CheckpointError: the checkpoint is of another model, cannot be read, or all are broken.
+    """
+    found = sorted(((-step, number) for number, place in enumerate(places) for step in place.steps()))
+    for step, number in found:
+        if (restored := places[number].restore_step(-step, like)) is not None:
+            return restored
+    if found:
+        folders = " and ".join(str(place.folder) for place in places)
+        raise CheckpointError(
+            f"{folders}: all checkpoints ({len(found)}) are broken; remove the run folder to start anew"
+        )
+    return None
 
 
 def has_checkpoint(run_folder: epath.Path) -> bool:
@@ -259,13 +358,8 @@ def _readable(checkpoint: epath.Path, read):
         return read()
     except Exception as error:
         raise CheckpointError(
-            f"{checkpoint}: is broken ({_first_line(error)}); use another checkpoint of the run"
+            f"{checkpoint}: is broken ({first_line(error)}); use another checkpoint of the run"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    """What an exception says, in at most 200 characters; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _shapes(flat: dict[str, Any]) -> dict[str, list]:

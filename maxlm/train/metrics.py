@@ -1,11 +1,9 @@
 """What a run tells while it goes on: JSONL, TensorBoard, and a line for the eye."""
 
-import contextlib
 import json
 import operator
 import os
 import time
-from collections.abc import Iterator
 from typing import Any, Self
 
 import jax
@@ -14,40 +12,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from maxlm.core.distributed import is_primary
 from maxlm.core.progress import console
-from maxlm.core.storage import is_remote, storage_path
+from maxlm.core.storage import LineLog, read_lines, storage_path
+from maxlm.train.goodput import GoodputLog
 
 
 class StepWindow:
     """Gathers the metrics of steps on the device, and brings them to the host once a window."""
 
-    def __init__(self, model: Any, *, peak: float | None, num_devices: int):
+    def __init__(self, model: Any, goodput: GoodputLog, *, peak: float | None, num_devices: int):
         count = sum(leaf.size for leaf in jax.tree.leaves(model))
         # 6 FLOPs for each parameter and token (2 forward, 4 backward), attention aside.
         self.flops_per_token = 6 * count
         self.peak = peak and peak * num_devices
+        self._goodput = goodput
         self.seconds, self.tokens = 0.0, 0
         self._first_rate = 0.0
-        self._reset()
+        self.reset()
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Begin a new window, whatever the last one holds."""
         self._metrics: list[dict] = []
         self._tokens = 0
-        self._began = time.perf_counter()
-        self._waited = 0.0
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time in here is waiting for data."""
-        began = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - began
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time in here is not training: validation, saving."""
-        began = time.perf_counter()
-        yield
-        self._began += time.perf_counter() - began
 
     def add(self, metrics: dict[str, Any], *, num_tokens: int) -> None:
         """One step's metrics, still on the device, and the tokens that it worked on, padding included."""
@@ -57,7 +42,9 @@ class StepWindow:
     def close(self, step: int, *, learning_rate: float) -> dict[str, Any]:
         """Means over the window: one record."""
         metrics = jax.device_get(self._metrics)
-        elapsed = max(time.perf_counter() - self._began, 1e-9)
+        seconds = self._goodput.close(step)
+        waited = seconds.get("data_wait", 0.0)
+        elapsed = max(seconds.get("step", 0.0) + seconds.get("compile", 0.0) + waited, 1e-9)
         terms = metrics[0]["terms"]
         for other in metrics[1:]:
             terms = jax.tree.map(operator.add, terms, other["terms"])
@@ -69,7 +56,7 @@ class StepWindow:
             "grad_norm": float(metrics[-1]["grad_norm"]),
             "learning_rate": learning_rate,
             "tokens_per_second": rate,
-            "data_wait": self._waited / elapsed,
+            "data_wait": waited / elapsed,
             "skipped": int(metrics[-1]["skipped"]),
             "skipped_in_a_row": int(metrics[-1]["skipped_in_a_row"]),
         }
@@ -81,7 +68,7 @@ class StepWindow:
             self.tokens += self._tokens
         else:
             self._first_rate = rate
-        self._reset()
+        self.reset()
         return record
 
     def tokens_per_second_overall(self) -> float:
@@ -96,17 +83,15 @@ class MetricsLog:
     """
 
     def __init__(self, folder: epath.Path, *, start_step: int, total_steps: int):
-        self.path = folder / "metrics.jsonl"
         self.folder = folder
         self.start_step, self.total_steps = start_step, total_steps
+        self._lines = LineLog(folder / "metrics.jsonl", keep=lambda line: json.loads(line)["step"] <= start_step)
 
     def __enter__(self) -> Self:
         if not is_primary():
             return self
         from tensorboardX import SummaryWriter
 
-        self._kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= self.start_step]
-        self._rewrite()
         self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.start_step + 1)
         self._progress = Progress(
             TextColumn(self.folder.name),
@@ -148,30 +133,13 @@ class MetricsLog:
         console.print(f"{self.folder.name}: step {step}/{self.total_steps}  valid {text}", markup=False)
 
     def _write(self, record: dict[str, Any], group: str) -> None:
-        line = json.dumps({**record, "time": time.time()})
-        if is_remote(self.path):
-            # Objects of a bucket cannot be appended to.
-            self._kept.append(line)
-            self._rewrite()
-        else:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        self._lines.append(json.dumps({**record, "time": time.time()}))
         for name, value in record.items():
             if name != "step":
                 self._writer.add_scalar(f"{group}/{name.removeprefix('valid_')}", value, record["step"])
         self._writer.flush()
 
-    def _rewrite(self) -> None:
-        self.path.write_text("".join(line + "\n" for line in self._kept), encoding="utf-8")
-
 
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """All records of a run, oldest first."""
-    return [json.loads(line) for line in _lines(storage_path(folder) / "metrics.jsonl")]
-
-
-def _lines(path: epath.Path) -> list[str]:
-    """Whole lines: the last one of a killed run may be cut off."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line.endswith("}")]
+    return [json.loads(line) for line in read_lines(storage_path(folder) / "metrics.jsonl")]

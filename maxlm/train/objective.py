@@ -41,8 +41,11 @@ class Objective(Protocol):
         """Pure and traceable. The first axis of every array in `batch` is the batch."""
 
     def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[Any]:
-        """This process's rows of the batches of steps start_step, start_step + 1, ...: a pure function of the step,
-        and, where answers are sampled, of the model."""
+        """This process's rows of the batches start_step, start_step + 1, ...: a pure function of that number, and,
+        where answers are sampled, of the model."""
+
+    def documents(self, batch: int) -> list[dict[str, Any]]:
+        """What a batch, counted from 0, holds over all processes: each with its `id`, or FILE:LINE as one."""
 
     def validate(self, model: Any) -> dict[str, float]:
         """Numbers by name, on held-out data."""

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 from maxlm.core.batch import Batch
@@ -38,6 +39,9 @@ class Pretrain:
     def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[Batch]:
         mine = self._context.rows
         return map(Batch.from_rows, self._mixture.iterate(start_step, shard=mine.index, num_shards=mine.count))
+
+    def documents(self, batch: int) -> list[dict[str, Any]]:
+        return [asdict(document) for document in self._mixture.documents(batch)]
 
     def validate(self, model: Any) -> dict[str, float]:
         batches, num_bytes = self._valid_batches

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import xxhash
 from etils import epath
 
@@ -19,6 +18,7 @@ from maxlm.config.train import TrainConfig
 from maxlm.core.distributed import initialize_distributed, is_primary
 from maxlm.core.manifest import FILE_NAME, read_manifest, write_manifest
 from maxlm.core.parameters import abstract, initialize
+from maxlm.core.peers import Peers, ending_together
 from maxlm.core.sharding import make_mesh, mesh_sizes
 from maxlm.core.storage import copy_folder, resolve_path, storage_path
 from maxlm.core.tree import flatten, unflatten
@@ -27,9 +27,12 @@ from maxlm.models.adapters import apply_adapters, declare_adapters, merge_adapte
 from maxlm.models.decoder import Decoder
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.checkpoint import find_checkpoint, has_checkpoint, read_metadata, restore_weights
+from maxlm.train.goodput import Stopwatch
 from maxlm.train.layout import check_layout
 from maxlm.train.loop import TrainResult, check_fingerprint, run
 from maxlm.train.objective import Objective, RunContext
+from maxlm.train.startup import check_start, data_hashes
+from maxlm.train.supervise import newest_step
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,17 @@ def train(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
     Raises:
       MaxlmError: what the user can mend: configuration, data, tokenizer, checkpoints, skipped steps.
     """
-    initialize_distributed()
+    peers = initialize_distributed(config.processes)
+    with ending_together(peers), Stopwatch() as stopwatch:
+        return _train(config, recipe, peers, stopwatch)
+
+
+def _train(config: TrainConfig, recipe: Recipe, peers: Peers | None, stopwatch: Stopwatch) -> dict[str, Any]:
     folder = storage_path(config.output)
     tokenizer_folder = find_tokenizer(config)
     tokenizer = Tokenizer.load(tokenizer_folder)
+    if peers is not None:
+        check_start(peers, config, hashes_of(config, tokenizer), timeout=config.processes.start_timeout_seconds)
     config = resolve_model(config, tokenizer)
     check_layout(config, mesh_sizes(config.mesh, jax.device_count()))
     mesh = make_mesh(config.mesh)
@@ -62,35 +72,47 @@ def train(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
 
     plan = recipe.declare(config.model)
     key = jax.random.key(config.seed)
-    if config.init_from is None:
-        model = initialize(plan, key, mesh)
-    else:
+
+    def start_model():
+        if config.init_from is None:
+            return initialize(plan, key, mesh)
         decoder, _ = load_model(config.init_from, mesh)
-        model = recipe.from_decoder(_as_configured(decoder, config.model), key)
+        return recipe.from_decoder(_as_configured(decoder, config.model), key)
 
     with jax.set_mesh(mesh):
         if config.lora is None:
-            trainable, frozen = model, None
-            reference = jax.tree.map(jnp.copy, model) if recipe.needs_reference else None
+            like, create, frozen = abstract(plan, mesh), start_model, None
+            reference = start_model() if recipe.needs_reference else None
             assemble = lambda trainable, frozen: trainable  # noqa: E731
         else:
-            trainable, frozen = initialize(declare_adapters(plan, config.lora), key, mesh), model
-            reference = model
+            adapters = declare_adapters(plan, config.lora)
+            like, create = abstract(adapters, mesh), lambda: initialize(adapters, key, mesh)
+            frozen = reference = start_model()
             assemble = lambda trainable, frozen: apply_adapters(frozen, trainable, config.lora)  # noqa: E731
         objective = recipe.build(RunContext(config, tokenizer, mesh, reference))
         result = run(
             config,
             mesh=mesh,
             objective=objective,
-            trainable=trainable,
+            like=like,
+            create=create,
             frozen=frozen,
             assemble=assemble,
             fingerprint=tokenizer.fingerprint,
             start=None if config.init_from is None else identify(find_checkpoint(config.init_from)),
+            stopwatch=stopwatch,
         )
     if result.start == result.steps and is_finished(folder):
         return read_manifest(folder)
     return finish(config, result, tokenizer_folder)
+
+
+def hashes_of(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What all processes of a run must read alike, by name."""
+    hashes = {"tokenizer": tokenizer.fingerprint, f"newest step of {config.output}": newest_step(config.output)}
+    if config.init_from is not None:
+        hashes[f"weights of {config.init_from}"] = identify(find_checkpoint(config.init_from))["hash"]
+    return hashes | data_hashes(config)
 
 
 def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
@@ -178,9 +200,11 @@ def finish(config: TrainConfig, result: TrainResult, tokenizer_folder: epath.Pat
     metrics = {
         "steps": result.steps,
         "finished": not result.interrupted,
-        "seconds": round(result.seconds, 2),
+        "seconds": round(result.goodput.total, 2),
+        "attempts": result.goodput.attempts,
         "tokens_per_second": round(result.tokens_per_second, 1),
         "skipped": int(result.state.guard.skipped),
+        "goodput": result.goodput.summary(),
         "valid": result.metrics,
     }
     if not is_primary():

@@ -119,7 +119,10 @@ def test_two_processes_train_as_one(one, tmp_path, tiny_data_folder):
     assert "step 8/8" in outputs[0][1]
     assert "step 8/8" not in outputs[1][1]
     names = {path.name for path in (tmp_path / "two" / "run").iterdir()}
-    assert names == {"config.yaml", "manifest.json", "metrics.jsonl", "tensorboard", "checkpoints", "tokenizer"}
+    assert names == {
+        *("config.yaml", "manifest.json", "metrics.jsonl", "goodput.jsonl"),
+        *("tensorboard", "checkpoints", "tokenizer"),
+    }
 
 
 def test_a_signal_to_one_stops_both_at_one_step(one, tmp_path, tiny_data_folder):

@@ -13,7 +13,7 @@ from maxlm.train.metrics import read_metrics
 from maxlm.train.run import load_model
 
 # What two equal runs may differ in.
-TIMING = ("time", "tokens_per_second", "data_wait")
+TIMING = ("time", "tokens_per_second", "data_wait", "goodput")
 
 
 def parameters(folder) -> dict[str, np.ndarray]:
@@ -40,7 +40,10 @@ def unbroken(tmp_path_factory, tiny_data_folder):
 
 def test_a_run_folder_holds_all_that_belongs_to_the_run(unbroken, tiny_data_folder):
     names = {path.name for path in unbroken.iterdir()}
-    assert names == {"config.yaml", "manifest.json", "metrics.jsonl", "tensorboard", "checkpoints", "tokenizer"}
+    assert names == {
+        *("config.yaml", "manifest.json", "metrics.jsonl", "goodput.jsonl"),
+        *("tensorboard", "checkpoints", "tokenizer"),
+    }
     assert list((unbroken / "tensorboard").glob("events.out.tfevents.*"))
     assert sorted(path.name for path in (unbroken / "checkpoints").iterdir()) == ["12", "8"]
     manifest = read_manifest(unbroken)

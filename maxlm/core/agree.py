@@ -1,0 +1,26 @@
+"""What several processes must decide alike."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def any_process(flag: bool) -> bool:
+    """Whether it is true of any process. All of them must call it."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag, np.int32))))
+
+
+def from_primary(value: Any) -> Any:
+    """What the first process gives, as JSON can hold it. All of them must call it."""
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(text.size, np.int32)))
+    padded = np.zeros(size, np.uint8)
+    padded[: min(size, text.size)] = text[:size]
+    return json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)).decode())

@@ -1,0 +1,178 @@
+"""Steps that go wrong: noticed, gone back from, and their batches passed over from then on."""
+
+import collections
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from maxlm.config.fault import GuardConfig
+from maxlm.core.agree import from_primary
+from maxlm.core.distributed import is_primary
+from maxlm.core.progress import console
+from maxlm.core.storage import LineLog
+from maxlm.data.quarantine import FILE_NAME, batch_of_step, read_quarantine
+from maxlm.errors import TrainingError
+from maxlm.train.objective import Objective
+from maxlm.train.state import TrainState
+
+# Steps that may be under way at once: enough to hide the host's work, few enough to stop soon.
+STEPS_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step that went wrong, counted from 0. Loss and norm are None where they say nothing: they were good."""
+
+    step: int
+    reason: str
+    loss: float | None = None
+    grad_norm: float | None = None
+
+
+class GuardWatch:
+    """Follows what the guard says of each step, a few steps behind, so that the device never waits for the host."""
+
+    def __init__(self, guard: GuardConfig, first_step: int):
+        self._guard = guard
+        self._first_step = first_step
+        self._under_way: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
+        self._refused: list[BadStep] = []
+
+    @property
+    def is_amid_refused(self) -> bool:
+        """Whether the last step looked at was refused."""
+        return bool(self._refused)
+
+    def add(self, step: int, metrics: dict[str, Any]) -> None:
+        """A step has been started; looks at the one STEPS_IN_FLIGHT before it, when that one is done."""
+        metrics["skipped_in_a_row"].copy_to_host_async()
+        self._under_way.append((step, metrics))
+        if len(self._under_way) > STEPS_IN_FLIGHT:
+            self._look()
+
+    def settle(self) -> None:
+        """Wait for all steps, and look at them."""
+        while self._under_way:
+            self._look()
+
+    def bad_steps(self, state: TrainState, *, check_state: bool = False) -> list[BadStep]:
+        """The steps to go back from: none, while the guard has not refused too many in a row.
+
+        A state that is not finite makes every loss after it so: then the last step that the guard let pass is to blame.
+
+        Args:
+          check_state: look at the state even if nothing was refused, before it is saved.
+        """
+        too_many = len(self._refused) >= self._guard.max_skipped_in_a_row
+        if not (too_many or check_state) or (is_finite(state) and not too_many):
+            return []
+        bad = list(self._refused)
+        if not is_finite(state):
+            culprit = (bad[0].step if bad else int(state.step)) - 1
+            if culprit >= self._first_step:
+                bad.insert(0, BadStep(culprit, "weights or optimizer state are not finite after it"))
+        return bad
+
+    def _look(self) -> None:
+        step, metrics = self._under_way.popleft()
+        if len(self._refused) >= self._guard.max_skipped_in_a_row:
+            return
+        if int(metrics["skipped_in_a_row"]) == 0:
+            self._refused.clear()
+            return
+        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        if not math.isfinite(loss):
+            reason = f"the loss is {loss}"
+        elif not math.isfinite(norm):
+            reason = f"the gradient norm is {norm}"
+        else:
+            reason = f"the gradient norm exceeds {self._guard.spike_factor} times its mean"
+        self._refused.append(BadStep(step, reason, loss, norm))
+
+
+class Quarantine:
+    """The batches that a run passes over, and how often it has gone back."""
+
+    def __init__(self, folder: epath.Path, guard: GuardConfig):
+        records = from_primary(read_quarantine(folder))
+        self._guard = guard
+        self._file = LineLog(folder / FILE_NAME)
+        self.batches = sorted({record["batch"] for record in records})
+        self.rollbacks = max((record["rollback"] for record in records), default=0)
+
+    def saved(self) -> dict[str, Any]:
+        """For a checkpoint, which holds for itself what its place in the data means."""
+        return {"batches": self.batches, "rollbacks": self.rollbacks}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """What a checkpoint knows, beside what the file says: either may be the newer one."""
+        self.batches = sorted({*self.batches, *saved["batches"]})
+        self.rollbacks = max(self.rollbacks, saved["rollbacks"])
+
+    def batches_from(self, step: int, objective: Objective, current_model: Callable[[], Any]) -> Iterator[Any]:
+        """The batches of `step` and those after it."""
+        first = batch_of_step(step, self.batches)
+        passed_over = set(self.batches)
+        numbered = zip(count(first), objective.batches(first, current_model))
+        return (batch for number, batch in numbered if number not in passed_over)
+
+    def add(self, bad: list[BadStep], objective: Objective, *, batch_size: int) -> None:
+        """Pass over the batches of these steps from now on, and write what they hold to the file.
+
+        Raises:
+          TrainingError: the run has gone back as often as it may.
+        """
+        first, last = bad[0].step + 1, bad[-1].step + 1
+        if self.rollbacks == self._guard.max_rollbacks:
+            raise TrainingError(
+                f"{len(bad)} steps in a row up to step {last} were skipped ({bad[-1].reason}), and the run has gone"
+                f" back {self.rollbacks} times (guard.max_rollbacks); lower optim.learning_rate, or look at the data"
+                f" with `maxlm data at-step` and in {FILE_NAME}"
+            )
+        self.rollbacks += 1
+        by_batch = {batch_of_step(step.step, self.batches): step for step in bad}
+        # Answers are sampled for several steps at once: those are passed over together.
+        multiple = objective.resume_multiple
+        starts = sorted({batch - batch % multiple for batch in by_batch})
+        added = [start + offset for start in starts for offset in range(multiple)]
+        if is_primary():
+            console.print(
+                f"steps {first} to {last} went wrong ({bad[-1].reason}): going back to the last checkpoint, and passing"
+                f" over {len(added)} batches ({self.rollbacks} of {self._guard.max_rollbacks})",
+                markup=False,
+            )
+            for batch in added:
+                step = by_batch.get(batch, BadStep(bad[0].step, "of the same round of sampling"))
+                record = {
+                    "rollback": self.rollbacks,
+                    "step": step.step + 1,
+                    "batch": batch,
+                    "rows": [batch * batch_size, (batch + 1) * batch_size],
+                    "reason": step.reason,
+                    "loss": _finite(step.loss),
+                    "grad_norm": _finite(step.grad_norm),
+                    "documents": objective.documents(batch),
+                }
+                self._file.append(json.dumps(record))
+        # The others wait: all read the file from now on.
+        from_primary(None)
+        self.batches = sorted({*self.batches, *added})
+
+
+@jax.jit
+def is_finite(tree: Any) -> jax.Array:
+    """Whether all numbers in a tree are finite."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no other numbers."""
+    return value if value is not None and math.isfinite(value) else None

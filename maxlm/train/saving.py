@@ -1,0 +1,100 @@
+"""When a run's checkpoints are saved, and where: in the run folder, and more often on a local disk beside it."""
+
+import contextlib
+import os
+import secrets
+from typing import Any, Self
+
+from etils import epath
+
+from maxlm.config.fault import CheckpointConfig
+from maxlm.core.agree import any_process, from_primary
+from maxlm.core.distributed import is_primary
+from maxlm.core.storage import absolute_path
+from maxlm.errors import ConfigError
+from maxlm.train.checkpoint import Checkpointer, restore_newest
+from maxlm.train.state import TrainState
+
+# Names the run's folder among the local checkpoints: a run that is begun anew must not find those of the old one.
+_ID_FILE = "local_checkpoints.txt"
+
+
+class RunCheckpoints:
+    """The checkpoints of a run, in one place or two. Use as a context manager."""
+
+    def __init__(self, run_folder: epath.Path, config: CheckpointConfig):
+        self._config = config
+        self._stack = contextlib.ExitStack()
+        retries = {"retries": config.retries, "retry_seconds": config.retry_seconds}
+        self._main = self._stack.enter_context(Checkpointer(run_folder, keep=config.keep, **retries))
+        self._local: Checkpointer | None = None
+        if config.local is not None:
+            folder = local_folder(run_folder, config.local.folder)
+            self._local = self._stack.enter_context(Checkpointer(folder, keep=config.local.keep, **retries))
+        self._main_is_due = self._local_is_due = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error) -> bool | None:
+        return self._stack.__exit__(*error)
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest whole checkpoint of both places; see `restore_newest`."""
+        self._main_is_due = self._local_is_due = False
+        return restore_newest([self._main, *filter(None, [self._local])], like)
+
+    def is_due(self, step: int) -> bool:
+        """Whether one is to be saved: it stays so until one is."""
+        self._main_is_due |= step % self._config.every == 0
+        self._local_is_due |= self._local is not None and step % self._config.local.every == 0
+        return self._main_is_due or self._local_is_due
+
+    def look_after(self) -> None:
+        """Notice a save that failed in the background: then one is due. All processes must call it at one step."""
+        self._main_is_due |= self._main.has_failed()
+        if self._local is not None:
+            self._local_is_due |= self._local.has_failed()
+
+    def save(self, state: TrainState, metadata: dict[str, Any], *, is_end: bool = False) -> None:
+        """Start to save where one is due; see `Checkpointer.save`.
+
+        Args:
+          is_end: nothing comes after it: save in the run folder, and wait until it is there.
+        """
+        if self._main_is_due or is_end:
+            self._main.save(state, metadata, wait=is_end)
+        else:
+            self._local.save(state, metadata)
+        self._main_is_due = self._local_is_due = False
+
+    def remove_local(self) -> None:
+        """The run has ended and is saved: what is on the local disk is needed no more."""
+        if self._local is not None:
+            self._local.wait()
+            if is_primary():
+                self._local.folder.parent.rmtree()
+
+
+def local_folder(run_folder: epath.Path, base: str | os.PathLike) -> epath.Path:
+    """Where a run's local checkpoints lie: `base/ID`, with an ID that the run folder keeps.
+
+    Raises:
+      ConfigError: some process does not see what the first one writes there.
+    """
+    file = run_folder / _ID_FILE
+    if is_primary() and not file.exists():
+        run_folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{run_folder.name}-{secrets.token_hex(8)}\n", encoding="utf-8")
+    folder = absolute_path(base) / from_primary(file.read_text(encoding="utf-8").strip() if is_primary() else None)
+    if is_primary():
+        folder.mkdir(parents=True, exist_ok=True)
+    from_primary(None)
+    if any_process(not folder.exists()):
+        raise ConfigError(
+            [
+                f"checkpoint.local.folder: {base} is not the same folder for all processes; name one that they share,"
+                " or leave checkpoint.local out"
+            ]
+        )
+    return folder
