@@ -35,6 +35,14 @@ class ModelConfig(Frozen):
     matmul_dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Operands of matrix products; they always accumulate in float32."
     )
+    eight_bit: Literal["int8", "fp8"] | None = Field(
+        None,
+        description="Round the operands of the layers' matrix products to 8 bits while training; gradients pass the"
+        " rounding. The tables of the vocabulary keep matmul_dtype.",
+    )
+    parameter_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="What matrices are stored in; updates of bfloat16 ones are rounded stochastically."
+    )
     remat: Literal["none", "dots", "full"] = Field(
         "none", description="What the backward pass computes again: nothing, all but matrix products, whole layers."
     )
@@ -43,6 +51,11 @@ class ModelConfig(Frozen):
         512, description="Tokens of a row whose logits live at a time; a whole batch's are a step's largest array."
     )
     attention: Literal["auto", "pallas_tpu", "cudnn", "xla", "reference"] = "auto"
+
+    @property
+    def layer_matmul_dtype(self) -> str:
+        """Operands of the matrix products within the layers."""
+        return self.eight_bit or self.matmul_dtype
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

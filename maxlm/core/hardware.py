@@ -22,3 +22,10 @@ def peak_flops(device: jax.Device) -> float | None:
     """Of one device; None where it is not known, as for CPUs."""
     matches = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+def multiplies_fp8(device: jax.Device) -> bool:
+    """Whether a device has matrix units for 8-bit floats: NVIDIA from compute capability 8.9 on, and TPU7x."""
+    if device.platform == "gpu" and "NVIDIA" in device.device_kind:
+        return tuple(map(int, device.compute_capability.split("."))) >= (8, 9)
+    return device.device_kind.startswith("TPU7x")

@@ -198,7 +198,12 @@ def gather_weight(weight: jax.Array) -> jax.Array:
     """
     if not is_explicit():
         return weight
-    return jax.reshard(weight, P(*(without(entry, _GATHERED) for entry in spec_of(weight))))
+    return jax.reshard(weight, gathered_spec(spec_of(weight)))
+
+
+def gathered_spec(spec: P) -> P:
+    """Where a weight that lies so is laid by `gather_weight`."""
+    return P(*(without(entry, _GATHERED) for entry in spec))
 
 
 def gather_layers(stacked: jax.Array) -> jax.Array:

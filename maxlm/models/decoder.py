@@ -43,11 +43,11 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         self.config = config
-        self.embedding = nnx.data(Parameter((config.vocab_size, config.embed_dim), ("vocab", "embed"), normal(0.02)))
+        self.embedding = _table(config)
         self.layers = stack(DecoderLayer(config), config.num_layers)
         self.final_norm = norm_scale(config.embed_dim)
         if not config.tie_embeddings:
-            self.head = nnx.data(Parameter((config.vocab_size, config.embed_dim), ("vocab", "embed"), normal(0.02)))
+            self.head = _table(config)
 
     def __call__(
         self, tokens_BL: jax.Array, *, positions_BL: jax.Array | None = None, segment_ids_BL: jax.Array | None = None
@@ -139,6 +139,11 @@ class Decoder(nnx.Module):
             return gather_layers(stacked).reshape(stacked.shape[0] // size, size, *stacked.shape[1:])
 
         return jax.tree.map(group, self.layers)
+
+
+def _table(config: ModelConfig) -> Parameter:
+    shape = (config.vocab_size, config.embed_dim)
+    return nnx.data(Parameter(shape, ("vocab", "embed"), normal(0.02), jnp.dtype(config.parameter_dtype)))
 
 
 def _logits(config: ModelConfig, head: Any, hidden: jax.Array) -> jax.Array:

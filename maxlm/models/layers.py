@@ -39,10 +39,11 @@ class TokenContext:
     residual_axes: tuple[str | None, ...]
 
 
-def weight(inputs: tuple[int, str], outputs: tuple[int, str], scale: float = 1.0) -> Parameter:
+def weight(config: ModelConfig, inputs: tuple[int, str], outputs: tuple[int, str], scale: float = 1.0) -> Parameter:
     """A matrix [in, out], each side given as (size, logical axis), drawn with variance scale^2 / in."""
     (in_size, in_axis), (out_size, out_axis) = inputs, outputs
-    return nnx.data(Parameter((in_size, out_size), (in_axis, out_axis), normal(scale / math.sqrt(in_size))))
+    initializer = normal(scale / math.sqrt(in_size))
+    return nnx.data(Parameter((in_size, out_size), (in_axis, out_axis), initializer, jnp.dtype(config.parameter_dtype)))
 
 
 def norm_scale(size: int) -> Parameter:
@@ -57,10 +58,10 @@ class Attention(nnx.Module):
         embed = (config.embed_dim, "embed")
         heads = (config.num_heads * config.head_dim, "heads")
         kv_heads = (config.num_kv_heads * config.head_dim, "kv_heads")
-        self.query = weight(embed, heads)
-        self.key = weight(embed, kv_heads)
-        self.value = weight(embed, kv_heads)
-        self.out = weight(heads, embed, scale=1 / math.sqrt(2 * config.num_layers))
+        self.query = weight(config, embed, heads)
+        self.key = weight(config, embed, kv_heads)
+        self.value = weight(config, embed, kv_heads)
+        self.out = weight(config, heads, embed, scale=1 / math.sqrt(2 * config.num_layers))
         if config.qk_norm:
             self.query_norm = norm_scale(config.head_dim)
             self.key_norm = norm_scale(config.head_dim)
@@ -86,9 +87,9 @@ class Attention(nnx.Module):
 
     def _project(self, x_BLD, angles):
         config = self.config
-        query_BLHE = _split_heads(linear(x_BLD, self.query, config.matmul_dtype), config.num_heads, "heads")
-        key_BLKE = _split_heads(linear(x_BLD, self.key, config.matmul_dtype), config.num_kv_heads, "kv_heads")
-        value_BLKE = _split_heads(linear(x_BLD, self.value, config.matmul_dtype), config.num_kv_heads, "kv_heads")
+        query_BLHE = _split_heads(linear(x_BLD, self.query, config.layer_matmul_dtype), config.num_heads, "heads")
+        key_BLKE = _split_heads(linear(x_BLD, self.key, config.layer_matmul_dtype), config.num_kv_heads, "kv_heads")
+        value_BLKE = _split_heads(linear(x_BLD, self.value, config.layer_matmul_dtype), config.num_kv_heads, "kv_heads")
         if config.qk_norm:
             query_BLHE = rms_norm(query_BLHE, self.query_norm, config.norm_epsilon)
             key_BLKE = rms_norm(key_BLKE, self.key_norm, config.norm_epsilon)
@@ -97,7 +98,7 @@ class Attention(nnx.Module):
     def _merge(self, mixed_BLHE, output_axes):
         batch, length, heads, head_dim = mixed_BLHE.shape
         merged = _reshape(mixed_BLHE, (batch, length, heads * head_dim), ("batch", "length", "heads"))
-        return linear(merged, self.out, self.config.matmul_dtype, output_axes)
+        return linear(merged, self.out, self.config.layer_matmul_dtype, output_axes)
 
 
 class Mlp(nnx.Module):
@@ -106,12 +107,12 @@ class Mlp(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.config = config
         embed, mlp = (config.embed_dim, "embed"), (config.mlp_dim, "mlp")
-        self.gate = weight(embed, mlp)
-        self.up = weight(embed, mlp)
-        self.down = weight(mlp, embed, scale=1 / math.sqrt(2 * config.num_layers))
+        self.gate = weight(config, embed, mlp)
+        self.up = weight(config, embed, mlp)
+        self.down = weight(config, mlp, embed, scale=1 / math.sqrt(2 * config.num_layers))
 
     def __call__(self, x_BLD, output_axes: tuple[str | None, ...] | None = None):
-        dtype = self.config.matmul_dtype
+        dtype = self.config.layer_matmul_dtype
         hidden_BLF = jax.nn.silu(linear(x_BLD, self.gate, dtype)) * linear(x_BLD, self.up, dtype)
         return linear(hidden_BLF, self.down, dtype, output_axes)
 

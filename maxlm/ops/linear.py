@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from maxlm.core.sharding import gather_weight, is_explicit, logical_to_spec, spec_of
+from maxlm.core.sharding import gather_weight, gathered_spec, is_explicit, logical_to_spec, spec_of
+from maxlm.ops import eight_bit
 from maxlm.ops.qtensor import QTensor
 
 
@@ -31,12 +32,14 @@ Weight = jax.Array | QTensor | AdaptedWeight
 def linear(x: jax.Array, weight: Weight, dtype: str, output_axes: tuple[str | None, ...] | None = None) -> jax.Array:
     """x [..., I] times weight [I, O], as [..., O] in the dtype of x.
 
-    `dtype` is that of the operands; products accumulate in float32. A quantised weight has its own arithmetic.
+    `dtype` is that of the operands: "float32", "bfloat16", or a kind of `ops/eight_bit.py`; products accumulate in
+    float32 (of int8 in int32). A quantised weight has its own arithmetic, and adapters' products are not of 8 bits.
     `output_axes` names the logical axes that the result is to be cut along, where they are not those of x and weight:
     a product whose contraction is cut can be summed and spread over those devices at once.
     """
     if isinstance(weight, AdaptedWeight):
-        update = linear(linear(x, weight.down, dtype), weight.up, dtype, output_axes)
+        adapter_dtype = "bfloat16" if dtype in eight_bit.KINDS else dtype
+        update = linear(linear(x, weight.down, adapter_dtype), weight.up, adapter_dtype, output_axes)
         return linear(x, weight.base, dtype, output_axes) + weight.scale * update
     if isinstance(weight, QTensor):
         return weight.multiply(x)
@@ -53,51 +56,75 @@ def unembed(x: jax.Array, table: jax.Array | QTensor, dtype: str) -> jax.Array:
 def _matmul(x, weight, dtype, input_axis, out_spec):
     # The vjp is ours so that the backward products, too, have `dtype` operands and float32 sums: autodiff would
     # multiply the float32 cotangent by a bfloat16 operand, which no matrix unit does.
-    return _dot(x, gather_weight(weight.astype(dtype)), dtype, input_axis, out_spec).astype(x.dtype)
+    if dtype in eight_bit.KINDS:
+        kind = eight_bit.activation_dtype(dtype)
+        return _eight_bit_dot(x, weight, kind, kind, input_axis, out_spec).astype(x.dtype)
+    return _dot(x.astype(dtype), gather_weight(weight.astype(dtype)), input_axis, out_spec).astype(x.dtype)
 
 
 def _matmul_forward(x, weight, dtype, input_axis, out_spec):
     # Saved: the weight as it lies in memory. The backward pass gathers it again rather than hold it whole.
-    return _matmul(x, weight, dtype, input_axis, out_spec), (x.astype(dtype), weight)
+    return _matmul(x, weight, dtype, input_axis, out_spec), (x.astype(_gradient_dtype(dtype)), weight)
 
 
 def _matmul_backward(dtype, input_axis, out_spec, residuals, grad):
     x, weight = residuals
-    whole = gather_weight(weight.astype(dtype))
     if out_spec is not None:
         # The sum was spread over the devices that share the contraction: they need the whole of its cotangent.
-        grad = jax.reshard(grad, P(*spec_of(x)[:-1], spec_of(whole)[1 - input_axis]))
-    grad_x = _dot(grad, whole, dtype, 1 - input_axis, None).astype(grad.dtype)
+        whole = gathered_spec(spec_of(weight))
+        grad = jax.reshard(grad, P(*spec_of(x)[:-1], whole[1 - input_axis]))
+    if dtype in eight_bit.KINDS:
+        kinds = eight_bit.cotangent_dtype(dtype), eight_bit.activation_dtype(dtype)
+        grad_x = _eight_bit_dot(grad, weight, *kinds, 1 - input_axis, None)
+    else:
+        grad_x = _dot(grad.astype(dtype), gather_weight(weight.astype(dtype)), 1 - input_axis, None)
     # Contracting the batch dimensions leaves a sum that is spread over the devices that cut rows and tokens.
     left, right = (x, grad) if input_axis == 0 else (grad, x)
     batch_dims = tuple(range(x.ndim - 1))
     grad_weight = jax.lax.dot_general(
-        left.astype(dtype),
-        right.astype(dtype),
+        left.astype(_gradient_dtype(dtype)),
+        right.astype(_gradient_dtype(dtype)),
         ((batch_dims, batch_dims), ((), ())),
         preferred_element_type=jnp.float32,
         out_sharding=P(spec_of(left)[-1], spec_of(right)[-1]) if is_explicit() else None,
     )
     if is_explicit():
         grad_weight = jax.reshard(grad_weight, spec_of(weight))
-    return grad_x, grad_weight.astype(weight.dtype)
+    return grad_x.astype(grad.dtype), grad_weight.astype(weight.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def _dot(x, weight, dtype, axis, out_spec):
+def _gradient_dtype(dtype: str) -> str:
+    """Operands of the product that gives the gradient of the weights."""
+    return "bfloat16" if dtype in eight_bit.KINDS else dtype
+
+
+def _dot(x, weight, axis, out_spec, sum_dtype=jnp.float32):
     """Contract the last axis of x with `axis` of a matrix."""
     # Where both operands are cut along the contraction (row-parallel), naming the output's sharding asks for the sum.
     if out_spec is None and is_explicit():
         out_spec = P(*spec_of(x)[:-1], spec_of(weight)[1 - axis])
     return jax.lax.dot_general(
-        x.astype(dtype),
-        weight.astype(dtype),
-        (((x.ndim - 1,), (axis,)), ((), ())),
-        preferred_element_type=jnp.float32,
-        out_sharding=out_spec,
+        x, weight, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=sum_dtype, out_sharding=out_spec
     )
+
+
+def _eight_bit_dot(x, weight, x_dtype, weight_dtype, axis, out_spec):
+    """`_dot` of operands rounded to 8 bits, a scale for each row of x and each output of the matrix: float32."""
+    x, weight = eight_bit.scale_to(x, -1, x_dtype), eight_bit.scale_to(weight, axis, weight_dtype)
+    # Rounded before it is gathered, so that half the bytes travel.
+    sums = _dot(x.values, gather_weight(weight.values), axis, out_spec, eight_bit.sum_dtype(x_dtype))
+    weight_scales = weight.scales.reshape(-1)
+    row_scales = x.scales
+    if is_explicit():
+        spec = spec_of(sums)
+        row_scales, weight_scales = (
+            jax.reshard(row_scales, P(*spec[:-1], None)),
+            jax.reshard(weight_scales, P(spec[-1])),
+        )
+    return sums.astype(jnp.float32) * row_scales * weight_scales
 
 
 def embed(table: jax.Array | QTensor, tokens: jax.Array, dtype: str) -> jax.Array:

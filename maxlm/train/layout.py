@@ -3,7 +3,10 @@
 import math
 from collections.abc import Mapping
 
+import jax
+
 from maxlm.config.train import TrainConfig
+from maxlm.core.hardware import multiplies_fp8
 from maxlm.errors import ConfigError
 
 
@@ -17,6 +20,14 @@ def check_layout(config: TrainConfig, sizes: Mapping[str, int]) -> None:
     problems = [*_rows(config, sizes), *_tokens(config, sizes), *_weights(config, sizes)]
     if problems:
         raise ConfigError(problems)
+
+
+def check_precision(config: TrainConfig, device: jax.Device) -> None:
+    """Raise ConfigError where the device cannot multiply what the model asks for."""
+    if config.model.eight_bit == "fp8" and not multiplies_fp8(device):
+        raise ConfigError(
+            [f"model.eight_bit: fp8 needs matrix units for it, and {device.device_kind} has none; set int8, or null"]
+        )
 
 
 def _rows(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:

@@ -1,5 +1,6 @@
 """Optimizers: gradients to updates at the full learning rate, which the step multiplies by the schedule."""
 
+import zlib
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from maxlm.train.adafactor import scale_by_adafactor
 from maxlm.train.adam8bit import scale_by_adam8bit
 from maxlm.train.groups import check_groups, group_of, is_matrix, is_router_bias, map_with_path
 from maxlm.train.muon import scale_by_muon
+from maxlm.train.rounding import stochastic_round
 from maxlm.train.soap import scale_by_soap
 
 # Kinds that are for the matrices of layers alone.
@@ -52,11 +54,18 @@ def gradient_norm(grads: Any) -> jax.Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves))
 
 
-def apply_updates(params: Any, updates: Any, factor: jax.Array) -> Any:
-    """Parameters after a step at `factor` of the full learning rate; router biases have a rate of their own."""
+def apply_updates(params: Any, updates: Any, factor: jax.Array, step: jax.Array) -> Any:
+    """Parameters after a step at `factor` of the full learning rate; router biases have a rate of their own.
+
+    bfloat16 parameters are rounded stochastically, with draws of their own for each parameter and step: a run that is
+    resumed draws the same again.
+    """
 
     def apply(path, param, update):
-        return (param + (1 if is_router_bias(path) else factor) * update).astype(param.dtype)
+        new = param.astype(jnp.float32) + (1 if is_router_bias(path) else factor) * update
+        if param.dtype != jnp.bfloat16:
+            return new.astype(param.dtype)
+        return stochastic_round(new, jax.random.fold_in(jax.random.key(zlib.crc32(path.encode())), step))
 
     return map_with_path(apply, params, updates)
 

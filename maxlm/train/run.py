@@ -28,7 +28,7 @@ from maxlm.models.decoder import Decoder
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.checkpoint import find_checkpoint, has_checkpoint, read_metadata, restore_weights
 from maxlm.train.goodput import Stopwatch
-from maxlm.train.layout import check_layout
+from maxlm.train.layout import check_layout, check_precision
 from maxlm.train.loop import TrainResult, check_fingerprint, run
 from maxlm.train.objective import Objective, RunContext
 from maxlm.train.startup import check_start, data_hashes
@@ -64,6 +64,7 @@ def _train(config: TrainConfig, recipe: Recipe, peers: Peers | None, stopwatch: 
         check_start(peers, config, hashes_of(config, tokenizer), timeout=config.processes.start_timeout_seconds)
     config = resolve_model(config, tokenizer)
     check_layout(config, mesh_sizes(config.mesh, jax.device_count()))
+    check_precision(config, jax.devices()[0])
     mesh = make_mesh(config.mesh)
     if config.init_from is not None:
         start_fingerprint = read_metadata(find_checkpoint(config.init_from))["fingerprint"]
@@ -143,6 +144,7 @@ def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
 _RUNTIME_FIELDS = (
     "activation_dtype",
     "matmul_dtype",
+    "eight_bit",
     "remat",
     "unroll",
     "loss_chunk_length",

@@ -51,7 +51,7 @@ def train_step(
     grad_norm = gradient_norm(grads)
 
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
-    trainable = apply_updates(state.trainable, updates, schedule(state.step))
+    trainable = apply_updates(state.trainable, updates, schedule(state.step), state.step)
     ema = None if state.ema is None else update_ema(state.ema, trainable, ema_decay, state.step)
 
     good, guard_state = judge(guard, state, loss, grad_norm)
@@ -83,7 +83,11 @@ def loss_and_gradient(
         weights = weights or {name: jax.lax.stop_gradient(term.weight) for name, term in output.terms.items()}
         return sum(Term(term.sum, weights[name]).mean() for name, term in output.terms.items()), output
 
-    gradient = jax.grad(scaled_loss, has_aux=True)
+    def gradient(trainable, microbatch, weights):
+        grads, output = jax.grad(scaled_loss, has_aux=True)(trainable, microbatch, weights)
+        # Those of 16-bit parameters, too, are summed over microbatches in float32.
+        return optax.tree.cast(grads, jnp.float32), output
+
     if accumulate == 1:
         grads, output = gradient(trainable, batch, None)
         return output, grads

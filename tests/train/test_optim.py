@@ -40,7 +40,7 @@ def run(config, *, plan=PLAN, dtype="float32", mesh=None, steps=4):
         state = optimizer.init(params)
         for grads in gradients:
             updates, state = optimizer.update(grads, state, params)
-            params = apply_updates(params, updates, 1.0)
+            params = apply_updates(params, updates, 1.0, 0)
         return params, state
 
     params = random_tree(plan, 0, dtype)
@@ -176,7 +176,7 @@ def test_a_router_bias_moves_by_the_sign_of_its_error(kind):
     bias, error = params["layers"]["moe"]["router_bias"], jnp.array([[1e6, -3.0], [0.0, 1e-9], [-1e-30, 2.0]])
     grads["layers"]["moe"]["router_bias"] = error
     updates, state = optimizer.update(grads, optimizer.init(params), params)
-    moved = apply_updates(params, updates, 0.1)["layers"]["moe"]["router_bias"] - bias
+    moved = apply_updates(params, updates, 0.1, 0)["layers"]["moe"]["router_bias"] - bias
     np.testing.assert_allclose(moved, -0.25 * np.sign(error), atol=1e-6)
     assert not [path for path in flatten(state) if "router_bias" in path]
     without = {**grads, "layers": {**grads["layers"], "moe": {**grads["layers"]["moe"], "router_bias": 0 * error}}}
