@@ -18,11 +18,11 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.core.sharding import current_mesh, is_explicit, spec_of
 from maxlm.core.tree import flatten, unflatten
+from maxlm.train.groups import is_matrix
 from maxlm.train.spread import axis_names
 
 # Sides of a tile. Tiles, unlike runs along one axis, fit into a part of a matrix that is cut along either axis.
 TILE = 16
-# Leaves with smaller tiles, such as vectors of norms, keep their moments in float32: scales would take as much.
 MIN_TILE_SIZE = 64
 FIRST_POWER, FIRST_CODES = 3, 127
 SECOND_POWER, SECOND_CODES = 4, 255
@@ -34,7 +34,7 @@ def scale_by_adam8bit(beta1: float, beta2: float, epsilon: float) -> optax.Gradi
     def init(params):
         return {
             "count": jnp.zeros((), jnp.int32),
-            "moments": {path: _init_moments(leaf) for path, leaf in flatten(params).items()},
+            "moments": {path: _init_moments(path, leaf) for path, leaf in flatten(params).items()},
         }
 
     def update(updates, state, params=None):
@@ -45,7 +45,7 @@ def scale_by_adam8bit(beta1: float, beta2: float, epsilon: float) -> optax.Gradi
         directions, moments = {}, {}
         for path, grad in flatten(updates).items():
             old = state["moments"][path]
-            first, second = _read(old, grad)
+            first, second = _read(old)
             first = beta1 * first + (1 - beta1) * grad
             second = beta2 * second + (1 - beta2) * jnp.square(grad)
             directions[path] = (first / correction1) / (jnp.sqrt(second / correction2) + epsilon)
@@ -82,8 +82,9 @@ def decode(codes: jax.Array, scale: jax.Array, *, power: int, num_codes: int) ->
     return jnp.sign(part) * jnp.abs(part) ** power * _spread_scale(scale, codes)
 
 
-def _init_moments(leaf):
-    if not _is_tiled(leaf.shape):
+def _init_moments(path, leaf):
+    # Scales of small tiles would take as much as they save, and vectors of norms are few.
+    if not is_matrix(path, leaf) or math.prod(_sides(leaf.shape)) < MIN_TILE_SIZE:
         return {"first": jnp.zeros_like(leaf), "second": jnp.zeros_like(leaf)}
     scale = jnp.zeros_like(jnp.max(_tiles(leaf), axis=(-3, -1)))
     return {
@@ -94,8 +95,8 @@ def _init_moments(leaf):
     }
 
 
-def _read(moments, grad):
-    if not _is_tiled(grad.shape):
+def _read(moments):
+    if "first_scale" not in moments:
         return moments["first"], moments["second"]
     return (
         decode(moments["first"], moments["first_scale"], power=FIRST_POWER, num_codes=FIRST_CODES),
@@ -104,7 +105,7 @@ def _read(moments, grad):
 
 
 def _write(old, first, second, key):
-    if not _is_tiled(first.shape):
+    if "first_scale" not in old:
         return {"first": first, "second": second}
     bits = jax.random.bits(key, first.shape, jnp.uint32, out_sharding=spec_of(first) if is_explicit() else None)
     noise = [(half & 0xFFFF).astype(jnp.float32) / 65536 for half in (bits, bits >> 16)]
@@ -121,10 +122,6 @@ def _write(old, first, second, key):
 def _sides(shape) -> tuple[int, int]:
     """Of the tiles: the largest powers of two up to TILE that divide the last two axes."""
     return math.gcd(shape[-2], TILE), math.gcd(shape[-1], TILE)
-
-
-def _is_tiled(shape) -> bool:
-    return len(shape) >= 2 and math.prod(_sides(shape)) >= MIN_TILE_SIZE
 
 
 def _tiles(x):

@@ -30,5 +30,5 @@ def _cycle_done(done: jax.Array, cycles: int, growth: float) -> jax.Array:
     ends = [sum(lengths[: cycle + 1]) / sum(lengths) for cycle in range(cycles)]
     starts = jnp.array([0.0, *ends[:-1]])
     # The last step of all ends the last cycle.
-    cycle = jnp.sum(done >= starts) - 1
+    cycle = jnp.sum(done[..., None] >= starts, axis=-1) - 1
     return jnp.clip((done - starts[cycle]) * sum(lengths) / jnp.array(lengths)[cycle], 0.0, 1.0)

