@@ -16,7 +16,7 @@ FILE_NAME = "quarantine.jsonl"
 
 def batch_of_step(step: int, passed_over: Sequence[int]) -> int:
     """The batch that a step reads: batches and steps are counted from 0, and those in `passed_over` are left out."""
-    for batch in sorted(passed_over):
+    for batch in sorted(set(passed_over)):
         if batch <= step:
             step += 1
     return step

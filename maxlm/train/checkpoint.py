@@ -82,6 +82,17 @@ class Checkpointer:
         except Exception as error:
             raise self._save_failed(error) from error
 
+    def settle(self) -> None:
+        """Until nothing is being saved: what is listed then is on disk. A save that failed is told, and is no more.
+
+        Raises:
+          TrainingError: it failed again and again.
+        """
+        try:
+            self._finish_last()
+        except Exception as error:
+            self._after_failure(error)
+
     def has_failed(self) -> bool:
         """Whether a save in the background has failed, so that one is due. With several processes, to any of them.
 
@@ -315,6 +326,32 @@ def restore_weights(checkpoint: epath.Path, like: Any) -> Any:
     if checksums({"weights": weights}) != {k: v for k, v in metadata["checksums"].items() if k.startswith("weights/")}:
         raise CheckpointError(f"{checkpoint}: the weights differ from those that were saved; use another checkpoint")
     return unflatten(weights, like)
+
+
+def restore_ema(checkpoint: epath.Path, like: Any) -> Any:
+    """The running mean of a checkpoint's weights, laid out as `like`: see `restore_weights`.
+
+    Raises:
+      CheckpointError: it keeps none, is broken, or of another model.
+    """
+    metadata = read_metadata(checkpoint)
+    flat = flatten(like)
+    check_shapes(metadata["shapes"], _shapes(flat), where=checkpoint)
+    saved = {path: value for path, value in metadata["checksums"].items() if path.startswith("rest/ema/")}
+    if not saved:
+        raise CheckpointError(
+            f"{checkpoint}: keeps no running mean of the weights; train with optim.ema_decay, or load the weights"
+        )
+    # The mean is in float32 whatever the weights are in, and lies beside the optimizer's state, which stays unread.
+    wanted = {f"ema/{path}": leaf.update(dtype=jnp.float32) for path, leaf in _as_abstract(flat).items()}
+    arguments = ocp.args.PyTreeRestore(
+        wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+    )
+    handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    mean = _readable(checkpoint, lambda: handler.restore(checkpoint / "rest", args=arguments))
+    if checksums({"rest": mean}) != saved:
+        raise CheckpointError(f"{checkpoint}: the mean differs from the one that was saved; use another checkpoint")
+    return unflatten({path: mean[f"ema/{path}"].astype(leaf.dtype) for path, leaf in flat.items()}, like)
 
 
 def checksums(tree: Any) -> dict[str, int]:

@@ -42,7 +42,10 @@ class RunCheckpoints:
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest whole checkpoint of both places; see `restore_newest`."""
         self._main_is_due = self._local_is_due = False
-        return restore_newest([self._main, *filter(None, [self._local])], like)
+        places = [self._main, *filter(None, [self._local])]
+        for place in places:
+            place.settle()
+        return restore_newest(places, like)
 
     def is_due(self, step: int) -> bool:
         """Whether one is to be saved: it stays so until one is."""

@@ -1,7 +1,8 @@
 """Configurations of small runs, and processes that run them.
 
-As a script: `tiny_run.py [--signal NAME STEP] ARGUMENTS...` is `maxlm ARGUMENTS...`, with a signal sent to itself after
-a step, so that a test interrupts at the same place each time.
+As a script: `tiny_run.py [--signal NAME STEP] [--poison N,N,...] ARGUMENTS...` is `maxlm ARGUMENTS...`, with a signal
+sent to itself after a step, so that a test interrupts at the same place each time, and with batches that give no finite
+loss.
 """
 
 import os
@@ -73,6 +74,25 @@ def _signal_after_step(name: str, step: int) -> None:
     StepWindow.add = add_then_signal
 
 
+def poison(batches: set[int]):
+    """What `Pretrain.batches` is then: these batches, counted from 0, give no finite loss."""
+    from dataclasses import replace
+    from itertools import count
+
+    import numpy as np
+
+    from maxlm.train.pretrain import Pretrain
+
+    read = Pretrain.batches
+
+    def poisoned(self, start_step, current_model):
+        for number, batch in zip(count(start_step), read(self, start_step, current_model)):
+            bad = number in batches
+            yield replace(batch, loss_weights=np.full_like(batch.loss_weights, np.nan)) if bad else batch
+
+    return poisoned
+
+
 if __name__ == "__main__":
     from maxlm.cli import main
 
@@ -80,4 +100,9 @@ if __name__ == "__main__":
     if arguments[0] == "--signal":
         _signal_after_step(arguments[1], int(arguments[2]))
         arguments = arguments[3:]
+    if arguments[0] == "--poison":
+        from maxlm.train.pretrain import Pretrain
+
+        Pretrain.batches = poison({int(number) for number in arguments[1].split(",")})
+        arguments = arguments[2:]
     sys.exit(main(arguments))

@@ -1,0 +1,88 @@
+"""The training loop on a model of a few numbers: nothing to trace or compile, so a run takes a fraction of a second.
+
+As a script: `toy_run.py FOLDER JSON` runs with these settings; see `toy_run`.
+"""
+
+import json
+import os
+import sys
+from itertools import count
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tiny_run import tiny_config
+
+from maxlm.config.train import TrainConfig
+from maxlm.core.sharding import make_mesh
+from maxlm.core.term import LossOutput, Term
+from maxlm.train.goodput import Stopwatch
+from maxlm.train.loop import TrainResult, run
+
+
+class ToyObjective:
+    """A linear model that is fitted to noise; the batch is a pure function of its number."""
+
+    needs_reference = False
+    resume_multiple = 1
+
+    def __init__(self, *, poison=(), leave_out=(), at_batch=lambda number: None):
+        self.poison, self.leave_out, self.at_batch = set(poison), set(leave_out), at_batch
+
+    def loss(self, model, batch):
+        error_B = batch["x"] @ model["w"] - batch["y"]
+        return LossOutput({"squares": Term(jnp.sum(error_B**2), jnp.asarray(float(error_B.size)))}, {})
+
+    def batches(self, start_step, current_model):
+        for number in (n for n in count() if n not in self.leave_out):
+            if number >= start_step:
+                self.at_batch(number)
+                random = np.random.default_rng(number)
+                x_B4, y_B = random.normal(size=(8, 4)).astype(np.float32), random.normal(size=8).astype(np.float32)
+                yield {"x": x_B4 * (np.nan if number in self.poison else 1), "y": y_B}
+
+    def documents(self, batch):
+        return [{"id": f"document {batch}"}]
+
+    def validate(self, model):
+        return {"norm": float(jnp.sum(model["w"] ** 2))}
+
+
+def toy_config(folder, **settings) -> TrainConfig:
+    guard = {"max_skipped_in_a_row": 3, "max_rollbacks": 2}
+    optim = {"learning_rate": 0.1, "schedule": {"warmup_steps": 0}}
+    return tiny_config(folder, "x", **{"guard": guard, "optim": optim, "eval_every": 0, **settings})
+
+
+def toy_run(folder, *, objective=None, **settings) -> TrainResult:
+    """A run of 12 steps with a checkpoint every 4; `settings` replace top-level keys of the configuration."""
+    config = toy_config(folder, **settings)
+    mesh = make_mesh(config.mesh)
+    everywhere = jax.NamedSharding(mesh, jax.P(None))
+    os.makedirs(folder, exist_ok=True)
+    with jax.set_mesh(mesh), Stopwatch() as stopwatch:
+        return run(
+            config,
+            mesh=mesh,
+            objective=objective or ToyObjective(),
+            like={"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=everywhere)},
+            create=lambda: {"w": jax.device_put(jnp.arange(4.0), everywhere)},
+            frozen=None,
+            assemble=lambda trainable, frozen: trainable,
+            fingerprint="toy",
+            start=None,
+            stopwatch=stopwatch,
+        )
+
+
+def weights(result: TrainResult) -> bytes:
+    """All numbers of the state, bit for bit, but those that count skipped steps."""
+    state = jax.device_get(result.state)
+    return b"".join(
+        np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((state.step, state.trainable, state.optimizer))
+    )
+
+
+if __name__ == "__main__":
+    result = toy_run(sys.argv[1], **json.loads(sys.argv[2]))
+    print(json.dumps({"weights": weights(result).hex(), "start": result.start, "steps": result.steps}))
