@@ -1,0 +1,98 @@
+"""One process of a test's run, as a script: `maxlm ARGUMENTS`, with something done to it and a report of what it did.
+
+  member.py [--at STEP ACTION] [--once FILE] [--supervise N] REPORT train CONFIG ...
+
+--at: after that many steps of this process, a signal (SIGTERM, SIGKILL) to itself, or `raise`.
+--once: only where FILE is not there; makes it.
+--supervise: as of `maxlm train`, with this script as what is supervised.
+
+The report, where the process ends by itself, is JSON: the rows that it has read in each step, the bytes that it has
+read from checkpoints, how often it has drawn initial values, and the bytes of its part of all arrays.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import zlib
+from pathlib import Path
+
+
+def act_after(step: int, action: str, once: Path | None) -> None:
+    from maxlm.train.metrics import StepWindow
+
+    add, count = StepWindow.add, iter(range(1, 1 << 30))
+
+    def add_then_act(self, *args, **kwargs):
+        add(self, *args, **kwargs)
+        if next(count) == step and not (once and once.exists()):
+            if once:
+                once.touch()
+            if action == "raise":
+                raise KeyError("planted")
+            os.kill(os.getpid(), getattr(signal, action))
+
+    StepWindow.add = add_then_act
+
+
+def watch() -> dict:
+    """Counts into what it returns."""
+    from maxlm.core import parameters
+    from maxlm.data.loader import PackedRows
+    from maxlm.train import run
+
+    seen = {"rows": {}, "initialized": 0}
+    batch, initialize = PackedRows.batch, parameters.initialize
+
+    def recorded_batch(self, step, *, shard=0, num_shards=1):
+        rows = batch(self, step, shard=shard, num_shards=num_shards)
+        if self.num_steps is None:
+            seen["rows"][step] = [shard, num_shards, [zlib.crc32(row.tobytes()) for row in rows["tokens"]]]
+        return rows
+
+    def counted_initialize(*args, **kwargs):
+        seen["initialized"] += 1
+        return initialize(*args, **kwargs)
+
+    PackedRows.batch, run.initialize = recorded_batch, counted_initialize
+    return seen
+
+
+def report(path: str, seen: dict) -> None:
+    import tensorstore
+
+    metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    seen["bytes_read"] = sum(value["value"] for metric in metrics for value in metric["values"])
+    Path(path).write_text(json.dumps(seen), encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("report")
+    parser.add_argument("--at", nargs=2, metavar=("STEP", "ACTION"))
+    parser.add_argument("--once", type=Path)
+    parser.add_argument("--supervise", type=int)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    args = parser.parse_args()
+    if args.supervise is not None:
+        from maxlm.config.load import load_config
+        from maxlm.train.supervise import supervise
+
+        config = load_config(args.arguments[1], [], kind="train")
+        place = sys.argv.index("--supervise")
+        command = [sys.executable, __file__, *sys.argv[1:place], *sys.argv[place + 2 :]]
+        return supervise(command, restarts=args.supervise, folder=config.output, settings=config.processes)
+
+    from maxlm.cli import main as maxlm
+
+    if args.at:
+        act_after(int(args.at[0]), args.at[1], args.once)
+    seen = watch()
+    code = maxlm(args.arguments)
+    report(args.report, seen)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

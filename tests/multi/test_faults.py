@@ -1,0 +1,52 @@
+"""What happens when a process of a run dies, and when not all of them want the same."""
+
+import json
+import time
+
+import pytest
+from processes import finish, run_all, start, write_config
+
+from maxlm.errors import FaultError
+from maxlm.train.checkpoint import find_checkpoint
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_killed_process_takes_the_others_down_and_the_supervisors_start_all_again(tmp_path, tiny_data_folder):
+    run = tmp_path / "run"
+    config = write_config(tmp_path / "two.yaml", run, tiny_data_folder, mesh={"data": 2})
+    supervised = ["--supervise", "3"]
+    killed = ["--at", "5", "SIGKILL", "--once", str(tmp_path / "killed")]
+    first, second = run_all([config] * 2, actions={0: supervised, 1: [*killed, *supervised]})
+
+    assert "process 1 (" in first.errors and "gone: its connection broke" in first.errors
+    assert "training ended by the loss of a process or machine; restart 1 of 3, from step 3" in first.errors
+    assert f"resuming {run} at step 3" in first.errors
+    assert "training ended by signal SIGKILL; restart 1 of 3, from step 3" in second.errors
+    assert find_checkpoint(run).name == "10"
+    [restart] = [json.loads(line) for line in (run / "restarts.jsonl").read_text().splitlines()]
+    assert restart["exit_code"] == FaultError.exit_code
+    assert restart["step_resumed"] == 3
+    assert restart["step_reached"] >= 4
+
+
+def test_an_error_in_one_process_ends_all(tmp_path, tiny_data_folder):
+    config = write_config(tmp_path / "two.yaml", tmp_path / "run", tiny_data_folder, mesh={"data": 2})
+    processes = start([config] * 2, actions={1: ["--at", "2", "raise"]})
+    began = time.monotonic()
+    first, second = finish(processes)
+    assert (first.code, second.code) == (FaultError.exit_code, FaultError.exit_code), first.errors
+    assert "process 1 (" in first.errors and "KeyError: 'planted'" in first.errors
+    assert "Traceback" in second.errors and "Traceback" not in first.errors
+    assert time.monotonic() - began < 90
+
+
+def test_processes_that_differ_are_named_before_anything_is_trained(tmp_path, tiny_data_folder):
+    run = tmp_path / "run"
+    same = write_config(tmp_path / "same.yaml", run, tiny_data_folder, mesh={"data": 2})
+    other = write_config(tmp_path / "other.yaml", run, tiny_data_folder, mesh={"data": 2}, seed=7)
+    first, second = finish(start([same, other]))
+    assert (first.code, second.code) == (2, 2), (first.errors, second.errors)
+    assert "process 1 (" in first.errors
+    assert "differs from process 0 (" in first.errors and "in config seed (7 and not 0)" in first.errors
+    assert not run.exists()
