@@ -20,6 +20,7 @@ COMMANDS = (
     "maxlm.generate.cli",
     "maxlm.serve.cli",
     "maxlm.quickstart.cli",
+    "maxlm.sweep.cli",
     "gcp.cli",
 )
 

@@ -1,14 +1,27 @@
 """Pieces of the report's page. Every text that comes from outside is escaped here."""
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
 from typing import Any
 
 from maxlm.eval.interval import Interval
 from maxlm.eval.svg import format_number
 
 _LONGEST_FACT = 60
+
+
+def write_page(path: Path, title: str, body: Iterable[str]) -> None:
+    """A whole page of the parts that are not empty; a reader sees the old one or the new one."""
+    template = Template(files("maxlm.eval").joinpath("report.html").read_text(encoding="utf-8"))
+    page = template.substitute(title=escape(title), body="\n".join(filter(None, body)))
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def section(title: str, *parts: str) -> str:

@@ -1,11 +1,8 @@
 """One self-contained HTML page about a run, or about a whole pipeline of runs."""
 
 import json
-import os
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from maxlm.core.manifest import FILE_NAME, manifest_chain, read_manifest
@@ -21,6 +18,7 @@ from maxlm.eval.html_parts import (
     to_interval,
     to_list,
     to_number,
+    write_page,
 )
 from maxlm.eval.report_chain import chain_section
 from maxlm.eval.report_runs import Run, last_value, run_section
@@ -60,12 +58,8 @@ def write_report(folder: str | Path) -> Path:
         _config_section(folder),
         chain_section(chain, folder),
     ]
-    template = Template(files("maxlm.eval").joinpath("report.html").read_text(encoding="utf-8"))
-    page = template.substitute(title=escape(f"{name} - maxlm report"), body="\n".join(filter(None, parts)))
     path = folder / "report.html"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_page(path, f"{name} - maxlm report", parts)
     return path
 
 

@@ -1,4 +1,4 @@
-"""Charts as SVG text: lines over an axis, and horizontal bars with intervals.
+"""Charts as SVG text: lines over an axis, linear or logarithmic, and horizontal bars with intervals.
 
 Colours are classes (`series-1`, `reference`, ...) that the page's style sheet fills for light and dark. Charts are
 drawn for a width of 400 and scale with the page, which keeps their text readable on a telephone.
@@ -24,12 +24,21 @@ Format = Callable[[float], str]
 
 @dataclass(frozen=True)
 class Line:
-    """A series of (x, y) points; `style` is a class of the style sheet."""
+    """A series of (x, y) points; `style` holds classes of the style sheet."""
 
     name: str
     points: Sequence[tuple[float, float]]
     style: str
     has_marks: bool = False
+    is_joined: bool = True
+
+
+@dataclass(frozen=True)
+class Band:
+    """What lies between `low` and `high` of (x, low, high) points; of a single one, a whisker."""
+
+    points: Sequence[tuple[float, float, float]]
+    style: str
 
 
 @dataclass(frozen=True)
@@ -68,45 +77,81 @@ def line_chart(
     lines: Sequence[Line],
     *,
     references: Sequence[Reference] = (),
+    bands: Sequence[Band] = (),
     x_label: str,
     y_format: Format = format_number,
+    log_x: bool = False,
+    log_y: bool = False,
 ) -> str:
-    """Lines with points of finite numbers, from x = 0 on; at least one line must have a point."""
-    xs = [x for line in lines for x, _ in line.points]
+    """Lines with points of finite numbers; at least one line must have a point.
+
+    The x axis begins at 0; a logarithmic one, whose numbers must be above zero, before the first point.
+    """
+    xs = [x for line in lines for x, _ in line.points] + [x for band in bands for x, *_ in band.points]
     ys = [y for line in lines for _, y in line.points] + [reference.value for reference in references]
-    x_low, x_high = min(0.0, *xs), max(xs)
-    y_ticks = nice_ticks(min(ys), max(ys))
-    y_low, y_high = min(y_ticks[0], *ys), max(y_ticks[-1], *ys)
+    ys += [y for band in bands for _, *ends in band.points for y in ends]
+    left, right, top, bottom = _LEFT, _WIDTH - _RIGHT, _TOP, _HEIGHT - _BOTTOM
+    across = _Axis.over(xs, left, right, log=True) if log_x else _Axis(min(0.0, *xs), max(xs), left, right)
+    y_ticks = log_ticks(min(ys), max(ys)) if log_y else nice_ticks(min(ys), max(ys))
+    if log_y:
+        up = _Axis.over(ys, bottom, top, log=True)
+        y_ticks = [tick for tick in y_ticks if up.low <= tick <= up.high]
+    else:
+        up = _Axis(min(y_ticks[0], *ys), max(y_ticks[-1], *ys), bottom, top)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
-        up = (y - y_low) / (y_high - y_low) if y_high > y_low else 0.5
-        return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
+        return across.place(x), up.place(y)
 
     parts = []
     for tick in y_ticks:
-        _, y = place(x_low, tick)
-        parts.append(f'<line class="grid" x1="{_LEFT:g}" x2="{_WIDTH - _RIGHT:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(_LEFT - 6, y + 4, _tick_label(tick, y_ticks), "tick", "end"))
-    x_ticks = [tick for tick in nice_ticks(x_low, x_high) if x_low <= tick <= x_high]
+        y = up.place(tick)
+        parts.append(f'<line class="grid" x1="{left:g}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(left - 6, y + 4, _tick_label(tick, y_ticks), "tick", "end"))
+    x_ticks = (log_ticks if log_x else nice_ticks)(across.low, across.high)
+    x_ticks = [tick for tick in x_ticks if across.low <= tick <= across.high]
     for tick in x_ticks:
-        x, _ = place(tick, y_low)
-        parts.append(_text(x, _HEIGHT - _BOTTOM + 15, _tick_label(tick, x_ticks), "tick", "middle"))
-    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 5, x_label, "axis", "middle"))
+        label = _power_label(tick) if log_x else _tick_label(tick, x_ticks)
+        parts.append(_text(across.place(tick), bottom + 15, label, "tick", "middle"))
+    parts.append(_text((left + right) / 2, _HEIGHT - 5, x_label, "axis", "middle"))
 
+    for band in bands:
+        parts.append(_band(band, place))
     for reference in references:
-        _, y = place(x_low, reference.value)
-        parts.append(f'<line class="reference" x1="{_LEFT:g}" x2="{_WIDTH - _RIGHT:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        y = up.place(reference.value)
+        parts.append(f'<line class="reference" x1="{left:g}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
     for line in lines:
         points = [place(x, y) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        if len(points) > 1:
+        if len(points) > 1 and line.is_joined:
             parts.append(f'<polyline class="line {line.style}" points="{path}"/>')
-        if line.has_marks or len(points) == 1:
+        if line.has_marks or len(points) == 1 or not line.is_joined:
             parts += [f'<circle class="mark {line.style}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
-    parts += _reference_labels(references, [place(x_low, reference.value)[1] for reference in references], y_format)
-    parts += _strips(lines, place, x_label, y_format)
+    parts += _reference_labels(references, [up.place(reference.value) for reference in references], y_format)
+    parts += _strips(lines, across.place, x_label, y_format)
     return _svg(title, description, _HEIGHT, parts)
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Values from `low` to `high`, drawn from `start` to `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    @classmethod
+    def over(cls, values: Sequence[float], start: float, end: float, *, log: bool) -> "_Axis":
+        """With some room at both ends."""
+        room = max((max(values) / min(values)) ** 0.04, 1.01)
+        return cls(min(values) / room, max(values) * room, start, end, log)
+
+    def place(self, value: float) -> float:
+        scale = math.log if self.log else float
+        span = scale(self.high) - scale(self.low)
+        share = (scale(value) - scale(self.low)) / span if span > 0 else 0.5
+        return self.start + share * (self.end - self.start)
 
 
 def bar_chart(
@@ -163,6 +208,16 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers for a logarithmic axis: powers of ten, and between them as many as there is room for."""
+    if high / low < 4:
+        return [tick for tick in nice_ticks(low, high) if tick > 0]
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    factors = (1, 2, 3, 5) if high / low < 15 else (1, 3) if high / low < 1000 else (1,)
+    step = max(1, -(-(last - first) // 6))
+    return [factor * 10.0**power for power in range(first, last + 1, step) for factor in factors]
+
+
 def smooth(points: Sequence[tuple[float, float]], *, span: int) -> list[tuple[float, float]]:
     """The mean of each point and its neighbours, `span` in all, and fewer towards the ends.
 
@@ -204,6 +259,24 @@ def _tick_label(tick: float, ticks: Sequence[float]) -> str:
     return f"{tick:.1e}" if step < 1e-4 else f"{tick:,.{_decimals(step)}f}"
 
 
+def _power_label(tick: float) -> str:
+    """0.003, 500, 2e12: short, for an axis that spans powers of ten."""
+    if 1e-3 <= tick < 1e5:
+        return format_number(tick)
+    mantissa, power = f"{tick:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(power)}"
+
+
+def _band(band: Band, place: Callable) -> str:
+    lows, highs = ([place(x, ends[side]) for x, *ends in band.points] for side in (0, 1))
+    if len(lows) == 1:
+        (x, low), (_, high) = lows[0], highs[0]
+        path = f"M{x:.1f} {low:.1f}V{high:.1f}M{x - 3:.1f} {low:.1f}h6M{x - 3:.1f} {high:.1f}h6"
+        return f'<path class="whisker" d="{path}"/>'
+    corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in [*lows, *reversed(highs)])
+    return f'<polygon class="band {band.style}" points="{corners}"/>'
+
+
 def _decimals(step: float) -> int:
     return next(count for count in range(12) if math.isclose(round(step, count), step, rel_tol=1e-6))
 
@@ -219,7 +292,7 @@ def _reference_labels(references: Sequence[Reference], heights: Sequence[float],
     return parts
 
 
-def _strips(lines: Sequence[Line], place: Callable, x_label: str, y_format: Format) -> list[str]:
+def _strips(lines: Sequence[Line], place_x: Callable[[float], float], x_label: str, y_format: Format) -> list[str]:
     """One transparent strip for each x, which tells the values there."""
     told: dict[float, list[str]] = {}
     for line in lines:
@@ -227,7 +300,7 @@ def _strips(lines: Sequence[Line], place: Callable, x_label: str, y_format: Form
             told.setdefault(x, []).append(f"{line.name} {y_format(y)}")
     xs = sorted(told)
     xs = xs[:: max(1, -(-len(xs) // _MAX_STRIPS))]
-    places = [place(x, 0.0)[0] for x in xs]
+    places = [place_x(x) for x in xs]
     edges = [_LEFT, *((a + b) / 2 for a, b in itertools.pairwise(places)), _WIDTH - _RIGHT]
     height = _HEIGHT - _TOP - _BOTTOM
     parts = []

@@ -1,0 +1,38 @@
+"""One trial in a process of its own: `python -m maxlm.sweep.child CONFIG`.
+
+Whatever ends it, a crash or too little memory, ends the trial and not the sweep.
+"""
+
+import os
+import signal
+import sys
+import threading
+
+from maxlm.core.platform import prepare_platform
+from maxlm.errors import MaxlmError
+
+
+def main(path: str) -> int:
+    """Train as `maxlm train` does; returns the exit code."""
+    prepare_platform()
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    from maxlm.config.load import load_config
+    from maxlm.post.run import train
+
+    try:
+        train(load_config(path, kind="train"))
+    except MaxlmError as error:
+        print(f"maxlm: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _stop_with_parent() -> None:
+    """Standard input ends when the sweep that started this process has ended, however it did: save, and stop."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

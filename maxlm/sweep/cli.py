@@ -1,0 +1,53 @@
+"""`maxlm sweep`."""
+
+import argparse
+
+EPILOG = """\
+examples:
+  maxlm sweep configs/sweep/learning_rate.yaml --dry-run    which trials there would be, and what they would cost
+  maxlm sweep configs/sweep/learning_rate.yaml              run them; the same command goes on where it was stopped
+  maxlm sweep FILE method.trials=16 overrides.steps=200     any setting of the sweep can be given as key=value
+  maxlm train runs/sweep/best.yaml                          train with what was found
+"""
+
+
+def register(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "sweep",
+        help="try settings of a training configuration, and foretell a larger model from small ones",
+        description="Run many trials of one training configuration: a grid, random settings, or successive halving;"
+        " over a ladder of sizes, fit a scaling law and the best setting at each size, and foretell a larger one."
+        " The output folder holds index.html, trials.jsonl, best.yaml and manifest.json.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="SWEEP", help="a YAML file with kind: sweep")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the file's")
+    parser.add_argument("--dry-run", action="store_true", help="list the trials, their steps and cost; run nothing")
+    parser.add_argument("--json", action="store_true", help="print the summary, or with --dry-run the list, as JSON")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import json
+    import os
+
+    from maxlm.config.load import load_config
+
+    config = load_config(args.config, args.overrides, kind="sweep")
+    environment = dict(os.environ)
+    # The accelerator is the trials': this process counts and fits, and must not take it from them.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+    from maxlm.sweep.run import run_sweep
+    from maxlm.sweep.tables import print_plan, print_summary
+
+    if args.dry_run:
+        from maxlm.sweep.forecast import forecast
+
+        found = forecast(config)
+        print(json.dumps(found, indent=2)) if args.json else print_plan(found)
+        return 0
+    summary = run_sweep(config, environment=environment)
+    print(json.dumps(summary, indent=2)) if args.json else print_summary(config, summary)
+    return 0

@@ -1,0 +1,238 @@
+"""Laws fitted to the results of small models: the loss that a larger one will reach, and the settings that it wants."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy import optimize, stats
+
+from maxlm.eval.interval import CONFIDENCE
+
+# Where a residual of the log loss begins to count by its size and not by its square: just above the noise of one run.
+# Hoffmann et al. take 1e-3 for hundreds of runs. docs/sweep.md has what either costs with a few.
+HUBER_DELTA = 1e-2
+RESAMPLES = 400
+_MAX_EXPONENT = 4.0
+_EXPONENTS = np.geomspace(0.01, _MAX_EXPONENT, 60)
+# The least irreducible loss, as a share of the lowest one seen: its logarithm is what is fitted.
+_LEAST_SHARE = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class ScalingLaw:
+    """L(x) = E + A x^-alpha, with the laws that other draws of the noise would have given.
+
+    Attributes:
+      irreducible, coefficient, exponent: E, A, alpha.
+      noise: standard deviation of the log loss about the law; None where there are no more points than numbers.
+      draws: [resamples, 3] of E, A, alpha; empty where there is no noise to draw from.
+      draw_noise: [resamples], the noise that each was drawn with.
+    """
+
+    irreducible: float
+    coefficient: float
+    exponent: float
+    noise: float | None
+    draws: np.ndarray
+    draw_noise: np.ndarray
+
+    def loss(self, x: np.ndarray | float) -> np.ndarray | float:
+        return self.irreducible + self.coefficient * np.asarray(x, np.float64) ** -self.exponent
+
+    def band(self, x: np.ndarray | float) -> tuple[np.ndarray, np.ndarray] | None:
+        """95 % interval of the law at each x; None where nothing tells the noise."""
+        return None if not len(self.draws) else _quantiles(self._drawn(x))
+
+    def predict(self, x: float) -> tuple[float, float, float] | tuple[float, None, None]:
+        """The loss of one more run at x, and the 95 % interval that it should lie in, its own noise included."""
+        value = float(self.loss(x))
+        if not len(self.draws):
+            return value, None, None
+        generator = np.random.default_rng(1)
+        noise = self.draw_noise * generator.standard_normal(len(self.draw_noise))
+        low, high = _quantiles(self._drawn(x)[:, 0] * np.exp(noise))
+        return value, float(low), float(high)
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """95 % interval of `irreducible`, `coefficient` or `exponent`."""
+        if not len(self.draws):
+            return None
+        low, high = _quantiles(self.draws[:, ("irreducible", "coefficient", "exponent").index(name)])
+        return float(low), float(high)
+
+    def _drawn(self, x: np.ndarray | float) -> np.ndarray:
+        """[resamples, points]"""
+        irreducible, coefficient, exponent = self.draws.T[:, :, None]
+        return irreducible + coefficient * np.atleast_1d(np.asarray(x, np.float64)) ** -exponent
+
+
+@dataclass(frozen=True, eq=False)
+class PowerLaw:
+    """y(x) = c x^b: a line in logarithms, by least squares.
+
+    Attributes:
+      log_x, log_y: [n], what it was fitted to.
+    """
+
+    log_x: np.ndarray
+    log_y: np.ndarray
+
+    @cached_property
+    def exponent(self) -> float:
+        return float(self._centered @ self.log_y / (self._centered @ self._centered))
+
+    def value(self, x: np.ndarray | float) -> np.ndarray | float:
+        return np.exp(self.log_y.mean() + self.exponent * (np.log(x) - self.log_x.mean()))
+
+    def band(self, x: np.ndarray | float) -> tuple[np.ndarray, np.ndarray] | None:
+        """95 % interval of the law at x, by Student's t; None of two points, which any line passes through."""
+        if len(self.log_x) < 3:
+            return None
+        distance = np.log(x) - self.log_x.mean()
+        spread = self._noise * np.sqrt(1 / len(self.log_x) + distance**2 / (self._centered @ self._centered))
+        reach = self._quantile * spread
+        return self.value(x) * np.exp(-reach), self.value(x) * np.exp(reach)
+
+    @property
+    def exponent_interval(self) -> tuple[float, float] | None:
+        if len(self.log_x) < 3:
+            return None
+        reach = self._quantile * self._noise / math.sqrt(self._centered @ self._centered)
+        return self.exponent - reach, self.exponent + reach
+
+    @property
+    def _centered(self) -> np.ndarray:
+        return self.log_x - self.log_x.mean()
+
+    @property
+    def _noise(self) -> float:
+        residuals = self.log_y - self.log_y.mean() - self.exponent * self._centered
+        return math.sqrt(float(residuals @ residuals) / (len(self.log_x) - 2))
+
+    @property
+    def _quantile(self) -> float:
+        return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(self.log_x) - 2))
+
+
+def fit_scaling_law(
+    x: np.ndarray, loss: np.ndarray, *, delta: float = HUBER_DELTA, resamples: int = RESAMPLES, seed: int = 0
+) -> ScalingLaw:
+    """Fit L = E + A x^-alpha as Hoffmann et al. (2022, arXiv:2203.15556, section D.2) do.
+
+    The sum of Huber losses of log(E + A x^-alpha) - log L is minimised over log E, log A and alpha, which keeps all
+    three positive, from the best of many starts.
+
+    The interval is a parametric bootstrap. With n points and three numbers, the noise of the log loss is
+    s^2 = (sum of squared residuals) / (n - 3); each draw takes a variance that s^2 may have come from,
+    (n - 3) s^2 / chi^2, and refits to losses with that noise about the law. So few points give wide intervals.
+
+    Args:
+      x: [n], FLOPs, weights or tokens, above zero; three or more different ones.
+      loss: [n], above zero.
+      delta: where Huber's loss turns from a square into a line.
+
+    Raises:
+      ValueError: too few different x, or a value that is not above zero.
+    """
+    x, loss = np.asarray(x, np.float64), np.asarray(loss, np.float64)
+    if x.shape != loss.shape or x.ndim != 1 or len(np.unique(x)) < 3:
+        raise ValueError("a law of three numbers needs the losses of three different sizes")
+    if not (np.all(x > 0) and np.all(loss > 0)):
+        raise ValueError("sizes and losses must be above zero")
+    # About 1 in the middle of the points, so that A and alpha are told apart.
+    unit = math.exp(np.log(x).mean())
+    log_u = np.log(x / unit)
+    best = _fit(log_u, np.log(loss), delta)
+
+    freedom = len(x) - 3
+    draws, noises, noise = np.empty((0, 3)), np.empty(0), None
+    if freedom > 0:
+        fitted = _log_loss(best, log_u)
+        squares = float(np.sum((np.log(loss) - fitted) ** 2))
+        noise = math.sqrt(squares / freedom)
+        generator = np.random.default_rng(seed)
+        noises = np.sqrt(squares / generator.chisquare(freedom, resamples))
+        samples = fitted + noises[:, None] * generator.standard_normal((resamples, len(x)))
+        draws = np.stack([_natural(_fit(log_u, sample, delta, start=best), unit) for sample in samples])
+    return ScalingLaw(*_natural(best, unit).tolist(), noise, draws, noises)
+
+
+def fit_power_law(x: np.ndarray, y: np.ndarray) -> PowerLaw:
+    """Fit y = c x^b.
+
+    Raises:
+      ValueError: fewer than two different x, or a value that is not above zero.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if x.shape != y.shape or len(np.unique(x)) < 2 or not (np.all(x > 0) and np.all(y > 0)):
+        raise ValueError("a power law needs two different sizes, and values above zero")
+    return PowerLaw(np.log(x), np.log(y))
+
+
+def _fit(log_u: np.ndarray, log_loss: np.ndarray, delta: float, start: np.ndarray | None = None) -> np.ndarray:
+    """(log E, log A, alpha), A in the unit of u."""
+    floor = float(log_loss.min()) + math.log(_LEAST_SHARE)
+    starts = _starts(log_u, log_loss, floor)
+    if start is not None:
+        starts.append(np.maximum(start, [floor, -np.inf, _EXPONENTS[0]]))
+    bounds = ([floor - 1e-9, -np.inf, 1e-3], [np.inf, np.inf, 2 * _MAX_EXPONENT])
+    fits = [
+        optimize.least_squares(
+            lambda p: _log_loss(p, log_u) - log_loss,
+            first,
+            jac=lambda p: _jacobian(p, log_u),
+            bounds=bounds,
+            loss="huber",
+            f_scale=delta,
+            x_scale=[1.0, 1.0, 0.3],
+            max_nfev=100,
+        )
+        for first in starts
+    ]
+    return min(fits, key=lambda fit: fit.cost).x
+
+
+def _starts(log_u: np.ndarray, log_loss: np.ndarray, floor: float) -> list[np.ndarray]:
+    """For a given alpha the law is linear in E and A: the best alphas of a list, those with E > 0 and that without."""
+    loss = np.exp(log_loss)
+    found = []
+    for alpha in _EXPONENTS:
+        falling = np.exp(-alpha * log_u)
+        # Relative residuals, which are those of the logarithm for small ones.
+        design = np.stack([1 / loss, falling / loss], axis=1)
+        (irreducible, coefficient), *_ = np.linalg.lstsq(design, np.ones_like(loss))
+        if irreducible <= 0:
+            irreducible, coefficient = 0.0, float(design[:, 1].sum() / (design[:, 1] @ design[:, 1]))
+        if coefficient <= 0:
+            continue
+        start = np.array([max(math.log(irreducible) if irreducible else -np.inf, floor), math.log(coefficient), alpha])
+        found.append((float(np.sum(np.abs(_log_loss(start, log_u) - log_loss))), start))
+    if not found:
+        # Losses that rise with size: as flat as can be.
+        return [np.array([float(log_loss.mean()), floor, _EXPONENTS[0]])]
+    found.sort(key=lambda pair: pair[0])
+    return [found[0][1]]
+
+
+def _log_loss(parameters: np.ndarray, log_u: np.ndarray) -> np.ndarray:
+    log_e, log_a, alpha = parameters
+    return np.logaddexp(log_e, log_a - alpha * log_u)
+
+
+def _jacobian(parameters: np.ndarray, log_u: np.ndarray) -> np.ndarray:
+    _, log_a, alpha = parameters
+    share = np.exp(log_a - alpha * log_u - _log_loss(parameters, log_u))
+    return np.stack([1 - share, share, -log_u * share], axis=1)
+
+
+def _natural(parameters: np.ndarray, unit: float) -> np.ndarray:
+    """E, A, alpha for x in its own unit."""
+    log_e, log_a, alpha = parameters
+    return np.array([math.exp(log_e), math.exp(log_a + alpha * math.log(unit)), alpha])
+
+
+def _quantiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(values, [tail, 1 - tail], axis=0)
+    return low, high

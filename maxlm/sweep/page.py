@@ -1,0 +1,225 @@
+"""`index.html` of a sweep: the laws with their bands, each field's curve, and every trial."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from maxlm.config.load import dump_yaml
+from maxlm.config.sweep import Range
+from maxlm.eval.html_parts import charts, duration, facts, figure, folded, paragraph, section, table, tiles, write_page
+from maxlm.eval.svg import Band, Bar, Line, bar_chart, format_number, line_chart
+from maxlm.sweep.analysis import Analysis, FieldLaw, best_config
+from maxlm.sweep.outcome import Outcome
+from maxlm.sweep.trials import TARGET, Plan, describe
+
+AXES = {"flops": "FLOPs of training", "parameters": "weights", "tokens": "tokens of training"}
+# The largest size is the strongest.
+_SHADES = ("series-1", "series-1 shade-3", "series-1 shade-2", "series-1 shade-1")
+_CURVE_POINTS = 60
+
+
+def write_sweep_page(path: Path, plan: Plan, analysis: Analysis) -> None:
+    """Write the page of a sweep that has ended."""
+    title = plan.folder.resolve().name
+    write_page(
+        path,
+        f"{title} - maxlm sweep",
+        [
+            f"<h1>{escape(title)}</h1>",
+            _headline(plan, analysis),
+            section("To be known", *(paragraph(note) for note in analysis.notes)),
+            _law_section(plan, analysis),
+            section(
+                "The best setting at each size",
+                charts(_field_law_figure(plan, analysis, field) for field in analysis.field_laws if field.law),
+            ),
+            section("What each field does", charts(_field_figure(plan, analysis, name) for name in plan.config.fields)),
+            section("Trials", _trials_table(plan, analysis)),
+            section(
+                "Configuration",
+                folded("best.yaml", dump_yaml(best_config(plan, analysis))),
+                folded("the sweep", dump_yaml(plan.config)),
+            ),
+        ],
+    )
+
+
+def _headline(plan: Plan, analysis: Analysis) -> str:
+    summary, metric = analysis.summary(plan), plan.config.metric.replace("_", " ")
+    counts = summary["trials"]
+    lost = ", ".join(f"{counts[status]} {status}" for status in ("diverged", "failed") if counts[status])
+    items = [
+        (format_number(analysis.best.value), f"best {metric}: {describe(analysis.best.setting)}"),
+        (f"{sum(counts.values())}", "trials" + (f", {lost}" if lost else "")),
+        (duration(summary["seconds"]), "of trials"),
+    ]
+    prediction, measured = analysis.prediction, analysis.measured
+    if prediction is not None:
+        items.append((format_number(prediction.value), f"{metric} foretold for {plan.label(TARGET)}"))
+        if measured is not None and measured.value is not None:
+            off = prediction.value / measured.value - 1
+            items.append((format_number(measured.value), f"measured there: foretold {100 * off:+.1f} % off"))
+    method = plan.config.method.kind.replace("_", " ")
+    return paragraph(f"Trials of {plan.config.train}, by {method}.") + tiles(items)
+
+
+def _law_section(plan: Plan, analysis: Analysis) -> str:
+    law, prediction = analysis.law, analysis.prediction
+    if law is None:
+        return ""
+    against, metric = plan.config.scales.against, plan.config.metric.replace("_", " ")
+    tops = [ranking[0] for ranking in analysis.final.values() if ranking]
+    points = [(getattr(top.records[0], against), value) for top in tops for value in top.values]
+    xs = [x for x, _ in points] + ([getattr(prediction.size, against)] if prediction else [])
+    curve = np.geomspace(min(xs), max(xs), _CURVE_POINTS)
+    lines = [
+        Line("fit", list(zip(curve.tolist(), law.loss(curve).tolist())), "series-1"),
+        Line("measured", points, "series-1", is_joined=False),
+    ]
+    bands, legend = _bands(law.band(curve), curve), [("series-1", "ladder: measured, law, 95 % band")]
+    if prediction is not None:
+        x = float(getattr(prediction.size, against))
+        if prediction.low is not None:
+            bands.append(Band([(x, prediction.low, prediction.high)], "series-2"))
+        lines.append(Line("foretold", [(x, prediction.value)], "plain"))
+        legend.append(("plain", "target, foretold, 95 % for one run"))
+        if analysis.measured is not None and analysis.measured.values:
+            lines.append(Line("measured", [(x, v) for v in analysis.measured.values], "series-2", is_joined=False))
+            legend.append(("series-2", "target, measured"))
+    svg = line_chart(
+        f"{metric} against {AXES[against]}",
+        f"{len(points)} measured points, and the law fitted to them",
+        lines,
+        bands=bands,
+        x_label=AXES[against],
+        log_x=True,
+        log_y=True,
+    )
+    numbers = table(("size", AXES[against], "law", "measured"), analysis.law_rows(plan))
+    told = [(name, _with_interval(getattr(law, key), law.interval(key))) for name, key in _LAW_NAMES]
+    if law.noise is not None:
+        told.append(("noise about the law", f"{100 * law.noise:.2g} %"))
+    title = f"{metric} = E + A · x^-α, x = {AXES[against]}"
+    return section("Scaling law", facts(told), charts([figure(title, svg, numbers, legend=legend)]), numbers)
+
+
+_LAW_NAMES = (("E", "irreducible"), ("A", "coefficient"), ("α", "exponent"))
+
+
+def _field_law_figure(plan: Plan, analysis: Analysis, field: FieldLaw) -> str:
+    against, prediction = plan.config.scales.against, analysis.prediction
+    points = [(x, optimum.value) for x, optimum in field.points]
+    target = [float(getattr(prediction.size, against))] if prediction else []
+    xs = [x for x, _ in points] + target
+    curve = np.geomspace(min(xs), max(xs), _CURVE_POINTS)
+    lines = [
+        Line("law", list(zip(curve.tolist(), field.law.value(curve).tolist())), "series-1"),
+        Line("best", points, "series-1", is_joined=False),
+    ]
+    legend = [("series-1", "ladder: best, law, 95 % band")]
+    if prediction is not None:
+        lines.append(Line("target", [(target[0], prediction.setting[field.name])], "series-2"))
+        legend.append(("series-2", "target"))
+    svg = line_chart(
+        f"{field.name} against {AXES[against]}",
+        f"the best value at {len(points)} sizes, and the power law through them",
+        lines,
+        bands=_bands(_within(field.law.band(curve), [y for line in lines for _, y in line.points]), curve),
+        x_label=AXES[against],
+        log_x=True,
+        log_y=True,
+    )
+    rows = [
+        (f"{x:.3g}", format_number(optimum.value), "edge of what was tried" if optimum.at_edge else "")
+        for x, optimum in field.points
+    ]
+    note = f"∝ x^{_with_interval(field.law.exponent, field.law.exponent_interval)}"
+    return figure(field.name, svg, table((AXES[against], "best", ""), rows), note=note, legend=legend)
+
+
+def _field_figure(plan: Plan, analysis: Analysis, name: str) -> str:
+    rankings = {scale: ranking for scale, ranking in analysis.final.items() if ranking}
+    outcomes = [outcome for ranking in rankings.values() for outcome in ranking]
+    values = [outcome.setting[name] for outcome in outcomes]
+    metric = plan.config.metric.replace("_", " ")
+    rows = [
+        (f"{plan.label(o.scale)}: {o.setting[name]}", f"{o.value:.4f}")
+        for o in sorted(outcomes, key=lambda o: (o.scale, str(o.setting[name])))
+    ]
+    numbers = table((name, metric), rows)
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        groups = [(plan.label(scale), _bars(ranking, name)) for scale, ranking in rankings.items()]
+        labels = [(f"{label}: {value}", [bar]) for label, bars in groups for value, bar in bars]
+        return figure(
+            f"Best {metric} with each {name}", bar_chart(name, "the best value of each choice", labels), numbers
+        )
+    lines, legend = [], []
+    for index, (scale, ranking) in enumerate(reversed(rankings.items())):
+        points = sorted((float(outcome.setting[name]), outcome.value) for outcome in ranking)
+        # Settings that differ in other fields too lie off any line.
+        joined = len(plan.config.fields) == 1
+        style = _SHADES[min(index, len(_SHADES) - 1)]
+        lines.append(Line(plan.label(scale), points, style, has_marks=True, is_joined=joined))
+        legend.append((style, plan.label(scale)))
+    dimension = plan.config.fields[name]
+    spread = min(values) > 0 and max(values) / min(values) >= 4
+    is_log = dimension.log if isinstance(dimension, Range) else spread
+    svg = line_chart(
+        f"{metric} against {name}",
+        f"{len(outcomes)} settings that finished",
+        lines[::-1],
+        x_label=name,
+        log_x=is_log and min(values) > 0,
+        log_y=all(outcome.value > 0 for outcome in outcomes),
+    )
+    return figure(f"{metric.capitalize()} against {name}", svg, numbers, legend=legend[::-1] if len(legend) > 1 else ())
+
+
+def _bars(ranking: Sequence[Outcome], name: str) -> list[tuple[str, Bar]]:
+    best: dict[str, float] = {}
+    for outcome in ranking:  # the best first
+        best.setdefault(str(outcome.setting[name]), outcome.value)
+    return [(value, Bar(number, "series-1")) for value, number in best.items()]
+
+
+def _trials_table(plan: Plan, analysis: Analysis) -> str:
+    header = ("trial", "size", *plan.config.fields, "seed", "steps", plan.config.metric, "seconds", "")
+    measured = [analysis.measured] if analysis.measured else []
+    order = sorted(
+        (*analysis.outcomes, *measured),
+        key=lambda o: (math.inf if o.scale == TARGET else o.scale, -o.steps, o.value is None, _signed(plan, o)),
+    )
+    rows = []
+    for outcome in order:
+        for record in outcome.records:
+            value = record.value(plan.config.metric)
+            settings = [str(record.setting[name]) for name in plan.config.fields]
+            told = (f"{value:.4f}" if value is not None else record.status, f"{record.seconds:.0f}", record.error or "")
+            rows.append((record.id, plan.label(record.scale), *settings, str(record.seed), f"{record.steps:,}", *told))
+    return table(header, rows)
+
+
+def _signed(plan: Plan, outcome: Outcome) -> float:
+    return (outcome.value or 0.0) * (1 if plan.config.goal == "minimize" else -1)
+
+
+def _bands(ends: tuple[np.ndarray, np.ndarray] | None, curve: np.ndarray) -> list[Band]:
+    if ends is None:
+        return []
+    return [Band([*zip(curve.tolist(), ends[0].tolist(), ends[1].tolist())], "series-1")]
+
+
+def _within(
+    ends: tuple[np.ndarray, np.ndarray] | None, values: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """A band of few points may span orders of magnitude: it is cut where it would flatten what it surrounds."""
+    return ends and (np.maximum(ends[0], min(values) / 10), np.minimum(ends[1], max(values) * 10))
+
+
+def _with_interval(value: float, interval: tuple[float, float] | None) -> str:
+    if interval is None:
+        return f"{value:.4g}"
+    return f"{value:.4g} [{interval[0]:.3g}, {interval[1]:.3g}]"

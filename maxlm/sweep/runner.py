@@ -1,0 +1,165 @@
+"""Trials in processes of their own, one after another."""
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from maxlm.config.load import dump_yaml
+from maxlm.core.manifest import read_manifest
+from maxlm.core.progress import console
+from maxlm.errors import DataError
+from maxlm.sweep.records import Record, finite
+from maxlm.sweep.trials import Trial
+
+# How often a running trial is looked at.
+_POLL_SECONDS = 0.2
+# How long a trial may take to save when it is asked to stop, and a former sweep's last trial to end.
+_STOP_SECONDS = 120.0
+
+
+def run_trial(
+    trial: Trial,
+    *,
+    environment: Mapping[str, str],
+    lock: int,
+    seconds: float | None = None,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Record:
+    """Train in a process of its own, or let a run that stands in the folder go on, and tell what became of it.
+
+    Args:
+      trial: its configuration is written beside its folder, so that `maxlm train` can repeat it.
+      environment: of the process; the trial, and not this process, has the accelerator.
+      lock: descriptor of the sweep's lock, which the process holds as long as it lives.
+      seconds: a trial that takes longer is ended.
+      on_step: is told the step that the trial has reached.
+    """
+    folder = Path(trial.config.output)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    config_file, log_file = folder.with_suffix(".yaml"), folder.with_suffix(".log")
+    config_file.write_text(dump_yaml(trial.config), encoding="utf-8")
+    began = time.monotonic()
+    with log_file.open("ab") as log:
+        log_start = log.tell()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "maxlm.sweep.child", str(config_file)],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=dict(environment),
+            pass_fds=(lock,),
+            start_new_session=True,
+        )
+        code = _wait(process, folder / "metrics.jsonl", began, seconds, on_step)
+    elapsed = round(time.monotonic() - began, 2)
+    log_text = log_file.read_bytes()[log_start:].decode("utf-8", "replace")
+    status, valid, error = _outcome(trial, folder, code, log_text, seconds)
+    return Record(
+        id=trial.id,
+        scale=trial.scale,
+        setting=trial.setting,
+        seed=trial.config.seed,
+        steps=trial.config.steps,
+        parameters=trial.size.parameters,
+        tokens=trial.size.tokens,
+        flops=trial.size.flops,
+        status=status,
+        valid=valid,
+        since=trial.since,
+        seconds=elapsed,
+        error=error,
+    )
+
+
+def _wait(
+    process: subprocess.Popen,
+    metrics: Path,
+    began: float,
+    seconds: float | None,
+    on_step: Callable[[int], None],
+) -> int | None:
+    """The exit code; None of a trial that took too long."""
+    try:
+        while process.poll() is None:
+            if seconds is not None and time.monotonic() - began > seconds:
+                return None
+            on_step(last_record(metrics).get("step", 0))
+            time.sleep(_POLL_SECONDS)
+        return process.returncode
+    finally:
+        # Also when this process is interrupted: the end of its input tells the trial to save and stop.
+        process.stdin.close()
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _outcome(
+    trial: Trial, folder: Path, code: int | None, log: str, seconds: float | None
+) -> tuple[str, dict[str, float | None], str | None]:
+    """Status, last validation, and what went wrong."""
+    if code == 0:
+        with contextlib.suppress(DataError):
+            metrics = read_manifest(folder)["metrics"]
+            if metrics["finished"] and metrics["steps"] == trial.config.steps:
+                valid = finite(metrics["valid"])
+                lost = next((name for name, value in valid.items() if value is None), None)
+                return ("diverged", valid, f"{lost} is not finite") if lost else ("finished", valid, None)
+        return "failed", {}, "was stopped from outside before its last step"
+    if code is None:
+        return "failed", {}, f"took longer than trial_seconds ({seconds:g} s)"
+    if code < 0:
+        return "failed", {}, f"was killed by signal {-code}" + (", perhaps for want of memory" if code == -9 else "")
+    told = (log.strip().splitlines() or [f"exit code {code}"])[-1].removeprefix("maxlm: ")
+    last = last_record(folder / "metrics.jsonl")
+    diverged = last.get("skipped_in_a_row", 0) > 0 or any(
+        isinstance(value, float) and value - value != 0 for value in last.values()
+    )
+    return ("diverged" if diverged else "failed"), {}, told
+
+
+def last_record(path: Path) -> dict[str, Any]:
+    """The last whole line of a metrics file; empty where there is none."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 8192))
+        lines = file.read().split(b"\n")[:-1]
+    with contextlib.suppress(IndexError, ValueError):
+        return json.loads(lines[-1])
+    return {}
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Hold the folder for this sweep and its trials; the lock ends with the last process that holds it.
+
+    Raises:
+      DataError: another sweep works there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        deadline, told = time.monotonic() + _STOP_SECONDS, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DataError(
+                        f"{folder}: another sweep is at work there; wait for it, or give another output"
+                    ) from None
+                if not told:
+                    console.print(f"{folder}: waiting for a trial of another sweep to end there", markup=False)
+                    told = True
+                time.sleep(_POLL_SECONDS)
+        yield file.fileno()
