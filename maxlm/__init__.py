@@ -5,11 +5,11 @@ from importlib.metadata import version
 __version__ = version("maxlm")
 
 
-def load(path):
+def load(path, *, ema=False):
     """Load a model for inference: see `maxlm.generate.model.load`."""
     from maxlm.core.platform import prepare_platform
 
     prepare_platform()
     from maxlm.generate.model import load as load_model
 
-    return load_model(path)
+    return load_model(path, ema=ema)

@@ -34,6 +34,7 @@ def register(subparsers) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="a run folder or a checkpoint")
     parser.add_argument("output", metavar="OUTPUT", help="folder of the bundle; an older bundle there is replaced")
+    parser.add_argument("--ema", action="store_true", help="the running mean of a run's weights (optim.ema_decay)")
     parser.add_argument("--format", choices=("int8",), default="int8", help="what to write (int8)")
     parser.add_argument(
         "--data", required=True, metavar="FOLDER", help="a folder of `maxlm data build`, for its held-out rows"
@@ -66,7 +67,7 @@ def run_export(args: argparse.Namespace) -> int:
         if (value := getattr(args, name)) is not None
     }
     try:
-        receipt = export_int8(args.model, args.output, data_folder=args.data, **given)
+        receipt = export_int8(args.model, args.output, data_folder=args.data, ema=args.ema, **given)
     except ReceiptOutOfBounds as error:
         # Not left to the caller, which knows nothing of receipts.
         _print_receipt(error.receipt, args, error=str(error))

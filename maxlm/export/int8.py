@@ -40,6 +40,7 @@ def export_int8(
     output: str | Path,
     *,
     data_folder: str | Path,
+    ema: bool = False,
     max_perplexity_change: float = MAX_PERPLEXITY_CHANGE,
     max_mean_kl: float = MAX_MEAN_KL,
     num_batches: int = NUM_BATCHES,
@@ -50,6 +51,7 @@ def export_int8(
       model_path: a run folder or a checkpoint.
       output: a new folder, or a bundle to replace once the new one has passed.
       data_folder: a folder of `maxlm data build`, whose held-out rows the two models are compared on.
+      ema: export the running mean of the run's weights instead of the weights.
       max_perplexity_change: bound on the relative change of perplexity, up or down.
       max_mean_kl: bound on the mean of KL(float || int8), in nats a token.
       num_batches: at most this many batches of 8 rows are compared, spread evenly over the held-out rows.
@@ -66,7 +68,7 @@ def export_int8(
         raise CheckpointError(f"{model_path}: is an int8 bundle already; give the run that it was exported from")
     if output.exists() and not is_bundle(output) and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError([f"{output}: exists and is no int8 bundle; give a new folder"])
-    model, tokenizer_folder = load_model(model_path)
+    model, tokenizer_folder = load_model(model_path, ema=ema)
     fingerprint = Tokenizer.load(tokenizer_folder).fingerprint
     batches = list(held_out_batches(data_folder, model, fingerprint=fingerprint, num_batches=num_batches))
 
@@ -90,6 +92,7 @@ def export_int8(
             stage="export/int8",
             inputs={"model": model_path, "data": data_folder},
             config={
+                "ema": ema,
                 "max_perplexity_change": max_perplexity_change,
                 "max_mean_kl": max_mean_kl,
                 "num_batches": num_batches,

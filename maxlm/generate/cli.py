@@ -40,7 +40,7 @@ def run_generate(args: argparse.Namespace) -> int:
     from maxlm.generate.model import load
     from maxlm.generate.request import Request
 
-    model = load(args.model)
+    model = load(args.model, ema=args.ema)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     seed = _seed(args)
     request = Request(
@@ -79,7 +79,7 @@ def run_chat(args: argparse.Namespace) -> int:
     from maxlm.generate.chat import Chat
     from maxlm.generate.model import load
 
-    model = load(args.model)
+    model = load(args.model, ema=args.ema)
     with model.engine(num_slots=1) as engine:
         chat = Chat(
             model,
@@ -96,6 +96,7 @@ def run_chat(args: argparse.Namespace) -> int:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run folder, a checkpoint folder or an int8 bundle")
+    parser.add_argument("--ema", action="store_true", help="the running mean of a run's weights (optim.ema_decay)")
 
 
 def _add_sampling(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int | None) -> None:

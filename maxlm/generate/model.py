@@ -28,8 +28,11 @@ _SCORED_ROWS = 8
 _FEW_SLOTS, _MANY_SLOTS = 2, 8
 
 
-def load(path: str | Path) -> "LoadedModel":
+def load(path: str | Path, *, ema: bool = False) -> "LoadedModel":
     """Load a run folder, a checkpoint folder or an int8 bundle for inference.
+
+    Args:
+      ema: the running mean of a run's weights instead of the weights.
 
     Raises:
       CheckpointError: there is no model at `path`, or it cannot be read.
@@ -40,11 +43,13 @@ def load(path: str | Path) -> "LoadedModel":
     if (path / "bundle.json").is_file():
         from maxlm.models.bundle import load_bundle
 
+        if ema:
+            raise CheckpointError(f"{path}: is an int8 bundle, which holds one set of weights; export it with --ema")
         decoder, tokenizer_folder = load_bundle(path)
     else:
         from maxlm.train.run import load_model
 
-        decoder, tokenizer_folder = load_model(path)
+        decoder, tokenizer_folder = load_model(path, ema=ema)
     return LoadedModel(for_this_backend(decoder), Tokenizer.load(tokenizer_folder), name=path.resolve().name)
 
 

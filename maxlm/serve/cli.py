@@ -14,6 +14,7 @@ def register(subparsers) -> None:
         " of an OpenAI client to http://127.0.0.1:8000/v1",
     )
     serve.add_argument("model", metavar="MODEL", help="a run folder, a checkpoint folder or an int8 bundle")
+    serve.add_argument("--ema", action="store_true", help="the running mean of a run's weights (optim.ema_decay)")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
     serve.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (8000)")
     serve.add_argument("--slots", type=int, default=8, metavar="N", help="answers written at the same time (8)")
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from maxlm.serve.app import create_app
 
     listener = server.bind(args.host, args.port)
-    model = load(args.model)
+    model = load(args.model, ema=args.ema)
     with model.engine(num_slots=args.slots, max_length=args.max_length, max_waiting=args.queue) as engine:
         with console.status("Compiling ..."):
             engine.warm_up()

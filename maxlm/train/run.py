@@ -26,7 +26,7 @@ from maxlm.errors import CheckpointError, ConfigError
 from maxlm.models.adapters import apply_adapters, declare_adapters, merge_adapters
 from maxlm.models.decoder import Decoder
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.checkpoint import find_checkpoint, has_checkpoint, read_metadata, restore_weights
+from maxlm.train.checkpoint import find_checkpoint, has_checkpoint, read_metadata, restore_ema, restore_weights
 from maxlm.train.goodput import Stopwatch
 from maxlm.train.layout import check_layout, check_precision
 from maxlm.train.loop import TrainResult, check_fingerprint, run
@@ -220,15 +220,18 @@ def finish(config: TrainConfig, result: TrainResult, tokenizer_folder: epath.Pat
     )
 
 
-def load_model(path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None) -> tuple[Decoder, epath.Path]:
+def load_model(
+    path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None, *, ema: bool = False
+) -> tuple[Decoder, epath.Path]:
     """A trained model for inference or as a start, its adapters merged, and the folder of its tokenizer.
 
     Args:
       path: a run folder or a checkpoint.
       mesh: where to lay it; None is the first device.
+      ema: the running mean of the weights instead.
 
     Raises:
-      CheckpointError: there is no whole checkpoint, or it holds no language model.
+      CheckpointError: there is no whole checkpoint, it holds no language model, or no running mean.
     """
     checkpoint = find_checkpoint(path)
     run_folder = run_folder_of(checkpoint)
@@ -236,10 +239,11 @@ def load_model(path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None) -
     if config.objective.kind == "reward":
         raise CheckpointError(f"{path}: holds a reward model, which generates no text")
     plan = Decoder(config.model)
+    restore = restore_ema if ema else restore_weights
     if config.lora is None:
-        return restore_weights(checkpoint, abstract(plan, mesh)), run_folder / "tokenizer"
+        return restore(checkpoint, abstract(plan, mesh)), run_folder / "tokenizer"
     base = load_start(checkpoint, config, mesh)
-    adapters = restore_weights(checkpoint, abstract(declare_adapters(plan, config.lora), mesh))
+    adapters = restore(checkpoint, abstract(declare_adapters(plan, config.lora), mesh))
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         merged = jax.jit(partial(merge_adapters, config=config.lora))(base, adapters)
     return merged, run_folder / "tokenizer"

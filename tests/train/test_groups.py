@@ -4,9 +4,11 @@ import jax
 import numpy as np
 import pytest
 from optim_reference import in_numpy, plan, random_tree
+from tiny_run import tiny_config
 
 from maxlm.config.optim import OptimConfig
 from maxlm.errors import ConfigError
+from maxlm.post.run import train
 from maxlm.train.optim import make_optimizer
 
 PLAN = plan()
@@ -58,3 +60,9 @@ def test_patterns_that_fit_nothing_are_told_all_at_once():
     assert "layers/mlp/down" in first
     assert second.startswith("optim.groups.2.match: 'layers/mlp/down' matches only what groups before it match")
     assert third.startswith("optim.groups.3.match: '*router_bias' matches no parameter; the nearest are ")
+
+
+def test_a_run_is_refused_before_anything_is_made(tmp_path, tiny_data_folder):
+    with pytest.raises(ConfigError, match=r"'layers/mpl/[*]' matches no parameter"):
+        train(tiny_config(tmp_path / "run", tiny_data_folder, optim={"groups": [{"match": "layers/mpl/*"}]}))
+    assert not (tmp_path / "run" / "config.yaml").exists()
