@@ -16,19 +16,21 @@ MASKED_LOGIT = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class AttentionRule:
-    """Positions i of queries and j of keys both count from 0.
+    """Positions i of queries and j of keys both count from 0, those of queries from `offset`.
 
     Attributes:
       causal: i sees j only if j <= i.
       window: i sees j only if i - j < window; without `causal`, |i - j| < window.
       soft_cap: a logit x becomes soft_cap * tanh(x / soft_cap).
       scale: factor on the dot product, before the soft cap.
+      offset: what the first query's position is to the first key's: not 0 where both are pieces of a longer row.
     """
 
     causal: bool
     window: int | None
     soft_cap: float | None
     scale: float
+    offset: int = 0
 
     @property
     def everything_visible(self) -> bool:
@@ -49,8 +51,9 @@ class AttentionRule:
     def _holds(self, behind, ahead):
         """The rule for a key that lies `behind` positions before its query, which is `ahead` = -behind after it.
 
-        Given separately, because a block's nearest and farthest pairs bound the two.
+        Given separately, because a block's nearest and farthest pairs bound the two. Without the offset.
         """
+        behind, ahead = behind + self.offset, ahead - self.offset
         conditions = []
         if self.causal:
             conditions.append(ahead <= 0)

@@ -8,6 +8,7 @@ Shapes: B batch, T query length, S key length, N query heads, K key-value heads,
 the lengths of a block of queries and of the keys that it sees.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -29,61 +30,96 @@ def flash_attention(rule: AttentionRule, matmul_dtype, query_BTNH, key_BSKH, val
     return _forward(rule, matmul_dtype, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)[0]
 
 
-def _forward(rule, matmul_dtype, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
-    query_BKGTH = _group(query_BTNH, key_BSKH.shape[2])
-    key_BKSH, value_BKSH = key_BSKH.swapaxes(1, 2), value_BSKH.swapaxes(1, 2)
-    product = functools.partial(_einsum, matmul_dtype)
-    outputs, log_sums = [], []
-    for queries, keys in _blocks(rule, query_BTNH.shape[1], key_BSKH.shape[1]):
-        logits_BKGqs = rule.logits(product("bkgqh,bksh->bkgqs", query_BKGTH[:, :, :, queries], key_BKSH[:, :, keys]))
-        logits_BKGqs = _mask(rule, logits_BKGqs, segments_BT, segments_BS, queries, keys)
-        largest_BKGq1 = jnp.max(logits_BKGqs, axis=-1, keepdims=True)
-        weights_BKGqs = jnp.exp(logits_BKGqs - largest_BKGq1)
-        sum_BKGq1 = jnp.sum(weights_BKGqs, axis=-1, keepdims=True)
-        mixed_BKGqH = product("bkgqs,bksh->bkgqh", weights_BKGqs, value_BKSH[:, :, keys])
-        sees_any = largest_BKGq1 > MASKED_LOGIT / 2
-        outputs.append(jnp.where(sees_any, mixed_BKGqH / sum_BKGq1, 0.0))
-        # For a query that sees nothing, +1e30 makes every probability of the backward pass an exact zero.
-        log_sums.append(jnp.where(sees_any, largest_BKGq1 + jnp.log(sum_BKGq1), -MASKED_LOGIT))
-    output_BTNH = _ungroup(jnp.concatenate(outputs, axis=3)).astype(query_BTNH.dtype)
-    return output_BTNH, (query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, output_BTNH, log_sums)
+def _forward(rule, matmul_dtype, query_BTNH, *operands):
+    output_BTNH, log_sum_BTN = Blockwise(matmul_dtype).forward(rule, query_BTNH, *operands)
+    output_BTNH = output_BTNH.astype(query_BTNH.dtype)
+    return output_BTNH, (query_BTNH, *operands, output_BTNH, log_sum_BTN)
 
 
 def _backward(rule, matmul_dtype, residuals, gradient_BTNH):
-    query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, output_BTNH, log_sums = residuals
-    num_kv_heads = key_BSKH.shape[2]
-    query_BKGTH, gradient_BKGTH = _group(query_BTNH, num_kv_heads), _group(gradient_BTNH, num_kv_heads)
-    key_BKSH, value_BKSH = key_BSKH.swapaxes(1, 2), value_BSKH.swapaxes(1, 2)
-    product = functools.partial(_einsum, matmul_dtype)
-    # sum_j P_ij dP_ij = dO_i . O_i, the term that the softmax subtracts (arXiv:2205.14135, appendix B.2).
-    mean_BTN1 = jnp.sum(gradient_BTNH.astype(jnp.float32) * output_BTNH.astype(jnp.float32), axis=-1, keepdims=True)
-    mean_BKGT1 = _group(mean_BTN1, num_kv_heads)
-
-    query_gradients, key_pieces, value_pieces = [], [], []
-    blocks = _blocks(rule, query_BTNH.shape[1], key_BSKH.shape[1])
-    for (queries, keys), log_sum_BKGq1 in zip(blocks, log_sums):
-        query_BKGqH, gradient_BKGqH = query_BKGTH[:, :, :, queries], gradient_BKGTH[:, :, :, queries]
-        key_BKsH, value_BKsH = key_BKSH[:, :, keys], value_BKSH[:, :, keys]
-        logits_BKGqs = rule.logits(product("bkgqh,bksh->bkgqs", query_BKGqH, key_BKsH))
-        masked_BKGqs = _mask(rule, logits_BKGqs, segments_BT, segments_BS, queries, keys)
-        probabilities_BKGqs = jnp.exp(masked_BKGqs - log_sum_BKGq1)
-        above_mean_BKGqs = product("bkgqh,bksh->bkgqs", gradient_BKGqH, value_BKsH) - mean_BKGT1[:, :, :, queries]
-        product_gradient_BKGqs = rule.product_gradient(logits_BKGqs, probabilities_BKGqs * above_mean_BKGqs)
-        query_gradients.append(product("bkgqs,bksh->bkgqh", product_gradient_BKGqs, key_BKsH))
-        # [H, s], not [s, H]: then the small operand is the one to be transposed, which is faster on CPUs.
-        key_pieces.append(product("bkgqh,bkgqs->bkhs", query_BKGqH, product_gradient_BKGqs))
-        value_pieces.append(product("bkgqh,bkgqs->bkhs", gradient_BKGqH, probabilities_BKGqs))
-
-    return (
-        _ungroup(jnp.concatenate(query_gradients, axis=3)).astype(query_BTNH.dtype),
-        _sum_over_blocks(blocks, key_pieces).astype(key_BSKH.dtype),
-        _sum_over_blocks(blocks, value_pieces).astype(value_BSKH.dtype),
-        None,
-        None,
-    )
+    *operands, output_BTNH, log_sum_BTN = residuals
+    mean_BTN = mean_gradient(output_BTNH, gradient_BTNH)
+    gradients = Blockwise(matmul_dtype).backward(rule, *operands, log_sum_BTN, mean_BTN, gradient_BTNH)
+    return *(gradient.astype(x.dtype) for gradient, x in zip(gradients, operands)), None, None
 
 
 flash_attention.defvjp(_forward, _backward)
+
+
+def mean_gradient(output_BTNH: jax.Array, gradient_BTNH: jax.Array) -> jax.Array:
+    """sum_j P_ij dP_ij = dO_i . O_i, the term that the softmax subtracts (arXiv:2205.14135, appendix B.2)."""
+    return jnp.sum(gradient_BTNH.astype(jnp.float32) * output_BTNH.astype(jnp.float32), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blockwise:
+    """Attention over some of the keys that a query sees, in pieces that can be put together."""
+
+    matmul_dtype: jnp.dtype
+
+    def forward(self, rule: AttentionRule, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
+        """The output [B, T, N, H] and the log-sum-exp of the logits [B, T, N], float32.
+
+        For a query that sees nothing they are 0 and +1e30, which makes its probabilities in `backward` exact zeros.
+        """
+        query_BKGTH = _group(query_BTNH, key_BSKH.shape[2])
+        key_BKSH, value_BKSH = key_BSKH.swapaxes(1, 2), value_BSKH.swapaxes(1, 2)
+        product = functools.partial(_einsum, self.matmul_dtype)
+        outputs, log_sums = [], []
+        for queries, keys in _blocks(rule, query_BTNH.shape[1], key_BSKH.shape[1]):
+            query_BKGqH, key_BKsH = query_BKGTH[:, :, :, queries], key_BKSH[:, :, keys]
+            logits_BKGqs = rule.logits(product("bkgqh,bksh->bkgqs", query_BKGqH, key_BKsH))
+            logits_BKGqs = _mask(rule, logits_BKGqs, segments_BT, segments_BS, queries, keys)
+            largest_BKGq1 = jnp.max(logits_BKGqs, axis=-1, keepdims=True)
+            weights_BKGqs = jnp.exp(logits_BKGqs - largest_BKGq1)
+            sum_BKGq1 = jnp.sum(weights_BKGqs, axis=-1, keepdims=True)
+            mixed_BKGqH = product("bkgqs,bksh->bkgqh", weights_BKGqs, value_BKSH[:, :, keys])
+            sees_any = largest_BKGq1 > MASKED_LOGIT / 2
+            outputs.append(jnp.where(sees_any, mixed_BKGqH / sum_BKGq1, 0.0))
+            log_sums.append(jnp.where(sees_any, largest_BKGq1 + jnp.log(sum_BKGq1), -MASKED_LOGIT))
+        output_BTNH, log_sum_BTN1 = (_ungroup(jnp.concatenate(parts, axis=3)) for parts in (outputs, log_sums))
+        return output_BTNH, log_sum_BTN1[..., 0]
+
+    def backward(
+        self,
+        rule: AttentionRule,
+        query_BTNH,
+        key_BSKH,
+        value_BSKH,
+        segments_BT,
+        segments_BS,
+        log_sum_BTN,
+        mean_BTN,
+        gradient_BTNH,
+    ):
+        """Gradients of query, key and value, float32; `log_sum_BTN` and `mean_BTN` are those over all keys."""
+        length, key_length, num_kv_heads = query_BTNH.shape[1], *key_BSKH.shape[1:3]
+        query_BKGTH, gradient_BKGTH, log_sum_BKGT1, mean_BKGT1 = (
+            _group(x, num_kv_heads) for x in (query_BTNH, gradient_BTNH, log_sum_BTN[..., None], mean_BTN[..., None])
+        )
+        key_BKSH, value_BKSH = key_BSKH.swapaxes(1, 2), value_BSKH.swapaxes(1, 2)
+        product = functools.partial(_einsum, self.matmul_dtype)
+
+        query_gradients, key_pieces, value_pieces = [], [], []
+        blocks = _blocks(rule, length, key_length)
+        for queries, keys in blocks:
+            query_BKGqH, gradient_BKGqH = query_BKGTH[:, :, :, queries], gradient_BKGTH[:, :, :, queries]
+            key_BKsH, value_BKsH = key_BKSH[:, :, keys], value_BKSH[:, :, keys]
+            logits_BKGqs = rule.logits(product("bkgqh,bksh->bkgqs", query_BKGqH, key_BKsH))
+            masked_BKGqs = _mask(rule, logits_BKGqs, segments_BT, segments_BS, queries, keys)
+            probabilities_BKGqs = jnp.exp(masked_BKGqs - log_sum_BKGT1[:, :, :, queries])
+            above_mean_BKGqs = product("bkgqh,bksh->bkgqs", gradient_BKGqH, value_BKsH) - mean_BKGT1[:, :, :, queries]
+            product_gradient_BKGqs = rule.product_gradient(logits_BKGqs, probabilities_BKGqs * above_mean_BKGqs)
+            query_gradients.append(product("bkgqs,bksh->bkgqh", product_gradient_BKGqs, key_BKsH))
+            # [H, s], not [s, H]: then the small operand is the one to be transposed, which is faster on CPUs.
+            key_pieces.append(product("bkgqh,bkgqs->bkhs", query_BKGqH, product_gradient_BKGqs))
+            value_pieces.append(product("bkgqh,bkgqs->bkhs", gradient_BKGqH, probabilities_BKGqs))
+
+        return (
+            _ungroup(jnp.concatenate(query_gradients, axis=3)),
+            _sum_over_blocks(blocks, key_pieces, key_length),
+            _sum_over_blocks(blocks, value_pieces, key_length),
+        )
 
 
 def _einsum(matmul_dtype, formula: str, left, right):
@@ -115,33 +151,33 @@ def _mask(rule, logits_BKGqs, segments_BT, segments_BS, queries: slice, keys: sl
 
 
 def _blocks(rule: AttentionRule, query_length: int, key_length: int) -> list[tuple[slice, slice]]:
-    """Every block of queries with the keys that any of them may see; together they reach every key."""
+    """Every block of queries with the keys that any of them may see."""
     block = max(_SMALLEST_BLOCK, -(-query_length // _MOST_BLOCKS))
     blocks = []
     for start in range(0, query_length, block):
         end = min(start + block, query_length)
-        first = max(0, start - rule.window + 1) if rule.window is not None else 0
-        last = key_length
-        if end < query_length:
-            if rule.causal:
-                last = end
-            elif rule.window is not None:
-                last = end - 1 + rule.window
+        first, last = 0, key_length
+        if rule.window is not None:
+            first = max(first, start + rule.offset - rule.window + 1)
+        if rule.causal:
+            last = min(last, end + rule.offset)
+        elif rule.window is not None:
+            last = min(last, end + rule.offset - 1 + rule.window)
         # A block without any visible key still takes one: the mask turns its rows into zeros.
         first = min(first, key_length - 1)
-        blocks.append((slice(start, end), slice(first, max(first + 1, min(last, key_length)))))
+        blocks.append((slice(start, end), slice(first, max(first + 1, last))))
     return blocks
 
 
-def _sum_over_blocks(blocks, pieces: list[jax.Array]) -> jax.Array:
-    """The sum [B, S, K, H] of pieces [B, K, H, s], each over its own block's keys."""
-    edges = sorted({edge for _, keys in blocks for edge in (keys.start, keys.stop)})
-    spans = [
-        sum(
+def _sum_over_blocks(blocks, pieces: list[jax.Array], key_length: int) -> jax.Array:
+    """The sum [B, S, K, H] of pieces [B, K, H, s], each over its own block's keys; zeros where there is no piece."""
+    edges = sorted({0, key_length, *(edge for _, keys in blocks for edge in (keys.start, keys.stop))})
+    spans = []
+    for start, end in itertools.pairwise(edges):
+        here = [
             piece[..., start - keys.start : end - keys.start]
             for (_, keys), piece in zip(blocks, pieces)
             if keys.start <= start and end <= keys.stop
-        )
-        for start, end in itertools.pairwise(edges)
-    ]
+        ]
+        spans.append(sum(here) if here else jnp.zeros((*pieces[0].shape[:-1], end - start), pieces[0].dtype))
     return jnp.concatenate(spans, axis=-1).transpose(0, 3, 1, 2)
