@@ -51,6 +51,10 @@ class ModelConfig(Frozen):
         512, description="Tokens of a row whose logits live at a time; a whole batch's are a step's largest array."
     )
     attention: Literal["auto", "pallas_tpu", "cudnn", "xla", "reference"] = "auto"
+    context_attention: Literal["ring", "all_to_all"] = Field(
+        "ring",
+        description="Where mesh.context cuts rows: keys go round the devices, or heads are exchanged for whole rows.",
+    )
 
     @property
     def layer_matmul_dtype(self) -> str:

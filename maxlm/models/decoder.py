@@ -20,6 +20,7 @@ from maxlm.core.sharding import fits, gather_layers, shard
 from maxlm.core.term import LossOutput
 from maxlm.models.cache import KVCache
 from maxlm.models.layers import TOKEN_AXES, DecoderLayer, TokenContext, norm_scale
+from maxlm.ops.context import lay_out, put_in_order, row_order
 from maxlm.ops.linear import embed, unembed
 from maxlm.ops.loss import token_log_probabilities
 from maxlm.ops.norm import rms_norm
@@ -58,18 +59,19 @@ class Decoder(nnx.Module):
             positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
         if segment_ids_BL is None:
             segment_ids_BL = jnp.ones_like(tokens_BL)
+        order = row_order(tokens_BL.shape[1], config.context_attention)
         tokens_BL, positions_BL, segment_ids_BL = (
-            shard(x, "batch", "length") for x in (tokens_BL, positions_BL, segment_ids_BL)
+            lay_out(shard(x, "batch", "length"), order) for x in (tokens_BL, positions_BL, segment_ids_BL)
         )
         angles = rope_angles(positions_BL, config.head_dim, config.rope_theta)
         residual_axes = ("batch", "residual_length", None)
         context = TokenContext(
-            angles, segment_ids_BL, residual_axes if fits(tokens_BL.shape, residual_axes[:2]) else TOKEN_AXES
+            angles, segment_ids_BL, residual_axes if fits(tokens_BL.shape, residual_axes[:2]) else TOKEN_AXES, order
         )
         x_BLD = shard(embed(self.embedding, tokens_BL, config.activation_dtype), *context.residual_axes)
         x_BLD, auxiliary = self._apply_layers(x_BLD, context)
         hidden_BLD = rms_norm(x_BLD, self.final_norm, config.norm_epsilon)
-        return DecoderOutput(shard(hidden_BLD, *TOKEN_AXES), auxiliary)
+        return DecoderOutput(put_in_order(shard(hidden_BLD, *TOKEN_AXES), order), auxiliary)
 
     def _apply_layers(self, x_BLD: jax.Array, context: TokenContext) -> tuple[jax.Array, LossOutput]:
         config = self.config

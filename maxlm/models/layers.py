@@ -18,25 +18,33 @@ from maxlm.core.sharding import is_explicit, logical_to_spec, shard
 from maxlm.core.term import LossOutput
 from maxlm.models.cache import KVCache
 from maxlm.ops.attention import attention
+from maxlm.ops.context import context_attention
 from maxlm.ops.linear import linear
 from maxlm.ops.norm import rms_norm
+from maxlm.ops.ring import RowOrder
 from maxlm.ops.rope import apply_rope
 
 # Where attention and MLP take the stream of tokens.
 TOKEN_AXES = ("batch", "length", None)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["angles", "segment_ids_BL"], meta_fields=["residual_axes"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["angles", "segment_ids_BL"],
+    meta_fields=["residual_axes", "row_order"],
+)
 @dataclass(frozen=True)
 class TokenContext:
     """What all layers know of the tokens; the first axis of each array is the batch.
 
-    angles: of the rotary positions; segment_ids_BL: 0 is padding; residual_axes: where the stream lies between layers.
+    angles: of the rotary positions; segment_ids_BL: 0 is padding; residual_axes: where the stream lies between layers;
+    row_order: how rows that are cut along `context` lie.
     """
 
     angles: jax.Array
     segment_ids_BL: jax.Array
     residual_axes: tuple[str | None, ...]
+    row_order: RowOrder = "plain"
 
 
 def weight(config: ModelConfig, inputs: tuple[int, str], outputs: tuple[int, str], scale: float = 1.0) -> Parameter:
@@ -68,7 +76,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BLD, context: TokenContext, window: int | None):
         query_BLHE, key_BLKE, value_BLKE = self._project(x_BLD, context.angles)
-        mixed_BLHE = _sharded_attention(self.config, query_BLHE, key_BLKE, value_BLKE, context.segment_ids_BL, window)
+        mixed_BLHE = _sharded_attention(self.config, query_BLHE, key_BLKE, value_BLKE, context, window)
         return self._merge(mixed_BLHE, context.residual_axes)
 
     def decode(self, x_BLD, angles, positions_BL, cache: KVCache, layer, window: int | None):
@@ -159,30 +167,21 @@ def _reshape(x, shape: tuple[int, ...], axes: tuple[str | None, ...]):
     return jax.lax.reshape(x, shape, out_sharding=logical_to_spec(axes)) if is_explicit() else x.reshape(shape)
 
 
-def _sharded_attention(config: ModelConfig, query_BLHE, key_BLKE, value_BLKE, segment_ids_BL, window):
-    """`attention` on each device's own rows and heads: no position needs another device's."""
-    implementation = None if config.attention == "auto" else config.attention
-    matmul_dtype = jnp.dtype(config.matmul_dtype)
-
-    def local(query, key, value, segment_ids):
-        return attention(
-            query,
-            key,
-            value,
-            segment_ids=segment_ids,
-            window=window,
-            soft_cap=config.attention_soft_cap,
-            implementation=implementation,
-            matmul_dtype=matmul_dtype,
-        )
-
+def _sharded_attention(config: ModelConfig, query_BLHE, key_BLKE, value_BLKE, context: TokenContext, window):
+    """Attention on each device's own rows and heads, and, where rows are cut, with the devices that share them."""
+    settings = {
+        "window": window,
+        "soft_cap": config.attention_soft_cap,
+        "implementation": None if config.attention == "auto" else config.attention,
+        "matmul_dtype": jnp.dtype(config.matmul_dtype),
+    }
     if not is_explicit():
-        return local(query_BLHE, key_BLKE, value_BLKE, segment_ids_BL)
+        return attention(query_BLHE, key_BLKE, value_BLKE, segment_ids=context.segment_ids_BL, **settings)
     heads = logical_to_spec(("batch", "length", "heads", None))
     kv_heads = logical_to_spec(("batch", "length", "kv_heads", None))
-    rows = P(*heads[:2])
-    return jax.shard_map(local, in_specs=(heads, kv_heads, kv_heads, rows), out_specs=heads, check_vma=False)(
-        query_BLHE, key_BLKE, value_BLKE, segment_ids_BL
+    local = partial(context_attention, method=config.context_attention, order=context.row_order, **settings)
+    return jax.shard_map(local, in_specs=(heads, kv_heads, kv_heads, P(*heads[:2])), out_specs=heads, check_vma=False)(
+        query_BLHE, key_BLKE, value_BLKE, context.segment_ids_BL
     )
 
 

@@ -24,6 +24,8 @@ IMPLEMENTATIONS = ("pallas_tpu", "cudnn", "xla", "reference")
 # Below one block of the kernel's lanes, padding costs more than the kernel saves.
 _SHORTEST_FOR_PALLAS = 128
 
+_NEEDS_TPU = "needs a TPU and this is {}; choose 'xla' or None"
+
 
 def attention(
     query: jax.Array,
@@ -149,11 +151,35 @@ def _best_implementation(query, kv_length: int, rule: AttentionRule, matmul_dtyp
     return "xla"
 
 
+def in_pieces(implementation: str | None, query_length: int, matmul_dtype: jnp.dtype):
+    """The `forward` and `backward` of attention over a part of the keys, for putting parts together.
+
+    Raises:
+      ConfigError: an implementation that has no such parts, or cannot work here.
+    """
+    platform = _platform()
+    if implementation is None:
+        implementation = "pallas_tpu" if platform == "tpu" and query_length >= _SHORTEST_FOR_PALLAS else "xla"
+    match implementation:
+        case "xla":
+            return flash_xla.Blockwise(matmul_dtype)
+        case "pallas_tpu" if platform == "tpu":
+            return flash_tpu.Kernels(matmul_dtype)
+        case "pallas_tpu":
+            raise ConfigError([f"attention implementation 'pallas_tpu' {_NEEDS_TPU.format(platform)}"])
+    raise ConfigError(
+        [
+            f"attention implementation {implementation!r} cannot work in a ring over mesh.context, where parts of a row"
+            " are put together; choose 'xla' or 'auto', or model.context_attention: all_to_all"
+        ]
+    )
+
+
 def _obstacle(implementation: str, query, kv_length: int, rule: AttentionRule, matmul_dtype) -> str | None:
     """Why the implementation cannot work here, as the end of a sentence; None if it can."""
     platform = _platform()
     if implementation == "pallas_tpu" and platform != "tpu":
-        return f"needs a TPU and this is {platform}; choose 'xla' or None"
+        return _NEEDS_TPU.format(platform)
     if implementation != "cudnn":
         return None
     if platform != "cuda":

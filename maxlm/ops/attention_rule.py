@@ -73,3 +73,8 @@ class AttentionRule:
         if self.soft_cap is not None:
             gradient = gradient * (1 - jnp.square(logits / self.soft_cap))
         return gradient * self.scale
+
+
+def mean_gradient(output_BTNH: jax.Array, gradient_BTNH: jax.Array) -> jax.Array:
+    """sum_j P_ij dP_ij = dO_i . O_i, the term that the softmax subtracts (arXiv:2205.14135, appendix B.2)."""
+    return jnp.sum(gradient_BTNH.astype(jnp.float32) * output_BTNH.astype(jnp.float32), axis=-1)

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule
+from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule, mean_gradient
 
 _LANES = 128
 _LOG2_E = math.log2(math.e)
@@ -28,12 +28,13 @@ _LOG2_E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
-    """What is static about one call."""
+    """What is static about one call. Results have the dtype of the operands, or `result_dtype`."""
 
     rule: AttentionRule
     query_block: int
     key_block: int
     interpret: bool
+    result_dtype: jnp.dtype | None = None
 
 
 def flash_attention(
@@ -52,21 +53,67 @@ def flash_attention(
     Matrix products take operands as they come and give float32. Lengths that are no multiple of the blocks are padded.
     Under a mesh, call it inside `jax.shard_map(..., check_vma=False)`. `interpret` runs the kernels on a CPU, in tests.
     """
+    kernel = _kernel(rule, query_BTNH.shape[1], key_BSKH.shape[1], largest_block, interpret)
+    operands = _padded(kernel, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)
+    return _attention(kernel, *operands)[:, : query_BTNH.shape[1]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Attention over some of the keys that a query sees, by the kernels, in pieces that can be put together.
+
+    The same functions as `maxlm.ops.flash_xla.Blockwise` has.
+    """
+
+    matmul_dtype: jnp.dtype
+    largest_block: int = 512
+    interpret: bool = False
+
+    def forward(self, rule: AttentionRule, *operands):
+        length, kernel, operands = self._prepare(rule, *operands)
+        output_BTNH, (*_, log_sum_BN1T) = _forward(kernel, *operands)
+        log_sum_BTN = log_sum_BN1T[:, :, 0, :length].swapaxes(1, 2)
+        log_sum_BTN = jnp.where(log_sum_BTN < -MASKED_LOGIT, log_sum_BTN / _LOG2_E, -MASKED_LOGIT)
+        return output_BTNH[:, :length], log_sum_BTN
+
+    def backward(self, rule: AttentionRule, *operands):
+        *operands, log_sum_BTN, mean_BTN, gradient_BTNH = operands
+        key_length = operands[1].shape[1]
+        length, kernel, operands = self._prepare(rule, *operands)
+        gradient_BTNH, log_sum_BTN, mean_BTN = (
+            _pad_length(x, operands[0].shape[1] - length)
+            for x in (gradient_BTNH.astype(self.matmul_dtype), log_sum_BTN * _LOG2_E, mean_BTN)
+        )
+        log_sum_BN1T = log_sum_BTN.swapaxes(1, 2)[:, :, None]
+        query_gradient, *others = _gradients(kernel, *operands, log_sum_BN1T, mean_BTN, gradient_BTNH)
+        return query_gradient[:, :length], *(gradient[:, :key_length] for gradient in others)
+
+    def _prepare(self, rule, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
+        length, key_length = query_BTNH.shape[1], key_BSKH.shape[1]
+        kernel = _kernel(rule, length, key_length, self.largest_block, self.interpret, jnp.dtype(jnp.float32))
+        arrays = (x.astype(self.matmul_dtype) for x in (query_BTNH, key_BSKH, value_BSKH))
+        return length, kernel, _padded(kernel, *arrays, segments_BT, segments_BS)
+
+
+def _kernel(rule, length: int, key_length: int, largest_block: int, interpret: bool, result_dtype=None) -> _Kernel:
+    blocks = _block_size(length, largest_block), _block_size(key_length, largest_block)
+    return _Kernel(rule, *blocks, interpret, result_dtype)
+
+
+def _padded(kernel: _Kernel, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
+    """The operands with lengths that are multiples of the blocks; no query of theirs sees a key that is padding."""
     length, key_length = query_BTNH.shape[1], key_BSKH.shape[1]
-    query_block, key_block = _block_size(length, largest_block), _block_size(key_length, largest_block)
-    query_padding, key_padding = -length % query_block, -key_length % key_block
-    hides_padding = rule.causal and length <= key_length
+    query_padding, key_padding = -length % kernel.query_block, -key_length % kernel.key_block
+    hides_padding = kernel.rule.causal and length + kernel.rule.offset <= key_length
     if key_padding and segments_BT is None and not hides_padding:
         segments_BT, segments_BS = jnp.ones(query_BTNH.shape[:2], jnp.int32), jnp.ones(key_BSKH.shape[:2], jnp.int32)
-    output_BTNH = _attention(
-        _Kernel(rule, query_block, key_block, interpret),
+    return (
         _pad_length(query_BTNH, query_padding),
         _pad_length(key_BSKH, key_padding),
         _pad_length(value_BSKH, key_padding),
         None if segments_BT is None else _pad_length(segments_BT, query_padding),
         None if segments_BS is None else _pad_length(segments_BS, key_padding),
     )
-    return output_BTNH[:, :length]
 
 
 def _block_size(length: int, largest: int) -> int:
@@ -114,7 +161,7 @@ def _forward(kernel, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, num_heads, head_dim, length), query_BTNH.dtype),
+            jax.ShapeDtypeStruct((batch, num_heads, head_dim, length), kernel.result_dtype or query_BTNH.dtype),
             jax.ShapeDtypeStruct((batch, num_heads, 1, length), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
@@ -165,9 +212,17 @@ def _forward_kernel(kernel, pairs, query_qH, key_sH, value_Hs, *refs):
 
 
 def _backward(kernel, residuals, gradient_BTNH):
-    query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, output_BTNH, log_sum_BN1T = residuals
-    # sum_j P_ij dP_ij = dO_i . O_i, the term that the softmax subtracts (arXiv:2205.14135, appendix B.2).
-    mean_BTN = jnp.sum(gradient_BTNH.astype(jnp.float32) * output_BTNH.astype(jnp.float32), axis=-1)
+    *operands, output_BTNH, log_sum_BN1T = residuals
+    mean_BTN = mean_gradient(output_BTNH, gradient_BTNH)
+    return *_gradients(kernel, *operands, log_sum_BN1T, mean_BTN, gradient_BTNH), None, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _gradients(
+    kernel, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS, log_sum_BN1T, mean_BTN, gradient_BTNH
+):
     operands = (
         query_BTNH.swapaxes(1, 2),
         key_BSKH.swapaxes(1, 2),
@@ -179,10 +234,7 @@ def _backward(kernel, residuals, gradient_BTNH):
     )
     query_gradient_BTNH = _query_gradient(kernel, segments_BT, *operands)
     key_gradient_BSKH, value_gradient_BSKH = _key_value_gradient(kernel, segments_BT, *operands)
-    return query_gradient_BTNH, key_gradient_BSKH, value_gradient_BSKH, None, None
-
-
-_attention.defvjp(_forward, _backward)
+    return query_gradient_BTNH, key_gradient_BSKH, value_gradient_BSKH
 
 
 def _query_gradient(kernel, segments_BT, *operands):
@@ -206,7 +258,7 @@ def _query_gradient(kernel, segments_BT, *operands):
             out_specs=_columns(query_at, head_dim, kernel.query_block),
             scratch_shapes=[pltpu.VMEM((head_dim, kernel.query_block), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct((batch, num_heads, head_dim, length), query_BNTH.dtype),
+        out_shape=jax.ShapeDtypeStruct((batch, num_heads, head_dim, length), kernel.result_dtype or query_BNTH.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=_cost(kernel, batch * num_heads * pairs.shape[1], query_BNTH, products=3),
         interpret=kernel.interpret,
@@ -260,7 +312,7 @@ def _key_value_gradient(kernel, segments_BT, *operands):
             out_specs=[_rows(key_at, kernel.key_block, head_dim)] * 2,
             scratch_shapes=[pltpu.VMEM((kernel.key_block, head_dim), jnp.float32)] * 2,
         ),
-        out_shape=[jax.ShapeDtypeStruct(key_BKSH.shape, x.dtype) for x in operands[1:3]],
+        out_shape=[jax.ShapeDtypeStruct(key_BKSH.shape, kernel.result_dtype or x.dtype) for x in operands[1:3]],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")),
         cost_estimate=_cost(kernel, batch * num_heads * pairs.shape[1], query_BNTH, products=4),
         interpret=kernel.interpret,

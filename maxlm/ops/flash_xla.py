@@ -15,7 +15,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule
+from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule, mean_gradient
 
 _MOST_BLOCKS = 8
 _SMALLEST_BLOCK = 64
@@ -44,11 +44,6 @@ def _backward(rule, matmul_dtype, residuals, gradient_BTNH):
 
 
 flash_attention.defvjp(_forward, _backward)
-
-
-def mean_gradient(output_BTNH: jax.Array, gradient_BTNH: jax.Array) -> jax.Array:
-    """sum_j P_ij dP_ij = dO_i . O_i, the term that the softmax subtracts (arXiv:2205.14135, appendix B.2)."""
-    return jnp.sum(gradient_BTNH.astype(jnp.float32) * output_BTNH.astype(jnp.float32), axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,10 +45,15 @@ def _rows(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
 def _tokens(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
     axes = ("context", "tensor")
     parts = math.prod(sizes[axis] for axis in axes)
+    described = _product(axes, sizes)
+    if sizes["context"] > 1 and config.model.context_attention == "ring":
+        # A ring gives each device two chunks of a row, one from each half, so that all have the same to do.
+        parts = math.lcm(parts, 2 * sizes["context"])
+        described += ", each with two chunks of a row"
     if config.row_length % parts == 0:
         return []
     return [
-        f"row_length: {config.row_length} cannot be cut over {_product(axes, sizes)};"
+        f"row_length: {config.row_length} cannot be cut over {described};"
         f" the nearest that fits is {nearest_multiple(config.row_length, parts)}"
     ]
 
@@ -66,7 +71,8 @@ def _weights(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
             change += f", or mesh.{wide[0]}={fits}"
         problems.append(f"model.{name}: {size} cannot be cut over {_product(axes, sizes)}; {change}")
 
-    divides("num_heads", model.num_heads, "tensor")
+    exchanges_heads = model.context_attention == "all_to_all"
+    divides("num_heads", model.num_heads, "tensor", *(["context"] if exchanges_heads else []))
     divides("num_kv_heads", model.num_kv_heads, "tensor")
     divides("mlp_dim", model.mlp_dim, "tensor")
     divides("vocab_size", model.vocab_size, "tensor")

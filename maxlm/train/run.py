@@ -149,6 +149,7 @@ _RUNTIME_FIELDS = (
     "unroll",
     "loss_chunk_length",
     "attention",
+    "context_attention",
     "max_length",
 )
 

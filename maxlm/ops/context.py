@@ -1,0 +1,141 @@
+"""Attention where the tokens of a row are cut along the mesh axis `context`, and the order that such rows lie in.
+
+Along a ring (`maxlm.ops.ring`) keys and values travel. Exchanging heads for tokens (arXiv:2309.14509), every device
+gets whole rows of a share of the heads.
+
+Shapes: B batch, L length of a row, T a device's tokens, N query heads, K key-value heads, H head dim.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.core.sharding import current_mesh, spec_of
+from maxlm.errors import ConfigError
+from maxlm.ops.attention import attention, in_pieces
+from maxlm.ops.attention_rule import AttentionRule
+from maxlm.ops.ring import AXIS, Ring, RowOrder, held_chunks, ring_attention
+
+
+def context_size() -> int:
+    """Devices that the tokens of a row are cut over."""
+    mesh = current_mesh()
+    return 1 if mesh is None else mesh.shape.get(AXIS, 1)
+
+
+def row_order(length: int, method: str) -> RowOrder:
+    """How a causal model lays rows out: as a zigzag for a ring, where they have two chunks for each device.
+
+    Raises:
+      ConfigError: rows that cannot be cut over the devices.
+    """
+    size = context_size()
+    if length % size:
+        raise ConfigError(
+            [f"rows of {length} tokens cannot be cut over mesh.context = {size}; make them {-(-length // size) * size}"]
+        )
+    return "zigzag" if size > 1 and method == "ring" and length % (2 * size) == 0 else "plain"
+
+
+def lay_out(x_BL: jax.Array, order: RowOrder) -> jax.Array:
+    """Rows [batch, length, ...] that were in order, as `order` has them."""
+    return _exchange_chunks(x_BL, back=False) if order == "zigzag" else x_BL
+
+
+def put_in_order(x_BL: jax.Array, order: RowOrder) -> jax.Array:
+    """Rows [batch, length, ...] that were laid out by `order`, in order."""
+    return _exchange_chunks(x_BL, back=True) if order == "zigzag" else x_BL
+
+
+def _exchange_chunks(x_BL: jax.Array, *, back: bool) -> jax.Array:
+    """Two chunks a device: in order 2i and 2i + 1, as a zigzag i and 2C - 1 - i. Either way one is even, one odd.
+
+    So two permutations of the devices do it, one for the even chunks and one for the odd.
+    """
+    size = context_size()
+    home = {chunk: device for device, chunks in enumerate(held_chunks("zigzag", size)) for chunk in chunks}
+    routes = [[(device, home[2 * device + parity]) for device in range(size)] for parity in (0, 1)]
+
+    def exchange(x):
+        odd_first = jax.lax.axis_index(AXIS) % 2 == 1
+        even, odd = jnp.split(x, 2, axis=1)
+        if back:
+            even, odd = jnp.where(odd_first, odd, even), jnp.where(odd_first, even, odd)
+        even, odd = (
+            jax.lax.ppermute(part, AXIS, [pair[::-1] for pair in route] if back else route)
+            for part, route in zip((even, odd), routes)
+        )
+        if not back:
+            even, odd = jnp.where(odd_first, odd, even), jnp.where(odd_first, even, odd)
+        return jnp.concatenate([even, odd], axis=1)
+
+    return jax.shard_map(exchange, out_specs=spec_of(x_BL), check_vma=False)(x_BL)
+
+
+def context_attention(
+    query_BTNH: jax.Array,
+    key_BTKH: jax.Array,
+    value_BTKH: jax.Array,
+    segments_BT: jax.Array,
+    *,
+    method: str,
+    order: RowOrder = "plain",
+    causal: bool = True,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    implementation: str | None = None,
+    matmul_dtype: jnp.dtype | None = None,
+) -> jax.Array:
+    """`maxlm.ops.attention.attention` over rows that are cut along `context`; call it inside `jax.shard_map`.
+
+    Args:
+      query_BTNH, key_BTKH, value_BTKH, segments_BT: this device's tokens and heads.
+      method: "ring" or "all_to_all", with the same result.
+      order: how the rows lie; "all_to_all" takes them in order.
+      implementation: as `attention` takes it; a ring needs `xla` or `pallas_tpu`.
+
+    Raises:
+      ConfigError: heads that cannot be cut over the devices, or an implementation that cannot work in a ring.
+    """
+    size = context_size()
+    matmul_dtype = jnp.dtype(query_BTNH.dtype if matmul_dtype is None else matmul_dtype)
+    if size > 1 and method == "ring":
+        rule = AttentionRule(causal, window, soft_cap, query_BTNH.shape[-1] ** -0.5)
+        chunk_length = query_BTNH.shape[1] // len(held_chunks(order, size)[0])
+        ring = Ring(rule, in_pieces(implementation, chunk_length, matmul_dtype), order, size)
+        return ring_attention(ring, query_BTNH, key_BTKH, value_BTKH, segments_BT)
+    if size > 1:
+        query_BTNH, key_BTKH, value_BTKH = _heads_for_tokens(query_BTNH, key_BTKH, value_BTKH, size)
+        segments_BT = jax.lax.all_gather(segments_BT, AXIS, axis=1, tiled=True)
+    output = attention(
+        query_BTNH,
+        key_BTKH,
+        value_BTKH,
+        segment_ids=segments_BT,
+        causal=causal,
+        window=window,
+        soft_cap=soft_cap,
+        implementation=implementation,
+        matmul_dtype=matmul_dtype,
+    )
+    return output if size == 1 else jax.lax.all_to_all(output, AXIS, split_axis=1, concat_axis=2, tiled=True)
+
+
+def _heads_for_tokens(query_BTNH, key_BTKH, value_BTKH, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """All tokens of a share of the heads, for some tokens of all heads that this device has."""
+    num_heads, num_kv_heads = query_BTNH.shape[2], key_BTKH.shape[2]
+    if num_heads % size:
+        raise ConfigError(
+            [
+                f"model.context_attention: all_to_all cannot cut the {num_heads} heads of a device over mesh.context ="
+                f" {size}; choose ring, or mesh.context={math.gcd(num_heads, size)}"
+            ]
+        )
+    # Key-value heads fewer than devices are sent to each that needs them. As num_heads is a multiple of both numbers,
+    # it is one of their least common multiple, and queries stay beside their keys.
+    copies = size // math.gcd(num_kv_heads, size)
+    key_BTKH, value_BTKH = (jnp.repeat(x, copies, axis=2) for x in (key_BTKH, value_BTKH))
+    return tuple(
+        jax.lax.all_to_all(x, AXIS, split_axis=2, concat_axis=1, tiled=True) for x in (query_BTNH, key_BTKH, value_BTKH)
+    )
