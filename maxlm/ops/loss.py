@@ -3,13 +3,14 @@
 Dimensions: B batch, L length, D embed, V vocab, C tokens in a chunk.
 """
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from maxlm.core.sharding import is_explicit, spec_of
+from maxlm.core.sharding import current_mesh, is_explicit, spec_of
 
 
 def token_log_probabilities(
@@ -25,22 +26,39 @@ def token_log_probabilities(
       project: (head, hidden [B, C, D]) -> float32 logits [B, C, V].
       head: the pytree of weights that `project` uses; gradients flow to it.
       targets_BL: token ids.
-      chunk_length: tokens of a row in a chunk; clipped to L. A last, shorter chunk is worked on by itself.
+      chunk_length: tokens of a row, or of a device's part of it, in a chunk; clipped to those that there are. A last,
+        shorter chunk is worked on by itself.
     """
 
     @jax.checkpoint
     def chunk(head, hidden, targets):
         return _gather_log_probability(project(head, hidden), targets)
 
-    length = targets_BL.shape[1]
+    hidden, targets = _by_device(hidden_BLD), _by_device(targets_BL)
     parts = [
-        chunk(head, hidden_BLD[:, start : start + chunk_length], targets_BL[:, start : start + chunk_length])
-        for start in range(0, length, chunk_length)
+        chunk(head, hidden[..., start : start + chunk_length, :], targets[..., start : start + chunk_length])
+        for start in range(0, targets.shape[-1], chunk_length)
     ]
-    if len(parts) == 1:
-        return parts[0]
-    log_probability, log_normalizer = zip(*parts)
-    return jnp.concatenate(log_probability, axis=1), jnp.concatenate(log_normalizer, axis=1)
+    whole = (jnp.concatenate(chunks, axis=-1) for chunks in zip(*parts))
+    return tuple(_reshape(x, targets_BL.shape, spec_of(targets_BL)) if x.ndim > 2 else x for x in whole)
+
+
+def _by_device(x_BL: jax.Array) -> jax.Array:
+    """[B, parts, L / parts, ...] where devices cut L into parts: a chunk is then a piece of each device's part."""
+    if not is_explicit() or (parts := _count(spec_of(x_BL)[1])) == 1:
+        return x_BL
+    batch, length, *rest = x_BL.shape
+    rows, tokens, *others = spec_of(x_BL)
+    return _reshape(x_BL, (batch, parts, length // parts, *rest), P(rows, tokens, None, *others))
+
+
+def _count(entry: str | tuple[str, ...] | None) -> int:
+    names = entry if isinstance(entry, tuple) else (entry,)
+    return math.prod(current_mesh().shape[name] for name in names if name is not None)
+
+
+def _reshape(x: jax.Array, shape: tuple[int, ...], spec: P) -> jax.Array:
+    return jax.lax.reshape(x, shape, out_sharding=spec)
 
 
 @partial(jax.custom_vjp)
