@@ -35,6 +35,10 @@ class TrainingError(MaxlmError):
     """Training cannot go on: too many bad steps in a row, a disk that is full, a mesh that does not fit."""
 
 
+class DivergenceError(TrainingError):
+    """Training has lost its way: step after step has no finite loss, or jumps, and going back has not helped."""
+
+
 class RequestError(MaxlmError):
     """A request to the generator or server cannot be met: too long, an unknown model, a port in use."""
 

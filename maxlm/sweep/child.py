@@ -9,11 +9,14 @@ import sys
 import threading
 
 from maxlm.core.platform import prepare_platform
-from maxlm.errors import MaxlmError
+from maxlm.errors import DivergenceError, MaxlmError
+
+# The exit code of a trial that trained, and lost its way.
+DIVERGED = 10
 
 
 def main(path: str) -> int:
-    """Train as `maxlm train` does; returns the exit code."""
+    """Train as `maxlm train` does; returns the exit code, DIVERGED of a run that has."""
     prepare_platform()
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     from maxlm.config.load import load_config
@@ -23,7 +26,7 @@ def main(path: str) -> int:
         train(load_config(path, kind="train"))
     except MaxlmError as error:
         print(f"maxlm: {error}", file=sys.stderr)
-        return error.exit_code
+        return DIVERGED if isinstance(error, DivergenceError) else error.exit_code
     return 0
 
 

@@ -15,6 +15,7 @@ from maxlm.config.load import dump_yaml
 from maxlm.core.manifest import read_manifest
 from maxlm.core.progress import console
 from maxlm.errors import DataError
+from maxlm.sweep.child import DIVERGED
 from maxlm.sweep.records import Record, finite
 from maxlm.sweep.trials import Trial
 
@@ -120,11 +121,7 @@ def _outcome(
     if code < 0:
         return "failed", {}, f"was killed by signal {-code}" + (", perhaps for want of memory" if code == -9 else "")
     told = (log.strip().splitlines() or [f"exit code {code}"])[-1].removeprefix("maxlm: ")
-    last = last_record(folder / "metrics.jsonl")
-    diverged = last.get("skipped_in_a_row", 0) > 0 or any(
-        isinstance(value, float) and value - value != 0 for value in last.values()
-    )
-    return ("diverged" if diverged else "failed"), {}, told
+    return ("diverged" if code == DIVERGED else "failed"), {}, told
 
 
 def last_record(path: Path) -> dict[str, Any]:

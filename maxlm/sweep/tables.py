@@ -15,7 +15,7 @@ _MOST_ROWS = 20
 
 def print_plan(found: Mapping[str, Any]) -> None:
     """The trials of `--dry-run`."""
-    console = Console()
+    console = wide_console()
     table = Table(box=None, pad_edge=False)
     for name in ("trial", "size", "setting"):
         table.add_column(name, overflow="fold")
@@ -39,7 +39,13 @@ def print_plan(found: Mapping[str, Any]) -> None:
     if found["seconds"] is not None:
         time = f"about {duration(found['seconds'])} at {found['flops_per_second']:.2e} FLOPs a second"
         time += "" if found["has_run"] else ", the start of each trial aside"
-    console.print(f"{told}, {found['flops']:.2e} FLOPs; {time}", markup=False, highlight=False)
+    console.print(f"{told}, {found['flops']:.2e} FLOPs; {time}", markup=False)
+
+
+def wide_console() -> Console:
+    """Standard output; where it is a file or a pipe, rows are not broken at 80 columns."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
 
 
 def brief(setting: Mapping[str, Any]) -> str:
@@ -49,7 +55,7 @@ def brief(setting: Mapping[str, Any]) -> str:
 
 def print_summary(config: SweepConfig, summary: Mapping[str, Any]) -> None:
     """What a sweep has found."""
-    console = Console(highlight=False)
+    console = wide_console()
     metric = summary["metric"]
     table = Table(title="the best settings", title_justify="left", box=None, pad_edge=False)
     for name in ("size", "setting"):

@@ -18,7 +18,7 @@ from maxlm.core.distributed import is_primary
 from maxlm.core.progress import console
 from maxlm.core.storage import LineLog
 from maxlm.data.quarantine import FILE_NAME, batch_of_step, read_quarantine
-from maxlm.errors import TrainingError
+from maxlm.errors import DivergenceError
 from maxlm.train.objective import Objective
 from maxlm.train.state import TrainState
 
@@ -127,11 +127,11 @@ class Quarantine:
         """Pass over the batches of these steps from now on, and write what they hold to the file.
 
         Raises:
-          TrainingError: the run has gone back as often as it may.
+          DivergenceError: the run has gone back as often as it may.
         """
         first, last = bad[0].step + 1, bad[-1].step + 1
         if self.rollbacks == self._guard.max_rollbacks:
-            raise TrainingError(
+            raise DivergenceError(
                 f"{len(bad)} steps in a row up to step {last} were skipped ({bad[-1].reason}), and the run has gone"
                 f" back {self.rollbacks} times (guard.max_rollbacks); lower optim.learning_rate, or look at the data"
                 f" with `maxlm data at-step` and in {FILE_NAME}"
