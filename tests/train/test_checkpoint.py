@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -35,6 +36,12 @@ def make_state(seed: int, *, step: int = 0, plan=PLAN, mesh=None) -> TrainState:
         state = create_state(initialize(plan, jax.random.key(seed), mesh), make_optimizer(OptimConfig()))
         state = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + (seed + 1), state))(state)
         return TrainState(jax.numpy.asarray(step, "int32"), state.trainable, state.optimizer, state.guard)
+
+
+def make_small_state(step: int, *, size: int = 4) -> TrainState:
+    """A few numbers, of a step, on one device."""
+    state = create_state({"w": jax.numpy.arange(float(size)) + step}, make_optimizer(OptimConfig()))
+    return replace(state, step=jax.numpy.asarray(step, "int32"))
 
 
 def assert_equal(restored, saved):

@@ -1,0 +1,116 @@
+"""Processes that are killed while they save. As a script, one that has all modules loaded and forks the others.
+
+It reads lines of JSON, [function name, arguments...], calls the function of this module in a process of its own, and
+answers with its exit status: -9 where it was killed.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+# Operations of the file system that change something, as Python announces them before it does them.
+_CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+
+
+class Operations:
+    """Calls `before(number, name, path)` before each operation that changes files, while it is watching."""
+
+    def __init__(self):
+        self._before: Callable[[int, str, str], None] | None = None
+        self._lock = threading.Lock()
+        self._count = 0
+        sys.addaudithook(self._hook)
+
+    @contextlib.contextmanager
+    def watching(self, before: Callable[[int, str, str], None]) -> Iterator[None]:
+        self._before, self._count = before, 0
+        try:
+            yield
+        finally:
+            self._before = None
+
+    def _hook(self, event: str, arguments: tuple) -> None:
+        if self._before is None:
+            return
+        writes = event == "open" and isinstance(arguments[0], str | bytes) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if writes or event in _CHANGES:
+            with self._lock:
+                self._count += 1
+                number = self._count
+            self._before(number, event, os.fsdecode(arguments[0]))
+
+
+def kill_before(number: int) -> Callable[[int, str, str], None]:
+    def before(n, name, path):
+        if n == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+            # Until the signal has arrived.
+            time.sleep(60)
+
+    return before
+
+
+def save(folder: str, step: int, number: int, report: str) -> None:
+    """Save a step on top of what is there, and be killed before an operation; 0 counts them to `report` instead."""
+    from test_checkpoint import make_small_state
+
+    from maxlm.train.checkpoint import Checkpointer
+
+    state, names = make_small_state(step), []
+    before = kill_before(number) if number else lambda n, name, path: names.append(f"{name} {path}")
+    operations = Operations()
+    with Checkpointer(folder, keep=1) as checkpointer, operations.watching(before):
+        checkpointer.save(state, {"note": f"of step {step}"}, wait=True)
+    if report:
+        with open(report, "w") as file:
+            json.dump(names, file)
+
+
+def save_until_killed(folder: str, seconds: float) -> None:
+    """Save one step after another, of arrays that take a while to write, and be killed at some moment."""
+    from test_checkpoint import make_small_state
+
+    from maxlm.train.checkpoint import Checkpointer
+
+    with Checkpointer(folder, keep=2) as checkpointer:
+        first = max(checkpointer.steps(), default=0) + 1
+        for step in range(first, first + 10_000):
+            checkpointer.save(make_small_state(step, size=200_000), {"note": f"of step {step}"}, wait=step == first)
+            if step == first:
+                threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+
+
+def train(folder: str, number: int, report: str) -> None:
+    """The whole trainer, with its other files; killed before an operation."""
+    from toy_run import toy_run, weights
+
+    names = []
+    before = kill_before(number) if number else lambda n, name, path: names.append(f"{name} {path}")
+    with Operations().watching(before):
+        result = toy_run(folder, checkpoint={"every": 4, "keep": 1})
+    if report:
+        with open(report, "w") as file:
+            json.dump({"names": names, "weights": weights(result).hex(), "start": result.start}, file)
+
+
+if __name__ == "__main__":
+    import test_checkpoint  # noqa: F401 - so that the forked processes need not load it again
+    import toy_run  # noqa: F401
+
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        if (child := os.fork()) == 0:
+            status = 1
+            try:
+                globals()[name](*arguments)
+                status = 0
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
