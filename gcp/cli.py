@@ -81,6 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="variable of the training process; repeatable"
     )
+    what.add_argument(
+        "--restarts", type=int, default=10, metavar="N", help="start training again when it dies, at most N times (10)"
+    )
     what.add_argument("--delete-after", action="store_true", help="stay until training has ended, then delete the TPU")
 
     logs = parser.add_argument_group("for --action=logs")
@@ -170,6 +173,7 @@ def _job(args: argparse.Namespace, tpu: Tpu) -> TpuJob:
         inputs=_pairs("--input", args.input),
         environment=_pairs("--env", args.env),
         capacity=capacity,
+        restarts=args.restarts,
         runtime_version=args.runtime_version,
         service_account=args.service_account,
         network=args.network,
@@ -178,7 +182,7 @@ def _job(args: argparse.Namespace, tpu: Tpu) -> TpuJob:
     if args.code.is_dir():
         from maxlm.config.load import load_config
 
-        load_config(args.code / job.config, job.train_arguments[2:], kind="train")
+        load_config(args.code / job.config, job.settings, kind="train")
     return job
 
 

@@ -88,6 +88,7 @@ class TpuJob:
       code: a git folder, of which the last commit is sent, or a ready .tar.gz.
       inputs: a path below the code folder on each worker -> the `gs://` folder that is copied there first.
       environment: variables of the training process.
+      restarts: how often a worker starts training again when it dies; 0 leaves it as it is.
       runtime_version: None takes the image that the generation needs.
       python_version: the images' own Python is too old, so a newer one is installed beside it.
 
@@ -104,6 +105,7 @@ class TpuJob:
     inputs: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     capacity: Capacity = Capacity.ON_DEMAND
+    restarts: int = 10
     runtime_version: str | None = None
     service_account: str | None = None
     network: str | None = None
@@ -131,6 +133,8 @@ class TpuJob:
                 problems.append(f"environment: {name!r} is no name of a variable")
         if self.service_account is not None and "@" not in self.service_account:
             problems.append(f"service_account: {self.service_account!r} is no e-mail address")
+        if self.restarts < 0:
+            problems.append(f"restarts: {self.restarts} must be 0 or more")
         if not re.fullmatch(r"3\.\d+", self.python_version):
             problems.append(f"python_version: {self.python_version!r} is not like 3.11")
         if problems:
@@ -145,9 +149,15 @@ class TpuJob:
         return f"{self.bucket.rstrip('/')}/{self.tpu.name}"
 
     @property
+    def settings(self) -> tuple[str, ...]:
+        """What differs from the configuration's file."""
+        return (*self.overrides, f"output={self.run_folder}")
+
+    @property
     def train_arguments(self) -> tuple[str, ...]:
         """What follows `maxlm` on each worker."""
-        return ("train", self.config, *self.overrides, f"output={self.run_folder}")
+        supervise = (f"--supervise={self.restarts}",) if self.restarts else ()
+        return ("train", self.config, *self.settings, *supervise)
 
 
 def _is_bucket_path(text: str) -> bool:

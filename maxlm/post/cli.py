@@ -64,7 +64,7 @@ def run_train(args: argparse.Namespace) -> int:
 
         arguments = ["train", args.config, *args.overrides, *(["--json"] if args.json else [])]
         command = [sys.executable, "-m", "maxlm.cli", *arguments]
-        return supervise(command, restarts=args.supervise, folder=config.output, settings=config.processes)
+        return supervise(command, config, restarts=args.supervise)
 
     from maxlm.core.distributed import is_primary
     from maxlm.post.run import train

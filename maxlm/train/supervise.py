@@ -13,33 +13,34 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from maxlm.config.processes import ProcessesConfig
+from maxlm.config.train import TrainConfig
 from maxlm.core.distributed import find_cluster
 from maxlm.core.progress import console
 from maxlm.core.storage import is_remote, storage_path
 from maxlm.errors import FaultError
 
 FILE_NAME = "restarts.jsonl"
+# In the run folder: the name of the run's folder among the local checkpoints.
+LOCAL_ID_FILE = "local_checkpoints.txt"
 _UNCAUGHT = 1
 _LONGEST_WAIT = 60.0
 
 
-def supervise(command: Sequence[str], *, restarts: int, folder: str, settings: ProcessesConfig) -> int:
-    """Run `command`, which trains into `folder`, and run it again when it dies.
+def supervise(command: Sequence[str], config: TrainConfig, *, restarts: int) -> int:
+    """Run `command`, which trains as `config` says, and run it again when it dies.
 
     It dies by a signal, by an error of ours, or because another process or machine is gone. A user's mistake (2) and
     an interrupt (130) end the supervisor too. SIGTERM and Ctrl-C are passed on as SIGTERM: training saves and ends.
 
     Args:
       command: program and arguments.
+      config: its run folder gets a line in `restarts.jsonl` for each new start.
       restarts: at most so many times.
-      folder: the run folder; `restarts.jsonl` in it gets a line for each new start.
-      settings: how long to wait, and when no progress is made.
 
     Returns:
       The exit code of the last run; 128 + N where signal N ended it.
     """
-    run_folder = storage_path(folder)
+    settings, run_folder = config.processes, storage_path(config.output)
     cluster = find_cluster(settings.start_timeout_seconds)
     writes = cluster is None or cluster.process == 0
     child: subprocess.Popen | None = None
@@ -55,7 +56,7 @@ def supervise(command: Sequence[str], *, restarts: int, folder: str, settings: P
     started, idle = 0, 0
     try:
         while True:
-            before = newest_step(run_folder)
+            before = _newest_anywhere(config)
             child = subprocess.Popen(command)
             if stopping:
                 child.send_signal(signal.SIGTERM)
@@ -63,7 +64,7 @@ def supervise(command: Sequence[str], *, restarts: int, folder: str, settings: P
             ended = time.time()
             if stopping or (code >= 0 and code not in (FaultError.exit_code, _UNCAUGHT)):
                 return _exit_code(code)
-            newest = newest_step(run_folder)
+            newest = _newest_anywhere(config)
             idle = 0 if newest > before else idle + 1
             why = f"training ended by {_reason(code)}"
             if started == restarts:
@@ -105,6 +106,15 @@ def newest_step(run_folder: str | os.PathLike) -> int:
         # A bucket has no atomic renames; Orbax marks what is whole.
         whole = [path for path in whole if (path / "commit_success.txt").exists()]
     return max((int(path.name) for path in whole), default=0)
+
+
+def _newest_anywhere(config: TrainConfig) -> int:
+    """The newest step in the run folder and on the local disk."""
+    run_folder, local = storage_path(config.output), config.checkpoint.local
+    steps = [newest_step(run_folder)]
+    if local is not None and (name := run_folder / LOCAL_ID_FILE).exists():
+        steps.append(newest_step(storage_path(local.folder) / name.read_text(encoding="utf-8").strip()))
+    return max(steps)
 
 
 def last_logged_step(run_folder: epath.Path) -> int:

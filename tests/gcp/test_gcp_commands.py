@@ -127,7 +127,7 @@ def test_training_gets_its_arguments_and_environment_untouched(make_job, worker)
     assert worker.run(commands.start_script(job)).returncode == 0
     assert wait_for(folder / "train.exit").strip() == "0"
     called = json.loads((folder / "train.log").read_text().splitlines()[0])
-    assert called["argv"] == ["train", "train.yaml", *AWKWARD, "output=gs://my-bucket/runs/tiny-1"]
+    assert called["argv"] == ["train", "train.yaml", *AWKWARD, "output=gs://my-bucket/runs/tiny-1", "--supervise=10"]
     assert called["NOTE"] == 'it\'s "two"  words $HOME'
     assert "train.yaml" in called["files"]
 

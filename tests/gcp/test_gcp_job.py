@@ -77,4 +77,12 @@ def test_where_is_checked_too():
 def test_the_run_folder_is_named_after_the_job(make_job):
     job = make_job(bucket="gs://my-bucket/runs/", overrides=("steps=2",))
     assert job.run_folder == "gs://my-bucket/runs/tiny-1"
-    assert job.train_arguments == ("train", "train.yaml", "steps=2", "output=gs://my-bucket/runs/tiny-1")
+    arguments = ("train", "train.yaml", "steps=2", "output=gs://my-bucket/runs/tiny-1")
+    assert job.train_arguments == (*arguments, "--supervise=10")
+    alone = make_job(bucket="gs://my-bucket/runs/", overrides=("steps=2",), restarts=0)
+    assert alone.train_arguments == arguments
+
+
+def test_a_negative_number_of_restarts_is_refused(make_job):
+    with pytest.raises(ConfigError, match="restarts: -1 must be 0 or more"):
+        make_job(restarts=-1)

@@ -82,7 +82,7 @@ def main() -> int:
         config = load_config(args.arguments[1], [], kind="train")
         place = sys.argv.index("--supervise")
         command = [sys.executable, __file__, *sys.argv[1:place], *sys.argv[place + 2 :]]
-        return supervise(command, restarts=args.supervise, folder=config.output, settings=config.processes)
+        return supervise(command, config, restarts=args.supervise)
 
     from maxlm.cli import main as maxlm
 

@@ -1,5 +1,6 @@
 """Starting the processes of a run: real ones, on loopback."""
 
+import contextlib
 import json
 import os
 import signal
@@ -115,10 +116,8 @@ def finish(processes: list) -> list[Ended]:
             ended.append(Ended(process.returncode, output, errors, report))
     finally:
         for process in processes:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
     return ended
 
 

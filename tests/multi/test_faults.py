@@ -8,6 +8,7 @@ from processes import finish, run_all, start, write_config
 
 from maxlm.errors import FaultError
 from maxlm.train.checkpoint import find_checkpoint
+from maxlm.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -16,18 +17,24 @@ def test_a_killed_process_takes_the_others_down_and_the_supervisors_start_all_ag
     run = tmp_path / "run"
     config = write_config(tmp_path / "two.yaml", run, tiny_data_folder, mesh={"data": 2})
     supervised = ["--supervise", "3"]
-    killed = ["--at", "5", "SIGKILL", "--once", str(tmp_path / "killed")]
+    killed = ["--at", "8", "SIGKILL", "--once", str(tmp_path / "killed")]
     first, second = run_all([config] * 2, actions={0: supervised, 1: [*killed, *supervised]})
 
-    assert "process 1 (" in first.errors and "gone: its connection broke" in first.errors
-    assert "training ended by the loss of a process or machine; restart 1 of 3, from step 3" in first.errors
-    assert f"resuming {run} at step 3" in first.errors
-    assert "training ended by signal SIGKILL; restart 1 of 3, from step 3" in second.errors
-    assert find_checkpoint(run).name == "10"
     [restart] = [json.loads(line) for line in (run / "restarts.jsonl").read_text().splitlines()]
     assert restart["exit_code"] == FaultError.exit_code
-    assert restart["step_resumed"] == 3
-    assert restart["step_reached"] >= 4
+    # The save of step 6 begins when that of step 3 is whole, and may be cut off itself.
+    resumed = restart["step_resumed"]
+    assert resumed in (3, 6)
+    assert restart["step_reached"] in (7, 8)
+
+    assert "process 1 (" in first.errors
+    assert "gone: its connection broke" in first.errors
+    told = f"restart 1 of 3, from step {resumed}, in 0.1 s"
+    assert f"training ended by the loss of a process or machine; {told}" in first.errors
+    assert f"resuming {run} at step {resumed}" in first.errors
+    assert f"training ended by signal SIGKILL; {told}" in second.errors
+    assert find_checkpoint(run).name == "10"
+    assert read_metrics(run)[-1]["step"] == 10
 
 
 def test_an_error_in_one_process_ends_all(tmp_path, tiny_data_folder):
@@ -36,8 +43,10 @@ def test_an_error_in_one_process_ends_all(tmp_path, tiny_data_folder):
     began = time.monotonic()
     first, second = finish(processes)
     assert (first.code, second.code) == (FaultError.exit_code, FaultError.exit_code), first.errors
-    assert "process 1 (" in first.errors and "KeyError: 'planted'" in first.errors
-    assert "Traceback" in second.errors and "Traceback" not in first.errors
+    assert "process 1 (" in first.errors
+    assert "KeyError: 'planted'" in first.errors
+    assert "Traceback" in second.errors
+    assert "Traceback" not in first.errors
     assert time.monotonic() - began < 90
 
 
@@ -48,5 +57,6 @@ def test_processes_that_differ_are_named_before_anything_is_trained(tmp_path, ti
     first, second = finish(start([same, other]))
     assert (first.code, second.code) == (2, 2), (first.errors, second.errors)
     assert "process 1 (" in first.errors
-    assert "differs from process 0 (" in first.errors and "in config seed (7 and not 0)" in first.errors
+    assert "differs from process 0 (" in first.errors
+    assert "in config seed (7 and not 0)" in first.errors
     assert not run.exists()

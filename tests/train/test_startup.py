@@ -1,0 +1,82 @@
+"""What processes of a run compare before they train, and how a difference is told."""
+
+import copy
+import json
+
+import pytest
+from tiny_run import tiny_config
+
+from maxlm.errors import ConfigError, DataError
+from maxlm.train.startup import data_hashes, refuse_differences, source_hash, start_record
+
+
+@pytest.fixture
+def record(tiny_data_folder):
+    config = tiny_config("runs/x", tiny_data_folder)
+    record = start_record(config, {"tokenizer": "abc", **data_hashes(config)}) | {"host": "host0"}
+    # It travels as JSON.
+    return json.loads(json.dumps(record))
+
+
+def differing(record: dict, host: str, **same) -> dict:
+    other = copy.deepcopy(record) | {"host": host}
+    assert set(same) <= set(record["same"])
+    other["same"] |= same
+    return other
+
+
+def test_equal_processes_pass(record):
+    refuse_differences([record, record, differing(record, "host2")])
+
+
+def test_each_process_that_differs_is_named_with_what_and_how(record, tiny_data_folder):
+    others = [
+        differing(record, "host1", **{"config optim.learning_rate": 0.5, "package jax": "0.0.1"}),
+        differing(record, "host2"),
+        differing(record, "host3", **{f"data {tiny_data_folder}": "ffff", "code of maxlm": "eeee", "tokenizer": "def"}),
+    ]
+    with pytest.raises(ConfigError) as caught:
+        refuse_differences([record, *others])
+    first, second, advice = caught.value.problems
+    assert first.startswith("process 1 (host1) differs from process 0 (host0) in ")
+    assert "config optim.learning_rate (0.5 and not 0.01)" in first
+    assert "package jax (0.0.1 and not " in first
+    assert second.startswith("process 3 (host3) differs from process 0 (host0) in ")
+    for what in (
+        f"data {tiny_data_folder} (ffff and not ",
+        "code of maxlm (eeee and not ",
+        "tokenizer (def and not abc)",
+    ):
+        assert what in second
+    assert "start them again" in advice
+
+
+def test_a_setting_that_one_has_not_is_a_difference_and_long_lists_are_cut(record):
+    other = copy.deepcopy(record)
+    other["same"] = {"config seed": other["same"]["config seed"]}
+    with pytest.raises(ConfigError, match=r"\(nothing and not .*\) and \d+ more"):
+        refuse_differences([record, other])
+
+
+def test_data_is_told_apart_by_its_manifest(tmp_path, tiny_data_folder):
+    [before] = data_hashes(tiny_config("runs/x", tiny_data_folder)).values()
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "manifest.json").write_text('{"stage": "data"}')
+    [after] = data_hashes(tiny_config("runs/x", folder)).values()
+    assert before != after
+    with pytest.raises(DataError, match="there is no such file or folder"):
+        data_hashes(tiny_config("runs/x", tmp_path / "none"))
+
+
+def test_the_code_is_hashed_by_its_files(monkeypatch, tmp_path):
+    import maxlm
+
+    assert source_hash() == source_hash()
+    package = tmp_path / "maxlm"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(maxlm, "__file__", str(package / "__init__.py"))
+    before = source_hash()
+    (package / "__init__.py").write_text("x = 1\n")
+    assert source_hash() != before

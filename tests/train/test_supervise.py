@@ -1,0 +1,119 @@
+"""A supervisor starts training again when a machine is to blame, and only then. Its child here is a script."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_run import tiny_config
+
+from maxlm.train.supervise import last_logged_step, newest_step, supervise
+
+# A stand-in for training. Each start reads and removes the first line of the file `plan`: checkpoints to make, steps
+# to log, and what to end with: an exit code, or minus the number of a signal.
+CHILD = """
+import json, os, sys
+from pathlib import Path
+run = Path(sys.argv[1])
+plan = run / "plan"
+lines = plan.read_text().splitlines()
+plan.write_text("\\n".join(lines[1:]))
+checkpoint, logged, code = json.loads(lines[0])
+if checkpoint:
+    (run / "checkpoints" / str(checkpoint)).mkdir(parents=True)
+(run / "checkpoints" / f"{checkpoint + 1}.orbax-checkpoint-tmp-0").mkdir(parents=True)
+(run / "metrics.jsonl").write_text(json.dumps({"step": logged}) + "\\n" + '{"step": 9')
+if code < 0:
+    os.kill(os.getpid(), -code)
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Supervises a child that goes by a plan; gives the exit code, what was logged, and what is left of the plan."""
+    settings = {"processes": {"restart_seconds": 0.01, "restarts_without_progress": 2}}
+    folder = tmp_path / "run"
+    folder.mkdir()
+
+    def run(plan, *, restarts):
+        (folder / "plan").write_text("\n".join(map(json.dumps, plan)))
+        config = tiny_config(folder, "no-data", **settings)
+        code = supervise([sys.executable, "-c", CHILD, str(folder)], config, restarts=restarts)
+        log = folder / "restarts.jsonl"
+        records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return code, records, (folder / "plan").read_text().splitlines()
+
+    return run
+
+
+def test_it_goes_on_after_a_signal_a_fault_and_an_error_until_training_ends(run):
+    code, records, left = run([[4, 6, -9], [8, 9, 3], [12, 12, 1], [0, 12, 0]], restarts=5)
+    assert (code, left) == (0, [])
+    told = [(r["exit_code"], r["step_reached"], r["step_resumed"]) for r in records]
+    assert told == [(-9, 6, 4), (3, 9, 8), (1, 12, 12)]
+    assert [record["reason"] for record in records] == [
+        "signal SIGKILL",
+        "the loss of a process or machine",
+        "an error",
+    ]
+    times = [record["time"] for record in records]
+    assert times == sorted(times)
+    assert time.time() - 60 < times[0] < time.time()
+
+
+@pytest.mark.parametrize("code", [0, 2, 130])
+def test_an_end_a_mistake_and_an_interrupt_end_it(run, code):
+    assert run([[4, 4, code], [8, 8, 0]], restarts=5) == (code, [], ["[8, 8, 0]"])
+
+
+def test_it_starts_again_so_many_times_and_no_more(run, capfd):
+    code, records, left = run([[1, 1, -9], [2, 2, -9], [3, 3, -15], [4, 4, 0]], restarts=2)
+    assert (code, len(records), len(left)) == (128 + 15, 2, 1)
+    assert "training ended by signal SIGTERM, after 2 restarts: not started again" in capfd.readouterr().err
+
+
+def test_it_gives_up_where_no_start_gets_further(run, capfd):
+    code, records, left = run([[4, 6, -9], [0, 6, 1], [0, 7, 1], [8, 8, 0]], restarts=9)
+    assert (code, len(records), len(left)) == (1, 2, 1)
+    assert "2 starts in a row got no further than step 4: not started again" in capfd.readouterr().err
+
+
+def test_a_signal_is_passed_on_and_ends_it(tmp_path):
+    """As a machine that is taken away sends it: the child saves, ends with 0, and is not started again."""
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(0)))\n"
+        "print('training', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    supervisor = tmp_path / "supervisor.py"
+    supervisor.write_text(
+        "import sys\n"
+        "from tiny_run import tiny_config\n"
+        "from maxlm.train.supervise import supervise\n"
+        f"config = tiny_config({str(tmp_path / 'run')!r}, 'no-data')\n"
+        f"sys.exit(supervise([sys.executable, {str(script)!r}], config, restarts=9))\n"
+    )
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests" / "train")])}
+    with subprocess.Popen(
+        [sys.executable, str(supervisor)], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "training\n"
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output) == (0, "saved\n")
+
+
+def test_steps_are_read_from_names_and_whole_lines(tmp_path):
+    assert (newest_step(tmp_path), last_logged_step(tmp_path)) == (0, 0)
+    for name in ("100", "20", "300.orbax-checkpoint-tmp-1", "notes"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 100}\n{"step": 110, "loss": 1.0}\n{"step": 12')
+    assert (newest_step(tmp_path), last_logged_step(tmp_path)) == (100, 110)
