@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from maxlm.core.sharding import logical_to_spec, row_shard
+from maxlm.core.sharding import logical_to_spec, row_groups, row_shard
 
 
 @partial(
@@ -41,15 +41,15 @@ def put_batch(batch: Any, mesh: Mesh, axes: tuple[str | None, ...] = ("batch", "
 
     A tree of host arrays [rows], or [rows, length] and more.
     """
-    rows = row_shard(mesh)
+    rows, groups = row_shard(mesh), row_groups(mesh)
 
     def put(x: np.ndarray) -> jax.Array:
         spec = logical_to_spec((*axes, *[None] * x.ndim)[: x.ndim])
-        first = rows.index * x.shape[0]
+        size = x.shape[0] // len(groups)
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(rows.count * x.shape[0])
-            return x[(slice(start - first, stop - first), *index[1:])]
+            place = groups.index((index[0].start or 0) // size) * size
+            return x[(slice(place, place + size), *index[1:])]
 
         shape = (rows.count * x.shape[0], *x.shape[1:])
         return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), part)

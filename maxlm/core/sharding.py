@@ -140,24 +140,43 @@ class RowShard:
 
 
 def row_shard(mesh: Mesh) -> RowShard:
-    """The rows that this process's devices hold. Processes that an axis within a row joins read the same ones.
+    """The part of a batch's rows that this process's devices hold. Processes that an axis within a row joins share one.
+
+    On a TPU slice a process's devices need not be neighbours along the mesh's axes. Its rows then are not neighbours in
+    the global batch either: a step has the same rows as on one process, in another order.
 
     Raises:
-      ConfigError: the mesh gives a process rows that are no run of their own.
+      ConfigError: two processes hold rows that are neither the same nor all different, or some process holds none.
     """
+    held = _held_groups(mesh)
+    parts, mine = sorted(set(held.values())), held.get(jax.process_index(), ())
+    num_groups = len(set().union(*parts))
+    if not mine or any(len(part) != len(mine) for part in parts) or len(parts) * len(mine) != num_groups:
+        raise ConfigError(
+            [
+                f"mesh: process {jax.process_index()} would hold {len(mine)} of {num_groups} groups of rows, in part"
+                " those of others; make mesh.data * mesh.fsdp * mesh.expert a multiple of the number of processes, or"
+                " a divisor of it"
+            ]
+        )
+    return RowShard(parts.index(mine), len(parts))
+
+
+def row_groups(mesh: Mesh) -> tuple[int, ...]:
+    """Which of the equal groups of rows that the batch is cut into this process's devices hold, in order."""
+    return _held_groups(mesh)[jax.process_index()]
+
+
+def _held_groups(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """`row_groups` of each process."""
     axes = [MESH_AXES.index(axis) for axis in LOGICAL_AXES["batch"]]
     order = [*axes, *(axis for axis in range(len(MESH_AXES)) if axis not in axes)]
     num_groups = math.prod(mesh.devices.shape[axis] for axis in axes)
-    groups = mesh.devices.transpose(order).reshape(num_groups, -1)
-    mine = [n for n in range(num_groups) if any(d.process_index == jax.process_index() for d in groups[n])]
-    if not mine or num_groups % len(mine) or mine[0] % len(mine) or mine != list(range(mine[0], mine[0] + len(mine))):
-        raise ConfigError(
-            [
-                f"mesh: process {jax.process_index()} would hold the rows of groups {mine} of {num_groups}, which is no"
-                " equal run; make mesh.data * mesh.fsdp * mesh.expert a multiple of the number of processes"
-            ]
-        )
-    return RowShard(mine[0] // len(mine), num_groups // len(mine))
+    held: dict[int, set[int]] = {}
+    for group, devices in enumerate(mesh.devices.transpose(order).reshape(num_groups, -1)):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(group)
+    return {process: tuple(sorted(groups)) for process, groups in held.items()}
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:

@@ -1,5 +1,7 @@
 """Parameters: what is declared once gives values, shardings and shapes."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.config import ModelConfig
 from maxlm.config.mesh import MeshConfig
+from maxlm.core import batch
 from maxlm.core.parameters import Parameter, abstract, initialize, normal, ones, shardings, stack, zeros
 from maxlm.core.sharding import (
     LOGICAL_AXES,
@@ -157,6 +160,59 @@ def test_slices_are_the_outermost_part_of_the_data_axis():
 
 def test_one_process_reads_all_rows():
     assert row_shard(mesh_of(data=2, fsdp=2, tensor=2)) == RowShard(0, 1)
+
+
+class FakeDevice:
+    """A device of another process."""
+
+    def __init__(self, process_index: int):
+        self.process_index = process_index
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes", "shards"),
+    [
+        # Neighbours; two processes within a row; and devices of a process that are apart, as those of a TPU host are.
+        ({"fsdp": 4}, [0, 0, 1, 1], {0: (0, 2), 1: (1, 2)}),
+        ({"data": 2, "tensor": 2}, [0, 1, 2, 3], {0: (0, 2), 1: (0, 2), 2: (1, 2), 3: (1, 2)}),
+        ({"tensor": 4}, [0, 0, 1, 1], {0: (0, 1), 1: (0, 1)}),
+        ({"fsdp": 8}, [0, 0, 1, 1, 0, 0, 1, 1], {0: (0, 2), 1: (1, 2)}),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, [1, 1, 0, 0, 1, 1, 0, 0], {0: (1, 2), 1: (0, 2)}),
+    ],
+)
+def test_each_process_reads_the_rows_that_its_devices_hold(sizes, processes, shards, monkeypatch):
+    shape = [{"fsdp": 1, **sizes}.get(axis, 1) for axis in MESH_AXES]
+    devices = np.array([FakeDevice(process) for process in processes]).reshape(shape)
+    mesh = SimpleNamespace(devices=devices)
+    for process, (index, count) in shards.items():
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert row_shard(mesh) == RowShard(index, count)
+
+
+def test_rows_go_to_the_devices_of_the_groups_that_they_were_read_for(monkeypatch):
+    """Process 0 holds the first and the third of four groups: its rows go there, in order."""
+    mesh = mesh_of(fsdp=4, tensor=2)
+    monkeypatch.setattr(batch, "row_shard", lambda mesh: RowShard(0, 2))
+    monkeypatch.setattr(batch, "row_groups", lambda mesh: (0, 2))
+
+    def held(shape, sharding, part):
+        return {index[0].start: part(index) for index in sharding.devices_indices_map(shape).values()
+                if index[0].start in (0, 4)}  # fmt: skip
+
+    monkeypatch.setattr(jax, "make_array_from_callback", held)
+    placed = batch.put_batch(np.arange(12).reshape(4, 3), mesh)
+    assert {start: part.tolist() for start, part in placed.items()} == {
+        0: [[0, 1, 2], [3, 4, 5]],
+        4: [[6, 7, 8], [9, 10, 11]],
+    }
+
+
+def test_rows_that_processes_share_in_part_are_refused(monkeypatch):
+    mesh = SimpleNamespace(devices=np.array([FakeDevice(n) for n in (0, 0, 1, 1, 2, 2)]).reshape(3, 1, 1, 1, 1, 2))
+    assert row_shard(mesh) == RowShard(0, 3)
+    mesh = SimpleNamespace(devices=np.array([FakeDevice(n) for n in (0, 0, 0, 1, 1, 1)]).reshape(3, 1, 1, 1, 1, 2))
+    with pytest.raises(ConfigError, match="process 0 would hold 2 of 3 groups of rows, in part those of others"):
+        row_shard(mesh)
 
 
 def test_a_mesh_that_would_leave_devices_without_work_is_told():
