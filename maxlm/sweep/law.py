@@ -173,7 +173,7 @@ def fit_power_law(x: np.ndarray, y: np.ndarray) -> PowerLaw:
 def _fit(log_u: np.ndarray, log_loss: np.ndarray, delta: float, start: np.ndarray | None = None) -> np.ndarray:
     """(log E, log A, alpha), A in the unit of u."""
     floor = float(log_loss.min()) + math.log(_LEAST_SHARE)
-    starts = _starts(log_u, log_loss, floor)
+    starts = [_best_start(log_u, log_loss, floor)]
     if start is not None:
         starts.append(np.maximum(start, [floor, -np.inf, _EXPONENTS[0]]))
     bounds = ([floor - 1e-9, -np.inf, 1e-3], [np.inf, np.inf, 2 * _MAX_EXPONENT])
@@ -193,26 +193,28 @@ def _fit(log_u: np.ndarray, log_loss: np.ndarray, delta: float, start: np.ndarra
     return min(fits, key=lambda fit: fit.cost).x
 
 
-def _starts(log_u: np.ndarray, log_loss: np.ndarray, floor: float) -> list[np.ndarray]:
-    """For a given alpha the law is linear in E and A: the best alphas of a list, those with E > 0 and that without."""
-    loss = np.exp(log_loss)
-    found = []
-    for alpha in _EXPONENTS:
-        falling = np.exp(-alpha * log_u)
-        # Relative residuals, which are those of the logarithm for small ones.
-        design = np.stack([1 / loss, falling / loss], axis=1)
-        (irreducible, coefficient), *_ = np.linalg.lstsq(design, np.ones_like(loss))
-        if irreducible <= 0:
-            irreducible, coefficient = 0.0, float(design[:, 1].sum() / (design[:, 1] @ design[:, 1]))
-        if coefficient <= 0:
-            continue
-        start = np.array([max(math.log(irreducible) if irreducible else -np.inf, floor), math.log(coefficient), alpha])
-        found.append((float(np.sum(np.abs(_log_loss(start, log_u) - log_loss))), start))
-    if not found:
+def _best_start(log_u: np.ndarray, log_loss: np.ndarray, floor: float) -> np.ndarray:
+    """For a given alpha the law is linear in E and A: the best of a list of alphas, each with its least squares.
+
+    The residuals are relative ones, which are those of the logarithm while they are small.
+    """
+    weights = np.exp(-log_loss)
+    falling = np.exp(-_EXPONENTS[:, None] * log_u) * weights
+    a, b, c = weights @ weights, falling @ weights, np.sum(falling**2, axis=1)
+    right, right_falling = weights.sum(), falling.sum(axis=1)
+    # Points on a line in u^-alpha, to rounding, leave E and A apart all the same.
+    determinant = np.maximum(a * c - b**2, 1e-12 * a * c)
+    irreducible = (c * right - b * right_falling) / determinant
+    coefficient = np.where(irreducible > 0, (a * right_falling - b * right) / determinant, right_falling / c)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_e = np.maximum(np.where(irreducible > 0, np.log(irreducible), -np.inf), floor)
+        log_a = np.log(coefficient)
+    starts = np.stack([log_e, log_a, _EXPONENTS], axis=1)[coefficient > 0]
+    if not len(starts):
         # Losses that rise with size: as flat as can be.
-        return [np.array([float(log_loss.mean()), floor, _EXPONENTS[0]])]
-    found.sort(key=lambda pair: pair[0])
-    return [found[0][1]]
+        return np.array([float(log_loss.mean()), floor, _EXPONENTS[0]])
+    misses = np.logaddexp(starts[:, :1], starts[:, 1:2] - starts[:, 2:] * log_u) - log_loss
+    return starts[np.argmin(np.abs(misses).sum(axis=1))]
 
 
 def _log_loss(parameters: np.ndarray, log_u: np.ndarray) -> np.ndarray:
