@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from maxlm.core.sharding import logical_to_spec, row_groups, row_shard
+from maxlm.core.sharding import check_row_length, logical_to_spec, row_groups, row_shard
 
 
 @partial(
@@ -40,10 +40,15 @@ def put_batch(batch: Any, mesh: Mesh, axes: tuple[str | None, ...] = ("batch", "
     """This process's rows as global arrays, each cut along the logical axes of its first dimensions.
 
     A tree of host arrays [rows], or [rows, length] and more.
+
+    Raises:
+      ConfigError: rows cannot be cut along their length.
     """
     rows, groups = row_shard(mesh), row_groups(mesh)
 
     def put(x: np.ndarray) -> jax.Array:
+        if "length" in axes[: x.ndim]:
+            check_row_length(x.shape[1], mesh.shape["context"])
         spec = logical_to_spec((*axes, *[None] * x.ndim)[: x.ndim])
         size = x.shape[0] // len(groups)
 

@@ -210,6 +210,13 @@ def fits(shape: Sequence[int], axes: Sequence[str | None]) -> bool:
     return all(size % count == 0 for size, count in zip(shape, parts, strict=True))
 
 
+def check_row_length(length: int, context: int) -> None:
+    """Raises ConfigError where rows of `length` tokens cannot be cut over `context` devices."""
+    if length % context:
+        fits = -(-length // context) * context
+        raise ConfigError([f"rows of {length} tokens cannot be cut over mesh.context = {context}; make them {fits}"])
+
+
 def gather_weight(weight: jax.Array) -> jax.Array:
     """The all-gather of fully sharded data parallelism: `weight` is still cut along `tensor` and nothing else.
 

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from maxlm.core.sharding import current_mesh, spec_of
+from maxlm.core.sharding import check_row_length, current_mesh, spec_of
 from maxlm.errors import ConfigError
 from maxlm.ops.attention import attention, in_pieces
 from maxlm.ops.attention_rule import AttentionRule
@@ -31,10 +31,7 @@ def row_order(length: int, method: str) -> RowOrder:
       ConfigError: rows that cannot be cut over the devices.
     """
     size = context_size()
-    if length % size:
-        raise ConfigError(
-            [f"rows of {length} tokens cannot be cut over mesh.context = {size}; make them {-(-length // size) * size}"]
-        )
+    check_row_length(length, size)
     return "zigzag" if size > 1 and method == "ring" and length % (2 * size) == 0 else "plain"
 
 

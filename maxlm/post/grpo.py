@@ -90,10 +90,12 @@ class Grpo:
         self._prompts = self._read(objective.train_file)
         self._valid_prompts = [] if objective.valid_file is None else self._read(objective.valid_file)
         longest = max(len(prompt.ids) for prompt in [*self._prompts, *self._valid_prompts])
+        # Prompt and answer together are what devices share along a row.
+        length = min(round_up(longest + objective.max_new_tokens), config.row_length)
         self._sampler = Sampler(
             context.tokenizer,
             context.mesh,
-            prompt_length=min(round_up(longest), config.row_length - objective.max_new_tokens),
+            prompt_length=length - objective.max_new_tokens,
             max_new_tokens=objective.max_new_tokens,
             seed=config.seed,
         )

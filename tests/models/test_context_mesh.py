@@ -1,0 +1,96 @@
+"""A whole decoder over rows that devices share: loss and gradient of every weight as on one device."""
+
+import jax
+import numpy as np
+import pytest
+
+from maxlm.config import ModelConfig
+from maxlm.config.mesh import MeshConfig
+from maxlm.core.batch import Batch, put_batch
+from maxlm.core.parameters import initialize
+from maxlm.core.sharding import make_mesh
+from maxlm.core.tree import flatten
+from maxlm.errors import ConfigError
+from maxlm.models.decoder import Decoder
+from maxlm.train.loss import language_model_loss
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+CONFIG = ModelConfig(
+    vocab_size=48,
+    num_layers=2,
+    embed_dim=16,
+    mlp_dim=24,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    max_length=64,
+    window_pattern=(6, None),
+    attention_soft_cap=3.0,
+    activation_dtype="float32",
+    matmul_dtype="float32",
+    loss_chunk_length=5,
+)
+LENGTHS = {32: (9, 7, 12), 36: (20, 9)}
+
+
+def batch_of(length: int) -> Batch:
+    """Documents one after another, each row a little further on, with padding behind."""
+    random = np.random.default_rng(0)
+    segment_ids, positions = np.zeros((2, 4, length), np.int32)
+    for row in range(4):
+        documents = LENGTHS[length][row % 2 :]
+        used = sum(documents)
+        segment_ids[row, :used] = np.repeat(np.arange(1, 1 + len(documents)), documents)
+        positions[row, :used] = np.concatenate([np.arange(count) for count in documents])
+    tokens, targets = random.integers(0, 48, (2, 4, length)).astype(np.int32)
+    weights = np.where(segment_ids > 0, random.uniform(0.2, 2, segment_ids.shape), 0).astype(np.float32)
+    return Batch(tokens, targets, weights, segment_ids, positions)
+
+
+def loss_and_gradient(config: ModelConfig, length: int, sizes: dict[str, int] | None = None):
+    def loss(model, batch):
+        return sum(term.mean() for term in language_model_loss(model, batch, z_loss=0.1).terms.values())
+
+    compute = jax.jit(jax.value_and_grad(loss))
+    key, batch = jax.random.key(0), batch_of(length)
+    if sizes is None:
+        value, gradient = compute(initialize(Decoder(config), key), batch)
+    else:
+        mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
+        with jax.set_mesh(mesh):
+            value, gradient = compute(initialize(Decoder(config), key, mesh), put_batch(batch, mesh))
+    return float(value), flatten(jax.device_get(gradient))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {length: loss_and_gradient(CONFIG, length) for length in LENGTHS}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "length", "changes"),
+    [
+        ({"context": 4}, 32, {}),
+        # No two chunks for each device: rows stay in order.
+        ({"context": 4}, 36, {}),
+        ({"context": 2, "tensor": 2, "fsdp": 2}, 32, {}),
+        ({"context": 2, "tensor": 2, "data": 2}, 32, {"context_attention": "all_to_all"}),
+        pytest.param({"context": 8}, 32, {}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_devices_that_share_rows_change_nothing(sizes, length, changes, alone):
+    value, gradient = loss_and_gradient(CONFIG.model_copy(update=changes), length, sizes)
+    want_value, want_gradient = alone[length]
+    assert value == pytest.approx(want_value, rel=1e-5)
+    for path, want in want_gradient.items():
+        scale = np.abs(want).max()
+        assert scale > 0, path
+        np.testing.assert_allclose(gradient[path], want, rtol=1e-4, atol=1e-5 * scale, err_msg=path)
+
+
+def test_rows_that_cannot_be_cut_are_refused():
+    mesh = make_mesh(MeshConfig(context=8, fsdp=1))
+    with pytest.raises(ConfigError, match=r"rows of 36 tokens cannot be cut over mesh.context = 8; make them 40"):
+        put_batch(batch_of(36), mesh)
