@@ -13,6 +13,11 @@ class ModelConfig(Frozen):
     vocab_size: NonNegativeInt = Field(0, description="Number of token ids; 0 takes the tokenizer's.")
     num_layers: Count = 4
     embed_dim: Count = 256
+    base_embed_dim: Count | None = Field(
+        None,
+        description="Width that the learning rate was found at: logits and learning rates are scaled so that it fits"
+        " embed_dim as well. Keep head_dim and the ratios of the widths.",
+    )
     mlp_dim: Count = 704
     num_heads: Count = 4
     num_kv_heads: Count = 2
@@ -55,6 +60,11 @@ class ModelConfig(Frozen):
         "ring",
         description="Where mesh.context cuts rows: keys go round the devices, or heads are exchanged for whole rows.",
     )
+
+    @property
+    def width(self) -> float:
+        """How many times wider this model is than the one that its learning rate was found for."""
+        return self.embed_dim / (self.base_embed_dim or self.embed_dim)
 
     @property
     def layer_matmul_dtype(self) -> str:

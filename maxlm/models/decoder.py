@@ -149,7 +149,8 @@ def _table(config: ModelConfig) -> Parameter:
 
 
 def _logits(config: ModelConfig, head: Any, hidden: jax.Array) -> jax.Array:
-    logits = unembed(hidden.astype(jnp.float32), head, config.matmul_dtype)
+    # A step changes the table by as much at each width, and a logit is a sum over the width (arXiv:2203.03466).
+    logits = unembed(hidden.astype(jnp.float32) / config.width, head, config.matmul_dtype)
     if config.logit_soft_cap is not None:
         logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
     return logits

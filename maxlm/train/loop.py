@@ -74,7 +74,8 @@ def run(
       TrainingError: too many steps were skipped, too often, or a checkpoint could not be saved.
     """
     folder = storage_path(config.output)
-    optimizer = make_optimizer(config.optim)
+    # Adapters are as wide as their rank.
+    optimizer = make_optimizer(config.optim, width=config.model.width if config.lora is None else 1.0)
     schedule = partial(schedule_factor, config.optim.schedule, config.steps)
     step_function = jax.jit(
         partial(

@@ -11,7 +11,7 @@ from maxlm.config.optim import OptimConfig
 from maxlm.core.tree import flatten, path_of
 from maxlm.train.adafactor import scale_by_adafactor
 from maxlm.train.adam8bit import scale_by_adam8bit
-from maxlm.train.groups import check_groups, group_of, is_matrix, is_router_bias, map_with_path
+from maxlm.train.groups import check_groups, group_of, is_matrix, is_router_bias, is_stacked, map_with_path
 from maxlm.train.muon import scale_by_muon
 from maxlm.train.rounding import stochastic_round
 from maxlm.train.soap import scale_by_soap
@@ -20,10 +20,13 @@ from maxlm.train.soap import scale_by_soap
 _FOR_LAYERS = ("muon", "soap")
 
 
-def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, *, width: float = 1.0) -> optax.GradientTransformation:
     """Clip, add penalties, find the direction, decay weights and multiply by the learning rate of each parameter.
 
     All of it, and all state, is in float32 whatever the dtype of the parameters. `apply_updates` applies the updates.
+
+    Args:
+      width: how many times wider the model is than the one that the learning rates were found for.
 
     Raises:
       ConfigError: from `init`, when a pattern of `groups` matches none of the parameters.
@@ -32,7 +35,9 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
         {"main": _direction(config), "adam": _adam(config), "router_bias": optax.scale_by_sign()},
         lambda tree: labels(config.kind, tree),
     )
-    return _in_float32(optax.chain(_clip(config.clip_norm), _add_penalties(config), direction, _scale_by_rates(config)))
+    return _in_float32(
+        optax.chain(_clip(config.clip_norm), _add_penalties(config), direction, _scale_by_rates(config, width))
+    )
 
 
 def labels(kind: str, tree: Any) -> Any:
@@ -134,8 +139,8 @@ def _add_penalties(config: OptimConfig) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: map_with_path(add, updates, params))
 
 
-def _scale_by_rates(config: OptimConfig) -> optax.GradientTransformation:
-    """Direction d of a parameter w to -rate * (d + decay * w), rate and decay being those of its group."""
+def _scale_by_rates(config: OptimConfig, width: float) -> optax.GradientTransformation:
+    """Direction d of a parameter w to -rate * (d * transfer + decay * w), rate and decay being those of its group."""
 
     def init(params):
         check_groups(config.groups, params)
@@ -150,9 +155,21 @@ def _scale_by_rates(config: OptimConfig) -> optax.GradientTransformation:
         decay = group.weight_decay
         if decay is None:
             decay = config.weight_decay if is_matrix(path, param) else 0.0
-        return -rate * (direction + decay * param)
+        transfer = _transfer(config.kind, is_stacked(path) and is_matrix(path, param), width)
+        return -rate * (transfer * direction + decay * param)
 
     def update(updates, state, params):
         return map_with_path(scale, updates, params, labels(config.kind, params)), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _transfer(kind: str, is_hidden: bool, width: float) -> float:
+    """What a learning rate found at another width is multiplied by (arXiv:2203.03466, table 8, with logits / width).
+
+    The matrices of layers are hidden: both of their sides grow with the width. Muon's own scale fits every width, as its
+    updates have the same spectral norm (arXiv:2310.17813).
+    """
+    if kind == "sgd":
+        return 1.0 if is_hidden else width
+    return 1 / width if is_hidden and kind != "muon" else 1.0
