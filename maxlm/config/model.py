@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from maxlm.config.base import Count, Frozen
+from maxlm.config.moe import MoeConfig
 
 
 class ModelConfig(Frozen):
@@ -19,6 +20,7 @@ class ModelConfig(Frozen):
         " embed_dim as well. Keep head_dim and the ratios of the widths.",
     )
     mlp_dim: Count = 704
+    moe: MoeConfig | None = Field(None, description="Experts in the place of each layer's MLP; mlp_dim is then unused.")
     num_heads: Count = 4
     num_kv_heads: Count = 2
     head_dim: Count = 64

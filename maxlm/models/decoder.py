@@ -19,7 +19,8 @@ from maxlm.core.parameters import Parameter, normal, stack
 from maxlm.core.sharding import fits, gather_layers, shard
 from maxlm.core.term import LossOutput
 from maxlm.models.cache import KVCache
-from maxlm.models.layers import TOKEN_AXES, DecoderLayer, TokenContext, norm_scale
+from maxlm.models.layers import TOKEN_AXES, DecoderLayer, Mlp, TokenContext, norm_scale
+from maxlm.models.moe import MixtureOfExperts
 from maxlm.ops.context import lay_out, put_in_order, row_order
 from maxlm.ops.linear import embed, unembed
 from maxlm.ops.loss import token_log_probabilities
@@ -45,7 +46,8 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.config = config
         self.embedding = _table(config)
-        self.layers = stack(DecoderLayer(config), config.num_layers)
+        mlp = Mlp(config, config.mlp_dim) if config.moe is None else MixtureOfExperts(config)
+        self.layers = stack(DecoderLayer(config, mlp), config.num_layers)
         self.final_norm = norm_scale(config.embed_dim)
         if not config.tie_embeddings:
             self.head = _table(config)

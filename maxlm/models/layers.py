@@ -112,9 +112,9 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """SwiGLU: down(silu(gate x) * up x) (arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, mlp_dim: int):
         self.config = config
-        embed, mlp = (config.embed_dim, "embed"), (config.mlp_dim, "mlp")
+        embed, mlp = (config.embed_dim, "embed"), (mlp_dim, "mlp")
         self.gate = weight(config, embed, mlp)
         self.up = weight(config, embed, mlp)
         self.down = weight(config, mlp, embed, scale=1 / math.sqrt(2 * config.num_layers))
@@ -132,12 +132,13 @@ class DecoderLayer(nnx.Module):
     device of it (arXiv:2205.05198): a block gathers them, and the sum over its last product spreads them again.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, mlp: nnx.Module):
+        """`mlp`: an `Mlp`, or a mixture of experts if the configuration has one."""
         self.config = config
         self.attention_norm = norm_scale(config.embed_dim)
         self.attention = Attention(config)
         self.mlp_norm = norm_scale(config.embed_dim)
-        self.mlp = Mlp(config)
+        self.mlp = mlp
 
     def __call__(self, x_BLD, context: TokenContext, window: int | None):
         """The stream after this layer, and what the layer adds to the loss."""
@@ -145,8 +146,10 @@ class DecoderLayer(nnx.Module):
         normed_BLD = shard(rms_norm(x_BLD, self.attention_norm, epsilon), *TOKEN_AXES)
         x_BLD = x_BLD + self.attention(normed_BLD, context, window)
         normed_BLD = shard(rms_norm(x_BLD, self.mlp_norm, epsilon), *TOKEN_AXES)
-        x_BLD = x_BLD + self.mlp(normed_BLD, context.residual_axes)
-        return x_BLD, LossOutput({}, {})
+        if self.config.moe is None:
+            return x_BLD + self.mlp(normed_BLD, context.residual_axes), LossOutput({}, {})
+        mixed_BLD, auxiliary = self.mlp(normed_BLD, context.segment_ids_BL, context.residual_axes)
+        return x_BLD + mixed_BLD, auxiliary
 
     def decode(self, x_BLD, angles, positions_BL, cache, layer, window: int | None):
         epsilon = self.config.norm_epsilon
@@ -154,7 +157,9 @@ class DecoderLayer(nnx.Module):
             rms_norm(x_BLD, self.attention_norm, epsilon), angles, positions_BL, cache, layer, window
         )
         x_BLD = x_BLD + mixed_BLD
-        return x_BLD + self.mlp(rms_norm(x_BLD, self.mlp_norm, epsilon)), cache
+        normed_BLD = rms_norm(x_BLD, self.mlp_norm, epsilon)
+        mixed_BLD = self.mlp(normed_BLD) if self.config.moe is None else self.mlp.decode(normed_BLD, positions_BL)
+        return x_BLD + mixed_BLD, cache
 
 
 def _split_heads(x_BLX, num_heads: int, axis: str):

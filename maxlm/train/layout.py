@@ -74,7 +74,11 @@ def _weights(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
     exchanges_heads = model.context_attention == "all_to_all"
     divides("num_heads", model.num_heads, "tensor", *(["context"] if exchanges_heads else []))
     divides("num_kv_heads", model.num_kv_heads, "tensor")
-    divides("mlp_dim", model.mlp_dim, "tensor")
+    if model.moe is None:
+        divides("mlp_dim", model.mlp_dim, "tensor")
+    else:
+        divides("moe.mlp_dim", model.moe.mlp_dim, "tensor")
+        divides("moe.num_experts", model.moe.num_experts, "expert")
     divides("vocab_size", model.vocab_size, "tensor")
     divides("embed_dim", model.embed_dim, "fsdp", "expert", "context")
     divides("num_layers", model.num_layers, "stage", times=len(model.window_pattern))

@@ -1,0 +1,110 @@
+"""The layer of experts that takes the place of a decoder layer's MLP.
+
+Dimensions: B batch, L length, D embed, F channels of an expert, E experts, K experts of a token.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maxlm.config.model import ModelConfig
+from maxlm.core.parameters import Parameter, normal, zeros
+from maxlm.core.term import LossOutput, Term
+from maxlm.models.layers import Mlp
+from maxlm.ops.linear import linear
+from maxlm.ops.moe import Routing, mixture_of_experts, route, router_scores
+from maxlm.ops.moe_balance import bias_pull, choices, document_balance
+
+
+class MixtureOfExperts(nnx.Module):
+    """A router, experts, and shared experts that every token passes."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        moe = config.moe
+        embed, mlp, dtype = config.embed_dim, moe.mlp_dim, jnp.dtype(config.parameter_dtype)
+        narrow = normal(1 / math.sqrt(2 * config.num_layers * mlp))
+        widen = normal(1 / math.sqrt(embed))
+        widening, narrowing = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
+        # In float32 whatever the others are: where two scores are near, rounding chooses another expert.
+        self.router = _parameter((embed, moe.num_experts), ("embed", None), widen)
+        self.gate = _parameter((moe.num_experts, embed, mlp), widening, widen, dtype)
+        self.up = _parameter((moe.num_experts, embed, mlp), widening, widen, dtype)
+        self.down = _parameter((moe.num_experts, mlp, embed), narrowing, narrow, dtype)
+        if moe.balance.bias:
+            self.router_bias = _parameter((moe.num_experts,), (None,), zeros)
+        if moe.num_shared_experts:
+            self.shared = Mlp(config, moe.num_shared_experts * mlp)
+
+    def __call__(
+        self, x_BLD: jax.Array, segment_ids_BL: jax.Array, output_axes: tuple[str | None, ...]
+    ) -> tuple[jax.Array, LossOutput]:
+        """What the experts make of each token, and what their balance adds to the loss. Padding goes to no expert."""
+        moe = self.config.moe
+        real_BL = segment_ids_BL != 0
+        logits_BLE, scores_BLE, routing = self._route(x_BLD)
+        capacity_factor = moe.capacity_factor if moe.dispatch == "capacity" else None
+        y_BLD, dropped_BL = self._mix(x_BLD, routing, real_BL, capacity_factor, output_axes)
+
+        tokens = jnp.sum(real_BL, dtype=jnp.float32)
+        choices_BLE = choices(routing.experts_BLK, real_BL, moe.num_experts)
+        load_E = jnp.sum(choices_BLE, axis=(0, 1)) / moe.experts_per_token
+        terms = {}
+        if moe.balance.loss_weight:
+            balance = document_balance(scores_BLE, routing.experts_BLK, segment_ids_BL)
+            terms["moe_balance"] = Term(moe.balance.loss_weight * balance, tokens)
+        if moe.balance.bias:
+            terms["router_bias"] = Term(bias_pull(self.router_bias, load_E), tokens)
+        if moe.router_z_loss:
+            squares_BL = jnp.square(jax.nn.logsumexp(logits_BLE, axis=-1))
+            terms["router_z_loss"] = Term(moe.router_z_loss * jnp.sum(jnp.where(real_BL, squares_BL, 0.0)), tokens)
+        metrics = {
+            # Tokens of the busiest expert, as a multiple of an equal share.
+            "max_expert_load": Term(moe.num_experts * jax.lax.stop_gradient(jnp.max(load_E)), tokens),
+            "dropped_tokens": Term(jnp.sum(dropped_BL) / moe.experts_per_token, tokens),
+        }
+        return y_BLD, LossOutput(terms, metrics)
+
+    def decode(self, x_BLD: jax.Array, positions_BL: jax.Array) -> jax.Array:
+        """As in training, but no token is ever dropped: what one row gets must not depend on the others."""
+        _, _, routing = self._route(x_BLD)
+        return self._mix(x_BLD, routing, positions_BL >= 0, None, None)[0]
+
+    def _route(self, x_BLD) -> tuple[jax.Array, jax.Array, Routing]:
+        moe = self.config.moe
+        # A TPU does not make whole float32 products by itself.
+        with jax.default_matmul_precision("float32"):
+            logits_BLE = linear(x_BLD.astype(jnp.float32), self.router, "float32")
+        scores_BLE = router_scores(logits_BLE, moe.scoring)
+        routing = route(
+            scores_BLE,
+            self.router_bias if moe.balance.bias else None,
+            experts_per_token=moe.experts_per_token,
+            normalize_weights=moe.normalize_weights,
+            scaling=moe.routed_scaling,
+        )
+        return logits_BLE, scores_BLE, routing
+
+    def _mix(self, x_BLD, routing, real_BL, capacity_factor, output_axes):
+        moe = self.config.moe
+        y_BLD, dropped_BL = mixture_of_experts(
+            x_BLD,
+            routing,
+            real_BL,
+            self.gate,
+            self.up,
+            self.down,
+            dtype=self.config.matmul_dtype,
+            capacity_factor=capacity_factor,
+            output_axes=output_axes,
+            implementation=None if moe.implementation == "auto" else moe.implementation,
+        )
+        if moe.num_shared_experts:
+            y_BLD = y_BLD + self.shared(x_BLD, output_axes)
+        return y_BLD, dropped_BL
+
+
+def _parameter(*declared) -> Parameter:
+    return nnx.data(Parameter(*declared))

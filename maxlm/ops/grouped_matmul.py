@@ -1,0 +1,147 @@
+"""Products of consecutive groups of rows, each with a matrix of its own.
+
+Dimensions: M rows, G groups, I input features, O output features.
+
+| implementation | what it is                                                                                 |
+| -------------- | ------------------------------------------------------------------------------------------ |
+| `ragged`       | `jax.lax.ragged_dot`: one kernel on a TPU; elsewhere XLA multiplies all rows by all matrices |
+| `blocks`       | a loop over blocks of rows, each within one group; rows beyond the groups cost nothing     |
+| `equal`        | one batched product, for groups of M / G rows each                                         |
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+# Rows of a block: enough to fill matrix units, few enough that the last, partly filled one of each group is cheap.
+_MIN_BLOCK, _MAX_BLOCK = 8, 128
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def grouped_linear(
+    x_MI: jax.Array,
+    weight_GIO: jax.Array,
+    sizes_G: jax.Array,
+    dtype: str,
+    implementation: str,
+    gather_axis: int,
+    gather_names: tuple[str, ...],
+) -> jax.Array:
+    """Row m of group g times weight g, as [M, O] in the dtype of x; rows beyond the groups become zero.
+
+    Args:
+      x_MI: rows in the order of their groups.
+      sizes_G: rows of each group; their sum is at most M.
+      dtype: of the operands, backwards too; sums are float32.
+      implementation: `ragged`, `blocks` or `equal`.
+      gather_axis, gather_names: the weight is cut along this axis over these axes of the mesh (of shard_map).
+    """
+    whole = _gather(weight_GIO.astype(dtype), gather_axis, gather_names)
+    return _product(x_MI.astype(dtype), whole, sizes_G, implementation).astype(x_MI.dtype)
+
+
+def _forward(x_MI, weight_GIO, sizes_G, dtype, implementation, gather_axis, gather_names):
+    y_MO = grouped_linear(x_MI, weight_GIO, sizes_G, dtype, implementation, gather_axis, gather_names)
+    # Saved: the weight as it lies in memory. The backward pass gathers it again rather than hold it whole.
+    return y_MO, (x_MI.astype(dtype), weight_GIO, sizes_G)
+
+
+def _backward(dtype, implementation, gather_axis, gather_names, residuals, grad_MO):
+    x_MI, weight_GIO, sizes_G = residuals
+    whole = _gather(weight_GIO.astype(dtype), gather_axis, gather_names)
+    rough_MO = grad_MO.astype(dtype)
+    grad_x = _product(rough_MO, whole.mT, sizes_G, implementation).astype(grad_MO.dtype)
+    grad_weight = _outer_product(x_MI, rough_MO, sizes_G, implementation)
+    if gather_names:
+        grad_weight = jax.lax.psum_scatter(grad_weight, gather_names, scatter_dimension=gather_axis, tiled=True)
+    return grad_x, grad_weight.astype(weight_GIO.dtype), None
+
+
+grouped_linear.defvjp(_forward, _backward)
+
+
+def _gather(weight, axis, names):
+    return jax.lax.all_gather(weight, names, axis=axis, tiled=True) if names else weight
+
+
+def _product(x_MI, weight_GIO, sizes_G, implementation):
+    """float32 [M, O]."""
+    match implementation:
+        case "ragged":
+            y_MO = jax.lax.ragged_dot(x_MI, weight_GIO, sizes_G, preferred_element_type=jnp.float32)
+            # What stands beyond the groups is not the same on all platforms.
+            return jnp.where(jnp.arange(len(y_MO))[:, None] < jnp.sum(sizes_G), y_MO, 0.0)
+        case "equal":
+            groups = x_MI.reshape(len(sizes_G), -1, x_MI.shape[-1])
+            y = jnp.einsum("gmi,gio->gmo", groups, weight_GIO, preferred_element_type=jnp.float32)
+            return y.reshape(-1, y.shape[-1])
+        case "blocks":
+            return _block_product(x_MI, weight_GIO, sizes_G)
+    raise ValueError(f"unknown implementation {implementation!r}")
+
+
+def _outer_product(x_MI, grad_MO, sizes_G, implementation):
+    """Sum over the rows of each group of x^T grad: float32 [G, I, O]."""
+    match implementation:
+        case "ragged":
+            rows = jax.lax.RaggedDotDimensionNumbers(
+                dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+            )
+            return jax.lax.ragged_dot_general(x_MI, grad_MO, sizes_G, rows, preferred_element_type=jnp.float32)
+        case "equal":
+            x, grad = (rows.reshape(len(sizes_G), -1, rows.shape[-1]) for rows in (x_MI, grad_MO))
+            return jnp.einsum("gmi,gmo->gio", x, grad, preferred_element_type=jnp.float32)
+        case "blocks":
+            return _block_outer_product(x_MI, grad_MO, sizes_G)
+    raise ValueError(f"unknown implementation {implementation!r}")
+
+
+def _blocks(num_rows: int, sizes_G):
+    """Rows of a block (static); group and first row of each block, and how many blocks there are."""
+    num_groups = len(sizes_G)
+    size = min(_MAX_BLOCK, max(_MIN_BLOCK, 1 << (num_rows // num_groups).bit_length() >> 1))
+    blocks_G = -(-sizes_G // size)
+    ends_G = jnp.cumsum(blocks_G)
+    number_N = jnp.arange(num_rows // size + num_groups)
+    group_N = jnp.minimum(jnp.searchsorted(ends_G, number_N, side="right"), num_groups - 1)
+    first_row_G = jnp.cumsum(sizes_G) - sizes_G
+    first_row_N = first_row_G[group_N] + (number_N - (ends_G - blocks_G)[group_N]) * size
+    return size, group_N, first_row_N, ends_G[-1]
+
+
+def _block_product(x_MI, weight_GIO, sizes_G):
+    num_rows = len(x_MI)
+    size, group_N, first_row_N, count = _blocks(num_rows, sizes_G)
+    # A block may reach beyond the end.
+    x_MI = jnp.pad(x_MI, ((0, size), (0, 0)))
+
+    def body(number, y_MO):
+        row = first_row_N[number]
+        block = jax.lax.dynamic_slice_in_dim(x_MI, row, size)
+        weight = jax.lax.dynamic_index_in_dim(weight_GIO, group_N[number], keepdims=False)
+        # Its rows that belong to the next group are written again by that group's blocks, which come later.
+        y = jnp.dot(block, weight, preferred_element_type=jnp.float32)
+        return jax.lax.dynamic_update_slice_in_dim(y_MO, y, row, axis=0)
+
+    y_MO = jax.lax.fori_loop(0, count, body, jnp.zeros((len(x_MI), weight_GIO.shape[-1]), jnp.float32))[:num_rows]
+    return jnp.where(jnp.arange(num_rows)[:, None] < jnp.sum(sizes_G), y_MO, 0.0)
+
+
+def _block_outer_product(x_MI, grad_MO, sizes_G):
+    size, group_N, first_row_N, count = _blocks(len(x_MI), sizes_G)
+    ends_G = jnp.cumsum(sizes_G)
+    x_MI, grad_MO = (jnp.pad(rows, ((0, size), (0, 0))) for rows in (x_MI, grad_MO))
+
+    def body(number, total_GIO):
+        group, row = group_N[number], first_row_N[number]
+        x = jax.lax.dynamic_slice_in_dim(x_MI, row, size)
+        grad = jax.lax.dynamic_slice_in_dim(grad_MO, row, size)
+        within = row + jnp.arange(size)[:, None] < ends_G[group]
+        product = jax.lax.dot_general(
+            x, jnp.where(within, grad, 0), (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return total_GIO.at[group].add(product)
+
+    shape = (len(sizes_G), x_MI.shape[-1], grad_MO.shape[-1])
+    return jax.lax.fori_loop(0, count, body, jnp.zeros(shape, jnp.float32))

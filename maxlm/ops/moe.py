@@ -1,0 +1,383 @@
+"""Experts: which ones each token goes to, how it gets there and back, and the plain reference.
+
+| implementation | how tokens reach experts on other devices                                                   |
+| -------------- | ------------------------------------------------------------------------------------------- |
+| `ragged`       | a ragged all-to-all sends each row that must go, and nothing else: TPUs and GPUs            |
+| `padded`       | a plain all-to-all, of buffers that hold the worst case: everywhere                         |
+| `reference`    | not at all: every expert works on every token, in float32, and the router's weights choose  |
+
+All are exact: no token is ever dropped, unless a capacity is asked for.
+
+Dimensions: B batch, L length, D embed, F channels of an expert, E experts, K experts of a token, S devices along the
+expert axis; on one device: T tokens, A = T * K assignments of a token to an expert, G experts, N rows sent, M received.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from maxlm.core.sharding import LOGICAL_AXES, current_mesh, is_explicit, logical_to_spec
+from maxlm.errors import ConfigError
+from maxlm.ops.grouped_matmul import grouped_linear
+
+IMPLEMENTATIONS = ("ragged", "padded", "reference")
+
+_TOKENS = ("batch", "length", None)
+_WIDENING = ("experts", "expert_embed", "mlp")
+_NARROWING = ("experts", "mlp", "expert_embed")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """experts_BLK: the experts of each token, the best first; weights_BLK: float32, what each one's output counts."""
+
+    experts_BLK: jax.Array
+    weights_BLK: jax.Array
+
+
+def router_scores(logits_BLE: jax.Array, scoring: str) -> jax.Array:
+    return jax.nn.softmax(logits_BLE, axis=-1) if scoring == "softmax" else jax.nn.sigmoid(logits_BLE)
+
+
+def route(
+    scores_BLE: jax.Array, bias_E: jax.Array | None, *, experts_per_token: int, normalize_weights: bool, scaling: float
+) -> Routing:
+    """The experts with the highest scores; of equal ones those that come first.
+
+    A bias counts in the choice alone, and not in the weights (arXiv:2408.15664).
+    """
+    choosing = scores_BLE if bias_E is None else scores_BLE + jax.lax.stop_gradient(bias_E)
+    _, experts_BLK = jax.lax.top_k(jax.lax.stop_gradient(choosing), experts_per_token)
+    weights_BLK = jnp.take_along_axis(scores_BLE, experts_BLK, axis=-1)
+    if normalize_weights:
+        # Sigmoids may all be next to nothing.
+        weights_BLK = weights_BLK / (jnp.sum(weights_BLK, axis=-1, keepdims=True) + 1e-20)
+    return Routing(experts_BLK, scaling * weights_BLK)
+
+
+def mixture_of_experts(
+    x_BLD: jax.Array,
+    routing: Routing,
+    real_BL: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    *,
+    dtype: str,
+    capacity_factor: float | None = None,
+    output_axes: tuple[str | None, ...] | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of what a token's experts make of it, each a SwiGLU.
+
+    Args:
+      real_BL: bool; other tokens are padding, go to no expert and get zeros.
+      dtype: of the operands of matrix products.
+      capacity_factor: an expert takes at most this multiple of an equal share of each device's tokens, the first of a
+        row first; for comparison alone, since what is dropped depends on how the batch is laid out.
+      output_axes: logical axes that the result is cut along, if not those of x.
+      implementation: one of `IMPLEMENTATIONS`, or None for the best that works here.
+
+    Returns:
+      [batch, length, embed] in the dtype of x, and int32 [batch, length], how many of a token's experts had no room.
+
+    Raises:
+      ConfigError: an unknown implementation, or a named one that cannot work here.
+    """
+    implementation = _choose(implementation)
+    if implementation == "reference":
+        y_BLD = reference_mixture(x_BLD, routing, real_BL, gate_EDF, up_EDF, down_EFD)
+        y_BLD = jax.reshard(y_BLD, logical_to_spec(output_axes)) if output_axes and is_explicit() else y_BLD
+        return y_BLD, jnp.zeros_like(routing.experts_BLK[..., 0])
+    arguments = (x_BLD, routing.experts_BLK, routing.weights_BLK, real_BL, gate_EDF, up_EDF, down_EFD)
+    local = partial(_local_mixture, dtype=dtype, capacity_factor=capacity_factor, implementation=implementation)
+    if not is_explicit():
+        return local(*arguments, num_shards=1, gather_names=(), sum_over=None, scatter=False)
+    tokens, out = logical_to_spec(_TOKENS), logical_to_spec(output_axes or _TOKENS)
+    widening, narrowing = logical_to_spec(_WIDENING), logical_to_spec(_NARROWING)
+    sharded = jax.shard_map(
+        partial(
+            local,
+            num_shards=current_mesh().shape["expert"],
+            gather_names=LOGICAL_AXES["expert_embed"],
+            sum_over="tensor",
+            scatter="tensor" in (out[1] or ()),
+        ),
+        in_specs=(tokens, tokens, tokens, P(*tokens[:2]), widening, widening, narrowing),
+        out_specs=(out, P(*tokens[:2])),
+        check_vma=False,
+    )
+    return sharded(*arguments)
+
+
+def reference_mixture(x_BLD, routing: Routing, real_BL, gate_EDF, up_EDF, down_EFD) -> jax.Array:
+    """The definition, in float32: every expert on every token, weighted by the routing."""
+    gate, up, down = (_whole(weight).astype(jnp.float32) for weight in (gate_EDF, up_EDF, down_EFD))
+    x = x_BLD.astype(jnp.float32)
+    product = partial(jnp.einsum, precision="highest")
+    hidden = jax.nn.silu(product("bld,edf->blef", x, gate)) * product("bld,edf->blef", x, up)
+    chosen_BLKE = routing.experts_BLK[..., None] == jnp.arange(gate.shape[0])
+    weights_BLE = jnp.sum(jnp.where(chosen_BLKE, routing.weights_BLK[..., None], 0.0), axis=-2)
+    y_BLD = product("blef,efd,ble->bld", hidden, down, jnp.where(real_BL[..., None], weights_BLE, 0.0))
+    return y_BLD.astype(x_BLD.dtype)
+
+
+def _whole(weight):
+    return jax.reshard(weight, P(*[None] * weight.ndim)) if is_explicit() else weight
+
+
+def _choose(implementation: str | None) -> str:
+    # The mesh's platform, which may be another than this machine's.
+    platform = _platform()
+    if implementation is None:
+        return "padded" if platform == "cpu" else "ragged"
+    if implementation not in IMPLEMENTATIONS:
+        raise ConfigError(
+            [f"mixture of experts: implementation {implementation!r} is unknown; allowed: {', '.join(IMPLEMENTATIONS)}"]
+        )
+    if implementation == "ragged" and platform == "cpu":
+        raise ConfigError(
+            ["mixture of experts: implementation 'ragged' needs a TPU or GPU, and this is a CPU; choose 'padded'"]
+        )
+    return implementation
+
+
+def _platform() -> str:
+    return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).platform
+
+
+def _local_mixture(
+    x_BLD,
+    experts_BLK,
+    weights_BLK,
+    real_BL,
+    gate_GDF,
+    up_GDF,
+    down_GFD,
+    *,
+    dtype: str,
+    capacity_factor: float | None,
+    implementation: str,
+    num_shards: int,
+    gather_names: tuple[str, ...],
+    sum_over: str | None,
+    scatter: bool,
+):
+    """One device's part: its tokens go to the devices of their experts, and come back."""
+    batch, length, embed = x_BLD.shape
+    num_per_token = experts_BLK.shape[-1]
+    x_TD = x_BLD.reshape(-1, embed)
+    num_experts = num_shards * len(gate_GDF)
+    # Padding goes to an expert beyond the last.
+    experts_A = jnp.where(real_BL[..., None], experts_BLK, num_experts).reshape(-1)
+    if capacity_factor is not None:
+        exchange = _exchange_within_capacity(experts_A, num_experts, num_shards, capacity_factor)
+    elif num_shards == 1:
+        exchange = _sort_only(experts_A, num_experts)
+    elif implementation == "ragged":
+        exchange = _exchange_ragged(experts_A, num_experts, num_shards, num_per_token)
+    else:
+        exchange = _exchange_padded(experts_A, num_experts, num_shards, num_per_token)
+
+    grouped = partial(_grouped, exchange=exchange, dtype=dtype, gather_names=gather_names)
+    row_of_A = _inverse(exchange.assignment_N, len(experts_A))
+    rows_ND = _permute(x_TD, exchange.assignment_N // num_per_token, row_of_A.reshape(-1, num_per_token))
+    received_MD = exchange.send(rows_ND)
+    order_of_M = _inverse(exchange.order_M, len(received_MD))
+    ordered_MD = _permute(received_MD, exchange.order_M, order_of_M)
+    hidden_MF = jax.nn.silu(grouped(ordered_MD, gate_GDF, 1)) * grouped(ordered_MD, up_GDF, 1)
+    made_MD = grouped(hidden_MF, down_GFD, 2)
+    returned_ND = exchange.send_back(_permute(made_MD, order_of_M, exchange.order_M))
+    y_AD = _permute(returned_ND, row_of_A, exchange.assignment_N)
+
+    y_TKD = y_AD.reshape(-1, num_per_token, embed).astype(jnp.float32)
+    y_BLD = jnp.einsum("tk,tkd->td", weights_BLK.reshape(-1, num_per_token), y_TKD).reshape(x_BLD.shape)
+    if sum_over and scatter:
+        y_BLD = jax.lax.psum_scatter(y_BLD, sum_over, scatter_dimension=1, tiled=True)
+    elif sum_over:
+        y_BLD = jax.lax.psum(y_BLD, sum_over)
+    dropped_A = (experts_A < num_experts) & (row_of_A < 0)
+    dropped_BL = jnp.sum(dropped_A.reshape(batch, length, num_per_token), axis=-1, dtype=jnp.int32)
+    return y_BLD.astype(x_BLD.dtype), dropped_BL
+
+
+def _grouped(x_MI, weight_GIO, embed_axis: int, *, exchange, dtype, gather_names):
+    product = "equal" if exchange.equal_groups else "ragged" if _platform() == "tpu" else "blocks"
+    return grouped_linear(x_MI, weight_GIO, exchange.sizes_G, dtype, product, embed_axis, gather_names)
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """Which rows a device sends, how they travel, and in which order its experts take what it receives.
+
+    assignment_N: of A, for each row that is sent; -1 is an empty row.
+    send: [N, D] -> [M, D]; send_back: the reverse.
+    order_M: for each row in the order of experts, the received row; -1 after the last.
+    sizes_G: rows of each expert.
+    """
+
+    assignment_N: jax.Array
+    send: Callable[[jax.Array], jax.Array]
+    send_back: Callable[[jax.Array], jax.Array]
+    order_M: jax.Array
+    sizes_G: jax.Array
+    equal_groups: bool = False
+
+
+def _sort_only(experts_A, num_experts):
+    """All experts are here."""
+    order_A, counts_E = _sorted(experts_A, num_experts)
+    place_A = jnp.arange(len(order_A))
+    order_A = jnp.where(place_A < jnp.sum(counts_E), order_A, -1)
+    return _Exchange(order_A, _as_it_is, _as_it_is, place_A, counts_E)
+
+
+def _exchange_padded(experts_A, num_experts, num_shards, num_per_token):
+    order_A, counts_E = _sorted(experts_A, num_experts)
+    counts_SE = jax.lax.all_gather(counts_E, "expert")
+    room = _room(len(experts_A), num_experts // num_shards, num_per_token)
+    sent_S = counts_E.reshape(num_shards, -1).sum(-1)
+    assignment_N = _take_runs(order_A, _exclusive_sum(sent_S), sent_S, room)
+    order_M, sizes_G = _order_of_experts(counts_SE, room * jnp.arange(num_shards), num_shards * room)
+    swap = partial(_swap, num_shards=num_shards)
+    return _Exchange(assignment_N, swap, swap, order_M, sizes_G)
+
+
+def _exchange_ragged(experts_A, num_experts, num_shards, num_per_token):
+    order_A, counts_E = _sorted(experts_A, num_experts)
+    counts_SE = jax.lax.all_gather(counts_E, "expert")
+    me = jax.lax.axis_index("expert")
+    room = num_shards * _room(len(experts_A), num_experts // num_shards, num_per_token)
+    # Rows from each device (first axis) to each (second): where they start when they leave, and when they arrive.
+    sent_SS = counts_SE.reshape(num_shards, num_shards, -1).sum(-1)
+    leave_SS, arrive_SS = _exclusive_sum(sent_SS, axis=1), _exclusive_sum(sent_SS, axis=0)
+    there = (leave_SS[me], sent_SS[me], arrive_SS[me], sent_SS[:, me])
+    back = (arrive_SS[:, me], sent_SS[:, me], leave_SS[:, me], sent_SS[me])
+    order_M, sizes_G = _order_of_experts(counts_SE, arrive_SS[:, me], room)
+    place_A = jnp.arange(len(order_A))
+    return _Exchange(
+        jnp.where(place_A < jnp.sum(counts_E), order_A, -1),
+        lambda rows_ND: _travel(rows_ND, there, back, len(order_A), room),
+        lambda rows_MD: _travel(rows_MD, back, there, room, len(order_A)),
+        order_M,
+        sizes_G,
+    )
+
+
+def _exchange_within_capacity(experts_A, num_experts, num_shards, capacity_factor):
+    order_A, counts_E = _sorted(experts_A, num_experts)
+    num_assignments = len(experts_A)
+    capacity = max(1, min(num_assignments, -(-int(capacity_factor * num_assignments) // num_experts)))
+    taken_E = jnp.minimum(counts_E, capacity)
+    assignment_N = _take_runs(order_A, _exclusive_sum(counts_E), taken_E, capacity)
+    per_shard = num_experts // num_shards
+    received = jnp.arange(num_experts * capacity).reshape(num_shards, per_shard, capacity)
+    swap = _as_it_is if num_shards == 1 else partial(_swap, num_shards=num_shards)
+    sizes_G = jnp.full(per_shard, num_shards * capacity)
+    return _Exchange(assignment_N, swap, swap, received.swapaxes(0, 1).reshape(-1), sizes_G, equal_groups=True)
+
+
+def _sorted(experts_A, num_experts):
+    """Assignments in the order of their experts (and of tokens within one; padding last), and how many each has."""
+    counts_E = jnp.zeros(num_experts, jnp.int32).at[experts_A].add(1, mode="drop")
+    return jnp.argsort(experts_A, stable=True).astype(jnp.int32), counts_E
+
+
+def _room(num_assignments: int, experts_of_shard: int, num_per_token: int) -> int:
+    """Most rows that a device can send to another: a token's experts differ."""
+    return num_assignments // num_per_token * min(num_per_token, experts_of_shard)
+
+
+def _take_runs(order_A, starts_R, sizes_R, room: int):
+    """Runs of `order_A`, each in `room` places of its own; -1 in places that are left over."""
+    places = jnp.arange(room)
+    filled = places < sizes_R[:, None]
+    taken = order_A[jnp.where(filled, starts_R[:, None] + places, 0)]
+    return jnp.where(filled, taken, -1).reshape(-1)
+
+
+def _order_of_experts(counts_SE, first_row_S, num_rows: int):
+    """Received rows come by sender, and by expert within each: their order by expert, and the rows of each expert."""
+    num_shards = len(counts_SE)
+    mine_SG = jax.lax.dynamic_index_in_dim(
+        counts_SE.reshape(num_shards, num_shards, -1), jax.lax.axis_index("expert"), axis=1, keepdims=False
+    )
+    source_SG = first_row_S[:, None] + _exclusive_sum(mine_SG, axis=1)
+    sizes, sources = mine_SG.T.reshape(-1), source_SG.T.reshape(-1)
+    ends = jnp.cumsum(sizes)
+    place_M = jnp.arange(num_rows)
+    run_M = jnp.minimum(jnp.searchsorted(ends, place_M, side="right"), len(ends) - 1)
+    order_M = sources[run_M] + place_M - (ends - sizes)[run_M]
+    return jnp.where(place_M < ends[-1], order_M, -1), mine_SG.sum(0)
+
+
+def _as_it_is(rows):
+    return rows
+
+
+def _swap(rows_ND, num_shards: int):
+    """The all-to-all of equal parts, which is its own reverse."""
+    parts = rows_ND.reshape(num_shards, -1, rows_ND.shape[-1])
+    return jax.lax.all_to_all(parts, "expert", 0, 0, tiled=True).reshape(rows_ND.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _travel(rows, there, back, num_rows: int, num_received: int):
+    """A ragged all-to-all. `there` and `back`: where runs start here, their sizes, where they go, sizes received."""
+    del back, num_rows
+    output = jnp.zeros((num_received, rows.shape[-1]), rows.dtype)
+    return jax.lax.ragged_all_to_all(rows, output, *there, axis_name="expert")
+
+
+def _travel_forward(rows, there, back, num_rows, num_received):
+    return _travel(rows, there, back, num_rows, num_received), (there, back)
+
+
+def _travel_backward(num_rows, num_received, residuals, grad):
+    there, back = residuals
+    return _travel(grad, back, there, num_received, num_rows), None, None
+
+
+_travel.defvjp(_travel_forward, _travel_backward)
+
+
+@jax.custom_vjp
+def _permute(x, index, inverse):
+    """Rows x[index], zeros where that is -1. `inverse` tells, for each row of x, where in the result it stands: once
+    ([rows]) or at most so often ([rows, times]), -1 being nowhere.
+
+    A gather has a scatter for its gradient, which is slow; where each row goes is known here, so it is a gather too.
+    """
+    return _rows(x, index)
+
+
+def _permute_forward(x, index, inverse):
+    return _rows(x, index), inverse
+
+
+def _permute_backward(inverse, grad):
+    rows = _rows(grad, inverse)
+    if inverse.ndim == 2:
+        rows = jnp.sum(rows, axis=1, dtype=jnp.float32).astype(grad.dtype)
+    return rows, None, None
+
+
+_permute.defvjp(_permute_forward, _permute_backward)
+
+
+def _rows(x, index):
+    return jnp.where((index >= 0)[..., None], x[jnp.maximum(index, 0)], 0)
+
+
+def _inverse(index_N, size: int):
+    """Where in `index_N` each of 0 .. size - 1 stands; -1 where it does not."""
+    targets = jnp.where(index_N >= 0, index_N, size)
+    return jnp.full(size, -1, jnp.int32).at[targets].set(jnp.arange(len(index_N), dtype=jnp.int32), mode="drop")
+
+
+def _exclusive_sum(x, axis: int = 0):
+    return jnp.cumsum(x, axis=axis) - x

@@ -1,0 +1,201 @@
+"""A decoder with experts: loss and gradient are the same however the work is laid out, and generation agrees."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.config import ModelConfig
+from maxlm.config.mesh import MeshConfig
+from maxlm.config.train import LoraConfig
+from maxlm.core.batch import Batch, put_batch
+from maxlm.core.parameters import initialize
+from maxlm.core.sharding import make_mesh
+from maxlm.core.tree import flatten
+from maxlm.models.adapters import declare_adapters
+from maxlm.models.cache import KVCache
+from maxlm.models.decoder import Decoder
+from maxlm.train.loss import language_model_loss
+from maxlm.train.step import loss_and_gradient
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+MOE = {
+    "num_experts": 8,
+    "experts_per_token": 2,
+    "mlp_dim": 16,
+    "num_shared_experts": 1,
+    "scoring": "sigmoid",
+    "routed_scaling": 1.5,
+    "balance": {"loss_weight": 0.3, "bias": True},
+    "router_z_loss": 0.1,
+}
+BASE = {
+    "vocab_size": 48,
+    "num_layers": 2,
+    "embed_dim": 16,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+    "head_dim": 4,
+    "max_length": 32,
+    "activation_dtype": "float32",
+    "matmul_dtype": "float32",
+}
+TERMS = {"cross_entropy", "moe_balance", "router_bias", "router_z_loss"}
+
+
+def config(**changes) -> ModelConfig:
+    return ModelConfig(**BASE, moe={**MOE, **changes})
+
+
+def model_of(model_config, mesh=None):
+    """Weights large enough to tell experts apart, and a bias that changes some choices."""
+    model = initialize(Decoder(model_config), jax.random.key(0), mesh)
+    model = jax.tree.map(lambda leaf: leaf * 1.5, model)
+    if model_config.moe.balance.bias:
+        bias = model.layers.mlp.router_bias
+        model.layers.mlp.router_bias = bias + jnp.linspace(-0.2, 0.2, bias.shape[1])
+    return model
+
+
+def pack(*, rows, length, per_row) -> Batch:
+    """12 documents, `per_row` of them in each row, padding after them."""
+    batch = Batch(*(np.zeros((rows, length), dtype) for dtype in ("int32", "int32", "float32", "int32", "int32")))
+    # What stands in padding must not matter.
+    batch.tokens[:], batch.targets[:] = 5, 7
+    random = np.random.default_rng(0)
+    for number in range(12):
+        tokens, weight = random.integers(0, 48, random.integers(4, 11)), random.uniform(0.2, 2)
+        row, segment = divmod(number, per_row)
+        begin = int((batch.segment_ids[row] > 0).sum())
+        place = slice(begin, begin + len(tokens) - 1)
+        batch.tokens[row, place], batch.targets[row, place] = tokens[:-1], tokens[1:]
+        batch.loss_weights[row, place], batch.segment_ids[row, place] = weight, segment + 1
+        batch.positions[row, place] = np.arange(len(tokens) - 1)
+    return batch
+
+
+PACKED = pack(rows=8, length=32, per_row=3)
+
+
+def terms_and_gradient(batch=PACKED, *, model_config=None, mesh=None, accumulate=1):
+    model_config = model_config or config()
+
+    def compute(model, batch):
+        return loss_and_gradient(
+            model, None, batch, loss_function=lambda m, _, b: language_model_loss(m, b), accumulate=accumulate
+        )
+
+    if mesh is None:
+        output, gradient = jax.jit(compute)(model_of(model_config), batch)
+    else:
+        with jax.set_mesh(mesh):
+            output, gradient = jax.jit(compute)(model_of(model_config, mesh), put_batch(batch, mesh))
+    output, gradient = jax.device_get((output, gradient))
+    return {name: (float(term.sum), float(term.weight)) for name, term in output.terms.items()}, flatten(gradient)
+
+
+def assert_same(left, right):
+    assert left[0].keys() == right[0].keys() == TERMS
+    for name in left[0]:
+        np.testing.assert_allclose(left[0][name], right[0][name], rtol=1e-5, err_msg=name)
+    for path, value in right[1].items():
+        scale = np.abs(value).max()
+        assert scale > 0, path
+        np.testing.assert_allclose(left[1][path], value, rtol=1e-4, atol=1e-5 * scale, err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return terms_and_gradient()
+
+
+def test_the_padded_exchange_is_the_reference(whole):
+    assert_same(whole, terms_and_gradient(model_config=config(implementation="reference")))
+
+
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_microbatches_change_nothing(accumulate, whole):
+    assert_same(terms_and_gradient(accumulate=accumulate), whole)
+
+
+@pytest.mark.parametrize("layout", [{"rows": 12, "length": 10, "per_row": 1}, {"rows": 16, "length": 24, "per_row": 2}])
+def test_packing_and_padding_change_nothing(layout, whole):
+    assert_same(terms_and_gradient(pack(**layout)), whole)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accumulate"),
+    [
+        ({"expert": 4}, 2),
+        ({"expert": 2, "tensor": 2, "fsdp": 2}, 1),
+        ({"expert": 8}, 1),
+    ],
+    ids=str,
+)
+def test_the_mesh_changes_nothing(sizes, accumulate, whole):
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
+    assert_same(terms_and_gradient(mesh=mesh, accumulate=accumulate), whole)
+
+
+def test_a_capacity_that_holds_all_changes_nothing(whole):
+    roomy = config(dispatch="capacity", capacity_factor=4.0)
+    assert_same(terms_and_gradient(model_config=roomy), whole)
+    mesh = make_mesh(MeshConfig(fsdp=1, expert=4, tensor=2))
+    assert_same(terms_and_gradient(model_config=roomy, mesh=mesh), whole)
+
+
+def test_the_gradient_of_the_bias_is_the_error_of_the_load_and_no_loss(whole):
+    terms, gradient = whole
+    assert terms["router_bias"][0] == 0
+    pull = gradient["layers/mlp/router_bias"]
+    np.testing.assert_allclose(pull.sum(axis=1), 0, atol=1e-6)
+    # A bias that pushed hard enough takes all tokens, and so is pulled down as far as can be.
+    model = model_of(config())
+    model.layers.mlp.router_bias = model.layers.mlp.router_bias.at[:, 3].add(10.0)
+    loss = lambda model: sum(t.mean() for t in language_model_loss(model, PACKED).terms.values())  # noqa: E731
+    pulled = jax.jit(jax.grad(loss))(model).layers.mlp.router_bias
+    # Half of all choices, less an equal share; each of the two layers counts for half of the term.
+    np.testing.assert_allclose(pulled[:, 3], (1 / 2 - 1 / 8) / 2, rtol=1e-5)
+
+
+def test_decoding_with_a_cache_is_the_whole_forward():
+    model_config = config(dispatch="capacity", capacity_factor=100.0)
+    model = model_of(model_config)
+    tokens = np.random.default_rng(1).integers(0, 48, (3, 12)).astype(np.int32)
+    expected = np.asarray(jax.jit(lambda m, t: m.logits(m(t).hidden_BLD))(model, tokens))
+    decode = jax.jit(lambda m, t, cache, at: m.decode(t, cache, at))
+    cache, prompts, places = KVCache.create(model_config, 3, 16), np.array([6, 3, 8]), np.arange(8)[None]
+    positions = np.where(places < prompts[:, None], places, -1).astype(np.int32)
+    hidden, cache = decode(model, tokens[:, :8], cache, positions)
+    got = np.asarray(model.logits(hidden))
+    for row, prompt in enumerate(prompts):
+        np.testing.assert_allclose(got[row, :prompt], expected[row, :prompt], rtol=1e-4, atol=1e-4)
+    hidden, cache = decode(model, tokens[np.arange(3), prompts][:, None], cache, prompts[:, None].astype(np.int32))
+    np.testing.assert_allclose(
+        np.asarray(model.logits(hidden))[:, 0], expected[np.arange(3), prompts], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_adapters_go_to_attention_and_shared_experts_and_not_to_routed_ones():
+    adapted = declare_adapters(Decoder(config()), LoraConfig())
+    assert set(adapted) == {
+        f"layers/{name}"
+        for name in (
+            *(f"attention/{part}" for part in ("query", "key", "value", "out")),
+            *(f"mlp/shared/{part}" for part in ("gate", "up", "down")),
+        )
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts_per_token": 9}, "experts_per_token (9) exceeds num_experts (8)"),
+        ({"dispatch": "capacity", "implementation": "padded"}, "is for dispatch=dropless"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match="moe") as caught:
+        config(**changes)
+    assert message in str(caught.value)
