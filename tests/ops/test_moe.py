@@ -1,0 +1,291 @@
+"""Routing, dispatch and balance of experts, against formulas in numpy and on every kind of mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.config.mesh import MeshConfig
+from maxlm.core.sharding import make_mesh, shard
+from maxlm.errors import ConfigError
+from maxlm.ops.grouped_matmul import grouped_linear
+from maxlm.ops.moe import mixture_of_experts, route, router_scores
+from maxlm.ops.moe_balance import bias_pull, choices, document_balance
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+B, L, D, F, E, K = 8, 8, 16, 12, 8, 2
+TOKENS, RESIDUAL = ("batch", "length", None), ("batch", "residual_length", None)
+RANDOM = np.random.default_rng(0)
+X, LOGITS, COTANGENT = (RANDOM.normal(size=(B, L, size)).astype("float32") for size in (D, E, D))
+REAL = RANDOM.random((B, L)) < 0.8
+GATE, UP, DOWN = (RANDOM.normal(size=shape).astype("float32") * 0.4 for shape in ((E, D, F), (E, D, F), (E, F, D)))
+
+
+# Products of groups
+
+
+def group_rows(sizes, rows):
+    """The group of each row; -1 beyond the groups."""
+    return np.concatenate([np.repeat(np.arange(len(sizes)), sizes), np.full(rows - sum(sizes), -1)])
+
+
+@pytest.mark.parametrize("implementation", ["ragged", "blocks"])
+@pytest.mark.parametrize("sizes", [(9, 0, 33, 1), (0, 0, 0, 0), (60, 0, 0, 0), (15, 15, 15, 15)], ids=str)
+def test_each_group_of_rows_meets_its_matrix(implementation, sizes):
+    random = np.random.default_rng(1)
+    x, weight, cotangent = (random.normal(size=s).astype("float32") for s in ((60, 5), (4, 5, 7), (60, 7)))
+    product = lambda x, w: grouped_linear(x, w, jnp.array(sizes), "float32", implementation, 1, ())  # noqa: E731
+    y, pull = jax.vjp(product, x, weight)
+    grad_x, grad_weight = pull(cotangent)
+    groups = group_rows(sizes, 60)
+    within = (groups >= 0)[:, None]
+    np.testing.assert_allclose(y, np.where(within, np.einsum("mi,mio->mo", x, weight[groups]), 0), atol=1e-5)
+    expected = np.where(within, np.einsum("mo,mio->mi", cotangent, weight[groups]), 0)
+    np.testing.assert_allclose(grad_x, expected, atol=1e-5)
+    of_group = [x[groups == g].T @ cotangent[groups == g] for g in range(4)]
+    np.testing.assert_allclose(grad_weight, of_group, atol=1e-5)
+
+
+def test_bfloat16_operands_have_float32_sums_in_both_directions():
+    """Of 512 small products, which a bfloat16 sum would stop counting at 256."""
+    x, weight = np.ones((8, 512), "float32"), np.ones((1, 512, 2), "float32")
+    y, pull = jax.vjp(lambda x, w: grouped_linear(x, w, jnp.array([8]), "bfloat16", "blocks", 1, ()), x, weight)
+    np.testing.assert_array_equal(y, 512)
+    rows = np.ones((512, 1), "float32")
+    _, pull = jax.vjp(
+        lambda x, w: grouped_linear(x, w, jnp.array([512]), "bfloat16", "blocks", 1, ()), rows, np.ones((1, 1, 2))
+    )
+    np.testing.assert_array_equal(pull(np.ones((512, 2), "float32"))[1], 512)
+
+
+# Routing
+
+
+def test_the_best_experts_are_chosen_and_the_first_of_equals():
+    scores = np.array([[[0.1, 0.4, 0.4, 0.1], [0.25, 0.25, 0.25, 0.25]]], "float32")
+    routing = route(scores, None, experts_per_token=2, normalize_weights=True, scaling=3.0)
+    np.testing.assert_array_equal(routing.experts_BLK, [[[1, 2], [0, 1]]])
+    np.testing.assert_allclose(routing.weights_BLK, 1.5)
+    plain = route(scores, None, experts_per_token=2, normalize_weights=False, scaling=1.0)
+    np.testing.assert_allclose(plain.weights_BLK, [[[0.4, 0.4], [0.25, 0.25]]])
+
+
+def test_a_bias_changes_the_choice_and_not_the_weights():
+    scores = np.array([[[0.1, 0.5, 0.4]]], "float32")
+    routing = route(scores, np.array([1.0, 0, 0]), experts_per_token=2, normalize_weights=False, scaling=1.0)
+    np.testing.assert_array_equal(routing.experts_BLK, [[[0, 1]]])
+    np.testing.assert_allclose(routing.weights_BLK, [[[0.1, 0.5]]])
+
+
+# Dispatch
+
+
+def mixture(mesh=None, *, implementation="padded", dtype="float32", output_axes=TOKENS, capacity_factor=None):
+    """(output, dropped), and the gradients for tokens, logits and weights."""
+
+    def weighted(x, logits, gate, up, down):
+        real, cotangent = jnp.asarray(REAL), jnp.asarray(COTANGENT)
+        x, logits = shard(x, *TOKENS), shard(logits, *TOKENS)
+        gate, up = (shard(w, "experts", "expert_embed", "mlp") for w in (gate, up))
+        routing = route(
+            router_scores(logits, "softmax"), None, experts_per_token=K, normalize_weights=True, scaling=1.0
+        )
+        y, dropped = mixture_of_experts(
+            x,
+            routing,
+            shard(real, "batch", "length"),
+            gate,
+            up,
+            shard(down, "experts", "mlp", "expert_embed"),
+            dtype=dtype,
+            output_axes=output_axes,
+            implementation=implementation,
+            capacity_factor=capacity_factor,
+        )
+        return jnp.sum(y * shard(cotangent, *output_axes)), (y, dropped)
+
+    gradient = jax.jit(jax.grad(weighted, argnums=(0, 1, 2, 3, 4), has_aux=True))
+    with jax.set_mesh(mesh or make_mesh(MeshConfig(fsdp=1))):
+        gradients, outputs = gradient(X, LOGITS, GATE, UP, DOWN)
+    return jax.device_get(outputs), jax.device_get(gradients)
+
+
+def assert_same(left, right, *, relative=1e-5):
+    for value, expected in zip((left[0][0], *left[1]), (right[0][0], *right[1]), strict=True):
+        scale = np.abs(expected).max()
+        assert scale > 0
+        np.testing.assert_allclose(value, expected, atol=relative * scale)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return mixture(implementation="reference")
+
+
+def numpy_mixture():
+    """Token by token and expert by expert, in float64; and the experts of each token."""
+    y, chosen = np.zeros((B, L, D)), np.zeros((B, L, K), int)
+    for b, t in np.ndindex(B, L):
+        scores = np.exp(LOGITS[b, t].astype("float64"))
+        chosen[b, t] = np.argsort(-scores, kind="stable")[:K]
+        for e in chosen[b, t] if REAL[b, t] else ():
+            gate, up = X[b, t] @ GATE[e].astype("float64"), X[b, t] @ UP[e].astype("float64")
+            y[b, t] += scores[e] / scores[chosen[b, t]].sum() * (gate / (1 + np.exp(-gate)) * up) @ DOWN[e]
+    return y, chosen
+
+
+def test_the_reference_is_the_formula(reference):
+    np.testing.assert_allclose(reference[0][0], numpy_mixture()[0], atol=1e-5)
+
+
+def test_gradients_of_the_reference_are_finite_differences(reference):
+    random = np.random.default_rng(3)
+    step = [random.normal(size=w.shape) for w in (GATE, UP, DOWN)]
+    saved = [w.copy() for w in (GATE, UP, DOWN)]
+    sums = []
+    for sign in (1, -1):
+        for weight, old, direction in zip((GATE, UP, DOWN), saved, step):
+            weight[:] = old + sign * 1e-3 * direction
+        sums.append((numpy_mixture()[0] * COTANGENT).sum())
+    for weight, old in zip((GATE, UP, DOWN), saved):
+        weight[:] = old
+    along = sum((grad * direction).sum() for grad, direction in zip(reference[1][2:], step))
+    np.testing.assert_allclose(along, (sums[0] - sums[1]) / 2e-3, rtol=1e-3)
+
+
+MESHES = [
+    {},
+    {"expert": 4},
+    {"expert": 2, "tensor": 2, "fsdp": 2},
+    {"expert": 2, "context": 2, "data": 2},
+    {"expert": 8},
+    {"context": 2, "tensor": 4},
+]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_tokens_reach_their_experts_on_every_mesh(sizes, reference):
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
+    output_axes = RESIDUAL if sizes.get("tensor") else TOKENS
+    (y, dropped), gradients = mixture(mesh, output_axes=output_axes)
+    assert_same(((y, dropped), gradients), reference)
+    assert not dropped.any()
+    assert not y[~REAL].any(), "padding goes nowhere"
+
+
+def test_bfloat16_is_near(reference):
+    assert_same(mixture(dtype="bfloat16"), reference, relative=0.03)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"expert": 2, "tensor": 2, "fsdp": 2}], ids=str)
+def test_a_capacity_that_holds_all_drops_nothing(sizes, reference):
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
+    outputs, gradients = mixture(mesh, capacity_factor=E / K)
+    assert not outputs[1].any()
+    assert_same((outputs, gradients), reference)
+
+
+def test_beyond_its_capacity_an_expert_drops_the_last_tokens():
+    (y, dropped), _ = mixture(capacity_factor=0.5)
+    room, taken, expected = 0.5 * B * L * K // E, np.zeros(E), np.zeros((B, L))
+    for b, t in np.ndindex(B, L):
+        for e in numpy_mixture()[1][b, t] if REAL[b, t] else ():
+            expected[b, t] += taken[e] >= room
+            taken[e] += 1
+    assert expected.sum() > 10
+    np.testing.assert_array_equal(dropped, expected)
+    assert not y[expected == K].any()
+
+
+def spread_by_definition(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """`jax.lax.ragged_all_to_all` by what its documentation says, since XLA's CPU backend has none."""
+    del recv_sizes
+    everything = jax.lax.all_gather((operand, input_offsets, send_sizes, output_offsets), axis_name)
+    me, place = jax.lax.axis_index(axis_name), jnp.arange(len(output))
+    for peer in range(jax.lax.axis_size(axis_name)):
+        rows, starts, sizes, targets = (part[peer] for part in everything)
+        offset = place - targets[me]
+        taken = rows[jnp.clip(starts[me] + offset, 0, len(rows) - 1)]
+        output = jnp.where(((offset >= 0) & (offset < sizes[me]))[:, None], taken, output)
+    return output
+
+
+@pytest.mark.parametrize("sizes", [{"expert": 4}, {"expert": 2, "tensor": 2, "fsdp": 2}], ids=str)
+def test_the_ragged_exchange_is_the_padded_one(sizes, reference, monkeypatch):
+    """The kernels of a TPU's rung: its all-to-all spelled out, and its products, which run everywhere."""
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", spread_by_definition)
+    monkeypatch.setattr("maxlm.ops.moe._platform", lambda: "tpu")
+    assert_same(mixture(make_mesh(MeshConfig(**{"fsdp": 1, **sizes})), implementation=None), reference)
+
+
+@pytest.mark.parametrize(("name", "message"), [("ragged", "choose 'padded'"), ("sorted", "allowed: ragged, padded")])
+def test_an_implementation_that_cannot_work_here_is_refused(name, message):
+    with pytest.raises(ConfigError, match=message):
+        mixture(implementation=name)
+
+
+# Balance
+
+# The first document of the second row goes on from one device of a context axis to the next; the last row is padding.
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 2, 2], [1, 0, 0, 0, 0, 0, 0, 0], [0] * 8] * 2)
+
+
+def balance(mesh=None):
+    def loss(logits):
+        scores = router_scores(shard(logits, *TOKENS), "sigmoid")
+        routing = route(scores, None, experts_per_token=K, normalize_weights=True, scaling=1.0)
+        return document_balance(scores, routing.experts_BLK, shard(jnp.asarray(SEGMENTS), "batch", "length"))
+
+    with jax.set_mesh(mesh or make_mesh(MeshConfig(fsdp=1))):
+        return jax.device_get(jax.jit(jax.value_and_grad(loss))(LOGITS))
+
+
+def test_the_balance_is_that_of_each_document():
+    """Equations 17 to 20 of arXiv:2412.19437, document by document, in float64."""
+
+    def formula(logits):
+        total = 0.0
+        for b, segment in {(row, s) for row in range(B) for s in SEGMENTS[row] if s}:
+            scores = 1 / (1 + np.exp(-logits[b, SEGMENTS[b] == segment]))
+            tokens = len(scores)
+            chosen = np.argsort(-LOGITS[b, SEGMENTS[b] == segment], axis=-1, kind="stable")[:, :K]
+            f = E / (K * tokens) * np.bincount(chosen.ravel(), minlength=E)
+            p = np.mean(scores / scores.sum(axis=-1, keepdims=True), axis=0)
+            total += tokens * (f * p).sum()
+        return total
+
+    value, gradient = balance()
+    logits = LOGITS.astype("float64")
+    np.testing.assert_allclose(value, formula(logits), rtol=1e-5)
+    direction = np.random.default_rng(4).normal(size=logits.shape)
+    slope = (formula(logits + 1e-5 * direction) - formula(logits - 1e-5 * direction)) / 2e-5
+    np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-4)
+    assert not gradient[SEGMENTS == 0].any()
+
+
+@pytest.mark.parametrize("sizes", [{"context": 4, "expert": 2}, {"data": 2, "context": 2, "tensor": 2}], ids=str)
+def test_the_balance_is_the_same_where_rows_are_cut(sizes):
+    value, gradient = balance(make_mesh(MeshConfig(**{"fsdp": 1, **sizes})))
+    expected_value, expected_gradient = balance()
+    np.testing.assert_allclose(value, expected_value, rtol=1e-6)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=1e-7)
+
+
+def test_an_even_spread_has_the_lowest_balance():
+    """1 for each token where all experts are equal, and E / K where all tokens go to the same ones."""
+    segments = np.ones((1, E // K), int)
+    even = np.arange(E).reshape(1, -1, K)
+    flat = np.full((1, E // K, E), 0.5, "float32")
+    np.testing.assert_allclose(document_balance(flat, even, segments), E // K, rtol=1e-6)
+    first = np.where(np.arange(E) < K, 1.0, 0.0) * np.ones_like(flat)
+    same = np.broadcast_to(np.arange(K), even.shape)
+    np.testing.assert_allclose(document_balance(first, same, segments), (E / K) * (E // K), rtol=1e-6)
+
+
+def test_the_bias_is_pulled_by_the_error_of_the_load_and_the_loss_is_zero():
+    experts = np.array([[[0, 1], [0, 2], [0, 1]]])
+    load = choices(experts, np.array([[True, True, False]]), 4).sum((0, 1))
+    value, gradient = jax.value_and_grad(bias_pull)(jnp.array([0.3, -0.2, 0.1, 7.0]), load)
+    assert value == 0
+    np.testing.assert_array_equal(gradient, [1, 0, 0, -1])
