@@ -92,7 +92,7 @@ Overrides = Annotated[dict[str, Any], BeforeValidator(_dotted)]
 
 
 class ScalesConfig(Frozen):
-    """Small models first, then a larger one foretold from them."""
+    """Small models first, then a larger one predicted from them."""
 
     ladder: tuple[Overrides, ...] = Field(
         min_length=3,
@@ -100,7 +100,7 @@ class ScalesConfig(Frozen):
         " more tell how certain it is.",
     )
     against: Literal["flops", "parameters", "tokens"] = Field("flops", description="What the law is a function of.")
-    target: Overrides | None = Field(None, description="Overrides of the size that is foretold.")
+    target: Overrides | None = Field(None, description="Overrides of the size that is predicted.")
     run_target: bool = Field(True, description="Train the target too, and compare.")
 
 

@@ -87,14 +87,14 @@ class Analysis:
                 x = float(getattr(ranking[0].records[0], against))
                 rows.append((plan.label(scale), f"{x:.3g}", f"{self.law.loss(x):.4f}", f"{ranking[0].value:.4f}"))
         if (prediction := self.prediction) is not None:
-            foretold, measured = f"{prediction.value:.4f}", "not run"
+            predicted, measured = f"{prediction.value:.4f}", "not run"
             if prediction.low is not None:
-                foretold += f" [{prediction.low:.4f}, {prediction.high:.4f}]"
+                predicted += f" [{prediction.low:.4f}, {prediction.high:.4f}]"
             if self.measured is not None:
                 value = self.measured.value
                 measured = f"{value:.4f}" if value is not None else self.measured.records[0].status
             x = float(getattr(prediction.size, against))
-            rows.append((f"{plan.label(TARGET)} (foretold)", f"{x:.3g}", foretold, measured))
+            rows.append((f"{plan.label(TARGET)} (predicted)", f"{x:.3g}", predicted, measured))
         return rows
 
     def _all(self) -> tuple[Outcome, ...]:
@@ -102,7 +102,7 @@ class Analysis:
 
 
 def analyse(plan: Plan, outcomes: Sequence[Outcome]) -> Analysis:
-    """Order the outcomes and, of several sizes, fit the laws and foretell the target. One at least has finished."""
+    """Order the outcomes and, of several sizes, fit the laws and predict the target. One at least has finished."""
     goal = plan.config.goal
     final = {}
     for scale in range(len(plan.sizes)):
@@ -135,7 +135,7 @@ def analyse(plan: Plan, outcomes: Sequence[Outcome]) -> Analysis:
 
 
 def best_config(plan: Plan, analysis: Analysis) -> TrainConfig:
-    """The configuration to train with: the target with the setting that was foretold, or else the best trial's."""
+    """The configuration to train with: the target with the setting that was predicted, or else the best trial's."""
     setting = analysis.prediction.setting if analysis.prediction else analysis.best.setting
     if analysis.prediction:
         config = plan.target(setting)[0].config

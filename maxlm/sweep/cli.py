@@ -14,9 +14,9 @@ examples:
 def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "sweep",
-        help="try settings of a training configuration, and foretell a larger model from small ones",
+        help="try settings of a training configuration, and predict a larger model from small ones",
         description="Run many trials of one training configuration: a grid, random settings, or successive halving;"
-        " over a ladder of sizes, fit a scaling law and the best setting at each size, and foretell a larger one."
+        " over a ladder of sizes, fit a scaling law and the best setting at each size, and predict a larger one."
         " The output folder holds index.html, trials.jsonl, best.yaml and manifest.json.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

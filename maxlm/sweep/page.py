@@ -1,6 +1,5 @@
 """`index.html` of a sweep: the laws with their bands, each field's curve, and every trial."""
 
-import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -37,7 +36,7 @@ def write_sweep_page(path: Path, plan: Plan, analysis: Analysis) -> None:
                 charts(_field_law_figure(plan, analysis, field) for field in analysis.field_laws if field.law),
             ),
             section("What each field does", charts(_field_figure(plan, analysis, name) for name in plan.config.fields)),
-            section("Trials", _trials_table(plan, analysis)),
+            section("Trials", *_trials(plan, analysis)),
             section(
                 "Configuration",
                 folded("best.yaml", dump_yaml(best_config(plan, analysis))),
@@ -58,10 +57,10 @@ def _headline(plan: Plan, analysis: Analysis) -> str:
     ]
     prediction, measured = analysis.prediction, analysis.measured
     if prediction is not None:
-        items.append((format_number(prediction.value), f"{metric} foretold for {plan.label(TARGET)}"))
+        items.append((format_number(prediction.value), f"{metric} predicted for {plan.label(TARGET)}"))
         if measured is not None and measured.value is not None:
             off = prediction.value / measured.value - 1
-            items.append((format_number(measured.value), f"measured there: foretold {100 * off:+.1f} % off"))
+            items.append((format_number(measured.value), f"measured there: predicted {100 * off:+.1f} % off"))
     method = plan.config.method.kind.replace("_", " ")
     return paragraph(f"Trials of {plan.config.train}, by {method}.") + tiles(items)
 
@@ -84,8 +83,8 @@ def _law_section(plan: Plan, analysis: Analysis) -> str:
         x = float(getattr(prediction.size, against))
         if prediction.low is not None:
             bands.append(Band([(x, prediction.low, prediction.high)], "series-2"))
-        lines.append(Line("foretold", [(x, prediction.value)], "plain"))
-        legend.append(("plain", "target, foretold, 95 % for one run"))
+        lines.append(Line("predicted", [(x, prediction.value)], "plain"))
+        legend.append(("plain", "target, predicted, 95 % for one run"))
         if analysis.measured is not None and analysis.measured.values:
             lines.append(Line("measured", [(x, v) for v in analysis.measured.values], "series-2", is_joined=False))
             legend.append(("series-2", "target, measured"))
@@ -185,21 +184,28 @@ def _bars(ranking: Sequence[Outcome], name: str) -> list[tuple[str, Bar]]:
     return [(value, Bar(number, "series-1")) for value, number in best.items()]
 
 
-def _trials_table(plan: Plan, analysis: Analysis) -> str:
-    header = ("trial", "size", *plan.config.fields, "seed", "steps", plan.config.metric, "seconds", "")
+def _trials(plan: Plan, analysis: Analysis) -> list[str]:
+    """A table, the largest size and its best settings first; and why trials did not finish."""
+    config = plan.config
+    seeds = ("seed",) if config.seeds else ()
+    names = (name.rpartition(".")[2] for name in config.fields)
+    header = ("size", *names, *seeds, "steps", config.metric, "seconds", "trial")
     measured = [analysis.measured] if analysis.measured else []
     order = sorted(
         (*analysis.outcomes, *measured),
-        key=lambda o: (math.inf if o.scale == TARGET else o.scale, -o.steps, o.value is None, _signed(plan, o)),
+        key=lambda o: (o.scale != TARGET, -o.scale, -o.steps, o.value is None, _signed(plan, o)),
     )
-    rows = []
-    for outcome in order:
-        for record in outcome.records:
-            value = record.value(plan.config.metric)
-            settings = [str(record.setting[name]) for name in plan.config.fields]
-            told = (f"{value:.4f}" if value is not None else record.status, f"{record.seconds:.0f}", record.error or "")
-            rows.append((record.id, plan.label(record.scale), *settings, str(record.seed), f"{record.steps:,}", *told))
-    return table(header, rows)
+    rows, losses = [], []
+    for record in (record for outcome in order for record in outcome.records):
+        value = record.value(config.metric)
+        settings = [str(record.setting[name]) for name in config.fields]
+        seed = [str(record.seed)] if config.seeds else []
+        told = f"{value:.4f}" if value is not None else record.status
+        size = plan.label(record.scale)
+        rows.append((size, *settings, *seed, f"{record.steps:,}", told, f"{record.seconds:.0f}", record.id))
+        if record.error:
+            losses.append((f"{record.id}, {size}: {describe(record.setting)} {record.status}: {record.error}",))
+    return [table(header, rows), table(("not finished",), losses) if losses else ""]
 
 
 def _signed(plan: Plan, outcome: Outcome) -> float:

@@ -22,7 +22,7 @@ def print_plan(found: Mapping[str, Any]) -> None:
     for name in ("steps", "weights", "tokens", "FLOPs"):
         table.add_column(name, justify="right")
     for row in found["trials"]:
-        setting = "as foretold" if row["is_target"] else f"the best of round {row['round'] - 1}"
+        setting = "as predicted" if row["is_target"] else f"the best of round {row['round'] - 1}"
         told = f"{row['steps']:,}"
         table.add_row(
             "done" if row["done"] else row["trial"] or "",

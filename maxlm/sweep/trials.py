@@ -112,7 +112,7 @@ class Plan:
         return found
 
     def target(self, setting: Setting) -> list[Trial]:
-        """The runs of the size that is foretold."""
+        """The runs of the size that is predicted."""
         configs = [self._train_config(TARGET, setting, seed) for seed in self._seeds]
         return [self._trial(TARGET, setting, config, None, 0) for config in configs]
 

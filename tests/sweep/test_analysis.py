@@ -97,7 +97,7 @@ def test_size_counts_weights_tokens_and_flops(plan):
     assert trial.size.flops == 6 * trial.size.parameters * trial.size.tokens
 
 
-def test_the_best_configuration_is_the_target_with_the_setting_foretold(plan, analysis, tmp_path):
+def test_the_best_configuration_is_the_target_with_the_setting_predicted(plan, analysis, tmp_path):
     config = best_config(plan, analysis)
     assert config.output == str(plan.folder / "best")
     assert (config.model.embed_dim, config.steps) == (64, 40)
@@ -154,10 +154,10 @@ def test_the_summary_is_json_and_tells_prediction_and_measurement(plan, analysis
     assert summary["trials"] == {"finished": 41, "diverged": 0, "failed": 0}
     assert summary["measured"]["value"] == 2.5
     assert summary["seconds"] == 82
-    size, x, foretold, told = summary["sizes"][-1]
-    assert "foretold" in size
+    size, x, predicted, told = summary["sizes"][-1]
+    assert "predicted" in size
     assert float(x) == pytest.approx(target.size.flops, rel=0.01)
-    assert foretold.startswith(f"{analysis.prediction.value:.4f} [")
+    assert predicted.startswith(f"{analysis.prediction.value:.4f} [")
     assert told == "2.5000"
 
 
@@ -173,7 +173,7 @@ def test_the_page_shows_points_law_band_target_and_every_trial(plan, analysis, t
     assert law.count("<polyline") == 1
     for outcome in measured.outcomes:
         assert outcome.records[0].id in page
-    assert "foretold" in page
+    assert "predicted" in page
     assert plan.label(TARGET) in page
     assert "http" not in re.sub(r"http-equiv", "", page)
 
