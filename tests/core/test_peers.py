@@ -16,18 +16,19 @@ from maxlm.errors import FaultError
 
 ROOT = Path(__file__).parents[2]
 
-# Arguments: address, process, count, what to do.
+# Arguments: address, process, count, what to do, seconds to wait for the others, seconds between signs of life.
 SCRIPT = """
 import sys, time
 from maxlm.core.peers import meet
 from maxlm.errors import DataError, MaxlmError
 address, process, count, action = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 try:
-    peers = meet(address, process=process, count=count, timeout=4, heartbeat_seconds=2)
+    timeout, heartbeat = map(float, sys.argv[5:])
+    peers = meet(address, process=process, count=count, timeout=timeout, heartbeat_seconds=heartbeat)
 except MaxlmError as error:
     print(f"maxlm: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
-print(peers.compare(f"record {process}", lambda records: records, timeout=10), flush=True)
+print(peers.compare(f"record {process}", lambda records: records, timeout=60), flush=True)
 if action == "leave":
     peers.leave()
     sys.exit(0)
@@ -42,7 +43,7 @@ if action == "abort":
     # As JAX's own watch does: on a thread that does not hold Python's lock.
     import ctypes, threading
     threading.Thread(target=ctypes.CDLL(None).abort).start()
-time.sleep(30)
+time.sleep(60)
 """
 
 
@@ -60,8 +61,8 @@ def start(address):
     """Starts a process, and kills what is left at the end."""
     started = []
 
-    def start(process: int, count: int, action: str) -> subprocess.Popen:
-        argv = [sys.executable, "-c", SCRIPT, address, str(process), str(count), action]
+    def start(process: int, count: int, action: str, *, timeout: float = 60, heartbeat: float = 30) -> subprocess.Popen:
+        argv = [sys.executable, "-c", SCRIPT, address, *map(str, (process, count, action, timeout, heartbeat))]
         pipe = subprocess.PIPE
         started.append(subprocess.Popen(argv, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
         return started[-1]
@@ -73,7 +74,7 @@ def start(address):
 
 
 def ends(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    outputs = [process.communicate(timeout=30) for process in processes]
+    outputs = [process.communicate(timeout=60) for process in processes]
     return [(process.returncode, *output) for process, output in zip(processes, outputs)]
 
 
@@ -91,7 +92,7 @@ def test_a_killed_process_is_named_at_once(gone, start):
     began = time.monotonic()
     processes[gone].kill()
     ended = ends(processes)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 15
     for process, (code, _, errors) in enumerate(ended):
         if process == gone:
             assert code == -signal.SIGKILL
@@ -102,15 +103,15 @@ def test_a_killed_process_is_named_at_once(gone, start):
 
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_process_that_hangs_is_given_up(silent, start):
-    processes = [start(n, 2, "wait") for n in range(2)]
+    processes = [start(n, 2, "wait", heartbeat=3) for n in range(2)]
     for process in processes:
         process.stdout.readline()
     began = time.monotonic()
     os.kill(processes[silent].pid, signal.SIGSTOP)
     [(code, _, errors)] = ends([processes[1 - silent]])
-    assert 1 < time.monotonic() - began < 8
+    assert 2 < time.monotonic() - began < 15
     assert code == FaultError.exit_code
-    assert f"process {silent} ({socket.gethostname()}): gone: it has said nothing for 2 s" in errors
+    assert f"process {silent} ({socket.gethostname()}): gone: it has said nothing for 3 s" in errors
 
 
 @pytest.mark.parametrize("process", [0, 1])
@@ -141,7 +142,7 @@ def test_an_abort_of_jax_leaves_time_to_say_who_is_gone(start):
 
 
 def test_who_does_not_come_is_named(start):
-    ended = ends([start(0, 4, "wait"), start(2, 4, "wait")])
+    ended = ends([start(n, 4, "wait", timeout=6) for n in (0, 2)])
     assert [code for code, _, _ in ended] == [FaultError.exit_code] * 2
     for _, _, errors in ended:
         assert "processes 1, 3 of 4 did not come to 127.0.0.1:" in errors

@@ -14,7 +14,7 @@ from maxlm.config.load import dump_yaml, parse_config
 
 ROOT = Path(__file__).parents[2]
 MEMBER = Path(__file__).parent / "member.py"
-TIMEOUT = 200
+TIMEOUT = 400
 
 
 def write_config(path: Path, run: Path, data: str, *, mesh: dict[str, int], **settings) -> Path:
@@ -37,7 +37,7 @@ def write_config(path: Path, run: Path, data: str, *, mesh: dict[str, int], **se
         "optim": {"kind": "muon", "schedule": {"warmup_steps": 2}},
         "mesh": {"fsdp": 1, **mesh},
         "checkpoint": {"every": 3},
-        "processes": {"start_timeout_seconds": 60, "heartbeat_seconds": 20, "restart_seconds": 0.1},
+        "processes": {"start_timeout_seconds": 200, "heartbeat_seconds": 60, "restart_seconds": 0.1},
         "steps": 10,
         "batch_size": 8,
         "row_length": 32,
@@ -81,8 +81,17 @@ def by_slurm(number: int, count: int, port: int) -> dict[str, str]:
     }
 
 
-def start(configs: list[Path], *, actions: dict[int, list[str]] | None = None, launcher=by_address) -> list:
-    """One process for each configuration, each with one device; `actions` are arguments of member.py by process."""
+def start(
+    configs: list[Path],
+    *,
+    actions: dict[int, list[str]] | None = None,
+    launcher=by_address,
+    folders: list[Path] | None = None,
+) -> list:
+    """One process for each configuration, each with one device.
+
+    `actions` are arguments of member.py by process; `folders` are what paths are relative to.
+    """
     port, count = _free_port(), len(configs)
     processes = []
     for number, config in enumerate(configs):
@@ -99,7 +108,13 @@ def start(configs: list[Path], *, actions: dict[int, list[str]] | None = None, l
         argv = [sys.executable, str(MEMBER), *(actions or {}).get(number, []), str(report), "train", str(config)]
         pipe = subprocess.PIPE
         process = subprocess.Popen(
-            argv, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+            argv,
+            cwd=folders[number] if folders else ROOT,
+            env=environment,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            start_new_session=True,
         )
         process.report = report
         processes.append(process)
