@@ -246,7 +246,7 @@ def load_model(
     base = load_start(checkpoint, config, mesh)
     adapters = restore(checkpoint, abstract(declare_adapters(plan, config.lora), mesh))
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        merged = jax.jit(partial(merge_adapters, config=config.lora))(base, adapters)
+        merged = jax.jit(partial(merge_adapters, config=config.lora), donate_argnums=0)(base, adapters)
     return merged, run_folder / "tokenizer"
 
 

@@ -1,0 +1,73 @@
+"""What a checkpoint is restored into is cut over the mesh: no device, and so no machine, ever holds the whole model."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import MODEL
+
+from maxlm.config.mesh import MeshConfig
+from maxlm.config.model import ModelConfig
+from maxlm.config.optim import OptimConfig
+from maxlm.core.parameters import abstract, initialize
+from maxlm.core.sharding import make_mesh
+from maxlm.core.tree import flatten
+from maxlm.models.decoder import Decoder
+from maxlm.train.checkpoint import Checkpointer, _checksums, checksums
+from maxlm.train.optim import make_optimizer
+from maxlm.train.state import abstract_state, create_state
+
+MODEL_CONFIG = ModelConfig(**{**MODEL, "embed_dim": 64, "vocab_size": 512})
+
+
+def state_of(optimizer):
+    return partial(create_state, optimizer=optimizer, keep_ema=True)
+
+
+def bytes_per_device(tree) -> int:
+    return sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_state_that_a_checkpoint_is_read_into_is_cut_over_all_devices(kind, quick_compile):
+    """Weights, moments and running mean; norms and counters alone are whole everywhere."""
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    with jax.set_mesh(mesh):
+        create = state_of(make_optimizer(OptimConfig(kind=kind)))
+        like = abstract_state(create, abstract(Decoder(MODEL_CONFIG), mesh), mesh)
+        real = jax.jit(create)(initialize(Decoder(MODEL_CONFIG), jax.random.key(0), mesh))
+    for path, leaf in flatten(like).items():
+        made = flatten(real)[path]
+        assert (leaf.shape, leaf.dtype) == (made.shape, made.dtype), path
+        assert leaf.sharding.is_equivalent_to(made.sharding, leaf.ndim), path
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    assert bytes_per_device(like) < 1.1 * whole / 8
+
+
+def test_another_mesh_reads_it_into_its_own_parts(tmp_path, quick_compile):
+    """Saved cut eight ways by rows, read cut four ways by rows and heads: the same values, and nothing gathered."""
+    create = state_of(make_optimizer(OptimConfig()))
+    plan = Decoder(MODEL_CONFIG)
+    wide, other = make_mesh(MeshConfig(fsdp=8)), make_mesh(MeshConfig(fsdp=2, tensor=2, data=2))
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        with jax.set_mesh(wide):
+            saved = jax.jit(create)(initialize(plan, jax.random.key(0), wide))
+            checkpointer.save(saved, {})
+            checkpointer.wait()
+        with jax.set_mesh(other):
+            restored, _ = checkpointer.restore(abstract_state(create, abstract(plan, other), other))
+    assert bytes_per_device(restored) < 0.3 * sum(leaf.nbytes for leaf in jax.tree.leaves(restored))
+    for path, leaf in flatten(restored).items():
+        np.testing.assert_array_equal(leaf, flatten(saved)[path], err_msg=path)
+    assert checksums(restored) == checksums(saved)
+
+
+def test_checksums_gather_nothing():
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    with jax.set_mesh(mesh):
+        weights = flatten(initialize(Decoder(MODEL_CONFIG), jax.random.key(0), mesh))
+        program = _checksums.lower(weights).compile().as_text()
+    assert "all-reduce" in program
+    assert "all-gather" not in program
+    assert "all-to-all" not in program
