@@ -122,10 +122,11 @@ def _launcher() -> str | None:
     variables = os.environ
     if variables.get("MAXLM_DISTRIBUTED") == "auto":
         return "MAXLM_DISTRIBUTED=auto"
-    if any("," in variables.get(name, "") for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")):
-        return "Cloud TPU"
     if variables.get("MEGASCALE_NUM_SLICES", "1") != "1":
         return "Cloud TPU with several slices"
+    workers = variables.get("TPU_PROCESS_ADDRESSES") or variables.get("TPU_WORKER_HOSTNAMES")
+    if workers:
+        return "Cloud TPU" if "," in workers else None
     by_hand = "or set JAX_COORDINATOR_ADDRESS to the host:port of process 0"
     if variables.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
         if "OMPI_MCA_orte_hnp_uri" not in variables:
@@ -148,7 +149,8 @@ def _launcher() -> str | None:
             raise ConfigError(
                 [
                     "JOB_COMPLETION_INDEX: this is a pod of a Kubernetes job, and JAX asks the cluster for the others"
-                    f" with a package that is missing: pip install 'jax[k8s]', {by_hand}"
+                    f" with a package that is missing: pip install 'jax[k8s]', {by_hand}, or JAX_NUM_PROCESSES=1 where"
+                    " it shall be alone"
                 ]
             ) from None
         return "Kubernetes"

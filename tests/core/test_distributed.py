@@ -40,7 +40,8 @@ OPEN_MPI = {
     "variables",
     [
         {},
-        {"TPU_WORKER_HOSTNAMES": "localhost"},
+        {"TPU_WORKER_HOSTNAMES": "localhost", "JOB_COMPLETION_INDEX": "0"},
+        {"JOB_COMPLETION_INDEX": "0", "JAX_NUM_PROCESSES": "1"},
         {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
         {"OMPI_COMM_WORLD_SIZE": "1"},
         {**SLURM, "JAX_NUM_PROCESSES": "1"},
@@ -76,6 +77,22 @@ def test_one_process_joins_nobody(variables, environment):
 def test_the_environment_names_the_others(variables, cluster, environment):
     environment(variables)
     assert find_cluster(1) == cluster
+
+
+def test_slices_of_a_tpu_on_gke(environment, monkeypatch):
+    """The second host of the second of two slices: JAX's own detection, told that it runs on a TPU's machine."""
+    monkeypatch.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
+    environment(
+        {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "host-2,host-3",
+            "TPU_WORKER_ID": "1",
+            "MEGASCALE_NUM_SLICES": "2",
+            "MEGASCALE_SLICE_ID": "1",
+            "MEGASCALE_COORDINATOR_ADDRESS": "localhost",
+        }
+    )
+    assert find_cluster(1) == Cluster("localhost:8482", 4, 3)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_run import tiny_config
 
+from maxlm.config.load import dump_yaml
 from maxlm.train.supervise import last_logged_step, newest_step, supervise
 
 # A stand-in for training. Each start reads and removes the first line of the file `plan`: checkpoints to make, steps
@@ -117,3 +118,15 @@ def test_steps_are_read_from_names_and_whole_lines(tmp_path):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     (tmp_path / "metrics.jsonl").write_text('{"step": 100}\n{"step": 110, "loss": 1.0}\n{"step": 12')
     assert (newest_step(tmp_path), last_logged_step(tmp_path)) == (100, 110)
+
+
+def test_from_the_command_line_a_mistake_is_told_once_and_ends_it(tmp_path):
+    """The child is the same command without `--supervise`, settings included."""
+    root = Path(__file__).parents[2]
+    file = tmp_path / "train.yaml"
+    file.write_text(dump_yaml(tiny_config(tmp_path / "run", tmp_path / "none")), encoding="utf-8")
+    argv = [sys.executable, "-m", "maxlm.cli", "train", str(file), f"tokenizer={tmp_path}/absent", "--supervise", "3"]
+    done = subprocess.run(argv, cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.count("maxlm:") == 1
+    assert f"{tmp_path}/absent" in done.stderr
