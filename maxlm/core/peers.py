@@ -109,7 +109,6 @@ class Peers:
         self._links = {link.process: link for link in links}
         self._records: queue.Queue[tuple[int, Any]] = queue.Queue()
         self._answers: queue.Queue[Any] = queue.Queue()
-        self._verdict: Verdict | None = None
         self._ending = threading.Lock()
         self._closed = threading.Event()
         for link in links:
@@ -148,13 +147,13 @@ class Peers:
 
         Where the error is only what another's end looks like from here, that one is named instead.
         """
+        # A collective, or a save, breaks a moment before the news of why arrives, which ends this process.
+        time.sleep(_GRACE_SECONDS)
         if isinstance(error, MaxlmError):
             sentence, exit_code = str(error), error.exit_code
         elif isinstance(error, KeyboardInterrupt):
             sentence, exit_code = "interrupted", INTERRUPTED
         else:
-            # A collective breaks a moment before the news of why arrives.
-            time.sleep(_GRACE_SECONDS)
             traceback.print_exception(error)
             sentence, exit_code = f"{type(error).__name__}: {error}".splitlines()[0], FaultError.exit_code
         verdict = Verdict(self.process, socket.gethostname(), sentence, exit_code)

@@ -183,3 +183,17 @@ def test_strangers_are_sent_away(address, start):
         knocked.set()
         break
     assert [code for code, _, _ in ends([hub, caller])] == [0, 0]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_an_error_that_anothers_end_has_caused_is_not_what_is_told(process, start):
+    """A save that breaks because a process was killed looks like a mistake from here, after which nothing restarts."""
+    others = [start(n, 3, "mistake" if n == process else "wait") for n in range(2)]
+    dying = start(2, 3, "wait")
+    for one in [*others, dying]:
+        one.stdout.readline()
+    dying.kill()
+    for code, _, errors in ends(others):
+        assert code == FaultError.exit_code
+        assert "process 2 (" in errors
+        assert "no such folder" not in errors
