@@ -162,15 +162,26 @@ def _field_law(plan: Plan, name: str, final: dict[int, list[Outcome]]) -> FieldL
 def _predict(
     plan: Plan, law: ScalingLaw, field_laws: Sequence[FieldLaw], largest: Outcome
 ) -> tuple[Prediction, list[str]]:
-    """At the target: each field where its law leads, or else as it is best at the largest size of the ladder."""
+    """At the target: each field where its law leads, or else as it is best at the largest size of the ladder.
+
+    A law is followed to larger sizes, and not to values that no trial has shown to be sound.
+    """
     against = plan.config.scales.against
     x = float(getattr(plan.target(largest.setting)[0].size, against))
     led: Setting = {}
+    notes = []
     for field in field_laws:
-        if field.law is not None:
-            value = float(field.law.value(x))
-            led[field.name] = round(value) if field.name in plan.integers else round_digits(value)
-    setting, notes = {**largest.setting, **led}, []
+        if field.law is None:
+            continue
+        tried = [setting[field.name] for setting in plan.settings]
+        led_to = float(field.law.value(x))
+        value = min(max(led_to, min(tried)), max(tried))
+        if value != led_to:
+            notes.append(
+                f"{field.name}: its law leads to {led_to:.3g} at the target, beyond what was tried: {value:g}."
+            )
+        led[field.name] = round(value) if field.name in plan.integers else round_digits(value)
+    setting = {**largest.setting, **led}
     try:
         size = plan.target(setting)[0].size
     except ConfigError as error:

@@ -13,7 +13,7 @@ from maxlm.eval.interval import CONFIDENCE
 # Hoffmann et al. take 1e-3 for hundreds of runs. docs/sweep.md has what either costs with a few.
 HUBER_DELTA = 1e-2
 RESAMPLES = 400
-_MAX_EXPONENT = 4.0
+_MAX_EXPONENT = 2.0
 _EXPONENTS = np.geomspace(0.01, _MAX_EXPONENT, 60)
 # The least irreducible loss, as a share of the lowest one seen: its logarithm is what is fitted.
 _LEAST_SHARE = 1e-6
@@ -176,7 +176,7 @@ def _fit(log_u: np.ndarray, log_loss: np.ndarray, delta: float, start: np.ndarra
     starts = [_best_start(log_u, log_loss, floor)]
     if start is not None:
         starts.append(np.maximum(start, [floor, -np.inf, _EXPONENTS[0]]))
-    bounds = ([floor - 1e-9, -np.inf, 1e-3], [np.inf, np.inf, 2 * _MAX_EXPONENT])
+    bounds = ([floor - 1e-9, -np.inf, 1e-3], [np.inf, np.inf, 1.01 * _MAX_EXPONENT])
     fits = [
         optimize.least_squares(
             lambda p: _log_loss(p, log_u) - log_loss,
