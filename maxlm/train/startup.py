@@ -8,7 +8,6 @@ from typing import Any
 
 import xxhash
 
-import maxlm
 from maxlm.config.train import TrainConfig
 from maxlm.core.manifest import content_hash
 from maxlm.core.peers import Peers
@@ -17,6 +16,7 @@ from maxlm.errors import ConfigError
 # What must be the same for all to compile the same program.
 _PACKAGES = ("maxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _MAX_TOLD = 3
+_PACKAGE = Path(__file__).parents[1]
 
 
 def check_start(peers: Peers, config: TrainConfig, hashes: dict[str, Any], *, timeout: float) -> None:
@@ -56,9 +56,8 @@ def data_hashes(config: TrainConfig) -> dict[str, str]:
     return {f"data {path}": content_hash(path) for path in paths}
 
 
-def source_hash() -> str:
+def source_hash(folder: Path = _PACKAGE) -> str:
     """Of all Python files of this package: a version alone does not tell two working copies apart."""
-    folder = Path(maxlm.__file__).parent
     digest = xxhash.xxh3_128()
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode())

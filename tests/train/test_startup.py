@@ -69,14 +69,11 @@ def test_data_is_told_apart_by_its_manifest(tmp_path, tiny_data_folder):
         data_hashes(tiny_config("runs/x", tmp_path / "none"))
 
 
-def test_the_code_is_hashed_by_its_files(monkeypatch, tmp_path):
-    import maxlm
-
+def test_the_code_is_hashed_by_its_files(tmp_path):
     assert source_hash() == source_hash()
-    package = tmp_path / "maxlm"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    monkeypatch.setattr(maxlm, "__file__", str(package / "__init__.py"))
-    before = source_hash()
-    (package / "__init__.py").write_text("x = 1\n")
-    assert source_hash() != before
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("x = 1\n")
+    before = source_hash(tmp_path)
+    (tmp_path / "b.py").write_text("x = 2\n")
+    assert source_hash(tmp_path) != before
+    assert before != source_hash()
