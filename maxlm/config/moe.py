@@ -1,6 +1,6 @@
 """A layer of experts in the place of the MLP."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
@@ -44,6 +44,11 @@ class MoeConfig(Frozen):
     implementation: Literal["auto", "ragged", "padded", "reference"] = Field(
         "auto", description="How tokens reach their experts: see maxlm/ops/moe.py."
     )
+
+    def function(self) -> dict[str, Any]:
+        """Less what trains the router and how experts are reached: equal for two that the same weights fit."""
+        how = {"router_z_loss": True, "dispatch": True, "capacity_factor": True, "implementation": True}
+        return self.model_dump(exclude={**how, "balance": {"loss_weight"}})
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -1,6 +1,7 @@
 """The int8 bundle: a folder that holds all that inference needs, and proof of what quantisation cost.
 
-    model.safetensors   int8 `values` and float32 `scales` of each matrix, float32 norms; layers stacked, output-first
+    model.safetensors   int8 `values` and float32 `scales` of each matrix, layers stacked, output-first; float32 norms
+                        and routers
     bundle.json         format, model, shape, type and checksum of each tensor, tokenizer fingerprint, receipt
     tokenizer/          the tokenizer that the model was trained with
     manifest.json       what the export read
@@ -39,14 +40,14 @@ _AGAIN = "export the model again with `maxlm export`"
 
 
 def quantize_model(model: Decoder) -> Decoder:
-    """The model with a QTensor in the place of each matrix; norms stay as they are.
+    """The model with a QTensor in the place of each matrix; norms and routers of experts stay as they are.
 
     Raises:
       CheckFailed: a matrix is left in floating point: its declaration is not one that quantisation knows.
     """
     flat = flatten(model)
     for path, parameter in flatten(Decoder(model.config)).items():
-        if _is_matrix(parameter):
+        if _is_matrix(path, parameter):
             # A table [vocab, embed], looked up or multiplied with, is output-first as it stands.
             is_table = parameter.axes[0] == "vocab"
             flat[path] = quantize(flat[path] if is_table else jnp.swapaxes(flat[path], -1, -2))
@@ -63,7 +64,9 @@ def check_quantized(model: Decoder) -> None:
     left = [
         path
         for path, leaf in flatten(model).items()
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim - path.startswith("layers/") >= 2
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+        and leaf.ndim - path.startswith("layers/") >= 2
+        and not path.endswith(("/router", "/scales"))
     ]
     if left:
         raise CheckFailed(f"{len(left)} matrices were not quantised, {left[0]} first; quantisation must know them all")
@@ -140,8 +143,9 @@ def is_bundle(path: Path) -> bool:
     return (path / INDEX_FILE).is_file()
 
 
-def _is_matrix(parameter: Parameter) -> bool:
-    return "norm" not in parameter.axes
+def _is_matrix(path: str, parameter: Parameter) -> bool:
+    # Rounding a router would choose other experts, and save next to nothing.
+    return "norm" not in parameter.axes and path.rsplit("/", 1)[-1] not in ("router", "router_bias")
 
 
 def _read_tensors(

@@ -14,6 +14,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from maxlm.ops.qtensor import QTensor
+
 # Rows of a block: enough to fill matrix units, few enough that the last, partly filled one of each group is cheap.
 _MIN_BLOCK, _MAX_BLOCK = 8, 128
 
@@ -59,6 +61,14 @@ def _backward(dtype, implementation, gather_axis, gather_names, residuals, grad_
 
 
 grouped_linear.defvjp(_forward, _backward)
+
+
+def grouped_quantized(x_MI: jax.Array, weights: QTensor, sizes_G: jax.Array) -> jax.Array:
+    """The same with int8 weights [G, O, I], for inference: each row is quantised on the fly."""
+    y_MO = _over_blocks(
+        lambda rows, weight: weight.multiply(rows), x_MI.astype(jnp.float32), weights, sizes_G, weights.values.shape[-2]
+    )
+    return y_MO.astype(x_MI.dtype)
 
 
 def _gather(weight, axis, names):
@@ -111,20 +121,25 @@ def _blocks(num_rows: int, sizes_G):
 
 
 def _block_product(x_MI, weight_GIO, sizes_G):
+    dot = partial(jnp.dot, preferred_element_type=jnp.float32)
+    return _over_blocks(dot, x_MI, weight_GIO, sizes_G, weight_GIO.shape[-1])
+
+
+def _over_blocks(multiply, x_MI, weights, sizes_G, num_outputs: int):
+    """`multiply(rows, weight)` of each block of rows with the weight of its group: float32 [M, num_outputs]."""
     num_rows = len(x_MI)
     size, group_N, first_row_N, count = _blocks(num_rows, sizes_G)
     # A block may reach beyond the end.
     x_MI = jnp.pad(x_MI, ((0, size), (0, 0)))
 
     def body(number, y_MO):
-        row = first_row_N[number]
-        block = jax.lax.dynamic_slice_in_dim(x_MI, row, size)
-        weight = jax.lax.dynamic_index_in_dim(weight_GIO, group_N[number], keepdims=False)
+        row, group = first_row_N[number], group_N[number]
+        weight = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, group, keepdims=False), weights)
         # Its rows that belong to the next group are written again by that group's blocks, which come later.
-        y = jnp.dot(block, weight, preferred_element_type=jnp.float32)
+        y = multiply(jax.lax.dynamic_slice_in_dim(x_MI, row, size), weight)
         return jax.lax.dynamic_update_slice_in_dim(y_MO, y, row, axis=0)
 
-    y_MO = jax.lax.fori_loop(0, count, body, jnp.zeros((len(x_MI), weight_GIO.shape[-1]), jnp.float32))[:num_rows]
+    y_MO = jax.lax.fori_loop(0, count, body, jnp.zeros((len(x_MI), num_outputs), jnp.float32))[:num_rows]
     return jnp.where(jnp.arange(num_rows)[:, None] < jnp.sum(sizes_G), y_MO, 0.0)
 
 

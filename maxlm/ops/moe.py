@@ -22,7 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.core.sharding import LOGICAL_AXES, current_mesh, is_explicit, logical_to_spec
 from maxlm.errors import ConfigError
-from maxlm.ops.grouped_matmul import grouped_linear
+from maxlm.ops.grouped_matmul import grouped_linear, grouped_quantized
+from maxlm.ops.qtensor import QTensor
 
 IMPLEMENTATIONS = ("ragged", "padded", "reference")
 
@@ -171,7 +172,7 @@ def _local_mixture(
     batch, length, embed = x_BLD.shape
     num_per_token = experts_BLK.shape[-1]
     x_TD = x_BLD.reshape(-1, embed)
-    num_experts = num_shards * len(gate_GDF)
+    num_experts = num_shards * len(jax.tree.leaves(gate_GDF)[0])
     # Padding goes to an expert beyond the last.
     experts_A = jnp.where(real_BL[..., None], experts_BLK, num_experts).reshape(-1)
     if capacity_factor is not None:
@@ -206,6 +207,8 @@ def _local_mixture(
 
 
 def _grouped(x_MI, weight_GIO, embed_axis: int, *, exchange, dtype, gather_names):
+    if isinstance(weight_GIO, QTensor):
+        return grouped_quantized(x_MI, weight_GIO, exchange.sizes_G)
     product = "equal" if exchange.equal_groups else "ragged" if _platform() == "tpu" else "blocks"
     return grouped_linear(x_MI, weight_GIO, exchange.sizes_G, dtype, product, embed_axis, gather_names)
 

@@ -115,7 +115,11 @@ def run(
             goodput=goodput,
             stopwatch=stopwatch,
             window=StepWindow(
-                (like, frozen), goodput, peak=peak_flops(mesh.devices.flat[0]), num_devices=mesh.devices.size
+                (like, frozen),
+                goodput,
+                moe=config.model.moe,
+                peak=peak_flops(mesh.devices.flat[0]),
+                num_devices=mesh.devices.size,
             ),
             stop_requested=stack.enter_context(stop_on_signal()),
         )

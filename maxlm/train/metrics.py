@@ -10,19 +10,26 @@ import jax
 from etils import epath
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from maxlm.config.moe import MoeConfig
 from maxlm.core.distributed import is_primary
 from maxlm.core.progress import console
 from maxlm.core.storage import LineLog, read_lines, storage_path
 from maxlm.train.goodput import GoodputLog
 
 
+def num_active_parameters(model: Any, moe: MoeConfig | None) -> float:
+    """Parameters that work on a token: of routed experts, as many as it goes to."""
+    share = moe.experts_per_token / moe.num_experts if moe else 1
+    # Weights of routed experts alone have four axes: layers, experts, in, out.
+    return sum(leaf.size * (share if leaf.ndim == 4 else 1) for leaf in jax.tree.leaves(model))
+
+
 class StepWindow:
     """Gathers the metrics of steps on the device, and brings them to the host once a window."""
 
-    def __init__(self, model: Any, goodput: GoodputLog, *, peak: float | None, num_devices: int):
-        count = sum(leaf.size for leaf in jax.tree.leaves(model))
+    def __init__(self, model: Any, goodput: GoodputLog, *, moe: MoeConfig | None, peak: float | None, num_devices: int):
         # 6 FLOPs for each parameter and token (2 forward, 4 backward), attention aside.
-        self.flops_per_token = 6 * count
+        self.flops_per_token = 6 * num_active_parameters(model, moe)
         self.peak = peak and peak * num_devices
         self._goodput = goodput
         self.seconds, self.tokens = 0.0, 0

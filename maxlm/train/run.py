@@ -122,7 +122,7 @@ def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
     if config.init_from is not None:
         start = ModelConfig(**read_metadata(find_checkpoint(config.init_from))["config"]["model"])
         if model is not None and model.model_copy(update={"vocab_size": start.vocab_size}) != start:
-            changed = [name for name in ModelConfig.model_fields if getattr(model, name) != getattr(start, name)]
+            changed = [name for name in ModelConfig.model_fields if _differs(name, model, start)]
             shape = [name for name in changed if name not in ("vocab_size", *_RUNTIME_FIELDS)]
             if shape:
                 raise CheckpointError(
@@ -138,6 +138,13 @@ def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
         raise ConfigError([f"row_length: {config.row_length} exceeds the model's max_length of {model.max_length}"])
     model = model.model_copy(update={"vocab_size": tokenizer.vocab_size})
     return config.model_copy(update={"model": model})
+
+
+def _differs(name: str, model: ModelConfig, other: ModelConfig) -> bool:
+    left, right = getattr(model, name), getattr(other, name)
+    if name == "moe" and left and right:
+        return left.function() != right.function()
+    return left != right
 
 
 # Fields of a model that change how it is computed, and not what its weights are.

@@ -13,9 +13,12 @@ from maxlm.core.parameters import initialize
 from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten
 from maxlm.models.adapters import declare_adapters
+from maxlm.models.bundle import quantize_model
 from maxlm.models.cache import KVCache
 from maxlm.models.decoder import Decoder
+from maxlm.ops.qtensor import QTensor
 from maxlm.train.loss import language_model_loss
+from maxlm.train.metrics import num_active_parameters
 from maxlm.train.step import loss_and_gradient
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -128,7 +131,7 @@ def test_packing_and_padding_change_nothing(layout, whole):
     ("sizes", "accumulate"),
     [
         ({"expert": 4}, 2),
-        ({"expert": 2, "tensor": 2, "fsdp": 2}, 1),
+        ({"expert": 2, "context": 2, "tensor": 2}, 1),
         ({"expert": 8}, 1),
     ],
     ids=str,
@@ -186,6 +189,26 @@ def test_adapters_go_to_attention_and_shared_experts_and_not_to_routed_ones():
             *(f"mlp/shared/{part}" for part in ("gate", "up", "down")),
         )
     }
+
+
+def test_int8_experts_are_near_and_the_router_stays_as_it_is():
+    model = model_of(config())
+    quantized = jax.jit(quantize_model)(model)
+    assert isinstance(quantized.layers.mlp.gate, QTensor)
+    np.testing.assert_array_equal(quantized.layers.mlp.router, model.layers.mlp.router)
+    tokens, cache = np.arange(16, dtype=np.int32).reshape(2, 8), KVCache.create(model.config, 2, 8)
+    positions = np.broadcast_to(np.arange(8, dtype=np.int32), (2, 8))
+    decode = jax.jit(lambda model: model.logits(model.decode(tokens, cache, positions)[0]))
+    exact, rough = np.asarray(decode(model)), np.asarray(decode(quantized))
+    assert np.sqrt(np.mean((rough - exact) ** 2)) < 0.03 * exact.std()
+
+
+def test_parameters_that_work_on_a_token_are_counted():
+    """Of 8 routed experts 2 do; all else does."""
+    plan = initialize(Decoder(config()), jax.random.key(0))
+    routed = 2 * 3 * 8 * 16 * 16  # layers, matrices, experts, embed, mlp
+    total = sum(leaf.size for leaf in jax.tree.leaves(plan))
+    assert num_active_parameters(plan, config().moe) == total - routed * 3 / 4
 
 
 @pytest.mark.parametrize(
