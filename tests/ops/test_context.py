@@ -14,13 +14,16 @@ from test_attention import equations, numpy_attention
 from maxlm.config.mesh import MeshConfig
 from maxlm.core.sharding import make_mesh
 from maxlm.errors import ConfigError
-from maxlm.ops.attention_rule import AttentionRule
+from maxlm.ops.attention import reference_attention
+from maxlm.ops.attention_rule import AttentionRule, mean_gradient
 from maxlm.ops.context import context_attention, lay_out, put_in_order, row_order
 from maxlm.ops.flash_tpu import Kernels
+from maxlm.ops.flash_xla import Blockwise
 from maxlm.ops.ring import Ring, held_chunks, plan_ring, ring_attention
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
+KERNELS = Kernels(jnp.dtype("float32"), largest_block=128, interpret=True)
 HEADS = P(("data", "fsdp", "expert"), "context", "tensor", None)
 
 
@@ -122,14 +125,47 @@ def test_values_and_gradients_are_those_of_whole_rows(case):
 
 
 def test_the_kernels_for_tpus_go_round_as_well():
-    case = Case("kernels, whole chunks and pieces", 2, length=64, window=20)
+    case = Case("kernels", 2, num_heads=1)
 
     def attend(order, *mine):
         rule = AttentionRule(**case.arguments(), scale=0.5)
-        return ring_attention(Ring(rule, Kernels(jnp.dtype("float32"), interpret=True), order, case.context), *mine)
+        return ring_attention(Ring(rule, KERNELS, order, case.context), *mine)
 
     for got, want in zip(run(case, attend, *case.inputs()), definition(case)):
         np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pieces", [Blockwise(jnp.dtype("float32")), KERNELS], ids=lambda pieces: type(pieces).__name__)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        AttentionRule(True, 130, None, 0.5, offset=200),
+        AttentionRule(False, 150, 2.0, 0.5, offset=-220),
+        AttentionRule(True, None, None, 0.5, offset=-100),
+    ],
+    ids=str,
+)
+def test_a_piece_of_the_keys_at_a_distance(rule, pieces):
+    """Several blocks a side, some queries that see nothing; put back together with nothing it is the definition."""
+    case = Case("distance", 1, length=200)
+    query, key, value, gradient, _ = (x[:1] for x in case.inputs())
+    queries, keys = np.ones((1, 200), np.int32), np.ones((1, 160), np.int32)
+    keys[:, :10] = 0
+    key, value = key[:, :160], value[:, :160]
+    want, transpose = jax.vjp(lambda *arrays: reference_attention(rule, *arrays, queries, keys), query, key, value)
+
+    @jax.jit
+    def by_pieces(query, key, value, gradient):
+        operands = (rule, query, key, value, queries, keys)
+        output, log_sum = pieces.forward(*operands)
+        return output, log_sum, *pieces.backward(*operands, log_sum, mean_gradient(output, gradient), gradient)
+
+    output, log_sum, *gradients = by_pieces(query, key, value, gradient)
+    for got, wanted in zip((output, *gradients), (want, *transpose(gradient))):
+        np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=1e-4)
+    sees_nothing = ~np.asarray(want).any(-1)
+    assert sees_nothing.any()
+    np.testing.assert_array_equal(np.asarray(log_sum) > 1e29, sees_nothing)
 
 
 def test_other_documents_have_no_influence():

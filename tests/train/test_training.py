@@ -193,6 +193,28 @@ def test_heads_that_cannot_be_cut_are_told_with_all_else(tiny_data_folder):
     assert "model.num_kv_heads: 2 cannot be cut over mesh.tensor = 8; make it 8, or mesh.tensor=2" in problems
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "row_length: 40 .* mesh.context = 8, each with two chunks of a row; the nearest that fits is 32"),
+        (
+            {"context_attention": "all_to_all"},
+            "num_heads: 4 cannot be cut over mesh.context = 8; make it 8, or mesh.con",
+        ),
+    ],
+)
+def test_rows_and_heads_that_devices_cannot_share_are_told(settings, message, tiny_data_folder):
+    config = tiny_config(
+        "x",
+        tiny_data_folder,
+        mesh={"fsdp": 1, "context": 8},
+        model={**MODEL, "vocab_size": 8, **settings},
+        row_length=40,
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_layout(config, mesh_sizes(config.mesh, 8))
+
+
 def test_adapters_are_trained_beside_a_base_that_stays(short_run, tmp_path, tiny_data_folder):
     base = weights(short_run)
     settings = {"init_from": str(short_run), "model": None, "lora": {"rank": 2, "targets": ["query", "down"]}}
