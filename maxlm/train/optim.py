@@ -167,7 +167,7 @@ def _scale_by_rates(config: OptimConfig, width: float) -> optax.GradientTransfor
 def _transfer(kind: str, is_hidden: bool, width: float) -> float:
     """What a learning rate found at another width is multiplied by (arXiv:2203.03466, table 8, with logits / width).
 
-    The matrices of layers are hidden: both of their sides grow with the width. Muon's own scale fits every width, as its
+    The matrices of layers are hidden: both of their sides grow with the width. Muon's own scale fits every width: its
     updates have the same spectral norm (arXiv:2310.17813).
     """
     if kind == "sgd":

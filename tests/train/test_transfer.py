@@ -1,0 +1,126 @@
+"""One learning rate for all widths: what steps change in the activations does not grow with the width."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.config import ModelConfig
+from maxlm.config.optim import OptimConfig
+from maxlm.core.batch import Batch
+from maxlm.core.parameters import initialize
+from maxlm.core.tree import flatten
+from maxlm.models.decoder import Decoder
+from maxlm.train.loss import language_model_loss
+from maxlm.train.optim import apply_updates, make_optimizer
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+WIDTHS = (32, 96, 256)
+TOKENS = np.random.default_rng(0).integers(0, 64, (4, 17)).astype("int32")
+BATCH = Batch(
+    TOKENS[:, :-1],
+    TOKENS[:, 1:],
+    np.ones((4, 16), "float32"),
+    np.ones((4, 16), "int32"),
+    np.tile(np.arange(16, dtype="int32"), (4, 1)),
+)
+
+
+def decoder(width, base):
+    config = ModelConfig(
+        vocab_size=64,
+        num_layers=2,
+        embed_dim=width,
+        base_embed_dim=base,
+        mlp_dim=2 * width,
+        num_heads=width // 8,
+        num_kv_heads=width // 8,
+        head_dim=8,
+        max_length=16,
+        activation_dtype="float32",
+        matmul_dtype="float32",
+    )
+    return initialize(Decoder(config), jax.random.key(0))
+
+
+def change_of(width, base, config, steps):
+    """Root mean square of what steps on one batch change in the final hidden states, and in the logits."""
+    model = decoder(width, base)
+    optimizer = make_optimizer(config, width=model.config.width)
+
+    def loss(model):
+        output = language_model_loss(model, BATCH)
+        return sum(term.mean() for term in output.terms.values()), model(BATCH.tokens).hidden_BLD
+
+    @jax.jit
+    def step(model, state):
+        grads, hidden = jax.grad(loss, has_aux=True)(model)
+        updates, state = optimizer.update(grads, state, model)
+        return apply_updates(model, updates, 1.0, 0), state, (hidden, model.logits(hidden))
+
+    state, seen = jax.jit(optimizer.init)(model), []
+    for _ in range(steps + 1):
+        model, state, activations = step(model, state)
+        seen.append(activations)
+    return [float(jnp.sqrt(jnp.mean((last - first) ** 2))) for first, last in zip(seen[0], seen[-1])]
+
+
+def slopes(kind, learning_rate, base, *, steps=3):
+    """Exponents of the width in the changes of hidden states and logits."""
+    config = OptimConfig(
+        kind=kind, learning_rate=learning_rate, muon_learning_rate=learning_rate, weight_decay=0, clip_norm=None
+    )
+    changes = [change_of(width, base, config, steps) for width in WIDTHS]
+    return np.polyfit(np.log(WIDTHS), np.log(changes), 1)[0]
+
+
+# Rates so small that the change is far from where it must end: two unit vectors are at most 2 apart.
+def test_activations_change_alike_at_all_widths():
+    hidden, logits = slopes("adamw", 1e-4, 32)
+    assert abs(hidden) < 0.1
+    # What a random table makes of the change falls with the root of the width.
+    assert -0.5 < logits < 0.1
+    hidden, logits = slopes("adamw", 1e-4, None)
+    assert hidden > 0.4, "the check sees what goes wrong without the rule"
+    assert logits > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "rate"), [("muon", 2e-4), ("sgd", 0.01), ("soap", 1e-4), ("lion", 3e-5)])
+def test_activations_change_alike_with_other_optimizers(kind, rate):
+    hidden, logits = slopes(kind, rate, 32)
+    assert abs(hidden) < 0.15
+    assert -0.5 < logits < 0.1
+    _, logits = slopes(kind, rate, None)
+    assert logits > 0.5
+
+
+def test_the_base_width_changes_nothing_but_the_scale_of_logits():
+    model, base, wide = (decoder(64, base) for base in (None, 64, 16))
+    hidden = model(BATCH.tokens).hidden_BLD
+    np.testing.assert_array_equal(base.logits(base(BATCH.tokens).hidden_BLD), model.logits(hidden))
+    np.testing.assert_allclose(wide.logits(hidden), model.logits(hidden) / 4, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "hidden", "rest"),
+    [("adamw", 0.25, 1), ("lion", 0.25, 1), ("adafactor", 0.25, 1), ("muon", 1, 1), ("sgd", 1, 4)],
+)
+def test_learning_rates_follow_the_width(kind, hidden, rest):
+    """Decay does not: what is left of an old value after so many steps is the same at all widths."""
+    params = decoder(32, None)
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def update(width, decay):
+        config = OptimConfig(kind=kind, learning_rate=0.01, muon_learning_rate=0.01, weight_decay=decay, clip_norm=None)
+        optimizer = make_optimizer(config, width=width)
+        return flatten(jax.jit(lambda: optimizer.update(grads, optimizer.init(params), params)[0])())
+
+    one, four, decayed = update(1.0, 0.0), update(4.0, 0.0), update(4.0, 0.5)
+    for path, value in flatten(params).items():
+        is_hidden = path.startswith("layers/") and "norm" not in path
+        np.testing.assert_allclose(four[path], one[path] * (hidden if is_hidden else rest), rtol=1e-5, err_msg=path)
+        moved = decayed[path] - four[path]
+        expected = 0 if "norm" in path else -0.01 * 0.5 * value
+        np.testing.assert_allclose(moved, expected, rtol=1e-3, atol=1e-8, err_msg=path)
