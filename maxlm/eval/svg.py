@@ -106,7 +106,8 @@ def line_chart(
     for tick in y_ticks:
         y = up.place(tick)
         parts.append(f'<line class="grid" x1="{left:g}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(left - 6, y + 4, _tick_label(tick, y_ticks), "tick", "end"))
+        label = _power_label(tick) if log_y else _tick_label(tick, y_ticks)
+        parts.append(_text(left - 6, y + 4, label, "tick", "end"))
     x_ticks = (log_ticks if log_x else nice_ticks)(across.low, across.high)
     x_ticks = [tick for tick in x_ticks if across.low <= tick <= across.high]
     for tick in x_ticks:

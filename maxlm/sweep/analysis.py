@@ -177,9 +177,7 @@ def _predict(
         led_to = float(field.law.value(x))
         value = min(max(led_to, min(tried)), max(tried))
         if value != led_to:
-            notes.append(
-                f"{field.name}: its law leads to {led_to:.3g} at the target, beyond what was tried: {value:g}."
-            )
+            notes.append(f"{field.name}: its law leads to {led_to:.3g} at the target, beyond all that was tried.")
         led[field.name] = round(value) if field.name in plan.integers else round_digits(value)
     setting = {**largest.setting, **led}
     try:

@@ -101,24 +101,11 @@ class _Sweep:
                 on_step=lambda step: self.progress.update(self.task, completed=known + max(0, step - trial.since)),
             )
             self.progress.update(self.task, completed=known)
-            self._check_metric(record)
+            check_metric(self.config, record)
             self.records.add(record)
             console.print(self._line(trial, record), markup=False)
         self.progress.advance(self.task, trial.config.steps - trial.since)
         return record
-
-    def _check_metric(self, record: Record) -> None:
-        """The first trial to finish shows what there is."""
-        metric = self.config.metric
-        if record.status != "finished" or metric in record.valid:
-            return
-        if not record.valid:
-            raise ConfigError(
-                [f"{self.config.train}: nothing is held out to validate on; give valid_fraction or a valid_file"]
-            )
-        near = difflib.get_close_matches(metric, record.valid, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(record.valid)}"
-        raise ConfigError([f"metric: the validation has no {metric}; {hint}"])
 
     def _line(self, trial: Trial, record: Record) -> str:
         size = f"{self.plan.label(trial.scale)}: " if self.config.scales else ""
@@ -152,6 +139,17 @@ class _Sweep:
             metrics=summary,
         )
         return summary
+
+
+def check_metric(config: SweepConfig, record: Record) -> None:
+    """Raise ConfigError when a trial that has finished shows that the metric is not there."""
+    if record.status != "finished" or config.metric in record.valid:
+        return
+    if not record.valid:
+        raise ConfigError([f"{config.train}: nothing is held out to validate on; give valid_fraction or a valid_file"])
+    near = difflib.get_close_matches(config.metric, record.valid, 1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(record.valid)}"
+    raise ConfigError([f"metric: the validation has no {config.metric}; {hint}"])
 
 
 def total_steps(plan: Plan) -> int:

@@ -1,10 +1,23 @@
 """Charts put points where their numbers say."""
 
+import itertools
 import re
 
 import pytest
 
-from maxlm.eval.svg import Bar, Line, Reference, bar_chart, format_number, line_chart, nice_ticks, smooth, thin
+from maxlm.eval.svg import (
+    Band,
+    Bar,
+    Line,
+    Reference,
+    bar_chart,
+    format_number,
+    line_chart,
+    log_ticks,
+    nice_ticks,
+    smooth,
+    thin,
+)
 
 
 def test_ticks_are_round_and_cover_the_range():
@@ -88,3 +101,36 @@ def test_thinning_keeps_both_ends():
     assert kept[0] == points[0]
     assert kept[-1] == points[-1]
     assert thin([]) == []
+
+
+def test_a_power_law_is_a_straight_line_on_logarithmic_axes():
+    points = [(10.0**power, 5 * 10.0 ** (-power / 2)) for power in range(6, 13, 2)]
+    svg = line_chart("t", "d", [Line("a", points, "series-1")], x_label="FLOPs", log_x=True, log_y=True)
+    drawn = [tuple(map(float, p.split(","))) for p in re.search(r'points="([^"]*)"', svg)[1].split()]
+    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(drawn)]
+    assert all(step == pytest.approx(steps[0], abs=0.2) for step in steps)
+    assert steps[0][0] > 0
+    assert steps[0][1] > 0
+    assert ">1e6<" in svg
+    assert ">1e12<" in svg
+
+
+def test_a_band_encloses_its_line_and_of_one_point_is_a_whisker():
+    line = Line("a", [(1.0, 2.0), (10.0, 3.0)], "series-1")
+    bands = [Band([(1.0, 1.0, 3.0), (10.0, 2.0, 4.0)], "series-1"), Band([(10.0, 1.5, 5.0)], "series-2")]
+    svg = line_chart("t", "d", [line], bands=bands, x_label="x", log_x=True)
+    corners = [tuple(map(float, p.split(","))) for p in re.search(r'<polygon[^>]*points="([^"]*)"', svg)[1].split()]
+    drawn = [tuple(map(float, p.split(","))) for p in re.search(r'<polyline[^>]*points="([^"]*)"', svg)[1].split()]
+    assert [corner[0] for corner in corners] == [drawn[0][0], drawn[1][0], drawn[1][0], drawn[0][0]]
+    assert corners[0][1] > drawn[0][1] > corners[3][1]
+    assert svg.count('class="whisker"') == 1
+
+
+def test_ticks_of_a_logarithmic_axis_are_round_and_few():
+    assert log_ticks(1e6, 1e9) == [1e6, 1e7, 1e8, 1e9]
+    assert [tick for tick in log_ticks(1e-3, 1e-1) if 1e-3 <= tick <= 1e-1] == pytest.approx(
+        [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+    )
+    assert log_ticks(3.1, 3.4) == nice_ticks(3.1, 3.4)
+    for low, high in [(2, 9), (1e-9, 1e20), (0.5, 60)]:
+        assert 2 <= len([tick for tick in log_ticks(low, high) if low <= tick <= high]) <= 8

@@ -11,7 +11,7 @@ TRAIN = {
     "kind": "train",
     "output": "unused",
     "model": {
-        "num_layers": 2,
+        "num_layers": 1,
         "embed_dim": 16,
         "mlp_dim": 32,
         "num_heads": 2,

@@ -89,10 +89,10 @@ def test_the_law_and_the_optimum_are_found_and_carried_to_the_target(plan, analy
 
 def test_size_counts_weights_tokens_and_flops(plan):
     [trial] = plan.trials(1, plan.settings[0], 0)
-    # Tied table, two layers of attention (2 + 1 + 1 heads of 8, and out) and MLP (3), norms.
+    # Tied table, one layer of attention (2 + 1 + 1 heads of 8, and out) and MLP (3), norms.
     width, vocabulary = 16, 400
     layer = width * 8 * (2 + 1 + 1) + 2 * 8 * width + 3 * width * 32 + 2 * width
-    assert trial.size.parameters == vocabulary * width + 2 * layer + width
+    assert trial.size.parameters == vocabulary * width + layer + width
     assert trial.size.tokens == 8 * 8 * 32
     assert trial.size.flops == 6 * trial.size.parameters * trial.size.tokens
 

@@ -15,7 +15,8 @@ from maxlm.cli import main
 from maxlm.config import load_config
 from maxlm.core.manifest import read_manifest
 from maxlm.errors import CheckFailed, ConfigError
-from maxlm.sweep.run import run_sweep
+from maxlm.sweep.records import Record
+from maxlm.sweep.run import check_metric, run_sweep
 from maxlm.train.metrics import read_metrics
 
 # What every Python process runs first: kills trials with a marked learning rate, as the system does when memory ends.
@@ -32,7 +33,7 @@ def environment(folder: Path, *, kills: bool) -> dict[str, str]:
         (folder / "sitecustomize.py").write_text(SITE)
     # Where torch is installed, tensorboardX would spend seconds of each trial on importing it.
     (folder / "torch.py").write_text("raise ImportError")
-    return os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(folder)}
+    return os.environ | {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(folder)}
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +169,19 @@ def test_a_trial_that_takes_too_long_is_ended(sweep_of, tmp_path):
         run_sweep(config, environment=environment(tmp_path / "site", kills=False))
 
 
-@pytest.mark.slow
-def test_a_metric_that_is_not_there_is_told_after_the_first_trial(sweep_of, tmp_path):
-    config = sweep_of(fields={"optim.learning_rate": [0.01, 0.02]}, metric="los", overrides={"steps": 1})
-    with pytest.raises(ConfigError, match="the validation has no los; did you mean loss"):
-        run_sweep(config, environment=environment(tmp_path / "site", kills=False))
+@pytest.mark.parametrize(
+    ("valid", "metric", "message"),
+    [
+        ({"loss": 1.0, "perplexity": 2.7}, "los", "the validation has no los; did you mean loss"),
+        ({"loss": 1.0}, "reward", "the validation has no reward; there are loss"),
+        ({}, "loss", "nothing is held out to validate on"),
+    ],
+)
+def test_a_metric_that_is_not_there_is_told(sweep_of, valid, metric, message):
+    config = sweep_of(fields={"optim.learning_rate": [0.01]}, metric=metric)
+    sizes = {"parameters": 1, "tokens": 1, "flops": 6.0}
+    record = Record(
+        id="a", scale=0, setting={}, seed=0, steps=1, **sizes, status="finished", valid=valid, since=0, seconds=1
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_metric(config, record)
