@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from maxlm.config.base import Count, Frozen
 from maxlm.config.moe import MoeConfig
+from maxlm.config.pipeline import PipelineConfig
 
 
 class ModelConfig(Frozen):
@@ -54,6 +55,7 @@ class ModelConfig(Frozen):
         "none", description="What the backward pass computes again: nothing, all but matrix products, whole layers."
     )
     unroll: bool = Field(False, description="Compile each layer by itself and not one loop over all: slow to compile.")
+    pipeline: PipelineConfig = Field(PipelineConfig(), description="How the stages of `mesh.stage` share their work.")
     loss_chunk_length: Count = Field(
         512, description="Tokens of a row whose logits live at a time; a whole batch's are a step's largest array."
     )

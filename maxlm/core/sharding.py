@@ -22,7 +22,8 @@ MESH_AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 
 # Logical axis -> the mesh axes that cut it. `None` is replicated.
 LOGICAL_AXES: dict[str, tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp", "expert"),
+    # Stages share the rows of what is outside of the pipeline: embedding, head and loss.
+    "batch": ("data", "stage", "fsdp", "expert"),
     "length": ("context",),
     # Tokens between the layers: norms and sums need no other token, so the tensor axis cuts them too.
     "residual_length": ("context", "tensor"),
@@ -44,7 +45,7 @@ _GATHERED = ("fsdp", "expert", "context")
 
 
 def logical_to_spec(axes: Sequence[str | None]) -> P:
-    """The PartitionSpec of an array with these logical axes.
+    """The PartitionSpec of an array with these logical axes, less the mesh axes that a shard_map around has taken.
 
     Raises:
       ValueError: an axis is not in the table, or two axes want the same mesh axis.
@@ -53,7 +54,7 @@ def logical_to_spec(axes: Sequence[str | None]) -> P:
     for axis in axes:
         if axis is not None and axis not in LOGICAL_AXES:
             raise ValueError(f"logical axis {axis!r} is not in the table: {', '.join(LOGICAL_AXES)}")
-        mesh_axes = (axis and LOGICAL_AXES[axis]) or ()
+        mesh_axes = _mesh_axes(axis)
         if clash := [name for name in mesh_axes if name in used]:
             raise ValueError(f"logical axes {tuple(axes)} use mesh axis {clash[0]!r} twice")
         used.update(mesh_axes)
@@ -186,9 +187,16 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
 
 
 def is_explicit() -> bool:
-    """Whether shardings are part of types here: under a mesh, outside of shard_map."""
+    """Whether shardings are part of types here: under a mesh, and not in a shard_map that takes all of its axes."""
     mesh = current_mesh()
-    return mesh is not None and all(kind == AxisType.Explicit for kind in mesh.axis_types)
+    return mesh is not None and AxisType.Explicit in mesh.axis_types
+
+
+def _mesh_axes(axis: str | None) -> tuple[str, ...]:
+    """The mesh axes that cut a logical axis, less those that a shard_map around has taken."""
+    mesh = current_mesh()
+    taken = () if mesh is None else mesh.manual_axes
+    return tuple(name for name in (axis and LOGICAL_AXES[axis]) or () if name not in taken)
 
 
 def spec_of(x: jax.Array) -> P:
@@ -205,8 +213,10 @@ def fits(shape: Sequence[int], axes: Sequence[str | None]) -> bool:
     """Whether the current mesh cuts an array of this shape evenly along its logical axes."""
     if not is_explicit():
         return True
-    sizes = current_mesh().shape
-    parts = [math.prod(sizes[name] for name in (axis and LOGICAL_AXES[axis]) or ()) for axis in axes]
+    sizes, taken = current_mesh().shape, _manual_axes()
+    parts = [
+        math.prod(sizes[name] for name in (axis and LOGICAL_AXES[axis]) or () if name not in taken) for axis in axes
+    ]
     return all(size % count == 0 for size, count in zip(shape, parts, strict=True))
 
 

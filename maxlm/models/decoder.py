@@ -18,6 +18,7 @@ from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import Parameter, normal, stack
 from maxlm.core.sharding import fits, gather_layers, shard
 from maxlm.core.term import LossOutput
+from maxlm.models import pipeline
 from maxlm.models.cache import KVCache
 from maxlm.models.layers import TOKEN_AXES, DecoderLayer, Mlp, TokenContext, norm_scale
 from maxlm.models.moe import MixtureOfExperts
@@ -76,6 +77,14 @@ class Decoder(nnx.Module):
         return DecoderOutput(put_in_order(shard(hidden_BLD, *TOKEN_AXES), order), auxiliary)
 
     def _apply_layers(self, x_BLD: jax.Array, context: TokenContext) -> tuple[jax.Array, LossOutput]:
+        if (replacement := pipeline.replacement_of_layers()) is not None:
+            return replacement(self, x_BLD, context)
+        if (schedule := pipeline.fitting_schedule(self.config.pipeline, x_BLD.shape[0])) is not None:
+            return pipeline.gpipe(self.apply_layers, self.layers, x_BLD, context, schedule)
+        return self.apply_layers(jax.tree.map(gather_layers, self.layers), x_BLD, context)
+
+    def apply_layers(self, layers: Any, x_BLD: jax.Array, context: TokenContext) -> tuple[jax.Array, LossOutput]:
+        """Some of the stacked layers: whole turns of the window pattern."""
         config = self.config
 
         def group(x_BLD, layers):
@@ -87,7 +96,7 @@ class Decoder(nnx.Module):
             return x_BLD, jax.tree.map(lambda *parts: sum(parts), *auxiliary)
 
         group = _rematerialize(group, config.remat)
-        x_BLD, auxiliary = jax.lax.scan(group, x_BLD, self._grouped_layers(), unroll=config.unroll)
+        x_BLD, auxiliary = jax.lax.scan(group, x_BLD, self._group(layers), unroll=config.unroll)
         return x_BLD, jax.tree.map(lambda parts: jnp.sum(parts, axis=0), auxiliary)
 
     def decode(self, tokens_BL: jax.Array, cache: KVCache, positions_BL: jax.Array) -> tuple[jax.Array, KVCache]:
@@ -108,8 +117,9 @@ class Decoder(nnx.Module):
                 x_BLD, cache = layer.decode(x_BLD, angles, positions_BL, cache, first + index, window)
             return (x_BLD, cache), None
 
+        layers = self._group(jax.tree.map(gather_layers, self.layers))
         first_layers = jnp.arange(0, config.num_layers, group_size)
-        (x_BLD, cache), _ = jax.lax.scan(group, (x_BLD, cache), (self._grouped_layers(), first_layers))
+        (x_BLD, cache), _ = jax.lax.scan(group, (x_BLD, cache), (layers, first_layers))
         return rms_norm(x_BLD, self.final_norm, config.norm_epsilon), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -135,14 +145,10 @@ class Decoder(nnx.Module):
         """The output table [vocab, embed]."""
         return self.embedding if self.config.tie_embeddings else self.head
 
-    def _grouped_layers(self):
+    def _group(self, layers):
         """Layers as [groups, layers of a group, ...], a group being one turn of the window pattern."""
         size = len(self.config.window_pattern)
-
-        def group(stacked):
-            return gather_layers(stacked).reshape(stacked.shape[0] // size, size, *stacked.shape[1:])
-
-        return jax.tree.map(group, self.layers)
+        return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] // size, size, *leaf.shape[1:]), layers)
 
 
 def _table(config: ModelConfig) -> Parameter:

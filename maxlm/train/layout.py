@@ -33,12 +33,23 @@ def check_precision(config: TrainConfig, device: jax.Device) -> None:
 def _rows(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
     axes = ("data", "fsdp", "expert")
     parts = math.prod(sizes[axis] for axis in axes)
+    over = [_product(axes, sizes)] if parts > 1 else []
+    if (stages := sizes["stage"]) > 1:
+        microbatches = config.model.pipeline.microbatches or stages
+        if microbatches % stages:
+            return [
+                f"model.pipeline.microbatches: {microbatches} is no multiple of mesh.stage = {stages}; the nearest that"
+                f" fits is {nearest_multiple(microbatches, stages)}"
+            ]
+        # So many that each stage has its share of the rows outside of the pipeline, too.
+        parts *= microbatches
+        over.insert(0, f"model.pipeline.microbatches = {microbatches}")
     if (config.batch_size // config.accumulate) % parts == 0:
         return []
     fits = nearest_multiple(config.batch_size, parts * config.accumulate)
     return [
         f"batch_size: {config.batch_size} in accumulate={config.accumulate} microbatches cannot be cut over"
-        f" {_product(axes, sizes)}; the nearest that fits is {fits}"
+        f" {' and '.join(over)}; the nearest that fits is {fits}"
     ]
 
 
@@ -81,7 +92,8 @@ def _weights(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
         divides("moe.num_experts", model.moe.num_experts, "expert")
     divides("vocab_size", model.vocab_size, "tensor")
     divides("embed_dim", model.embed_dim, "fsdp", "expert", "context")
-    divides("num_layers", model.num_layers, "stage", times=len(model.window_pattern))
+    if sizes["stage"] > 1:
+        divides("num_layers", model.num_layers, "stage", times=len(model.window_pattern) * model.pipeline.repeats)
     return problems
 
 

@@ -155,6 +155,7 @@ _RUNTIME_FIELDS = (
     "remat",
     "unroll",
     "loss_chunk_length",
+    "pipeline",
     "attention",
     "context_attention",
     "max_length",

@@ -115,7 +115,7 @@ def test_colliding_axes_are_an_error():
 def test_the_table_names_axes_of_the_mesh():
     for axes in LOGICAL_AXES.values():
         assert set(axes or ()) <= set(MESH_AXES)
-    assert logical_to_spec(("batch", "length", None)) == P(("data", "fsdp", "expert"), "context", None)
+    assert logical_to_spec(("batch", "length", None)) == P(("data", "stage", "fsdp", "expert"), "context", None)
 
 
 @pytest.mark.parametrize(

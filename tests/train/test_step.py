@@ -271,5 +271,5 @@ def test_a_spike_is_skipped_once_the_usual_is_known():
 def test_batches_are_cut_along_their_rows():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     batch = put_batch(PACKED, mesh)
-    assert batch.tokens.sharding.spec == P(("data", "fsdp", "expert"), "context")
+    assert batch.tokens.sharding.spec == P(("data", "stage", "fsdp", "expert"), "context")
     np.testing.assert_array_equal(batch.loss_weights, PACKED.loss_weights)

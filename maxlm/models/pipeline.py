@@ -1,0 +1,245 @@
+"""Pipeline stages over the stacked layers.
+
+The mesh axis `stage` cuts the layers. A batch is cut into microbatches, and at each tick every stage applies a chunk of
+layers to another microbatch and sends the result to the next stage (GPipe, arXiv:1811.06965). With `repeats` R a stage
+holds R chunks that are not neighbours, and a microbatch goes around the ring R times (arXiv:2104.04473).
+
+A `shard_map` takes the axis `stage` alone: within it all other axes stay explicit, so layers run as they are.
+
+Dimensions: B rows, L length, D embed; S stages, M microbatches, R repeats; Q = M / S slots; C = layers / (S R).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from maxlm.config.pipeline import PipelineConfig
+from maxlm.core.sharding import LOGICAL_AXES, current_mesh, spec_of
+from maxlm.core.term import LossOutput, add
+
+STAGE = "stage"
+
+# The mesh axes that cut the rows of a microbatch.
+MICROBATCH_AXES = tuple(axis for axis in LOGICAL_AXES["batch"] if axis != STAGE)
+
+# (layers of a chunk, x [rows, L, D], context) -> (x, what the layers add to the loss)
+ApplyLayers = Callable[[Any, jax.Array, Any], tuple[jax.Array, LossOutput]]
+
+
+class Unit(NamedTuple):
+    """A stage's work of one tick: chunk `turn` on a microbatch. Where it is idle, `is_real` is False and the others are
+    in range."""
+
+    is_real: Any
+    microbatch: Any
+    turn: Any
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which microbatch is where at which tick.
+
+    Microbatches enter in rounds of S, and each round goes around R times before the next one enters. So the unit that
+    enters at tick u is microbatch (u // SR) * S + u % S on its turn (u // S) % R, and stage s works on it at u + s.
+    """
+
+    stages: int
+    microbatches: int
+    repeats: int
+
+    @property
+    def num_ticks(self) -> int:
+        """Ticks of a forward pass, each of one chunk of layers; a backward pass takes as many."""
+        return self.microbatches * self.repeats + self.stages - 1
+
+    @property
+    def idle_share(self) -> float:
+        """The part of its time that a stage waits: (S - 1) / (M R + S - 1)."""
+        return (self.stages - 1) / self.num_ticks
+
+    def unit(self, number: Any) -> Unit:
+        """The unit that entered at tick `number`, which may be out of range."""
+        is_real = (number >= 0) & (number < self.microbatches * self.repeats)
+        number = jnp.clip(number, 0, self.microbatches * self.repeats - 1)
+        around, place = number // (self.stages * self.repeats), number % self.stages
+        return Unit(is_real, around * self.stages + place, number // self.stages % self.repeats)
+
+    def enters(self, tick: Any) -> Any:
+        """Whether the first stage takes up a new microbatch at this tick, rather than one on a further turn."""
+        return tick // self.stages % self.repeats == 0
+
+
+def num_stages() -> int:
+    """Stages of the current mesh, 1 within a `shard_map` over them."""
+    mesh = current_mesh()
+    if mesh is None or dict(zip(mesh.axis_names, mesh.axis_types)).get(STAGE) != AxisType.Explicit:
+        return 1
+    return mesh.shape[STAGE]
+
+
+def fitting_schedule(config: PipelineConfig, rows: int) -> Schedule | None:
+    """The schedule of a batch of so many rows; None where the mesh has no stages, or the rows cannot be cut so."""
+    if (stages := num_stages()) == 1:
+        return None
+    sizes = current_mesh().shape
+    parts = math.prod(sizes[axis] for axis in MICROBATCH_AXES)
+    candidates = (2 * stages, stages) if config.microbatches is None else (config.microbatches,)
+    fits = [count for count in candidates if count % stages == 0 and rows % (count * parts) == 0]
+    return Schedule(stages, fits[0], config.repeats) if fits else None
+
+
+def gpipe(apply: ApplyLayers, layers: Any, x_BLD: jax.Array, context: Any, schedule: Schedule):
+    """All layers applied to all rows: (x_BLD, what the layers add to the loss).
+
+    Rows lie cut over the stages before and after. Stage s keeps microbatches s, s + S, ... in slots; a slot turns past
+    the first stage, which at each tick takes one microbatch out of it and puts a finished one in its place.
+    """
+    slots = schedule.microbatches // schedule.stages
+
+    def run(layers, stream_QBLD, contexts_M):
+        stage = jax.lax.axis_index(STAGE)
+        layers = jax.tree.map(lambda leaf: leaf[:, 0], layers)
+
+        def work(unit: Unit, state):
+            x_BLD, auxiliary = state
+            chunk = jax.tree.map(lambda leaf: pick(leaf, unit.turn), layers)
+            # What stands in idle stages is of no use to anyone, and finite.
+            x_BLD = jnp.where(unit.is_real, x_BLD, 0)
+            x_BLD, added = apply(chunk, x_BLD, jax.tree.map(lambda leaf: pick(leaf, unit.microbatch), contexts_M))
+            return x_BLD, add(auxiliary, added)
+
+        if schedule.repeats > 1:
+            # A chunk picked out of several would be stored for the backward pass, once for each tick.
+            work = jax.checkpoint(work)
+
+        def exchange(state, stream, tick):
+            slot = tick // (schedule.stages * schedule.repeats)
+            enters = (stage == 0) & schedule.enters(tick)
+            waiting = jax.tree.map(lambda leaf: pick(leaf, slot), stream)
+            turned = send(select(enters, state, waiting), -1)
+            stream = jax.tree.map(
+                lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, slot, 0), stream, turned
+            )
+            return select(enters, waiting, state), stream
+
+        def tick(carry, number):
+            state, stream = exchange(*carry, number)
+            return (send(work(schedule.unit(number - stage), state), 1), stream), None
+
+        first = jax.tree.map(lambda leaf: leaf[0], (layers, stream_QBLD, contexts_M))
+        _, added = jax.eval_shape(apply, *first)
+        state = (jnp.zeros_like(first[1]), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), added))
+        # One slot more: what finishes in a round takes the place of what enters in the next.
+        stream = (
+            jnp.concatenate([stream_QBLD, jnp.zeros_like(stream_QBLD[:1])]),
+            jax.tree.map(lambda leaf: jnp.zeros((slots + 1, *leaf.shape), leaf.dtype), state[1]),
+        )
+        carry, _ = jax.lax.scan(tick, (state, stream), jnp.arange(schedule.num_ticks))
+        _, (stream_QBLD, auxiliary_Q) = exchange(*carry, schedule.num_ticks)
+        return stream_QBLD[1:][None], jax.tree.map(lambda leaf: jnp.sum(leaf[1:], axis=0)[None], auxiliary_Q)
+
+    def inner(layers, stream_SQBLD, contexts_M):
+        return run(layers, stream_SQBLD[0], contexts_M)
+
+    stream_SQBLD, auxiliary_S = over_stages(inner, in_specs=(P(None, STAGE), P(STAGE), P()), out_specs=P(STAGE))(
+        jax.tree.map(lambda leaf: to_chunks(leaf, schedule), layers),
+        to_slots(x_BLD, schedule),
+        jax.tree.map(lambda leaf: to_microbatches(leaf, schedule), context),
+    )
+    return from_slots(stream_SQBLD, x_BLD), jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), auxiliary_S)
+
+
+def over_stages(function: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
+    """`function` on each stage, the other mesh axes left explicit."""
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={STAGE}, check_vma=False)
+
+
+def to_chunks(stacked: jax.Array, schedule: Schedule) -> jax.Array:
+    """Stacked weights [layers, ...], cut over the stages, as [R, S, C, ...], cut along S.
+
+    With repeats a stage's chunks are not those that lie on it, and move here: weights keep one layout everywhere else.
+    """
+    repeats, stages = schedule.repeats, schedule.stages
+    shape = (repeats, stages, stacked.shape[0] // (repeats * stages), *stacked.shape[1:])
+    return jax.lax.reshape(stacked, shape, out_sharding=P(None, STAGE, None, *spec_of(stacked)[1:]))
+
+
+def from_chunks(chunks: jax.Array) -> jax.Array:
+    """The inverse of `to_chunks`."""
+    shape = (math.prod(chunks.shape[:3]), *chunks.shape[3:])
+    return jax.lax.reshape(chunks, shape, out_sharding=P(STAGE, *spec_of(chunks)[3:]))
+
+
+def to_slots(x: jax.Array, schedule: Schedule) -> jax.Array:
+    """[B, ...], the rows cut over the stages too, as [S, Q, B / M, ...]: no row moves to another device."""
+    sizes, rest = current_mesh().shape, spec_of(x)[1:]
+    outer, inner = sizes["data"], sizes["fsdp"] * sizes["expert"]
+    slots = schedule.microbatches // schedule.stages
+    parts = (outer, schedule.stages, inner, slots, x.shape[0] // (outer * inner * schedule.microbatches))
+    x = jax.lax.reshape(x, (*parts, *x.shape[1:]), out_sharding=P("data", STAGE, ("fsdp", "expert"), None, None, *rest))
+    x = jnp.transpose(x, (1, 3, 0, 2, 4, *range(5, x.ndim)))
+    shape = (schedule.stages, slots, parts[0] * parts[2] * parts[4], *x.shape[5:])
+    return jax.lax.reshape(x, shape, out_sharding=P(STAGE, None, MICROBATCH_AXES, *rest))
+
+
+def from_slots(stream: jax.Array, like: jax.Array) -> jax.Array:
+    """The inverse of `to_slots`, of which `like` was the argument."""
+    sizes, rest = current_mesh().shape, spec_of(stream)[3:]
+    stages, slots, rows = stream.shape[:3]
+    outer, inner = sizes["data"], sizes["fsdp"] * sizes["expert"]
+    shape = (stages, slots, outer, inner, rows // (outer * inner), *stream.shape[3:])
+    x = jax.lax.reshape(stream, shape, out_sharding=P(STAGE, None, "data", ("fsdp", "expert"), None, *rest))
+    x = jnp.transpose(x, (2, 0, 3, 1, 4, *range(5, x.ndim)))
+    return jax.lax.reshape(x, like.shape, out_sharding=P(*spec_of(like)))
+
+
+def to_microbatches(x: jax.Array, schedule: Schedule) -> jax.Array:
+    """[B, ...] as [M, B / M, ...], all of them on every stage."""
+    stream = to_slots(x, schedule)
+    rest = spec_of(stream)[2:]
+    stream = jnp.swapaxes(jax.reshard(stream, P(None, None, *rest)), 0, 1)
+    return jax.lax.reshape(stream, (schedule.microbatches, *stream.shape[2:]), out_sharding=P(None, *rest))
+
+
+def pick(stacked: jax.Array, index: Any) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stacked, index, keepdims=False)
+
+
+def select(condition: Any, left: Any, right: Any) -> Any:
+    """The leaves of one tree or the other."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), left, right)
+
+
+def send(tree: Any, step: int) -> Any:
+    """To the stage that is `step` further around the ring."""
+    stages = current_mesh().shape[STAGE]
+    ring = [(stage, (stage + step) % stages) for stage in range(stages)]
+    return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, STAGE, ring), tree)
+
+
+# (model, x_BLD, context) -> (x_BLD, LossOutput)
+Replacement = Callable[[Any, jax.Array, Any], tuple[jax.Array, LossOutput]]
+
+_replacement: ContextVar[Replacement | None] = ContextVar("replacement", default=None)
+
+
+@contextmanager
+def layers_replaced(replacement: Replacement) -> Iterator[None]:
+    """While a function is traced here, decoders call `replacement` in the place of their layers."""
+    token = _replacement.set(replacement)
+    try:
+        yield
+    finally:
+        _replacement.reset(token)
+
+
+def replacement_of_layers() -> Replacement | None:
+    return _replacement.get()
