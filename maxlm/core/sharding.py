@@ -213,10 +213,8 @@ def fits(shape: Sequence[int], axes: Sequence[str | None]) -> bool:
     """Whether the current mesh cuts an array of this shape evenly along its logical axes."""
     if not is_explicit():
         return True
-    sizes, taken = current_mesh().shape, _manual_axes()
-    parts = [
-        math.prod(sizes[name] for name in (axis and LOGICAL_AXES[axis]) or () if name not in taken) for axis in axes
-    ]
+    sizes = current_mesh().shape
+    parts = [math.prod(sizes[name] for name in _mesh_axes(axis)) for axis in axes]
     return all(size % count == 0 for size, count in zip(shape, parts, strict=True))
 
 
