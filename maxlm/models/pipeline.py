@@ -65,6 +65,17 @@ class Schedule:
         """The part of its time that a stage waits: (S - 1) / (M R + S - 1)."""
         return (self.stages - 1) / self.num_ticks
 
+    @property
+    def lead(self) -> int:
+        """Ticks from a microbatch's entry to its leaving the last stage: with one forward, one backward, that is when
+        the first backward pass begins."""
+        return self.stages * self.repeats - 1
+
+    @property
+    def in_flight(self) -> int:
+        """Microbatches between a chunk's forward and backward pass on one stage, with one forward, one backward."""
+        return min(self.microbatches, 2 * self.stages - (self.repeats == 1))
+
     def unit(self, number: Any) -> Unit:
         """The unit that entered at tick `number`, which may be out of range."""
         is_real = (number >= 0) & (number < self.microbatches * self.repeats)
@@ -207,6 +218,24 @@ def to_microbatches(x: jax.Array, schedule: Schedule) -> jax.Array:
     rest = spec_of(stream)[2:]
     stream = jnp.swapaxes(jax.reshard(stream, P(None, None, *rest)), 0, 1)
     return jax.lax.reshape(stream, (schedule.microbatches, *stream.shape[2:]), out_sharding=P(None, *rest))
+
+
+def cuts_rows(rows: int, parts: int) -> bool:
+    """Whether the rows of a microbatch can be cut into so many parts, each with rows on every device."""
+    sizes = current_mesh().shape
+    return rows % (parts * math.prod(sizes[axis] for axis in MICROBATCH_AXES)) == 0
+
+
+def split_rows(x: jax.Array, parts: int) -> jax.Array:
+    """[rows, ...] as [parts, rows / parts, ...], each part with rows of every device."""
+    spec = spec_of(x)
+    shape = (x.shape[0] // parts, parts, *x.shape[1:])
+    return jnp.swapaxes(jax.lax.reshape(x, shape, out_sharding=P(spec[0], None, *spec[1:])), 0, 1)
+
+
+def merge_rows(parts: jax.Array, like: jax.Array) -> jax.Array:
+    """The inverse of `split_rows`, of which `like` was the argument."""
+    return jax.lax.reshape(jnp.swapaxes(parts, 0, 1), like.shape, out_sharding=P(*spec_of(like)))
 
 
 def pick(stacked: jax.Array, index: Any) -> jax.Array:

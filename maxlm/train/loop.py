@@ -85,6 +85,7 @@ def run(
             schedule=schedule,
             guard=config.guard,
             accumulate=config.accumulate,
+            pipeline=config.model.pipeline,
             ema_decay=config.optim.ema_decay,
         ),
         donate_argnums=0,

@@ -1,6 +1,7 @@
 """One step of training: a pure function from state and batch to state and metrics."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,10 +10,13 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from maxlm.config.fault import GuardConfig
+from maxlm.config.pipeline import PipelineConfig
 from maxlm.core.sharding import is_explicit, spec_of
 from maxlm.core.term import LossOutput, Term, add
+from maxlm.models.pipeline import fitting_schedule
 from maxlm.train.ema import update_ema
 from maxlm.train.optim import apply_updates, gradient_norm
+from maxlm.train.pipeline import one_forward_one_backward
 from maxlm.train.state import GuardState, TrainState
 
 # (trainable, frozen, batch) -> LossOutput
@@ -34,6 +38,7 @@ def train_step(
     guard: GuardConfig,
     accumulate: int,
     ema_decay: float | None = None,
+    pipeline: PipelineConfig | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Loss, gradient, guard, update.
 
@@ -43,9 +48,10 @@ def train_step(
       batch: a pytree of arrays whose first axis is the batch.
       accumulate: microbatches that the batch is cut into; changes memory, not the result.
       ema_decay: of the state's running mean, where it has one.
+      pipeline: how the stages share their work, where the mesh has stages.
     """
     output, grads = loss_and_gradient(
-        state.trainable, frozen, batch, loss_function=loss_function, accumulate=accumulate
+        state.trainable, frozen, batch, loss_function=loss_function, accumulate=accumulate, pipeline=pipeline
     )
     loss = sum(term.mean() for term in output.terms.values())
     grad_norm = gradient_norm(grads)
@@ -74,9 +80,21 @@ def train_step(
 
 
 def loss_and_gradient(
-    trainable: Any, frozen: Any, batch: Any, *, loss_function: LossFunction, accumulate: int
+    trainable: Any,
+    frozen: Any,
+    batch: Any,
+    *,
+    loss_function: LossFunction,
+    accumulate: int,
+    pipeline: PipelineConfig | None = None,
 ) -> tuple[LossOutput, Any]:
     """The loss terms of the whole batch, and the gradient of the sum of their means."""
+    if pipeline is not None and pipeline.schedule == "1f1b":
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        if (schedule := fitting_schedule(pipeline, rows // accumulate)) is not None:
+            # More microbatches cost no memory there, so those of the accumulation join the pipeline's.
+            schedule = replace(schedule, microbatches=schedule.microbatches * accumulate)
+            return one_forward_one_backward(trainable, frozen, batch, loss_function=loss_function, schedule=schedule)
 
     def scaled_loss(trainable, microbatch, weights):
         output = loss_function(trainable, frozen, microbatch)

@@ -58,7 +58,9 @@ def configured(**settings) -> ModelConfig:
 
 def terms_and_gradient(config, mesh_sizes=None, *, batch=BATCH, loss_function=language_model, accumulate=1):
     def compute(model, batch):
-        return loss_and_gradient(model, None, batch, loss_function=loss_function, accumulate=accumulate)
+        return loss_and_gradient(
+            model, None, batch, loss_function=loss_function, accumulate=accumulate, pipeline=config.pipeline
+        )
 
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **(mesh_sizes or {})}))
     with jax.set_mesh(mesh):
@@ -96,3 +98,17 @@ def alone():
 )
 def test_gpipe(sizes, settings, alone):
     assert_same(terms_and_gradient(configured(**settings), sizes), alone)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "settings"),
+    [
+        ({"stage": 2}, {"microbatches": 2}),
+        ({"stage": 2, "data": 2, "fsdp": 2}, {"microbatches": 4}),
+        ({"stage": 4, "tensor": 2}, {"microbatches": 8}),
+        ({"stage": 2, "fsdp": 2}, {"microbatches": 2, "repeats": 2}),
+    ],
+    ids=str,
+)
+def test_1f1b(sizes, settings, alone):
+    assert_same(terms_and_gradient(configured(schedule="1f1b", **settings), sizes), alone)

@@ -1,0 +1,301 @@
+"""One forward, one backward: a pipeline that begins a microbatch's backward pass as soon as it has left the last stage.
+
+Activations in flight are then bounded by the number of stages and not of microbatches (arXiv:1806.03377, with several
+groups of layers on a stage arXiv:2104.04473). The loss is taken within the pipeline, so any loss function of the step
+is first taken apart: what it does before its model's layers, the layers, and what it does after them.
+
+At a tick each stage does one unit forward, from which it keeps the input alone, and one unit backward, for which it
+computes its layers again. Dimensions: S stages, M microbatches, R repeats, K microbatches in flight.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from maxlm.core.sharding import spec_of
+from maxlm.core.term import LossOutput, Term, add
+from maxlm.models.pipeline import (
+    STAGE,
+    Schedule,
+    cuts_rows,
+    from_chunks,
+    layers_replaced,
+    merge_rows,
+    over_stages,
+    pick,
+    select,
+    send,
+    split_rows,
+    to_chunks,
+    to_microbatches,
+)
+
+# What goes from stage to stage: (x [rows, L, D], what the layers so far add to the loss), for each time that the loss
+# applies a model.
+State = tuple[tuple[jax.Array, LossOutput], ...]
+
+
+def one_forward_one_backward(
+    trainable: Any,
+    frozen: Any,
+    batch: Any,
+    *,
+    loss_function: Callable[[Any, Any, Any], LossOutput],
+    schedule: Schedule,
+) -> tuple[LossOutput, Any]:
+    """The loss terms of the whole batch, and the gradient, in float32, of the sum of their means."""
+    # Weights depend on the batch alone, so the compiler drops the model from this pass over the whole batch.
+    whole = loss_function(jax.lax.stop_gradient(trainable), frozen, batch)
+    weights = {name: term.weight for name, term in whole.terms.items()}
+    trained, kept = _Cut(trainable), _Cut(frozen)
+
+    def run(staged, shared, kept_staged, kept_shared, microbatches_M, weights, no_output):
+        stages = _Stages(
+            schedule,
+            lambda chunk, shared, kept_chunk, microbatch: loss_function(
+                trained.join(chunk, shared), kept.join(kept_chunk, kept_shared), microbatch
+            ),
+            [leaf[:, 0] for leaf in staged],
+            shared,
+            [leaf[:, 0] for leaf in kept_staged],
+            microbatches_M,
+            weights,
+        )
+        output, staged_grads, shared_grads = stages.run(no_output)
+        return jax.lax.psum((output, shared_grads), STAGE), [leaf[:, None] for leaf in staged_grads]
+
+    by_stage = P(None, STAGE)
+    (output, shared_grads), staged_grads = over_stages(
+        run, in_specs=(by_stage, P(), by_stage, P(), P(), P(), P()), out_specs=(P(), by_stage)
+    )(
+        [to_chunks(leaf, schedule) for leaf in trained.staged(trainable)],
+        trained.shared(trainable),
+        [to_chunks(leaf, schedule) for leaf in kept.staged(frozen)],
+        kept.shared(frozen),
+        jax.tree.map(lambda leaf: to_microbatches(leaf, schedule), batch),
+        weights,
+        jax.tree.map(jnp.zeros_like, whole),
+    )
+    return output, trained.join([from_chunks(leaf) for leaf in staged_grads], shared_grads)
+
+
+class _Cut:
+    """The leaves of a tree: those that are cut over the stages, and those that all stages share."""
+
+    def __init__(self, tree: Any):
+        leaves, self._structure = jax.tree.flatten(tree)
+        self._is_staged = [spec_of(leaf)[:1] == (STAGE,) for leaf in leaves]
+
+    def staged(self, tree: Any) -> list[jax.Array]:
+        return [leaf for leaf, is_staged in zip(jax.tree.leaves(tree), self._is_staged) if is_staged]
+
+    def shared(self, tree: Any) -> list[jax.Array]:
+        return [leaf for leaf, is_staged in zip(jax.tree.leaves(tree), self._is_staged) if not is_staged]
+
+    def join(self, staged: list[jax.Array], shared: list[jax.Array]) -> Any:
+        staged, shared = iter(staged), iter(shared)
+        return jax.tree.unflatten(self._structure, [next(staged if cut else shared) for cut in self._is_staged])
+
+
+class _LayersApplied(Exception):
+    """Ends the tracing of a loss of which only the layers are wanted."""
+
+
+class _Stages:
+    """What one stage does, tick by tick; within a `shard_map` over the stages."""
+
+    def __init__(self, schedule, loss_function, staged, shared, kept_staged, microbatches_M, weights):
+        self._schedule = schedule
+        self._loss_function = loss_function
+        self._staged, self._shared, self._kept_staged = staged, shared, kept_staged
+        self._microbatches_M = microbatches_M
+        self._weights = weights
+        self._stage = jax.lax.axis_index(STAGE)
+        self._is_last = self._stage == schedule.stages - 1
+
+    def run(self, no_output: LossOutput) -> tuple[LossOutput, list[jax.Array], list[jax.Array]]:
+        """This stage's part of the loss terms and of the gradients."""
+        schedule = self._schedule
+        nothing = jax.tree.map(jnp.zeros_like, self._enter(self._shared, self._microbatch(0)))
+        zeros = lambda leaf: jnp.zeros_like(leaf, jnp.float32)  # noqa: E731
+        grads = jax.tree.map(zeros, (self._staged, self._shared))
+        stash = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (schedule.repeats * schedule.in_flight, *leaf.shape)), nothing
+        )
+
+        def forward_only(carry, tick):
+            stash, arrived = carry
+            stash, leaving = self._forward(stash, arrived, tick)
+            return (stash, send(leaving, 1)), None
+
+        def both(carry, tick):
+            stash, arrived, arrived_back, output, grads = carry
+            stash, leaving = self._forward(stash, arrived, tick)
+            microbatch = schedule.unit(tick - schedule.stages + 1).microbatch
+            added, (shared_grads, turned) = self._when(
+                schedule.enters(tick - schedule.lead),
+                lambda: self._loss(leaving, self._microbatch(microbatch)),
+                (no_output, (self._shared, leaving)),
+            )
+            grads = (grads[0], add(grads[1], shared_grads))
+            grads, leaving_back = self._backward(stash, arrived_back, turned, grads, tick)
+            return (stash, send(leaving, 1), send(leaving_back, -1), add(output, added), grads), None
+
+        def backward_only(carry, tick):
+            stash, arrived_back, grads = carry
+            grads, leaving_back = self._backward(stash, arrived_back, nothing, grads, tick)
+            return (stash, send(leaving_back, -1), grads), None
+
+        lead, end = schedule.lead, schedule.num_ticks
+        (stash, arrived), _ = jax.lax.scan(forward_only, (stash, nothing), jnp.arange(lead))
+        carry = (stash, arrived, nothing, no_output, grads)
+        (stash, _, arrived_back, output, grads), _ = jax.lax.scan(both, carry, jnp.arange(lead, end))
+        carry = (stash, arrived_back, grads)
+        (_, _, grads), _ = jax.lax.scan(backward_only, carry, jnp.arange(end, end + lead))
+        return output, *grads
+
+    def _forward(self, stash: State, arrived: State, tick) -> tuple[State, State]:
+        """The stash with this tick's input in it, and what leaves the stage."""
+        unit = self._schedule.unit(tick - self._stage)
+        microbatch = self._microbatch(unit.microbatch)
+        entering = self._when(self._schedule.enters(tick), lambda: self._enter(self._shared, microbatch), arrived)
+        entering = select((self._stage == 0) & (unit.turn == 0), entering, arrived)
+        # What stands in idle stages is of no use to anyone, and finite.
+        entering = select(unit.is_real, entering, jax.tree.map(jnp.zeros_like, entering))
+        place = self._place(unit)
+        stash = jax.tree.map(
+            lambda kept, new: jax.lax.dynamic_update_index_in_dim(
+                kept, jnp.where(unit.is_real, new, pick(kept, place)), place, 0
+            ),
+            stash,
+            entering,
+        )
+        return stash, self._work(self._chunk(unit.turn), unit.turn, entering, microbatch)
+
+    def _backward(self, stash: State, arrived: State, turned: State, grads, tick) -> tuple[Any, State]:
+        """The gradients with this tick's added, and the cotangent of what entered the stage.
+
+        `arrived` is from the next stage; `turned` from the loss, which a microbatch on its last turn takes.
+        """
+        schedule, (staged_grads, shared_grads) = self._schedule, grads
+        number = tick - schedule.lead - (schedule.stages - 1 - self._stage)
+        unit = schedule.unit(number)
+        unit = unit._replace(turn=schedule.repeats - 1 - unit.turn)
+        microbatch = self._microbatch(unit.microbatch)
+        cotangent = select(self._is_last & (unit.turn == schedule.repeats - 1), turned, arrived)
+        cotangent = select(unit.is_real, cotangent, jax.tree.map(jnp.zeros_like, cotangent))
+
+        entered = jax.tree.map(lambda leaf: pick(leaf, self._place(unit)), stash)
+        work = lambda chunk, state: self._work(chunk, unit.turn, state, microbatch)  # noqa: E731
+        _, pull_back = jax.vjp(work, self._chunk(unit.turn), entered)
+        chunk_grads, entered_grads = pull_back(cotangent)
+        staged_grads = [
+            jax.lax.dynamic_update_index_in_dim(total, pick(total, unit.turn) + grad, unit.turn, 0)
+            for total, grad in zip(staged_grads, chunk_grads)
+        ]
+
+        is_start = (self._stage == 0) & (unit.turn == 0) & unit.is_real
+        start_grads = select(is_start, entered_grads, jax.tree.map(jnp.zeros_like, entered_grads))
+        enter = lambda shared: self._enter(shared, microbatch)  # noqa: E731
+        # The first stage's last turn of a round, counted backwards.
+        ends = schedule.enters(tick - schedule.lead - (schedule.stages - 1) + schedule.stages)
+        (entry_grads,) = self._when(ends, lambda: jax.vjp(enter, self._shared)[1](start_grads), (self._shared,))
+        return (staged_grads, add(shared_grads, entry_grads)), entered_grads
+
+    def _loss(self, leaving: State, microbatch: Any) -> tuple[LossOutput, tuple[list[jax.Array], State]]:
+        """Terms of what leaves the last stage, and the gradients of their means: of the shared weights, and of `leaving`
+        on the last stage.
+
+        Each stage takes an equal part of the rows, if they can be cut so; else the last one takes all.
+        """
+        stages = self._schedule.stages
+        layout = jax.tree.leaves(leaving)[0]
+        shares = cuts_rows(layout.shape[0], stages)
+        if not shares:
+            leaving = select(self._is_last, leaving, jax.tree.map(jnp.zeros_like, leaving))
+            output, shared_grads, turned = self._loss_gradient(leaving, microbatch, self._is_last)
+            output = select(self._is_last, output, jax.tree.map(jnp.zeros_like, output))
+            return output, (shared_grads, turned)
+
+        def last_rows(x):
+            return jax.lax.all_to_all(split_rows(x, stages), STAGE, 0, 0)[stages - 1]
+
+        def everywhere(x):
+            return merge_rows(jax.lax.all_gather(x[None], STAGE, axis=0, tiled=True), layout)
+
+        def only(chosen, tree):
+            return jax.tree.map(lambda leaf: jax.lax.psum(jnp.where(chosen, leaf, 0), STAGE), tree)
+
+        # What layers added is counted once, by the first stage.
+        is_first = self._stage == 0
+        mine = tuple(
+            (last_rows(x), select(is_first, only(self._is_last, added), jax.tree.map(jnp.zeros_like, added)))
+            for x, added in leaving
+        )
+        rows = jax.tree.map(lambda leaf: pick(split_rows(leaf, stages), self._stage), microbatch)
+        output, shared_grads, turned = self._loss_gradient(mine, rows, True)
+        turned = tuple((everywhere(x), only(is_first, added)) for x, added in turned)
+        return output, (shared_grads, turned)
+
+    def _loss_gradient(self, state: State, microbatch: Any, counts: Any):
+        def total(shared, state):
+            calls = iter(state)
+            with layers_replaced(lambda *_: next(calls)):
+                output = self._loss_function(self._chunk(0), shared, self._kept_chunk(0), microbatch)
+            terms = [Term(term.sum, self._weights[name]).mean() for name, term in output.terms.items()]
+            return jnp.where(counts, sum(terms), 0.0), output
+
+        (shared_grads, state_grads), output = jax.grad(total, argnums=(0, 1), has_aux=True)(self._shared, state)
+        return output, shared_grads, state_grads
+
+    def _enter(self, shared: list[jax.Array], microbatch: Any) -> State:
+        """What the layers are given."""
+        states = []
+
+        def replacement(model, x, context):
+            _, added = jax.eval_shape(model.apply_layers, model.layers, x, context)
+            states.append((x, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), added)))
+            return states[-1]
+
+        with layers_replaced(replacement):
+            self._loss_function(self._chunk(0), shared, self._kept_chunk(0), microbatch)
+        return tuple(states)
+
+    def _work(self, chunk: list[jax.Array], turn: Any, state: State, microbatch: Any) -> State:
+        """A chunk of layers applied to each model's tokens."""
+        results = []
+
+        def replacement(model, _, context):
+            x, auxiliary = state[len(results)]
+            x, added = model.apply_layers(model.layers, x, context)
+            results.append((x, add(auxiliary, added)))
+            if len(results) == len(state):
+                raise _LayersApplied
+            return results[-1]
+
+        with suppress(_LayersApplied), layers_replaced(replacement):
+            self._loss_function(chunk, self._shared, self._kept_chunk(turn), microbatch)
+        return tuple(results)
+
+    def _microbatch(self, number: Any) -> Any:
+        return jax.tree.map(lambda leaf: pick(leaf, number), self._microbatches_M)
+
+    def _chunk(self, turn: Any) -> list[jax.Array]:
+        return [pick(leaf, turn) for leaf in self._staged]
+
+    def _kept_chunk(self, turn: Any) -> list[jax.Array]:
+        return [pick(leaf, turn) for leaf in self._kept_staged]
+
+    def _place(self, unit) -> Any:
+        """Of a unit's input in the stash."""
+        return unit.turn * self._schedule.in_flight + unit.microbatch % self._schedule.in_flight
+
+    def _when(self, condition: Any, function: Callable[[], Any], like: Any) -> Any:
+        """`function()`, or zeros at ticks at which no stage needs it: with one turn there are none."""
+        if self._schedule.repeats == 1:
+            return function()
+        return jax.lax.cond(condition, function, lambda: jax.tree.map(jnp.zeros_like, like))
