@@ -67,7 +67,8 @@ def _exchange_chunks(x_BL: jax.Array, *, back: bool) -> jax.Array:
             even, odd = jnp.where(odd_first, odd, even), jnp.where(odd_first, even, odd)
         return jnp.concatenate([even, odd], axis=1)
 
-    return jax.shard_map(exchange, out_specs=spec_of(x_BL), check_vma=False)(x_BL)
+    spec = spec_of(x_BL)
+    return jax.shard_map(exchange, in_specs=spec, out_specs=spec, check_vma=False)(x_BL)
 
 
 def context_attention(

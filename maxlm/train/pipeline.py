@@ -101,7 +101,7 @@ class _Cut:
         return jax.tree.unflatten(self._structure, [next(staged if cut else shared) for cut in self._is_staged])
 
 
-class _LayersApplied(Exception):
+class _LayersDone(Exception):  # noqa: N818
     """Ends the tracing of a loss of which only the layers are wanted."""
 
 
@@ -207,8 +207,8 @@ class _Stages:
         return (staged_grads, add(shared_grads, entry_grads)), entered_grads
 
     def _loss(self, leaving: State, microbatch: Any) -> tuple[LossOutput, tuple[list[jax.Array], State]]:
-        """Terms of what leaves the last stage, and the gradients of their means: of the shared weights, and of `leaving`
-        on the last stage.
+        """Terms of what leaves the last stage, and the gradients of their means: of the shared weights, and of
+        `leaving` on the last stage.
 
         Each stage takes an equal part of the rows, if they can be cut so; else the last one takes all.
         """
@@ -274,10 +274,10 @@ class _Stages:
             x, added = model.apply_layers(model.layers, x, context)
             results.append((x, add(auxiliary, added)))
             if len(results) == len(state):
-                raise _LayersApplied
+                raise _LayersDone
             return results[-1]
 
-        with suppress(_LayersApplied), layers_replaced(replacement):
+        with suppress(_LayersDone), layers_replaced(replacement):
             self._loss_function(chunk, self._shared, self._kept_chunk(turn), microbatch)
         return tuple(results)
 

@@ -1,16 +1,22 @@
 """Pipeline stages: the same loss and gradients as one device, whatever the schedule."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.config import ModelConfig
+from maxlm.config import ModelConfig, TrainConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.core.batch import Batch, put_batch
-from maxlm.core.parameters import initialize
-from maxlm.core.sharding import make_mesh
+from maxlm.core.parameters import abstract, initialize, stack
+from maxlm.core.sharding import make_mesh, mesh_sizes, shard
+from maxlm.core.term import LossOutput, Term
 from maxlm.core.tree import flatten
+from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
+from maxlm.models.layers import TOKEN_AXES, DecoderLayer
+from maxlm.models.pipeline import Schedule
+from maxlm.train.layout import check_layout
 from maxlm.train.loss import language_model_loss
 from maxlm.train.step import loss_and_gradient
 
@@ -19,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 CONFIG = ModelConfig(
     vocab_size=48,
     num_layers=8,
+    window_pattern=(5, None),
     embed_dim=16,
     mlp_dim=24,
     num_heads=4,
@@ -56,17 +63,21 @@ def configured(**settings) -> ModelConfig:
     return ModelConfig(**{**CONFIG.model_dump(), **settings, "pipeline": pipeline})
 
 
-def terms_and_gradient(config, mesh_sizes=None, *, batch=BATCH, loss_function=language_model, accumulate=1):
+def gradient_function(config, accumulate=1):
     def compute(model, batch):
         return loss_and_gradient(
-            model, None, batch, loss_function=loss_function, accumulate=accumulate, pipeline=config.pipeline
+            model, None, batch, loss_function=language_model, accumulate=accumulate, pipeline=config.pipeline
         )
 
+    return jax.jit(compute)
+
+
+def terms_and_gradient(config, mesh_sizes=None, *, batch=BATCH, accumulate=1, model_class=Decoder):
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **(mesh_sizes or {})}))
     with jax.set_mesh(mesh):
-        model = jax.tree.map(lambda leaf: leaf * 1.5, initialize(Decoder(config), jax.random.key(0), mesh))
-        output, gradient = jax.jit(compute)(model, put_batch(batch, mesh))
-    terms = {name: (float(term.sum), float(term.weight)) for name, term in output.terms.items()}
+        model = jax.tree.map(lambda leaf: leaf * 1.5, initialize(model_class(config), jax.random.key(0), mesh))
+        output, gradient = gradient_function(config, accumulate)(model, put_batch(batch, mesh))
+    terms = {name: (float(term.sum), float(term.weight)) for name, term in {**output.terms, **output.metrics}.items()}
     return terms, flatten(jax.device_get(gradient))
 
 
@@ -86,29 +97,144 @@ def alone():
     return terms_and_gradient(CONFIG)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "settings"),
-    [
-        ({"stage": 2}, {"microbatches": 2}),
-        ({"stage": 2, "data": 2, "fsdp": 2}, {"microbatches": 4}),
-        ({"stage": 4, "tensor": 2}, {"microbatches": 8}),
-        ({"stage": 2, "fsdp": 2}, {"microbatches": 2, "repeats": 2}),
-    ],
-    ids=str,
-)
-def test_gpipe(sizes, settings, alone):
-    assert_same(terms_and_gradient(configured(**settings), sizes), alone)
+# GPipe and 1F1B with every other axis, repeats, remat policy; microbatches with rows for each stage, and without.
+CASES = [
+    ({"stage": 2, "data": 2, "fsdp": 2}, {"schedule": "gpipe", "microbatches": 4}, 1),
+    ({"stage": 4, "tensor": 2}, {"schedule": "gpipe", "remat": "dots"}, 1),
+    ({"stage": 2, "context": 2}, {"schedule": "gpipe", "microbatches": 2, "repeats": 2}, 2),
+    ({"stage": 2, "data": 2, "fsdp": 2}, {"schedule": "1f1b", "microbatches": 2, "remat": "full"}, 2),
+    ({"stage": 4, "tensor": 2}, {"schedule": "1f1b", "microbatches": 8, "remat": "dots"}, 1),
+    ({"stage": 2, "context": 2}, {"schedule": "1f1b", "microbatches": 4, "repeats": 2}, 1),
+]
+
+
+@pytest.mark.parametrize(("sizes", "settings", "accumulate"), CASES, ids=str)
+def test_stages_change_nothing(sizes, settings, accumulate, alone):
+    assert_same(terms_and_gradient(configured(**settings), sizes, accumulate=accumulate), alone)
+
+
+class AddingLayer(DecoderLayer):
+    """A layer with a term and a metric of its own, which need the tokens."""
+
+    def __call__(self, x_BLD, context, window):
+        x_BLD, _ = super().__call__(x_BLD, context, window)
+        real_BL, y_BLD = (context.segment_ids_BL > 0).astype(jnp.float32), shard(x_BLD, *TOKEN_AXES)
+        square = Term(0.1 * jnp.sum(real_BL[..., None] * jnp.square(y_BLD)), jnp.sum(real_BL))
+        return x_BLD, LossOutput({"square": square}, {"sum": Term(jnp.sum(real_BL[..., None] * y_BLD), square.weight)})
+
+
+class AddingDecoder(Decoder):
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = stack(AddingLayer(config), config.num_layers)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_what_layers_add_is_counted_once_for_each_token_and_layer(schedule):
+    """And nothing is added by a stage that waits."""
+    expected = terms_and_gradient(CONFIG, model_class=AddingDecoder)
+    settings = {"schedule": schedule, "microbatches": 4, "repeats": 2}
+    assert_same(terms_and_gradient(configured(**settings), {"stage": 2}, model_class=AddingDecoder), expected)
+    real = (BATCH.segment_ids > 0).sum()
+    assert expected[0]["square"][1] == expected[0]["sum"][1] == CONFIG.num_layers * real
+
+
+def test_rows_that_cannot_be_cut_into_microbatches_pass_through_all_layers_on_every_device(alone):
+    """As those of a validation may be."""
+    batch = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:2])]), BATCH)
+    with_padding = terms_and_gradient(configured(schedule="1f1b", microbatches=4), {"stage": 2}, batch=batch)
+    assert_same(with_padding, alone)
+
+
+# Schedules
+
+
+@pytest.mark.parametrize(("stages", "microbatches", "repeats"), [(2, 4, 1), (4, 8, 1), (2, 4, 3), (4, 4, 2)])
+def test_every_chunk_sees_every_microbatch_once_and_in_order(stages, microbatches, repeats):
+    schedule = Schedule(stages, microbatches, repeats)
+    when = {}
+    for tick in range(schedule.num_ticks):
+        for stage in range(stages):
+            is_real, microbatch, turn = (int(x) for x in schedule.unit(np.int32(tick - stage)))
+            if is_real:
+                chunk = turn * stages + stage
+                assert (microbatch, chunk) not in when
+                when[microbatch, chunk] = tick
+                # A ring: what a stage takes up was sent to it in the tick before.
+                assert chunk == 0 or when[microbatch, chunk - 1] == tick - 1
+    assert len(when) == microbatches * stages * repeats
+
+
+def test_the_idle_share():
+    """(S - 1) / (M R + S - 1) (arXiv:2104.04473, where it is a share of the work and not of the whole)."""
+    assert Schedule(4, 4, 1).idle_share == pytest.approx(3 / 7)
+    assert Schedule(4, 16, 1).idle_share == pytest.approx(3 / 19)
+    assert Schedule(4, 8, 4).idle_share == pytest.approx(3 / 35)
+
+
+@pytest.mark.parametrize(("stages", "microbatches", "repeats"), [(2, 8, 1), (4, 16, 1), (2, 8, 2), (4, 16, 3)])
+def test_an_input_is_kept_until_its_backward_pass(stages, microbatches, repeats):
+    """No other one takes its place in the stash before."""
+    schedule = Schedule(stages, microbatches, repeats)
+    for stage in range(stages):
+        taken = {}
+        for tick in range(schedule.num_ticks + schedule.lead):
+            is_real, microbatch, turn = (int(x) for x in schedule.unit(np.int32(tick - stage)))
+            if is_real:
+                place = (turn, microbatch % schedule.in_flight)
+                assert place not in taken
+                taken[place] = microbatch
+            number = tick - schedule.lead - (stages - 1 - stage)
+            is_real, microbatch, turn = (int(x) for x in schedule.unit(np.int32(number)))
+            if is_real:
+                assert taken.pop((repeats - 1 - turn, microbatch % schedule.in_flight)) == microbatch
+        assert not taken
+
+
+def temporary_bytes(microbatches, schedule):
+    config = configured(schedule=schedule, microbatches=microbatches, num_layers=4, remat="full")
+    batch = jax.tree.map(lambda x: np.concatenate([x[:2]] * microbatches), BATCH)
+    mesh = make_mesh(MeshConfig(stage=2, fsdp=1))
+    with jax.set_mesh(mesh):
+        compiled = gradient_function(config).lower(abstract(Decoder(config), mesh), put_batch(batch, mesh)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_the_memory_of_1f1b_does_not_grow_with_the_microbatches():
+    activations = 2 * LENGTH * CONFIG.embed_dim * 4
+    more = {name: temporary_bytes(32, name) - temporary_bytes(8, name) for name in ("gpipe", "1f1b")}
+    # The inputs of two layers for each of 24 microbatches, and the microbatch itself; against token ids alone.
+    assert more["gpipe"] > 24 * 2 * activations
+    assert more["1f1b"] < 24 * activations / 2
+
+
+# Bad input
 
 
 @pytest.mark.parametrize(
-    ("sizes", "settings"),
+    ("mesh", "model", "batch_size", "message"),
     [
-        ({"stage": 2}, {"microbatches": 2}),
-        ({"stage": 2, "data": 2, "fsdp": 2}, {"microbatches": 4}),
-        ({"stage": 4, "tensor": 2}, {"microbatches": 8}),
-        ({"stage": 2, "fsdp": 2}, {"microbatches": 2, "repeats": 2}),
+        (
+            {"stage": 4},
+            {"microbatches": 6},
+            48,
+            "model.pipeline.microbatches: 6 is no multiple of mesh.stage = 4; the nearest that fits is 8",
+        ),
+        (
+            {"stage": 2, "fsdp": 2},
+            {"microbatches": 8},
+            24,
+            "batch_size: 24 in accumulate=1 microbatches cannot be cut over model.pipeline.microbatches = 8 and"
+            " mesh.fsdp = 2; the nearest that fits is 32",
+        ),
+        ({"stage": 4}, {"repeats": 3}, 8, "model.num_layers: 8 cannot be cut .*; make it 24"),
     ],
-    ids=str,
 )
-def test_1f1b(sizes, settings, alone):
-    assert_same(terms_and_gradient(configured(schedule="1f1b", **settings), sizes), alone)
+def test_what_stages_cannot_share_is_told(mesh, model, batch_size, message):
+    objective = {"kind": "pretrain", "sources": [{"path": "nowhere"}]}
+    model = configured(**model)
+    config = TrainConfig(
+        kind="train", output="x", objective=objective, model=model, batch_size=batch_size, row_length=16, mesh=mesh
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_layout(config, mesh_sizes(MeshConfig(**{"fsdp": 1, **mesh}), 8))
