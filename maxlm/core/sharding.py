@@ -156,8 +156,8 @@ def row_shard(mesh: Mesh) -> RowShard:
         raise ConfigError(
             [
                 f"mesh: process {jax.process_index()} would hold {len(mine)} of {num_groups} groups of rows, in part"
-                " those of others; make mesh.data * mesh.fsdp * mesh.expert a multiple of the number of processes, or"
-                " a divisor of it"
+                " those of others; make mesh.data * mesh.stage * mesh.fsdp * mesh.expert a multiple of the number of"
+                " processes, or a divisor of it"
             ]
         )
     return RowShard(parts.index(mine), len(parts))

@@ -1,20 +1,17 @@
 """Pipeline stages: the same loss and gradients as one device, whatever the schedule."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from maxlm.config import ModelConfig, TrainConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.core.batch import Batch, put_batch
-from maxlm.core.parameters import abstract, initialize, stack
-from maxlm.core.sharding import make_mesh, mesh_sizes, shard
-from maxlm.core.term import LossOutput, Term
+from maxlm.core.parameters import abstract, initialize
+from maxlm.core.sharding import make_mesh, mesh_sizes
 from maxlm.core.tree import flatten
 from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
-from maxlm.models.layers import TOKEN_AXES, DecoderLayer
 from maxlm.models.pipeline import Schedule
 from maxlm.train.layout import check_layout
 from maxlm.train.loss import language_model_loss
@@ -72,10 +69,10 @@ def gradient_function(config, accumulate=1):
     return jax.jit(compute)
 
 
-def terms_and_gradient(config, mesh_sizes=None, *, batch=BATCH, accumulate=1, model_class=Decoder):
+def terms_and_gradient(config, mesh_sizes=None, *, batch=BATCH, accumulate=1):
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **(mesh_sizes or {})}))
     with jax.set_mesh(mesh):
-        model = jax.tree.map(lambda leaf: leaf * 1.5, initialize(model_class(config), jax.random.key(0), mesh))
+        model = jax.tree.map(lambda leaf: leaf * 1.5, initialize(Decoder(config), jax.random.key(0), mesh))
         output, gradient = gradient_function(config, accumulate)(model, put_batch(batch, mesh))
     terms = {name: (float(term.sum), float(term.weight)) for name, term in {**output.terms, **output.metrics}.items()}
     return terms, flatten(jax.device_get(gradient))
@@ -113,30 +110,29 @@ def test_stages_change_nothing(sizes, settings, accumulate, alone):
     assert_same(terms_and_gradient(configured(**settings), sizes, accumulate=accumulate), alone)
 
 
-class AddingLayer(DecoderLayer):
-    """A layer with a term and a metric of its own, which need the tokens."""
-
-    def __call__(self, x_BLD, context, window):
-        x_BLD, _ = super().__call__(x_BLD, context, window)
-        real_BL, y_BLD = (context.segment_ids_BL > 0).astype(jnp.float32), shard(x_BLD, *TOKEN_AXES)
-        square = Term(0.1 * jnp.sum(real_BL[..., None] * jnp.square(y_BLD)), jnp.sum(real_BL))
-        return x_BLD, LossOutput({"square": square}, {"sum": Term(jnp.sum(real_BL[..., None] * y_BLD), square.weight)})
+MOE = {
+    "num_experts": 4,
+    "mlp_dim": 16,
+    "balance": {"loss_weight": 0.3, "bias": True},
+    "router_z_loss": 0.1,
+}
 
 
-class AddingDecoder(Decoder):
-    def __init__(self, config):
-        super().__init__(config)
-        self.layers = stack(AddingLayer(config), config.num_layers)
+@pytest.fixture(scope="module")
+def experts_alone():
+    return terms_and_gradient(configured(num_layers=4, moe=MOE))
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
-def test_what_layers_add_is_counted_once_for_each_token_and_layer(schedule):
+def test_what_experts_add_is_counted_once_for_each_token_and_layer(schedule, experts_alone):
     """And nothing is added by a stage that waits."""
-    expected = terms_and_gradient(CONFIG, model_class=AddingDecoder)
-    settings = {"schedule": schedule, "microbatches": 4, "repeats": 2}
-    assert_same(terms_and_gradient(configured(**settings), {"stage": 2}, model_class=AddingDecoder), expected)
-    real = (BATCH.segment_ids > 0).sum()
-    assert expected[0]["square"][1] == expected[0]["sum"][1] == CONFIG.num_layers * real
+    settings = {"schedule": schedule, "microbatches": 4, "num_layers": 4, "moe": MOE}
+    terms, gradient = terms_and_gradient(configured(**settings), {"stage": 2, "expert": 2})
+    # A metric of each microbatch's own, its busiest expert.
+    for name in experts_alone[0].keys() - {"max_expert_load"}:
+        np.testing.assert_allclose(terms[name], experts_alone[0][name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert_same(({}, gradient), ({}, experts_alone[1]))
+    assert terms["moe_balance"][1] == 4 * (BATCH.segment_ids > 0).sum()
 
 
 def test_rows_that_cannot_be_cut_into_microbatches_pass_through_all_layers_on_every_device(alone):
