@@ -111,8 +111,7 @@ def test_a_power_law_is_a_straight_line_on_logarithmic_axes():
     assert all(step == pytest.approx(steps[0], abs=0.2) for step in steps)
     assert steps[0][0] > 0
     assert steps[0][1] > 0
-    assert ">1e6<" in svg
-    assert ">1e12<" in svg
+    assert all(f">{label}<" in svg for label in ("1e7", "1e9", "1e11", "0.001", "1e-4"))
 
 
 def test_a_band_encloses_its_line_and_of_one_point_is_a_whisker():
@@ -128,9 +127,7 @@ def test_a_band_encloses_its_line_and_of_one_point_is_a_whisker():
 
 def test_ticks_of_a_logarithmic_axis_are_round_and_few():
     assert log_ticks(1e6, 1e9) == [1e6, 1e7, 1e8, 1e9]
-    assert [tick for tick in log_ticks(1e-3, 1e-1) if 1e-3 <= tick <= 1e-1] == pytest.approx(
-        [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
-    )
+    assert log_ticks(1e-3, 1e-1)[:5] == pytest.approx([1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
     assert log_ticks(3.1, 3.4) == nice_ticks(3.1, 3.4)
     for low, high in [(2, 9), (1e-9, 1e20), (0.5, 60)]:
         assert 2 <= len([tick for tick in log_ticks(low, high) if low <= tick <= high]) <= 8

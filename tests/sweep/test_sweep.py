@@ -179,9 +179,8 @@ def test_a_trial_that_takes_too_long_is_ended(sweep_of, tmp_path):
 )
 def test_a_metric_that_is_not_there_is_told(sweep_of, valid, metric, message):
     config = sweep_of(fields={"optim.learning_rate": [0.01]}, metric=metric)
-    sizes = {"parameters": 1, "tokens": 1, "flops": 6.0}
-    record = Record(
-        id="a", scale=0, setting={}, seed=0, steps=1, **sizes, status="finished", valid=valid, since=0, seconds=1
-    )
+    size = {"parameters": 1, "tokens": 1, "flops": 6.0}
+    times = {"steps": 1, "since": 0, "seconds": 1.0}
+    record = Record(id="a", scale=0, setting={}, seed=0, **size, **times, status="finished", valid=valid)
     with pytest.raises(ConfigError, match=message):
         check_metric(config, record)
