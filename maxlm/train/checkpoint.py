@@ -145,10 +145,15 @@ class Checkpointer:
 
     def _open(self) -> ocp.CheckpointManager:
         self._failure: Exception | None = None
+        self._under_way = False
         self.folder.mkdir(parents=True, exist_ok=True)
-        # What a save left that failed, or whose process was killed, is removed.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            max_to_keep=self._keep,
+            enable_async_checkpointing=True,
+            # Where a folder cannot be made, threads that wait for it would keep a process from ending for minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            # What a save left that failed, or whose process was killed, is removed.
+            cleanup_tmp_directories=True,
         )
         return ocp.CheckpointManager(self.folder, options=options)
 
@@ -169,6 +174,7 @@ class Checkpointer:
             ),
             force=True,
         )
+        self._under_way = True
 
     def _finish_last(self) -> None:
         """Until the save under way is on disk; raises what it failed with."""
@@ -181,7 +187,8 @@ class Checkpointer:
         if any_process(self._failure is not None):
             self._failure = self._failure or OSError("another process could not save its part")
             raise self._failure
-        self._failures = 0
+        if self._under_way:
+            self._under_way, self._failures = False, 0
 
     def _after_failure(self, error: Exception) -> None:
         """Make ready to save again, after a while; raises TrainingError when it is no use."""

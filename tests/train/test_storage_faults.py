@@ -1,0 +1,266 @@
+"""Storage that fails for a while, and checkpoints in two places."""
+
+import errno
+import os
+import shutil
+import sys
+import time
+
+import pytest
+from test_checkpoint import assert_equal, make_small_state
+from toy_run import ToyObjective, toy_run, weights
+
+from maxlm.errors import CheckpointError, TrainingError
+from maxlm.train.checkpoint import Checkpointer, find_checkpoint, restore_newest
+from maxlm.train.metrics import read_metrics
+from maxlm.train.retry import Retries, is_disk_full, is_storage_error
+
+QUICK = {"retries": 3, "retry_seconds": 0.01}
+
+
+class FailingDisk:
+    """Operations on files under a folder fail with real errors, whoever asks for them, a few times or for ever."""
+
+    def __init__(self, folder):
+        self._folder = str(folder)
+        self._operation, self._where, self._error, self._left = "", "", None, 0
+        self.failures = 0
+        # As Python announces an operation; there is no way to take a hook back.
+        sys.addaudithook(self._before)
+
+    def fail(self, operation: str, error: Exception, *, times: int, where: str = ""):
+        self._operation, self._where, self._error, self._left = operation, where, error, times
+
+    def _before(self, event: str, arguments: tuple) -> None:
+        if self._left and event == self._operation and isinstance(arguments[0], str | os.PathLike):
+            path = os.fspath(arguments[0])
+            if path.startswith(self._folder) and self._where in path:
+                self._left -= 1
+                self.failures += 1
+                raise self._error
+
+
+@pytest.fixture
+def disk(tmp_path):
+    disk = FailingDisk(tmp_path)
+    yield disk
+    disk.fail("", None, times=0)
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds that were slept, without sleeping."""
+    slept = []
+    monkeypatch.setattr("maxlm.train.retry.time.sleep", slept.append)
+    return slept
+
+
+def io_error():
+    return OSError(errno.EIO, "Input/output error")
+
+
+def test_waits_double_and_differ(waits):
+    def fails():
+        raise io_error()
+
+    for _ in range(20):
+        with pytest.raises(OSError, match="Input/output"):
+            Retries(4, 2.0).call(fails, "it")
+    assert len(waits) == 80
+    for attempt in range(4):
+        of_attempt = waits[attempt::4]
+        assert 2**attempt <= min(of_attempt) < max(of_attempt) <= 3 * 2**attempt
+        assert len(set(of_attempt)) == 20
+
+
+@pytest.mark.parametrize(
+    ("error", "is_storage", "is_full"),
+    [
+        (io_error(), True, False),
+        (PermissionError(errno.EACCES, "Permission denied"), True, False),
+        (TimeoutError("timed out"), True, False),
+        (ConnectionResetError("reset"), True, False),
+        (ValueError("UNAVAILABLE: Error reading gs://bucket/key"), True, False),
+        (ValueError("DEADLINE_EXCEEDED: 503"), True, False),
+        (FileNotFoundError(errno.ENOENT, "No such file"), False, False),
+        (ValueError("NOT_FOUND: Error opening zarr array"), False, False),
+        (ValueError("DATA_LOSS: checksum"), False, False),
+        (OSError(errno.ENOSPC, "No space left on device"), True, True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True, True),
+        (ValueError("RESOURCE_EXHAUSTED: write: No space left on device"), False, True),
+    ],
+)
+def test_errors_are_told_apart(error, is_storage, is_full):
+    assert is_storage_error(error) == is_storage
+    assert is_disk_full(error) == is_full
+    wrapped = RuntimeError("saving failed")
+    wrapped.__cause__ = error
+    assert is_storage_error(wrapped) == is_storage
+    assert is_disk_full(wrapped) == is_full
+
+
+# In the order of a save: as it starts, as it writes in the background, as it makes valid what is written, as it
+# removes the checkpoint before it.
+PLACES = [
+    ("os.mkdir", "2.orbax-checkpoint-tmp"),
+    ("open", "_METADATA"),
+    ("open", "commit_success.txt"),
+    ("os.rename", "weights.orbax"),
+    ("os.rename", "2.orbax-checkpoint-tmp"),
+    ("shutil.rmtree", "checkpoints/1"),
+]
+
+
+@pytest.mark.parametrize(("operation", "where"), PLACES)
+def test_a_save_that_fails_for_a_while_is_told_and_tried_again(operation, where, disk, tmp_path, capsys):
+    with Checkpointer(tmp_path, keep=1, **QUICK) as checkpointer:
+        checkpointer.save(make_small_state(1), {}, wait=True)
+        disk.fail(operation, io_error(), times=2, where=where)
+        checkpointer.save(make_small_state(2), {"note": "two"}, wait=True)
+    # What could not be removed stays until the next save, and the new one is sound.
+    assert disk.failures == (1 if operation == "shutil.rmtree" else 2)
+    told = capsys.readouterr().err
+    assert "saving a checkpoint failed (" in told
+    assert "Input/output error" in told
+    assert "trying again in" in told
+    assert "(1 of 3)" in told
+    with Checkpointer(tmp_path, keep=1, **QUICK) as checkpointer:
+        restored, metadata = checkpointer.restore(make_small_state(0))
+    assert_equal(restored, make_small_state(2))
+    assert metadata["note"] == "two"
+
+
+def test_a_save_that_goes_on_failing_is_reported(disk, tmp_path, capsys):
+    with Checkpointer(tmp_path, keep=2, **QUICK) as checkpointer:
+        checkpointer.save(make_small_state(1), {}, wait=True)
+        disk.fail("os.mkdir", io_error(), times=10**6)
+        with pytest.raises(TrainingError) as error:
+            checkpointer.save(make_small_state(2), {}, wait=True)
+    assert "a checkpoint could not be saved: [Errno 5] Input/output error" in str(error.value)
+    assert "the newest whole checkpoint is of step 1; run the same command to go on from there" in str(error.value)
+    assert capsys.readouterr().err.count("trying again") == 3
+
+
+def test_a_full_disk_is_not_tried_again(disk, tmp_path, capsys):
+    with Checkpointer(tmp_path, keep=2, **QUICK) as checkpointer:
+        disk.fail("os.mkdir", OSError(errno.ENOSPC, "No space left on device"), times=10**6)
+        with pytest.raises(
+            TrainingError, match="could not be saved: the disk is full; there is no whole checkpoint yet"
+        ):
+            checkpointer.save(make_small_state(1), {}, wait=True)
+    assert "trying again" not in capsys.readouterr().err
+
+
+def test_reading_that_fails_for_a_while_is_tried_again(disk, tmp_path, capsys):
+    with Checkpointer(tmp_path, keep=2, **QUICK) as checkpointer:
+        checkpointer.save(make_small_state(1), {}, wait=True)
+    with Checkpointer(tmp_path, keep=2, **QUICK) as checkpointer:
+        disk.fail("open", PermissionError(errno.EACCES, "Permission denied"), times=2, where="metadata")
+        restored, _ = checkpointer.restore(make_small_state(0))
+    assert disk.failures == 2
+    assert_equal(restored, make_small_state(1))
+    assert "reading it failed ([Errno 13] Permission denied); trying again in" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_broken(disk, tmp_path):
+    with Checkpointer(tmp_path, keep=2, **QUICK) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(make_small_state(step), {}, wait=True)
+    with Checkpointer(tmp_path, keep=2, **QUICK) as checkpointer:
+        disk.fail("open", io_error(), times=10**6, where="metadata")
+        with pytest.raises(CheckpointError, match=r"cannot be read: .*; nothing is changed: run the same command when"):
+            checkpointer.restore(make_small_state(0))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+    assert not list(tmp_path.glob("broken*"))
+
+
+def test_a_run_goes_on_through_a_save_that_failed_in_the_background(disk, tmp_path, capsys):
+    """And saves again at once, not when the next checkpoint would have been due."""
+    unbroken = toy_run(tmp_path / "unbroken")
+
+    def slow(number):
+        # Saves in the background get the time to end.
+        time.sleep(0.1)
+        if number == 2:
+            disk.fail("os.rename", io_error(), times=1, where="4.orbax-checkpoint-tmp")
+
+    checkpoint = {"every": 4, "keep": 9, **QUICK}
+    result = toy_run(tmp_path / "run", objective=ToyObjective(at_batch=slow), checkpoint=checkpoint, log_every=1)
+    assert weights(result) == weights(unbroken)
+    assert disk.failures == 1
+    assert "saving a checkpoint failed" in capsys.readouterr().err
+    steps = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert 4 < steps[0] < 8
+    assert steps[1:] == [8, 12]
+
+
+LOCAL = {"every": 6, "keep": 2, "local": {"folder": "", "every": 2, "keep": 1}}
+
+
+class Crash(BaseException):
+    pass
+
+
+def run_with_local(folder, local, *, crash=None, **settings):
+    def at_batch(number):
+        # Saves in the background get the time to end.
+        time.sleep(0.1)
+        if number == crash:
+            raise Crash
+
+    checkpoint = {**LOCAL, "local": {**LOCAL["local"], "folder": str(local)}}
+    return toy_run(folder, objective=ToyObjective(at_batch=at_batch), checkpoint=checkpoint, **settings)
+
+
+def test_a_run_goes_on_from_the_newer_of_two_places(tmp_path, capsys):
+    unbroken = toy_run(tmp_path / "unbroken")
+    with pytest.raises(Crash):
+        run_with_local(tmp_path / "run", tmp_path / "disk", crash=11)
+    assert find_checkpoint(tmp_path / "run").name == "6"
+    assert [path.name for path in (tmp_path / "disk").glob("*/checkpoints/*")] == ["10"]
+    result = run_with_local(tmp_path / "run", tmp_path / "disk")
+    assert result.start == 10
+    assert weights(result) == weights(unbroken)
+    assert [record["step"] for record in read_metrics(tmp_path / "run") if "loss" in record][-1] == 12
+    # The end is saved in the run folder, and the local disk is free again.
+    assert find_checkpoint(tmp_path / "run").name == "12"
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_a_local_disk_that_is_lost_costs_steps_and_no_more(tmp_path):
+    with pytest.raises(Crash):
+        run_with_local(tmp_path / "run", tmp_path / "disk", crash=11)
+    shutil.rmtree(tmp_path / "disk")
+    result = run_with_local(tmp_path / "run", tmp_path / "disk")
+    assert result.start == 6
+    assert weights(result) == weights(toy_run(tmp_path / "unbroken"))
+
+
+def test_a_broken_local_checkpoint_gives_way_to_the_other(tmp_path, capsys):
+    with pytest.raises(Crash):
+        run_with_local(tmp_path / "run", tmp_path / "disk", crash=11)
+    [checkpoint] = (tmp_path / "disk").glob("*/checkpoints/10")
+    shutil.rmtree(checkpoint / "rest")
+    result = run_with_local(tmp_path / "run", tmp_path / "disk")
+    assert "checkpoint 10 is broken" in capsys.readouterr().err
+    assert result.start == 6
+
+
+def test_a_run_begun_anew_does_not_find_the_local_checkpoints_of_the_old_one(tmp_path):
+    with pytest.raises(Crash):
+        run_with_local(tmp_path / "run", tmp_path / "disk", crash=11)
+    shutil.rmtree(tmp_path / "run")
+    assert run_with_local(tmp_path / "run", tmp_path / "disk").start == 0
+
+
+def test_newest_wins_and_the_run_folder_where_both_are_of_one_step(tmp_path):
+    with Checkpointer(tmp_path / "a", keep=3, **QUICK) as a, Checkpointer(tmp_path / "b", keep=3, **QUICK) as b:
+        for place, name, steps in ((a, "a", (1, 3)), (b, "b", (2, 3))):
+            for step in steps:
+                place.save(make_small_state(step), {"place": name}, wait=True)
+        _, metadata = restore_newest([a, b], make_small_state(0))
+        assert metadata["place"] == "a"
+        b.save(make_small_state(4), {"place": "b"}, wait=True)
+        restored, metadata = restore_newest([a, b], make_small_state(0))
+        assert metadata["place"] == "b"
+        assert_equal(restored, make_small_state(4))
