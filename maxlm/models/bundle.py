@@ -47,7 +47,7 @@ def quantize_model(model: Decoder) -> Decoder:
     """
     flat = flatten(model)
     for path, parameter in flatten(Decoder(model.config)).items():
-        if _is_matrix(path, parameter):
+        if _is_matrix(parameter):
             # A table [vocab, embed], looked up or multiplied with, is output-first as it stands.
             is_table = parameter.axes[0] == "vocab"
             flat[path] = quantize(flat[path] if is_table else jnp.swapaxes(flat[path], -1, -2))
@@ -143,9 +143,9 @@ def is_bundle(path: Path) -> bool:
     return (path / INDEX_FILE).is_file()
 
 
-def _is_matrix(path: str, parameter: Parameter) -> bool:
-    # Rounding a router would choose other experts, and save next to nothing.
-    return "norm" not in parameter.axes and path.rsplit("/", 1)[-1] not in ("router", "router_bias")
+def _is_matrix(parameter: Parameter) -> bool:
+    # A router has an axis without a name: rounding it would choose other experts, and save next to nothing.
+    return "norm" not in parameter.axes and None not in parameter.axes
 
 
 def _read_tensors(
