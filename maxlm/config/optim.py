@@ -53,7 +53,7 @@ class OptimConfig(Frozen):
     momentum: Decay = Field(0.95, description="Of sgd and muon, both in Nesterov's form.")
     precondition_every: Count = Field(10, description="Steps between two turns of soap's bases.")
     precondition_max_dim: Count = Field(
-        8192, description="Longer sides of a matrix keep their own basis in soap: its state grows with their square."
+        4096, description="Longer sides of a matrix keep their own basis in soap: its state grows with their square."
     )
     weight_decay: NonNegativeFloat = Field(
         0.1, description="Of matrices, decoupled from the gradient: each step takes learning rate * decay * weight off."

@@ -14,7 +14,7 @@ from maxlm.config import ModelConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.optim import OptimConfig
 from maxlm.config.train import LoraConfig
-from maxlm.core.parameters import shardings
+from maxlm.core.parameters import abstract, shardings
 from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten
 from maxlm.models.adapters import declare_adapters
@@ -196,3 +196,17 @@ def test_matrices_of_layers_have_an_optimizer_of_their_own(kind):
     }
     adapters = random_tree(declare_adapters(DECODER, LoraConfig(rank=2)), 0)
     assert set(jax.tree.leaves(labels(kind, adapters))) == {"adam"}, "a product of two is no matrix to orthogonalise"
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("adamw", 8), ("adam8bit", 2.03), ("adafactor", 0.055), ("lion", 4), ("sgd", 4), ("muon", 4.99), ("soap", 11.97)],
+)
+def test_state_takes_so_many_bytes_a_parameter(kind, expected):
+    """Of a model with a quarter of its parameters in the table. Muon keeps one number for a parameter of the layers,
+    soap two and, for each side of a matrix that is not over 256, two squares."""
+    layers = plan(num_layers=4, embed=256, mlp=512, experts=2, vocab=2048)
+    params = abstract(layers)
+    optimizer = make_optimizer(OptimConfig(kind=kind, precondition_max_dim=256))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(optimizer.init, params)))
+    assert size / sum(leaf.size for leaf in jax.tree.leaves(params)) == pytest.approx(expected, rel=0.02)
