@@ -56,7 +56,7 @@ def supervise(command: Sequence[str], config: TrainConfig, *, restarts: int) -> 
     started, idle = 0, 0
     try:
         while True:
-            before = _newest_anywhere(config)
+            before = newest_anywhere(config)
             child = subprocess.Popen(command)
             if stopping:
                 child.send_signal(signal.SIGTERM)
@@ -64,7 +64,7 @@ def supervise(command: Sequence[str], config: TrainConfig, *, restarts: int) -> 
             ended = time.time()
             if stopping or (code >= 0 and code not in (FaultError.exit_code, _UNCAUGHT)):
                 return _exit_code(code)
-            newest = _newest_anywhere(config)
+            newest = newest_anywhere(config)
             idle = 0 if newest > before else idle + 1
             why = f"training ended by {_reason(code)}"
             if started == restarts:
@@ -108,7 +108,7 @@ def newest_step(run_folder: str | os.PathLike) -> int:
     return max((int(path.name) for path in whole), default=0)
 
 
-def _newest_anywhere(config: TrainConfig) -> int:
+def newest_anywhere(config: TrainConfig) -> int:
     """The newest step in the run folder and on the local disk."""
     run_folder, local = storage_path(config.output), config.checkpoint.local
     steps = [newest_step(run_folder)]

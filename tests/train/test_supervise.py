@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from etils import epath
 from tiny_run import tiny_config
 
 from maxlm.config.load import dump_yaml
-from maxlm.train.supervise import last_logged_step, newest_step, supervise
+from maxlm.train.saving import local_folder
+from maxlm.train.supervise import last_logged_step, newest_anywhere, newest_step, supervise
 
 # A stand-in for training. Each start reads and removes the first line of the file `plan`: checkpoints to make, steps
 # to log, and what to end with: an exit code, or minus the number of a signal.
@@ -118,6 +120,15 @@ def test_steps_are_read_from_names_and_whole_lines(tmp_path):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     (tmp_path / "metrics.jsonl").write_text('{"step": 100}\n{"step": 110, "loss": 1.0}\n{"step": 12')
     assert (newest_step(tmp_path), last_logged_step(tmp_path)) == (100, 110)
+
+
+def test_checkpoints_on_the_local_disk_are_progress_too(tmp_path):
+    base = tmp_path / "local"
+    config = tiny_config(tmp_path / "run", "no-data", checkpoint={"every": 10, "local": {"folder": str(base)}})
+    assert newest_anywhere(config) == 0
+    (tmp_path / "run" / "checkpoints" / "10").mkdir(parents=True)
+    (local_folder(epath.Path(tmp_path / "run"), base) / "checkpoints" / "15").mkdir(parents=True)
+    assert newest_anywhere(config) == 15
 
 
 def test_from_the_command_line_a_mistake_is_told_once_and_ends_it(tmp_path):
