@@ -5,13 +5,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from maxlm.eval.html_parts import charts, facts, figure, flat_facts, folded_charts, section, table, to_dict, to_number
-from maxlm.eval.svg import Line, Reference, format_number, line_chart, smooth, thin
+from maxlm.eval.html_parts import (
+    charts,
+    duration,
+    facts,
+    figure,
+    flat_facts,
+    folded_charts,
+    percent,
+    section,
+    table,
+    to_dict,
+    to_number,
+)
+from maxlm.eval.svg import Bar, Line, Reference, bar_chart, format_number, line_chart, smooth, thin
 
 Points = list[tuple[float, float]]
 
 # How a run went rather than what it reached: shown folded, under the rest.
-_MACHINERY = ("learning_rate", "grad_norm", "tokens_per_second", "mfu", "data_wait", "skipped")
+_MACHINERY = ("learning_rate", "grad_norm", "tokens_per_second", "mfu", "data_wait", "goodput", "skipped")
 _HIDDEN = ("step", "time", "skipped_in_a_row", "perplexity")
 _FIRST = ("loss", "bits_per_byte")
 _TITLES = {
@@ -21,6 +33,7 @@ _TITLES = {
     "mfu": "Model FLOPs utilisation",
     "grad_norm": "Gradient norm",
     "data_wait": "Share of time waiting for data",
+    "goodput": "Share of all time so far that was productive",
     "skipped": "Skipped steps",
 }
 _TABLE_ROWS = 20
@@ -44,7 +57,7 @@ def run_section(run: Run, *, references: Sequence[Reference] = ()) -> str:
     }
     config, metrics = to_dict(run.manifest.get("config")), to_dict(run.manifest.get("metrics"))
     tokens = (to_number(config.get("batch_size")) or 0) * (to_number(config.get("row_length")) or 0)
-    told = flat_facts({name: value for name, value in metrics.items() if name != "valid"})
+    told = flat_facts({name: value for name, value in metrics.items() if name not in ("valid", "goodput")})
     if tokens:
         told.append(("tokens in a step", format_number(tokens)))
     return section(
@@ -52,6 +65,7 @@ def run_section(run: Run, *, references: Sequence[Reference] = ()) -> str:
         facts(told),
         charts(drawn[name] for name in main),
         folded_charts("Learning rate, gradient norm, speed", (drawn[name] for name in _MACHINERY)),
+        folded_charts("Where the time went", [_goodput_figure(run.name, to_dict(metrics.get("goodput")))]),
     )
 
 
@@ -90,6 +104,27 @@ def _metric_figure(run: Run, name: str, references: Sequence[Reference]) -> str:
     ends = [f"{kind} {format_number(points[-1][1])}" for kind, points in kinds]
     note = f"at the end: {', '.join(ends)}" if name not in _MACHINERY else ""
     return figure(title, svg, _numbers(train, valid), note=note, legend=legend if valid else ())
+
+
+def _goodput_figure(name: str, goodput: dict[str, Any]) -> str:
+    """Seconds of all attempts by what they went to."""
+    parts = [
+        (part, seconds) for part, value in to_dict(goodput.get("seconds")).items() if (seconds := to_number(value))
+    ]
+    share = to_number(goodput.get("productive"))
+    if not parts or share is None:
+        return ""
+    total = sum(seconds for _, seconds in parts)
+    told = [(part.replace("_", " "), seconds) for part, seconds in parts]
+    described = "; ".join(f"{part} {duration(seconds)}" for part, seconds in told)
+    groups = [
+        (part, [Bar(seconds, "series-1" if part == "step" else "series-2")])
+        for part, seconds in sorted(told, key=lambda item: -item[1])
+    ]
+    svg = bar_chart(f"{name}: where the time went", described, groups, value_format=duration)
+    rows = [(part, f"{seconds:.2f}", percent(seconds / total)) for part, seconds in told]
+    note = f"{percent(share)} of {duration(total)} went to steps that the result stands on"
+    return figure("Where the time went", svg, table(("part", "seconds", "share"), rows), note=note)
 
 
 def _points(records: list[dict[str, Any]], name: str) -> Points:
