@@ -24,6 +24,7 @@ COMMANDS = (
     "chat",
     "serve",
     "quickstart",
+    "sweep",
 )
 
 

@@ -122,7 +122,7 @@ class SweepConfig(Frozen):
     goal: Literal["minimize", "maximize"] = "minimize"
     scales: ScalesConfig | None = None
     keep_checkpoints: Literal["best", "all", "none"] = Field(
-        "best", description="Which trials keep their checkpoints once they are decided: those of the best, all, none."
+        "best", description="Whose checkpoints stay: those of the best trial at each size, all, none."
     )
     trial_seconds: PositiveFloat | None = Field(None, description="A trial that takes longer is ended, and has failed.")
 
