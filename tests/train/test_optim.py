@@ -118,14 +118,19 @@ MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, {"stage": 2, "expert": 2, "contex
     ("kind", "sizes"), [("muon", {"fsdp": 8}), *((kind, sizes) for kind in KINDS for sizes in MESHES)], ids=str
 )
 def test_a_mesh_changes_no_update(kind, sizes, alone):
-    """And no device holds the whole state of what is cut."""
+    """And a device's part of the state is as its part of the parameters."""
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
     params, state = run(config_of(kind), mesh=mesh)
     # Where compilers order sums differently, a code of adam8bit may be rounded to its other neighbour, and soap's basis
     # of directions that have hardly had a gradient turns by a part in a hundred.
     assert_moved_alike(in_numpy(params), alone[kind], rtol=0.03 if kind in ("adam8bit", "soap") else 1e-3)
-    large = {path: leaf for path, leaf in flatten(state).items() if leaf.size > 200}
-    assert not [path for path, leaf in large.items() if leaf.sharding.is_fully_replicated]
+    assert part_of_a_device(state) < 1.15 * part_of_a_device(params)
+
+
+def part_of_a_device(tree):
+    """Of a tree's bytes, those that lie on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves) / sum(leaf.nbytes for leaf in leaves)
 
 
 @pytest.mark.parametrize("kind", KINDS)
