@@ -108,14 +108,12 @@ def _metric_figure(run: Run, name: str, references: Sequence[Reference]) -> str:
 
 def _goodput_figure(name: str, goodput: dict[str, Any]) -> str:
     """Seconds of all attempts by what they went to."""
-    parts = [
-        (part, seconds) for part, value in to_dict(goodput.get("seconds")).items() if (seconds := to_number(value))
-    ]
+    found = [(str(part), to_number(value)) for part, value in to_dict(goodput.get("seconds")).items()]
+    told = [(part.replace("_", " "), seconds) for part, seconds in found if seconds]
     share = to_number(goodput.get("productive"))
-    if not parts or share is None:
+    if not told or share is None:
         return ""
-    total = sum(seconds for _, seconds in parts)
-    told = [(part.replace("_", " "), seconds) for part, seconds in parts]
+    total = sum(seconds for _, seconds in told)
     described = "; ".join(f"{part} {duration(seconds)}" for part, seconds in told)
     groups = [
         (part, [Bar(seconds, "series-1" if part == "step" else "series-2")])

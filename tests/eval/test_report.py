@@ -10,6 +10,7 @@ import pytest
 from maxlm.core.manifest import manifest_chain, write_manifest
 from maxlm.errors import DataError
 from maxlm.eval.report import write_report
+from maxlm.eval.report_runs import Run, run_section
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -162,6 +163,15 @@ def test_a_run_folder_is_told_on_its_own(quickstart):
     for told in ("pretrain", "1.25", "1.875", "steps: 40 # <i>", "train/pretrain", "Bits per byte", "0.2"):
         assert told in text, told
     assert "Results" not in text
+
+
+def test_a_run_tells_where_its_time_went():
+    goodput = {"productive": 0.6, "seconds": {"step": 60.0, "compile": 10.0, "redone_after_restart": 30.0, "x": None}}
+    run = Run("run", [{"step": 1, "loss": 2.0}], {"metrics": {"attempts": 2, "goodput": goodput}})
+    page = run_section(run)
+    assert "60.0\u00a0% of 1 min 40 s went to steps that the result stands on" in page
+    assert "<td>redone after restart</td><td class=number>30.00</td><td class=number>30.0\u00a0%</td>" in page
+    assert "Where the time went" not in run_section(Run("run", run.records, {"metrics": {"goodput": "odd"}}))
 
 
 def test_a_run_without_manifest_or_with_a_single_record(tmp_path):
