@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ from maxlm.config.load import load_config
 from maxlm.config.model import ModelConfig
 from maxlm.config.sweep import Range, SweepConfig
 from maxlm.config.train import TrainConfig
-from maxlm.core.manifest import content_hash
 from maxlm.core.parameters import abstract
 from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
 from maxlm.sweep.space import Rung, Setting, draw_settings, halving_rungs
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.run import find_tokenizer, resolve_model
+from maxlm.train.checkpoint import find_checkpoint
+from maxlm.train.run import find_tokenizer, identify, resolve_model, run_folder_of
 from maxlm.train.schedule import schedule_factor
+from maxlm.train.startup import data_hashes
 
 # The target's place among the sizes of a sweep: after the ladder.
 TARGET = -1
@@ -64,14 +66,13 @@ class Plan:
         self.folder = Path(config.output)
         self.sizes: list[dict[str, Any]] = list(config.scales.ladder) if config.scales else [{}]
         self._loaded: dict[str, TrainConfig] = {}
+        self._read: dict[str, dict[str, str]] = {}
         self.base = load_config(config.train, kind="train")
         self._seeds = [{"seed": seed} for seed in config.seeds or ()] or [{}]
         self.integers = self._integers()
         self.settings = draw_settings(config.fields, config.method, integers=self.integers)
         self._check()
-        first = self._train_config(0, self.settings[0])
-        self.inputs = _inputs(first)
-        self._input_hashes = {name: content_hash(path) for name, path in self.inputs.items()}
+        self.inputs = _inputs(self._train_config(0, self.settings[0]))
         if config.scales:
             self._check_growth()
 
@@ -136,10 +137,19 @@ class Plan:
         content: dict[str, Any] = config.model_dump(mode="json", exclude={"output"})
         if budget is not None:
             content |= {"steps": budget}
-        text = json.dumps([content, self._input_hashes], sort_keys=True)
+        text = json.dumps([content, self._hashes(config)], sort_keys=True)
         name = xxhash.xxh3_64_hexdigest(text.encode())[:12]
         config = config.model_copy(update={"output": str(self.folder / "trials" / name)})
         return Trial(name, scale, setting, config, size_of(config), since)
+
+    def _hashes(self, config: TrainConfig) -> dict[str, str]:
+        """Of what a trial reads."""
+        key = config.objective.model_dump_json() + str(config.init_from)
+        if key not in self._read:
+            self._read[key] = data_hashes(config)
+            if config.init_from is not None:
+                self._read[key]["init_from"] = identify(find_checkpoint(config.init_from))["hash"]
+        return self._read[key]
 
     def _integers(self) -> set[str]:
         """Fields of whole numbers: validation makes an int of a value where the key takes no other numbers."""
@@ -207,15 +217,16 @@ def _num_parameters(model: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(Decoder(model))))
 
 
-def _inputs(config: TrainConfig) -> dict[str, str]:
-    """What a run reads: name -> file or folder."""
+def _inputs(config: TrainConfig) -> dict[str, str | PathLike]:
+    """What a run reads, for the manifest: name -> file or folder."""
     objective = config.objective
+    found: dict[str, str | PathLike]
     if objective.kind == "pretrain":
         found = {f"data_{index}": source.path for index, source in enumerate(objective.sources)}
     else:
         found = {"train_file": objective.train_file}
     if config.init_from is not None:
-        found["init_from"] = config.init_from
+        found["init_from"] = run_folder_of(find_checkpoint(config.init_from))
     return found
 
 
