@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import jax
 
+from maxlm.config.model import ModelConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.hardware import multiplies_fp8
 from maxlm.errors import ConfigError
@@ -17,7 +18,12 @@ def check_layout(config: TrainConfig, sizes: Mapping[str, int]) -> None:
       config: with the model that will be trained.
       sizes: devices along each mesh axis.
     """
-    problems = [*_rows(config, sizes), *_tokens(config, sizes), *_weights(config, sizes)]
+    problems = [
+        *_rows(config, sizes),
+        *_tokens(config, sizes),
+        *_attention(config.model, sizes),
+        *_weights(config, sizes),
+    ]
     if problems:
         raise ConfigError(problems)
 
@@ -66,6 +72,16 @@ def _tokens(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
     return [
         f"row_length: {config.row_length} cannot be cut over {described};"
         f" the nearest that fits is {nearest_multiple(config.row_length, parts)}"
+    ]
+
+
+def _attention(model: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
+    in_a_ring = sizes["context"] > 1 and model.context_attention == "ring"
+    if not in_a_ring or model.attention not in ("cudnn", "reference"):
+        return []
+    return [
+        f"model.attention: {model.attention} cannot put parts of a row together, as a ring over mesh.context ="
+        f" {sizes['context']} does; make it auto or xla, or model.context_attention all_to_all"
     ]
 
 

@@ -196,6 +196,10 @@ def test_heads_that_cannot_be_cut_are_told_with_all_else(tiny_data_folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"attention": "reference"},
+            "model.attention: reference .* ring over mesh.context = 8 does; make it auto or xla",
+        ),
         ({}, "row_length: 40 .* mesh.context = 8, each with two chunks of a row; the nearest that fits is 32"),
         (
             {"context_attention": "all_to_all"},
