@@ -15,6 +15,7 @@ COMMANDS = (
     "maxlm.data.cli",
     "maxlm.tokenizer.cli",
     "maxlm.post.cli",
+    "maxlm.verify.cli",
     "maxlm.eval.cli",
     "maxlm.export.cli",
     "maxlm.generate.cli",

@@ -23,5 +23,13 @@ def prepare_platform() -> None:
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 
+def use_virtual_devices(count: int) -> None:
+    """Let JAX see this many devices, all of them this machine's CPU; without effect once JAX is in use."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    flag = "--xla_force_host_platform_device_count"
+    others = [part for part in os.environ.get("XLA_FLAGS", "").split() if not part.startswith(flag)]
+    os.environ["XLA_FLAGS"] = " ".join([*others, f"{flag}={count}"])
+
+
 def _has_accelerator() -> bool:
     return any(glob(pattern) for pattern in _ACCELERATORS)

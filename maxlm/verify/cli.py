@@ -1,0 +1,54 @@
+"""`maxlm verify`."""
+
+import argparse
+
+EPILOG = """\
+examples:
+  maxlm verify configs/quickstart/pretrain.yaml                    every way of computing it
+  maxlm verify configs/post/sft.yaml lora.rank=8 --only mesh       with one setting changed, on every mesh
+  maxlm verify configs/post/grpo.yaml --only packing --only rollout
+"""
+
+
+def register(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "verify",
+        help="show that losses and gradients do not depend on how the work is laid out",
+        description=(
+            "Compute the loss terms and the gradient of every parameter in the plainest way on one device, and again"
+            " with microbatches, packed and unpacked rows, padding, every mesh that the configuration allows (on eight"
+            " virtual CPU devices), and every implementation that runs here; at a small size that keeps the"
+            " configuration's structure and options, with data made on the spot. Exits with 1 if any differs."
+        ),
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file with kind: train; its data need not exist")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the file's")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="variants with this in their name")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    parser.add_argument("--markdown", action="store_true", help="print the report as a section of a document")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import json
+
+    from maxlm.core.platform import use_virtual_devices
+
+    use_virtual_devices(8)
+
+    from rich.console import Console
+
+    from maxlm.config.load import load_config
+    from maxlm.verify.run import verify
+    from maxlm.verify.show import markdown, table
+
+    report = verify(load_config(args.config, args.overrides, kind="train"), title=args.config, only=args.only)
+    if args.json:
+        print(json.dumps(report.to_json()))
+    elif args.markdown:
+        print(markdown(report), end="")
+    else:
+        Console(highlight=False).print(table(report))
+    return 0 if report.passed else 1

@@ -1,0 +1,159 @@
+"""Data that brings layout bugs to light, and the ways in which the same data can be laid out.
+
+Documents of uneven length share rows, and padding follows them; one is a single token long; some tokens have no weight
+in the loss; the id of the padding token stands inside documents, as a target too; every fourth row holds so little that
+a microbatch of such rows has far fewer weighted tokens than the others: a mean of means differs from the mean.
+
+All arrays are numpy's. Shapes: B rows, L length.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxlm.core.batch import Batch
+from maxlm.data.preference import PreferenceBatch
+from maxlm.post.dpo import DpoBatch
+from maxlm.post.grpo import PolicyBatch
+
+# What stands in padding, where it is not the loader's zeros.
+_FILLER_TOKEN, _FILLER_TARGET = 5, 7
+
+
+@dataclass(frozen=True)
+class Document:
+    """A sequence as a model reads it; each field [length]."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+
+def make_documents(random: np.random.Generator, *, num_rows: int, length: int, vocab_size: int) -> list[list[Document]]:
+    """The documents of each row, which they fill by a fifth in every fourth row, and else up to the end or near it."""
+    rows = []
+    for row in range(num_rows):
+        room = length // 5 if row % 4 == 1 else length - int(random.integers(0, 9)) * (row > 0)
+        documents = [_document(random, 1, vocab_size)] if row % 2 == 0 else []
+        room -= len(documents)
+        while room > 0:
+            size = min(room, int(random.integers(2, length // 2)))
+            documents.append(_document(random, size, vocab_size))
+            room -= size
+        rows.append(documents)
+    return rows
+
+
+def _document(random: np.random.Generator, length: int, vocab_size: int) -> Document:
+    ids = random.integers(0, vocab_size, length + 1).astype(np.int32)
+    ids[random.random(length + 1) < 0.15] = 0
+    weights = random.uniform(0.2, 2.0, length).astype(np.float32) * (random.random(length) > 0.2)
+    # The last token of a document has no target of its own.
+    weights[-1] = 0.0
+    return Document(ids[:-1], ids[1:], weights.astype(np.float32))
+
+
+def pack(rows: Sequence[Sequence[Document]], *, length: int) -> Batch:
+    """Each sequence of documents in a row, zeros after them."""
+    fields = {
+        name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "targets", "segment_ids", "positions")
+    }
+    loss_weights = np.zeros((len(rows), length), np.float32)
+    for row, documents in enumerate(rows):
+        begin = 0
+        for segment, document in enumerate(documents, start=1):
+            place = slice(begin, begin + len(document.tokens))
+            fields["tokens"][row, place], fields["targets"][row, place] = document.tokens, document.targets
+            fields["segment_ids"][row, place] = segment
+            fields["positions"][row, place] = np.arange(len(document.tokens))
+            loss_weights[row, place] = document.weights
+            begin = place.stop
+    return Batch(**fields, loss_weights=loss_weights)
+
+
+def unpack(rows: Sequence[Sequence[Document]], *, multiple: int) -> Batch:
+    """Each document in a row of its own, and rows of padding up to a multiple."""
+    alone = [[document] for documents in rows for document in documents]
+    alone += [[]] * (-len(alone) % multiple)
+    return pack(alone, length=max(len(document.tokens) for row in alone for document in row))
+
+
+def sequences(random: np.random.Generator, *, num_rows: int, length: int, vocab_size: int, shared: int = 0) -> Batch:
+    """One sequence a row, of which the first `shared` tokens are a prompt; the loss weights of the others are 1."""
+    rows = []
+    for row in range(num_rows):
+        size = shared + 2 if row % 4 == 1 else int(random.integers(length // 3, length - 4))
+        document = _document(random, size, vocab_size)
+        weights = (np.arange(size) >= shared).astype(np.float32)
+        weights[-1] = 0.0
+        rows.append([replace(document, weights=weights)])
+    return pack(rows, length=length)
+
+
+def preferences(random: np.random.Generator, *, num_rows: int, length: int, vocab_size: int) -> PreferenceBatch:
+    """Pairs, one of them padding."""
+    chosen, rejected = (
+        sequences(random, num_rows=num_rows, length=length, vocab_size=vocab_size, shared=5) for _ in range(2)
+    )
+    keep = np.arange(num_rows) != 2
+    return jax.tree.map(lambda x: np.where(keep[:, None], x, np.zeros_like(x)), PreferenceBatch(chosen, rejected))
+
+
+def dpo_batch(random: np.random.Generator, pairs: PreferenceBatch, scores: Callable[[Batch], np.ndarray]) -> DpoBatch:
+    """Pairs and what a reference model says of them: `scores` (token log-probabilities [B, L]), and some noise."""
+
+    def reference(batch: Batch) -> np.ndarray:
+        noise = random.normal(0, 3, len(batch.tokens)) * (batch.segment_ids > 0).any(axis=1)
+        return (scores(batch).sum(axis=1) + noise).astype(np.float32)
+
+    return DpoBatch(pairs, reference(pairs.chosen), reference(pairs.rejected))
+
+
+def policy_batch(random: np.random.Generator, rows: Batch, scores: Callable[[Batch], np.ndarray]) -> PolicyBatch:
+    """Answers whose probabilities have moved since they were drawn, by less and by more than the clip allows."""
+    log_p_BL, num_rows = scores(rows), len(rows.tokens)
+
+    def moved(scale: float) -> np.ndarray:
+        return ((log_p_BL + random.normal(0, scale, log_p_BL.shape)) * rows.loss_weights).astype(np.float32)
+
+    return PolicyBatch(
+        rows=rows,
+        sampled_BL=moved(0.3),
+        reference_BL=moved(0.5),
+        advantages_B=(random.normal(0.5, 1, num_rows)).astype(np.float32),
+        rewards_B=random.random(num_rows).astype(np.float32),
+        has_signal_B=(random.random(num_rows) < 0.7).astype(np.float32),
+    )
+
+
+def padded(batch: Any, *, rows: int, columns: int) -> Any:
+    """The batch with rows of padding below and columns of it on the right, of zeros."""
+    return jax.tree.map(lambda x: np.pad(x, [(0, rows), (0, columns)][: x.ndim]), batch)
+
+
+def with_filler(batch: Any) -> Any:
+    """The batch with other ids than 0 in its padding."""
+
+    def fill(rows: Batch) -> Batch:
+        empty = rows.segment_ids == 0
+        return replace(
+            rows,
+            tokens=np.where(empty, _FILLER_TOKEN, rows.tokens).astype(np.int32),
+            targets=np.where(empty, _FILLER_TARGET, rows.targets).astype(np.int32),
+        )
+
+    return map_rows(fill, batch)
+
+
+def renamed(batch: Any, new_ids_V: np.ndarray) -> Any:
+    """The batch with other ids for all tokens."""
+    return map_rows(lambda rows: replace(rows, tokens=new_ids_V[rows.tokens], targets=new_ids_V[rows.targets]), batch)
+
+
+def map_rows(function: Callable[[Batch], Batch], batch: Any) -> Any:
+    """A function of each `Batch` in a tree."""
+    is_rows = lambda part: isinstance(part, Batch)  # noqa: E731
+    return jax.tree.map(lambda part: function(part) if is_rows(part) else part, batch, is_leaf=is_rows)

@@ -1,0 +1,55 @@
+"""Whether the policy that samples is the one that learns.
+
+After an update of the weights, the log-probabilities that sampling records must be those that the training pass gives
+to the same tokens. Weights that sampling holds on to (adapters above all, which are small and easily left out), or
+another temperature, show here.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from maxlm.config.mesh import MeshConfig
+from maxlm.config.model import ModelConfig
+from maxlm.core.batch import put_batch
+from maxlm.core.sharding import make_mesh
+from maxlm.errors import CheckFailed
+from maxlm.post.sequences import local_rows, token_scores
+from maxlm.verify.subject import COMPILER_OPTIONS, Subject, place
+
+
+def compare_rollout(subject: Subject, *, model: ModelConfig, mesh: Mesh | None) -> dict[str, Any]:
+    """The largest difference of a sampled token's log-probability, as the numbers of a finding.
+
+    Raises:
+      CheckFailed: the update changes so little that stale weights would not show.
+    """
+    mesh = make_mesh(MeshConfig(fsdp=1)) if mesh is None else mesh
+    trainable_plan, frozen_plan = subject.plans(model)
+    trainable, frozen = subject.weights
+    random = np.random.default_rng(1)
+    updated = {path: leaf + 0.1 * random.normal(size=leaf.shape).astype(leaf.dtype) for path, leaf in trainable.items()}
+    temperature = subject.config.objective.temperature
+    objective = subject.build(mesh)
+    with jax.set_mesh(mesh):
+        frozen = place(frozen, frozen_plan, mesh)
+        before, after = (place(weights, trainable_plan, mesh) for weights in (trainable, updated))
+        current = {"trainable": before}
+        batches = objective.batches(0, lambda: subject.assemble(current["trainable"], frozen))
+        next(batches)
+        current["trainable"] = after
+        batch = next(batches)
+
+        def compute(trainable, frozen, rows):
+            return token_scores(subject.assemble(trainable, frozen), rows, temperature=temperature)
+
+        scores = jax.jit(compute, compiler_options=COMPILER_OPTIONS)
+        rows = put_batch(batch.rows, mesh)
+        old, new = (local_rows(scores(weights, frozen, rows)) for weights in (before, after))
+    sampled = np.asarray(batch.sampled_BL)
+    difference = float(np.abs(sampled - new).max())
+    if np.abs(new - old).max() < 0.01:
+        raise CheckFailed("the update of the weights changes no sampled token's log-probability: nothing is compared")
+    return {"loss_difference": difference / float(np.abs(new).max()), "term": "log-probability of sampled tokens"}

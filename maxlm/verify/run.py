@@ -1,0 +1,109 @@
+"""From a configuration to a report."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxlm.config.train import TrainConfig
+from maxlm.core.progress import progress_bar
+from maxlm.core.sharding import make_mesh
+from maxlm.errors import CheckFailed, RequestError
+from maxlm.verify import examples
+from maxlm.verify.reduce import NUM_ROWS, ROW_LENGTH, describe, full_model, reduced_config
+from maxlm.verify.report import Finding, Report, compare
+from maxlm.verify.rollout import compare_rollout
+from maxlm.verify.subject import Measured, Subject
+from maxlm.verify.variants import NUM_DEVICES, PLAIN, Variant, variants_of
+from maxlm.verify.workspace import open_workspace
+
+
+def verify(config: TrainConfig, *, title: str = "", only: Sequence[str] = ()) -> Report:
+    """Compare loss terms and per-parameter gradients over all ways of computing what `config` trains.
+
+    Args:
+      config: of any objective; neither its data nor the checkpoints that it starts from need to exist.
+      title: names it in the report.
+      only: parts of names of variants; the others are left out. None: all.
+
+    Raises:
+      RequestError: no variant has such a name.
+    """
+    began = time.perf_counter()
+    model, origin = full_model(config)
+    full = config.model_copy(update={"model": model})
+    with open_workspace() as workspace:
+        reduced = reduced_config(full, vocab_size=workspace.tokenizer.vocab_size)
+        subject = Subject(workspace.with_data(reduced), workspace)
+        chosen = choose(variants_of(full, reduced, num_devices=min(NUM_DEVICES, jax.device_count())), only)
+        findings = []
+        with progress_bar(f"verify {title}".strip(), len(chosen) + 1) as (progress, task):
+            progress.update(task, note="baseline")
+            plain = reduced.model.model_copy(update=PLAIN)
+            baseline = subject.measure(model=plain)
+            check_baseline(baseline)
+            for variant in chosen:
+                progress.update(task, advance=1, note=variant.name)
+                findings.append(_find(subject, baseline, variant))
+            progress.update(task, advance=1, note="")
+        return Report(title, describe(reduced, origin), tuple(findings), time.perf_counter() - began)
+
+
+def choose(variants: Sequence[Variant], only: Sequence[str]) -> list[Variant]:
+    """Variants of which a part of the name is given.
+
+    Raises:
+      RequestError: a part is in no name.
+    """
+    variants = list(variants)
+    for part in only:
+        if not any(part in variant.name for variant in variants):
+            groups = ", ".join(dict.fromkeys(variant.group for variant in variants))
+            raise RequestError(f"--only {part!r}: names no variant; groups are {groups}")
+    return [variant for variant in variants if not only or any(part in variant.name for part in only)]
+
+
+def _find(subject: Subject, baseline: Measured, variant: Variant) -> Finding:
+    """The numbers of one variant."""
+    if variant.skipped is not None:
+        return Finding(variant.group, variant.detail, skipped=variant.skipped)
+    began = time.perf_counter()
+    mesh = None if variant.mesh is None else make_mesh(variant.mesh)
+    model = subject.config.model.model_copy(update=PLAIN | dict(variant.model))
+    if variant.group == "rollout":
+        numbers = compare_rollout(subject, model=model, mesh=mesh)
+    else:
+        measured = subject.measure(model=model, mesh=mesh, accumulate=variant.accumulate, **_laid_out(subject, variant))
+        numbers = compare(baseline, measured, subject.order)
+    return Finding(variant.group, variant.detail, **numbers, seconds=time.perf_counter() - began)
+
+
+def _laid_out(subject: Subject, variant: Variant) -> dict[str, Any]:
+    """The arguments of `measure` that hold the examples."""
+    rows = 0 if variant.mesh is None else NUM_ROWS
+    match variant.examples:
+        case "unpacked":
+            return {"batch": examples.unpack(subject.documents, multiple=NUM_ROWS)}
+        case "padded":
+            # A policy batch is whole: its metrics count all rows.
+            rows = 0 if subject.config.objective.kind == "grpo" else rows or 3
+            columns = ROW_LENGTH if variant.mesh is not None else 7
+            return {"batch": examples.with_filler(examples.padded(subject.batch, rows=rows, columns=columns))}
+        case "renamed":
+            vocab_size = subject.config.model.vocab_size
+            return {"new_ids_V": np.random.default_rng(0).permutation(vocab_size).astype(np.int32)}
+    return {}
+
+
+def check_baseline(baseline: Measured) -> None:
+    """Comparing zeros, or what is no number, would prove nothing.
+
+    Raises:
+      CheckFailed: the baseline itself is wrong.
+    """
+    for path, gradient in baseline.gradient.items():
+        if not np.isfinite(gradient).all() or not np.any(gradient):
+            what = "zero" if np.isfinite(gradient).all() else "not finite"
+            raise CheckFailed(f"the gradient of {path} is {what} on one device already, computed in the plainest way")

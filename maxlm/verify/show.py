@@ -1,0 +1,70 @@
+"""Reports for the eye and for documents."""
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from maxlm.verify.report import GRADIENT_TOLERANCE, LOSS_TOLERANCE, Finding, Report
+
+_COLUMNS = ("variant", "loss", "gradient", "of parameter", "verdict", "seconds")
+_STYLES = {"same": "green", "differs": "bold red", "skipped": "dim"}
+
+
+def table(report: Report) -> RenderableType:
+    """The report for a terminal."""
+    shown = Table(title=f"maxlm verify {report.title}", title_justify="left", caption_justify="left")
+    for name in _COLUMNS:
+        shown.add_column(name, overflow="fold", justify="right" if name in ("loss", "gradient", "seconds") else "left")
+    for finding in report.findings:
+        cells = _cells(finding)
+        shown.add_row(*cells[:4], Text(cells[4], _STYLES[finding.verdict]), cells[5], style=_row_style(finding))
+    return Group(Text(report.subject), shown, Text(conclusion(report)))
+
+
+def markdown(report: Report) -> str:
+    """The report as a section of a document."""
+    lines = [f"### {report.title}", "", f"{_sentence(report.subject)}", ""]
+    lines += ["| " + " | ".join(_COLUMNS) + " |", "| --- | ---: | ---: | --- | --- | ---: |"]
+    lines += ["| " + " | ".join(_cells(finding)) + " |" for finding in report.findings]
+    return "\n".join([*lines, "", _sentence(conclusion(report)), ""])
+
+
+def conclusion(report: Report) -> str:
+    """What was found, in a sentence for each failure."""
+    count = sum(finding.skipped is None for finding in report.findings)
+    if report.passed:
+        worst = max(report.findings, key=lambda finding: finding.gradient_difference)
+        return (
+            f"{count} ways give the same: largest gradient difference {worst.gradient_difference:.1e}"
+            f" ({worst.name}; allowed {GRADIENT_TOLERANCE:.0e}), in {report.seconds:.0f} s"
+        )
+    return "\n".join(failure(finding) for finding in report.failed)
+
+
+def failure(finding: Finding) -> str:
+    """Which parameter differs first, and by how much."""
+    parts = [f"{finding.name} differs"]
+    if not finding.loss_difference <= LOSS_TOLERANCE:
+        parts.append(f"{finding.term} by {finding.loss_difference:.1e} of it")
+    if finding.first is not None:
+        parts.append(
+            f"gradients from {finding.first} on, most in {finding.parameter}, by {finding.gradient_difference:.1e} of"
+            " its largest entry"
+        )
+    return f"{parts[0]}: {'; '.join(parts[1:])}"
+
+
+def _cells(finding: Finding) -> tuple[str, ...]:
+    if finding.skipped is not None:
+        return finding.name, "", "", "", f"skipped: {finding.skipped}", ""
+    gradient = f"{finding.gradient_difference:.1e}" if finding.parameter else ""
+    seconds = f"{finding.seconds:.1f}"
+    return finding.name, f"{finding.loss_difference:.1e}", gradient, finding.parameter, finding.verdict, seconds
+
+
+def _row_style(finding: Finding) -> str:
+    return "dim" if finding.skipped is not None else ""
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:].replace("\n", ".  \n") + "."

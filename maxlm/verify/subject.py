@@ -1,0 +1,218 @@
+"""What is compared: one objective's loss terms and gradient, for given weights and examples, however computed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from maxlm.config.mesh import MeshConfig
+from maxlm.config.model import ModelConfig
+from maxlm.config.train import TrainConfig
+from maxlm.core.batch import Batch, put_batch
+from maxlm.core.parameters import Parameter, initialize
+from maxlm.core.sharding import make_mesh, named_sharding
+from maxlm.core.tree import flatten, unflatten
+from maxlm.models.adapters import apply_adapters, declare_adapters
+from maxlm.models.layers import DecoderLayer
+from maxlm.post.run import recipe_of
+from maxlm.post.sequences import token_scores
+from maxlm.train import step
+from maxlm.train.objective import Objective, RunContext
+from maxlm.verify import examples
+from maxlm.verify.examples import Document
+from maxlm.verify.reduce import NUM_ROWS, ROW_LENGTH
+from maxlm.verify.workspace import Workspace, quiet
+
+# These programs run once or a few times: what an optimizer saves is less than what it takes.
+COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+# Kinds whose rows hold several documents.
+PACKED_KINDS = ("pretrain", "sft", "distill")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Means of the loss terms and metrics by name, and the gradient of the sum of the terms by path, on the host."""
+
+    means: dict[str, float]
+    gradient: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A reduced configuration with weights and examples."""
+
+    config: TrainConfig
+    workspace: Workspace
+    seed: int = 0
+
+    def measure(
+        self,
+        *,
+        model: ModelConfig | None = None,
+        mesh: Mesh | None = None,
+        accumulate: int = 1,
+        batch: Any = None,
+        new_ids_V: np.ndarray | None = None,
+    ) -> Measured:
+        """Loss terms and gradient.
+
+        Args:
+          model: the same weights computed in another way.
+          mesh: None is one device without any sharding.
+          accumulate: microbatches.
+          batch: by default `self.batch`.
+          new_ids_V: other ids for all tokens: rows of the vocabulary's tables are moved, and back in the gradient.
+        """
+        objective, batch = self.objective, self.batch if batch is None else batch
+        trainable_plan, frozen_plan = self.plans(model or self.config.model)
+        trainable, frozen = self.weights
+        if new_ids_V is not None:
+            batch = examples.renamed(batch, new_ids_V)
+            trainable, frozen = (
+                _move_rows(weights, plan, np.argsort(new_ids_V))
+                for weights, plan in ((trainable, trainable_plan), (frozen, frozen_plan))
+            )
+
+        def loss_function(trainable, frozen, batch):
+            return objective.loss(self.assemble(trainable, frozen), batch)
+
+        def compute(trainable, frozen, batch):
+            # Looked up when it is called: what is verified is what training runs.
+            return step.loss_and_gradient(trainable, frozen, batch, loss_function=loss_function, accumulate=accumulate)
+
+        with jax.set_mesh(mesh) if mesh is not None else jax.default_device(jax.devices()[0]):
+            placed = place(trainable, trainable_plan, mesh), place(frozen, frozen_plan, mesh)
+            rows = batch if mesh is None else put_batch(batch, mesh)
+            output, gradient = jax.device_get(jax.jit(compute, compiler_options=COMPILER_OPTIONS)(*placed, rows))
+        if new_ids_V is not None:
+            gradient = _move_rows(flatten(gradient), trainable_plan, new_ids_V)
+        means = {name: float(term.mean()) for name, term in {**output.terms, **output.metrics}.items()}
+        return Measured(means, flatten(gradient))
+
+    def plans(self, model: ModelConfig) -> tuple[Any, Any]:
+        """Declarations of what is trained and of what is not."""
+        plan = recipe_of(self.config).declare(model)
+        if self.config.lora is None:
+            return plan, None
+        return declare_adapters(plan, self.config.lora), plan
+
+    def assemble(self, trainable: Any, frozen: Any) -> Any:
+        """The model that the loss takes."""
+        return trainable if self.config.lora is None else apply_adapters(frozen, trainable, self.config.lora)
+
+    def build(self, mesh: Mesh) -> Objective:
+        """The objective on a mesh, the frozen model its reference."""
+        _, plan = self.plans(self.config.model)
+        trainable, frozen = self.weights
+        reference = place(frozen, plan, mesh) if plan is not None else place(trainable, self._plan, mesh)
+        with quiet(), jax.set_mesh(mesh):
+            context = RunContext(self.config, self.workspace.tokenizer, mesh, reference)
+            return recipe_of(self.config).build(context)
+
+    @cached_property
+    def objective(self) -> Objective:
+        return self.build(make_mesh(MeshConfig(fsdp=1)))
+
+    @cached_property
+    def order(self) -> list[str]:
+        """Paths of the trained parameters as the model uses them, from input to output."""
+        declared: list[str] = []
+        for path in _declared(self._plan):
+            if not path.startswith("layers/"):
+                declared.append(path)
+            elif not any(other.startswith("layers/") for other in declared):
+                # A stack of layers has lost the order of one.
+                declared += [f"layers/{inner}" for inner in _declared(DecoderLayer(self.config.model))]
+        trained = flatten(self.plans(self.config.model)[0])
+        places = {path: place for place, path in enumerate(declared)}
+        return sorted(
+            trained, key=lambda path: next(places[end] for end in (path, path.rpartition("/")[0]) if end in places)
+        )
+
+    @cached_property
+    def weights(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Weights by path on the host: moved from where training starts, since zeros would hide what they multiply."""
+        key = jax.random.key(self.seed)
+
+        def draw(plan: Any) -> dict[str, np.ndarray]:
+            random = np.random.default_rng(self.seed)
+            flat = flatten(jax.device_get(initialize(plan, key)))
+            return {path: leaf + random.normal(0, 0.2, leaf.shape).astype(leaf.dtype) for path, leaf in flat.items()}
+
+        return tuple(draw(plan) for plan in self.plans(self.config.model))
+
+    @cached_property
+    def documents(self) -> list[list[Document]]:
+        """What the rows of `batch` hold, where rows hold documents."""
+        return examples.make_documents(self._random, **self._sizes)
+
+    @cached_property
+    def batch(self) -> Any:
+        """The examples as the objective takes them, packed where it packs."""
+        kind = self.config.objective.kind
+        if kind in PACKED_KINDS:
+            return examples.pack(self.documents, length=ROW_LENGTH)
+        if kind == "grpo":
+            rows = examples.sequences(self._random, **self._sizes, shared=5)
+            return examples.policy_batch(self._random, rows, self._scores)
+        pairs = examples.preferences(self._random, **self._sizes)
+        return examples.dpo_batch(self._random, pairs, self._scores) if kind == "dpo" else pairs
+
+    def _scores(self, rows: Batch) -> np.ndarray:
+        """Log-probabilities of the targets under these weights."""
+        plans = self.plans(self.config.model)
+        trainable, frozen = (place(weights, plan, None) for weights, plan in zip(self.weights, plans))
+        temperature = getattr(self.config.objective, "temperature", 1.0)
+
+        def compute(trainable, frozen, rows):
+            return token_scores(self.assemble(trainable, frozen), rows, temperature=temperature)
+
+        return np.asarray(jax.jit(compute, compiler_options=COMPILER_OPTIONS)(trainable, frozen, rows))
+
+    @cached_property
+    def _plan(self) -> Any:
+        return recipe_of(self.config).declare(self.config.model)
+
+    @cached_property
+    def _random(self) -> np.random.Generator:
+        return np.random.default_rng(self.seed)
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {"num_rows": NUM_ROWS, "length": ROW_LENGTH, "vocab_size": self.config.model.vocab_size}
+
+
+def place(weights: Mapping[str, np.ndarray], plan: Any, mesh: Mesh | None) -> Any:
+    """Host arrays as the tree of a plan, laid out over a mesh."""
+    if plan is None:
+        return None
+    arrays = {
+        path: jax.device_put(leaf, None if mesh is None else named_sharding(mesh, parameter.axes))
+        for (path, leaf), parameter in zip(weights.items(), flatten(plan).values(), strict=True)
+    }
+    return unflatten(arrays, plan)
+
+
+def _move_rows(weights: Mapping[str, np.ndarray], plan: Any, source_V: np.ndarray) -> dict[str, np.ndarray]:
+    """Weights whose row i of each vocabulary table is row source_V[i] of the old one."""
+    axes = {path: parameter.axes for path, parameter in flatten(plan).items()}
+    return {
+        path: np.take(leaf, source_V, axis=axes[path].index("vocab")) if "vocab" in axes[path] else leaf
+        for path, leaf in weights.items()
+    }
+
+
+def _declared(plan: Any, prefix: str = "") -> list[str]:
+    """Paths of a module's parameters in the order in which its constructor names them."""
+    paths = []
+    for name, value in vars(plan).items():
+        if isinstance(value, Parameter):
+            paths.append(f"{prefix}{name}")
+        elif hasattr(value, "__dict__") and not name.startswith("_"):
+            paths += _declared(value, f"{prefix}{name}/")
+    return paths
