@@ -65,7 +65,7 @@ def reduced_config(config: TrainConfig, *, vocab_size: int) -> TrainConfig:
     }
     if objective.kind == "grpo":
         weights |= {"group_size": 2, "max_new_tokens": 8, "updates_per_rollout": 1}
-    lora = config.lora and config.lora.model_copy(update={"rank": min(config.lora.rank, 3)})
+    lora = config.lora and config.lora.model_copy(update={"rank": 2, "alpha": 2 * config.lora.alpha / config.lora.rank})
     return config.model_copy(
         update={
             "model": reduced_model(full_model(config)[0], vocab_size=vocab_size),

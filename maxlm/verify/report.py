@@ -23,7 +23,7 @@ _SMALLEST_SHARE = 1e-3
 class Finding:
     """One variant against the baseline.
 
-    loss_difference: the largest |difference| of a term's or metric's mean, relative to it; `term` is its name.
+    loss_difference: the largest |difference| of a term's mean, relative to it; `term` is its name.
     gradient_difference: the largest |difference| of a parameter's gradient, relative to its largest entry; `parameter`
       is its path, with the layer.
     first: the first parameter, from the model's input to its output, that differs by more than the tolerance.

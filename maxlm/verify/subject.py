@@ -36,7 +36,7 @@ PACKED_KINDS = ("pretrain", "sft", "distill")
 
 @dataclass(frozen=True)
 class Measured:
-    """Means of the loss terms and metrics by name, and the gradient of the sum of the terms by path, on the host."""
+    """Means of the loss terms by name, and the gradient of their sum by path, on the host."""
 
     means: dict[str, float]
     gradient: dict[str, np.ndarray]
@@ -91,7 +91,7 @@ class Subject:
             output, gradient = jax.device_get(jax.jit(compute, compiler_options=COMPILER_OPTIONS)(*placed, rows))
         if new_ids_V is not None:
             gradient = _move_rows(flatten(gradient), trainable_plan, new_ids_V)
-        means = {name: float(term.mean()) for name, term in {**output.terms, **output.metrics}.items()}
+        means = {name: float(term.mean()) for name, term in output.terms.items()}
         return Measured(means, flatten(gradient))
 
     def plans(self, model: ModelConfig) -> tuple[Any, Any]:
@@ -142,7 +142,7 @@ class Subject:
         def draw(plan: Any) -> dict[str, np.ndarray]:
             random = np.random.default_rng(self.seed)
             flat = flatten(jax.device_get(initialize(plan, key)))
-            return {path: leaf + random.normal(0, 0.2, leaf.shape).astype(leaf.dtype) for path, leaf in flat.items()}
+            return {path: leaf + _noise(random, leaf) for path, leaf in flat.items()}
 
         return tuple(draw(plan) for plan in self.plans(self.config.model))
 
@@ -196,6 +196,11 @@ def place(weights: Mapping[str, np.ndarray], plan: Any, mesh: Mesh | None) -> An
         for (path, leaf), parameter in zip(weights.items(), flatten(plan).values(), strict=True)
     }
     return unflatten(arrays, plan)
+
+
+def _noise(random: np.random.Generator, leaf: np.ndarray) -> np.ndarray:
+    """Something for weights that all start alike: zeros would hide what they multiply, and ones what multiplies them."""
+    return random.normal(0, 0.1, leaf.shape).astype(leaf.dtype) if np.ptp(leaf) == 0 else np.zeros_like(leaf)
 
 
 def _move_rows(weights: Mapping[str, np.ndarray], plan: Any, source_V: np.ndarray) -> dict[str, np.ndarray]:
