@@ -26,6 +26,7 @@ def register(subparsers) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file with kind: train; its data need not exist")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the file's")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="variants with this in their name")
+    parser.add_argument("--all", action="store_true", help="every product of two and three mesh axes")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     parser.add_argument("--markdown", action="store_true", help="print the report as a section of a document")
     parser.set_defaults(func=run)
@@ -44,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     from maxlm.verify.run import verify
     from maxlm.verify.show import markdown, table
 
-    report = verify(load_config(args.config, args.overrides, kind="train"), title=args.config, only=args.only)
+    config = load_config(args.config, args.overrides, kind="train")
+    report = verify(config, title=args.config, only=args.only, all_products=args.all)
     if args.json:
         print(json.dumps(report.to_json()))
     elif args.markdown:

@@ -50,8 +50,11 @@ def reduced_model(model: ModelConfig, *, vocab_size: int) -> ModelConfig:
         "head_dim": 8,
         "max_length": 2 * ROW_LENGTH,
         "window_pattern": tuple(_small_window(window, model.window_pattern) for window in model.window_pattern),
+        # Rounding to fewer bits turns the last bit of a sum into a step, and hides what is looked for.
         "activation_dtype": "float32",
         "matmul_dtype": "float32",
+        "parameter_dtype": "float32",
+        "eight_bit": None,
         "loss_chunk_length": 32,
     }
     return ModelConfig(**(model.model_dump() | changes))
@@ -63,6 +66,8 @@ def reduced_config(config: TrainConfig, *, vocab_size: int) -> TrainConfig:
     weights = {
         name: max(getattr(objective, name), _AUXILIARY_WEIGHT) for name in _AUXILIARY_FIELDS if hasattr(objective, name)
     }
+    if objective.kind == "distill":
+        weights = {"alpha": min(max(objective.alpha, _AUXILIARY_WEIGHT), 1 - _AUXILIARY_WEIGHT)}
     if objective.kind == "grpo":
         weights |= {"group_size": 2, "max_new_tokens": 8, "updates_per_rollout": 1}
     lora = config.lora and config.lora.model_copy(update={"rank": 2, "alpha": 2 * config.lora.alpha / config.lora.rank})

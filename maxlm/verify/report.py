@@ -28,6 +28,7 @@ class Finding:
       is its path, with the layer.
     first: the first parameter, from the model's input to its output, that differs by more than the tolerance.
     skipped: why it was not computed; the numbers are then 0.
+    seconds: of all processors together.
     """
 
     group: str

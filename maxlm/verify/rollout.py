@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.model import ModelConfig
 from maxlm.core.batch import put_batch
+from maxlm.core.compat import quick_compiler_options
 from maxlm.core.sharding import make_mesh
 from maxlm.errors import CheckFailed
 from maxlm.post.sequences import local_rows, token_scores
-from maxlm.verify.subject import COMPILER_OPTIONS, Subject, place
+from maxlm.verify.subject import Subject, place
 
 
 def compare_rollout(subject: Subject, *, model: ModelConfig, mesh: Mesh | None) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def compare_rollout(subject: Subject, *, model: ModelConfig, mesh: Mesh | None) 
         def compute(trainable, frozen, rows):
             return token_scores(subject.assemble(trainable, frozen), rows, temperature=temperature)
 
-        scores = jax.jit(compute, compiler_options=COMPILER_OPTIONS)
+        scores = jax.jit(compute, compiler_options=quick_compiler_options())
         rows = put_batch(batch.rows, mesh)
         old, new = (local_rows(scores(weights, frozen, rows)) for weights in (before, after))
     sampled = np.asarray(batch.sampled_BL)

@@ -1,7 +1,7 @@
 """From a configuration to a report."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,13 +20,14 @@ from maxlm.verify.variants import NUM_DEVICES, PLAIN, Variant, variants_of
 from maxlm.verify.workspace import open_workspace
 
 
-def verify(config: TrainConfig, *, title: str = "", only: Sequence[str] = ()) -> Report:
+def verify(config: TrainConfig, *, title: str = "", only: Sequence[str] = (), all_products: bool = False) -> Report:
     """Compare loss terms and per-parameter gradients over all ways of computing what `config` trains.
 
     Args:
       config: of any objective; neither its data nor the checkpoints that it starts from need to exist.
       title: names it in the report.
-      only: parts of names of variants; the others are left out. None: all.
+      only: names of variants, or parts of them; the others are left out. Nothing: all.
+      all_products: every product of two and three mesh axes, and not a few in which each two axes meet.
 
     Raises:
       RequestError: no variant has such a name.
@@ -37,7 +38,8 @@ def verify(config: TrainConfig, *, title: str = "", only: Sequence[str] = ()) ->
     with open_workspace() as workspace:
         reduced = reduced_config(full, vocab_size=workspace.tokenizer.vocab_size)
         subject = Subject(workspace.with_data(reduced), workspace)
-        chosen = choose(variants_of(full, reduced, num_devices=min(NUM_DEVICES, jax.device_count())), only)
+        num_devices = min(NUM_DEVICES, jax.device_count())
+        chosen = choose(variants_of(full, reduced, num_devices=num_devices, all_products=all_products), only)
         findings = []
         with progress_bar(f"verify {title}".strip(), len(chosen) + 1) as (progress, task):
             progress.update(task, note="baseline")
@@ -51,25 +53,31 @@ def verify(config: TrainConfig, *, title: str = "", only: Sequence[str] = ()) ->
         return Report(title, describe(reduced, origin), tuple(findings), time.perf_counter() - began)
 
 
-def choose(variants: Sequence[Variant], only: Sequence[str]) -> list[Variant]:
-    """Variants of which a part of the name is given.
+def choose(variants: Iterable[Variant], only: Sequence[str]) -> list[Variant]:
+    """The variants that have one of these names, or, where none has it whole, as a part.
 
     Raises:
-      RequestError: a part is in no name.
+      RequestError: no variant has it.
     """
     variants = list(variants)
-    for part in only:
-        if not any(part in variant.name for variant in variants):
+    if not only:
+        return variants
+    chosen: set[str] = set()
+    for wanted in only:
+        found = [variant for variant in variants if variant.name == wanted]
+        found = found or [variant for variant in variants if wanted in variant.name]
+        if not found:
             groups = ", ".join(dict.fromkeys(variant.group for variant in variants))
-            raise RequestError(f"--only {part!r}: names no variant; groups are {groups}")
-    return [variant for variant in variants if not only or any(part in variant.name for part in only)]
+            raise RequestError(f"--only {wanted!r}: names no variant; groups are {groups}")
+        chosen.update(variant.name for variant in found)
+    return [variant for variant in variants if variant.name in chosen]
 
 
 def _find(subject: Subject, baseline: Measured, variant: Variant) -> Finding:
     """The numbers of one variant."""
     if variant.skipped is not None:
         return Finding(variant.group, variant.detail, skipped=variant.skipped)
-    began = time.perf_counter()
+    began = time.process_time()
     mesh = None if variant.mesh is None else make_mesh(variant.mesh)
     model = subject.config.model.model_copy(update=PLAIN | dict(variant.model))
     if variant.group == "rollout":
@@ -77,7 +85,7 @@ def _find(subject: Subject, baseline: Measured, variant: Variant) -> Finding:
     else:
         measured = subject.measure(model=model, mesh=mesh, accumulate=variant.accumulate, **_laid_out(subject, variant))
         numbers = compare(baseline, measured, subject.order)
-    return Finding(variant.group, variant.detail, **numbers, seconds=time.perf_counter() - began)
+    return Finding(variant.group, variant.detail, **numbers, seconds=time.process_time() - began)
 
 
 def _laid_out(subject: Subject, variant: Variant) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from rich.text import Text
 
 from maxlm.verify.report import GRADIENT_TOLERANCE, LOSS_TOLERANCE, Finding, Report
 
-_COLUMNS = ("variant", "loss", "gradient", "of parameter", "verdict", "seconds")
+_COLUMNS = ("variant", "loss", "gradient", "of parameter", "verdict", "CPU s")
 _STYLES = {"same": "green", "differs": "bold red", "skipped": "dim"}
 
 
@@ -14,7 +14,7 @@ def table(report: Report) -> RenderableType:
     """The report for a terminal."""
     shown = Table(title=f"maxlm verify {report.title}", title_justify="left", caption_justify="left")
     for name in _COLUMNS:
-        shown.add_column(name, overflow="fold", justify="right" if name in ("loss", "gradient", "seconds") else "left")
+        shown.add_column(name, overflow="fold", justify="right" if name in ("loss", "gradient", "CPU s") else "left")
     for finding in report.findings:
         cells = _cells(finding)
         shown.add_row(*cells[:4], Text(cells[4], _STYLES[finding.verdict]), cells[5], style=_row_style(finding))

@@ -13,22 +13,21 @@ from maxlm.config.mesh import MeshConfig
 from maxlm.config.model import ModelConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch, put_batch
+from maxlm.core.compat import quick_compiler_options
 from maxlm.core.parameters import Parameter, initialize
 from maxlm.core.sharding import make_mesh, named_sharding
 from maxlm.core.tree import flatten, unflatten
-from maxlm.models.adapters import apply_adapters, declare_adapters
+from maxlm.models.adapters import declare_adapters
+from maxlm.models.decoder import Decoder
 from maxlm.models.layers import DecoderLayer
 from maxlm.post.run import recipe_of
 from maxlm.post.sequences import token_scores
-from maxlm.train import step
+from maxlm.train import run, step
 from maxlm.train.objective import Objective, RunContext
 from maxlm.verify import examples
 from maxlm.verify.examples import Document
 from maxlm.verify.reduce import NUM_ROWS, ROW_LENGTH
 from maxlm.verify.workspace import Workspace, quiet
-
-# These programs run once or a few times: what an optimizer saves is less than what it takes.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 # Kinds whose rows hold several documents.
 PACKED_KINDS = ("pretrain", "sft", "distill")
@@ -88,28 +87,31 @@ class Subject:
         with jax.set_mesh(mesh) if mesh is not None else jax.default_device(jax.devices()[0]):
             placed = place(trainable, trainable_plan, mesh), place(frozen, frozen_plan, mesh)
             rows = batch if mesh is None else put_batch(batch, mesh)
-            output, gradient = jax.device_get(jax.jit(compute, compiler_options=COMPILER_OPTIONS)(*placed, rows))
+            program = jax.jit(compute, compiler_options=quick_compiler_options())
+            output, gradient = jax.device_get(program(*placed, rows))
         if new_ids_V is not None:
             gradient = _move_rows(flatten(gradient), trainable_plan, new_ids_V)
         means = {name: float(term.mean()) for name, term in output.terms.items()}
         return Measured(means, flatten(gradient))
 
-    def plans(self, model: ModelConfig) -> tuple[Any, Any]:
+    def plans(self, model: ModelConfig) -> tuple[Any, dict[str, Any]]:
         """Declarations of what is trained and of what is not."""
-        plan = recipe_of(self.config).declare(model)
+        plan, frozen = recipe_of(self.config).declare(model), {}
+        if self.config.objective.kind == "distill":
+            frozen["teacher"] = Decoder(model.model_copy(update={"embed_dim": 2 * model.embed_dim}))
         if self.config.lora is None:
-            return plan, None
-        return declare_adapters(plan, self.config.lora), plan
+            return plan, frozen
+        return declare_adapters(plan, self.config.lora), frozen | {"base": plan}
 
-    def assemble(self, trainable: Any, frozen: Any) -> Any:
-        """The model that the loss takes."""
-        return trainable if self.config.lora is None else apply_adapters(frozen, trainable, self.config.lora)
+    def assemble(self, trainable: Any, frozen: dict[str, Any]) -> Any:
+        """What the loss takes."""
+        return run.assemble(self.config, trainable, frozen)
 
     def build(self, mesh: Mesh) -> Objective:
-        """The objective on a mesh, the frozen model its reference."""
-        _, plan = self.plans(self.config.model)
-        trainable, frozen = self.weights
-        reference = place(frozen, plan, mesh) if plan is not None else place(trainable, self._plan, mesh)
+        """The objective on a mesh, the model that training starts from its reference."""
+        plans = self.plans(self.config.model)
+        trainable, frozen = (place(weights, plan, mesh) for weights, plan in zip(self.weights, plans))
+        reference = frozen.get("base", trainable)
         with quiet(), jax.set_mesh(mesh):
             context = RunContext(self.config, self.workspace.tokenizer, mesh, reference)
             return recipe_of(self.config).build(context)
@@ -172,7 +174,7 @@ class Subject:
         def compute(trainable, frozen, rows):
             return token_scores(self.assemble(trainable, frozen), rows, temperature=temperature)
 
-        return np.asarray(jax.jit(compute, compiler_options=COMPILER_OPTIONS)(trainable, frozen, rows))
+        return np.asarray(jax.jit(compute, compiler_options=quick_compiler_options())(trainable, frozen, rows))
 
     @cached_property
     def _plan(self) -> Any:
@@ -189,8 +191,6 @@ class Subject:
 
 def place(weights: Mapping[str, np.ndarray], plan: Any, mesh: Mesh | None) -> Any:
     """Host arrays as the tree of a plan, laid out over a mesh."""
-    if plan is None:
-        return None
     arrays = {
         path: jax.device_put(leaf, None if mesh is None else named_sharding(mesh, parameter.axes))
         for (path, leaf), parameter in zip(weights.items(), flatten(plan).values(), strict=True)
@@ -199,7 +199,7 @@ def place(weights: Mapping[str, np.ndarray], plan: Any, mesh: Mesh | None) -> An
 
 
 def _noise(random: np.random.Generator, leaf: np.ndarray) -> np.ndarray:
-    """Something for weights that all start alike: zeros would hide what they multiply, and ones what multiplies them."""
+    """Something for weights that all start alike: zeros hide what they multiply, and ones what multiplies them."""
     return random.normal(0, 0.1, leaf.shape).astype(leaf.dtype) if np.ptp(leaf) == 0 else np.zeros_like(leaf)
 
 

@@ -26,6 +26,16 @@ PLAIN: dict[str, Any] = {
     "loss_chunk_length": 4 * ROW_LENGTH,
 }
 
+# Six of the twenty products of three axes hold each pair of axes.
+_PRODUCTS = (
+    ("data", "fsdp", "tensor"),
+    ("data", "context", "tensor"),
+    ("fsdp", "expert", "context"),
+    ("data", "stage", "expert"),
+    ("stage", "expert", "tensor"),
+    ("stage", "fsdp", "context"),
+)
+
 Examples = Literal["packed", "unpacked", "padded", "renamed"]
 
 
@@ -52,39 +62,48 @@ class Variant:
         return f"{self.group}: {self.detail}"
 
 
-def variants_of(full: TrainConfig, reduced: TrainConfig, *, num_devices: int) -> Iterator[Variant]:
+def variants_of(
+    full: TrainConfig, reduced: TrainConfig, *, num_devices: int, all_products: bool = False
+) -> Iterator[Variant]:
     """All variants of a configuration, those that cannot be among them.
 
     Args:
       full: with its model, at its own size: it says which meshes may be.
       reduced: what is computed.
       num_devices: that there are.
+      all_products: of mesh axes; otherwise a few, in which each two axes meet.
     """
     kind, model = reduced.objective.kind, reduced.model
-    own = {name: getattr(model, name) for name in PLAIN}
+    own = {name: getattr(model, name) for name in (*PLAIN, "context_attention")}
     for parts in (2, 4):
         yield Variant("accumulation", str(parts), accumulate=parts)
     yield Variant(
         "packing",
-        "each document in a row of its own",
+        "a row for each document",
         examples="unpacked",
         skipped=None if kind in PACKED_KINDS else f"rows of {kind} hold one sequence each",
     )
-    yield Variant("padding", "more rows and columns, other ids in them", examples="padded")
-    yield Variant("token ids", "all tokens renamed", examples="renamed")
-    yield Variant("layers", "one loop over all", {"unroll": False})
+    yield Variant("padding", "more rows and columns", examples="padded")
+    yield Variant("token ids", "renamed", examples="renamed")
+    yield Variant("layers", "one loop", {"unroll": False})
     for policy in _choices("remat"):
         if policy != PLAIN["remat"]:
             yield Variant("remat", policy, {"unroll": False, "remat": policy})
     for chunk in (ROW_LENGTH // 3, ROW_LENGTH // 2 - 7):
-        yield Variant("cross-entropy", f"chunks of {chunk} of {ROW_LENGTH} tokens", {"loss_chunk_length": chunk})
+        yield Variant("cross-entropy", f"chunks of {chunk} of {ROW_LENGTH}", {"loss_chunk_length": chunk})
     for name in _choices("attention"):
         if name not in ("auto", PLAIN["attention"]):
             yield Variant("attention", name, {"attention": name}, skipped=_no_attention(name))
     yield Variant("one device", "as configured", own)
-    for mesh in _meshes():
+    for mesh in meshes(all_products=all_products):
         skipped = _no_mesh(mesh, full, reduced, num_devices)
         yield Variant("mesh", _describe(mesh), own, mesh=mesh, skipped=skipped)
+    for method in _choices("context_attention"):
+        if method != model.context_attention:
+            for mesh in (MeshConfig(fsdp=1, context=2), MeshConfig(fsdp=2, context=2, tensor=2)):
+                changes = {"context_attention": method}
+                skipped = _no_mesh(mesh, _with_model(full, changes), _with_model(reduced, changes), num_devices)
+                yield Variant("mesh", f"{_describe(mesh)}, {method}", own | changes, mesh=mesh, skipped=skipped)
     both = MeshConfig(data=2, fsdp=2)
     for examples in ("packed", "padded"):
         yield Variant(
@@ -98,19 +117,18 @@ def variants_of(full: TrainConfig, reduced: TrainConfig, *, num_devices: int) ->
         )
 
     if kind == "grpo":
-        yield Variant("rollout", "weights after an update, one device", own)
+        yield Variant("rollout", "after an update, one device", own)
         wide = MeshConfig(data=2, fsdp=2, tensor=2)
         skipped = _no_mesh(wide, full, reduced, num_devices)
-        yield Variant("rollout", f"weights after an update, {_describe(wide)}", own, mesh=wide, skipped=skipped)
+        yield Variant("rollout", f"after an update, {_describe(wide)}", own, mesh=wide, skipped=skipped)
 
 
-def _meshes() -> Iterator[MeshConfig]:
-    """Each axis alone at 2, all products of two and three, and slices."""
-    for count in (1, 2, 3):
-        for axes in itertools.combinations(MESH_AXES, count):
-            yield MeshConfig(**({"fsdp": 1} | dict.fromkeys(axes, 2)))
+def meshes(*, all_products: bool) -> Iterator[MeshConfig]:
+    """Each axis alone at 2, slices, and products: of three axes in which each two meet, or all of two and three."""
+    products = [axes for count in (2, 3) for axes in itertools.combinations(MESH_AXES, count)]
+    for axes in [(axis,) for axis in MESH_AXES] + (products if all_products else list(_PRODUCTS)):
+        yield MeshConfig(**({"fsdp": 1} | dict.fromkeys(axes, 2)))
     yield MeshConfig(slices=2, fsdp=2)
-    yield MeshConfig(slices=2, data=2, fsdp=2)
 
 
 def _describe(mesh: MeshConfig) -> str:
@@ -126,6 +144,10 @@ def _no_mesh(mesh: MeshConfig, full: TrainConfig, reduced: TrainConfig, num_devi
     except ConfigError as error:
         return error.problems[0]
     return None
+
+
+def _with_model(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
 def _no_attention(name: str) -> str | None:

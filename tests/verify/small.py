@@ -1,0 +1,26 @@
+"""Configurations to verify; none of what they name exists."""
+
+from maxlm.config.load import parse_config
+
+MODEL = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+OBJECTIVES = {
+    "pretrain": {"sources": [{"path": "nowhere"}]},
+    "distill": {"teacher": "nowhere", "sources": [{"path": "nowhere"}], "temperature": 2.0},
+    "sft": {"train_file": "nowhere.jsonl"},
+    "reward": {"train_file": "nowhere.jsonl", "center": 0.01},
+    "dpo": {"train_file": "nowhere.jsonl"},
+    "grpo": {"train_file": "nowhere.jsonl"},
+}
+
+
+def config_of(kind, **settings):
+    """A run of this objective."""
+    tree = {
+        "kind": "train",
+        "output": "nowhere",
+        "init_from": "nowhere",
+        "model": MODEL,
+        "objective": {"kind": kind, **OBJECTIVES[kind]},
+        **settings,
+    }
+    return parse_config(tree)

@@ -1,0 +1,135 @@
+"""Bugs that training stacks have had, each planted here: verification must find it, and by the right variant."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from small import config_of
+
+from maxlm.core.sharding import current_mesh
+from maxlm.core.term import LossOutput, Term
+from maxlm.models import decoder, layers
+from maxlm.ops.linear import AdaptedWeight
+from maxlm.post import sft
+from maxlm.post.sampler import Sampler
+from maxlm.train import step
+from maxlm.verify.run import verify
+
+
+def failed(config, *only):
+    """Names of the variants that differ."""
+    report = verify(config, only=only)
+    assert len(report.findings) >= len(only)
+    return [finding.name for finding in report.failed]
+
+
+def test_a_mean_of_means(monkeypatch):
+    original = step.loss_and_gradient
+
+    def mean_of_means(trainable, frozen, batch, *, loss_function, accumulate):
+        parts = jax.tree.map(lambda x: step._split(x, accumulate), batch)
+        found = [
+            original(
+                trainable, frozen, jax.tree.map(lambda x, n=n: x[n], parts), loss_function=loss_function, accumulate=1
+            )
+            for n in range(accumulate)
+        ]
+        outputs, gradients = zip(*found)
+        mean = lambda *leaves: sum(leaves) / accumulate  # noqa: E731
+        return jax.tree.map(lambda *leaves: sum(leaves), *outputs), jax.tree.map(mean, *gradients)
+
+    monkeypatch.setattr(step, "loss_and_gradient", mean_of_means)
+    assert failed(config_of("sft"), "accumulation: 2", "token ids") == ["accumulation: 2"]
+
+
+def test_an_auxiliary_loss_that_each_microbatch_adds_whole(monkeypatch):
+    original = sft.language_model_loss
+
+    def unscaled(model, batch, *, z_loss):
+        output = original(model, batch, z_loss=z_loss)
+        return LossOutput({**output.terms, "z_loss": Term(output.terms["z_loss"].mean(), jnp.float32(1))}, {})
+
+    monkeypatch.setattr(sft, "language_model_loss", unscaled)
+    # The weight of all microbatches together is that of one: each adds its own z-loss whole.
+    monkeypatch.setattr(
+        step.Term, "mean", lambda term: term.sum / jnp.where(term.weight > 1, term.weight, 1.0), raising=True
+    )
+    report = verify(config_of("sft"), only=["accumulation: 2", "token ids"])
+    assert [finding.name for finding in report.failed] == ["accumulation: 2"]
+
+
+def test_attention_that_ignores_segments(monkeypatch):
+    original = layers.attention
+    monkeypatch.setattr(
+        layers,
+        "attention",
+        lambda *args, segment_ids, **settings: original(*args, segment_ids=jnp.ones_like(segment_ids), **settings),
+    )
+    assert failed(config_of("sft"), "packing", "token ids", "accumulation: 2") == ["packing: a row for each document"]
+
+
+def test_weights_that_are_read_off_the_token(monkeypatch):
+    original = sft.language_model_loss
+
+    def masked(model, batch, *, z_loss):
+        weights = batch.loss_weights * (batch.targets != 0)
+        return original(model, replace(batch, loss_weights=weights), z_loss=z_loss)
+
+    monkeypatch.setattr(sft, "language_model_loss", masked)
+    assert failed(config_of("sft"), "token ids", "accumulation: 2") == ["token ids: renamed"]
+
+
+def test_padding_that_is_told_by_its_token(monkeypatch):
+    original = sft.language_model_loss
+
+    def masked(model, batch, *, z_loss):
+        weights = jnp.where(batch.tokens != 0, jnp.maximum(batch.loss_weights, 0.1), batch.loss_weights)
+        return original(model, replace(batch, loss_weights=weights), z_loss=z_loss)
+
+    monkeypatch.setattr(sft, "language_model_loss", masked)
+    assert "padding: more rows and columns" in failed(config_of("sft"), "padding")
+
+
+def test_adapters_that_the_rollout_does_not_see(monkeypatch):
+    original = Sampler.__call__
+
+    def without_adapters(self, model, *args, **settings):
+        is_adapted = lambda leaf: isinstance(leaf, AdaptedWeight)  # noqa: E731
+        base = jax.tree.map(lambda leaf: leaf.base if is_adapted(leaf) else leaf, model, is_leaf=is_adapted)
+        return original(self, base, *args, **settings)
+
+    config = config_of("grpo", lora={"rank": 4})
+    only = "rollout: after an update, one device"
+    assert failed(config, only) == []
+    monkeypatch.setattr(Sampler, "__call__", without_adapters)
+    assert failed(config, only) == [only]
+
+
+def test_a_rollout_that_keeps_its_first_weights(monkeypatch):
+    original, kept = Sampler.__call__, []
+
+    def stale(self, model, *args, **settings):
+        kept.append(model)
+        return original(self, kept[0], *args, **settings)
+
+    monkeypatch.setattr(Sampler, "__call__", stale)
+    only = "rollout: after an update, one device"
+    assert failed(config_of("grpo"), only) == [only]
+
+
+def test_a_gradient_that_one_device_keeps_to_itself(monkeypatch):
+    """The sum over the data axis is left out for the final norm: what a shard_map without its psum does."""
+
+    @jax.custom_vjp
+    def local(x):
+        return x
+
+    def backward(_, gradient):
+        mesh = current_mesh()
+        return (gradient / (1 if mesh is None else mesh.shape["data"]),)
+
+    local.defvjp(lambda x: (x, None), backward)
+    original = decoder.rms_norm
+    monkeypatch.setattr(decoder, "rms_norm", lambda x, scale, epsilon: original(x, local(scale), epsilon))
+    report = verify(config_of("sft"), only=["mesh: data=2", "mesh: fsdp=2", "token ids"])
+    assert [(finding.name, finding.first) for finding in report.failed] == [("mesh: data=2", "final_norm")]
