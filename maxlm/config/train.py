@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
-from maxlm.config.base import Count, Frozen
+from maxlm.config.base import Count, Fraction, Frozen
 from maxlm.config.fault import CheckpointConfig, GuardConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.model import ModelConfig
@@ -25,6 +25,16 @@ class PretrainObjective(Frozen):
     kind: Literal["pretrain"] = "pretrain"
     sources: tuple[PackedSource, ...] = Field(min_length=1)
     z_loss: NonNegativeFloat = Field(0.0, description="Weight of the mean squared log of the softmax's normaliser.")
+
+
+class DistillObjective(Frozen):
+    """Learning the probabilities that a teacher gives to every token, on packed rows."""
+
+    kind: Literal["distill"] = "distill"
+    teacher: str = Field(description="A run folder or checkpoint of a model with the same tokenizer.")
+    sources: tuple[PackedSource, ...] = Field(min_length=1)
+    temperature: PositiveFloat = Field(1.0, description="Divides the logits of both; above 1 small ones count more.")
+    alpha: Fraction = Field(0.5, description="Weight of the teacher's probabilities; the rest is cross-entropy's.")
 
 
 class SftObjective(Frozen):
@@ -78,8 +88,13 @@ class GrpoObjective(Frozen):
 
 
 Objective = Annotated[
-    PretrainObjective | SftObjective | RewardObjective | DpoObjective | GrpoObjective, Field(discriminator="kind")
+    PretrainObjective | DistillObjective | SftObjective | RewardObjective | DpoObjective | GrpoObjective,
+    Field(discriminator="kind"),
 ]
+
+
+# Kinds that read folders of `maxlm data build`, and not a file of records.
+PACKED_OBJECTIVES = ("pretrain", "distill")
 
 
 class LoraConfig(Frozen):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as parquet
 
 from maxlm.config import load_config
+from maxlm.config.train import PACKED_OBJECTIVES
 from maxlm.core.manifest import read_manifest
 from maxlm.core.storage import resolve_path
 from maxlm.data.loader import PackedRows, open_in_order, open_mixture
@@ -68,9 +69,10 @@ def open_run(folder: str | Path) -> PackedRows:
       ConfigError: if its configuration cannot be read.
     """
     config = load_config(Path(folder) / "config.yaml", kind="train")
-    if config.objective.kind != "pretrain":
+    if config.objective.kind not in PACKED_OBJECTIVES:
         raise DataError(
-            f"{folder}: is a run of objective.kind={config.objective.kind}; only pretrain reads packed rows"
+            f"{folder}: is a run of objective.kind={config.objective.kind}; packed rows are read by"
+            f" {' and '.join(PACKED_OBJECTIVES)} alone"
         )
     return open_mixture(
         [(source.path, source.weight) for source in config.objective.sources],

@@ -30,17 +30,36 @@ def token_log_probabilities(
         shorter chunk is worked on by itself.
     """
 
-    @jax.checkpoint
     def chunk(head, hidden, targets):
         return _gather_log_probability(project(head, hidden), targets)
 
-    hidden, targets = _by_device(hidden_BLD), _by_device(targets_BL)
+    return in_chunks(chunk, head, hidden_BLD, targets_BL, chunk_length=chunk_length)
+
+
+def in_chunks(function, head, *tokens: jax.Array, chunk_length: int) -> tuple[jax.Array, ...]:
+    """What `function` gives for each token, computed for some tokens at a time and again in the backward pass.
+
+    Args:
+      function: (head, *pieces of the arrays) -> arrays with the shape of a piece's tokens.
+      head: the pytree of weights that it uses; gradients flow to it.
+      tokens: arrays [batch, length, ...].
+      chunk_length: as of `token_log_probabilities`.
+
+    Returns:
+      Arrays [batch, length].
+    """
+    function = jax.checkpoint(function)
+    # An array whose rows are cut over devices has one more axis before its tokens.
+    cut = [_by_device(x) for x in tokens]
+    axis = 1 + cut[0].ndim - tokens[0].ndim
+    length = cut[0].shape[axis]
     parts = [
-        chunk(head, hidden[..., start : start + chunk_length, :], targets[..., start : start + chunk_length])
-        for start in range(0, targets.shape[-1], chunk_length)
+        function(head, *(jax.lax.slice_in_dim(x, start, min(start + chunk_length, length), axis=axis) for x in cut))
+        for start in range(0, length, chunk_length)
     ]
     whole = (jnp.concatenate(chunks, axis=-1) for chunks in zip(*parts))
-    return tuple(_reshape(x, targets_BL.shape, spec_of(targets_BL)) if x.ndim > 2 else x for x in whole)
+    shape, spec = tokens[0].shape[:2], spec_of(tokens[0])[:2] if axis > 1 else None
+    return tuple(_reshape(x, shape, P(*spec)) if axis > 1 else x for x in whole)
 
 
 def _by_device(x_BL: jax.Array) -> jax.Array:

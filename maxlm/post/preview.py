@@ -7,7 +7,7 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from maxlm.config.train import TrainConfig
+from maxlm.config.train import PACKED_OBJECTIVES, TrainConfig
 from maxlm.core.batch import Batch
 from maxlm.data.chat import EpochOrder, PackedChats
 from maxlm.data.loader import open_mixture
@@ -39,7 +39,7 @@ def preview(config: TrainConfig, *, num_examples: int, plain: bool) -> Iterator[
     def row_text(batch: Batch, row: int) -> Text:
         return render_row(batch, row, tokenizer, plain=plain)
 
-    if objective.kind == "pretrain":
+    if objective.kind in PACKED_OBJECTIVES:
         sources = [(source.path, source.weight) for source in objective.sources]
         mixture = open_mixture(
             sources,

@@ -6,6 +6,7 @@ import jax
 
 from maxlm.config.train import TrainConfig
 from maxlm.models.decoder import Decoder
+from maxlm.post.distill import Distill, load_teacher
 from maxlm.post.dpo import Dpo
 from maxlm.post.grpo import Grpo
 from maxlm.post.reward import Reward, RewardModel
@@ -13,7 +14,7 @@ from maxlm.post.sft import Sft
 from maxlm.train import run
 from maxlm.train.pretrain import Pretrain
 
-_OBJECTIVES = {"pretrain": Pretrain, "sft": Sft, "reward": Reward, "dpo": Dpo, "grpo": Grpo}
+_OBJECTIVES = {"pretrain": Pretrain, "distill": Distill, "sft": Sft, "reward": Reward, "dpo": Dpo, "grpo": Grpo}
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -33,7 +34,8 @@ def recipe_of(config: TrainConfig) -> run.Recipe:
         declare, from_decoder = RewardModel, RewardModel.from_decoder
     else:
         declare, from_decoder = Decoder, _unchanged
-    return run.Recipe(declare, from_decoder, _OBJECTIVES[objective.kind], needs_reference)
+    teacher = load_teacher if objective.kind == "distill" else None
+    return run.Recipe(declare, from_decoder, _OBJECTIVES[objective.kind], needs_reference, teacher)
 
 
 def _unchanged(decoder: Decoder, key: jax.Array) -> Decoder:

@@ -18,7 +18,7 @@ import xxhash
 from maxlm.config.load import load_config
 from maxlm.config.model import ModelConfig
 from maxlm.config.sweep import Range, SweepConfig
-from maxlm.config.train import TrainConfig
+from maxlm.config.train import PACKED_OBJECTIVES, TrainConfig
 from maxlm.core.parameters import abstract
 from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
@@ -221,7 +221,7 @@ def _inputs(config: TrainConfig) -> dict[str, str | PathLike]:
     """What a run reads, for the manifest: name -> file or folder."""
     objective = config.objective
     found: dict[str, str | PathLike]
-    if objective.kind == "pretrain":
+    if objective.kind in PACKED_OBJECTIVES:
         found = {f"data_{index}": source.path for index, source in enumerate(objective.sources)}
     else:
         found = {"train_file": objective.train_file}

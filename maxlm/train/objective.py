@@ -3,8 +3,10 @@
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
+import jax
 from jax.sharding import Mesh
 
 from maxlm.config.train import TrainConfig
@@ -27,6 +29,15 @@ class RunContext:
     def rows(self) -> RowShard:
         """The rows of a batch that this process reads."""
         return row_shard(self.mesh)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["student", "teacher"], meta_fields=[])
+@dataclass(frozen=True)
+class StudentAndTeacher:
+    """The model that is trained, and the one that it learns from: what the loss of a recipe with a teacher takes."""
+
+    student: Any
+    teacher: Any
 
 
 class Objective(Protocol):

@@ -23,7 +23,6 @@ class Pretrain:
     def __init__(self, context: RunContext):
         config, objective = context.config, context.config.objective
         self._context = context
-        self._z_loss = objective.z_loss
         self._mixture = open_mixture(
             [(source.path, source.weight) for source in objective.sources],
             seed=config.seed,
@@ -34,7 +33,7 @@ class Pretrain:
         self._evaluator = Evaluator(language_model_loss, context.mesh)
 
     def loss(self, model: Any, batch: Batch) -> LossOutput:
-        return language_model_loss(model, batch, z_loss=self._z_loss)
+        return language_model_loss(model, batch, z_loss=self._context.config.objective.z_loss)
 
     def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[Batch]:
         mine = self._context.rows

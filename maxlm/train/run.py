@@ -14,7 +14,7 @@ from etils import epath
 
 from maxlm.config.load import parse_config
 from maxlm.config.model import ModelConfig
-from maxlm.config.train import TrainConfig
+from maxlm.config.train import PACKED_OBJECTIVES, TrainConfig
 from maxlm.core.distributed import initialize_distributed, is_primary
 from maxlm.core.manifest import FILE_NAME, read_manifest, write_manifest
 from maxlm.core.parameters import abstract, initialize
@@ -30,7 +30,7 @@ from maxlm.train.checkpoint import find_checkpoint, has_checkpoint, read_metadat
 from maxlm.train.goodput import Stopwatch
 from maxlm.train.layout import check_layout, check_precision
 from maxlm.train.loop import TrainResult, check_fingerprint, run
-from maxlm.train.objective import Objective, RunContext
+from maxlm.train.objective import Objective, RunContext, StudentAndTeacher
 from maxlm.train.startup import check_start, data_hashes
 from maxlm.train.supervise import newest_step
 
@@ -43,6 +43,8 @@ class Recipe:
     from_decoder: Callable[[Any, jax.Array], Any]
     build: Callable[[RunContext], Objective]
     needs_reference: bool = False
+    # The model that is learned from, where there is one.
+    load_teacher: Callable[[TrainConfig, Tokenizer, jax.sharding.Mesh], Any] | None = None
 
 
 def train(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
@@ -82,14 +84,15 @@ def _train(config: TrainConfig, recipe: Recipe, peers: Peers | None, stopwatch: 
 
     with jax.set_mesh(mesh):
         if config.lora is None:
-            like, create, frozen = abstract(plan, mesh), start_model, None
+            like, create, frozen = abstract(plan, mesh), start_model, {}
             reference = start_model() if recipe.needs_reference else None
-            assemble = lambda trainable, frozen: trainable  # noqa: E731
         else:
             adapters = declare_adapters(plan, config.lora)
             like, create = abstract(adapters, mesh), lambda: initialize(adapters, key, mesh)
-            frozen = reference = start_model()
-            assemble = lambda trainable, frozen: apply_adapters(frozen, trainable, config.lora)  # noqa: E731
+            reference = start_model()
+            frozen = {"base": reference}
+        if recipe.load_teacher is not None:
+            frozen["teacher"] = recipe.load_teacher(config, tokenizer, mesh)
         objective = recipe.build(RunContext(config, tokenizer, mesh, reference))
         result = run(
             config,
@@ -98,7 +101,7 @@ def _train(config: TrainConfig, recipe: Recipe, peers: Peers | None, stopwatch: 
             like=like,
             create=create,
             frozen=frozen,
-            assemble=assemble,
+            assemble=partial(assemble, config),
             fingerprint=tokenizer.fingerprint,
             start=None if config.init_from is None else identify(find_checkpoint(config.init_from)),
             stopwatch=stopwatch,
@@ -106,6 +109,12 @@ def _train(config: TrainConfig, recipe: Recipe, peers: Peers | None, stopwatch: 
     if result.start == result.steps and is_finished(folder):
         return read_manifest(folder)
     return finish(config, result, tokenizer_folder)
+
+
+def assemble(config: TrainConfig, trainable: Any, frozen: dict[str, Any]) -> Any:
+    """What an objective's loss takes: the model, or its adapters on a frozen `base`; with the `teacher`, if any."""
+    model = apply_adapters(frozen["base"], trainable, config.lora) if "base" in frozen else trainable
+    return StudentAndTeacher(model, frozen["teacher"]) if "teacher" in frozen else model
 
 
 def hashes_of(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -204,10 +213,12 @@ def finish(config: TrainConfig, result: TrainResult, tokenizer_folder: epath.Pat
     else:
         inputs = {"init_from": run_folder_of(find_checkpoint(config.init_from))}
     objective = config.objective
-    if objective.kind == "pretrain":
+    if objective.kind in PACKED_OBJECTIVES:
         inputs |= {f"data_{index}": source.path for index, source in enumerate(objective.sources)}
     else:
         inputs |= {"train_file": objective.train_file}
+    if objective.kind == "distill":
+        inputs |= {"teacher": run_folder_of(find_checkpoint(objective.teacher))}
     metrics = {
         "steps": result.steps,
         "finished": not result.interrupted,

@@ -8,7 +8,7 @@ from typing import Any
 
 import xxhash
 
-from maxlm.config.train import TrainConfig
+from maxlm.config.train import PACKED_OBJECTIVES, TrainConfig
 from maxlm.core.manifest import content_hash
 from maxlm.core.peers import Peers
 from maxlm.errors import ConfigError
@@ -49,7 +49,7 @@ def data_hashes(config: TrainConfig) -> dict[str, str]:
       DataError: there is no such file or folder.
     """
     objective = config.objective
-    if objective.kind == "pretrain":
+    if objective.kind in PACKED_OBJECTIVES:
         paths = [source.path for source in objective.sources]
     else:
         paths = [path for path in (objective.train_file, objective.valid_file) if path is not None]

@@ -1,0 +1,106 @@
+"""Distillation: a student learns the probabilities that a teacher gives to every token (arXiv:1503.02531).
+
+Dimensions: B rows, L length, D embed, V vocab.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from maxlm.config.model import ModelConfig
+from maxlm.config.train import TrainConfig
+from maxlm.core.batch import Batch
+from maxlm.core.term import LossOutput, Term
+from maxlm.errors import ConfigError
+from maxlm.models.decoder import Decoder
+from maxlm.ops.loss import in_chunks
+from maxlm.tokenizer.codec import Tokenizer
+from maxlm.train.checkpoint import find_checkpoint, read_metadata
+from maxlm.train.layout import check_layout
+from maxlm.train.loop import check_fingerprint
+from maxlm.train.objective import StudentAndTeacher
+from maxlm.train.pretrain import Pretrain
+from maxlm.train.run import load_model
+
+
+class Distill(Pretrain):
+    """Pretraining whose targets are a teacher's probabilities, the cross-entropy of the text beside them.
+
+        alpha * T^2 * KL(teacher || student) + (1 - alpha) * cross-entropy
+
+    with both softmaxes at temperature T in the divergence; T^2 keeps the size of its gradient. Validation is that of
+    pretraining.
+    """
+
+    def loss(self, model: StudentAndTeacher, batch: Batch) -> LossOutput:
+        objective = self._context.config.objective
+        student, teacher = model.student, model.teacher
+        where = {"positions_BL": batch.positions, "segment_ids_BL": batch.segment_ids}
+        output = student(batch.tokens, **where)
+        taught_BLD = teacher(batch.tokens, **where).hidden_BLD
+        divergence_BL = token_divergence(
+            student, output.hidden_BLD, teacher, taught_BLD, temperature=objective.temperature
+        )
+        log_probability_BL, _ = student.log_probabilities(output.hidden_BLD, batch.targets)
+
+        weights_BL = batch.loss_weights
+        weight = jnp.sum(weights_BL)
+        divergence = jnp.sum(weights_BL * divergence_BL)
+        cross_entropy = -jnp.sum(weights_BL * log_probability_BL)
+        terms = {"distillation": Term(objective.alpha * objective.temperature**2 * divergence, weight)}
+        if objective.alpha < 1:
+            terms["cross_entropy"] = Term((1 - objective.alpha) * cross_entropy, weight)
+        metrics = {"divergence": Term(divergence, weight), "student_cross_entropy": Term(cross_entropy, weight)}
+        return LossOutput(terms, metrics).joined(output.auxiliary)
+
+    def validate(self, model: StudentAndTeacher) -> dict[str, float]:
+        return super().validate(model.student)
+
+
+def token_divergence(
+    student: Decoder, hidden_BLD: jax.Array, teacher: Decoder, taught_BLD: jax.Array, *, temperature: float
+) -> jax.Array:
+    """KL(teacher || student) over the vocabulary for each token, in nats: float32 [B, L].
+
+        sum_v p_v (log p_v - log q_v),   p = softmax(teacher's logits / T), q = softmax(student's logits / T)
+
+    Neither model's logits are ever held whole.
+
+    Args:
+      hidden_BLD, taught_BLD: final hidden states of both; their widths may differ.
+    """
+
+    def chunk(models, hidden, taught):
+        student, teacher = models
+        log_q_BCV = jax.nn.log_softmax(student.logits(hidden) / temperature)
+        log_p_BCV = jax.nn.log_softmax(teacher.logits(taught) / temperature)
+        return (jnp.sum(jnp.exp(log_p_BCV) * (log_p_BCV - log_q_BCV), axis=-1),)
+
+    chunk_length = student.config.loss_chunk_length
+    (divergence_BL,) = in_chunks(chunk, (student, teacher), hidden_BLD, taught_BLD, chunk_length=chunk_length)
+    return divergence_BL
+
+
+def load_teacher(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Any:
+    """The teacher's weights, cut over the mesh like the student's.
+
+    Raises:
+      CheckpointError: there is no such model, or it has another tokenizer.
+      ConfigError: it does not fit the mesh or the rows.
+    """
+    path = config.objective.teacher
+    metadata = read_metadata(find_checkpoint(path))
+    check_fingerprint(metadata["fingerprint"], tokenizer.fingerprint, path)
+    model = ModelConfig(**metadata["config"]["model"])
+    if config.row_length > model.max_length:
+        raise ConfigError(
+            [f"row_length: {config.row_length} exceeds the max_length of {model.max_length} of the teacher {path}"]
+        )
+    try:
+        check_layout(config.model_copy(update={"model": model}), mesh.shape)
+    except ConfigError as error:
+        raise ConfigError([f"{path} (the teacher): {problem}" for problem in error.problems]) from None
+    teacher, _ = load_model(path, mesh)
+    return teacher
