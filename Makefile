@@ -13,7 +13,7 @@ CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),--constraint constraints.txt)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(CONSTRAINTS)
 WORKERS ?= 2
 
-.PHONY: install install-dev quickstart test lint format clean
+.PHONY: install install-dev quickstart test verify lint format clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +24,10 @@ quickstart: install
 
 test: install-dev lint
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Tables of docs/verify.md
+verify: install
+	$(VENV)/bin/python tools/verify_all.py
 
 lint: install-dev
 	$(VENV)/bin/ruff check .

@@ -6,6 +6,7 @@ a term that is scaled by 1e-4 would hide in the rounding of the others.
 """
 
 from maxlm.config.model import ModelConfig
+from maxlm.config.moe import MoeConfig
 from maxlm.config.train import TrainConfig
 from maxlm.errors import CheckpointError
 from maxlm.train.checkpoint import find_checkpoint, read_metadata
@@ -55,9 +56,26 @@ def reduced_model(model: ModelConfig, *, vocab_size: int) -> ModelConfig:
         "matmul_dtype": "float32",
         "parameter_dtype": "float32",
         "eight_bit": None,
-        "loss_chunk_length": 32,
+        "loss_chunk_length": 48,
+        "moe": model.moe and _reduced_experts(model.moe),
+        "pipeline": model.pipeline.model_copy(update={"microbatches": None}),
     }
     return ModelConfig(**(model.model_dump() | changes))
+
+
+def _reduced_experts(moe: MoeConfig) -> MoeConfig:
+    """Fewer and smaller experts, as many of them for a token; what balances them on."""
+    num_experts = min(moe.num_experts, max(4, 2 * moe.experts_per_token))
+    weight = max(moe.balance.loss_weight, _AUXILIARY_WEIGHT)
+    changes = {
+        "num_experts": num_experts,
+        "mlp_dim": 12,
+        "balance": moe.balance.model_copy(update={"loss_weight": weight}),
+        "router_z_loss": max(moe.router_z_loss, _AUXILIARY_WEIGHT),
+        # Which tokens a full expert drops depends on the layout: here none is ever full.
+        "capacity_factor": float(num_experts),
+    }
+    return moe.model_copy(update=changes)
 
 
 def reduced_config(config: TrainConfig, *, vocab_size: int) -> TrainConfig:

@@ -73,12 +73,13 @@ class Report:
         return not self.failed
 
     def largest(self) -> dict[str, float]:
-        """The largest gradient difference of each group, and of each mesh axis alone."""
+        """The largest gradient difference of each group of variants, and of all meshes that have an axis."""
         found: dict[str, float] = {}
         for finding in self.findings:
-            if finding.skipped is None:
-                key = finding.group
-                found[key] = max(found.get(key, 0.0), finding.gradient_difference)
+            if finding.skipped is None and finding.parameter:
+                axes = [part.partition("=")[0] for part in finding.detail.split(", ") if "=" in part]
+                for key in [f"mesh.{axis}" for axis in axes] or [finding.group]:
+                    found[key] = max(found.get(key, 0.0), finding.gradient_difference)
         return found
 
     def to_json(self) -> dict[str, Any]:

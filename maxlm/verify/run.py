@@ -16,7 +16,7 @@ from maxlm.verify.reduce import NUM_ROWS, ROW_LENGTH, describe, full_model, redu
 from maxlm.verify.report import Finding, Report, compare
 from maxlm.verify.rollout import compare_rollout
 from maxlm.verify.subject import Measured, Subject
-from maxlm.verify.variants import NUM_DEVICES, PLAIN, Variant, variants_of
+from maxlm.verify.variants import NUM_DEVICES, Variant, plain, variants_of
 from maxlm.verify.workspace import open_workspace
 
 
@@ -43,8 +43,7 @@ def verify(config: TrainConfig, *, title: str = "", only: Sequence[str] = (), al
         findings = []
         with progress_bar(f"verify {title}".strip(), len(chosen) + 1) as (progress, task):
             progress.update(task, note="baseline")
-            plain = reduced.model.model_copy(update=PLAIN)
-            baseline = subject.measure(model=plain)
+            baseline = subject.measure(model=plain(reduced.model))
             check_baseline(baseline)
             for variant in chosen:
                 progress.update(task, advance=1, note=variant.name)
@@ -79,11 +78,12 @@ def _find(subject: Subject, baseline: Measured, variant: Variant) -> Finding:
         return Finding(variant.group, variant.detail, skipped=variant.skipped)
     began = time.process_time()
     mesh = None if variant.mesh is None else make_mesh(variant.mesh)
-    model = subject.config.model.model_copy(update=PLAIN | dict(variant.model))
     if variant.group == "rollout":
-        numbers = compare_rollout(subject, model=model, mesh=mesh)
+        numbers = compare_rollout(subject, model=variant.model, mesh=mesh)
     else:
-        measured = subject.measure(model=model, mesh=mesh, accumulate=variant.accumulate, **_laid_out(subject, variant))
+        measured = subject.measure(
+            model=variant.model, mesh=mesh, accumulate=variant.accumulate, **_laid_out(subject, variant)
+        )
         numbers = compare(baseline, measured, subject.order)
     return Finding(variant.group, variant.detail, **numbers, seconds=time.process_time() - began)
 

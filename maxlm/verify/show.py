@@ -1,5 +1,7 @@
 """Reports for the eye and for documents."""
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +29,17 @@ def markdown(report: Report) -> str:
     lines += ["| " + " | ".join(_COLUMNS) + " |", "| --- | ---: | ---: | --- | --- | ---: |"]
     lines += ["| " + " | ".join(_cells(finding)) + " |" for finding in report.findings]
     return "\n".join([*lines, "", _sentence(conclusion(report)), ""])
+
+
+def summary(reports: Sequence[Report]) -> str:
+    """For each recipe, and for each mesh axis and other group, the largest difference of a gradient."""
+    groups = list(dict.fromkeys(group for report in reports for group in report.largest()))
+    lines = ["| largest gradient difference | " + " | ".join(report.title for report in reports) + " |"]
+    lines.append("| --- |" + " ---: |" * len(reports))
+    for group in groups:
+        cells = [f"{found[group]:.1e}" if group in found else "" for found in (report.largest() for report in reports)]
+        lines.append(f"| {group} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
 
 
 def conclusion(report: Report) -> str:

@@ -14,12 +14,11 @@ from maxlm.config.model import ModelConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch, put_batch
 from maxlm.core.compat import quick_compiler_options
-from maxlm.core.parameters import Parameter, initialize
+from maxlm.core.parameters import initialize
 from maxlm.core.sharding import make_mesh, named_sharding
 from maxlm.core.tree import flatten, unflatten
 from maxlm.models.adapters import declare_adapters
 from maxlm.models.decoder import Decoder
-from maxlm.models.layers import DecoderLayer
 from maxlm.post.run import recipe_of
 from maxlm.post.sequences import token_scores
 from maxlm.train import run, step
@@ -31,6 +30,9 @@ from maxlm.verify.workspace import Workspace, quiet
 
 # Kinds whose rows hold several documents.
 PACKED_KINDS = ("pretrain", "sft", "distill")
+
+# Where a parameter's path starts, from the model's input to its output; heads come last.
+_PARTS = ("embedding", "layers/attention_norm", "layers/attention/", "layers/mlp_norm", "layers/mlp/", "final_norm")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Subject:
           new_ids_V: other ids for all tokens: rows of the vocabulary's tables are moved, and back in the gradient.
         """
         objective, batch = self.objective, self.batch if batch is None else batch
-        trainable_plan, frozen_plan = self.plans(model or self.config.model)
+        model = model or self.config.model
+        trainable_plan, frozen_plan = self.plans(model)
         trainable, frozen = self.weights
         if new_ids_V is not None:
             batch = examples.renamed(batch, new_ids_V)
@@ -82,7 +85,14 @@ class Subject:
 
         def compute(trainable, frozen, batch):
             # Looked up when it is called: what is verified is what training runs.
-            return step.loss_and_gradient(trainable, frozen, batch, loss_function=loss_function, accumulate=accumulate)
+            return step.loss_and_gradient(
+                trainable,
+                frozen,
+                batch,
+                loss_function=loss_function,
+                accumulate=accumulate,
+                pipeline=model.pipeline,
+            )
 
         with jax.set_mesh(mesh) if mesh is not None else jax.default_device(jax.devices()[0]):
             placed = place(trainable, trainable_plan, mesh), place(frozen, frozen_plan, mesh)
@@ -123,18 +133,9 @@ class Subject:
     @cached_property
     def order(self) -> list[str]:
         """Paths of the trained parameters as the model uses them, from input to output."""
-        declared: list[str] = []
-        for path in _declared(self._plan):
-            if not path.startswith("layers/"):
-                declared.append(path)
-            elif not any(other.startswith("layers/") for other in declared):
-                # A stack of layers has lost the order of one.
-                declared += [f"layers/{inner}" for inner in _declared(DecoderLayer(self.config.model))]
         trained = flatten(self.plans(self.config.model)[0])
-        places = {path: place for place, path in enumerate(declared)}
-        return sorted(
-            trained, key=lambda path: next(places[end] for end in (path, path.rpartition("/")[0]) if end in places)
-        )
+        place_of = lambda path: next((n for n, start in enumerate(_PARTS) if path.startswith(start)), len(_PARTS))  # noqa: E731
+        return sorted(trained, key=place_of)
 
     @cached_property
     def weights(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -177,10 +178,6 @@ class Subject:
         return np.asarray(jax.jit(compute, compiler_options=quick_compiler_options())(trainable, frozen, rows))
 
     @cached_property
-    def _plan(self) -> Any:
-        return recipe_of(self.config).declare(self.config.model)
-
-    @cached_property
     def _random(self) -> np.random.Generator:
         return np.random.default_rng(self.seed)
 
@@ -210,14 +207,3 @@ def _move_rows(weights: Mapping[str, np.ndarray], plan: Any, source_V: np.ndarra
         path: np.take(leaf, source_V, axis=axes[path].index("vocab")) if "vocab" in axes[path] else leaf
         for path, leaf in weights.items()
     }
-
-
-def _declared(plan: Any, prefix: str = "") -> list[str]:
-    """Paths of a module's parameters in the order in which its constructor names them."""
-    paths = []
-    for name, value in vars(plan).items():
-        if isinstance(value, Parameter):
-            paths.append(f"{prefix}{name}")
-        elif hasattr(value, "__dict__") and not name.startswith("_"):
-            paths += _declared(value, f"{prefix}{name}/")
-    return paths

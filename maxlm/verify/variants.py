@@ -2,8 +2,8 @@
 
 import itertools
 import typing
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from maxlm.config.mesh import MeshConfig
@@ -18,14 +18,6 @@ from maxlm.verify.subject import PACKED_KINDS
 # Devices that all meshes fit on: three axes of two.
 NUM_DEVICES = 8
 
-# The baseline: the plainest way. Its attention is the definition, its logits are held whole.
-PLAIN: dict[str, Any] = {
-    "unroll": True,
-    "remat": "none",
-    "attention": "reference",
-    "loss_chunk_length": 4 * ROW_LENGTH,
-}
-
 # Six of the twenty products of three axes hold each pair of axes.
 _PRODUCTS = (
     ("data", "fsdp", "tensor"),
@@ -36,6 +28,12 @@ _PRODUCTS = (
     ("stage", "fsdp", "context"),
 )
 
+# Implementations that do not run on a CPU.
+_NEEDS = {"pallas_tpu": "needs a TPU", "cudnn": "needs an NVIDIA GPU", "ragged": "needs a TPU or GPU"}
+
+# Fields of a model that say on which meshes it can lie.
+_LAID_OUT_BY = ("context_attention", "pipeline")
+
 Examples = Literal["packed", "unpacked", "padded", "renamed"]
 
 
@@ -44,14 +42,14 @@ class Variant:
     """One way.
 
     group, detail: its name in two parts.
-    model: fields of the model's configuration that differ from the plain ones.
+    model: how it is computed.
     mesh: None is one device without shardings.
     skipped: why it cannot be, if so.
     """
 
     group: str
     detail: str
-    model: Mapping[str, Any] = field(default_factory=dict)
+    model: ModelConfig
     mesh: MeshConfig | None = None
     accumulate: int = 1
     examples: Examples = "packed"
@@ -73,54 +71,71 @@ def variants_of(
       num_devices: that there are.
       all_products: of mesh axes; otherwise a few, in which each two axes meet.
     """
-    kind, model = reduced.objective.kind, reduced.model
-    own = {name: getattr(model, name) for name in (*PLAIN, "context_attention")}
+    kind, own = reduced.objective.kind, reduced.model
+    base = plain(own)
+
+    def changed(**fields: Any) -> ModelConfig:
+        return base.model_copy(update=fields)
+
+    def on_mesh(
+        mesh: MeshConfig, note: str = "", *, model: ModelConfig = own, group: str = "mesh", **settings: Any
+    ) -> Variant:
+        skipped = _no_mesh(mesh, full, reduced, model, num_devices)
+        return Variant(group, f"{_describe(mesh)}{note}", model, mesh=mesh, skipped=skipped, **settings)
+
     for parts in (2, 4):
-        yield Variant("accumulation", str(parts), accumulate=parts)
-    yield Variant(
-        "packing",
-        "a row for each document",
-        examples="unpacked",
-        skipped=None if kind in PACKED_KINDS else f"rows of {kind} hold one sequence each",
-    )
-    yield Variant("padding", "more rows and columns", examples="padded")
-    yield Variant("token ids", "renamed", examples="renamed")
-    yield Variant("layers", "one loop", {"unroll": False})
-    for policy in _choices("remat"):
-        if policy != PLAIN["remat"]:
-            yield Variant("remat", policy, {"unroll": False, "remat": policy})
+        yield Variant("accumulation", str(parts), base, accumulate=parts)
+    one_each = None if kind in PACKED_KINDS else f"rows of {kind} hold one sequence each"
+    yield Variant("packing", "a row for each document", base, examples="unpacked", skipped=one_each)
+    yield Variant("padding", "more rows and columns", base, examples="padded")
+    yield Variant("token ids", "renamed", base, examples="renamed")
+    yield Variant("layers", "one loop", changed(unroll=False))
+    for policy in _choices(own, "remat"):
+        if policy != "none":
+            yield Variant("remat", policy, changed(unroll=False, remat=policy))
     for chunk in (ROW_LENGTH // 3, ROW_LENGTH // 2 - 7):
-        yield Variant("cross-entropy", f"chunks of {chunk} of {ROW_LENGTH}", {"loss_chunk_length": chunk})
-    for name in _choices("attention"):
-        if name not in ("auto", PLAIN["attention"]):
-            yield Variant("attention", name, {"attention": name}, skipped=_no_attention(name))
+        yield Variant("cross-entropy", f"chunks of {chunk} of {ROW_LENGTH}", changed(loss_chunk_length=chunk))
+    for name in _choices(own, "attention"):
+        if name not in ("auto", "reference"):
+            yield Variant("attention", name, changed(attention=name), skipped=_NEEDS.get(name))
+    if own.moe is not None:
+        for name in _choices(own.moe, "implementation"):
+            if name not in ("auto", "reference"):
+                moe = own.moe.model_copy(update={"dispatch": "dropless", "implementation": name})
+                yield Variant("experts", name, changed(moe=moe), skipped=_NEEDS.get(name))
+        moe = own.moe.model_copy(update={"dispatch": "capacity", "implementation": "auto"})
+        yield Variant("experts", "with a capacity", changed(moe=moe))
     yield Variant("one device", "as configured", own)
     for mesh in meshes(all_products=all_products):
-        skipped = _no_mesh(mesh, full, reduced, num_devices)
-        yield Variant("mesh", _describe(mesh), own, mesh=mesh, skipped=skipped)
-    for method in _choices("context_attention"):
-        if method != model.context_attention:
+        yield on_mesh(mesh)
+    for method in _choices(own, "context_attention"):
+        if method != own.context_attention:
             for mesh in (MeshConfig(fsdp=1, context=2), MeshConfig(fsdp=2, context=2, tensor=2)):
-                changes = {"context_attention": method}
-                skipped = _no_mesh(mesh, _with_model(full, changes), _with_model(reduced, changes), num_devices)
-                yield Variant("mesh", f"{_describe(mesh)}, {method}", own | changes, mesh=mesh, skipped=skipped)
+                yield on_mesh(mesh, f", {method}", model=own.model_copy(update={"context_attention": method}))
+    for schedule, repeats in itertools.product(_choices(own.pipeline, "schedule"), (1, 2)):
+        pipeline = own.pipeline.model_copy(update={"schedule": schedule, "repeats": repeats})
+        if pipeline != own.pipeline:
+            note = f", {schedule}{', each stage twice' if repeats == 2 else ''}"
+            yield on_mesh(MeshConfig(fsdp=1, stage=2), note, model=own.model_copy(update={"pipeline": pipeline}))
     both = MeshConfig(data=2, fsdp=2)
-    for examples in ("packed", "padded"):
-        yield Variant(
-            "mesh",
-            f"{_describe(both)}, accumulation 2{', padding' if examples == 'padded' else ''}",
-            own,
-            mesh=both,
-            accumulate=2,
-            examples=examples,
-            skipped=_no_mesh(both, full, reduced, num_devices),
-        )
-
+    yield on_mesh(both, ", accumulation 2", accumulate=2)
+    yield on_mesh(both, ", accumulation 2, padding", accumulate=2, examples="padded")
     if kind == "grpo":
         yield Variant("rollout", "after an update, one device", own)
-        wide = MeshConfig(data=2, fsdp=2, tensor=2)
-        skipped = _no_mesh(wide, full, reduced, num_devices)
-        yield Variant("rollout", f"after an update, {_describe(wide)}", own, mesh=wide, skipped=skipped)
+        yield on_mesh(MeshConfig(data=2, fsdp=2, tensor=2), ", after an update", group="rollout")
+
+
+def plain(model: ModelConfig) -> ModelConfig:
+    """The plainest way to compute a model: attention and experts by their definitions, nothing in pieces or twice."""
+    changes: dict[str, Any] = {
+        "unroll": True,
+        "remat": "none",
+        "attention": "reference",
+        "loss_chunk_length": 4 * ROW_LENGTH,
+    }
+    if model.moe is not None:
+        changes["moe"] = model.moe.model_copy(update={"dispatch": "dropless", "implementation": "reference"})
+    return model.model_copy(update=changes)
 
 
 def meshes(*, all_products: bool) -> Iterator[MeshConfig]:
@@ -135,27 +150,21 @@ def _describe(mesh: MeshConfig) -> str:
     return ", ".join(f"{name}={size}" for name in ("slices", *MESH_AXES) if (size := getattr(mesh, name)) != 1)
 
 
-def _no_mesh(mesh: MeshConfig, full: TrainConfig, reduced: TrainConfig, num_devices: int) -> str | None:
+def _no_mesh(
+    mesh: MeshConfig, full: TrainConfig, reduced: TrainConfig, model: ModelConfig, num_devices: int
+) -> str | None:
     """Why the configuration cannot be laid out so: its weights or tokens cannot be cut. Rows can always be added."""
     try:
         sizes = mesh_sizes(mesh, num_devices)
         for config in (full, reduced):
-            check_layout(config.model_copy(update={"batch_size": NUM_ROWS, "accumulate": 1}), sizes)
+            asked = {name: getattr(model, name) for name in _LAID_OUT_BY}
+            update = {"model": config.model.model_copy(update=asked), "batch_size": NUM_ROWS, "accumulate": 1}
+            check_layout(config.model_copy(update=update), sizes)
     except ConfigError as error:
         return error.problems[0]
     return None
 
 
-def _with_model(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
-    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
-
-
-def _no_attention(name: str) -> str | None:
-    if name == "pallas_tpu":
-        return "needs a TPU"
-    return "needs an NVIDIA GPU" if name == "cudnn" else None
-
-
-def _choices(name: str) -> tuple[str, ...]:
-    """What the schema allows for a field of the model."""
-    return typing.get_args(ModelConfig.model_fields[name].annotation)
+def _choices(section: Any, name: str) -> tuple[str, ...]:
+    """What the schema allows for a field."""
+    return typing.get_args(type(section).model_fields[name].annotation)

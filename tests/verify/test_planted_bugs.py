@@ -26,7 +26,7 @@ def failed(config, *only):
 def test_a_mean_of_means(monkeypatch):
     original = step.loss_and_gradient
 
-    def mean_of_means(trainable, frozen, batch, *, loss_function, accumulate):
+    def mean_of_means(trainable, frozen, batch, *, loss_function, accumulate, pipeline):
         parts = jax.tree.map(lambda x: step._split(x, accumulate), batch)
         found = [
             original(
