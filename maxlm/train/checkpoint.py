@@ -397,6 +397,15 @@ def check_shapes(saved: dict[str, list], wanted: dict[str, list], *, where: epat
         )
 
 
+def check_fingerprint(saved: str, wanted: str, folder: Any) -> None:
+    """Raise CheckpointError when a checkpoint in `folder` was trained with another tokenizer."""
+    if saved != wanted:
+        raise CheckpointError(
+            f"{folder}: its checkpoint was trained with another tokenizer ({saved[:12]} and not {wanted[:12]});"
+            " use the data and tokenizer of that run, or another output folder"
+        )
+
+
 def _readable(checkpoint: epath.Path, read):
     try:
         return read()

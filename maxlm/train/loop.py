@@ -16,7 +16,7 @@ from maxlm.core.distributed import is_primary, stop_on_signal
 from maxlm.core.hardware import peak_flops
 from maxlm.core.progress import console
 from maxlm.core.storage import storage_path
-from maxlm.errors import CheckpointError
+from maxlm.train.checkpoint import check_fingerprint
 from maxlm.train.ema import ema_as
 from maxlm.train.faults import BadStep, GuardWatch, Quarantine
 from maxlm.train.goodput import Goodput, GoodputLog, Stopwatch
@@ -246,12 +246,3 @@ def validate(objective: Objective, state: TrainState, model: Callable[[Any], Any
         return values
     of_ema = objective.validate(model(ema_as(state.ema, state.trainable)))
     return {**values, **{f"ema_{name}": value for name, value in of_ema.items()}}
-
-
-def check_fingerprint(saved: str, wanted: str, folder: Any) -> None:
-    """Raise CheckpointError when a checkpoint in `folder` was trained with another tokenizer."""
-    if saved != wanted:
-        raise CheckpointError(
-            f"{folder}: its checkpoint was trained with another tokenizer ({saved[:12]} and not {wanted[:12]});"
-            " use the data and tokenizer of that run, or another output folder"
-        )

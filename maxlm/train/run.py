@@ -26,10 +26,17 @@ from maxlm.errors import CheckpointError, ConfigError
 from maxlm.models.adapters import apply_adapters, declare_adapters, merge_adapters
 from maxlm.models.decoder import Decoder
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.checkpoint import find_checkpoint, has_checkpoint, read_metadata, restore_ema, restore_weights
+from maxlm.train.checkpoint import (
+    check_fingerprint,
+    find_checkpoint,
+    has_checkpoint,
+    read_metadata,
+    restore_ema,
+    restore_weights,
+)
 from maxlm.train.goodput import Stopwatch
 from maxlm.train.layout import check_layout, check_precision
-from maxlm.train.loop import TrainResult, check_fingerprint, run
+from maxlm.train.loop import TrainResult, run
 from maxlm.train.objective import Objective, RunContext, StudentAndTeacher
 from maxlm.train.startup import check_start, data_hashes
 from maxlm.train.supervise import newest_step

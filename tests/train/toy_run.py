@@ -1,6 +1,7 @@
 """The training loop on a model of a few numbers: nothing to trace or compile, so a run takes a fraction of a second.
 
-As a script: `toy_run.py FOLDER JSON` runs with these settings; see `toy_run`.
+As a script: `toy_run.py FOLDER JSON` runs with these settings, as one of several processes where the environment says
+so; `objective` among them is what ToyObjective is made with.
 """
 
 import json
@@ -39,7 +40,8 @@ class ToyObjective:
                 self.at_batch(number)
                 random = np.random.default_rng(number)
                 x_B4, y_B = random.normal(size=(8, 4)).astype(np.float32), random.normal(size=8).astype(np.float32)
-                yield {"x": x_B4 * (np.nan if number in self.poison else 1), "y": y_B}
+                mine = np.split(np.arange(8), jax.process_count())[jax.process_index()]
+                yield {"x": x_B4[mine] * (np.nan if number in self.poison else 1), "y": y_B[mine]}
 
     def documents(self, batch):
         return [{"id": f"document {batch}"}]
@@ -84,5 +86,10 @@ def weights(result: TrainResult) -> bytes:
 
 
 if __name__ == "__main__":
-    result = toy_run(sys.argv[1], **json.loads(sys.argv[2]))
+    from maxlm.core.distributed import initialize_distributed
+
+    initialize_distributed()
+    settings = json.loads(sys.argv[2])
+    objective = ToyObjective(**settings.pop("objective", {}))
+    result = toy_run(sys.argv[1], objective=objective, **settings)
     print(json.dumps({"weights": weights(result).hex(), "start": result.start, "steps": result.steps}))
