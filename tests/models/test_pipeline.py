@@ -97,8 +97,8 @@ def alone():
 # GPipe and 1F1B with every other axis, repeats, remat policy; microbatches with rows for each stage, and without.
 CASES = [
     ({"stage": 2, "data": 2, "fsdp": 2}, {"schedule": "gpipe", "microbatches": 4}, 1),
-    ({"stage": 4, "tensor": 2}, {"schedule": "gpipe", "remat": "dots"}, 1),
-    ({"stage": 2, "context": 2}, {"schedule": "gpipe", "microbatches": 2, "repeats": 2}, 2),
+    ({"stage": 4, "context": 2}, {"schedule": "gpipe", "remat": "dots"}, 1),
+    ({"stage": 2, "tensor": 2}, {"schedule": "gpipe", "microbatches": 2, "repeats": 2}, 2),
     ({"stage": 2, "data": 2, "fsdp": 2}, {"schedule": "1f1b", "microbatches": 2, "remat": "full"}, 2),
     ({"stage": 4, "tensor": 2}, {"schedule": "1f1b", "microbatches": 8, "remat": "dots"}, 1),
     ({"stage": 2, "context": 2}, {"schedule": "1f1b", "microbatches": 4, "repeats": 2}, 1),
