@@ -1,13 +1,17 @@
 """The running mean of the weights: its formula, and that it is trained, validated, saved, resumed and loaded."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_run import tiny_config
 
+from maxlm.config.fault import GuardConfig
 from maxlm.config.optim import OptimConfig
 from maxlm.core.parameters import initialize
+from maxlm.core.term import LossOutput, Term
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckpointError
 from maxlm.models.decoder import Decoder
@@ -18,6 +22,7 @@ from maxlm.train.metrics import read_metrics
 from maxlm.train.optim import make_optimizer
 from maxlm.train.run import load_model
 from maxlm.train.state import create_state
+from maxlm.train.step import train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -76,3 +81,24 @@ def test_a_run_without_the_mean_says_so(tmp_path):
         checkpointer.save(create_state(weights, make_optimizer(OptimConfig())), {})
     with pytest.raises(CheckpointError, match=r"keeps no running mean of the weights; train with optim\.ema_decay"):
         restore_ema(find_checkpoint(tmp_path), weights)
+
+
+def test_a_step_that_is_skipped_changes_no_mean():
+    def loss(trainable, frozen, batch):
+        return LossOutput({"loss": Term(jnp.sum(trainable["w"] * batch), jnp.float32(1))}, {})
+
+    optimizer = make_optimizer(OptimConfig())
+    step = partial(
+        train_step,
+        loss_function=loss,
+        optimizer=optimizer,
+        schedule=lambda step: 1.0,
+        guard=GuardConfig(),
+        accumulate=1,
+        ema_decay=0.9,
+    )
+    start = create_state({"w": jnp.ones(3)}, optimizer, keep_ema=True)
+    good, _ = step(start, None, jnp.ones(3))
+    skipped, _ = step(good, None, jnp.full(3, jnp.nan))
+    assert not np.array_equal(start.ema["w"], good.ema["w"])
+    np.testing.assert_array_equal(good.ema["w"], skipped.ema["w"])
