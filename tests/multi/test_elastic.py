@@ -71,7 +71,7 @@ def test_four_processes_then_two_then_one_train_as_one(one, tmp_path, tiny_data_
     for ended in (four, two):
         assert "stopped by a signal" in ended[0].errors
         for other in ended[1:]:
-            assert "step " not in other.errors
+            assert not any(word in other.errors for word in ("step ", "loss", "WARNING", "maxlm")), other.errors
             assert str(run) not in other.output
     names = {path.name for path in run.iterdir()}
     assert {"config.yaml", "manifest.json", "metrics.jsonl", "checkpoints", "tokenizer"} <= names
