@@ -160,7 +160,6 @@ MESHES = [
     {"expert": 2, "tensor": 2, "fsdp": 2},
     {"expert": 2, "context": 2, "data": 2},
     {"expert": 8},
-    {"context": 2, "tensor": 4},
 ]
 
 
