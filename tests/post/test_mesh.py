@@ -59,7 +59,7 @@ def test_the_gradient_of_every_objective_can_be_cut_over_rows_weights_and_heads(
         return trainable if lora is None else apply_adapters(frozen, trainable, config.lora)
 
     def on_mesh(x):
-        spec = logical_to_spec(("batch", *[None] * (x.ndim - 1)))
+        spec = logical_to_spec(("batch", "length", *[None] * x.ndim)[: x.ndim])
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     with jax.set_mesh(mesh):
