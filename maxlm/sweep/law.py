@@ -144,6 +144,8 @@ def fit_scaling_law(
     unit = math.exp(np.log(x).mean())
     log_u = np.log(x / unit)
     best = _fit(log_u, np.log(loss), delta)
+    # What ends at the bound is none.
+    least = 10 * _LEAST_SHARE * float(loss.min())
 
     freedom = len(x) - 3
     draws, noises, noise = np.empty((0, 3)), np.empty(0), None
@@ -154,8 +156,8 @@ def fit_scaling_law(
         generator = np.random.default_rng(seed)
         noises = np.sqrt(squares / generator.chisquare(freedom, resamples))
         samples = fitted + noises[:, None] * generator.standard_normal((resamples, len(x)))
-        draws = np.stack([_natural(_fit(log_u, sample, delta, start=best), unit) for sample in samples])
-    return ScalingLaw(*_natural(best, unit).tolist(), noise, draws, noises)
+        draws = np.stack([_natural(_fit(log_u, sample, delta, start=best), unit, least) for sample in samples])
+    return ScalingLaw(*_natural(best, unit, least).tolist(), noise, draws, noises)
 
 
 def fit_power_law(x: np.ndarray, y: np.ndarray) -> PowerLaw:
@@ -228,10 +230,11 @@ def _jacobian(parameters: np.ndarray, log_u: np.ndarray) -> np.ndarray:
     return np.stack([1 - share, share, -log_u * share], axis=1)
 
 
-def _natural(parameters: np.ndarray, unit: float) -> np.ndarray:
-    """E, A, alpha for x in its own unit."""
+def _natural(parameters: np.ndarray, unit: float, least: float) -> np.ndarray:
+    """E, A, alpha for x in its own unit; an E below `least` is 0."""
     log_e, log_a, alpha = parameters
-    return np.array([math.exp(log_e), math.exp(log_a + alpha * math.log(unit)), alpha])
+    irreducible = math.exp(log_e)
+    return np.array([irreducible if irreducible > least else 0.0, math.exp(log_a + alpha * math.log(unit)), alpha])
 
 
 def _quantiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -29,7 +29,7 @@ def write_sweep_page(path: Path, plan: Plan, analysis: Analysis) -> None:
         [
             f"<h1>{escape(title)}</h1>",
             _headline(plan, analysis),
-            section("To be known", *(paragraph(note) for note in analysis.notes)),
+            section("Notes", *(paragraph(note) for note in analysis.notes)),
             _law_section(plan, analysis),
             section(
                 "The best setting at each size",
@@ -51,7 +51,7 @@ def _headline(plan: Plan, analysis: Analysis) -> str:
     counts = summary["trials"]
     lost = ", ".join(f"{counts[status]} {status}" for status in ("diverged", "failed") if counts[status])
     items = [
-        (format_number(analysis.best.value), f"best {metric}: {describe(analysis.best.setting)}"),
+        (format_number(analysis.best.value), f"best {metric}: {_where(plan, analysis.best)}"),
         (f"{sum(counts.values())}", "trials" + (f", {lost}" if lost else "")),
         (duration(summary["seconds"]), "of trials"),
     ]
@@ -63,6 +63,11 @@ def _headline(plan: Plan, analysis: Analysis) -> str:
             items.append((format_number(measured.value), f"measured there: predicted {100 * off:+.1f} % off"))
     method = plan.config.method.kind.replace("_", " ")
     return paragraph(f"Trials of {plan.config.train}, by {method}.") + tiles(items)
+
+
+def _where(plan: Plan, outcome: Outcome) -> str:
+    size = f" ({plan.label(outcome.scale)})" if plan.config.scales else ""
+    return describe(outcome.setting) + size
 
 
 def _law_section(plan: Plan, analysis: Analysis) -> str:

@@ -84,6 +84,14 @@ def test_the_same_points_give_the_same_interval():
     assert one.predict(1e16) == other.predict(1e16)
 
 
+def test_losses_that_fall_ever_faster_have_no_floor():
+    fit = fit_scaling_law(X, np.array([6.5, 6.45, 6.35, 6.2, 6.0, 5.7]), resamples=1)
+    assert fit.irreducible == 0
+    pure = fit_scaling_law(X, 30 * X**-0.05, resamples=1)
+    assert pure.irreducible < 0.01
+    assert pure.exponent == pytest.approx(0.05, rel=1e-2)
+
+
 def test_three_points_give_a_law_and_no_interval():
     fit = fit_scaling_law(X[::2], law(X[::2]))
     assert fit.exponent == pytest.approx(ALPHA, rel=1e-3)
