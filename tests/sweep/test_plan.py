@@ -107,6 +107,7 @@ def test_a_trial_is_named_by_what_it_trains_and_by_nothing_else(sweep_of):
     ("schedule", "prefix"),
     [
         ({"kind": "constant", "warmup_steps": 3}, True),
+        ({"kind": "inverse_sqrt"}, True),
         ({"kind": "cosine"}, False),
         ({"kind": "wsd", "decay_fraction": 0.2}, False),
         ({"kind": "wsd", "decay_fraction": 0.0}, True),
