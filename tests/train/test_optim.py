@@ -133,7 +133,7 @@ def part_of_a_device(tree):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves) / sum(leaf.nbytes for leaf in leaves)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["adamw", "adam8bit", "adafactor", "soap"])
 def test_state_of_bfloat16_parameters_is_kept_in_float32(kind):
     """The same updates as of float32 parameters with those values, to the last place of bfloat16."""
     params, state = run(config_of(kind), dtype="bfloat16", steps=2)

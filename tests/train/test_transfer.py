@@ -16,7 +16,7 @@ from maxlm.train.optim import apply_updates, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-WIDTHS = (32, 96, 256)
+WIDTHS = (32, 256)
 TOKENS = np.random.default_rng(0).integers(0, 64, (4, 17)).astype("int32")
 BATCH = Batch(
     TOKENS[:, :-1],
@@ -87,7 +87,7 @@ def test_activations_change_alike_at_all_widths():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "rate"), [("muon", 2e-4), ("sgd", 0.01), ("soap", 1e-4), ("lion", 3e-5)])
+@pytest.mark.parametrize(("kind", "rate"), [("muon", 2e-4), ("sgd", 0.01)])
 def test_activations_change_alike_with_other_optimizers(kind, rate):
     hidden, logits = slopes(kind, rate, 32)
     assert abs(hidden) < 0.15
