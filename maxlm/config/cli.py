@@ -17,7 +17,7 @@ def register(subparsers) -> None:
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     show = actions.add_parser("show", help="print the resolved configuration as YAML, or all its mistakes")
-    show.add_argument("file", metavar="FILE", help="a YAML file with a `kind`: train, data or tokenizer")
+    show.add_argument("file", metavar="FILE", help="a YAML file with a `kind`: train, data, tokenizer or sweep")
     show.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.learning_rate=3e-4")
     show.add_argument("--json", action="store_true", help="print JSON instead of YAML")
     show.set_defaults(func=run_show)

@@ -7,7 +7,7 @@ examples:
   maxlm sweep configs/sweep/learning_rate.yaml --dry-run    which trials there would be, and what they would cost
   maxlm sweep configs/sweep/learning_rate.yaml              run them; the same command goes on where it was stopped
   maxlm sweep FILE method.trials=16 overrides.steps=200     any setting of the sweep can be given as key=value
-  maxlm train runs/sweep/best.yaml                          train with what was found
+  maxlm train runs/sweep/learning_rate/best.yaml            train with what was found
 """
 
 
