@@ -48,11 +48,15 @@ def build(tokenizer, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("sizes", "lora"),
+    [(MESH, None), (MESH, {"rank": 2}), ({"fsdp": 2, "context": 2, "tensor": 2}, None)],
+    ids=["full", "lora", "context"],
+)
 @pytest.mark.parametrize("kind", ["sft", "dpo", "reward", "grpo"])
-def test_the_gradient_of_every_objective_can_be_cut_over_rows_weights_and_heads(build, kind, lora):
+def test_the_gradient_of_every_objective_can_be_cut_over_rows_weights_and_heads(build, kind, sizes, lora):
     """Shardings are part of types here: a mistake would raise while the step is traced."""
-    config, mesh, plan, objective, reference = build(kind, MESH, lora)
+    config, mesh, plan, objective, reference = build(kind, sizes, lora)
     trainable = abstract(plan if lora is None else declare_adapters(plan, config.lora), mesh)
 
     def assemble(trainable, frozen):
