@@ -8,7 +8,7 @@ from small import config_of
 
 from maxlm.core.sharding import current_mesh
 from maxlm.core.term import LossOutput, Term
-from maxlm.models import decoder, layers
+from maxlm.models import decoder, layers, moe
 from maxlm.ops.linear import AdaptedWeight
 from maxlm.post import sft
 from maxlm.post.sampler import Sampler
@@ -133,3 +133,23 @@ def test_a_gradient_that_one_device_keeps_to_itself(monkeypatch):
     monkeypatch.setattr(decoder, "rms_norm", lambda x, scale, epsilon: original(x, local(scale), epsilon))
     report = verify(config_of("sft"), only=["mesh: data=2", "mesh: fsdp=2", "token ids"])
     assert [(finding.name, finding.first) for finding in report.failed] == [("mesh: data=2", "final_norm")]
+
+
+def test_a_ring_that_takes_a_zigzag_for_rows_in_order(monkeypatch):
+    original = layers.context_attention
+    monkeypatch.setattr(
+        layers, "context_attention", lambda *args, order, **settings: original(*args, order="plain", **settings)
+    )
+    assert failed(config_of("sft"), "mesh: context=2", "mesh: tensor=2") == ["mesh: context=2"]
+
+
+def test_a_balance_of_experts_that_is_a_product_of_means_over_the_batch(monkeypatch):
+    def product_of_means(scores_BLE, experts_BLK, segment_ids_BL):
+        real_BL1 = (segment_ids_BL != 0)[..., None].astype(jnp.float32)
+        chosen_BLE = jnp.sum(jax.nn.one_hot(experts_BLK, scores_BLE.shape[-1]), axis=-2)
+        shares_E, means_E = (jnp.sum(real_BL1 * x, (0, 1)) / jnp.sum(real_BL1) for x in (chosen_BLE, scores_BLE))
+        return jnp.sum(real_BL1) * jnp.sum(jax.lax.stop_gradient(shares_E) * means_E)
+
+    monkeypatch.setattr(moe, "document_balance", product_of_means)
+    model = {"num_layers": 2, "moe": {"num_experts": 4, "experts_per_token": 2, "mlp_dim": 16}}
+    assert failed(config_of("sft", model=model), "accumulation: 2", "token ids") == ["accumulation: 2"]

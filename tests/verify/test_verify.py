@@ -1,0 +1,155 @@
+"""What verification compares, of which configurations, and how it tells what it found."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from small import config_of
+
+from maxlm.cli import main
+from maxlm.config.load import dump_yaml
+from maxlm.core.sharding import MESH_AXES
+from maxlm.errors import RequestError
+from maxlm.verify import examples
+from maxlm.verify.reduce import reduced_config, reduced_model
+from maxlm.verify.report import Finding, Report, compare
+from maxlm.verify.run import choose, verify
+from maxlm.verify.show import failure, markdown, summary
+from maxlm.verify.subject import Measured
+from maxlm.verify.variants import meshes, variants_of
+
+SAME = Finding("mesh", "data=2, fsdp=2", 1e-7, "policy", 3e-6, "embedding", seconds=1.0)
+WRONG = Finding("padding", "more rows", 1e-9, "dpo", 0.02, "final_norm", first="layers/mlp/up[1]")
+SKIPPED = Finding("mesh", "tensor=2", skipped="num_heads: 3 cannot be cut")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("reward", {}), ("dpo", {}), ("distill", {}), ("grpo", {"lora": {"rank": 4}})],
+    ids=["reward", "dpo", "distill", "grpo with adapters"],
+)
+def test_each_objective_is_the_same_padded_and_on_three_axes(kind, settings):
+    report = verify(config_of(kind, **settings), only=["padding", "mesh: data=2, fsdp=2, tensor=2"])
+    assert [finding.verdict for finding in report.findings] == ["same", "same"], report
+
+
+def variants(kind="sft", **settings):
+    config = config_of(kind, **settings)
+    return list(variants_of(config, reduced_config(config, vocab_size=64), num_devices=8))
+
+
+def test_each_two_axes_of_a_mesh_meet():
+    wide = [{axis for axis in MESH_AXES if getattr(mesh, axis) == 2} for mesh in meshes(all_products=False)]
+    assert all(any({left, right} <= axes for axes in wide) for left, right in itertools.combinations(MESH_AXES, 2))
+    assert all({axis} in wide for axis in MESH_AXES)
+    assert len(list(meshes(all_products=True))) == 6 + 15 + 20 + 1
+
+
+def test_a_mesh_that_the_model_does_not_fit_is_skipped_with_the_number_to_change():
+    found = {variant.name: variant.skipped for variant in variants(model={"num_heads": 3, "num_kv_heads": 1})}
+    assert "num_heads: 3 cannot be cut over mesh.tensor = 2" in found["mesh: tensor=2"]
+    assert found["mesh: data=2"] is None
+
+
+def test_there_are_as_many_devices_as_a_mesh_needs():
+    config = config_of("sft")
+    found = variants_of(config, reduced_config(config, vocab_size=64), num_devices=1)
+    reasons = [variant.skipped for variant in found if variant.mesh is not None]
+    assert all("there are 1" in reason for reason in reasons)
+
+
+def test_names_choose_variants_whole_before_in_part():
+    assert [variant.detail for variant in choose(variants(), ["mesh: data=2"])] == ["data=2"]
+    assert [variant.detail for variant in choose(variants(), ["accumulation:"])] == ["2", "4"]
+    with pytest.raises(RequestError, match="--only 'packs': names no variant; groups are accumulation, packing"):
+        choose(variants(), ["packs"])
+
+
+def test_a_small_model_keeps_the_structure():
+    config = config_of(
+        "sft",
+        model={
+            "num_layers": 24,
+            "num_heads": 32,
+            "num_kv_heads": 8,
+            "window_pattern": [4096, 512, None],
+            "tie_embeddings": False,
+            "qk_norm": True,
+            "logit_soft_cap": 30.0,
+            "activation_dtype": "bfloat16",
+            "moe": {"num_experts": 64, "experts_per_token": 4, "mlp_dim": 512, "num_shared_experts": 1},
+        },
+    )
+    small = reduced_model(config.model, vocab_size=64)
+    assert small.num_heads // small.num_kv_heads == 4
+    assert small.window_pattern == (11, 5, None)
+    assert small.num_layers == 6
+    assert (small.tie_embeddings, small.qk_norm, small.logit_soft_cap) == (False, True, 30.0)
+    assert (small.moe.experts_per_token, small.moe.num_shared_experts) == (4, 1)
+    assert small.moe.num_experts < 64
+    assert (small.activation_dtype, small.matmul_dtype) == ("float32", "float32")
+
+
+def test_every_term_is_on():
+    small = reduced_config(config_of("dpo"), vocab_size=64)
+    assert small.objective.sft_weight >= 0.1
+    assert reduced_config(config_of("grpo"), vocab_size=64).objective.kl_beta >= 0.1
+
+
+def test_examples_hold_what_brings_bugs_to_light():
+    rows = examples.make_documents(np.random.default_rng(0), num_rows=8, length=96, vocab_size=64)
+    batch = examples.pack(rows, length=96)
+    real = batch.segment_ids > 0
+    assert (batch.tokens[real] == 0).any()
+    assert (batch.targets[batch.loss_weights > 0] == 0).any()
+    assert (batch.loss_weights[real] == 0).any()
+    assert min(len(document.tokens) for row in rows for document in row) == 1
+    weights = batch.loss_weights.reshape(2, 4, 96).sum((0, 2))
+    assert weights[1] < 0.4 * np.delete(weights, 1).min()
+    alone = examples.unpack(rows, multiple=8)
+    np.testing.assert_allclose(alone.loss_weights.sum(), batch.loss_weights.sum(), rtol=1e-6)
+    assert alone.segment_ids.max() == 1
+
+
+def test_the_first_parameter_that_differs_and_its_layer_are_named():
+    gradient = {"embedding": np.ones((4, 2)), "layers/mlp/up": np.ones((3, 2, 2)), "final_norm": np.full(2, 5.0)}
+    other = {path: leaf.copy() for path, leaf in gradient.items()}
+    other["layers/mlp/up"][1, 0, 0] += 0.5
+    other["final_norm"] += 5
+    numbers = compare(Measured({"a": 2.0, "b": 1.0}, gradient), Measured({"a": 2.0, "b": 1.1}, other), list(gradient))
+    assert numbers["first"] == "layers/mlp/up[1]"
+    assert (numbers["parameter"], numbers["gradient_difference"]) == ("final_norm", 1.0)
+    assert numbers["term"] == "b"
+    assert numbers["loss_difference"] == pytest.approx(0.1)
+
+
+def test_what_is_no_number_differs():
+    assert Finding("mesh", "data=2", gradient_difference=float("nan")).verdict == "differs"
+    assert Finding("mesh", "data=2", loss_difference=float("nan")).verdict == "differs"
+
+
+def test_a_report_is_told_in_words_and_tables():
+    report = Report("a.yaml", "sft", (SAME, WRONG, SKIPPED), 2.0)
+    assert not report.passed
+    assert report.largest() == {"mesh.data": 3e-6, "mesh.fsdp": 3e-6, "padding": 0.02}
+    assert failure(WRONG) == (
+        "padding: more rows differs: gradients from layers/mlp/up[1] on, most in final_norm, by 2.0e-02 of its largest"
+        " entry"
+    )
+    text = markdown(report)
+    assert "| mesh: data=2, fsdp=2 | 1.0e-07 | 3.0e-06 | embedding | same | 1.0 |" in text
+    assert "skipped: num_heads: 3 cannot be cut" in text
+    assert "| mesh.data | 3.0e-06 |" in summary([report])
+
+
+def test_the_command_ends_with_1_where_something_differs(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_yaml(config_of("sft")))
+    for findings, code in (((SAME, SKIPPED), 0), ((SAME, WRONG), 1)):
+        report = Report(str(file), "sft", findings, 2.0)
+        monkeypatch.setattr("maxlm.verify.run.verify", lambda config, report=report, **settings: report)
+        assert main(["verify", str(file), "--json"]) == code
+        assert json.loads(capsys.readouterr().out)["passed"] is (code == 0)
+        assert main(["verify", str(file)]) == code
+        assert "data=2, fsdp=2" in capsys.readouterr().out.replace("\n", "")
