@@ -9,7 +9,7 @@ examples:
   maxlm train configs/quickstart/pretrain.yaml               pretrain; the same command resumes a run that was stopped
   maxlm train configs/post/sft.yaml                          fine-tune on chats
   maxlm train configs/post/sft.yaml lora.rank=16             the same, with low-rank adapters alone being trained
-  maxlm train configs/post/dpo.yaml objective.beta=0.05      learn from preferences; reward.yaml and grpo.yaml go alike
+  maxlm train configs/post/dpo.yaml objective.beta=0.05      learn from preferences; reward, grpo, distill go alike
   maxlm train CONFIG output=runs/second seed=1               any setting can be given as key=value
   maxlm train CONFIG --supervise 10                          start again from the last checkpoint when it dies
 """
@@ -27,8 +27,9 @@ def register(subparsers) -> None:
     train = subparsers.add_parser(
         "train",
         help="pretrain, fine-tune, align: one run of one configuration",
-        description="Train as a configuration says: pretraining, SFT, reward model, DPO or GRPO. The run folder holds"
-        " checkpoints, metrics.jsonl, tensorboard/ and manifest.json. A run that stands there already is resumed.",
+        description="Train as a configuration says: pretraining, distillation, SFT, reward model, DPO, GRPO. The run"
+        " folder holds checkpoints, metrics.jsonl, tensorboard/ and manifest.json. A run that stands there already is"
+        " resumed.",
         epilog=TRAIN_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
