@@ -1,0 +1,65 @@
+"""A model with experts from training on a mesh to generation, and what a configuration of one may ask for."""
+
+import numpy as np
+import pytest
+from tiny_run import MODEL, tiny_config
+
+from maxlm.cli import main
+from maxlm.core.sharding import mesh_sizes
+from maxlm.errors import CheckpointError, ConfigError
+from maxlm.post.run import train
+from maxlm.tokenizer.codec import Tokenizer
+from maxlm.train.layout import check_layout
+from maxlm.train.metrics import read_metrics
+from maxlm.train.run import load_model, resolve_model
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+MOE = {"num_experts": 8, "experts_per_token": 2, "mlp_dim": 16, "balance": {"loss_weight": 0.01, "bias": True}}
+
+
+def moe_config(output, data, *, moe=MOE, **settings):
+    return tiny_config(output, data, model={**MODEL, "moe": moe}, **settings)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, tiny_data_folder):
+    folder = tmp_path_factory.mktemp("moe") / "run"
+    config = moe_config(folder, tiny_data_folder, mesh={"fsdp": 1, "expert": 2}, steps=4, eval_every=0)
+    train(config)
+    return folder
+
+
+def test_a_run_reports_its_experts_and_moves_their_bias_by_whole_steps(run_folder):
+    record = read_metrics(run_folder)[0]
+    assert record["dropped_tokens"] == record["router_bias"] == 0
+    assert 1 <= record["max_expert_load"] <= 4
+    assert record["moe_balance"] >= 0.01 * 0.9
+    model, _ = load_model(run_folder)
+    steps = np.asarray(model.layers.mlp.router_bias) / 0.001
+    np.testing.assert_allclose(steps, steps.round(), atol=1e-3)
+    assert 0 < np.abs(steps).max() <= 4
+
+
+def test_it_is_generated_from_like_any_other(run_folder, capsys):
+    assert main(["generate", str(run_folder), "The", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_run_may_start_from_it_with_another_balance_and_not_with_other_experts(run_folder, tiny_data_folder):
+    tokenizer = Tokenizer.load(run_folder / "tokenizer")
+    other = {**MOE, "balance": {"loss_weight": 0.5, "bias": True}, "router_z_loss": 0.1, "dispatch": "capacity"}
+    config = moe_config("x", tiny_data_folder, moe=other, init_from=str(run_folder))
+    assert resolve_model(config, tokenizer).model.moe == config.model.moe
+    config = moe_config("x", tiny_data_folder, moe={**MOE, "experts_per_token": 1}, init_from=str(run_folder))
+    with pytest.raises(CheckpointError, match=r"model\.moe"):
+        resolve_model(config, tokenizer)
+
+
+def test_experts_that_cannot_be_cut_are_told(tiny_data_folder):
+    config = moe_config("x", tiny_data_folder, moe={**MOE, "num_experts": 6}, mesh={"fsdp": 1, "expert": 4})
+    with pytest.raises(ConfigError, match=r"model.moe.num_experts: 6 .* mesh.expert = 4; make it 8, or mesh.expert=3"):
+        check_layout(config, mesh_sizes(config.mesh, 8))
+    config = moe_config("x", tiny_data_folder, moe={**MOE, "mlp_dim": 18}, mesh={"fsdp": 1, "tensor": 4})
+    with pytest.raises(ConfigError, match=r"model.moe.mlp_dim: 18 .* mesh.tensor = 4; make it 16, or mesh.tensor=3"):
+        check_layout(config, mesh_sizes(config.mesh, 8))
