@@ -177,9 +177,8 @@ def test_bfloat16_is_near(reference):
     assert_same(mixture(dtype="bfloat16"), reference, relative=0.03)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"expert": 2, "tensor": 2, "fsdp": 2}], ids=str)
-def test_a_capacity_that_holds_all_drops_nothing(sizes, reference):
-    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
+def test_a_capacity_that_holds_all_drops_nothing(reference):
+    mesh = make_mesh(MeshConfig(expert=2, tensor=2, fsdp=2))
     outputs, gradients = mixture(mesh, capacity_factor=E / K)
     assert not outputs[1].any()
     assert_same((outputs, gradients), reference)
@@ -210,12 +209,11 @@ def spread_by_definition(operand, output, input_offsets, send_sizes, output_offs
     return output
 
 
-@pytest.mark.parametrize("sizes", [{"expert": 4}, {"expert": 2, "tensor": 2, "fsdp": 2}], ids=str)
-def test_the_ragged_exchange_is_the_padded_one(sizes, reference, monkeypatch):
+def test_the_ragged_exchange_is_the_padded_one(reference, monkeypatch):
     """The kernels of a TPU's rung: its all-to-all spelled out, and its products, which run everywhere."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", spread_by_definition)
     monkeypatch.setattr("maxlm.ops.moe._platform", lambda: "tpu")
-    assert_same(mixture(make_mesh(MeshConfig(**{"fsdp": 1, **sizes})), implementation=None), reference)
+    assert_same(mixture(make_mesh(MeshConfig(expert=4, fsdp=2)), implementation=None), reference)
 
 
 @pytest.mark.parametrize(("name", "message"), [("ragged", "choose 'padded'"), ("sorted", "allowed: ragged, padded")])
@@ -263,9 +261,8 @@ def test_the_balance_is_that_of_each_document():
     assert not gradient[SEGMENTS == 0].any()
 
 
-@pytest.mark.parametrize("sizes", [{"context": 4, "expert": 2}, {"data": 2, "context": 2, "tensor": 2}], ids=str)
-def test_the_balance_is_the_same_where_rows_are_cut(sizes):
-    value, gradient = balance(make_mesh(MeshConfig(**{"fsdp": 1, **sizes})))
+def test_the_balance_is_the_same_where_rows_are_cut():
+    value, gradient = balance(make_mesh(MeshConfig(fsdp=1, context=4, expert=2)))
     expected_value, expected_gradient = balance()
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-7)
