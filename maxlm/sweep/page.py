@@ -11,7 +11,7 @@ from maxlm.config.sweep import Range
 from maxlm.eval.html_parts import charts, duration, facts, figure, folded, paragraph, section, table, tiles, write_page
 from maxlm.eval.svg import Band, Bar, Line, bar_chart, format_number, line_chart
 from maxlm.sweep.analysis import Analysis, FieldLaw, best_config
-from maxlm.sweep.outcome import Outcome
+from maxlm.sweep.outcome import Outcome, ranked
 from maxlm.sweep.trials import TARGET, Plan, describe
 
 AXES = {"flops": "FLOPs of training", "parameters": "weights", "tokens": "tokens of training"}
@@ -145,29 +145,30 @@ def _field_law_figure(plan: Plan, analysis: Analysis, field: FieldLaw) -> str:
 
 
 def _field_figure(plan: Plan, analysis: Analysis, name: str) -> str:
-    rankings = {scale: ranking for scale, ranking in analysis.final.items() if ranking}
+    rankings = _groups(plan, analysis)
     outcomes = [outcome for ranking in rankings.values() for outcome in ranking]
     values = [outcome.setting[name] for outcome in outcomes]
     metric = plan.config.metric.replace("_", " ")
     rows = [
-        (f"{plan.label(o.scale)}: {o.setting[name]}", f"{o.value:.4f}")
-        for o in sorted(outcomes, key=lambda o: (o.scale, str(o.setting[name])))
+        (f"{label}: {outcome.setting[name]}", f"{outcome.value:.4f}")
+        for label, ranking in rankings.items()
+        for outcome in ranking
     ]
     numbers = table((name, metric), rows)
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        groups = [(plan.label(scale), _bars(ranking, name)) for scale, ranking in rankings.items()]
+        groups = [(label, _bars(ranking, name)) for label, ranking in rankings.items()]
         labels = [(f"{label}: {value}", [bar]) for label, bars in groups for value, bar in bars]
         return figure(
             f"Best {metric} with each {name}", bar_chart(name, "the best value of each choice", labels), numbers
         )
     lines, legend = [], []
-    for index, (scale, ranking) in enumerate(reversed(rankings.items())):
+    for index, (label, ranking) in enumerate(reversed(rankings.items())):
         points = sorted((float(outcome.setting[name]), outcome.value) for outcome in ranking)
         # Settings that differ in other fields too lie off any line.
         joined = len(plan.config.fields) == 1
         style = _SHADES[min(index, len(_SHADES) - 1)]
-        lines.append(Line(plan.label(scale), points, style, has_marks=True, is_joined=joined))
-        legend.append((style, plan.label(scale)))
+        lines.append(Line(label, points, style, has_marks=True, is_joined=joined))
+        legend.append((style, label))
     dimension = plan.config.fields[name]
     spread = min(values) > 0 and max(values) / min(values) >= 4
     is_log = dimension.log if isinstance(dimension, Range) else spread
@@ -180,6 +181,17 @@ def _field_figure(plan: Plan, analysis: Analysis, name: str) -> str:
         log_y=all(outcome.value > 0 for outcome in outcomes),
     )
     return figure(f"{metric.capitalize()} against {name}", svg, numbers, legend=legend[::-1] if len(legend) > 1 else ())
+
+
+def _groups(plan: Plan, analysis: Analysis) -> dict[str, list[Outcome]]:
+    """What is drawn as one curve: the last round of each size, or, of one size alone, each round."""
+    if plan.config.scales is not None:
+        return {plan.label(scale): ranking for scale, ranking in analysis.final.items() if ranking}
+    lengths = sorted({outcome.steps for outcome in analysis.outcomes if outcome.value is not None})
+    return {
+        f"{steps:,} steps": ranked([o for o in analysis.outcomes if o.steps == steps], plan.config.goal)
+        for steps in lengths
+    }
 
 
 def _bars(ranking: Sequence[Outcome], name: str) -> list[tuple[str, Bar]]:
