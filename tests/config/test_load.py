@@ -73,7 +73,10 @@ def test_all_mistakes_are_told_at_once(tmp_path):
     ("override", "message"),
     [
         ("kind=trian", "kind: 'trian' must be one of 'train', 'data', 'tokenizer', 'sweep'; did you mean train?"),
-        ("objective.kind=gpro", "objective.kind: 'gpro' must be one of 'pretrain', 'distill', 'sft', 'reward', 'dpo', 'grpo'"),
+        (
+            "objective.kind=gpro",
+            "objective.kind: 'gpro' must be one of 'pretrain', 'distill', 'sft', 'reward', 'dpo', 'grpo'",
+        ),
         ("objective.sources=[]", "objective.sources: []: tuple should have at least 1 item"),
         ("optim.learning_rate=nan", "optim.learning_rate: 'nan': input should be a finite number"),
         ("optim.learning_rate=.inf", "optim.learning_rate: inf: input should be a finite number"),
