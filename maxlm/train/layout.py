@@ -36,6 +36,12 @@ def check_precision(config: TrainConfig, device: jax.Device) -> None:
         )
 
 
+def _teacher(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
+    if config.objective.kind == "distill" and sizes["stage"] > 1 and config.model.pipeline.schedule == "1f1b":
+        return ["model.pipeline.schedule: 1f1b has no place for a teacher beside the student; set gpipe"]
+    return []
+
+
 def _rows(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
     axes = ("data", "fsdp", "expert")
     parts = math.prod(sizes[axis] for axis in axes)

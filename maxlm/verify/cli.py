@@ -25,7 +25,9 @@ def register(subparsers) -> None:
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file with kind: train; its data need not exist")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the file's")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="variants with this in their name")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="a variant, a group, or part of a name"
+    )
     parser.add_argument("--all", action="store_true", help="every product of two and three mesh axes")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
     parser.add_argument("--markdown", action="store_true", help="print the report as a section of a document")

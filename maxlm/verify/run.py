@@ -26,7 +26,7 @@ def verify(config: TrainConfig, *, title: str = "", only: Sequence[str] = (), al
     Args:
       config: of any objective; neither its data nor the checkpoints that it starts from need to exist.
       title: names it in the report.
-      only: names of variants, or parts of them; the others are left out. Nothing: all.
+      only: names of variants or groups, or parts of them; the others are left out. Nothing: all.
       all_products: every product of two and three mesh axes, and not a few in which each two axes meet.
 
     Raises:
@@ -53,7 +53,7 @@ def verify(config: TrainConfig, *, title: str = "", only: Sequence[str] = (), al
 
 
 def choose(variants: Iterable[Variant], only: Sequence[str]) -> list[Variant]:
-    """The variants that have one of these names, or, where none has it whole, as a part.
+    """The variants, or groups of them, that have one of these names; where none has it whole, those that hold it.
 
     Raises:
       RequestError: no variant has it.
@@ -63,7 +63,7 @@ def choose(variants: Iterable[Variant], only: Sequence[str]) -> list[Variant]:
         return variants
     chosen: set[str] = set()
     for wanted in only:
-        found = [variant for variant in variants if variant.name == wanted]
+        found = [variant for variant in variants if wanted in (variant.name, variant.group)]
         found = found or [variant for variant in variants if wanted in variant.name]
         if not found:
             groups = ", ".join(dict.fromkeys(variant.group for variant in variants))

@@ -110,3 +110,10 @@ def test_a_mesh_that_does_not_fit_is_refused(teacher, tiny_data_folder, tmp_path
     config = distill_config(tmp_path / "run", teacher, tiny_data_folder, mesh={"fsdp": 1, "tensor": 8})
     with pytest.raises(ConfigError, match="num_heads: 2 cannot be cut over"):
         train(config)
+
+
+def test_stages_that_have_no_place_for_a_teacher_are_refused(teacher, tiny_data_folder, tmp_path):
+    model = {**SMALL, "num_layers": 2, "max_length": 32, "pipeline": {"schedule": "1f1b"}}
+    config = distill_config(tmp_path / "run", teacher, tiny_data_folder, mesh={"fsdp": 1, "stage": 2}, model=model)
+    with pytest.raises(ConfigError, match="1f1b has no place for a teacher beside the student; set gpipe"):
+        train(config)
