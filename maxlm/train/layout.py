@@ -23,6 +23,7 @@ def check_layout(config: TrainConfig, sizes: Mapping[str, int]) -> None:
         *_tokens(config, sizes),
         *_attention(config.model, sizes),
         *_weights(config, sizes),
+        *_teacher(config, sizes),
     ]
     if problems:
         raise ConfigError(problems)
