@@ -15,7 +15,7 @@ from maxlm.models.decoder import Decoder
 
 @jax.jit
 def padded_logits(decoder, tokens_BL):
-    return decoder.logits(decoder(tokens_BL))
+    return decoder.logits(decoder(tokens_BL).hidden_BLD)
 
 
 def full_logits(decoder, ids):
@@ -46,7 +46,7 @@ def test_logits_are_those_of_the_forward_pass(model, decoder):
     logits = model.logits(tokens)
     assert logits.shape == (3, 21, model.config.vocab_size)
     assert logits.dtype == np.float32
-    np.testing.assert_allclose(logits, decoder.logits(decoder(jnp.asarray(tokens))), atol=2e-5)
+    np.testing.assert_allclose(logits, decoder.logits(decoder(jnp.asarray(tokens)).hidden_BLD), atol=2e-5)
 
 
 def test_segments_do_not_see_one_another(model, decoder):
@@ -159,7 +159,7 @@ def test_on_a_cpu_activations_are_float32(decoder):
     declared = with_bfloat16(decoder)
     converted = for_this_backend(declared)
     assert converted.config.activation_dtype == "float32"
-    expected = decoder.logits(decoder(tokens))
+    expected = decoder.logits(decoder(tokens).hidden_BLD)
     assert jnp.abs(declared.logits(declared(tokens)) - expected).max() > 1e-4
     np.testing.assert_allclose(converted.logits(converted(tokens)), expected, atol=1e-6)
 
@@ -175,7 +175,7 @@ def test_load_reads_an_int8_bundle(decoder, tokenizer, tmp_path):
     assert loaded.name == "bundle"
     assert loaded.config.activation_dtype == "float32"
     tokens = np.asarray([[1, 40, 50, 60, 70]])
-    exact = np.asarray(decoder.logits(decoder(jnp.asarray(tokens))))
+    exact = np.asarray(decoder.logits(decoder(jnp.asarray(tokens)).hidden_BLD))
     np.testing.assert_allclose(loaded.logits(tokens), exact, atol=0.05 * np.abs(exact).max())
     assert loaded.generate("The dog", max_new_tokens=5) == loaded.generate("The dog", max_new_tokens=5)
 

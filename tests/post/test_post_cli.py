@@ -98,4 +98,4 @@ def test_the_examples_are_valid_short_and_of_the_kind_their_name_says(path):
 
 
 def test_there_is_an_example_for_each_objective():
-    assert {path.stem for path in CONFIGS} == {"sft", "reward", "dpo", "grpo"}
+    assert {path.stem for path in CONFIGS} == {"sft", "reward", "dpo", "grpo", "distill"}
