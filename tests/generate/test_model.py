@@ -160,8 +160,8 @@ def test_on_a_cpu_activations_are_float32(decoder):
     converted = for_this_backend(declared)
     assert converted.config.activation_dtype == "float32"
     expected = decoder.logits(decoder(tokens).hidden_BLD)
-    assert jnp.abs(declared.logits(declared(tokens)) - expected).max() > 1e-4
-    np.testing.assert_allclose(converted.logits(converted(tokens)), expected, atol=1e-6)
+    assert jnp.abs(declared.logits(declared(tokens).hidden_BLD) - expected).max() > 1e-4
+    np.testing.assert_allclose(converted.logits(converted(tokens).hidden_BLD), expected, atol=1e-6)
 
 
 def test_load_reads_an_int8_bundle(decoder, tokenizer, tmp_path):
