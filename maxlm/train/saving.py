@@ -14,16 +14,14 @@ from maxlm.core.storage import absolute_path
 from maxlm.errors import ConfigError
 from maxlm.train.checkpoint import Checkpointer, restore_newest
 from maxlm.train.state import TrainState
-
-# Names the run's folder among the local checkpoints: a run that is begun anew must not find those of the old one.
-_ID_FILE = "local_checkpoints.txt"
+from maxlm.train.supervise import LOCAL_ID_FILE, local_id
 
 
 class RunCheckpoints:
     """The checkpoints of a run, in one place or two. Use as a context manager."""
 
     def __init__(self, run_folder: epath.Path, config: CheckpointConfig):
-        self._config = config
+        self._run_folder, self._config = run_folder, config
         self._stack = contextlib.ExitStack()
         retries = {"retries": config.retries, "retry_seconds": config.retry_seconds}
         self._main = self._stack.enter_context(Checkpointer(run_folder, keep=config.keep, **retries))
@@ -75,8 +73,10 @@ class RunCheckpoints:
         """The run has ended and is saved: what is on the local disk is needed no more."""
         if self._local is not None:
             self._local.wait()
-            if is_primary():
-                self._local.folder.parent.rmtree()
+            folder = self._local.folder.parent
+            # What else lies on that disk is the user's.
+            if is_primary() and folder.name == local_id(self._run_folder):
+                folder.rmtree()
 
 
 def local_folder(run_folder: epath.Path, base: str | os.PathLike) -> epath.Path:
@@ -85,11 +85,14 @@ def local_folder(run_folder: epath.Path, base: str | os.PathLike) -> epath.Path:
     Raises:
       ConfigError: some process does not see what the first one writes there.
     """
-    file = run_folder / _ID_FILE
-    if is_primary() and not file.exists():
+    name = local_id(run_folder) if is_primary() else None
+    if is_primary() and name is None:
+        name = f"{run_folder.name}-{secrets.token_hex(8)}"
         run_folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{run_folder.name}-{secrets.token_hex(8)}\n", encoding="utf-8")
-    folder = absolute_path(base) / from_primary(file.read_text(encoding="utf-8").strip() if is_primary() else None)
+        temporary = run_folder / f"{LOCAL_ID_FILE}.tmp"
+        temporary.write_text(f"{name}\n", encoding="utf-8")
+        temporary.replace(run_folder / LOCAL_ID_FILE)
+    folder = absolute_path(base) / from_primary(name)
     if is_primary():
         folder.mkdir(parents=True, exist_ok=True)
     from_primary(None)

@@ -6,6 +6,7 @@ supervisors start theirs again, and these meet as they did the first time.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -20,7 +21,7 @@ from maxlm.core.storage import is_remote, storage_path
 from maxlm.errors import FaultError
 
 FILE_NAME = "restarts.jsonl"
-# In the run folder: the name of the run's folder among the local checkpoints.
+# Names the run's folder among the local checkpoints: a run that is begun anew must not find those of the old one.
 LOCAL_ID_FILE = "local_checkpoints.txt"
 _UNCAUGHT = 1
 _LONGEST_WAIT = 60.0
@@ -112,9 +113,17 @@ def newest_anywhere(config: TrainConfig) -> int:
     """The newest step in the run folder and on the local disk."""
     run_folder, local = storage_path(config.output), config.checkpoint.local
     steps = [newest_step(run_folder)]
-    if local is not None and (name := run_folder / LOCAL_ID_FILE).exists():
-        steps.append(newest_step(storage_path(local.folder) / name.read_text(encoding="utf-8").strip()))
+    if local is not None and (name := local_id(run_folder)) is not None:
+        steps.append(newest_step(storage_path(local.folder) / name))
     return max(steps)
+
+
+def local_id(run_folder: epath.Path) -> str | None:
+    """The name of the run's folder among the local checkpoints; None where there is no whole one."""
+    file = run_folder / LOCAL_ID_FILE
+    name = file.read_bytes().decode("utf-8", "replace").strip() if file.exists() else ""
+    # An empty one would name the folder that the user's other files may lie in.
+    return name if re.fullmatch(r"[^/\\\n]*-[0-9a-f]{16}", name) else None
 
 
 def last_logged_step(run_folder: epath.Path) -> int:

@@ -7,13 +7,17 @@ import sys
 import time
 
 import pytest
+from etils import epath
 from test_checkpoint import assert_equal, make_small_state
 from toy_run import ToyObjective, toy_run, weights
 
+from maxlm.config.fault import CheckpointConfig
 from maxlm.errors import CheckpointError, TrainingError
 from maxlm.train.checkpoint import Checkpointer, find_checkpoint, restore_newest
 from maxlm.train.metrics import read_metrics
 from maxlm.train.retry import Retries, is_disk_full, is_storage_error
+from maxlm.train.saving import RunCheckpoints
+from maxlm.train.supervise import LOCAL_ID_FILE
 
 QUICK = {"retries": 3, "retry_seconds": 0.01}
 
@@ -251,6 +255,26 @@ def test_a_run_begun_anew_does_not_find_the_local_checkpoints_of_the_old_one(tmp
         run_with_local(tmp_path / "run", tmp_path / "disk", crash=11)
     shutil.rmtree(tmp_path / "run")
     assert run_with_local(tmp_path / "run", tmp_path / "disk").start == 0
+
+
+@pytest.mark.parametrize("text", ["", "\n", "..", "run-0123", "a/run-0123456789abcdef"])
+def test_a_name_of_local_checkpoints_that_was_cut_off_is_none(text, tmp_path):
+    """It would name the folder above, where other files of the user lie: those stay."""
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    for folder in (run, disk):
+        folder.mkdir()
+    (run / LOCAL_ID_FILE).write_text(text)
+    (disk / "precious").write_text("")
+    config = CheckpointConfig(local={"folder": str(disk), "every": 1})
+    with RunCheckpoints(epath.Path(run), config) as checkpoints:
+        assert [path.parent.parent for path in disk.glob("run-*/checkpoints")] == [disk]
+        (run / LOCAL_ID_FILE).write_text(text)
+        checkpoints.remove_local()
+    assert len(list(disk.iterdir())) == 2
+    with RunCheckpoints(epath.Path(run), config) as checkpoints:
+        checkpoints.remove_local()
+    assert (disk / "precious").exists()
+    assert len(list(disk.iterdir())) == 2
 
 
 def test_newest_wins_and_the_run_folder_where_both_are_of_one_step(tmp_path):
