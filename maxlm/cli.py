@@ -45,7 +45,12 @@ def main(argv: list[str] | None = None) -> int:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in COMMANDS:
         importlib.import_module(name).register(subparsers)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
+        # argparse takes settings that follow an option for something else.
+        args.overrides, rest = [*args.overrides, *rest], []
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     prepare_platform()
     try:
         return args.func(args) or 0

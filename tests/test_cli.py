@@ -60,6 +60,12 @@ def test_config_show_prints_what_loads_again(tmp_path, capsys):
     (tmp_path / "shown.yaml").write_text(shown, encoding="utf-8")
     assert cli.main(["config", "show", str(tmp_path / "shown.yaml"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["optim"]["learning_rate"] == 1e-3
+    # Settings may follow an option.
+    assert cli.main(["config", "show", str(tmp_path / "shown.yaml"), "--json", "steps=7"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 7
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["config", "show", str(tmp_path / "shown.yaml"), "--jsn", "steps=7"])
+    assert "unrecognized arguments: --jsn" in capsys.readouterr().err
     assert cli.main(["config", "schema"]) == 0
     assert "TrainConfig" in json.loads(capsys.readouterr().out)["$defs"]
 

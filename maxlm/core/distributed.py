@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -192,13 +193,18 @@ def stop_on_signal() -> Iterator[Callable[[int], bool]]:
         from jax.experimental.multihost_utils import reached_preemption_sync_point
 
         reached = []
+        # Ctrl-C asks in the same way, once; a second one interrupts.
+        previous = signal.signal(signal.SIGINT, lambda number, frame: _terminate_self())
 
         def agreed(step: int) -> bool:
             if not reached and reached_preemption_sync_point(step):
                 reached.append(step)
             return bool(reached)
 
-        yield agreed
+        try:
+            yield agreed
+        finally:
+            signal.signal(signal.SIGINT, previous)
         return
 
     asked = []
@@ -214,6 +220,25 @@ def stop_on_signal() -> Iterator[Callable[[int], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _terminate_self() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_with_parent() -> None:
+    """Stop as on SIGTERM when standard input, a pipe from the process that started this one, ends.
+
+    It does so however that process ends. One that had ended before this call is noticed too.
+    """
+
+    def watch():
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _first_of(names: tuple[str, ...]) -> str | None:

@@ -1,8 +1,12 @@
 """Folders on a disk or in a bucket, such as `gs://bucket/name`, behind one kind of path."""
 
+import contextlib
+import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from etils import epath
 
@@ -68,6 +72,33 @@ def resolve_path(path: str, start: str | os.PathLike) -> epath.Path:
     """What `relative_path` has named `path`, as seen from the folder `start`."""
     # A bucket's folder / "/a/b" is /a/b up to Python 3.11, and lies below that folder from 3.12 on.
     return storage_path(path) if is_remote(path) or os.path.isabs(path) else storage_path(start) / path
+
+
+@contextlib.contextmanager
+def locked(folder: epath.Path, *, seconds: float) -> Iterator[bool]:
+    """Hold a local folder for this process; gives whether no other one holds it, after at most so many seconds.
+
+    The lock ends with the process, however that ends: none is ever stale. A bucket has none.
+    """
+    if is_remote(folder):
+        yield True
+        return
+    with (Path(folder) / ".lock").open("a") as file:
+        deadline = time.monotonic() + seconds
+        while not (mine := _lock(file)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        yield mine
+
+
+def _lock(file: IO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    # Some network disks know no locks.
+    except OSError:
+        pass
+    return True
 
 
 def read_lines(path: epath.Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Preference pairs and prompts: reading, encoding, and padding to batches."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,16 +35,24 @@ class PreferenceBatch:
 class PreferencePairs:
     """The pairs of a file as token ids; `places` holds FILE:LINE of each."""
 
-    def __init__(self, pairs: Sequence[tuple[ChatTokens, ChatTokens]], *, row_length: int, places: Sequence[str] = ()):
+    def __init__(
+        self,
+        pairs: Sequence[tuple[ChatTokens, ChatTokens]],
+        *,
+        row_length: int,
+        places: Sequence[str] = (),
+        parts: int = 1,
+    ):
         self._pairs = pairs
         self.places = places
         longest = max(len(answer.ids) for pair in pairs for answer in pair)
-        self.row_length = min(row_length, round_up(longest))
+        self.row_length = min(row_length, round_up(longest, parts))
 
     @classmethod
-    def read(cls, path: str | Path, tokenizer: Tokenizer, *, row_length: int) -> Self:
+    def read(cls, path: str | Path, tokenizer: Tokenizer, *, row_length: int, parts: int = 1) -> Self:
         """Pairs of a JSONL file with `prompt`, `chosen` and `rejected`; those too long are left out and counted.
 
+        Rows are as long as the longest answer needs, up to `row_length`, and can be cut into `parts`.
         `prompt` is a list of messages or a plain text; an answer is a text, or, after messages, a list of messages.
 
         Raises:
@@ -66,7 +75,7 @@ class PreferencePairs:
                 pairs.append(pair)
                 places.append(where)
         check_some_left(path, len(pairs), num_too_long, what="pairs", row_length=row_length)
-        return cls(pairs, row_length=row_length, places=places)
+        return cls(pairs, row_length=row_length, places=places, parts=parts)
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -139,9 +148,10 @@ def pad(sequences: Sequence[ChatTokens], length: int) -> Batch:
     return Batch(**arrays, loss_weights=loss_weights, positions=positions)
 
 
-def round_up(length: int) -> int:
-    """To a length at which few shapes are compiled."""
-    return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+def round_up(length: int, parts: int = 1) -> int:
+    """To a length at which few shapes are compiled, and that can be cut into so many equal parts."""
+    multiple = math.lcm(_LENGTH_MULTIPLE, parts)
+    return -(-length // multiple) * multiple
 
 
 _NOTHING = ChatTokens([], [])

@@ -22,7 +22,7 @@ from maxlm.train.layout import check_layout
 from maxlm.train.loop import check_fingerprint
 from maxlm.train.objective import StudentAndTeacher
 from maxlm.train.pretrain import Pretrain
-from maxlm.train.run import load_model
+from maxlm.train.run import as_configured, load_model
 
 
 class Distill(Pretrain):
@@ -93,7 +93,8 @@ def load_teacher(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Any:
     path = config.objective.teacher
     metadata = read_metadata(find_checkpoint(path))
     check_fingerprint(metadata["fingerprint"], tokenizer.fingerprint, path)
-    model = ModelConfig(**metadata["config"]["model"])
+    # The student's step computes both: how the layers are spread over stages is its own to say.
+    model = ModelConfig(**metadata["config"]["model"]).model_copy(update={"pipeline": config.model.pipeline})
     if config.row_length > model.max_length:
         raise ConfigError(
             [f"row_length: {config.row_length} exceeds the max_length of {model.max_length} of the teacher {path}"]
@@ -103,4 +104,4 @@ def load_teacher(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Any:
     except ConfigError as error:
         raise ConfigError([f"{path} (the teacher): {problem}" for problem in error.problems]) from None
     teacher, _ = load_model(path, mesh)
-    return teacher
+    return as_configured(teacher, model)

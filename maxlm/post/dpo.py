@@ -126,4 +126,6 @@ class Dpo:
 
     def _read(self, path: str) -> PreferencePairs:
         context = self._context
-        return PreferencePairs.read(path, context.tokenizer, row_length=context.config.row_length)
+        return PreferencePairs.read(
+            path, context.tokenizer, row_length=context.config.row_length, parts=context.row_parts
+        )

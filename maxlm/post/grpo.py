@@ -91,7 +91,7 @@ class Grpo:
         self._valid_prompts = [] if objective.valid_file is None else self._read(objective.valid_file)
         longest = max(len(prompt.ids) for prompt in [*self._prompts, *self._valid_prompts])
         # Prompt and answer together are what devices share along a row.
-        length = min(round_up(longest + objective.max_new_tokens), config.row_length)
+        length = min(round_up(longest + objective.max_new_tokens, context.row_parts), config.row_length)
         self._sampler = Sampler(
             context.tokenizer,
             context.mesh,

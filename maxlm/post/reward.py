@@ -124,7 +124,9 @@ class Reward:
 
     def _read(self, path: str) -> PreferencePairs:
         context = self._context
-        return PreferencePairs.read(path, context.tokenizer, row_length=context.config.row_length)
+        return PreferencePairs.read(
+            path, context.tokenizer, row_length=context.config.row_length, parts=context.row_parts
+        )
 
 
 def load_reward_model(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> tuple[RewardModel, Tokenizer]:

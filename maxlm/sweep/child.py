@@ -3,10 +3,7 @@
 Whatever ends it, a crash or too little memory, ends the trial and not the sweep.
 """
 
-import os
-import signal
 import sys
-import threading
 
 from maxlm.core.platform import prepare_platform
 from maxlm.errors import DivergenceError, MaxlmError
@@ -18,23 +15,18 @@ DIVERGED = 10
 def main(path: str) -> int:
     """Train as `maxlm train` does; returns the exit code, DIVERGED of a run that has."""
     prepare_platform()
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
     from maxlm.config.load import load_config
+    from maxlm.core.distributed import stop_with_parent
     from maxlm.post.run import train
 
+    # When the sweep has ended, however it did, its trial saves and stops.
+    stop_with_parent()
     try:
         train(load_config(path, kind="train"))
     except MaxlmError as error:
         print(f"maxlm: {error}", file=sys.stderr)
         return DIVERGED if isinstance(error, DivergenceError) else error.exit_code
     return 0
-
-
-def _stop_with_parent() -> None:
-    """Standard input ends when the sweep that started this process has ended, however it did: save, and stop."""
-    while os.read(0, 1):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from maxlm.config.load import dump_yaml
+from maxlm.config.model import ModelConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import num_tokens, put_batch
 from maxlm.core.distributed import is_primary, stop_on_signal
@@ -23,6 +24,7 @@ from maxlm.train.goodput import Goodput, GoodputLog, Stopwatch
 from maxlm.train.metrics import MetricsLog, StepWindow
 from maxlm.train.objective import Objective
 from maxlm.train.optim import make_optimizer
+from maxlm.train.same_model import check_same_model
 from maxlm.train.saving import RunCheckpoints
 from maxlm.train.schedule import schedule_factor
 from maxlm.train.state import TrainState, abstract_state, create_state
@@ -132,6 +134,7 @@ def run(
                 else:
                     state, saved = restored
                     check_fingerprint(saved["fingerprint"], fingerprint, folder)
+                    check_same_model(config.model, ModelConfig(**saved["config"]["model"]), folder)
                     quarantine.restore(saved["quarantine"])
                 step = int(state.step)
                 if is_primary():
@@ -154,8 +157,9 @@ def run(
         valid = end.valid
         if first_step >= config.steps:
             valid = validate(objective, end.state, leg.model)
-        elif end.step == config.steps:
-            checkpoints.remove_local()
+        # A run that is found at its end may have been killed before they were removed.
+        if end.step >= config.steps:
+            checkpoints.remove_local(end.step)
         if first_step < config.steps:
             goodput.close(end.step)
         rate = leg.window.tokens_per_second_overall()

@@ -30,6 +30,12 @@ class RunContext:
         """The rows of a batch that this process reads."""
         return row_shard(self.mesh)
 
+    @property
+    def row_parts(self) -> int:
+        """Equal parts that a row is cut into: two for each device along a ring, for each device of the tensor axis."""
+        sizes = self.mesh.shape
+        return sizes["tensor"] * (2 * sizes["context"] if sizes["context"] > 1 else 1)
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["student", "teacher"], meta_fields=[])
 @dataclass(frozen=True)

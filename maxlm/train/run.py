@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,12 +15,12 @@ from etils import epath
 from maxlm.config.load import parse_config
 from maxlm.config.model import ModelConfig
 from maxlm.config.train import PACKED_OBJECTIVES, TrainConfig
-from maxlm.core.distributed import initialize_distributed, is_primary
+from maxlm.core.distributed import initialize_distributed, is_primary, stop_with_parent
 from maxlm.core.manifest import FILE_NAME, read_manifest, write_manifest
 from maxlm.core.parameters import abstract, initialize
 from maxlm.core.peers import Peers, ending_together
 from maxlm.core.sharding import make_mesh, mesh_sizes
-from maxlm.core.storage import copy_folder, resolve_path, storage_path
+from maxlm.core.storage import copy_folder, locked, resolve_path, storage_path
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError, ConfigError
 from maxlm.models.adapters import apply_adapters, declare_adapters, merge_adapters
@@ -38,8 +38,12 @@ from maxlm.train.goodput import Stopwatch
 from maxlm.train.layout import check_layout, check_precision
 from maxlm.train.loop import TrainResult, run
 from maxlm.train.objective import Objective, RunContext, StudentAndTeacher
+from maxlm.train.same_model import check_same_model
 from maxlm.train.startup import check_start, data_hashes
-from maxlm.train.supervise import newest_step
+from maxlm.train.supervise import SUPERVISED, newest_step
+
+# How long a run of before may take to save and end.
+_ENDING_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ def train(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
     Raises:
       MaxlmError: what the user can mend: configuration, data, tokenizer, checkpoints, skipped steps.
     """
+    if os.environ.pop(SUPERVISED, None):
+        stop_with_parent()
     peers = initialize_distributed(config.processes)
     with ending_together(peers), Stopwatch() as stopwatch:
         return _train(config, recipe, peers, stopwatch)
@@ -78,8 +84,39 @@ def _train(config: TrainConfig, recipe: Recipe, peers: Peers | None, stopwatch: 
     if config.init_from is not None:
         start_fingerprint = read_metadata(find_checkpoint(config.init_from))["fingerprint"]
         check_fingerprint(start_fingerprint, tokenizer.fingerprint, config.init_from)
-    prepare_folder(folder, tokenizer, tokenizer_folder)
+    with _alone_in(folder):
+        return _train_in(folder, config, recipe, tokenizer, tokenizer_folder, mesh, stopwatch)
 
+
+@contextlib.contextmanager
+def _alone_in(folder: epath.Path) -> Iterator[None]:
+    """Make the run folder, and hold it against a second run.
+
+    Raises:
+      CheckpointError: another process trains there.
+    """
+    if not is_primary():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, seconds=_ENDING_SECONDS) as alone:
+        if not alone:
+            raise CheckpointError(
+                f"{folder}: another process trains there; wait until it has ended, or give another output"
+            )
+        yield
+
+
+def _train_in(
+    folder: epath.Path,
+    config: TrainConfig,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    tokenizer_folder: epath.Path,
+    mesh: jax.sharding.Mesh,
+    stopwatch: Stopwatch,
+) -> dict[str, Any]:
+    prepare_folder(folder, tokenizer, tokenizer_folder)
     plan = recipe.declare(config.model)
     key = jax.random.key(config.seed)
 
@@ -87,7 +124,7 @@ def _train(config: TrainConfig, recipe: Recipe, peers: Peers | None, stopwatch: 
         if config.init_from is None:
             return initialize(plan, key, mesh)
         decoder, _ = load_model(config.init_from, mesh)
-        return recipe.from_decoder(_as_configured(decoder, config.model), key)
+        return recipe.from_decoder(as_configured(decoder, config.model), key)
 
     with jax.set_mesh(mesh):
         if config.lora is None:
@@ -137,14 +174,8 @@ def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
     model = config.model
     if config.init_from is not None:
         start = ModelConfig(**read_metadata(find_checkpoint(config.init_from))["config"]["model"])
-        if model is not None and model.model_copy(update={"vocab_size": start.vocab_size}) != start:
-            changed = [name for name in ModelConfig.model_fields if _differs(name, model, start)]
-            shape = [name for name in changed if name not in ("vocab_size", *_RUNTIME_FIELDS)]
-            if shape:
-                raise CheckpointError(
-                    f"{config.init_from}: is a model with {shape[0]} {getattr(start, shape[0])}, and model.{shape[0]}"
-                    f" asks for {getattr(model, shape[0])}; leave the model section out to take the checkpoint's"
-                )
+        if model is not None:
+            check_same_model(model, start, config.init_from)
         model = start if model is None else model
     if model.vocab_size not in (0, tokenizer.vocab_size):
         raise ConfigError(
@@ -154,28 +185,6 @@ def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
         raise ConfigError([f"row_length: {config.row_length} exceeds the model's max_length of {model.max_length}"])
     model = model.model_copy(update={"vocab_size": tokenizer.vocab_size})
     return config.model_copy(update={"model": model})
-
-
-def _differs(name: str, model: ModelConfig, other: ModelConfig) -> bool:
-    left, right = getattr(model, name), getattr(other, name)
-    if name == "moe" and left and right:
-        return left.function() != right.function()
-    return left != right
-
-
-# Fields of a model that change how it is computed, and not what its weights are.
-_RUNTIME_FIELDS = (
-    "activation_dtype",
-    "matmul_dtype",
-    "eight_bit",
-    "remat",
-    "unroll",
-    "loss_chunk_length",
-    "pipeline",
-    "attention",
-    "context_attention",
-    "max_length",
-)
 
 
 def find_tokenizer(config: TrainConfig) -> epath.Path:
@@ -289,7 +298,7 @@ def load_start(checkpoint: epath.Path, config: TrainConfig, mesh: jax.sharding.M
             " train them again"
         )
     decoder, _ = load_model(start["checkpoint"], mesh)
-    return _as_configured(decoder, config.model)
+    return as_configured(decoder, config.model)
 
 
 def identify(checkpoint: epath.Path) -> dict[str, str]:
@@ -303,7 +312,7 @@ def identify(checkpoint: epath.Path) -> dict[str, str]:
     }
 
 
-def _as_configured(decoder: Decoder, config: ModelConfig) -> Decoder:
+def as_configured(decoder: Decoder, config: ModelConfig) -> Decoder:
     """The same weights, computed in the way of another configuration of that shape."""
     return unflatten(flatten(decoder), Decoder(config))
 

@@ -10,8 +10,9 @@ from etils import epath
 from maxlm.config.fault import CheckpointConfig
 from maxlm.core.agree import any_process, from_primary
 from maxlm.core.distributed import is_primary
+from maxlm.core.progress import console
 from maxlm.core.storage import absolute_path
-from maxlm.errors import ConfigError
+from maxlm.errors import ConfigError, TrainingError
 from maxlm.train.checkpoint import Checkpointer, restore_newest
 from maxlm.train.state import TrainState
 from maxlm.train.supervise import LOCAL_ID_FILE, local_id
@@ -28,7 +29,8 @@ class RunCheckpoints:
         self._local: Checkpointer | None = None
         if config.local is not None:
             folder = local_folder(run_folder, config.local.folder)
-            self._local = self._stack.enter_context(Checkpointer(folder, keep=config.local.keep, **retries))
+            self._local = Checkpointer(folder, keep=config.local.keep, **retries)
+            self._stack.push(self._leave_local)
         self._main_is_due = self._local_is_due = False
 
     def __enter__(self) -> Self:
@@ -69,14 +71,29 @@ class RunCheckpoints:
             self._local.save(state, metadata)
         self._main_is_due = self._local_is_due = False
 
-    def remove_local(self) -> None:
-        """The run has ended and is saved: what is on the local disk is needed no more."""
-        if self._local is not None:
+    def remove_local(self, step: int) -> None:
+        """The run has ended at `step`: where the run folder has that, what is on the local disk is needed no more.
+
+        What goes wrong here is told, and does not undo a run that is saved.
+        """
+        if self._local is None:
+            return
+        with contextlib.suppress(TrainingError):
             self._local.wait()
-            folder = self._local.folder.parent
-            # What else lies on that disk is the user's.
-            if is_primary() and folder.name == local_id(self._run_folder):
+        folder = self._local.folder.parent
+        # What else lies on that disk is the user's.
+        if is_primary() and step in self._main.steps() and folder.name == local_id(self._run_folder):
+            try:
                 folder.rmtree()
+            except Exception as error:
+                console.print(f"{folder}: cannot be removed: {error}; remove it by hand", markup=False)
+
+    def _leave_local(self, *error) -> None:
+        try:
+            self._local.__exit__(*error)
+        except TrainingError as failed:
+            # Whoever leaves in order has saved in the run folder.
+            console.print(f"{failed.args[0].partition(';')[0]}; the run folder has what is needed", markup=False)
 
 
 def local_folder(run_folder: epath.Path, base: str | os.PathLike) -> epath.Path:

@@ -10,19 +10,22 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from etils import epath
 
 from maxlm.config.train import TrainConfig
 from maxlm.core.distributed import find_cluster
 from maxlm.core.progress import console
-from maxlm.core.storage import is_remote, storage_path
+from maxlm.core.storage import LineLog, is_remote, storage_path
 from maxlm.errors import FaultError
 
 FILE_NAME = "restarts.jsonl"
 # Names the run's folder among the local checkpoints: a run that is begun anew must not find those of the old one.
 LOCAL_ID_FILE = "local_checkpoints.txt"
+# Set for a child, whose standard input is then a pipe that ends with the supervisor.
+SUPERVISED = "MAXLM_SUPERVISED"
 _UNCAUGHT = 1
 _LONGEST_WAIT = 60.0
 
@@ -55,18 +58,21 @@ def supervise(command: Sequence[str], config: TrainConfig, *, restarts: int) -> 
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     started, idle = 0, 0
+    newest = _despite_errors("the newest checkpoint cannot be told", newest_anywhere, config) or 0
     try:
         while True:
-            before = newest_anywhere(config)
-            child = subprocess.Popen(command)
-            if stopping:
-                child.send_signal(signal.SIGTERM)
-            code = child.wait()
+            # Its input ends with this process, however that ends: then it saves and stops, as nobody watches it.
+            with subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, SUPERVISED: "1"}) as child:
+                if stopping:
+                    child.send_signal(signal.SIGTERM)
+                code = child.wait()
             ended = time.time()
             if stopping or (code >= 0 and code not in (FaultError.exit_code, _UNCAUGHT)):
                 return _exit_code(code)
-            newest = newest_anywhere(config)
-            idle = 0 if newest > before else idle + 1
+            seen = _despite_errors("the newest checkpoint cannot be told", newest_anywhere, config)
+            if seen is not None:
+                idle = 0 if seen > newest else idle + 1
+                newest = seen
             why = f"training ended by {_reason(code)}"
             if started == restarts:
                 _say(f"{why}, after {started} restarts: not started again")
@@ -79,16 +85,8 @@ def supervise(command: Sequence[str], config: TrainConfig, *, restarts: int) -> 
             if writes or code < 0:
                 _say(f"{why}; restart {started} of {restarts}, from step {newest}, in {wait:g} s")
             if writes:
-                _append(
-                    run_folder / FILE_NAME,
-                    {
-                        "time": ended,
-                        "exit_code": code,
-                        "reason": _reason(code),
-                        "step_reached": max(newest, last_logged_step(run_folder)),
-                        "step_resumed": newest,
-                    },
-                )
+                record = {"time": ended, "exit_code": code, "reason": _reason(code), "step_resumed": newest}
+                _despite_errors(f"{run_folder / FILE_NAME} lacks this start", _append, run_folder, record)
             _sleep(wait, lambda: stopping)
             if stopping:
                 return _exit_code(code)
@@ -134,11 +132,20 @@ def last_logged_step(run_folder: epath.Path) -> int:
     return max((json.loads(line)["step"] for line in lines[-2:] if line.endswith("}")), default=0)
 
 
-def _append(path: epath.Path, record: dict) -> None:
-    # Objects of a bucket cannot be appended to, and there are few lines.
-    lines = path.read_text(encoding="utf-8") if path.exists() else ""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(lines + json.dumps(record) + "\n", encoding="utf-8")
+def _append(run_folder: epath.Path, record: dict) -> None:
+    record = {**record, "step_reached": max(record["step_resumed"], last_logged_step(run_folder))}
+    run_folder.mkdir(parents=True, exist_ok=True)
+    LineLog(run_folder / FILE_NAME).append(json.dumps(record))
+
+
+def _despite_errors(what: str, action: Callable[..., Any], *arguments) -> Any:
+    """What `action(*arguments)` gives; None, and a line on the console, where it fails: training does not need it."""
+    try:
+        return action(*arguments)
+    # Each kind of storage has errors of its own.
+    except Exception as error:
+        _say(f"{what}: {type(error).__name__}: {error}")
+        return None
 
 
 def _sleep(seconds: float, stopped) -> None:
@@ -149,7 +156,8 @@ def _sleep(seconds: float, stopped) -> None:
 
 def _reason(code: int) -> str:
     if code < 0:
-        return f"signal {signal.Signals(-code).name}"
+        named = -code in {number.value for number in signal.Signals}
+        return f"signal {signal.Signals(-code).name if named else -code}"
     return "the loss of a process or machine" if code == FaultError.exit_code else "an error"
 
 

@@ -58,6 +58,8 @@ def test_a_plain_text_goes_on_to_its_end_token(tokenizer):
 def test_rows_are_no_longer_than_the_longest_answer_needs(tokenizer, tmp_path):
     path = write(tmp_path / "p.jsonl", {"prompt": QUESTION, "chosen": "yes", "rejected": "no"})
     assert PreferencePairs.read(path, tokenizer, row_length=64).batch(np.array([0, -1])).chosen.tokens.shape == (2, 16)
+    # Unless devices share a row in more parts.
+    assert PreferencePairs.read(path, tokenizer, row_length=96, parts=6).row_length == 48
 
 
 def test_pairs_that_are_too_long_are_counted_and_left_out(tokenizer, tmp_path, capsys):

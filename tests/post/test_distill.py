@@ -117,3 +117,28 @@ def test_stages_that_have_no_place_for_a_teacher_are_refused(teacher, tiny_data_
     config = distill_config(tmp_path / "run", teacher, tiny_data_folder, mesh={"fsdp": 1, "stage": 2}, model=model)
     with pytest.raises(ConfigError, match="1f1b has no place for a teacher beside the student; set gpipe"):
         train(config)
+
+
+def test_how_the_teacher_was_trained_does_not_say_how_it_is_used(tmp_path, tiny_data_folder):
+    """A teacher from a run with 1F1B teaches a student on stages that has GPipe."""
+    teacher = {**LARGE, "num_layers": 2, "max_length": 32, "pipeline": {"schedule": "1f1b"}}
+    source = {"kind": "pretrain", "sources": [{"path": tiny_data_folder}]}
+    train(
+        parse_config(
+            {
+                "kind": "train",
+                "output": str(tmp_path / "teacher"),
+                "model": teacher,
+                "objective": source,
+                "mesh": {"fsdp": 1},
+                "steps": 1,
+                "batch_size": 4,
+                "row_length": 32,
+            }
+        )
+    )
+    student = {**SMALL, "num_layers": 2, "max_length": 32}
+    config = distill_config(
+        tmp_path / "run", tmp_path / "teacher", tiny_data_folder, mesh={"fsdp": 1, "stage": 2}, model=student, steps=1
+    )
+    assert train(config)["metrics"]["finished"]

@@ -41,7 +41,7 @@ def unbroken(tmp_path_factory, tiny_data_folder):
 def test_a_run_folder_holds_all_that_belongs_to_the_run(unbroken, tiny_data_folder):
     names = {path.name for path in unbroken.iterdir()}
     assert names == {
-        *("config.yaml", "manifest.json", "metrics.jsonl", "goodput.jsonl"),
+        *("config.yaml", "manifest.json", "metrics.jsonl", "goodput.jsonl", ".lock"),
         *("tensorboard", "checkpoints", "tokenizer"),
     }
     assert list((unbroken / "tensorboard").glob("events.out.tfevents.*"))

@@ -257,6 +257,31 @@ def test_a_run_begun_anew_does_not_find_the_local_checkpoints_of_the_old_one(tmp
     assert run_with_local(tmp_path / "run", tmp_path / "disk").start == 0
 
 
+def test_a_run_that_was_killed_at_its_end_removes_its_local_checkpoints_the_next_time(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCheckpoints, "remove_local", lambda self, step: None)
+        run_with_local(tmp_path / "run", tmp_path / "disk")
+    assert list((tmp_path / "disk").iterdir())
+    assert run_with_local(tmp_path / "run", tmp_path / "disk").start == 12
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_local_checkpoints_stay_where_the_run_folder_has_none_of_that_step(tmp_path):
+    """As in a run that was killed, and whose end was then moved to where it had got."""
+    with pytest.raises(Crash):
+        run_with_local(tmp_path / "run", tmp_path / "disk", crash=11)
+    assert run_with_local(tmp_path / "run", tmp_path / "disk", steps=10).start == 10
+    assert [path.name for path in (tmp_path / "disk").glob("*/checkpoints/*")] == ["10"]
+
+
+def test_a_local_save_that_fails_does_not_undo_a_run_that_is_saved(disk, tmp_path, capsys):
+    disk.fail("os.rename", io_error(), times=10**6, where="10.orbax-checkpoint-tmp")
+    result = run_with_local(tmp_path / "run", tmp_path / "disk")
+    assert (result.steps, find_checkpoint(tmp_path / "run").name) == (12, "12")
+    assert disk.failures
+    assert "a checkpoint could not be saved: [Errno 5]" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "\n", "..", "run-0123", "a/run-0123456789abcdef"])
 def test_a_name_of_local_checkpoints_that_was_cut_off_is_none(text, tmp_path):
     """It would name the folder above, where other files of the user lie: those stay."""
@@ -266,13 +291,14 @@ def test_a_name_of_local_checkpoints_that_was_cut_off_is_none(text, tmp_path):
     (run / LOCAL_ID_FILE).write_text(text)
     (disk / "precious").write_text("")
     config = CheckpointConfig(local={"folder": str(disk), "every": 1})
+    (run / "checkpoints" / "1").mkdir(parents=True)
     with RunCheckpoints(epath.Path(run), config) as checkpoints:
         assert [path.parent.parent for path in disk.glob("run-*/checkpoints")] == [disk]
         (run / LOCAL_ID_FILE).write_text(text)
-        checkpoints.remove_local()
+        checkpoints.remove_local(1)
     assert len(list(disk.iterdir())) == 2
     with RunCheckpoints(epath.Path(run), config) as checkpoints:
-        checkpoints.remove_local()
+        checkpoints.remove_local(1)
     assert (disk / "precious").exists()
     assert len(list(disk.iterdir())) == 2
 

@@ -72,6 +72,16 @@ def test_a_run_of_another_tokenizer_is_refused_and_left_as_it_was(short_run, tin
         )
 
 
+def test_a_run_does_not_go_on_as_another_function_of_its_weights(short_run, tiny_data_folder):
+    """Heads of another size have weights of the same shapes."""
+    before = contents(short_run)
+    heads = {"num_heads": 2 * MODEL["num_heads"], "num_kv_heads": 2 * MODEL["num_kv_heads"]}
+    model = {**MODEL, **heads, "head_dim": MODEL["head_dim"] // 2}
+    with pytest.raises(CheckpointError, match=f"is a model with num_heads {MODEL['num_heads']}, and model.num_heads"):
+        train(tiny_config(short_run, tiny_data_folder, steps=8, model=model))
+    assert contents(short_run) == before
+
+
 def test_a_run_that_never_saved_takes_the_tokenizer_it_is_given(tmp_path, tiny_data_folder, other_tokenizer):
     """Of a run that was killed before its first checkpoint nothing is left that could mislead."""
     from maxlm.tokenizer.codec import Tokenizer
