@@ -69,14 +69,19 @@ class Report:
         return tuple(finding for finding in self.findings if finding.verdict == "differs")
 
     @property
+    def compared(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.verdict != "skipped")
+
+    @property
     def passed(self) -> bool:
-        return not self.failed
+        """Something was compared, and none of it differs."""
+        return bool(self.compared) and not self.failed
 
     def largest(self) -> dict[str, float]:
         """The largest gradient difference of each group of variants, and of all meshes that have an axis."""
         found: dict[str, float] = {}
-        for finding in self.findings:
-            if finding.skipped is None and finding.parameter:
+        for finding in self.compared:
+            if finding.parameter:
                 axes = [part.partition("=")[0] for part in finding.detail.split(", ") if "=" in part]
                 for key in [f"mesh.{axis}" for axis in axes] or [finding.group]:
                     found[key] = max(found.get(key, 0.0), finding.gradient_difference)

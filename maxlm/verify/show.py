@@ -44,11 +44,14 @@ def summary(reports: Sequence[Report]) -> str:
 
 def conclusion(report: Report) -> str:
     """What was found, in a sentence for each failure."""
-    count = sum(finding.skipped is None for finding in report.findings)
+    if not report.compared:
+        reasons = "; ".join(f"{finding.name}: {finding.skipped}" for finding in report.findings)
+        return f"nothing was compared: {reasons or 'there are no variants'}"
     if report.passed:
-        worst = max(report.findings, key=lambda finding: finding.gradient_difference)
+        ways = "1 way gives" if len(report.compared) == 1 else f"{len(report.compared)} ways give"
+        worst = max(report.compared, key=lambda finding: finding.gradient_difference)
         return (
-            f"{count} ways give the same: largest gradient difference {worst.gradient_difference:.1e}"
+            f"{ways} the same: largest gradient difference {worst.gradient_difference:.1e}"
             f" ({worst.name}; allowed {GRADIENT_TOLERANCE:.0e}), in {report.seconds:.0f} s"
         )
     return "\n".join(failure(finding) for finding in report.failed)

@@ -15,7 +15,7 @@ from maxlm.verify import examples
 from maxlm.verify.reduce import reduced_config, reduced_model
 from maxlm.verify.report import Finding, Report, compare
 from maxlm.verify.run import choose, verify
-from maxlm.verify.show import failure, markdown, summary
+from maxlm.verify.show import conclusion, failure, markdown, summary
 from maxlm.verify.subject import Measured
 from maxlm.verify.variants import meshes, variants_of
 
@@ -144,13 +144,22 @@ def test_a_report_is_told_in_words_and_tables():
     assert "| mesh.data | 3.0e-06 |" in summary([report])
 
 
+def test_a_report_in_which_nothing_was_compared_has_not_passed():
+    report = Report("a.yaml", "sft", (SKIPPED,), 2.0)
+    assert not report.passed
+    assert conclusion(report) == "nothing was compared: mesh: tensor=2: num_heads: 3 cannot be cut"
+    assert conclusion(Report("a.yaml", "sft", (SKIPPED, SAME), 2.0)).startswith(
+        "1 way gives the same: largest gradient difference 3.0e-06 (mesh: data=2, fsdp=2;"
+    )
+
+
 def test_the_command_ends_with_1_where_something_differs(monkeypatch, tmp_path, capsys):
     file = tmp_path / "config.yaml"
     file.write_text(dump_yaml(config_of("sft")))
-    for findings, code in (((SAME, SKIPPED), 0), ((SAME, WRONG), 1)):
+    for findings, code in (((SAME, SKIPPED), 0), ((SAME, WRONG), 1), ((SKIPPED,), 1)):
         report = Report(str(file), "sft", findings, 2.0)
         monkeypatch.setattr("maxlm.verify.run.verify", lambda config, report=report, **settings: report)
         assert main(["verify", str(file), "--json"]) == code
         assert json.loads(capsys.readouterr().out)["passed"] is (code == 0)
         assert main(["verify", str(file)]) == code
-        assert "data=2, fsdp=2" in capsys.readouterr().out.replace("\n", "")
+        assert findings[0].detail in capsys.readouterr().out.replace("\n", "")
