@@ -24,7 +24,9 @@ def register(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file with kind: train; its data need not exist")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that differ from the file's"
+    )
     parser.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="a variant, a group, or part of a name"
     )
