@@ -28,7 +28,7 @@ def register(subparsers) -> None:
         "overrides", nargs="*", default=[], metavar="key=value", help="settings that differ from the file's"
     )
     parser.add_argument(
-        "--only", action="append", default=[], metavar="NAME", help="a variant, a group, or part of a name"
+        "--only", action="append", default=[], metavar="NAME", help="a variant, a group, mesh.AXIS, or part of a name"
     )
     parser.add_argument("--all", action="store_true", help="every product of two and three mesh axes")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")

@@ -53,7 +53,7 @@ def verify(config: TrainConfig, *, title: str = "", only: Sequence[str] = (), al
 
 
 def choose(variants: Iterable[Variant], only: Sequence[str]) -> list[Variant]:
-    """The variants, or groups of them, that have one of these names; where none has it whole, those that hold it.
+    """The variants that have one of these names (`Variant.names`); where none has it whole, those that hold it.
 
     Raises:
       RequestError: no variant has it.
@@ -63,11 +63,13 @@ def choose(variants: Iterable[Variant], only: Sequence[str]) -> list[Variant]:
         return variants
     chosen: set[str] = set()
     for wanted in only:
-        found = [variant for variant in variants if wanted in (variant.name, variant.group)]
+        found = [variant for variant in variants if wanted in variant.names]
         found = found or [variant for variant in variants if wanted in variant.name]
         if not found:
             groups = ", ".join(dict.fromkeys(variant.group for variant in variants))
-            raise RequestError(f"--only {wanted!r}: names no variant; groups are {groups}")
+            raise RequestError(
+                f"--only {wanted!r}: names no variant; groups are {groups}; mesh.AXIS is every mesh with that axis"
+            )
         chosen.update(variant.name for variant in found)
     return [variant for variant in variants if variant.name in chosen]
 

@@ -59,6 +59,12 @@ class Variant:
     def name(self) -> str:
         return f"{self.group}: {self.detail}"
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its own name, and those that it shares with others: its group, and `mesh.AXIS` for each axis that it has."""
+        axes = wide_axes(self.mesh) if self.mesh is not None else {}
+        return (self.name, self.group, *(f"mesh.{axis}" for axis in axes))
+
 
 def variants_of(
     full: TrainConfig, reduced: TrainConfig, *, num_devices: int, all_products: bool = False
@@ -146,8 +152,13 @@ def meshes(*, all_products: bool) -> Iterator[MeshConfig]:
     yield MeshConfig(slices=2, fsdp=2)
 
 
+def wide_axes(mesh: MeshConfig) -> dict[str, int]:
+    """Sizes of the axes that cut anything."""
+    return {name: size for name in ("slices", *MESH_AXES) if (size := getattr(mesh, name)) != 1}
+
+
 def _describe(mesh: MeshConfig) -> str:
-    return ", ".join(f"{name}={size}" for name in ("slices", *MESH_AXES) if (size := getattr(mesh, name)) != 1)
+    return ", ".join(f"{axis}={size}" for axis, size in wide_axes(mesh).items())
 
 
 def _no_mesh(

@@ -62,6 +62,9 @@ def test_there_are_as_many_devices_as_a_mesh_needs():
 def test_names_choose_variants_whole_before_in_part():
     assert [variant.detail for variant in choose(variants(), ["mesh: data=2"])] == ["data=2"]
     assert [variant.detail for variant in choose(variants(), ["accumulation"])] == ["2", "4"]
+    staged = choose(variants(), ["mesh.stage"])
+    assert {"mesh: stage=2", "mesh: stage=2, fsdp=2, context=2"} <= {variant.name for variant in staged}
+    assert all(variant.mesh.stage == 2 for variant in staged)
     assert [variant.name for variant in choose(variants(), ["one dev"])] == ["one device: as configured"]
     with pytest.raises(RequestError, match="--only 'packs': names no variant; groups are accumulation, packing"):
         choose(variants(), ["packs"])
