@@ -5,9 +5,11 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from tiny_run import tiny_config, train_process
 
 from maxlm.core.manifest import manifest_chain, read_manifest
+from maxlm.core.storage import locked
 from maxlm.core.tree import flatten
 from maxlm.train.metrics import read_metrics
 from maxlm.train.run import load_model
@@ -104,6 +106,13 @@ def test_a_finished_run_stays_as_it_is(unbroken, tiny_data_folder):
     assert again.returncode == 0, again.stderr
     assert ((unbroken / "manifest.json").read_text(), (unbroken / "metrics.jsonl").read_text()) == before
     assert "12 of 12 steps, finished" in again.stdout
+
+
+def test_a_run_that_another_process_trains_is_refused(unbroken, tiny_data_folder):
+    with locked(epath.Path(unbroken), seconds=0):
+        again = train_process(tiny_config(unbroken, tiny_data_folder))
+    assert again.returncode == 2
+    assert f"{unbroken}: another process trains there; wait until it has ended" in again.stderr
 
 
 def test_metrics_are_json_lines(unbroken):

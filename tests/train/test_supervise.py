@@ -13,6 +13,7 @@ from etils import epath
 from tiny_run import tiny_config
 
 from maxlm.config.load import dump_yaml
+from maxlm.core.storage import locked
 from maxlm.train.saving import local_folder
 from maxlm.train.supervise import last_logged_step, newest_anywhere, newest_step, supervise
 
@@ -86,22 +87,43 @@ def test_it_gives_up_where_no_start_gets_further(run, capfd):
     assert "2 starts in a row got no further than step 4: not started again" in capfd.readouterr().err
 
 
-def test_a_signal_is_passed_on_and_ends_it(tmp_path):
+def test_a_signal_without_a_name_is_told_by_its_number(run):
+    code, records, _ = run([[4, 4, -signal.SIGRTMIN - 1], [8, 8, 0]], restarts=5)
+    assert (code, records[0]["reason"]) == (0, f"signal {signal.SIGRTMIN + 1}")
+
+
+def test_accounts_that_cannot_be_written_or_read_do_not_end_it(run, tmp_path, capfd, monkeypatch):
+    (tmp_path / "run" / "restarts.jsonl.tmp").mkdir()
+    monkeypatch.setattr("maxlm.train.supervise.newest_step", lambda folder: 1 / 0)
+    assert run([[1, 1, -9], [2, 2, 3], [3, 3, 1], [4, 4, 0]], restarts=9) == (0, [], [])
+    told = capfd.readouterr().err
+    assert "restarts.jsonl lacks this start: IsADirectoryError" in told
+    assert "the newest checkpoint cannot be told: ZeroDivisionError" in told
+
+
+# Saves and ends on SIGTERM, as training does.
+TRAINER = """
+import os, signal, sys, time
+from maxlm.core.distributed import stop_with_parent
+from maxlm.train.supervise import SUPERVISED
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(0)))
+assert os.environ.pop(SUPERVISED)
+stop_with_parent()
+print("training", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_its_end_is_passed_on(name, tmp_path):
     """As a machine that is taken away sends it: the child saves, ends with 0, and is not started again."""
-    script = tmp_path / "child.py"
-    script.write_text(
-        "import signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(0)))\n"
-        "print('training', flush=True)\n"
-        "time.sleep(60)\n"
-    )
     supervisor = tmp_path / "supervisor.py"
     supervisor.write_text(
         "import sys\n"
         "from tiny_run import tiny_config\n"
         "from maxlm.train.supervise import supervise\n"
         f"config = tiny_config({str(tmp_path / 'run')!r}, 'no-data')\n"
-        f"sys.exit(supervise([sys.executable, {str(script)!r}], config, restarts=9))\n"
+        f"sys.exit(supervise([sys.executable, '-c', {TRAINER!r}], config, restarts=9))\n"
     )
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests" / "train")])}
@@ -109,9 +131,27 @@ def test_a_signal_is_passed_on_and_ends_it(tmp_path):
         [sys.executable, str(supervisor)], env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout.readline() == "training\n"
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(getattr(signal, name))
+        # The child has this pipe too: it ends with the last of both.
         output, _ = process.communicate(timeout=30)
-    assert (process.returncode, output) == (0, "saved\n")
+    assert (process.returncode, output) == (0 if name == "SIGTERM" else -9, "saved\n")
+
+
+def test_a_run_folder_is_held_until_its_process_is_gone_even_killed(tmp_path):
+    holder = (
+        "import sys, time; from etils import epath; from maxlm.core.storage import locked\n"
+        "with locked(epath.Path(sys.argv[1]), seconds=0) as alone: print(alone, flush=True); time.sleep(60)"
+    )
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path)], cwd=root, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "True\n"
+        with locked(epath.Path(tmp_path), seconds=0.2) as alone:
+            assert not alone
+        process.kill()
+        with locked(epath.Path(tmp_path), seconds=10) as alone:
+            assert alone
 
 
 def test_steps_are_read_from_names_and_whole_lines(tmp_path):
