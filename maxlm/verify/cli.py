@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from maxlm.verify.show import markdown, table
 
     config = load_config(args.config, args.overrides, kind="train")
-    report = verify(config, title=args.config, only=args.only, all_products=args.all)
+    report = verify(config, title=" ".join([args.config, *args.overrides]), only=args.only, all_products=args.all)
     if args.json:
         print(json.dumps(report.to_json()))
     elif args.markdown:

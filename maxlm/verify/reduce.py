@@ -5,17 +5,22 @@ the objective. Terms that a configuration leaves at weight 0 are turned on, and 
 a term that is scaled by 1e-4 would hide in the rounding of the others.
 """
 
+import math
+
+from maxlm.config.mesh import MeshConfig
 from maxlm.config.model import ModelConfig
 from maxlm.config.moe import MoeConfig
 from maxlm.config.train import TrainConfig
+from maxlm.core.sharding import MESH_AXES
 from maxlm.errors import CheckpointError
 from maxlm.train.checkpoint import find_checkpoint, read_metadata
 
 # Rows and tokens of a batch: rows for eight devices or four microbatches, tokens for more than one block of attention.
 NUM_ROWS = 8
 ROW_LENGTH = 96
+# Devices that all meshes fit on: three axes of two.
+NUM_DEVICES = 8
 
-_MOST_LAYERS = 8
 _AUXILIARY_WEIGHT = 0.1
 _AUXILIARY_FIELDS = ("z_loss", "center", "sft_weight", "kl_beta")
 
@@ -34,18 +39,32 @@ def full_model(config: TrainConfig) -> tuple[ModelConfig, str]:
     return ModelConfig(**metadata["config"]["model"]), f"that of {config.init_from}"
 
 
-def reduced_model(model: ModelConfig, *, vocab_size: int) -> ModelConfig:
-    """The same structure with small numbers, in float32."""
+def own_mesh(config: TrainConfig) -> MeshConfig:
+    """The mesh that a configuration asks for, its free axis what is left of the devices here."""
+    mesh = config.mesh
+    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
+    left = NUM_DEVICES // (mesh.slices * math.prod(size for size in sizes.values() if size != -1))
+    # All on the free axis is what says nothing: then it is one device.
+    left = max(left, 1) if mesh != MeshConfig() else 1
+    return mesh.model_copy(update={axis: left for axis, size in sizes.items() if size == -1})
+
+
+def reduced_model(model: ModelConfig, *, vocab_size: int, mesh: MeshConfig | None = None) -> ModelConfig:
+    """The same structure with small numbers, in float32; it fits two devices an axis, and `mesh`, if `model` does."""
+    mesh = mesh or MeshConfig(fsdp=1)
     pattern = len(model.window_pattern)
     turns = model.num_layers // pattern
-    # Two or four turns of the window pattern, where the model has them, so that two stages get some each.
-    wanted = max(1, min(4, _MOST_LAYERS // pattern))
-    num_kv_heads = 2 if model.num_kv_heads % 2 == 0 else 1
+    # Turns of the window pattern that two stages can share, once and twice each, if those of the model can.
+    repeats = model.pipeline.repeats
+    kept = math.gcd(turns, math.lcm(4, 2 * repeats, mesh.stage * repeats))
+    if kept == 1 and turns % 3 == 0:
+        kept = 3
+    num_kv_heads = math.gcd(model.num_kv_heads, math.lcm(2, mesh.tensor))
     changes = {
         "vocab_size": vocab_size,
-        "num_layers": pattern * max(count for count in (1, 2, 3, 4) if count <= wanted and turns % count == 0),
-        "embed_dim": 16,
-        "mlp_dim": 24,
+        "num_layers": pattern * kept,
+        "embed_dim": math.lcm(16, mesh.fsdp * mesh.expert * mesh.context),
+        "mlp_dim": math.lcm(24, mesh.tensor),
         "num_heads": num_kv_heads * (model.num_heads // model.num_kv_heads),
         "num_kv_heads": num_kv_heads,
         "head_dim": 8,
@@ -57,19 +76,19 @@ def reduced_model(model: ModelConfig, *, vocab_size: int) -> ModelConfig:
         "parameter_dtype": "float32",
         "eight_bit": None,
         "loss_chunk_length": 48,
-        "moe": model.moe and _reduced_experts(model.moe),
+        "moe": model.moe and _reduced_experts(model.moe, mesh),
         "pipeline": model.pipeline.model_copy(update={"microbatches": None}),
     }
     return ModelConfig(**(model.model_dump() | changes))
 
 
-def _reduced_experts(moe: MoeConfig) -> MoeConfig:
+def _reduced_experts(moe: MoeConfig, mesh: MeshConfig) -> MoeConfig:
     """Fewer and smaller experts, as many of them for a token; what balances them on."""
-    num_experts = min(moe.num_experts, max(4, 2 * moe.experts_per_token))
+    num_experts = min(moe.num_experts, math.lcm(max(4, 2 * moe.experts_per_token), mesh.expert))
     weight = max(moe.balance.loss_weight, _AUXILIARY_WEIGHT)
     changes = {
         "num_experts": num_experts,
-        "mlp_dim": 12,
+        "mlp_dim": math.lcm(12, mesh.tensor),
         "balance": moe.balance.model_copy(update={"loss_weight": weight}),
         "router_z_loss": max(moe.router_z_loss, _AUXILIARY_WEIGHT),
         # Which tokens a full expert drops depends on the layout: here none is ever full.
@@ -91,7 +110,7 @@ def reduced_config(config: TrainConfig, *, vocab_size: int) -> TrainConfig:
     lora = config.lora and config.lora.model_copy(update={"rank": 2, "alpha": 2 * config.lora.alpha / config.lora.rank})
     return config.model_copy(
         update={
-            "model": reduced_model(full_model(config)[0], vocab_size=vocab_size),
+            "model": reduced_model(full_model(config)[0], vocab_size=vocab_size, mesh=own_mesh(config)),
             "objective": objective.model_copy(update=weights),
             "lora": lora,
             "batch_size": NUM_ROWS,

@@ -12,11 +12,11 @@ from maxlm.core.progress import progress_bar
 from maxlm.core.sharding import make_mesh
 from maxlm.errors import CheckFailed, RequestError
 from maxlm.verify import examples
-from maxlm.verify.reduce import NUM_ROWS, ROW_LENGTH, describe, full_model, reduced_config
+from maxlm.verify.reduce import NUM_DEVICES, NUM_ROWS, ROW_LENGTH, describe, full_model, reduced_config
 from maxlm.verify.report import Finding, Report, compare
 from maxlm.verify.rollout import compare_rollout
 from maxlm.verify.subject import Measured, Subject
-from maxlm.verify.variants import NUM_DEVICES, Variant, plain, variants_of
+from maxlm.verify.variants import Variant, plain, variants_of
 from maxlm.verify.workspace import open_workspace
 
 

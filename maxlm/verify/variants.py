@@ -10,13 +10,10 @@ from maxlm.config.mesh import MeshConfig
 from maxlm.config.model import ModelConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.sharding import MESH_AXES, mesh_sizes
-from maxlm.errors import ConfigError
+from maxlm.errors import CheckFailed, ConfigError
 from maxlm.train.layout import check_layout
-from maxlm.verify.reduce import NUM_ROWS, ROW_LENGTH
+from maxlm.verify.reduce import NUM_ROWS, ROW_LENGTH, own_mesh
 from maxlm.verify.subject import PACKED_KINDS
-
-# Devices that all meshes fit on: three axes of two.
-NUM_DEVICES = 8
 
 # Six of the twenty products of three axes hold each pair of axes.
 _PRODUCTS = (
@@ -114,6 +111,8 @@ def variants_of(
     yield Variant("one device", "as configured", own)
     for mesh in meshes(all_products=all_products):
         yield on_mesh(mesh)
+    if wide_axes(asked := own_mesh(full)):
+        yield on_mesh(asked, ", the configuration's own")
     for method in _choices(own, "context_attention"):
         if method != own.context_attention:
             for mesh in (MeshConfig(fsdp=1, context=2), MeshConfig(fsdp=2, context=2, tensor=2)):
@@ -128,7 +127,9 @@ def variants_of(
     yield on_mesh(both, ", accumulation 2, padding", accumulate=2, examples="padded")
     if kind == "grpo":
         yield Variant("rollout", "after an update, one device", own)
-        yield on_mesh(MeshConfig(data=2, fsdp=2, tensor=2), ", after an update", group="rollout")
+        for axes in (("data", "fsdp", "tensor"), ("stage", "fsdp"), ("expert", "context", "tensor")):
+            mesh = MeshConfig(**({"fsdp": 1} | dict.fromkeys(axes, 2)))
+            yield on_mesh(mesh, ", after an update", group="rollout")
 
 
 def plain(model: ModelConfig) -> ModelConfig:
@@ -164,15 +165,22 @@ def _describe(mesh: MeshConfig) -> str:
 def _no_mesh(
     mesh: MeshConfig, full: TrainConfig, reduced: TrainConfig, model: ModelConfig, num_devices: int
 ) -> str | None:
-    """Why the configuration cannot be laid out so: its weights or tokens cannot be cut. Rows can always be added."""
-    try:
-        sizes = mesh_sizes(mesh, num_devices)
-        for config in (full, reduced):
-            asked = {name: getattr(model, name) for name in _LAID_OUT_BY}
-            update = {"model": config.model.model_copy(update=asked), "batch_size": NUM_ROWS, "accumulate": 1}
-            check_layout(config.model_copy(update=update), sizes)
-    except ConfigError as error:
-        return error.problems[0]
+    """Why the configuration cannot be laid out so: its weights or tokens cannot be cut. Rows can always be added.
+
+    Raises:
+      CheckFailed: it can be, and the reduced one cannot.
+    """
+    asked = {name: getattr(model, name) for name in _LAID_OUT_BY}
+    for config in (full, reduced):
+        update = {"model": config.model.model_copy(update=asked), "batch_size": NUM_ROWS, "accumulate": 1}
+        try:
+            check_layout(config.model_copy(update=update), mesh_sizes(mesh, num_devices))
+        except ConfigError as error:
+            if config is full:
+                return error.problems[0]
+            raise CheckFailed(
+                f"{_describe(mesh)}: the configuration fits, and the small one does not: {error.problems[0]}"
+            ) from error
     return None
 
 

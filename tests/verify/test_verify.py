@@ -88,11 +88,27 @@ def test_a_small_model_keeps_the_structure():
     small = reduced_model(config.model, vocab_size=64)
     assert small.num_heads // small.num_kv_heads == 4
     assert small.window_pattern == (11, 5, None)
-    assert small.num_layers == 6
+    assert small.num_layers == 12
     assert (small.tie_embeddings, small.qk_norm, small.logit_soft_cap) == (False, True, 30.0)
     assert (small.moe.experts_per_token, small.moe.num_shared_experts) == (4, 1)
     assert small.moe.num_experts < 64
     assert (small.activation_dtype, small.matmul_dtype) == ("float32", "float32")
+
+
+@pytest.mark.parametrize(("turns", "kept"), [(1, 1), (2, 2), (3, 3), (5, 1), (6, 2), (12, 4), (18, 2), (30, 2)])
+def test_a_small_model_can_be_cut_into_stages_where_the_whole_one_can(turns, kept):
+    for pattern in ([None], [None] * 6):
+        model = {"num_layers": turns * len(pattern), "window_pattern": pattern}
+        assert reduced_model(config_of("sft", model=model).model, vocab_size=64).num_layers == kept * len(pattern)
+        skipped = {variant.name: variant.skipped for variant in variants(model=model)}
+        assert (skipped["mesh: stage=2"] is None) is (turns % 2 == 0)
+
+
+def test_the_mesh_of_the_configuration_is_among_them():
+    skipped = {variant.name: variant.skipped for variant in variants(mesh={"tensor": 4}, model={"num_kv_heads": 4})}
+    assert skipped["mesh: fsdp=2, tensor=4, the configuration's own"] is None
+    skipped = {variant.name: variant.skipped for variant in variants(mesh={"tensor": 3})}
+    assert "cannot be cut over mesh.tensor = 3" in skipped["mesh: fsdp=2, tensor=3, the configuration's own"]
 
 
 def test_every_term_is_on():
