@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="training configuration, inside the code folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="overrides of the configuration")
     actions = "; ".join(f"{name}: {what}" for name, what in ACTIONS.items())
     parser.add_argument("--action", choices=ACTIONS, default="all", metavar="ACTION", help=actions)
     parser.add_argument("--dry-run", action="store_true", help="print the shell commands, one a line, and run nothing")

@@ -22,7 +22,9 @@ def register(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="SWEEP", help="a YAML file with kind: sweep")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that differ from the file's"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the trials, their steps and cost; run nothing")
     parser.add_argument("--json", action="store_true", help="print the summary, or with --dry-run the list, as JSON")
     parser.set_defaults(func=run)
