@@ -113,7 +113,8 @@ def test_a_run_killed_while_it_writes_goes_on_to_the_same_end(call, tmp_path):
     unbroken = json.loads((tmp_path / "unbroken.json").read_text())
     num_operations = len(unbroken["names"])
     assert num_operations > 100
-    for number in (6, num_operations // 2, num_operations - 2):
+    # Not the very last ones: how many there are differs by a few, with what the background has come to do.
+    for number in (6, num_operations // 2, num_operations * 3 // 4):
         folder = tmp_path / f"run-{number}"
         assert call("train", folder, number, "") == KILLED
         assert call("train", folder, 0, tmp_path / "report.json") == 0
