@@ -10,6 +10,7 @@ from typing import IO
 
 from etils import epath
 
+from maxlm.core.progress import console
 from maxlm.errors import ConfigError
 
 
@@ -84,10 +85,20 @@ def locked(folder: epath.Path, *, seconds: float) -> Iterator[bool]:
         yield True
         return
     with (Path(folder) / ".lock").open("a") as file:
-        deadline = time.monotonic() + seconds
-        while not (mine := _lock(file)) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        yield mine
+        yield acquire(file, seconds=seconds)
+
+
+def acquire(file: IO, *, seconds: float, waiting: str | None = None) -> bool:
+    """Whether this process got the lock of an open file, after at most so many seconds; `waiting` is told meanwhile."""
+    deadline = time.monotonic() + seconds
+    while not _lock(file):
+        if time.monotonic() >= deadline:
+            return False
+        if waiting is not None:
+            console.print(waiting, markup=False)
+            waiting = None
+        time.sleep(0.1)
+    return True
 
 
 def _lock(file: IO) -> bool:

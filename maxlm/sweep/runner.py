@@ -1,7 +1,6 @@
 """Trials in processes of their own, one after another."""
 
 import contextlib
-import fcntl
 import json
 import os
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any
 
 from maxlm.config.load import dump_yaml
 from maxlm.core.manifest import read_manifest
-from maxlm.core.progress import console
+from maxlm.core.storage import acquire
 from maxlm.errors import DataError
 from maxlm.sweep.child import DIVERGED
 from maxlm.sweep.records import Record, finite
@@ -145,18 +144,7 @@ def locked(folder: Path) -> Iterator[int]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
-        deadline, told = time.monotonic() + _STOP_SECONDS, False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise DataError(
-                        f"{folder}: another sweep is at work there; wait for it, or give another output"
-                    ) from None
-                if not told:
-                    console.print(f"{folder}: waiting for a trial of another sweep to end there", markup=False)
-                    told = True
-                time.sleep(_POLL_SECONDS)
+        waiting = f"{folder}: waiting for a trial of another sweep to end there"
+        if not acquire(file, seconds=_STOP_SECONDS, waiting=waiting):
+            raise DataError(f"{folder}: another sweep is at work there; wait for it, or give another output")
         yield file.fileno()

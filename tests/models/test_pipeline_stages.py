@@ -1,15 +1,17 @@
 """Pipeline stages: the same loss and gradients as one device, whatever the schedule."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
+import same_gradient
 
 from maxlm.config import ModelConfig, TrainConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.core.batch import Batch, put_batch
 from maxlm.core.parameters import abstract, initialize
 from maxlm.core.sharding import make_mesh, mesh_sizes
-from maxlm.core.tree import flatten
 from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
 from maxlm.models.pipeline import Schedule
@@ -74,18 +76,10 @@ def terms_and_gradient(config, mesh_sizes=None, *, batch=BATCH, accumulate=1):
     with jax.set_mesh(mesh):
         model = jax.tree.map(lambda leaf: leaf * 1.5, initialize(Decoder(config), jax.random.key(0), mesh))
         output, gradient = gradient_function(config, accumulate)(model, put_batch(batch, mesh))
-    terms = {name: (float(term.sum), float(term.weight)) for name, term in {**output.terms, **output.metrics}.items()}
-    return terms, flatten(jax.device_get(gradient))
+    return same_gradient.on_host({**output.terms, **output.metrics}, gradient)
 
 
-def assert_same(left, right):
-    assert left[0].keys() == right[0].keys()
-    for name in left[0]:
-        np.testing.assert_allclose(left[0][name], right[0][name], rtol=1e-5, err_msg=name)
-    for path, value in right[1].items():
-        scale = np.abs(value).max()
-        assert scale > 0, path
-        np.testing.assert_allclose(left[1][path], value, rtol=1e-4, atol=4e-5 * scale, err_msg=path)
+assert_same = partial(same_gradient.assert_same, atol=4e-5)
 
 
 @pytest.fixture(scope="module")

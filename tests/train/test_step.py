@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from same_gradient import assert_same, on_host
 
 from maxlm.config import ModelConfig
 from maxlm.config.fault import GuardConfig
@@ -84,17 +85,7 @@ def terms_and_gradient(batch, *, mesh=None, accumulate=1):
     else:
         with jax.set_mesh(mesh):
             output, gradient = jax.jit(compute)(model_of(mesh), put_batch(batch, mesh))
-    terms = {name: (float(term.sum), float(term.weight)) for name, term in output.terms.items()}
-    return terms, flatten(jax.device_get(gradient))
-
-
-def assert_same(left, right):
-    for name in left[0]:
-        np.testing.assert_allclose(left[0][name], right[0][name], rtol=1e-5, err_msg=name)
-    for path, value in right[1].items():
-        scale = np.abs(value).max()
-        assert scale > 0, path
-        np.testing.assert_allclose(left[1][path], value, rtol=1e-4, atol=1e-5 * scale, err_msg=path)
+    return on_host(output.terms, gradient)
 
 
 @pytest.fixture(scope="module")
