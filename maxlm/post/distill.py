@@ -17,9 +17,8 @@ from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
 from maxlm.ops.loss import in_chunks
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.checkpoint import find_checkpoint, read_metadata
+from maxlm.train.checkpoint import check_fingerprint, find_checkpoint, read_metadata
 from maxlm.train.layout import check_layout
-from maxlm.train.loop import check_fingerprint
 from maxlm.train.objective import StudentAndTeacher
 from maxlm.train.pretrain import Pretrain
 from maxlm.train.run import as_configured, load_model

@@ -71,10 +71,13 @@ class GuardWatch:
           check_state: look at the state even if nothing was refused, before it is saved.
         """
         too_many = len(self._refused) >= self._guard.max_skipped_in_a_row
-        if not (too_many or check_state) or (is_finite(state) and not too_many):
+        if not (too_many or check_state):
+            return []
+        state_is_finite = bool(is_finite(state))
+        if state_is_finite and not too_many:
             return []
         bad = list(self._refused)
-        if not is_finite(state):
+        if not state_is_finite:
             culprit = (bad[0].step if bad else int(state.step)) - 1
             if culprit >= self._first_step:
                 bad.insert(0, BadStep(culprit, "weights or optimizer state are not finite after it"))
