@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maxlm.config.load import parse_config
 from maxlm.config.model import ModelConfig
 from maxlm.core.batch import Batch
 from maxlm.core.parameters import Parameter, abstract, initialize, zeros
@@ -29,7 +28,7 @@ from maxlm.post.sequences import is_real, share_of_rows
 from maxlm.tokenizer.codec import ChatTokens, Tokenizer
 from maxlm.train.checkpoint import find_checkpoint, read_metadata, restore_weights
 from maxlm.train.objective import RunContext
-from maxlm.train.run import load_start, run_folder_of
+from maxlm.train.run import load_start, run_folder_of, trained_as
 from maxlm.train.validate import Evaluator
 
 _SCORED_ROWS = 8
@@ -140,19 +139,18 @@ def load_reward_model(path: str | Path, mesh: jax.sharding.Mesh | None = None) -
       CheckpointError: there is no whole checkpoint, or it holds no reward model.
     """
     checkpoint = find_checkpoint(path)
-    config = parse_config(read_metadata(checkpoint)["config"], where=str(checkpoint))
-    if config.objective.kind != "reward":
-        raise CheckpointError(
-            f"{path}: was trained with objective.kind={config.objective.kind}, and not as a reward model"
-        )
+    saved = read_metadata(checkpoint)["config"]
+    if (kind := saved["objective"]["kind"]) != "reward":
+        raise CheckpointError(f"{path}: was trained with objective.kind={kind}, and not as a reward model")
     tokenizer = Tokenizer.load(run_folder_of(checkpoint) / "tokenizer")
-    plan = RewardModel(config.model)
-    if config.lora is None:
+    model, lora = trained_as(saved)
+    plan = RewardModel(model)
+    if lora is None:
         return restore_weights(checkpoint, abstract(plan, mesh)), tokenizer
-    base = load_start(checkpoint, config, mesh)
-    base = RewardModel.from_decoder(base, jax.random.key(config.seed))
-    adapters = restore_weights(checkpoint, abstract(declare_adapters(plan, config.lora), mesh))
-    return jax.jit(partial(merge_adapters, config=config.lora))(base, adapters), tokenizer
+    base = load_start(checkpoint, model, mesh)
+    base = RewardModel.from_decoder(base, jax.random.key(saved["seed"]))
+    adapters = restore_weights(checkpoint, abstract(declare_adapters(plan, lora), mesh))
+    return jax.jit(partial(merge_adapters, config=lora))(base, adapters), tokenizer
 
 
 def score(model: RewardModel, tokenizer: Tokenizer, texts: Sequence[str | Sequence[dict]]) -> np.ndarray:

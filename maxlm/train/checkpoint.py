@@ -24,10 +24,13 @@ from maxlm.core.progress import console
 from maxlm.core.storage import absolute_path, is_remote
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError, TrainingError
+from maxlm.train.checksums import checksums
 from maxlm.train.retry import Retries, first_line, is_disk_full, is_storage_error
 from maxlm.train.state import TrainState
 
 FOLDER = "checkpoints"
+# Of what training needs to go on, checksums included. Weights of every format can be read.
+FORMAT = 2
 
 
 class Checkpointer:
@@ -164,7 +167,13 @@ class Checkpointer:
         weights = flatten(state.trainable)
         rest = flatten(replace(state, trainable=None))
         self._check_room(sum(leaf.nbytes for leaf in [*weights.values(), *rest.values()]))
-        metadata = {**metadata, "checksums": checksums({"weights": weights, "rest": rest}), "shapes": _shapes(weights)}
+        metadata = {
+            **metadata,
+            "format": FORMAT,
+            "checksums": checksums({"weights": weights, "rest": rest}),
+            "shapes": _shapes(weights),
+            "rest_shapes": _shapes(rest),
+        }
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -221,9 +230,19 @@ class Checkpointer:
     def _restore_step(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         folder = self.folder / str(step)
         metadata = _load_metadata(folder)
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{folder}: was saved by another version of maxlm, which this one cannot go on from; give another"
+                " output and this checkpoint as init_from"
+            )
         like_weights = flatten(like.trainable)
         check_shapes(metadata["shapes"], _shapes(like_weights), where=folder)
         like_rest = flatten(replace(like, trainable=None))
+        if difference := _difference(metadata["rest_shapes"], _shapes(like_rest)):
+            raise CheckpointError(
+                f"{folder}: was trained with another optimizer, or another choice of ema_decay: {difference};"
+                " give the optim section that it was trained with, or another output and this checkpoint as init_from"
+            )
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -231,7 +250,7 @@ class Checkpointer:
                 rest=ocp.args.StandardRestore(_as_abstract(like_rest)),
             ),
         )
-        if checksums({"weights": restored.weights, "rest": restored.rest}) != metadata["checksums"]:
+        if not _is_unchanged({"weights": restored.weights, "rest": restored.rest}, metadata):
             raise ValueError("checksums of its arrays differ from those saved with it")
         rest = unflatten(restored.rest, replace(like, trainable=None))
         return replace(rest, trainable=unflatten(restored.weights, like.trainable)), metadata
@@ -330,7 +349,7 @@ def restore_weights(checkpoint: epath.Path, like: Any) -> Any:
     check_shapes(metadata["shapes"], _shapes(flat), where=checkpoint)
     handler = ocp.StandardCheckpointer()
     weights = _readable(checkpoint, lambda: handler.restore(checkpoint / "weights", _as_abstract(flat)))
-    if checksums({"weights": weights}) != {k: v for k, v in metadata["checksums"].items() if k.startswith("weights/")}:
+    if not _is_unchanged({"weights": weights}, metadata):
         raise CheckpointError(f"{checkpoint}: the weights differ from those that were saved; use another checkpoint")
     return unflatten(weights, like)
 
@@ -344,8 +363,7 @@ def restore_ema(checkpoint: epath.Path, like: Any) -> Any:
     metadata = read_metadata(checkpoint)
     flat = flatten(like)
     check_shapes(metadata["shapes"], _shapes(flat), where=checkpoint)
-    saved = {path: value for path, value in metadata["checksums"].items() if path.startswith("rest/ema/")}
-    if not saved:
+    if not any(path.startswith("rest/ema/") for path in metadata["checksums"]):
         raise CheckpointError(
             f"{checkpoint}: keeps no running mean of the weights; train with optim.ema_decay, or load the weights"
         )
@@ -356,45 +374,35 @@ def restore_ema(checkpoint: epath.Path, like: Any) -> Any:
     )
     handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     mean = _readable(checkpoint, lambda: handler.restore(checkpoint / "rest", args=arguments))
-    if checksums({"rest": mean}) != saved:
+    if not _is_unchanged({"rest": mean}, metadata):
         raise CheckpointError(f"{checkpoint}: the mean differs from the one that was saved; use another checkpoint")
     return unflatten({path: mean[f"ema/{path}"].astype(leaf.dtype) for path, leaf in flat.items()}, like)
 
 
-def checksums(tree: Any) -> dict[str, int]:
-    """One 32-bit number for each leaf, that a changed, moved or lost value changes; any mesh gives the same."""
-    values = _checksums(flatten(tree))
-    return {path: int(value) for path, value in jax.device_get(values).items()}
-
-
-@jax.jit
-def _checksums(flat):
-    def one(x):
-        word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
-        total = bits
-        for axis in range(x.ndim):
-            # Sums of products with odd numbers that depend on the place: swapped values do not cancel.
-            size = total.shape[0]
-            factor = (2 * jnp.arange(size, dtype=jnp.uint32) + 1) * jnp.uint32(2654435761 + 2 * axis)
-            total = jnp.sum(total * factor.reshape(-1, *[1] * (total.ndim - 1)), axis=0, dtype=jnp.uint32)
-        return total
-
-    return {path: one(x) for path, x in flat.items()}
+def _is_unchanged(read: dict[str, Any], metadata: dict[str, Any]) -> bool:
+    """Whether arrays that were read from a checkpoint are those that were saved, by the checksums in its metadata."""
+    # Checksums of another format are computed in another way.
+    return metadata.get("format") != FORMAT or checksums(read).items() <= metadata["checksums"].items()
 
 
 def check_shapes(saved: dict[str, list], wanted: dict[str, list], *, where: epath.Path) -> None:
     """Raise CheckpointError naming the first weights that do not fit."""
-    problems = [f"{path} is {saved.get(path, 'not there')}" for path in wanted if saved.get(path) != wanted[path]]
-    problems += [f"{path} is not wanted" for path in saved if path not in wanted]
-    if problems:
-        first = next((path for path in wanted if saved.get(path) != wanted[path]), None)
-        hint = f" and must be {wanted[first]}" if first else ""
-        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+    if difference := _difference(saved, wanted):
         raise CheckpointError(
-            f"{where}: is a checkpoint of another model: {problems[0]}{hint}{more};"
-            " give the model section that it was trained with"
+            f"{where}: is a checkpoint of another model: {difference}; give the model section that it was trained with"
         )
+
+
+def _difference(saved: dict[str, list], wanted: dict[str, list]) -> str:
+    """The first array that does not fit, and how many more; empty where all fit."""
+    problems = [
+        f"{path} is {saved.get(path, 'not there')} and must be {shape}"
+        for path, shape in wanted.items()
+        if saved.get(path) != shape
+    ]
+    problems += [f"{path} is not wanted" for path in saved if path not in wanted]
+    more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return problems[0] + more if problems else ""
 
 
 def check_fingerprint(saved: str, wanted: str, folder: Any) -> None:

@@ -17,6 +17,7 @@ from maxlm.core.distributed import is_primary, stop_on_signal
 from maxlm.core.hardware import peak_flops
 from maxlm.core.progress import console
 from maxlm.core.storage import storage_path
+from maxlm.errors import ConfigError
 from maxlm.train.checkpoint import check_fingerprint
 from maxlm.train.ema import ema_as
 from maxlm.train.faults import BadStep, GuardWatch, Quarantine
@@ -73,6 +74,7 @@ def run(
 
     Raises:
       CheckpointError: the checkpoint in the folder is of another model or tokenizer, or cannot be read.
+      ConfigError: it is of a later step than the last one that is asked for.
       TrainingError: too many steps were skipped, too often, or a checkpoint could not be saved.
     """
     folder = storage_path(config.output)
@@ -137,6 +139,10 @@ def run(
                     check_same_model(config.model, ModelConfig(**saved["config"]["model"]), folder)
                     quarantine.restore(saved["quarantine"])
                 step = int(state.step)
+                if step > config.steps:
+                    raise ConfigError(
+                        [f"steps: {config.steps} is less than the {step} that the run in {folder} has done already"]
+                    )
                 if is_primary():
                     if restored is not None:
                         console.print(f"resuming {folder} at step {step}", markup=False)
@@ -154,13 +160,12 @@ def run(
             beginning = "rolled_back"
             with stopwatch.counting(beginning):
                 quarantine.add(end.bad_steps, objective, batch_size=config.batch_size)
-        valid = end.valid
-        if first_step >= config.steps:
-            valid = validate(objective, end.state, leg.model)
-        # A run that is found at its end may have been killed before they were removed.
-        if end.step >= config.steps:
+        # As one that was killed before its local checkpoints were removed, or its manifest was written.
+        found_at_end = first_step == config.steps
+        valid = validate(objective, end.state, leg.model) if found_at_end else end.valid
+        if end.step == config.steps:
             checkpoints.remove_local(end.step)
-        if first_step < config.steps:
+        if not found_at_end:
             goodput.close(end.step)
         rate = leg.window.tokens_per_second_overall()
     if end.interrupted and is_primary():

@@ -12,9 +12,8 @@ import jax
 import xxhash
 from etils import epath
 
-from maxlm.config.load import parse_config
 from maxlm.config.model import ModelConfig
-from maxlm.config.train import PACKED_OBJECTIVES, TrainConfig
+from maxlm.config.train import PACKED_OBJECTIVES, LoraConfig, TrainConfig
 from maxlm.core.distributed import initialize_distributed, is_primary, stop_with_parent
 from maxlm.core.manifest import FILE_NAME, read_manifest, write_manifest
 from maxlm.core.parameters import abstract, initialize
@@ -271,22 +270,29 @@ def load_model(
     """
     checkpoint = find_checkpoint(path)
     run_folder = run_folder_of(checkpoint)
-    config = parse_config(read_metadata(checkpoint)["config"], where=str(checkpoint))
-    if config.objective.kind == "reward":
+    saved = read_metadata(checkpoint)["config"]
+    if saved["objective"]["kind"] == "reward":
         raise CheckpointError(f"{path}: holds a reward model, which generates no text")
-    plan = Decoder(config.model)
+    model, lora = trained_as(saved)
+    plan = Decoder(model)
     restore = restore_ema if ema else restore_weights
-    if config.lora is None:
+    if lora is None:
         return restore(checkpoint, abstract(plan, mesh)), run_folder / "tokenizer"
-    base = load_start(checkpoint, config, mesh)
-    adapters = restore(checkpoint, abstract(declare_adapters(plan, config.lora), mesh))
+    base = load_start(checkpoint, model, mesh)
+    adapters = restore(checkpoint, abstract(declare_adapters(plan, lora), mesh))
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        merged = jax.jit(partial(merge_adapters, config=config.lora), donate_argnums=0)(base, adapters)
+        merged = jax.jit(partial(merge_adapters, config=lora), donate_argnums=0)(base, adapters)
     return merged, run_folder / "tokenizer"
 
 
-def load_start(checkpoint: epath.Path, config: TrainConfig, mesh: jax.sharding.Mesh | None = None) -> Decoder:
-    """The model that a checkpoint's adapters were trained on.
+def trained_as(saved: dict[str, Any]) -> tuple[ModelConfig, LoraConfig | None]:
+    """The model and adapters of a configuration in a checkpoint, whose other settings may be of another version."""
+    lora = saved["lora"]
+    return ModelConfig(**saved["model"]), None if lora is None else LoraConfig(**lora)
+
+
+def load_start(checkpoint: epath.Path, model: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> Decoder:
+    """The model that a checkpoint's adapters were trained on, computed as `model` says.
 
     Raises:
       CheckpointError: it is gone, or no longer what it was.
@@ -298,7 +304,7 @@ def load_start(checkpoint: epath.Path, config: TrainConfig, mesh: jax.sharding.M
             " train them again"
         )
     decoder, _ = load_model(start["checkpoint"], mesh)
-    return as_configured(decoder, config.model)
+    return as_configured(decoder, model)
 
 
 def identify(checkpoint: epath.Path) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Checkpoints: what was saved comes back to the bit, and nothing that is broken or foreign is taken for it."""
 
 import contextlib
+import json
 import shutil
 import subprocess
 import sys
@@ -205,6 +206,33 @@ def test_another_model_is_refused_in_one_sentence(saved):
     assert (saved / "checkpoints" / "3").is_dir(), "a checkpoint of another model is not broken"
     with pytest.raises(CheckpointError, match="another model"):
         restore_weights(find_checkpoint(saved), abstract(wider))
+
+
+@pytest.mark.parametrize("changed", [{"kind": "lion"}, {"ema_decay": 0.9}])
+def test_another_optimizer_is_refused_in_one_sentence(changed, tmp_path):
+    """The state that it would need is not there; what is there is not broken."""
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(make_small_state(3), {}, wait=True)
+        config = OptimConfig(**changed)
+        keep_ema = config.ema_decay is not None
+        like = create_state(make_small_state(0).trainable, make_optimizer(config), keep_ema=keep_ema)
+        with pytest.raises(CheckpointError, match="was trained with another optimizer, or another choice of ema_decay"):
+            checkpointer.restore(like)
+        assert int(checkpointer.restore(make_small_state(0))[0].step) == 3
+
+
+def test_a_checkpoint_of_another_format_serves_for_inference_and_is_not_gone_on_from(saved):
+    """Its checksums may be computed in another way: they say nothing against it."""
+    metadata = saved / "checkpoints" / "3" / "metadata" / "metadata"
+    tree = json.loads(metadata.read_text())
+    del tree["format"], tree["rest_shapes"]
+    tree["checksums"] = {path: value + 1 for path, value in tree["checksums"].items()}
+    metadata.write_text(json.dumps(tree))
+    assert_equal(restore_weights(find_checkpoint(saved), abstract(PLAN)), make_state(3).trainable)
+    with Checkpointer(saved, keep=3) as checkpointer:
+        with pytest.raises(CheckpointError, match="was saved by another version of maxlm"):
+            checkpointer.restore(make_state(0))
+        assert checkpointer.steps() == [3, 2, 1]
 
 
 def test_only_the_newest_are_kept(tmp_path):

@@ -14,7 +14,8 @@ from maxlm.core.parameters import abstract, initialize
 from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten
 from maxlm.models.decoder import Decoder
-from maxlm.train.checkpoint import Checkpointer, _checksums, checksums
+from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.checksums import checksums, checksums_of_leaves
 from maxlm.train.optim import make_optimizer
 from maxlm.train.state import abstract_state, create_state
 
@@ -67,7 +68,7 @@ def test_checksums_gather_nothing():
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     with jax.set_mesh(mesh):
         weights = flatten(initialize(Decoder(MODEL_CONFIG), jax.random.key(0), mesh))
-        program = _checksums.lower(weights).compile().as_text()
+        program = checksums_of_leaves.lower(weights).compile().as_text()
     assert "all-reduce" in program
     assert "all-gather" not in program
     assert "all-to-all" not in program

@@ -143,6 +143,23 @@ def test_a_run_goes_on_with_more_steps(short_run, tiny_data_folder, tmp_path):
         np.testing.assert_array_equal(weights(tmp_path / "parts")[path], value, err_msg=path)
 
 
+def test_fewer_steps_than_were_done_are_refused_and_the_run_left_as_it_was(short_run, tiny_data_folder):
+    before = contents(short_run)
+    with pytest.raises(ConfigError, match=r"steps: 3 is less than the 4 that the run in .* has done already"):
+        train(tiny_config(short_run, tiny_data_folder, steps=3))
+    assert contents(short_run) == before
+
+
+def test_settings_of_another_version_keep_no_model_from_being_loaded(tmp_path, tiny_data_folder):
+    """Those that say how it was trained; what it computes is of the model's section alone."""
+    train(tiny_config(tmp_path / "run", tiny_data_folder, steps=1))
+    metadata = find_checkpoint(tmp_path / "run") / "metadata" / "metadata"
+    saved = json.loads(metadata.read_text())
+    saved["config"]["optim"]["gone_since"] = 0.9
+    metadata.write_text(json.dumps(saved))
+    assert load_model(tmp_path / "run")[0].config.embed_dim == MODEL["embed_dim"]
+
+
 def test_a_manifest_that_is_lost_is_written_again(short_run, tiny_data_folder):
     """As after a kill between the last checkpoint and the manifest."""
     before = read_manifest(short_run)
