@@ -34,8 +34,8 @@ examples:
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse, run, and turn a user's mistake into one sentence and exit code 2."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments of a command; settings (`key=value`) may follow its options too."""
     parser = argparse.ArgumentParser(
         prog="maxlm",
         description="Build large language models end to end: data, tokenizer, training, alignment, int8, serving.",
@@ -51,6 +51,12 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides, rest = [*args.overrides, *rest], []
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, run, and turn a user's mistake into one sentence and exit code 2."""
+    args = parse(argv)
     prepare_platform()
     try:
         return args.func(args) or 0

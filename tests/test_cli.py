@@ -25,6 +25,7 @@ COMMANDS = (
     "serve",
     "quickstart",
     "sweep",
+    "verify",
 )
 
 

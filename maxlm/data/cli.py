@@ -4,6 +4,8 @@ import argparse
 import json
 import sys
 
+from maxlm.config.cli import add_config
+
 _EPILOG = """\
 examples:
   maxlm data build configs/data/embedded.yaml --stop-after documents   clean text, to train a tokenizer on
@@ -30,8 +32,7 @@ def register(subparsers) -> None:
         description="Build a data folder. What has not changed since the last build is not made again.",
         epilog="example: maxlm data build configs/data/embedded.yaml row_length=512 workers=8",
     )
-    build.add_argument("config", metavar="CONFIG", help="a YAML file of kind: data")
-    build.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings that differ from the file")
+    add_config(build, "data")
     build.add_argument("--stop-after", choices=["documents"], help="end before tokenisation")
     build.add_argument("--json", action="store_true", help="print the manifest as JSON")
     build.set_defaults(func=run_build)

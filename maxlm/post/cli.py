@@ -4,6 +4,8 @@ import argparse
 import json
 import sys
 
+from maxlm.config.cli import add_config
+
 TRAIN_EPILOG = """\
 examples:
   maxlm train configs/quickstart/pretrain.yaml               pretrain; the same command resumes a run that was stopped
@@ -33,7 +35,7 @@ def register(subparsers) -> None:
         epilog=TRAIN_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_config(train)
+    add_config(train, "train")
     train.add_argument(
         "--supervise",
         type=_count,
@@ -51,7 +53,7 @@ def register(subparsers) -> None:
         epilog=PREVIEW_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_config(preview)
+    add_config(preview, "train")
     preview.add_argument("-n", type=_count, default=3, metavar="N", help="how many examples (3)")
     preview.set_defaults(func=run_preview)
 
@@ -100,13 +102,6 @@ def run_preview(args: argparse.Namespace) -> int:
             console.print(legend(plain=plain), "")
         console.print(example, soft_wrap=plain)
     return 0
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file with kind: train")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="settings that differ from the file's"
-    )
 
 
 def _count(text: str) -> int:

@@ -13,7 +13,9 @@ def register(subparsers) -> None:
             " and chat with it over HTTP. Run it again to go on where it stopped."
         ),
     )
-    parser.add_argument("overrides", nargs="*", metavar="RECIPE.key=value", help="such as pretrain.steps=800")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="RECIPE.key=value", help="such as pretrain.steps=800"
+    )
     parser.add_argument("--output", default="runs/quickstart", metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.set_defaults(func=run)

@@ -2,6 +2,8 @@
 
 import argparse
 
+from maxlm.config.cli import add_config
+
 EPILOG = """\
 examples:
   maxlm sweep configs/sweep/learning_rate.yaml --dry-run    which trials there would be, and what they would cost
@@ -21,10 +23,7 @@ def register(subparsers) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", metavar="SWEEP", help="a YAML file with kind: sweep")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="settings that differ from the file's"
-    )
+    add_config(parser, "sweep")
     parser.add_argument("--dry-run", action="store_true", help="list the trials, their steps and cost; run nothing")
     parser.add_argument("--json", action="store_true", help="print the summary, or with --dry-run the list, as JSON")
     parser.set_defaults(func=run)

@@ -4,6 +4,8 @@ import argparse
 import json
 import sys
 
+from maxlm.config.cli import add_config
+
 _EPILOG = """\
 examples:
   maxlm tokenizer train configs/tokenizer/embedded.yaml vocab_size=4096
@@ -28,8 +30,7 @@ def register(subparsers) -> None:
         description="Train a tokenizer. Made again only if the text or the configuration has changed.",
         epilog="example: maxlm tokenizer train configs/tokenizer/embedded.yaml vocab_size=4096 algorithm=unigram",
     )
-    train.add_argument("config", metavar="CONFIG", help="a YAML file of kind: tokenizer")
-    train.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings that differ from the file")
+    add_config(train, "tokenizer")
     train.add_argument("--json", action="store_true", help="print the manifest as JSON")
     train.set_defaults(func=run_train)
 

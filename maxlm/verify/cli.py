@@ -2,6 +2,8 @@
 
 import argparse
 
+from maxlm.config.cli import add_config
+
 EPILOG = """\
 examples:
   maxlm verify configs/quickstart/pretrain.yaml                    every way of computing it
@@ -23,10 +25,7 @@ def register(subparsers) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file with kind: train; its data need not exist")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="settings that differ from the file's"
-    )
+    add_config(parser, "train; its data need not exist")
     parser.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="a variant, a group, mesh.AXIS, or part of a name"
     )

@@ -1,0 +1,59 @@
+"""What the pages name is there: files that they link to, commands, options, settings."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from maxlm.cli import COMMANDS, parse
+from maxlm.config import load_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "gcp" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+HELP = [ROOT / f"{name.replace('.', '/')}.py" for name in ("maxlm.cli", *COMMANDS)]
+LINK = re.compile(r"\]\(([^)#\s]+)")
+FILE = re.compile(r"(?<![\w/.-])(?:configs|docs|gcp|maxlm|tests|tools)/[\w/.-]*\.(?:md|py|sh|yaml)\b")
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def commands(path: Path) -> list[str]:
+    """Lines that begin with `maxlm `: in fenced blocks of a page, and in the examples of a command's help."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        text = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    for name, value in re.findall(r'^(\w+)="(.*)"$', text, re.MULTILINE):
+        text = text.replace(f"${name}", value)
+    text = re.sub(r"\\+\n\s*", "", text)
+    return re.findall(r"^ *(?:example: |\$ |[A-Z_]+=\S+ )*maxlm (\w.*)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_and_files_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in LINK.findall(text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    assert [file for file in FILE.findall(text) if not (ROOT / file).exists()] == []
+
+
+@pytest.mark.parametrize("path", [*PAGES, *HELP], ids=named)
+def test_commands_are_understood_and_their_settings_are_there(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for command in commands(path):
+        # What explains an example stands two spaces behind it.
+        words = shlex.split(re.split(r"\s{2,}(?![\s-])", command)[0], comments=True)
+        args = parse(words)
+        if hasattr(args, "config") and hasattr(args, "overrides") and Path(args.config or "").is_file():
+            load_config(args.config, args.overrides)
+
+
+def test_a_command_that_is_gone_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```sh\nA=1 maxlm train a.yaml \\\n    --fast  # quick\n```\nmaxlm not this\n")
+    [command] = commands(page)
+    assert command == "train a.yaml --fast  # quick"
+    with pytest.raises(SystemExit):
+        parse(shlex.split(command, comments=True))
