@@ -9,7 +9,7 @@ import sys
 from maxlm.core.platform import prepare_platform
 from maxlm.errors import MaxlmError
 
-# Modules with a `register(subparsers)`; they import only the standard library at their top.
+# Modules with a `register(subparsers)`; they import nothing heavy at their top.
 COMMANDS = (
     "maxlm.config.cli",
     "maxlm.data.cli",

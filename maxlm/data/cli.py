@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from maxlm.config.cli import add_config
+from maxlm.core.arguments import add_config
 
 _EPILOG = """\
 examples:

@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from maxlm.core.arguments import count
+
 _EVAL_EPILOG = """\
 examples:
   maxlm eval runs/small                                    bits per byte on what was held out of its training data
@@ -47,8 +49,8 @@ def register(subparsers) -> None:
     evaluation.add_argument("--task", action="append", default=[], metavar="FILE", help="a task file; repeatable")
     evaluation.add_argument("--compare", metavar="MODEL", help="another model; its figures minus the first's")
     evaluation.add_argument("--no-baselines", action="store_true", help="leave out counting models and xz")
-    evaluation.add_argument("--max-documents", type=_count, metavar="N", help="held-out documents, evenly drawn (all)")
-    evaluation.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="of an answer (%(default)s)")
+    evaluation.add_argument("--max-documents", type=count, metavar="N", help="held-out documents, evenly drawn (all)")
+    evaluation.add_argument("--max-new-tokens", type=count, default=64, metavar="N", help="of an answer (%(default)s)")
     evaluation.add_argument("--temperature", type=float, default=0.0, metavar="T", help="%(default)s is greedy")
     evaluation.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable")
     evaluation.add_argument("--seed", type=int, default=0, help="of intervals and sampled answers (%(default)s)")
@@ -127,10 +129,3 @@ def _failed_checks(result: dict, args: argparse.Namespace) -> list[str]:
             if not value >= args.min_accuracy:
                 failed.append(f"{task['task']}: an accuracy of {value:.4f} is less than {args.min_accuracy}")
     return failed
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value

@@ -5,6 +5,8 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from maxlm.core.arguments import count
+
 if TYPE_CHECKING:
     from maxlm.export.receipt import Receipt
 
@@ -52,7 +54,7 @@ def register(subparsers) -> None:
         help="bound on the mean KL divergence from the float model, in nats a token (0.01)",
     )
     parser.add_argument(
-        "--num-batches", type=_count, metavar="N", help="compare on at most this many batches of 8 rows (16)"
+        "--num-batches", type=count, metavar="N", help="compare on at most this many batches of 8 rows (16)"
     )
     parser.add_argument("--json", action="store_true", help="print the receipt as one JSON object")
     parser.set_defaults(func=run_export)
@@ -103,12 +105,6 @@ def _print_receipt(receipt: "Receipt", args: argparse.Namespace, **more: str) ->
     table.add_row("KL, largest", "", "", f"{receipt.max_kl:.5f} nats")
     table.add_row("same likeliest token", "", "", f"{receipt.top1_agreement:.2%}")
     Console().print(table)
-
-
-def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def _bound(text: str) -> float:

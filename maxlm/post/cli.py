@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from maxlm.config.cli import add_config
+from maxlm.core.arguments import add_config, count
 
 TRAIN_EPILOG = """\
 examples:
@@ -38,7 +38,7 @@ def register(subparsers) -> None:
     add_config(train, "train")
     train.add_argument(
         "--supervise",
-        type=_count,
+        type=count,
         metavar="N",
         help="start training again from its last checkpoint when it dies, at most N times",
     )
@@ -54,7 +54,7 @@ def register(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_config(preview, "train")
-    preview.add_argument("-n", type=_count, default=3, metavar="N", help="how many examples (3)")
+    preview.add_argument("-n", type=count, default=3, metavar="N", help="how many examples (3)")
     preview.set_defaults(func=run_preview)
 
 
@@ -102,9 +102,3 @@ def run_preview(args: argparse.Namespace) -> int:
             console.print(legend(plain=plain), "")
         console.print(example, soft_wrap=plain)
     return 0
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from maxlm.config.cli import add_config
+from maxlm.core.arguments import add_config
 
 EPILOG = """\
 examples:

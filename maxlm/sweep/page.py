@@ -16,7 +16,7 @@ from maxlm.sweep.trials import TARGET, Plan, describe
 
 AXES = {"flops": "FLOPs of training", "parameters": "weights", "tokens": "tokens of training"}
 # The largest size is the strongest.
-_SHADES = ("series-1", "series-1 shade-3", "series-1 shade-2", "series-1 shade-1")
+_SHADES = ("series-1", *(f"series-1 shade-{shade}" for shade in (4, 3, 2, 1)))
 _CURVE_POINTS = 60
 
 
@@ -204,9 +204,9 @@ def _bars(ranking: Sequence[Outcome], name: str) -> list[tuple[str, Bar]]:
 def _trials(plan: Plan, analysis: Analysis) -> list[str]:
     """A table, the largest size and its best settings first; and why trials did not finish."""
     config = plan.config
-    seeds = ("seed",) if config.seeds else ()
+    sizes, seeds = ("size",) if config.scales else (), ("seed",) if config.seeds else ()
     names = (name.rpartition(".")[2] for name in config.fields)
-    header = ("size", *names, *seeds, "steps", config.metric, "seconds", "trial")
+    header = (*sizes, *names, *seeds, "steps", config.metric, "seconds", "trial")
     measured = [analysis.measured] if analysis.measured else []
     order = sorted(
         (*analysis.outcomes, *measured),
@@ -215,13 +215,14 @@ def _trials(plan: Plan, analysis: Analysis) -> list[str]:
     rows, losses = [], []
     for record in (record for outcome in order for record in outcome.records):
         value = record.value(config.metric)
-        settings = [str(record.setting[name]) for name in config.fields]
-        seed = [str(record.seed)] if config.seeds else []
+        size = (plan.label(record.scale),) if config.scales else ()
+        settings = (str(record.setting[name]) for name in config.fields)
+        seed = (str(record.seed),) if config.seeds else ()
         told = f"{value:.4f}" if value is not None else record.status
-        size = plan.label(record.scale)
-        rows.append((size, *settings, *seed, f"{record.steps:,}", told, f"{record.seconds:.0f}", record.id))
+        rows.append((*size, *settings, *seed, f"{record.steps:,}", told, f"{record.seconds:.0f}", record.id))
         if record.error:
-            losses.append((f"{record.id}, {size}: {describe(record.setting)} {record.status}: {record.error}",))
+            where = ", ".join((record.id, *size))
+            losses.append((f"{where}: {describe(record.setting)} {record.status}: {record.error}",))
     return [table(header, rows), table(("not finished",), losses) if losses else ""]
 
 
