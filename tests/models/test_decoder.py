@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy_decoder import log_softmax, logits_of_row
+from tiny_decoder import VOCAB_SIZE, tiny_config
 
-from maxlm.config import ModelConfig
 from maxlm.core.batch import Batch
 from maxlm.core.parameters import initialize
 from maxlm.core.tree import flatten, unflatten
@@ -16,18 +16,6 @@ from maxlm.train.loss import language_model_loss
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-BASE = {
-    "vocab_size": 40,
-    "num_layers": 2,
-    "embed_dim": 16,
-    "mlp_dim": 24,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 4,
-    "max_length": 32,
-    "activation_dtype": "float32",
-    "matmul_dtype": "float32",
-}
 VARIANTS = {
     "plain": {},
     "multi-head": {"num_kv_heads": 4},
@@ -50,7 +38,7 @@ VARIANTS = {
 
 def make(seed=0, **changes) -> Decoder:
     """Random weights that are large enough to tell everything apart, norm scales included."""
-    model = initialize(Decoder(ModelConfig(**{**BASE, **changes})), jax.random.key(seed))
+    model = initialize(Decoder(tiny_config(**changes)), jax.random.key(seed))
     flat = flatten(model)
     random = np.random.default_rng(seed)
     for path, leaf in flat.items():
@@ -63,8 +51,8 @@ def make(seed=0, **changes) -> Decoder:
     return unflatten(flat, model)
 
 
-def tokens_of(shape, seed=0, vocab=40):
-    return np.random.default_rng(seed).integers(0, vocab, shape).astype(np.int32)
+def tokens_of(shape, seed=0):
+    return np.random.default_rng(seed).integers(0, VOCAB_SIZE, shape).astype(np.int32)
 
 
 def logits(model, tokens, **arguments):
@@ -205,5 +193,5 @@ def test_bfloat16_is_near():
 
 
 def test_tied_weights_are_one():
-    assert "head" not in flatten(Decoder(ModelConfig(**BASE)))
-    assert "head" in flatten(Decoder(ModelConfig(**BASE, tie_embeddings=False)))
+    assert "head" not in flatten(Decoder(tiny_config()))
+    assert "head" in flatten(Decoder(tiny_config(tie_embeddings=False)))

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import same_gradient
+from tiny_decoder import VOCAB_SIZE, documents, pack, tiny_config
 
 from maxlm.config import ModelConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.train import LoraConfig
-from maxlm.core.batch import Batch, put_batch
+from maxlm.core.batch import put_batch
 from maxlm.core.parameters import initialize
 from maxlm.core.sharding import make_mesh
 from maxlm.models.adapters import declare_adapters
@@ -35,22 +36,11 @@ MOE = {
     "balance": {"loss_weight": 0.3, "bias": True},
     "router_z_loss": 0.1,
 }
-BASE = {
-    "vocab_size": 48,
-    "num_layers": 2,
-    "embed_dim": 16,
-    "num_heads": 4,
-    "num_kv_heads": 4,
-    "head_dim": 4,
-    "max_length": 32,
-    "activation_dtype": "float32",
-    "matmul_dtype": "float32",
-}
 TERMS = {"cross_entropy", "moe_balance", "router_bias", "router_z_loss"}
 
 
 def config(**changes) -> ModelConfig:
-    return ModelConfig(**BASE, moe={**MOE, **changes})
+    return tiny_config(num_kv_heads=4, moe={**MOE, **changes})
 
 
 def model_of(model_config, mesh=None):
@@ -63,24 +53,7 @@ def model_of(model_config, mesh=None):
     return model
 
 
-def pack(*, rows, length, per_row) -> Batch:
-    """12 documents, `per_row` of them in each row, padding after them."""
-    batch = Batch(*(np.zeros((rows, length), dtype) for dtype in ("int32", "int32", "float32", "int32", "int32")))
-    # What stands in padding must not matter.
-    batch.tokens[:], batch.targets[:] = 5, 7
-    random = np.random.default_rng(0)
-    for number in range(12):
-        tokens, weight = random.integers(0, 48, random.integers(4, 11)), random.uniform(0.2, 2)
-        row, segment = divmod(number, per_row)
-        begin = int((batch.segment_ids[row] > 0).sum())
-        place = slice(begin, begin + len(tokens) - 1)
-        batch.tokens[row, place], batch.targets[row, place] = tokens[:-1], tokens[1:]
-        batch.loss_weights[row, place], batch.segment_ids[row, place] = weight, segment + 1
-        batch.positions[row, place] = np.arange(len(tokens) - 1)
-    return batch
-
-
-PACKED = pack(rows=8, length=32, per_row=3)
+PACKED = pack(documents(), rows=8, length=32, per_row=3)
 
 
 @partial(jax.jit, static_argnames="accumulate")
@@ -112,7 +85,7 @@ def whole():
 
 
 def test_microbatches_packing_and_padding_change_nothing(whole):
-    assert_same(terms_and_gradient(pack(rows=16, length=24, per_row=2), accumulate=4), whole)
+    assert_same(terms_and_gradient(pack(documents(), rows=16, length=24, per_row=2), accumulate=4), whole)
 
 
 def test_the_mesh_changes_nothing(whole):
@@ -136,7 +109,7 @@ def test_the_gradient_of_the_bias_is_the_error_of_the_load_and_no_loss(whole):
 def test_decoding_with_a_cache_is_the_whole_forward():
     model_config = config(dispatch="capacity", capacity_factor=100.0)
     model = model_of(model_config)
-    tokens = np.random.default_rng(1).integers(0, 48, (3, 12)).astype(np.int32)
+    tokens = np.random.default_rng(1).integers(0, VOCAB_SIZE, (3, 12)).astype(np.int32)
     expected = np.asarray(jax.jit(lambda m, t: m.logits(m(t).hidden_BLD))(model, tokens))
     decode = jax.jit(lambda m, t, cache, at: m.decode(t, cache, at))
     cache, prompts, places = KVCache.create(model_config, 3, 16), np.array([6, 3, 8]), np.arange(8)[None]

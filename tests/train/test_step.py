@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from same_gradient import assert_same, on_host
+from tiny_decoder import documents, pack, tiny_config
 
-from maxlm.config import ModelConfig
 from maxlm.config.fault import GuardConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.optim import OptimConfig, ScheduleConfig
-from maxlm.core.batch import Batch, put_batch
+from maxlm.core.batch import put_batch
 from maxlm.core.parameters import initialize
 from maxlm.core.sharding import make_mesh
 from maxlm.core.term import LossOutput, Term
@@ -27,45 +27,12 @@ from maxlm.train.step import GUARD_WARMUP_STEPS, loss_and_gradient, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-CONFIG = ModelConfig(
-    vocab_size=48,
-    num_layers=2,
-    embed_dim=16,
-    mlp_dim=24,
-    num_heads=8,
-    num_kv_heads=8,
-    head_dim=4,
-    max_length=32,
-    window_pattern=(6,),
-    activation_dtype="float32",
-    matmul_dtype="float32",
-)
+CONFIG = tiny_config(num_heads=8, num_kv_heads=8, window_pattern=(6,))
 PLAN = Decoder(CONFIG)
 
 
 def loss_function(model, frozen, batch):
     return language_model_loss(model, batch, z_loss=0.1)
-
-
-def documents(seed=0, count=12):
-    """Token sequences of 3 to 9 tokens, and a weight for each."""
-    random = np.random.default_rng(seed)
-    return [(random.integers(0, 48, random.integers(3, 10)), random.uniform(0.2, 2)) for _ in range(count)]
-
-
-def pack(documents, *, rows, length, per_row) -> Batch:
-    """`per_row` documents in each row, padding after them; rows that get none are padding."""
-    batch = Batch(*(np.zeros((rows, length), dtype) for dtype in ("int32", "int32", "float32", "int32", "int32")))
-    # What stands in padding must not matter.
-    batch.tokens[:], batch.targets[:] = 5, 7
-    for number, (tokens, weight) in enumerate(documents):
-        row, segment = divmod(number, per_row)
-        begin = int((batch.segment_ids[row] > 0).sum())
-        place = slice(begin, begin + len(tokens) - 1)
-        batch.tokens[row, place], batch.targets[row, place] = tokens[:-1], tokens[1:]
-        batch.loss_weights[row, place], batch.segment_ids[row, place] = weight, segment + 1
-        batch.positions[row, place] = np.arange(len(tokens) - 1)
-    return batch
 
 
 PACKED = pack(documents(), rows=8, length=30, per_row=3)

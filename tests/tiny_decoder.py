@@ -1,0 +1,46 @@
+"""The small decoder that tests compute with, and rows for it."""
+
+import numpy as np
+
+from maxlm.config import ModelConfig
+from maxlm.core.batch import Batch
+
+VOCAB_SIZE = 48
+
+
+def tiny_config(**changes) -> ModelConfig:
+    """Two layers in float32, with every size small and most of them different."""
+    base = {
+        "vocab_size": VOCAB_SIZE,
+        "num_layers": 2,
+        "embed_dim": 16,
+        "mlp_dim": 24,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 4,
+        "max_length": 32,
+        "activation_dtype": "float32",
+        "matmul_dtype": "float32",
+    }
+    return ModelConfig(**{**base, **changes})
+
+
+def documents(seed=0, count=12) -> list[tuple[np.ndarray, float]]:
+    """Token sequences of 3 to 9 tokens, and a weight for each."""
+    random = np.random.default_rng(seed)
+    return [(random.integers(0, VOCAB_SIZE, random.integers(3, 10)), random.uniform(0.2, 2)) for _ in range(count)]
+
+
+def pack(documents, *, rows, length, per_row) -> Batch:
+    """`per_row` documents in each row, padding after them; rows that get none are padding."""
+    batch = Batch(*(np.zeros((rows, length), dtype) for dtype in ("int32", "int32", "float32", "int32", "int32")))
+    # What stands in padding must not matter.
+    batch.tokens[:], batch.targets[:] = 5, 7
+    for number, (tokens, weight) in enumerate(documents):
+        row, segment = divmod(number, per_row)
+        begin = int((batch.segment_ids[row] > 0).sum())
+        place = slice(begin, begin + len(tokens) - 1)
+        batch.tokens[row, place], batch.targets[row, place] = tokens[:-1], tokens[1:]
+        batch.loss_weights[row, place], batch.segment_ids[row, place] = weight, segment + 1
+        batch.positions[row, place] = np.arange(len(tokens) - 1)
+    return batch
