@@ -56,12 +56,16 @@ def apply_adapters(model: Any, adapters: dict[str, dict[str, jax.Array]], config
 
 
 def merge_adapters(model: Any, adapters: dict[str, dict[str, jax.Array]], config: LoraConfig) -> Any:
-    """The model whose weights hold the adapters' update: W + alpha / rank * down @ up."""
+    """The model whose weights hold the adapters' update: W + alpha / rank * down @ up.
+
+    Computed in float32, and rounded once to the dtype of W.
+    """
     flat = flatten(model)
     for path, adapter in adapters.items():
         if "whole" in adapter:
             flat[path] = adapter["whole"]
             continue
-        update = jnp.einsum("lir,lro->lio", adapter["down"], adapter["up"])
-        flat[path] = flat[path] + config.alpha / config.rank * update
+        weight = flat[path]
+        update = jnp.einsum("lir,lro->lio", adapter["down"], adapter["up"], precision="highest")
+        flat[path] = (weight.astype(jnp.float32) + config.alpha / config.rank * update).astype(weight.dtype)
     return unflatten(flat, model)

@@ -1,10 +1,11 @@
 """Adapters: a frozen model with low-rank updates is the model whose weights hold the updates."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_decoder import VOCAB_SIZE, tiny_config
 
-from maxlm.config import ModelConfig
 from maxlm.config.train import LoraConfig
 from maxlm.core.parameters import initialize
 from maxlm.core.tree import flatten
@@ -14,21 +15,9 @@ from maxlm.models.decoder import Decoder
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-PLAN = Decoder(
-    ModelConfig(
-        vocab_size=32,
-        num_layers=2,
-        embed_dim=16,
-        mlp_dim=24,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=4,
-        activation_dtype="float32",
-        matmul_dtype="float32",
-    )
-)
+PLAN = Decoder(tiny_config())
 LORA = LoraConfig(rank=3, alpha=6.0)
-TOKENS = np.random.default_rng(0).integers(0, 32, (2, 7)).astype(np.int32)
+TOKENS = np.random.default_rng(0).integers(0, VOCAB_SIZE, (2, 7)).astype(np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +53,15 @@ def test_merged_weights_give_what_adapted_ones_give(model, adapters):
     weight, adapter = flatten(model)["layers/mlp/up"], adapters["layers/mlp/up"]
     expected = [w + 2.0 * (d @ u) for w, d, u in zip(weight, np.asarray(adapter["down"]), np.asarray(adapter["up"]))]
     np.testing.assert_allclose(flatten(merged)["layers/mlp/up"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_merged_weights_keep_the_dtype_of_the_base_and_are_rounded_once(model, adapters):
+    rough = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
+    same = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rough)
+    exact = flatten(merge_adapters(same, adapters, LORA))
+    for path, leaf in flatten(merge_adapters(rough, adapters, LORA)).items():
+        assert leaf.dtype == jnp.bfloat16, path
+        np.testing.assert_array_equal(leaf, exact[path].astype(jnp.bfloat16), err_msg=path)
 
 
 def test_gradients_are_those_of_the_merged_weights(model, adapters):
