@@ -61,11 +61,6 @@ class Schedule:
         return self.microbatches * self.repeats + self.stages - 1
 
     @property
-    def idle_share(self) -> float:
-        """The part of its time that a stage waits: (S - 1) / (M R + S - 1)."""
-        return (self.stages - 1) / self.num_ticks
-
-    @property
     def lead(self) -> int:
         """Ticks from a microbatch's entry to its leaving the last stage: with one forward, one backward, that is when
         the first backward pass begins."""
