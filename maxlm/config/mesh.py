@@ -23,8 +23,11 @@ class MeshConfig(Frozen):
     )
 
     @model_validator(mode="after")
-    def _one_free_axis(self) -> Self:
-        sizes = (self.data, self.stage, self.fsdp, self.expert, self.context, self.tensor)
-        if sizes.count(-1) > 1 or 0 in sizes:
-            raise ValueError("at most one mesh axis may be -1, and none may be 0")
+    def _fits(self) -> Self:
+        sizes = self.model_dump(exclude={"slices"})
+        if 0 in sizes.values():
+            raise ValueError("an axis has at least one device, so none may be 0; -1 takes those that are left")
+        free = [axis for axis, size in sizes.items() if size == -1]
+        if len(free) > 1:
+            raise ValueError(f"{' and '.join(free)} are -1, and one axis may be; fsdp is where it is not given")
         return self

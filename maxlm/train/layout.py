@@ -8,6 +8,7 @@ import jax
 from maxlm.config.model import ModelConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.hardware import multiplies_fp8
+from maxlm.core.progress import console
 from maxlm.errors import ConfigError
 
 
@@ -35,6 +36,12 @@ def check_precision(config: TrainConfig, device: jax.Device) -> None:
         raise ConfigError(
             [f"model.eight_bit: fp8 needs matrix units for it, and {device.device_kind} has none; set int8, or null"]
         )
+
+
+def note_idle_devices(sizes: Mapping[str, int], num_devices: int) -> None:
+    """Say so where a mesh whose sizes are all given uses fewer devices than there are."""
+    if (used := math.prod(sizes.values())) < num_devices:
+        console.print(f"mesh uses {used} of {num_devices} devices; set an axis, such as mesh.data, to -1 to use all")
 
 
 def _teacher(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:

@@ -34,7 +34,7 @@ from maxlm.train.checkpoint import (
     restore_weights,
 )
 from maxlm.train.goodput import Stopwatch
-from maxlm.train.layout import check_layout, check_precision
+from maxlm.train.layout import check_layout, check_precision, note_idle_devices
 from maxlm.train.loop import TrainResult, run
 from maxlm.train.objective import Objective, RunContext, StudentAndTeacher
 from maxlm.train.same_model import check_same_model
@@ -77,8 +77,10 @@ def _train(config: TrainConfig, recipe: Recipe, peers: Peers | None, stopwatch: 
     if peers is not None:
         check_start(peers, config, hashes_of(config, tokenizer), timeout=config.processes.start_timeout_seconds)
     config = resolve_model(config, tokenizer)
-    check_layout(config, mesh_sizes(config.mesh, jax.device_count()))
+    sizes = mesh_sizes(config.mesh, jax.device_count())
+    check_layout(config, sizes)
     check_precision(config, jax.devices()[0])
+    note_idle_devices(sizes, jax.device_count())
     mesh = make_mesh(config.mesh)
     if config.init_from is not None:
         start_fingerprint = read_metadata(find_checkpoint(config.init_from))["fingerprint"]

@@ -65,13 +65,14 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         "optim.lerning_rate: unknown key; did you mean learning_rate?",
         "optim.schedule.kind: 'cosin': input should be 'cosine', 'linear', 'wsd', 'inverse_sqrt', 'cosine_restarts' or"
         " 'constant'",
-        "mesh: at most one mesh axis may be -1, and none may be 0",
+        "mesh: an axis has at least one device, so none may be 0; -1 takes those that are left",
     }
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("mesh.data=-1", "mesh: data and fsdp are -1, and one axis may be; fsdp is where it is not given"),
         ("kind=trian", "kind: 'trian' must be one of 'train', 'data', 'tokenizer', 'sweep'; did you mean train?"),
         (
             "objective.kind=gpro",

@@ -9,6 +9,7 @@ import pytest
 from tiny_run import MODEL, tiny_config
 
 from maxlm.config import TokenizerConfig
+from maxlm.config.mesh import MeshConfig
 from maxlm.config.train import LoraConfig
 from maxlm.core.manifest import read_manifest, write_json
 from maxlm.core.sharding import mesh_sizes
@@ -18,7 +19,7 @@ from maxlm.errors import CheckpointError, ConfigError, DataError, TrainingError
 from maxlm.post.run import train
 from maxlm.tokenizer.train import train_tokenizer
 from maxlm.train.checkpoint import find_checkpoint, read_metadata
-from maxlm.train.layout import check_layout
+from maxlm.train.layout import check_layout, note_idle_devices
 from maxlm.train.metrics import MetricsLog, read_metrics
 from maxlm.train.run import load_model
 
@@ -244,6 +245,19 @@ def test_rows_and_heads_that_devices_cannot_share_are_told(settings, message, ti
     )
     with pytest.raises(ConfigError, match=message):
         check_layout(config, mesh_sizes(config.mesh, 8))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "told"),
+    [
+        ({"data": 2, "fsdp": 1}, "mesh uses 2 of 8 devices; set an axis, such as mesh.data, to -1 to use all\n"),
+        ({"slices": 2, "fsdp": 4}, ""),
+        ({}, ""),
+    ],
+)
+def test_devices_without_work_are_told(mesh, told, capsys):
+    note_idle_devices(mesh_sizes(MeshConfig(**mesh), 8), 8)
+    assert capsys.readouterr().err == told
 
 
 def test_adapters_are_trained_beside_a_base_that_stays(short_run, tmp_path, tiny_data_folder):
