@@ -45,8 +45,8 @@ class ModelConfig(Frozen):
     )
     eight_bit: Literal["int8", "fp8"] | None = Field(
         None,
-        description="Round the operands of the layers' matrix products to 8 bits while training; gradients pass the"
-        " rounding. The tables of the vocabulary keep matmul_dtype.",
+        description="Round both operands of products with the layers' weights to 8 bits; gradients pass the rounding."
+        " Routed experts and the tables of the vocabulary keep matmul_dtype, adapters take bfloat16.",
     )
     parameter_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="What matrices are stored in; updates of bfloat16 ones are rounded stochastically."
