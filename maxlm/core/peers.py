@@ -194,7 +194,7 @@ class Peers:
 
     def _lost(self, link: _Link, why: str) -> None:
         if link.left or self._closed.is_set():
-            link.left = True
+            # It owes no further sign of life.
             link.heard = float("inf")
             return
         self._end(Verdict(link.process, link.host, f"gone: {why}", FaultError.exit_code))
