@@ -1,4 +1,4 @@
-"""Peak arithmetic of accelerators, for model FLOP utilisation."""
+"""Which accelerator there is, and what it can do."""
 
 import jax
 
@@ -29,3 +29,11 @@ def multiplies_fp8(device: jax.Device) -> bool:
     if device.platform == "gpu" and "NVIDIA" in device.device_kind:
         return tuple(map(int, device.compute_capability.split("."))) >= (8, 9)
     return device.device_kind.startswith("TPU7x")
+
+
+def traced_platform() -> str:
+    """The platform that is traced for, cpu, tpu, cuda or rocm: that of the mesh, which may be another than this one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    if device.platform == "gpu":
+        return "rocm" if "AMD" in device.device_kind else "cuda"
+    return device.platform

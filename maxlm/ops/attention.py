@@ -15,6 +15,7 @@ Shapes: B batch, T query length, S key length, N query heads, K key-value heads,
 import jax
 import jax.numpy as jnp
 
+from maxlm.core.hardware import traced_platform
 from maxlm.errors import ConfigError
 from maxlm.ops import flash_tpu, flash_xla
 from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule
@@ -143,7 +144,7 @@ def _cudnn_attention(rule: AttentionRule, query_BTNH, key_BSKH, value_BSKH, segm
 
 
 def _best_implementation(query, kv_length: int, rule: AttentionRule, matmul_dtype) -> str:
-    platform = _platform()
+    platform = traced_platform()
     if platform == "tpu" and query.shape[1] >= _SHORTEST_FOR_PALLAS:
         return "pallas_tpu"
     if platform == "cuda" and not _obstacle("cudnn", query, kv_length, rule, matmul_dtype):
@@ -157,7 +158,7 @@ def in_pieces(implementation: str | None, query_length: int, matmul_dtype: jnp.d
     Raises:
       ConfigError: an implementation that has no such parts, or cannot work here.
     """
-    platform = _platform()
+    platform = traced_platform()
     if implementation is None:
         implementation = "pallas_tpu" if platform == "tpu" and query_length >= _SHORTEST_FOR_PALLAS else "xla"
     match implementation:
@@ -177,7 +178,7 @@ def in_pieces(implementation: str | None, query_length: int, matmul_dtype: jnp.d
 
 def _obstacle(implementation: str, query, kv_length: int, rule: AttentionRule, matmul_dtype) -> str | None:
     """Why the implementation cannot work here, as the end of a sentence; None if it can."""
-    platform = _platform()
+    platform = traced_platform()
     if implementation == "pallas_tpu" and platform != "tpu":
         return _NEEDS_TPU.format(platform)
     if implementation != "cudnn":
@@ -193,14 +194,6 @@ def _obstacle(implementation: str, query, kv_length: int, rule: AttentionRule, m
     if query.shape[-1] % 8 or query.shape[-1] > 128:
         return f"needs a head_dim that is a multiple of 8 up to 128 and not {query.shape[-1]}; choose 'xla' or None"
     return None
-
-
-def _platform() -> str:
-    """The platform that is traced for: the mesh's, which may be another than this machine's, or the default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    if device.platform == "gpu":
-        return "rocm" if "AMD" in device.device_kind else "cuda"
-    return device.platform
 
 
 def _check_arguments(query, key, value, segment_ids, kv_segment_ids, window, soft_cap) -> None:

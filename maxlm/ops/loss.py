@@ -4,7 +4,6 @@ Dimensions: B batch, L length, D embed, V vocab, C tokens in a chunk.
 """
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +58,7 @@ def in_chunks(function, head, *tokens: jax.Array, chunk_length: int) -> tuple[ja
     ]
     whole = (jnp.concatenate(chunks, axis=-1) for chunks in zip(*parts))
     shape, spec = tokens[0].shape[:2], spec_of(tokens[0])[:2] if axis > 1 else None
-    return tuple(_reshape(x, shape, P(*spec)) if axis > 1 else x for x in whole)
+    return tuple(jax.lax.reshape(x, shape, out_sharding=P(*spec)) if axis > 1 else x for x in whole)
 
 
 def _by_device(x_BL: jax.Array) -> jax.Array:
@@ -68,7 +67,8 @@ def _by_device(x_BL: jax.Array) -> jax.Array:
         return x_BL
     batch, length, *rest = x_BL.shape
     rows, tokens, *others = spec_of(x_BL)
-    return _reshape(x_BL, (batch, parts, length // parts, *rest), P(rows, tokens, None, *others))
+    shape = (batch, parts, length // parts, *rest)
+    return jax.lax.reshape(x_BL, shape, out_sharding=P(rows, tokens, None, *others))
 
 
 def _count(entry: str | tuple[str, ...] | None) -> int:
@@ -76,11 +76,7 @@ def _count(entry: str | tuple[str, ...] | None) -> int:
     return math.prod(current_mesh().shape[name] for name in names if name is not None)
 
 
-def _reshape(x: jax.Array, shape: tuple[int, ...], spec: P) -> jax.Array:
-    return jax.lax.reshape(x, shape, out_sharding=spec)
-
-
-@partial(jax.custom_vjp)
+@jax.custom_vjp
 def _gather_log_probability(logits, targets):
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     return _select(logits, targets) - log_normalizer, log_normalizer
@@ -105,11 +101,9 @@ _gather_log_probability.defvjp(_forward, _backward)
 
 def _one_hot(logits, targets):
     # A comparison rather than a gather: it stays local where the vocabulary is cut over devices.
-    shape = logits.shape[-1:]
-    sharding = P(spec_of(logits)[-1]) if is_explicit() else None
-    vocabulary = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    if sharding is not None:
-        vocabulary = jax.reshard(vocabulary, sharding)
+    vocabulary = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    if is_explicit():
+        vocabulary = jax.reshard(vocabulary, P(spec_of(logits)[-1]))
     return vocabulary == targets[..., None]
 
 

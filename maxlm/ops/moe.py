@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from maxlm.core.hardware import traced_platform
 from maxlm.core.sharding import LOGICAL_AXES, current_mesh, is_explicit, logical_to_spec
 from maxlm.errors import ConfigError
 from maxlm.ops.grouped_matmul import grouped_linear, grouped_quantized
@@ -132,8 +133,7 @@ def _whole(weight):
 
 
 def _choose(implementation: str | None) -> str:
-    # The mesh's platform, which may be another than this machine's.
-    platform = _platform()
+    platform = traced_platform()
     if implementation is None:
         return "padded" if platform == "cpu" else "ragged"
     if implementation not in IMPLEMENTATIONS:
@@ -145,10 +145,6 @@ def _choose(implementation: str | None) -> str:
             ["mixture of experts: implementation 'ragged' needs a TPU or GPU, and this is a CPU; choose 'padded'"]
         )
     return implementation
-
-
-def _platform() -> str:
-    return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).platform
 
 
 def _local_mixture(
@@ -209,7 +205,7 @@ def _local_mixture(
 def _grouped(x_MI, weight_GIO, embed_axis: int, *, exchange, dtype, gather_names):
     if isinstance(weight_GIO, QTensor):
         return grouped_quantized(x_MI, weight_GIO, exchange.sizes_G)
-    product = "equal" if exchange.equal_groups else "ragged" if _platform() == "tpu" else "blocks"
+    product = "equal" if exchange.equal_groups else "ragged" if traced_platform() == "tpu" else "blocks"
     return grouped_linear(x_MI, weight_GIO, exchange.sizes_G, dtype, product, embed_axis, gather_names)
 
 

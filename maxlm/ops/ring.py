@@ -118,15 +118,8 @@ def _forward(ring: Ring, query_BTNH, key_BTKH, value_BTKH, segments_BT):
     query_BncNH, query_segments_Bnc = _chunks(ring, query_BTNH), _chunks(ring, segments_BT)
 
     def attend(rule, query, key, blocks, totals):
-        key_BncKH, value_BncKH, key_segments_Bnc = blocks
-        output_BcNH, log_sum_BcN = ring.pieces.forward(
-            rule,
-            _at(query_BncNH, query),
-            _at(key_BncKH, key),
-            _at(value_BncKH, key),
-            _at(query_segments_Bnc, query),
-            _at(key_segments_Bnc, key),
-        )
+        operands = _operands(query_BncNH, query_segments_Bnc, blocks, query, key)
+        output_BcNH, log_sum_BcN = ring.pieces.forward(rule, *operands)
         merged = _merge(*(_at(total, query) for total in totals), output_BcNH, log_sum_BcN)
         return tuple(_put(total, new, query) for total, new in zip(totals, merged))
 
@@ -154,16 +147,9 @@ def _backward(ring: Ring, residuals, gradient_BTNH):
     )
 
     def attend(rule, query, key, blocks, totals):
-        key_BncKH, value_BncKH, key_segments_Bnc = blocks
-        new = ring.pieces.backward(
-            rule,
-            _at(query_BncNH, query),
-            _at(key_BncKH, key),
-            _at(value_BncKH, key),
-            _at(query_segments_Bnc, query),
-            _at(key_segments_Bnc, key),
-            *(_at(x, query) for x in (log_sum_BncN, mean_BncN, gradient_BncNH)),
-        )
+        operands = _operands(query_BncNH, query_segments_Bnc, blocks, query, key)
+        statistics = (_at(x, query) for x in (log_sum_BncN, mean_BncN))
+        new = ring.pieces.backward(rule, *operands, *statistics, _at(gradient_BncNH, query))
         return tuple(
             _put(total, _at(total, place) + part, place) for total, part, place in zip(totals, new, (query, key, key))
         )
@@ -191,6 +177,18 @@ def _backward(ring: Ring, residuals, gradient_BTNH):
 
 
 ring_attention.defvjp(_forward, _backward)
+
+
+def _operands(query_BncNH, query_segments_Bnc, blocks, query, key):
+    """Of a pair of chunks, at places `query` and `key`: query, key, value and the segments of both."""
+    key_BncKH, value_BncKH, key_segments_Bnc = blocks
+    return (
+        _at(query_BncNH, query),
+        _at(key_BncKH, key),
+        _at(value_BncKH, key),
+        _at(query_segments_Bnc, query),
+        _at(key_segments_Bnc, key),
+    )
 
 
 def _merge(output, log_sum, new_output, new_log_sum):

@@ -104,7 +104,7 @@ def test_the_blockwise_path_lowers_for_gpus(soft_cap):
 
 def ladder(monkeypatch, platform: str, query=QUERY, **arguments) -> str:
     """What `implementation=None` takes on a platform."""
-    monkeypatch.setattr(attention_module, "_platform", lambda: platform)
+    monkeypatch.setattr(attention_module, "traced_platform", lambda: platform)
     rule = AttentionRule(**{"causal": True, "window": None, "soft_cap": None, "scale": 1.0} | arguments)
     return attention_module._best_implementation(query, query.shape[1], rule, query.dtype)
 

@@ -212,7 +212,7 @@ def spread_by_definition(operand, output, input_offsets, send_sizes, output_offs
 def test_the_ragged_exchange_is_the_padded_one(reference, monkeypatch):
     """The kernels of a TPU's rung: its all-to-all spelled out, and its products, which run everywhere."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", spread_by_definition)
-    monkeypatch.setattr("maxlm.ops.moe._platform", lambda: "tpu")
+    monkeypatch.setattr("maxlm.ops.moe.traced_platform", lambda: "tpu")
     assert_same(mixture(make_mesh(MeshConfig(expert=4, fsdp=2)), implementation=None), reference)
 
 
