@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from maxlm.config.pipeline import PipelineConfig
@@ -86,9 +85,7 @@ class Schedule:
 def num_stages() -> int:
     """Stages of the current mesh, 1 within a `shard_map` over them."""
     mesh = current_mesh()
-    if mesh is None or dict(zip(mesh.axis_names, mesh.axis_types)).get(STAGE) != AxisType.Explicit:
-        return 1
-    return mesh.shape[STAGE]
+    return 1 if mesh is None or STAGE in mesh.manual_axes else mesh.shape[STAGE]
 
 
 def fitting_schedule(config: PipelineConfig, rows: int) -> Schedule | None:
@@ -110,8 +107,8 @@ def gpipe(apply: ApplyLayers, layers: Any, x_BLD: jax.Array, context: Any, sched
     """
     slots = schedule.microbatches // schedule.stages
 
-    def run(layers, stream_QBLD, contexts_M):
-        stage = jax.lax.axis_index(STAGE)
+    def run(layers, stream_SQBLD, contexts_M):
+        stage, stream_QBLD = jax.lax.axis_index(STAGE), stream_SQBLD[0]
         layers = jax.tree.map(lambda leaf: leaf[:, 0], layers)
 
         def work(unit: Unit, state):
@@ -152,10 +149,7 @@ def gpipe(apply: ApplyLayers, layers: Any, x_BLD: jax.Array, context: Any, sched
         _, (stream_QBLD, auxiliary_Q) = exchange(*carry, schedule.num_ticks)
         return stream_QBLD[1:][None], jax.tree.map(lambda leaf: jnp.sum(leaf[1:], axis=0)[None], auxiliary_Q)
 
-    def inner(layers, stream_SQBLD, contexts_M):
-        return run(layers, stream_SQBLD[0], contexts_M)
-
-    stream_SQBLD, auxiliary_S = over_stages(inner, in_specs=(P(None, STAGE), P(STAGE), P()), out_specs=P(STAGE))(
+    stream_SQBLD, auxiliary_S = over_stages(run, in_specs=(P(None, STAGE), P(STAGE), P()), out_specs=P(STAGE))(
         jax.tree.map(lambda leaf: to_chunks(leaf, schedule), layers),
         to_slots(x_BLD, schedule),
         jax.tree.map(lambda leaf: to_microbatches(leaf, schedule), context),
