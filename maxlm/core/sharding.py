@@ -221,8 +221,8 @@ def fits(shape: Sequence[int], axes: Sequence[str | None]) -> bool:
 def check_row_length(length: int, context: int) -> None:
     """Raises ConfigError where rows of `length` tokens cannot be cut over `context` devices."""
     if length % context:
-        fits = -(-length // context) * context
-        raise ConfigError([f"rows of {length} tokens cannot be cut over mesh.context = {context}; make them {fits}"])
+        longer = -(-length // context) * context
+        raise ConfigError([f"rows of {length} tokens cannot be cut over mesh.context = {context}; make them {longer}"])
 
 
 def gather_weight(weight: jax.Array) -> jax.Array:

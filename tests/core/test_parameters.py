@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from tiny_decoder import tiny_config
 
-from maxlm.config import ModelConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.core import batch
 from maxlm.core.parameters import Parameter, abstract, initialize, normal, ones, shardings, stack, zeros
@@ -28,9 +28,7 @@ from maxlm.core.tree import flatten, path_of, unflatten
 from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
 
-CONFIG = ModelConfig(
-    vocab_size=64, num_layers=2, embed_dim=16, mlp_dim=24, num_heads=4, num_kv_heads=2, head_dim=4, qk_norm=True
-)
+CONFIG = tiny_config(qk_norm=True)
 MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8, "fsdp": 1}]
 
 
