@@ -1,4 +1,4 @@
-"""One process of a test's run, as a script: `maxlm ARGUMENTS`, with something done to it and a report of what it did.
+"""One process of a test's run: `maxlm ARGUMENTS`, with something done to it and a report of what it did.
 
   member.py [--at STEP ACTION] [--once FILE] [--supervise N] REPORT train CONFIG ...
 
@@ -67,21 +67,21 @@ def report(path: str, seen: dict) -> None:
     Path(path).write_text(json.dumps(seen), encoding="utf-8")
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("report")
     parser.add_argument("--at", nargs=2, metavar=("STEP", "ACTION"))
     parser.add_argument("--once", type=Path)
     parser.add_argument("--supervise", type=int)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.supervise is not None:
         from maxlm.config.load import load_config
         from maxlm.train.supervise import supervise
 
         config = load_config(args.arguments[1], [], kind="train")
-        place = sys.argv.index("--supervise")
-        command = [sys.executable, __file__, *sys.argv[1:place], *sys.argv[place + 2 :]]
+        place = arguments.index("--supervise")
+        command = [sys.executable, __file__, *arguments[:place], *arguments[place + 2 :]]
         return supervise(command, config, restarts=args.supervise)
 
     from maxlm.cli import main as maxlm
@@ -95,4 +95,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

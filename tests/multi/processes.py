@@ -1,20 +1,17 @@
 """Starting the processes of a run: real ones, on loopback."""
 
-import contextlib
+import functools
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from forked import ROOT, Call, Forked
 
 from maxlm.config.load import dump_yaml, parse_config
 
-ROOT = Path(__file__).parents[2]
-MEMBER = Path(__file__).parent / "member.py"
-TIMEOUT = 400
+HERE = Path(__file__).parent
 
 
 def write_config(path: Path, run: Path, data: str, *, mesh: dict[str, int], **settings) -> Path:
@@ -51,7 +48,7 @@ def write_config(path: Path, run: Path, data: str, *, mesh: dict[str, int], **se
     return path
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ended:
     """How a process ended, and its report where it wrote one."""
 
@@ -81,67 +78,62 @@ def by_slurm(number: int, count: int, port: int) -> dict[str, str]:
     }
 
 
-def start(
-    configs: list[Path],
-    *,
-    actions: dict[int, list[str]] | None = None,
-    launcher=by_address,
-    folders: list[Path] | None = None,
-) -> list:
-    """One process for each configuration, each with one device.
+def run_together(
+    function: str, arguments: list[list], folder: Path, *, launcher=by_address, folders: list[Path] | None = None
+) -> list[Ended]:
+    """`function` with each of the arguments, in processes that find one another, each with one device.
 
-    `actions` are arguments of member.py by process; `folders` are what paths are relative to.
+    Args:
+      function: `module:name` in this folder or tests/train.
+      folder: for what they print.
+      folders: what paths are relative to.
     """
-    port, count = _free_port(), len(configs)
-    processes = []
-    for number, config in enumerate(configs):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            **({} if count == 1 else {"JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}"}),
-            **({} if count == 1 else launcher(number, count, port)),
-        }
-        report = config.parent / f"report-{config.stem}-{number}.json"
-        report.unlink(missing_ok=True)
-        argv = [sys.executable, str(MEMBER), *(actions or {}).get(number, []), str(report), "train", str(config)]
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(
-            argv,
-            cwd=folders[number] if folders else ROOT,
-            env=environment,
-            stdout=pipe,
-            stderr=pipe,
-            text=True,
-            start_new_session=True,
+    port, count = _free_port(), len(arguments)
+    address = f"127.0.0.1:{port}"
+    printed = [(folder / f"{number}.out", folder / f"{number}.err") for number in range(count)]
+    calls = [
+        Call(
+            function,
+            arguments[number],
+            {} if count == 1 else {"JAX_COORDINATOR_BIND_ADDRESS": address, **launcher(number, count, port)},
+            str(folders[number] if folders else ROOT),
+            *map(str, printed[number]),
         )
-        process.report = report
-        processes.append(process)
-    return processes
+        for number in range(count)
+    ]
+    codes = _forked().run(calls)
+    return [Ended(code, output.read_text(), errors.read_text()) for code, (output, errors) in zip(codes, printed)]
 
 
-def finish(processes: list) -> list[Ended]:
-    """Wait for all; what still runs after the timeout, or is left of a supervisor's, is killed."""
-    ended = []
-    try:
-        for process in processes:
-            output, errors = process.communicate(timeout=TIMEOUT)
-            report = json.loads(process.report.read_text(encoding="utf-8")) if process.report.exists() else {}
-            ended.append(Ended(process.returncode, output, errors, report))
-    finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    return ended
+def run_members(configs: list[Path], *, actions: dict[int, list[str]] | None = None, **options) -> list[Ended]:
+    """One process for each configuration; `actions` are arguments of member.py by process."""
+    reports = [config.parent / f"report-{config.stem}-{number}.json" for number, config in enumerate(configs)]
+    for report in reports:
+        report.unlink(missing_ok=True)
+    arguments = [
+        [*(actions or {}).get(number, []), str(report), "train", str(config)]
+        for number, (config, report) in enumerate(zip(configs, reports))
+    ]
+    ended = run_together("member:main", [[own] for own in arguments], configs[0].parent, **options)
+    return [
+        replace(one, report=json.loads(report.read_text(encoding="utf-8"))) if report.exists() else one
+        for one, report in zip(ended, reports)
+    ]
 
 
 def run_all(configs: list[Path], **options) -> list[Ended]:
-    """Start, wait, and expect that all end well."""
-    ended = finish(start(configs, **options))
+    """As `run_members`, and expect that all end well."""
+    ended = run_members(configs, **options)
     for one in ended:
         assert one.code == 0, one.errors[-4000:]
     return ended
+
+
+@functools.cache
+def _forked() -> Forked:
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    modules = ["member", "toy_run", "maxlm.cli", "maxlm.post.run", "tensorboardX"]
+    return Forked(modules, paths=[HERE, HERE.parent / "train"], environment=environment)
 
 
 def _free_port() -> int:

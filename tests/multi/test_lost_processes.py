@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from processes import finish, run_all, start, write_config
+from processes import run_all, run_members, write_config
 
 from maxlm.errors import FaultError
 from maxlm.train.checkpoint import find_checkpoint
@@ -39,7 +39,7 @@ def test_a_killed_process_takes_the_others_down_and_the_supervisors_start_all_ag
 
 def test_an_error_in_one_process_ends_all(tmp_path, tiny_data_folder):
     config = write_config(tmp_path / "two.yaml", tmp_path / "run", tiny_data_folder, mesh={"data": 2})
-    first, second = finish(start([config] * 2, actions={1: ["--at", "2", "raise"]}))
+    first, second = run_members([config] * 2, actions={1: ["--at", "2", "raise"]})
     assert (first.code, second.code) == (FaultError.exit_code, FaultError.exit_code), first.errors
     assert "process 1 (" in first.errors
     assert "KeyError: 'planted'" in first.errors
@@ -58,7 +58,7 @@ def test_processes_that_differ_are_named_before_anything_is_trained(tmp_path, ti
     settings = {"mesh": {"data": 2}, "tokenizer": tiny_tokenizer_folder}
     same = write_config(tmp_path / "same.yaml", run, "data", **settings)
     other = write_config(tmp_path / "other.yaml", run, "data", **settings, seed=7)
-    first, second = finish(start([same, other], folders=machines))
+    first, second = run_members([same, other], folders=machines)
     assert (first.code, second.code) == (2, 2), (first.errors, second.errors)
     assert "process 1 (" in first.errors
     assert "differs from process 0 (" in first.errors

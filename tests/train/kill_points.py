@@ -1,8 +1,4 @@
-"""Processes that are killed while they save. As a script, one that has all modules loaded and forks the others.
-
-It reads lines of JSON, [function name, arguments...], calls the function of this module in a process of its own, and
-answers with its exit status: -9 where it was killed.
-"""
+"""What a process does that is killed while it saves."""
 
 import contextlib
 import json
@@ -12,6 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+
+from test_checkpoint import make_small_state
+from toy_run import toy_run, weights
+
+from maxlm.train.checkpoint import Checkpointer
 
 # Operations of the file system that change something, as Python announces them before it does them.
 _CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
@@ -57,10 +58,6 @@ def kill_before(number: int) -> Callable[[int, str, str], None]:
 
 def save(folder: str, step: int, number: int, report: str) -> None:
     """Save a step on top of what is there, and be killed before an operation; 0 counts them to `report` instead."""
-    from test_checkpoint import make_small_state
-
-    from maxlm.train.checkpoint import Checkpointer
-
     state, names = make_small_state(step), []
     before = kill_before(number) if number else lambda n, name, path: names.append(f"{name} {path}")
     operations = Operations()
@@ -73,10 +70,6 @@ def save(folder: str, step: int, number: int, report: str) -> None:
 
 def save_until_killed(folder: str, seconds: float) -> None:
     """Save one step after another, of arrays that take a while to write, and be killed at some moment."""
-    from test_checkpoint import make_small_state
-
-    from maxlm.train.checkpoint import Checkpointer
-
     with Checkpointer(folder, keep=2) as checkpointer:
         first = max(checkpointer.steps(), default=0) + 1
         for step in range(first, first + 10_000):
@@ -87,8 +80,6 @@ def save_until_killed(folder: str, seconds: float) -> None:
 
 def train(folder: str, number: int, report: str) -> None:
     """The whole trainer, with its other files; killed before an operation."""
-    from toy_run import toy_run, weights
-
     names = []
     before = kill_before(number) if number else lambda n, name, path: names.append(f"{name} {path}")
     with Operations().watching(before):
@@ -96,21 +87,3 @@ def train(folder: str, number: int, report: str) -> None:
     if report:
         with open(report, "w") as file:
             json.dump({"names": names, "weights": weights(result).hex(), "start": result.start}, file)
-
-
-if __name__ == "__main__":
-    import test_checkpoint  # noqa: F401 - so that the forked processes need not load it again
-    import toy_run  # noqa: F401
-
-    for line in sys.stdin:
-        name, *arguments = json.loads(line)
-        if (child := os.fork()) == 0:
-            status = 1
-            try:
-                globals()[name](*arguments)
-                status = 0
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)

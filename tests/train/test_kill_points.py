@@ -1,46 +1,42 @@
 """A process that is killed at any moment of a save leaves a run that can go on, to the same end to the bit."""
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import Call, Forked
 from test_checkpoint import assert_equal, make_small_state
 
 from maxlm.train.checkpoint import Checkpointer
 
 HERE = Path(__file__).parent
 KILLED = -9
+AT_ONCE = 8
 
 # Orbax leaves reads of broken files unawaited.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
 
 @pytest.fixture(scope="module")
-def call():
+def forked():
+    with Forked(["kill_points", "tensorboardX"], paths=[HERE], environment={"XLA_FLAGS": ""}) as forked:
+        yield forked
+
+
+@pytest.fixture
+def call(forked):
     """Calls a function of kill_points.py in a process of its own; returns its exit status."""
-    environment = {**os.environ, "PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "XLA_FLAGS": ""}
-    server = subprocess.Popen(
-        [sys.executable, str(HERE / "kill_points.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-    )
 
-    def in_a_process(*request) -> int:
-        server.stdin.write(json.dumps(request, default=str) + "\n")
-        server.stdin.flush()
-        return int(server.stdout.readline())
+    def in_a_process(name: str, *arguments) -> int:
+        return forked.run([call_of(name, *arguments)])[0]
 
-    yield in_a_process
-    server.stdin.close()
-    server.wait(timeout=60)
+    return in_a_process
+
+
+def call_of(name: str, *arguments) -> Call:
+    return Call(f"kill_points:{name}", [str(one) if isinstance(one, Path) else one for one in arguments])
 
 
 def assert_goes_on(folder, *, saved: set[int], following: int) -> int:
@@ -59,7 +55,7 @@ def assert_goes_on(folder, *, saved: set[int], following: int) -> int:
     return step
 
 
-def test_killed_before_every_operation_of_a_save(call, tmp_path):
+def test_killed_before_every_operation_of_a_save(call, forked, tmp_path):
     """From the first folder made to the last file of the old checkpoint removed."""
     assert call("save", tmp_path / "first", 1, 0, "") == 0
     shutil.copytree(tmp_path / "first", tmp_path / "counted")
@@ -70,14 +66,14 @@ def test_killed_before_every_operation_of_a_save(call, tmp_path):
     # Every fourth of those that remove the old one, which are many and alike.
     numbers = [*range(1, valid_from + 3), *range(valid_from + 3, len(names) + 1, 4)]
     restored, num_killed = [], 0
-    for number in numbers:
-        folder = shutil.copytree(tmp_path / "first", tmp_path / "run")
-        status = call("save", folder, 2, number, "")
-        # Files of arrays vary in number, so that the last operations may not be reached.
-        assert status in (0, KILLED)
-        num_killed += status == KILLED
-        restored.append(assert_goes_on(folder, saved={1, 2}, following=3))
-        shutil.rmtree(folder)
+    folders = [Path(shutil.copytree(tmp_path / "first", tmp_path / f"run-{number}")) for number in numbers]
+    calls = [call_of("save", folder, 2, number, "") for folder, number in zip(folders, numbers)]
+    for start in range(0, len(calls), AT_ONCE):
+        for status, folder in zip(forked.run(calls[start : start + AT_ONCE]), folders[start : start + AT_ONCE]):
+            # Files of arrays vary in number, so that the last operations may not be reached.
+            assert status in (0, KILLED)
+            num_killed += status == KILLED
+            restored.append(assert_goes_on(folder, saved={1, 2}, following=3))
     assert num_killed > len(numbers) - 3
     # Neither always the old one nor always the new one: one operation makes it valid.
     assert restored[0] == 1

@@ -11,6 +11,9 @@ from tiny_run import tiny_config, train_process
 from maxlm.core.manifest import manifest_chain, read_manifest
 from maxlm.core.storage import locked
 from maxlm.core.tree import flatten
+from maxlm.errors import CheckpointError
+from maxlm.post.run import train
+from maxlm.train import run
 from maxlm.train.metrics import read_metrics
 from maxlm.train.run import load_model
 
@@ -108,11 +111,11 @@ def test_a_finished_run_stays_as_it_is(unbroken, tiny_data_folder):
     assert "12 of 12 steps, finished" in again.stdout
 
 
-def test_a_run_that_another_process_trains_is_refused(unbroken, tiny_data_folder):
-    with locked(epath.Path(unbroken), seconds=0):
-        again = train_process(tiny_config(unbroken, tiny_data_folder))
-    assert again.returncode == 2
-    assert f"{unbroken}: another process trains there; wait until it has ended" in again.stderr
+def test_a_run_that_another_process_trains_is_refused(unbroken, tiny_data_folder, monkeypatch):
+    monkeypatch.setattr(run, "_ENDING_SECONDS", 0.1)
+    wanted = rf"{unbroken}: another process trains there; wait until it has ended"
+    with locked(epath.Path(unbroken), seconds=0), pytest.raises(CheckpointError, match=wanted):
+        train(tiny_config(unbroken, tiny_data_folder))
 
 
 def test_metrics_are_json_lines(unbroken):

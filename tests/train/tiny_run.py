@@ -1,15 +1,12 @@
-"""Configurations of small runs, and processes that run them.
+"""Configurations of small runs, and processes that run them."""
 
-As a script: `tiny_run.py [--signal NAME STEP] [--poison N,N,...] ARGUMENTS...` is `maxlm ARGUMENTS...`, with a signal
-sent to itself after a step, so that a test interrupts at the same place each time, and with batches that give no finite
-loss.
-"""
-
+import functools
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
+
+from forked import Call, Forked
 
 from maxlm.config.load import dump_yaml, parse_config
 
@@ -47,18 +44,30 @@ def tiny_config(output, data, **settings):
     return parse_config(tree)
 
 
-def train_process(config, *, signal_at: tuple[str, int] | None = None, overrides=()) -> subprocess.CompletedProcess:
+def train_process(config, *, signal_at: tuple[str, int] | None = None) -> subprocess.CompletedProcess:
     """`maxlm train` in a process of its own, the configuration given as a file."""
     file = Path(config.output).with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(dump_yaml(config), encoding="utf-8")
-    argv = [sys.executable, __file__]
+    output, errors = file.with_suffix(".out"), file.with_suffix(".err")
+    call = Call("tiny_run:maxlm", [["train", str(file)], signal_at], output=str(output), errors=str(errors))
+    [code] = _forked().run([call])
+    return subprocess.CompletedProcess(call.arguments, code, output.read_text(), errors.read_text())
+
+
+def maxlm(arguments: list[str], signal_at: tuple[str, int] | None) -> int:
+    """`maxlm ARGUMENTS`, with a signal sent to itself after a step, so that it is interrupted at the same place."""
+    from maxlm.cli import main
+
     if signal_at is not None:
-        argv += ["--signal", signal_at[0], str(signal_at[1])]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    argv += ["train", str(file), *overrides]
-    return subprocess.run(argv, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+        _signal_after_step(*signal_at)
+    return main(arguments)
+
+
+@functools.cache
+def _forked() -> Forked:
+    modules = ["tiny_run", "maxlm.cli", "maxlm.post.run", "tensorboardX"]
+    return Forked(modules, paths=[Path(__file__).parent])
 
 
 def _signal_after_step(name: str, step: int) -> None:
@@ -91,18 +100,3 @@ def poison(batches: set[int]):
             yield replace(batch, loss_weights=np.full_like(batch.loss_weights, np.nan)) if bad else batch
 
     return poisoned
-
-
-if __name__ == "__main__":
-    from maxlm.cli import main
-
-    arguments = sys.argv[1:]
-    if arguments[0] == "--signal":
-        _signal_after_step(arguments[1], int(arguments[2]))
-        arguments = arguments[3:]
-    if arguments[0] == "--poison":
-        from maxlm.train.pretrain import Pretrain
-
-        Pretrain.batches = poison({int(number) for number in arguments[1].split(",")})
-        arguments = arguments[2:]
-    sys.exit(main(arguments))

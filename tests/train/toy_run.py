@@ -1,12 +1,7 @@
-"""The training loop on a model of a few numbers: nothing to trace or compile, so a run takes a fraction of a second.
-
-As a script: `toy_run.py FOLDER JSON` runs with these settings, as one of several processes where the environment says
-so; `objective` among them is what ToyObjective is made with.
-"""
+"""The training loop on a model of a few numbers: nothing to trace or compile, so a run takes a fraction of a second."""
 
 import json
 import os
-import sys
 from itertools import count
 
 import jax
@@ -15,6 +10,7 @@ import numpy as np
 from tiny_run import tiny_config
 
 from maxlm.config.train import TrainConfig
+from maxlm.core.distributed import initialize_distributed
 from maxlm.core.sharding import make_mesh
 from maxlm.core.term import LossOutput, Term
 from maxlm.train.goodput import Stopwatch
@@ -85,11 +81,13 @@ def weights(result: TrainResult) -> bytes:
     )
 
 
-if __name__ == "__main__":
-    from maxlm.core.distributed import initialize_distributed
+def main(folder: str, settings: str) -> None:
+    """A run with these settings, as JSON, as one of several processes where the environment says so.
 
+    `objective` among them is what ToyObjective is made with.
+    """
     initialize_distributed()
-    settings = json.loads(sys.argv[2])
+    settings = json.loads(settings)
     objective = ToyObjective(**settings.pop("objective", {}))
-    result = toy_run(sys.argv[1], objective=objective, **settings)
+    result = toy_run(folder, objective=objective, **settings)
     print(json.dumps({"weights": weights(result).hex(), "start": result.start, "steps": result.steps}))

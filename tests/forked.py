@@ -1,0 +1,116 @@
+"""Processes that start at once: forked from one that has loaded all modules, which takes much of a short run's time.
+
+As a script: `forked.py MODULE...` loads these, reads lines of JSON, each a list of calls, makes each call in a process
+of its own, and answers with a list of how they ended.
+"""
+
+import gc
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Self
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT = 400
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function of a module, called in a process of its own, which exits with what it returns."""
+
+    function: str
+    arguments: list
+    environment: dict[str, str] = field(default_factory=dict)
+    folder: str = str(ROOT)
+    output: str = os.devnull
+    errors: str = os.devnull
+
+
+class Forked:
+    """Starts processes. Use as a context manager.
+
+    Args:
+      modules: are loaded once for all; scripts may lie in `paths`.
+      environment: of all processes, where it differs from that of this one.
+    """
+
+    def __init__(self, modules: Sequence[str], *, paths: Sequence[Path], environment: dict[str, str] | None = None):
+        path = os.pathsep.join(map(str, [ROOT, *paths]))
+        self._server = subprocess.Popen(
+            [sys.executable, __file__, *modules],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, **(environment or {}), "PYTHONPATH": path},
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._server.communicate(timeout=60)
+
+    def run(self, calls: Sequence[Call]) -> list[int]:
+        """How the processes of these calls, which run at the same time, have ended: -N where signal N killed one."""
+        self._server.stdin.write(json.dumps([asdict(call) for call in calls]) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+
+def _fork(call: dict) -> int:
+    """The id of a process that makes the call, and ends as any Python does."""
+    if process := os.fork():
+        return process
+    os.setsid()
+    for number, path, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, call["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+        (2, call["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+    ):
+        os.dup2(os.open(path, flags), number)
+    os.chdir(call["folder"])
+    os.environ.update(call["environment"])
+    module, _, name = call["function"].partition(":")
+    sys.exit(getattr(importlib.import_module(module), name)(*call["arguments"]))
+
+
+def _wait(processes: list[int]) -> list[int]:
+    """How they ended; what still runs after the timeout, or is left of their own children, is killed."""
+    deadline, ended = time.monotonic() + TIMEOUT, {}
+    while len(ended) < len(processes):
+        for process in processes:
+            if process in ended:
+                continue
+            found, status = os.waitpid(process, os.WNOHANG)
+            if found:
+                ended[process] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                os.killpg(process, signal.SIGKILL)
+        time.sleep(0.01)
+    for process in processes:
+        try:
+            os.killpg(process, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    return [ended[process] for process in processes]
+
+
+def main() -> None:
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+    # Else each process would look through all that was loaded as it ends.
+    gc.freeze()
+    for line in sys.stdin:
+        print(json.dumps(_wait([_fork(call) for call in json.loads(line)])), flush=True)
+
+
+if __name__ == "__main__":
+    main()
