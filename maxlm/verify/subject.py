@@ -144,7 +144,8 @@ class Subject:
 
         def draw(plan: Any) -> dict[str, np.ndarray]:
             random = np.random.default_rng(self.seed)
-            flat = flatten(jax.device_get(initialize(plan, key)))
+            create = jax.jit(lambda key: initialize(plan, key), compiler_options=quick_compiler_options())
+            flat = flatten(jax.device_get(create(key)))
             return {path: leaf + _noise(random, leaf) for path, leaf in flat.items()}
 
         return tuple(draw(plan) for plan in self.plans(self.config.model))
