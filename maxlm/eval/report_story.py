@@ -140,9 +140,11 @@ def samples_section(summary: dict[str, Any]) -> str:
         sample = to_dict(sample)
         stage, prompt, text = (str(sample.get(key) or "") for key in ("stage", "prompt", "text"))
         if text or prompt:
+            # A pretrained model goes on with a text; an answer stands under its question.
+            gap = "" if stage == "pretrain" else "\n"
             cards.append(
                 f'<div class="card"><span class="stage">{escape(stage)}</span>'
-                f'<pre><span class="prompt">{escape(prompt)}</span>{escape(text)}</pre></div>'
+                f'<pre><span class="prompt">{escape(prompt)}</span>{gap}{escape(text)}</pre></div>'
             )
     return section("Samples", f'<div class="samples">{"".join(cards)}</div>') if cards else ""
 

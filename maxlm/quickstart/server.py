@@ -30,6 +30,7 @@ def chat_once(model: Path, prompt: str) -> dict[str, Any]:
     try:
         # A server that never tells its address is ended, which ends the wait for it.
         watch = threading.Timer(START_SECONDS, process.terminate)
+        watch.daemon = True  # nor does Ctrl-C wait for it
         watch.start()
         found = re.search(r"http://\S+", process.stdout.readline())
         watch.cancel()
