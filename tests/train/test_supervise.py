@@ -125,8 +125,8 @@ def test_its_end_is_passed_on(name, tmp_path):
         f"config = tiny_config({str(tmp_path / 'run')!r}, 'no-data')\n"
         f"sys.exit(supervise([sys.executable, '-c', {TRAINER!r}], config, restarts=9))\n"
     )
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests" / "train")])}
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [here.parents[1], here.parent, here]))}
     with subprocess.Popen(
         [sys.executable, str(supervisor)], env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
