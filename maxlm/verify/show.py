@@ -9,18 +9,19 @@ from rich.text import Text
 from maxlm.verify.report import GRADIENT_TOLERANCE, LOSS_TOLERANCE, Finding, Report
 
 _COLUMNS = ("variant", "loss", "gradient", "of parameter", "verdict", "CPU s")
-_STYLES = {"same": "green", "differs": "bold red", "skipped": "dim"}
+_STYLES = {"same": "green", "differs": "bold red"}
 
 
 def table(report: Report) -> RenderableType:
-    """The report for a terminal."""
-    shown = Table(title=f"maxlm verify {report.title}", title_justify="left", caption_justify="left")
+    """The report for a terminal, which may be 80 columns wide: why variants are skipped stands below the table."""
+    shown = Table(title=f"maxlm verify {report.title}", title_justify="left")
     for name in _COLUMNS:
         shown.add_column(name, overflow="fold", justify="right" if name in ("loss", "gradient", "CPU s") else "left")
-    for finding in report.findings:
-        cells = _cells(finding)
-        shown.add_row(*cells[:4], Text(cells[4], _STYLES[finding.verdict]), cells[5], style=_row_style(finding))
-    return Group(Text(report.subject), shown, Text(conclusion(report)))
+    for finding in report.compared:
+        *cells, verdict, seconds = _cells(finding)
+        shown.add_row(*cells, Text(verdict, _STYLES[verdict]), seconds)
+    parts = [shown, *_skipped(report)] if report.compared else []
+    return Group(Text(report.subject), *parts, Text(conclusion(report)))
 
 
 def markdown(report: Report) -> str:
@@ -78,8 +79,13 @@ def _cells(finding: Finding) -> tuple[str, ...]:
     return finding.name, f"{finding.loss_difference:.1e}", gradient, finding.parameter, finding.verdict, seconds
 
 
-def _row_style(finding: Finding) -> str:
-    return "dim" if finding.skipped is not None else ""
+def _skipped(report: Report) -> list[Text]:
+    """A line for each reason for which variants were not computed, with their names."""
+    names: dict[str, list[str]] = {}
+    for finding in report.findings:
+        if finding.skipped is not None:
+            names.setdefault(finding.skipped, []).append(finding.name)
+    return [Text(f"skipped ({reason}): {'; '.join(found)}", "dim") for reason, found in names.items()]
 
 
 def _sentence(text: str) -> str:

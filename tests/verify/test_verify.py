@@ -1,10 +1,13 @@
 """What verification compares, of which configurations, and how it tells what it found."""
 
+import io
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 from small import config_of
 
 from maxlm.cli import main
@@ -15,7 +18,7 @@ from maxlm.verify import examples
 from maxlm.verify.reduce import reduced_config, reduced_model
 from maxlm.verify.report import Finding, Report, compare
 from maxlm.verify.run import choose, verify
-from maxlm.verify.show import conclusion, failure, markdown, summary
+from maxlm.verify.show import conclusion, failure, markdown, summary, table
 from maxlm.verify.subject import Measured
 from maxlm.verify.variants import meshes, variants_of
 
@@ -161,6 +164,12 @@ def test_a_report_is_told_in_words_and_tables():
     assert "| mesh: data=2, fsdp=2 | 1.0e-07 | 3.0e-06 | embedding | same | 1.0 |" in text
     assert "skipped: num_heads: 3 cannot be cut" in text
     assert "| mesh.data | 3.0e-06 |" in summary([report])
+    terminal = Console(file=io.StringIO(), width=200)
+    terminal.print(table(Report("a.yaml", "sft", (SAME, WRONG, SKIPPED, replace(SKIPPED, detail="tensor=4")), 2.0)))
+    *rows, skipped, failed = terminal.file.getvalue().splitlines()
+    assert sum("same" in row for row in rows) == sum("differs" in row for row in rows) == 1
+    assert skipped == "skipped (num_heads: 3 cannot be cut): mesh: tensor=2; mesh: tensor=4"
+    assert failed.startswith("padding: more rows differs")
 
 
 def test_a_report_in_which_nothing_was_compared_has_not_passed():
