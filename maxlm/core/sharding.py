@@ -75,12 +75,11 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     )
     described = ", ".join(f"{axis}={size}" for axis, size in wide.items()) or "one device"
     if fixed > num_devices:
-        largest = max((axis for axis in wide if wide[axis] > 1), key=lambda axis: wide[axis])
-        fits = max(1, num_devices // (fixed // wide[largest]))
+        nearest = " ".join(f"mesh.{axis}={size}" for axis, size in _nearest_that_fits(wide, num_devices).items())
         raise ConfigError(
             [
                 f"mesh: {described} needs {fixed} devices, and there are {num_devices};"
-                f" the nearest that fits is mesh.{largest}={fits}"
+                f" the nearest that fits is {nearest}"
             ]
         )
     for axis, size in sizes.items():
@@ -94,6 +93,33 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
                     ]
                 )
     return {**sizes, "data": sizes["data"] * config.slices}
+
+
+def _nearest_that_fits(wide: dict[str, int], num_devices: int) -> dict[str, int]:
+    """What to change in a mesh that needs too many devices: the largest axis for which that suffices, or else every axis.
+
+    Every axis: the slices and the inner axes keep their sizes as far as they go, and the outer ones get what is left.
+
+    Args:
+      wide: sizes of the axes that cut anything, and of the slices; -1 is the axis that takes what the others leave.
+    """
+    named, is_free = {axis: size for axis, size in wide.items() if size > 1}, -1 in wide.values()
+    for axis in sorted(named, key=named.__getitem__, reverse=True):
+        others = math.prod(named.values()) // named[axis]
+        if is_free and num_devices % others == 0:
+            return {axis: _largest_divisor(num_devices // others, named[axis])}
+        if not is_free and others <= num_devices:
+            return {axis: num_devices // others}
+    left, nearest = num_devices, {}
+    for axis in ("slices", *reversed(MESH_AXES)):
+        if axis in named:
+            nearest[axis] = _largest_divisor(left, named[axis])
+            left //= nearest[axis]
+    return {axis: nearest[axis] for axis in named}
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(size for size in range(1, min(number, limit) + 1) if number % size == 0)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

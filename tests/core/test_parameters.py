@@ -1,5 +1,7 @@
 """Parameters: what is declared once gives values, shardings and shapes."""
 
+import itertools
+import re
 from types import SimpleNamespace
 
 import jax
@@ -20,6 +22,7 @@ from maxlm.core.sharding import (
     gather_weight,
     logical_to_spec,
     make_mesh,
+    mesh_sizes,
     row_shard,
     shard,
     spec_of,
@@ -140,13 +143,33 @@ def test_a_mesh_has_the_sizes_that_are_asked_for(sizes, shape):
         ({"data": 3, "fsdp": 3}, "data=2"),
         ({"data": 9, "fsdp": -1}, "data=8"),
         ({"slices": 4, "fsdp": 1, "tensor": 4}, "tensor=2"),
+        # Two devices of three along data would leave no whole number for the free axis.
+        ({"data": 3, "fsdp": -1, "tensor": 4}, "data=2"),
+        # No one axis is enough: inner axes keep what they can.
+        ({"data": 4, "fsdp": 4, "tensor": 4}, "data=1 mesh.fsdp=2 mesh.tensor=4"),
+        ({"data": 16, "fsdp": 1, "tensor": 16}, "data=1 mesh.tensor=8"),
+        ({"slices": 2, "data": 4, "fsdp": 4, "tensor": 4}, "data=1 mesh.fsdp=1 mesh.tensor=4 mesh.slices=2"),
     ],
 )
 def test_a_mesh_that_is_too_large_is_told(sizes, nearest):
     with pytest.raises(
-        ConfigError, match=rf"needs \d+ devices, and there are 8; the nearest that fits is mesh.{nearest}"
+        ConfigError, match=rf"needs \d+ devices, and there are 8; the nearest that fits is mesh.{nearest}$"
     ):
         make_mesh(MeshConfig(**sizes))
+
+
+@pytest.mark.parametrize("num_devices", [1, 6, 8, 12])
+def test_the_mesh_that_is_advised_is_accepted(num_devices):
+    refused = 0
+    for data, fsdp, tensor, slices in itertools.product((1, 2, 5, 16), (-1, 1, 3, 4), (1, 2, 3, 8), (1, 2, 3)):
+        sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "slices": slices}
+        try:
+            mesh_sizes(MeshConfig(**sizes), num_devices)
+        except ConfigError as error:
+            advised = re.findall(r"mesh\.(\w+)=(\d+)", error.problems[0])
+            mesh_sizes(MeshConfig(**sizes | {axis: int(size) for axis, size in advised}), num_devices)
+            refused += 1
+    assert refused > 50
 
 
 def test_slices_are_the_outermost_part_of_the_data_axis():
