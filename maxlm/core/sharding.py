@@ -96,9 +96,9 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 
 def _nearest_that_fits(wide: dict[str, int], num_devices: int) -> dict[str, int]:
-    """What to change in a mesh that needs too many devices: the largest axis for which that suffices, or else every axis.
+    """What to change in a mesh that needs too many devices: the largest axis where one is enough, else every one.
 
-    Every axis: the slices and the inner axes keep their sizes as far as they go, and the outer ones get what is left.
+    Then the slices and the inner axes keep their sizes as far as they go, and the outer ones get what is left.
 
     Args:
       wide: sizes of the axes that cut anything, and of the slices; -1 is the axis that takes what the others leave.

@@ -143,7 +143,7 @@ def test_a_mesh_has_the_sizes_that_are_asked_for(sizes, shape):
         ({"data": 3, "fsdp": 3}, "data=2"),
         ({"data": 9, "fsdp": -1}, "data=8"),
         ({"slices": 4, "fsdp": 1, "tensor": 4}, "tensor=2"),
-        # Two devices of three along data would leave no whole number for the free axis.
+        # With three along data, nothing along tensor would leave the free axis a whole number.
         ({"data": 3, "fsdp": -1, "tensor": 4}, "data=2"),
         # No one axis is enough: inner axes keep what they can.
         ({"data": 4, "fsdp": 4, "tensor": 4}, "data=1 mesh.fsdp=2 mesh.tensor=4"),
