@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from maxlm.config.model import ModelConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch
 from maxlm.core.term import LossOutput, Term
@@ -17,7 +16,7 @@ from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
 from maxlm.ops.loss import in_chunks
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.checkpoint import check_fingerprint, find_checkpoint, read_metadata
+from maxlm.train.checkpoint import check_fingerprint, find_checkpoint, read_metadata, trained_as
 from maxlm.train.layout import check_layout
 from maxlm.train.objective import StudentAndTeacher
 from maxlm.train.pretrain import Pretrain
@@ -90,10 +89,11 @@ def load_teacher(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Any:
       ConfigError: it does not fit the mesh or the rows.
     """
     path = config.objective.teacher
-    metadata = read_metadata(find_checkpoint(path))
+    checkpoint = find_checkpoint(path)
+    metadata = read_metadata(checkpoint)
     check_fingerprint(metadata["fingerprint"], tokenizer.fingerprint, path)
     # The student's step computes both: how the layers are spread over stages is its own to say.
-    model = ModelConfig(**metadata["config"]["model"]).model_copy(update={"pipeline": config.model.pipeline})
+    model = trained_as(metadata, where=checkpoint)[0].model_copy(update={"pipeline": config.model.pipeline})
     if config.row_length > model.max_length:
         raise ConfigError(
             [f"row_length: {config.row_length} exceeds the max_length of {model.max_length} of the teacher {path}"]

@@ -26,9 +26,9 @@ from maxlm.models.adapters import declare_adapters, merge_adapters
 from maxlm.models.decoder import Decoder
 from maxlm.post.sequences import is_real, share_of_rows
 from maxlm.tokenizer.codec import ChatTokens, Tokenizer
-from maxlm.train.checkpoint import find_checkpoint, read_metadata, restore_weights
+from maxlm.train.checkpoint import find_checkpoint, read_metadata, restore_weights, trained_as
 from maxlm.train.objective import RunContext
-from maxlm.train.run import load_start, run_folder_of, trained_as
+from maxlm.train.run import load_start, run_folder_of
 from maxlm.train.validate import Evaluator
 
 _SCORED_ROWS = 8
@@ -139,16 +139,16 @@ def load_reward_model(path: str | Path, mesh: jax.sharding.Mesh | None = None) -
       CheckpointError: there is no whole checkpoint, or it holds no reward model.
     """
     checkpoint = find_checkpoint(path)
-    saved = read_metadata(checkpoint)["config"]
-    if (kind := saved["objective"]["kind"]) != "reward":
+    metadata = read_metadata(checkpoint)
+    if (kind := metadata["config"]["objective"]["kind"]) != "reward":
         raise CheckpointError(f"{path}: was trained with objective.kind={kind}, and not as a reward model")
     tokenizer = Tokenizer.load(run_folder_of(checkpoint) / "tokenizer")
-    model, lora = trained_as(saved)
+    model, lora = trained_as(metadata, where=checkpoint)
     plan = RewardModel(model)
     if lora is None:
         return restore_weights(checkpoint, abstract(plan, mesh)), tokenizer
     base = load_start(checkpoint, model, mesh)
-    base = RewardModel.from_decoder(base, jax.random.key(saved["seed"]))
+    base = RewardModel.from_decoder(base, jax.random.key(metadata["config"]["seed"]))
     adapters = restore_weights(checkpoint, abstract(declare_adapters(plan, lora), mesh))
     return jax.jit(partial(merge_adapters, config=lora))(base, adapters), tokenizer
 

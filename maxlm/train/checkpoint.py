@@ -17,7 +17,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental.multihost_utils import sync_global_devices
+from pydantic import ValidationError
 
+from maxlm.config.model import ModelConfig
+from maxlm.config.train import LoraConfig
 from maxlm.core.agree import any_process
 from maxlm.core.distributed import is_primary
 from maxlm.core.progress import console
@@ -29,7 +32,7 @@ from maxlm.train.retry import Retries, first_line, is_disk_full, is_storage_erro
 from maxlm.train.state import TrainState
 
 FOLDER = "checkpoints"
-# Of what training needs to go on, checksums included. Weights of every format can be read.
+# Of what training needs to go on, checksums included. Weights of earlier formats can be read.
 FORMAT = 2
 
 
@@ -329,9 +332,30 @@ def read_metadata(checkpoint: epath.Path) -> dict[str, Any]:
     """What was saved beside the weights: config, fingerprint, step, shapes, checksums.
 
     Raises:
-      CheckpointError: it is broken.
+      CheckpointError: it is broken, or of a later version.
     """
-    return _readable(checkpoint, lambda: _load_metadata(checkpoint))
+    metadata = _readable(checkpoint, lambda: _load_metadata(checkpoint))
+    if metadata.get("format", FORMAT) > FORMAT:
+        raise CheckpointError(f"{checkpoint}: was saved by a later version of maxlm; use that version")
+    return metadata
+
+
+def trained_as(metadata: dict[str, Any], *, where: epath.Path) -> tuple[ModelConfig, LoraConfig | None]:
+    """The model and adapters in a checkpoint's metadata, whose other settings may be of any version.
+
+    Raises:
+      CheckpointError: another version of maxlm has described them.
+    """
+    config = metadata["config"]
+    try:
+        lora = config.get("lora")
+        return ModelConfig(**config["model"]), None if lora is None else LoraConfig(**lora)
+    except ValidationError as error:
+        settings = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
+        raise CheckpointError(
+            f"{where}: was saved by another version of maxlm, whose {settings} this one does not understand; use that"
+            " version"
+        ) from None
 
 
 def _load_metadata(checkpoint: epath.Path) -> dict[str, Any]:
@@ -349,6 +373,7 @@ def restore_weights(checkpoint: epath.Path, like: Any) -> Any:
     check_shapes(metadata["shapes"], _shapes(flat), where=checkpoint)
     handler = ocp.StandardCheckpointer()
     weights = _readable(checkpoint, lambda: handler.restore(checkpoint / "weights", _as_abstract(flat)))
+    _note_unchecked(metadata, checkpoint)
     if not _is_unchanged({"weights": weights}, metadata):
         raise CheckpointError(f"{checkpoint}: the weights differ from those that were saved; use another checkpoint")
     return unflatten(weights, like)
@@ -374,6 +399,7 @@ def restore_ema(checkpoint: epath.Path, like: Any) -> Any:
     )
     handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     mean = _readable(checkpoint, lambda: handler.restore(checkpoint / "rest", args=arguments))
+    _note_unchecked(metadata, checkpoint)
     if not _is_unchanged({"rest": mean}, metadata):
         raise CheckpointError(f"{checkpoint}: the mean differs from the one that was saved; use another checkpoint")
     return unflatten({path: mean[f"ema/{path}"].astype(leaf.dtype) for path, leaf in flat.items()}, like)
@@ -381,15 +407,22 @@ def restore_ema(checkpoint: epath.Path, like: Any) -> Any:
 
 def _is_unchanged(read: dict[str, Any], metadata: dict[str, Any]) -> bool:
     """Whether arrays that were read from a checkpoint are those that were saved, by the checksums in its metadata."""
-    # Checksums of another format are computed in another way.
-    return metadata.get("format") != FORMAT or checksums(read).items() <= metadata["checksums"].items()
+    # Checksums of before there were formats were computed in another way.
+    return "format" not in metadata or checksums(read).items() <= metadata["checksums"].items()
+
+
+def _note_unchecked(metadata: dict[str, Any], checkpoint: epath.Path) -> None:
+    if "format" not in metadata and is_primary():
+        told = f"{checkpoint}: was saved by an earlier version of maxlm; its weights are not checked"
+        console.print(told, markup=False)
 
 
 def check_shapes(saved: dict[str, list], wanted: dict[str, list], *, where: epath.Path) -> None:
     """Raise CheckpointError naming the first weights that do not fit."""
     if difference := _difference(saved, wanted):
         raise CheckpointError(
-            f"{where}: is a checkpoint of another model: {difference}; give the model section that it was trained with"
+            f"{where}: is a checkpoint of another model: {difference}; give the model section, and of adapters the lora"
+            " section, that it was trained with"
         )
 
 

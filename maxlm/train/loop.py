@@ -10,7 +10,6 @@ import jax
 from jax.sharding import Mesh
 
 from maxlm.config.load import dump_yaml
-from maxlm.config.model import ModelConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import num_tokens, put_batch
 from maxlm.core.distributed import is_primary, stop_on_signal
@@ -18,7 +17,7 @@ from maxlm.core.hardware import peak_flops
 from maxlm.core.progress import console
 from maxlm.core.storage import storage_path
 from maxlm.errors import ConfigError
-from maxlm.train.checkpoint import check_fingerprint
+from maxlm.train.checkpoint import check_fingerprint, trained_as
 from maxlm.train.ema import ema_as
 from maxlm.train.faults import BadStep, GuardWatch, Quarantine
 from maxlm.train.goodput import Goodput, GoodputLog, Stopwatch
@@ -136,7 +135,7 @@ def run(
                 else:
                     state, saved = restored
                     check_fingerprint(saved["fingerprint"], fingerprint, folder)
-                    check_same_model(config.model, ModelConfig(**saved["config"]["model"]), folder)
+                    check_same_model(config.model, trained_as(saved, where=folder)[0], folder)
                     quarantine.restore(saved["quarantine"])
                 step = int(state.step)
                 if step > config.steps:

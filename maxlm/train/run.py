@@ -13,12 +13,12 @@ import xxhash
 from etils import epath
 
 from maxlm.config.model import ModelConfig
-from maxlm.config.train import PACKED_OBJECTIVES, LoraConfig, TrainConfig
+from maxlm.config.train import PACKED_OBJECTIVES, TrainConfig
 from maxlm.core.distributed import initialize_distributed, is_primary, stop_with_parent
 from maxlm.core.manifest import FILE_NAME, read_manifest, write_manifest
 from maxlm.core.parameters import abstract, initialize
 from maxlm.core.peers import Peers, ending_together
-from maxlm.core.sharding import make_mesh, mesh_sizes
+from maxlm.core.sharding import make_mesh, mesh_sizes, row_shard
 from maxlm.core.storage import copy_folder, locked, resolve_path, storage_path
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError, ConfigError
@@ -32,6 +32,7 @@ from maxlm.train.checkpoint import (
     read_metadata,
     restore_ema,
     restore_weights,
+    trained_as,
 )
 from maxlm.train.goodput import Stopwatch
 from maxlm.train.layout import check_layout, check_precision, note_idle_devices
@@ -82,6 +83,8 @@ def _train(config: TrainConfig, recipe: Recipe, peers: Peers | None, stopwatch: 
     check_precision(config, jax.devices()[0])
     note_idle_devices(sizes, jax.device_count())
     mesh = make_mesh(config.mesh)
+    # Refuses a mesh whose rows the processes cannot share, before anything is made.
+    row_shard(mesh)
     if config.init_from is not None:
         start_fingerprint = read_metadata(find_checkpoint(config.init_from))["fingerprint"]
         check_fingerprint(start_fingerprint, tokenizer.fingerprint, config.init_from)
@@ -151,7 +154,7 @@ def _train_in(
             start=None if config.init_from is None else identify(find_checkpoint(config.init_from)),
             stopwatch=stopwatch,
         )
-    if result.start == result.steps and is_finished(folder):
+    if result.start == result.steps and is_finished(folder, result.steps):
         return read_manifest(folder)
     return finish(config, result, tokenizer_folder)
 
@@ -174,7 +177,8 @@ def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
     """The configuration with the model that will be trained: that of `init_from`, the vocabulary of the tokenizer."""
     model = config.model
     if config.init_from is not None:
-        start = ModelConfig(**read_metadata(find_checkpoint(config.init_from))["config"]["model"])
+        checkpoint = find_checkpoint(config.init_from)
+        start, _ = trained_as(read_metadata(checkpoint), where=checkpoint)
         if model is not None:
             check_same_model(model, start, config.init_from)
         model = start if model is None else model
@@ -217,9 +221,12 @@ def prepare_folder(folder: epath.Path, tokenizer: Tokenizer, tokenizer_folder: e
     copy_folder(tokenizer_folder, copy)
 
 
-def is_finished(folder: epath.Path) -> bool:
-    """Whether a manifest says that the run in this folder has reached its end."""
-    return (folder / FILE_NAME).exists() and read_manifest(folder)["metrics"].get("finished", False)
+def is_finished(folder: epath.Path, steps: int) -> bool:
+    """Whether a manifest says that the run in this folder has ended with so many steps; it may have had fewer once."""
+    if not (folder / FILE_NAME).exists():
+        return False
+    metrics = read_manifest(folder)["metrics"]
+    return metrics.get("finished", False) and metrics["steps"] == steps
 
 
 def finish(config: TrainConfig, result: TrainResult, tokenizer_folder: epath.Path) -> dict[str, Any]:
@@ -272,10 +279,10 @@ def load_model(
     """
     checkpoint = find_checkpoint(path)
     run_folder = run_folder_of(checkpoint)
-    saved = read_metadata(checkpoint)["config"]
-    if saved["objective"]["kind"] == "reward":
+    metadata = read_metadata(checkpoint)
+    if metadata["config"]["objective"]["kind"] == "reward":
         raise CheckpointError(f"{path}: holds a reward model, which generates no text")
-    model, lora = trained_as(saved)
+    model, lora = trained_as(metadata, where=checkpoint)
     plan = Decoder(model)
     restore = restore_ema if ema else restore_weights
     if lora is None:
@@ -285,12 +292,6 @@ def load_model(
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         merged = jax.jit(partial(merge_adapters, config=lora), donate_argnums=0)(base, adapters)
     return merged, run_folder / "tokenizer"
-
-
-def trained_as(saved: dict[str, Any]) -> tuple[ModelConfig, LoraConfig | None]:
-    """The model and adapters of a configuration in a checkpoint, whose other settings may be of another version."""
-    lora = saved["lora"]
-    return ModelConfig(**saved["model"]), None if lora is None else LoraConfig(**lora)
 
 
 def load_start(checkpoint: epath.Path, model: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> Decoder:

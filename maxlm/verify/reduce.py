@@ -13,7 +13,7 @@ from maxlm.config.moe import MoeConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.sharding import MESH_AXES
 from maxlm.errors import CheckpointError
-from maxlm.train.checkpoint import find_checkpoint, read_metadata
+from maxlm.train.checkpoint import find_checkpoint, read_metadata, trained_as
 
 # Rows and tokens of a batch: rows for eight devices or four microbatches, tokens for more than one block of attention.
 NUM_ROWS = 8
@@ -33,10 +33,10 @@ def full_model(config: TrainConfig) -> tuple[ModelConfig, str]:
     if config.model is not None:
         return config.model, "its own"
     try:
-        metadata = read_metadata(find_checkpoint(config.init_from))
+        checkpoint = find_checkpoint(config.init_from)
     except CheckpointError:
         return ModelConfig(), f"the default one, because {config.init_from} is not there yet"
-    return ModelConfig(**metadata["config"]["model"]), f"that of {config.init_from}"
+    return trained_as(read_metadata(checkpoint), where=checkpoint)[0], f"that of {config.init_from}"
 
 
 def own_mesh(config: TrainConfig) -> MeshConfig:

@@ -221,18 +221,22 @@ def test_another_optimizer_is_refused_in_one_sentence(changed, tmp_path):
         assert int(checkpointer.restore(make_small_state(0))[0].step) == 3
 
 
-def test_a_checkpoint_of_another_format_serves_for_inference_and_is_not_gone_on_from(saved):
-    """Its checksums may be computed in another way: they say nothing against it."""
+def test_a_checkpoint_of_an_earlier_format_serves_for_inference_and_is_not_gone_on_from(saved, capfd):
+    """Its checksums may be computed in another way: they say nothing against it, and it is told."""
     metadata = saved / "checkpoints" / "3" / "metadata" / "metadata"
     tree = json.loads(metadata.read_text())
     del tree["format"], tree["rest_shapes"]
     tree["checksums"] = {path: value + 1 for path, value in tree["checksums"].items()}
     metadata.write_text(json.dumps(tree))
     assert_equal(restore_weights(find_checkpoint(saved), abstract(PLAN)), make_state(3).trainable)
+    assert "its weights are not checked" in " ".join(capfd.readouterr().err.split())
     with Checkpointer(saved, keep=3) as checkpointer:
         with pytest.raises(CheckpointError, match="was saved by another version of maxlm"):
             checkpointer.restore(make_state(0))
         assert checkpointer.steps() == [3, 2, 1]
+    metadata.write_text(json.dumps({**tree, "format": 99}))
+    with pytest.raises(CheckpointError, match="was saved by a later version of maxlm"):
+        restore_weights(find_checkpoint(saved), abstract(PLAN))
 
 
 def test_only_the_newest_are_kept(tmp_path):

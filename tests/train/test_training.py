@@ -144,6 +144,28 @@ def test_a_run_goes_on_with_more_steps(short_run, tiny_data_folder, tmp_path):
         np.testing.assert_array_equal(weights(tmp_path / "parts")[path], value, err_msg=path)
 
 
+def test_the_manifest_of_fewer_steps_is_not_taken_for_that_of_more(tiny_data_folder, tmp_path, monkeypatch):
+    """A run that ended, was given more steps, and was killed after its last checkpoint."""
+    train(tiny_config(tmp_path / "run", tiny_data_folder, steps=2))
+    with monkeypatch.context() as patch:
+        patch.setattr("maxlm.train.run.finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tiny_config(tmp_path / "run", tiny_data_folder, steps=3))
+    manifest = train(tiny_config(tmp_path / "run", tiny_data_folder, steps=3))
+    assert manifest["metrics"]["steps"] == 3
+    assert manifest == read_manifest(tmp_path / "run")
+
+
+def test_rows_that_processes_cannot_share_are_refused_before_anything_is_made(tiny_data_folder, tmp_path, monkeypatch):
+    def refuse(mesh):
+        raise ConfigError(["mesh: process 0 would hold 2 of 3 groups of rows"])
+
+    monkeypatch.setattr("maxlm.train.run.row_shard", refuse)
+    with pytest.raises(ConfigError, match="would hold 2 of 3"):
+        train(tiny_config(tmp_path / "run", tiny_data_folder))
+    assert not (tmp_path / "run").exists()
+
+
 def test_fewer_steps_than_were_done_are_refused_and_the_run_left_as_it_was(short_run, tiny_data_folder):
     before = contents(short_run)
     with pytest.raises(ConfigError, match=r"steps: 3 is less than the 4 that the run in .* has done already"):
@@ -159,6 +181,10 @@ def test_settings_of_another_version_keep_no_model_from_being_loaded(tmp_path, t
     saved["config"]["optim"]["gone_since"] = 0.9
     metadata.write_text(json.dumps(saved))
     assert load_model(tmp_path / "run")[0].config.embed_dim == MODEL["embed_dim"]
+    saved["config"]["model"]["gone_since"] = 0.9
+    metadata.write_text(json.dumps(saved))
+    with pytest.raises(CheckpointError, match="by another version of maxlm, whose gone_since this one does not"):
+        load_model(tmp_path / "run")
 
 
 def test_a_manifest_that_is_lost_is_written_again(short_run, tiny_data_folder):
