@@ -26,7 +26,7 @@ from maxlm.core.distributed import is_primary
 from maxlm.core.progress import console
 from maxlm.core.storage import absolute_path, is_remote
 from maxlm.core.tree import flatten, unflatten
-from maxlm.errors import CheckpointError, TrainingError
+from maxlm.errors import CheckpointError, FaultError, MaxlmError, TrainingError
 from maxlm.train.checksums import checksums
 from maxlm.train.retry import Retries, first_line, is_disk_full, is_storage_error
 from maxlm.train.state import TrainState
@@ -70,6 +70,7 @@ class Checkpointer:
 
         Raises:
           TrainingError: there is no room on the disk, or saving failed again and again.
+          FaultError: with several processes, starting to save failed.
         """
         while True:
             try:
@@ -203,13 +204,15 @@ class Checkpointer:
             self._under_way, self._failures = False, 0
 
     def _after_failure(self, error: Exception) -> None:
-        """Make ready to save again, after a while; raises TrainingError when it is no use."""
-        if isinstance(error, TrainingError):
+        """Make ready to save again, after a while; raises TrainingError or FaultError when it is no use."""
+        if isinstance(error, MaxlmError):
             raise error
-        # In the midst of starting to save, a process cannot try again without the others, which wait for it.
-        alone = self._failure is None and jax.process_count() > 1
-        if is_disk_full(error) or self._failures == self._retries.count or alone:
+        if is_disk_full(error) or self._failures == self._retries.count:
             raise self._save_failed(error) from error
+        # In the midst of starting to save, a process cannot try again without the others, which wait for it: another
+        # start of all is how it tries again.
+        if self._failure is None and jax.process_count() > 1:
+            raise self._save_failed(error, FaultError) from error
         self._retries.wait(self._failures, f"{self.folder}: saving a checkpoint", error)
         self._failures += 1
         with contextlib.suppress(Exception):
@@ -268,9 +271,9 @@ class Checkpointer:
                 f" {self._newest()}; make room and run the same command to go on from there"
             )
 
-    def _save_failed(self, error: Exception) -> TrainingError:
+    def _save_failed(self, error: Exception, kind: type[MaxlmError] = TrainingError) -> MaxlmError:
         what = "the disk is full" if is_disk_full(error) else first_line(error)
-        return TrainingError(
+        return kind(
             f"{self.folder}: a checkpoint could not be saved: {what};"
             f" {self._newest()}; run the same command to go on from there"
         )

@@ -12,7 +12,7 @@ from test_checkpoint import assert_equal, make_small_state
 from toy_run import ToyObjective, toy_run, weights
 
 from maxlm.config.fault import CheckpointConfig
-from maxlm.errors import CheckpointError, TrainingError
+from maxlm.errors import CheckpointError, FaultError, TrainingError
 from maxlm.train.checkpoint import Checkpointer, find_checkpoint, restore_newest
 from maxlm.train.metrics import read_metrics
 from maxlm.train.retry import Retries, is_disk_full, is_storage_error
@@ -152,6 +152,29 @@ def test_a_full_disk_is_not_tried_again(disk, tmp_path, capsys):
             TrainingError, match="could not be saved: the disk is full; there is no whole checkpoint yet"
         ):
             checkpointer.save(make_small_state(1), {}, wait=True)
+    assert "trying again" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(io_error(), FaultError), (OSError(errno.ENOSPC, "No space left on device"), TrainingError)],
+)
+def test_a_process_that_cannot_start_to_save_with_others_asks_for_another_start(
+    error, raised, tmp_path, monkeypatch, capsys
+):
+    """They wait for it, so it cannot try again. What a supervisor starts again is told by the exit code."""
+
+    def start(self, state, metadata):
+        # Not before: nobody else is there to agree with.
+        patch.setattr("jax.process_count", lambda: 2)
+        raise error
+
+    with Checkpointer(tmp_path, keep=2, **QUICK) as checkpointer, monkeypatch.context() as patch:
+        checkpointer.save(make_small_state(1), {}, wait=True)
+        patch.setattr(Checkpointer, "_start", start)
+        with pytest.raises(raised, match=r"could not be saved: .*; the newest whole checkpoint is of step 1;"):
+            checkpointer.save(make_small_state(2), {})
+    assert (FaultError.exit_code, TrainingError.exit_code) == (3, 2)
     assert "trying again" not in capsys.readouterr().err
 
 
