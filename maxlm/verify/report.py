@@ -26,7 +26,8 @@ class Finding:
     loss_difference: the largest |difference| of a term's mean, relative to it; `term` is its name.
     gradient_difference: the largest |difference| of a parameter's gradient, relative to its largest entry; `parameter`
       is its path, with the layer.
-    first: the first parameter, from the model's input to its output, that differs by more than the tolerance.
+    first: the first parameter, from the model's input to its output, that differs by more than the tolerance, and
+      `first_difference`, by how much, relative to its largest entry.
     skipped: why it was not computed; the numbers are then 0.
     seconds: of all processors together.
     """
@@ -38,6 +39,7 @@ class Finding:
     gradient_difference: float = 0.0
     parameter: str = ""
     first: str | None = None
+    first_difference: float = 0.0
     skipped: str | None = None
     seconds: float = 0.0
 
@@ -113,6 +115,7 @@ def compare(baseline: Measured, measured: Measured, order: list[str]) -> dict[st
         "gradient_difference": worst[parameter],
         "parameter": parameter,
         "first": first,
+        "first_difference": worst.get(first, 0.0),
     }
 
 

@@ -59,15 +59,15 @@ def conclusion(report: Report) -> str:
 
 
 def failure(finding: Finding) -> str:
-    """Which parameter differs first, and by how much."""
+    """Which parameter differs first and which most, and by how much each."""
     parts = [f"{finding.name} differs"]
     if not finding.loss_difference <= LOSS_TOLERANCE:
         parts.append(f"{finding.term} by {finding.loss_difference:.1e} of it")
     if finding.first is not None:
-        parts.append(
-            f"gradients from {finding.first} on, most in {finding.parameter}, by {finding.gradient_difference:.1e} of"
-            " its largest entry"
-        )
+        gradients = f"gradients from {finding.first} on, by {finding.first_difference:.1e} of its largest entry"
+        if finding.parameter != finding.first:
+            gradients += f", and most in {finding.parameter}, by {finding.gradient_difference:.1e}"
+        parts.append(gradients)
     return f"{parts[0]}: {'; '.join(parts[1:])}"
 
 

@@ -23,7 +23,9 @@ from maxlm.verify.subject import Measured
 from maxlm.verify.variants import meshes, variants_of
 
 SAME = Finding("mesh", "data=2, fsdp=2", 1e-7, "policy", 3e-6, "embedding", seconds=1.0)
-WRONG = Finding("padding", "more rows", 1e-9, "dpo", 0.02, "final_norm", first="layers/mlp/up[1]")
+WRONG = Finding(
+    "padding", "more rows", 1e-9, "dpo", 0.02, "final_norm", first="layers/mlp/up[1]", first_difference=3e-4
+)
 SKIPPED = Finding("mesh", "tensor=2", skipped="num_heads: 3 cannot be cut")
 
 
@@ -141,7 +143,7 @@ def test_the_first_parameter_that_differs_and_its_layer_are_named():
     other["layers/mlp/up"][1, 0, 0] += 0.5
     other["final_norm"] += 5
     numbers = compare(Measured({"a": 2.0, "b": 1.0}, gradient), Measured({"a": 2.0, "b": 1.1}, other), list(gradient))
-    assert numbers["first"] == "layers/mlp/up[1]"
+    assert (numbers["first"], numbers["first_difference"]) == ("layers/mlp/up[1]", 0.5)
     assert (numbers["parameter"], numbers["gradient_difference"]) == ("final_norm", 1.0)
     assert numbers["term"] == "b"
     assert numbers["loss_difference"] == pytest.approx(0.1)
@@ -157,8 +159,11 @@ def test_a_report_is_told_in_words_and_tables():
     assert not report.passed
     assert report.largest() == {"mesh.data": 3e-6, "mesh.fsdp": 3e-6, "padding": 0.02}
     assert failure(WRONG) == (
-        "padding: more rows differs: gradients from layers/mlp/up[1] on, most in final_norm, by 2.0e-02 of its largest"
-        " entry"
+        "padding: more rows differs: gradients from layers/mlp/up[1] on, by 3.0e-04 of its largest entry, and most in"
+        " final_norm, by 2.0e-02"
+    )
+    assert failure(replace(WRONG, first="final_norm", first_difference=0.02)) == (
+        "padding: more rows differs: gradients from final_norm on, by 2.0e-02 of its largest entry"
     )
     text = markdown(report)
     assert "| mesh: data=2, fsdp=2 | 1.0e-07 | 3.0e-06 | embedding | same | 1.0 |" in text
