@@ -1,11 +1,14 @@
 """Bugs that training stacks have had, each planted here: verification must find it, and by the right variant."""
 
+import re
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from small import config_of
 
+from maxlm.cli import main
+from maxlm.config.load import dump_yaml
 from maxlm.core.sharding import current_mesh
 from maxlm.core.term import LossOutput, Term
 from maxlm.models import decoder, layers, moe
@@ -58,14 +61,36 @@ def test_an_auxiliary_loss_that_each_microbatch_adds_whole(monkeypatch):
     assert [finding.name for finding in report.failed] == ["accumulation: 2"]
 
 
-def test_attention_that_ignores_segments(monkeypatch):
+def ignore_segments(monkeypatch):
     original = layers.attention
     monkeypatch.setattr(
         layers,
         "attention",
         lambda *args, segment_ids, **settings: original(*args, segment_ids=jnp.ones_like(segment_ids), **settings),
     )
+
+
+def test_attention_that_ignores_segments(monkeypatch):
+    ignore_segments(monkeypatch)
     assert failed(config_of("sft"), "packing", "token ids", "accumulation: 2") == ["packing: a row for each document"]
+
+
+def test_the_command_tells_a_bug_and_ends_with_1(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_yaml(config_of("sft")))
+    command = ["verify", str(file), "--only", "packing"]
+    assert main(command) == 0
+    assert "1 way gives the same: largest gradient difference" in capsys.readouterr().out
+    ignore_segments(monkeypatch)
+    assert main(command) == 1
+    # A terminal of 80 columns wraps the sentence.
+    told = " ".join(capsys.readouterr().out.split())
+    number = r"\d\.\de[+-]\d\d"
+    sentence = (
+        rf"packing: a row for each document differs: \w+ by {number} of it;"
+        rf" gradients from embedding on, by {number} of its largest entry"
+    )
+    assert re.search(sentence, told), told
 
 
 def test_weights_that_are_read_off_the_token(monkeypatch):
