@@ -44,7 +44,7 @@ class RequestError(MaxlmError):
 
 
 class FaultError(MaxlmError):
-    """A machine or a process is gone, or did not come: no setting is to blame, and another start may help."""
+    """A machine, process or storage is gone, or did not come: no setting is to blame, and another start may help."""
 
     exit_code = 3
 

@@ -1,5 +1,6 @@
-"""Storage that fails for a while is tried again."""
+"""Storage that fails for a while: tried again, or told from a mistake so that another start may help."""
 
+import contextlib
 import errno
 import random
 import re
@@ -9,10 +10,31 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from maxlm.core.progress import console
+from maxlm.errors import FaultError
 
 Result = TypeVar("Result")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# Storage that does not answer, or not soundly. Others are about a path, its rights or a full disk: the user's to mend.
+_OUT_OF_REACH = (
+    errno.EIO,
+    errno.ENXIO,
+    errno.ENODEV,
+    errno.ESTALE,
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.ECONNRESET,
+    errno.ECONNREFUSED,
+    errno.ECONNABORTED,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENOLINK,
+    errno.ESHUTDOWN,
+)
 # What says that a file is missing or of another kind, and nothing of the storage that it lies in.
 _ABOUT_THE_FILE = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 # TensorStore reports these as text.
@@ -48,6 +70,20 @@ class Retries:
                     raise
                 self.wait(attempt, what, error)
         return action()
+
+
+@contextlib.contextmanager
+def storage_faults() -> Iterator[None]:
+    """A file that the storage fails to read or write in here raises FaultError: no path or setting is to blame."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or error.errno not in _OUT_OF_REACH:
+            raise
+        raise FaultError(
+            f"{error.filename}: cannot be read or written: {error.strerror}; run the same command to go on when the"
+            " storage answers again"
+        ) from error
 
 
 def is_storage_error(error: BaseException) -> bool:

@@ -38,6 +38,7 @@ from maxlm.train.goodput import Stopwatch
 from maxlm.train.layout import check_layout, check_precision, note_idle_devices
 from maxlm.train.loop import TrainResult, run
 from maxlm.train.objective import Objective, RunContext, StudentAndTeacher
+from maxlm.train.retry import storage_faults
 from maxlm.train.same_model import check_same_model
 from maxlm.train.startup import check_start, data_hashes
 from maxlm.train.supervise import SUPERVISED, newest_step
@@ -63,11 +64,12 @@ def train(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
 
     Raises:
       MaxlmError: what the user can mend: configuration, data, tokenizer, checkpoints, skipped steps.
+      FaultError: a process or machine is gone, or the storage fails; another start may help.
     """
     if os.environ.pop(SUPERVISED, None):
         stop_with_parent()
     peers = initialize_distributed(config.processes)
-    with ending_together(peers), Stopwatch() as stopwatch:
+    with ending_together(peers), storage_faults(), Stopwatch() as stopwatch:
         return _train(config, recipe, peers, stopwatch)
 
 

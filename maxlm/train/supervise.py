@@ -33,8 +33,9 @@ _LONGEST_WAIT = 60.0
 def supervise(command: Sequence[str], config: TrainConfig, *, restarts: int) -> int:
     """Run `command`, which trains as `config` says, and run it again when it dies.
 
-    It dies by a signal, by an error of ours, or because another process or machine is gone. A user's mistake (2) and
-    an interrupt (130) end the supervisor too. SIGTERM and Ctrl-C are passed on as SIGTERM: training saves and ends.
+    It dies by a signal, by an error of ours, or because another process, a machine or the storage is gone. A user's
+    mistake (2) and an interrupt (130) end the supervisor too. SIGTERM and Ctrl-C are passed on as SIGTERM: training
+    saves and ends.
 
     Args:
       command: program and arguments.
@@ -158,7 +159,7 @@ def _reason(code: int) -> str:
     if code < 0:
         named = -code in {number.value for number in signal.Signals}
         return f"signal {signal.Signals(-code).name if named else -code}"
-    return "the loss of a process or machine" if code == FaultError.exit_code else "an error"
+    return "the loss of a process, machine or storage" if code == FaultError.exit_code else "an error"
 
 
 def _exit_code(code: int) -> int:

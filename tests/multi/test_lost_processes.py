@@ -30,7 +30,7 @@ def test_a_killed_process_takes_the_others_down_and_the_supervisors_start_all_ag
     assert "process 1 (" in first.errors
     assert "gone: its connection broke" in first.errors
     told = f"restart 1 of 3, from step {resumed}, in 0.1 s"
-    assert f"training ended by the loss of a process or machine; {told}" in first.errors
+    assert f"training ended by the loss of a process, machine or storage; {told}" in first.errors
     assert f"resuming {run} at step {resumed}" in first.errors
     assert f"training ended by signal SIGKILL; {told}" in second.errors
     assert find_checkpoint(run).name == "10"

@@ -9,13 +9,16 @@ import time
 import pytest
 from etils import epath
 from test_checkpoint import assert_equal, make_small_state
+from tiny_run import tiny_config
 from toy_run import ToyObjective, toy_run, weights
 
+from maxlm.cli import main
 from maxlm.config.fault import CheckpointConfig
+from maxlm.config.load import dump_yaml
 from maxlm.errors import CheckpointError, FaultError, TrainingError
 from maxlm.train.checkpoint import Checkpointer, find_checkpoint, restore_newest
 from maxlm.train.metrics import read_metrics
-from maxlm.train.retry import Retries, is_disk_full, is_storage_error
+from maxlm.train.retry import Retries, is_disk_full, is_storage_error, storage_faults
 from maxlm.train.saving import RunCheckpoints
 from maxlm.train.supervise import LOCAL_ID_FILE
 
@@ -101,6 +104,39 @@ def test_errors_are_told_apart(error, is_storage, is_full):
     wrapped.__cause__ = error
     assert is_storage_error(wrapped) == is_storage
     assert is_disk_full(wrapped) == is_full
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET])
+def test_storage_that_does_not_answer_is_a_fault(number):
+    told = r"^/disk/metrics\.jsonl: cannot be read or written: .*; run the same command"
+    with pytest.raises(FaultError, match=told), storage_faults():
+        raise OSError(number, os.strerror(number), "/disk/metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    "number", [errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT]
+)
+def test_a_path_its_rights_and_a_full_disk_are_the_users(number):
+    error = OSError(number, os.strerror(number), "/disk/metrics.jsonl")
+    with pytest.raises(OSError, match=r"metrics\.jsonl") as raised, storage_faults():
+        raise error
+    assert raised.value is error
+
+
+def test_a_line_that_cannot_be_written_once_asks_for_another_start(disk, tmp_path, tiny_data_folder, capsys):
+    run, config = tmp_path / "run", tmp_path / "train.yaml"
+    config.write_text(dump_yaml(tiny_config(run, tiny_data_folder, eval_every=0, log_every=2)), encoding="utf-8")
+    disk.fail(
+        "open", OSError(errno.EIO, "Input/output error", str(run / "metrics.jsonl")), times=1, where="metrics.jsonl"
+    )
+    assert main(["train", str(config)]) == FaultError.exit_code
+    assert capsys.readouterr().err.endswith(
+        f"maxlm: {run}/metrics.jsonl: cannot be read or written: Input/output error;"
+        " run the same command to go on when the storage answers again\n"
+    )
+    assert disk.failures == 1
+    assert main(["train", str(config)]) == 0
+    assert [record["step"] for record in read_metrics(run) if "loss" in record][-1] == 12
 
 
 # In the order of a save: as it starts, as it writes in the background, as it makes valid what is written, as it

@@ -62,7 +62,7 @@ def test_it_goes_on_after_a_signal_a_fault_and_an_error_until_training_ends(run)
     assert told == [(-9, 6, 4), (3, 9, 8), (1, 12, 12)]
     assert [record["reason"] for record in records] == [
         "signal SIGKILL",
-        "the loss of a process or machine",
+        "the loss of a process, machine or storage",
         "an error",
     ]
     times = [record["time"] for record in records]
