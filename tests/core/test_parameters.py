@@ -179,6 +179,36 @@ def test_slices_are_the_outermost_part_of_the_data_axis():
     assert sorted(device.id for device in mesh.devices[1].flat) == [4, 5, 6, 7]
 
 
+class SliceDevice:
+    """A device that tells its slice."""
+
+    platform = device_kind = "cpu"
+
+    def __init__(self, number: int, slice_index: int):
+        self.id, self.process_index, self.slice_index = number, slice_index, slice_index
+
+
+def test_devices_go_where_they_tell_that_their_slice_is():
+    """The slices are named 7 and 3, and their devices are listed in turn: cut into runs, each part would hold both."""
+    devices = [SliceDevice(number, (7, 3)[number % 2]) for number in range(8)]
+    mesh = make_mesh(MeshConfig(slices=2, fsdp=2, tensor=2), devices)
+    assert mesh.devices.shape == (2, 1, 2, 1, 1, 2)
+    assert [[device.id for device in part.flat] for part in mesh.devices] == [[1, 3, 5, 7], [0, 2, 4, 6]]
+
+
+@pytest.mark.parametrize(
+    ("slice_of_each", "found"),
+    [([0, 0, 0, 0, 0, 1, 1, 1], "5, 3"), ([0] * 8, "8")],
+    ids=["slices of five and three", "one slice"],
+)
+def test_slices_that_are_too_few_or_too_small_are_told(slice_of_each, found):
+    devices = [SliceDevice(number, slice_index) for number, slice_index in enumerate(slice_of_each)]
+    with pytest.raises(
+        ConfigError, match=rf"mesh.slices: 2 slices of 4 devices are asked for, and there are slices of {found}$"
+    ):
+        make_mesh(MeshConfig(slices=2, fsdp=4), devices)
+
+
 def test_one_process_reads_all_rows():
     assert row_shard(mesh_of(data=2, fsdp=2, tensor=2)) == RowShard(0, 1)
 
