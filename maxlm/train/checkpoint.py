@@ -34,6 +34,8 @@ from maxlm.train.state import TrainState
 FOLDER = "checkpoints"
 # Of what training needs to go on, checksums included. Weights of earlier formats can be read.
 FORMAT = 2
+# Arrays are stored in pieces of at most this size, so that whoever needs a part of one reads little else.
+PIECE_BYTES = 1 << 24
 
 
 class Checkpointer:
@@ -181,8 +183,8 @@ class Checkpointer:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                weights=ocp.args.StandardSave(weights),
-                rest=ocp.args.StandardSave(rest),
+                weights=ocp.args.StandardSave(weights, save_args=_in_pieces(weights)),
+                rest=ocp.args.StandardSave(rest, save_args=_in_pieces(rest)),
                 metadata=ocp.args.JsonSave(metadata),
             ),
             force=True,
@@ -461,6 +463,10 @@ def _readable(checkpoint: epath.Path, read):
 
 def _shapes(flat: dict[str, Any]) -> dict[str, list]:
     return {path: [*leaf.shape, str(jnp.dtype(leaf.dtype))] for path, leaf in flat.items()}
+
+
+def _in_pieces(flat: dict[str, Any]) -> dict[str, ocp.SaveArgs]:
+    return {path: ocp.SaveArgs(chunk_byte_size=PIECE_BYTES) for path in flat}
 
 
 def _as_abstract(flat: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:

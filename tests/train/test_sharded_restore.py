@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+import tensorstore
 from tiny_run import MODEL
 
 from maxlm.config.mesh import MeshConfig
@@ -28,6 +29,12 @@ def state_of(optimizer):
 
 def bytes_per_device(tree) -> int:
     return sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def bytes_read() -> int:
+    """By this process, from all files, so far."""
+    metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in metrics for value in metric["values"])
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -62,6 +69,27 @@ def test_another_mesh_reads_it_into_its_own_parts(tmp_path, quick_compile):
     for path, leaf in flatten(restored).items():
         np.testing.assert_array_equal(leaf, flatten(saved)[path], err_msg=path)
     assert checksums(restored) == checksums(saved)
+
+
+def test_what_one_device_has_saved_whole_is_stored_in_pieces(tmp_path, monkeypatch, quick_compile):
+    """A process that needs a half of an array, of either axis, reads half of what all of it takes."""
+    monkeypatch.setattr("maxlm.train.checkpoint.PIECE_BYTES", 1 << 12)
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        weights = initialize(Decoder(MODEL_CONFIG), jax.random.key(0))
+        checkpointer.save(create_state(weights, optimizer=make_optimizer(OptimConfig()), keep_ema=False), {}, wait=True)
+    folder = tmp_path / "checkpoints" / "0" / "weights"
+    kvstore = {"driver": "ocdbt", "base": f"file://{folder}/", "path": "embedding/"}
+
+    def takes(*part: slice) -> int:
+        before = bytes_read()
+        table = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+        np.testing.assert_array_equal(table[part].read().result(), weights.embedding[part])
+        return bytes_read() - before
+
+    rows, columns = weights.embedding.shape
+    whole = takes(slice(0, rows), slice(0, columns))
+    assert takes(slice(0, rows // 2), slice(0, columns)) < 0.6 * whole
+    assert takes(slice(0, rows), slice(columns // 2, columns)) < 0.6 * whole
 
 
 def test_checksums_gather_nothing():
