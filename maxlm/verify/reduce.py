@@ -128,11 +128,12 @@ def _small_window(window: int | None, pattern: tuple[int | None, ...]) -> int | 
     return 5 + 6 * rank if window > 5 else window
 
 
-def describe(config: TrainConfig, origin: str) -> str:
-    """What was verified, in a sentence."""
+def describe(config: TrainConfig, full: ModelConfig, origin: str) -> str:
+    """What was verified, in a sentence: `config`, the small one, of the model `full`."""
     model = config.model
+    left_off = f", without the 8-bit rounding of model.eight_bit={full.eight_bit}" if full.eight_bit else ""
     heads = f"{model.num_heads} heads on {model.num_kv_heads} key-value heads"
     return (
         f"{config.objective.kind}{', adapters' if config.lora else ''}; the model is {origin}, at {model.num_layers}"
-        f" layers, width {model.embed_dim}, {heads}; {NUM_ROWS} rows of {ROW_LENGTH} tokens, float32"
+        f" layers, width {model.embed_dim}, {heads}; {NUM_ROWS} rows of {ROW_LENGTH} tokens, float32{left_off}"
     )

@@ -49,7 +49,7 @@ def verify(config: TrainConfig, *, title: str = "", only: Sequence[str] = (), al
                 progress.update(task, advance=1, note=variant.name)
                 findings.append(_find(subject, baseline, variant))
             progress.update(task, advance=1, note="")
-        return Report(title, describe(reduced, origin), tuple(findings), time.perf_counter() - began)
+        return Report(title, describe(reduced, model, origin), tuple(findings), time.perf_counter() - began)
 
 
 def choose(variants: Iterable[Variant], only: Sequence[str]) -> list[Variant]:

@@ -15,7 +15,7 @@ from maxlm.config.load import dump_yaml
 from maxlm.core.sharding import MESH_AXES
 from maxlm.errors import RequestError
 from maxlm.verify import examples
-from maxlm.verify.reduce import reduced_config, reduced_model
+from maxlm.verify.reduce import describe, full_model, reduced_config, reduced_model
 from maxlm.verify.report import Finding, Report, compare
 from maxlm.verify.run import choose, verify
 from maxlm.verify.show import conclusion, failure, markdown, summary, table
@@ -120,6 +120,16 @@ def test_every_term_is_on():
     small = reduced_config(config_of("dpo"), vocab_size=64)
     assert small.objective.sft_weight >= 0.1
     assert reduced_config(config_of("grpo"), vocab_size=64).objective.kl_beta >= 0.1
+
+
+@pytest.mark.parametrize(
+    ("eight_bit", "ending"),
+    [(None, "float32"), ("int8", "float32, without the 8-bit rounding of model.eight_bit=int8")],
+)
+def test_the_subject_says_that_rounding_to_8_bits_is_left_off(eight_bit, ending):
+    config = config_of("sft", model={"num_heads": 4, "num_kv_heads": 2, "eight_bit": eight_bit})
+    subject = describe(reduced_config(config, vocab_size=64), *full_model(config))
+    assert subject.endswith(f"8 rows of 96 tokens, {ending}")
 
 
 def test_examples_hold_what_brings_bugs_to_light():
