@@ -244,7 +244,6 @@ def test_a_quarantine_file_that_is_lost_is_known_from_the_checkpoint(tmp_path):
 def test_the_watch_lags_by_two_steps_and_forgives_fewer_than_the_limit():
     """Verdicts as the device gives them: (loss, how many were refused in a row)."""
     watch = GuardWatch(GuardConfig(max_skipped_in_a_row=2), 0)
-    state = None
     seen = []
     for step, refused in enumerate([0, 1, 0, 1, 2, 0, 0, 0]):
         loss = np.float32(np.nan if refused else 1.0)
@@ -254,4 +253,3 @@ def test_the_watch_lags_by_two_steps_and_forgives_fewer_than_the_limit():
             seen.append(step)
     assert seen[0] == 6, "known when two more steps are under way"
     assert [bad.step for bad in watch.bad_steps(jax.numpy.zeros(1))] == [3, 4], "good steps after them forgive nothing"
-    assert state is None
