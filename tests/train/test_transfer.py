@@ -87,7 +87,7 @@ def test_activations_change_alike_at_all_widths():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "rate"), [("muon", 2e-4), ("sgd", 0.01)])
+@pytest.mark.parametrize(("kind", "rate"), [("muon", 2e-4), ("sgd", 0.01), ("adam8bit", 1e-4)])
 def test_activations_change_alike_with_other_optimizers(kind, rate):
     hidden, logits = slopes(kind, rate, 32)
     assert abs(hidden) < 0.15
