@@ -1,9 +1,11 @@
 """Processes that start at once: forked from one that has loaded all modules, which takes much of a short run's time.
 
 As a script: `forked.py MODULE...` loads these, reads lines of JSON, each a list of calls, makes each call in a process
-of its own, and answers with a list of how they ended.
+of its own, and answers with a list of how they ended. SIGINT and SIGTERM end it, and these processes with it.
 """
 
+import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -19,6 +21,7 @@ from typing import Self
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 400
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -43,26 +46,50 @@ class Forked:
 
     def __init__(self, modules: Sequence[str], *, paths: Sequence[Path], environment: dict[str, str] | None = None):
         path = os.pathsep.join(map(str, [ROOT, *paths]))
-        self._server = subprocess.Popen(
+        self._start = functools.partial(
+            subprocess.Popen,
             [sys.executable, __file__, *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
             env={**os.environ, **(environment or {}), "PYTHONPATH": path},
         )
+        self._server = self._start()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error) -> None:
-        self._server.communicate(timeout=60)
+        self._stop()
 
     def run(self, calls: Sequence[Call]) -> list[int]:
         """How the processes of these calls, which run at the same time, have ended: -N where signal N killed one."""
-        self._server.stdin.write(json.dumps([asdict(call) for call in calls]) + "\n")
-        self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline())
+        if self._server.poll() is not None:
+            self._server = self._start()
+        answer = ""
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                self._server.stdin.write(json.dumps([asdict(call) for call in calls]) + "\n")
+                self._server.stdin.flush()
+                answer = self._server.stdout.readline()
+            assert answer, "the process that forks has ended; its standard error says why"
+        except BaseException:
+            # Its answer would be taken for that of the next calls.
+            self._stop()
+            raise
+        return json.loads(answer)
+
+    def _stop(self) -> None:
+        """End the server, and what still runs by it."""
+        self._server.terminate()
+        try:
+            self._server.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._server.kill()
+            self._server.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self._server.stdin.close()
+        self._server.stdout.close()
 
 
 def _fork(call: dict) -> int:
@@ -70,6 +97,9 @@ def _fork(call: dict) -> int:
     if process := os.fork():
         return process
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     for number, path, flags in (
         (0, os.devnull, os.O_RDONLY),
         (1, call["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
@@ -83,32 +113,48 @@ def _fork(call: dict) -> int:
 
 
 def _wait(processes: list[int]) -> list[int]:
-    """How they ended; what still runs after the timeout, or is left of their own children, is killed."""
+    """How they ended; what still runs after the timeout or a signal, or is left of their own children, is killed."""
     deadline, ended = time.monotonic() + TIMEOUT, {}
-    while len(ended) < len(processes):
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        while len(ended) < len(processes):
+            for process in processes:
+                if process in ended:
+                    continue
+                found, status = os.waitpid(process, os.WNOHANG)
+                if found:
+                    ended[process] = os.waitstatus_to_exitcode(status)
+                elif time.monotonic() > deadline:
+                    os.kill(process, signal.SIGKILL)
+            time.sleep(0.01)
+    finally:
         for process in processes:
-            if process in ended:
-                continue
-            found, status = os.waitpid(process, os.WNOHANG)
-            if found:
-                ended[process] = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > deadline:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGKILL)
-        time.sleep(0.01)
-    for process in processes:
-        try:
-            os.killpg(process, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+            # One that has just been forked has no group yet.
+            with contextlib.suppress(ProcessLookupError):
+                if process not in ended:
+                    os.kill(process, signal.SIGKILL)
     return [ended[process] for process in processes]
 
 
+def _end(number, frame) -> None:
+    # A second signal would keep it from killing all.
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(1)
+
+
 def main() -> None:
+    for number in SIGNALS:
+        signal.signal(number, _end)
     for name in sys.argv[1:]:
         importlib.import_module(name)
     # Else each process would look through all that was loaded as it ends.
     gc.freeze()
     for line in sys.stdin:
+        # Not before it is known which processes there are to end.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         print(json.dumps(_wait([_fork(call) for call in json.loads(line)])), flush=True)
 
 
