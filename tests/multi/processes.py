@@ -137,8 +137,13 @@ def _forked() -> Forked:
 
 
 def _free_port() -> int:
-    """One that JAX could derive from a SLURM job."""
-    for port in range(61440 + os.getpid() % 2048, 65536):
+    """One that JAX could derive from a SLURM job, out of those of this worker of pytest-xdist alone."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % workers
+    width = 4096 // workers
+    first = 61440 + worker * width
+    # Tests of another checkout may run on the same machine.
+    for port in range(first + os.getpid() % (width // 2), first + width):
         with socket.socket() as free:
             try:
                 free.bind(("127.0.0.1", port))
