@@ -107,12 +107,17 @@ class Checkpointer:
 
         All of them must call it at the same step.
         """
-        if self._failure is None and not self._manager.is_saving_in_progress():
+        if not self._manager.is_saving_in_progress():
+            self.let_finish()
+        return any_process(self._failure is not None)
+
+    def let_finish(self) -> None:
+        """Until nothing is being saved here. What failed is kept for `has_failed`, or the next save."""
+        if self._failure is None:
             try:
                 self._manager.wait_until_finished()
             except Exception as error:
                 self._failure = error
-        return any_process(self._failure is not None)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are not half written, the newest first."""

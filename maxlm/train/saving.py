@@ -5,6 +5,7 @@ import os
 import secrets
 from typing import Any, Self
 
+import jax
 from etils import epath
 
 from maxlm.config.fault import CheckpointConfig
@@ -65,10 +66,13 @@ class RunCheckpoints:
         Args:
           is_end: nothing comes after it: save in the run folder, and wait until it is there.
         """
-        if self._main_is_due or is_end:
-            self._main.save(state, metadata, wait=is_end)
-        else:
-            self._local.save(state, metadata)
+        place, other = self._main, self._local
+        if not (self._main_is_due or is_end):
+            place, other = other, place
+        # Orbax lets processes meet under the same names for both: saves that overlap break each other off.
+        if other is not None and jax.process_count() > 1:
+            other.let_finish()
+        place.save(state, metadata, wait=is_end)
         self._main_is_due = self._local_is_due = False
 
     def remove_local(self, step: int) -> None:
