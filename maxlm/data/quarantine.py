@@ -12,6 +12,8 @@ from typing import Any
 from maxlm.core.storage import read_lines, storage_path
 
 FILE_NAME = "quarantine.jsonl"
+# Steps whose update was left out; those that lie alone are in no quarantine.
+SKIPPED_FILE_NAME = "skipped.jsonl"
 
 
 def batch_of_step(step: int, passed_over: Sequence[int]) -> int:

@@ -17,7 +17,7 @@ from maxlm.core.agree import from_primary
 from maxlm.core.distributed import is_primary
 from maxlm.core.progress import console
 from maxlm.core.storage import LineLog
-from maxlm.data.quarantine import FILE_NAME, batch_of_step, read_quarantine
+from maxlm.data.quarantine import FILE_NAME, SKIPPED_FILE_NAME, batch_of_step, read_quarantine
 from maxlm.errors import DivergenceError
 from maxlm.train.objective import Objective
 from maxlm.train.state import TrainState
@@ -37,11 +37,17 @@ class BadStep:
 
 
 class GuardWatch:
-    """Follows what the guard says of each step, a few steps behind, so that the device never waits for the host."""
+    """Follows what the guard says of each step, a few steps behind, so that the device never waits for the host.
 
-    def __init__(self, guard: GuardConfig, first_step: int):
+    Args:
+      first_step: where training begins or goes on.
+      on_refused: called with each step whose update was left out.
+    """
+
+    def __init__(self, guard: GuardConfig, first_step: int, on_refused: Callable[[BadStep], None]):
         self._guard = guard
         self._first_step = first_step
+        self._on_refused = on_refused
         self._under_way: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         self._refused: list[BadStep] = []
 
@@ -98,6 +104,7 @@ class GuardWatch:
         else:
             reason = f"the gradient norm exceeds {self._guard.spike_factor} times its mean"
         self._refused.append(BadStep(step, reason, loss, norm))
+        self._on_refused(self._refused[-1])
 
 
 class Quarantine:
@@ -107,6 +114,7 @@ class Quarantine:
         records = from_primary(read_quarantine(folder))
         self._guard = guard
         self._file = LineLog(folder / FILE_NAME)
+        self._skipped = LineLog(folder / SKIPPED_FILE_NAME)
         self.batches = sorted({record["batch"] for record in records})
         self.rollbacks = max((record["rollback"] for record in records), default=0)
 
@@ -125,6 +133,12 @@ class Quarantine:
         passed_over = set(self.batches)
         numbered = zip(count(first), objective.batches(first, current_model))
         return (batch for number, batch in numbered if number not in passed_over)
+
+    def note(self, step: BadStep, objective: Objective, *, batch_size: int) -> None:
+        """Write what a step has read whose update was left out, whether or not the run goes back from it later."""
+        if is_primary():
+            batch = batch_of_step(step.step, self.batches)
+            self._skipped.append(json.dumps(_record(step, batch, objective, batch_size)))
 
     def add(self, bad: list[BadStep], objective: Objective, *, batch_size: int) -> None:
         """Pass over the batches of these steps from now on, and write what they hold to the file.
@@ -153,17 +167,8 @@ class Quarantine:
             )
             for batch in added:
                 step = by_batch.get(batch, BadStep(bad[0].step, "of the same round of sampling"))
-                record = {
-                    "rollback": self.rollbacks,
-                    "step": step.step + 1,
-                    "batch": batch,
-                    "rows": [batch * batch_size, (batch + 1) * batch_size],
-                    "reason": step.reason,
-                    "loss": _finite(step.loss),
-                    "grad_norm": _finite(step.grad_norm),
-                    "documents": objective.documents(batch),
-                }
-                self._file.append(json.dumps(record))
+                record = _record(step, batch, objective, batch_size)
+                self._file.append(json.dumps({"rollback": self.rollbacks, **record}))
         # The others wait: all read the file from now on.
         from_primary(None)
         self.batches = sorted({*self.batches, *added})
@@ -174,6 +179,18 @@ def is_finite(tree: Any) -> jax.Array:
     """Whether all numbers in a tree are finite."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def _record(step: BadStep, batch: int, objective: Objective, batch_size: int) -> dict[str, Any]:
+    return {
+        "step": step.step + 1,
+        "batch": batch,
+        "rows": [batch * batch_size, (batch + 1) * batch_size],
+        "reason": step.reason,
+        "loss": _finite(step.loss),
+        "grad_norm": _finite(step.grad_norm),
+        "documents": objective.documents(batch),
+    }
 
 
 def _finite(value: float | None) -> float | None:

@@ -204,7 +204,8 @@ class Leg:
     def train(self, state: TrainState, log: MetricsLog) -> LegEnd:
         config, objective, counting = self.config, self.objective, self.stopwatch.counting
         step, interrupted, valid = int(state.step), False, {}
-        watch = GuardWatch(config.guard, step)
+        note = partial(self.quarantine.note, objective=objective, batch_size=config.batch_size)
+        watch = GuardWatch(config.guard, step, note)
         self.window.reset()
         # The batch builder of an objective that samples needs the weights of the moment.
         current = {"state": state}

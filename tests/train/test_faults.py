@@ -12,10 +12,10 @@ from toy_run import ToyObjective, toy_run, weights
 
 from maxlm.cli import main
 from maxlm.config.fault import GuardConfig
-from maxlm.core.storage import storage_path
+from maxlm.core.storage import read_lines, storage_path
 from maxlm.core.tree import flatten
 from maxlm.data.loader import open_mixture
-from maxlm.data.quarantine import batch_of_step, read_quarantine
+from maxlm.data.quarantine import SKIPPED_FILE_NAME, batch_of_step, read_quarantine
 from maxlm.errors import TrainingError
 from maxlm.post.run import train
 from maxlm.train import loop
@@ -147,10 +147,13 @@ def test_it_may_go_back_more_than_once(tmp_path):
 
 
 def test_a_lone_bad_step_is_skipped_and_no_more(tmp_path):
-    """Its update is dropped as the step is taken; nothing is done again."""
+    """Its update is dropped as the step is taken, and what it read is told; nothing is done again."""
     result = toy_run(tmp_path / "run", objective=ToyObjective(poison={5, 6}))
     assert int(result.state.guard.skipped) == 2
     assert read_quarantine(tmp_path / "run") == []
+    skipped = [json.loads(line) for line in read_lines(storage_path(tmp_path / "run" / SKIPPED_FILE_NAME))]
+    assert [(record["step"], record["batch"], record["loss"]) for record in skipped] == [(6, 5, None), (7, 6, None)]
+    assert [record["documents"] for record in skipped] == [ToyObjective().documents(5), ToyObjective().documents(6)]
     assert result.goodput.seconds["rolled_back"] == 0
 
 
@@ -243,13 +246,15 @@ def test_a_quarantine_file_that_is_lost_is_known_from_the_checkpoint(tmp_path):
 
 def test_the_watch_lags_by_two_steps_and_forgives_fewer_than_the_limit():
     """Verdicts as the device gives them: (loss, how many were refused in a row)."""
-    watch = GuardWatch(GuardConfig(max_skipped_in_a_row=2), 0)
+    refused = []
+    watch = GuardWatch(GuardConfig(max_skipped_in_a_row=2), 0, refused.append)
     seen = []
-    for step, refused in enumerate([0, 1, 0, 1, 2, 0, 0, 0]):
-        loss = np.float32(np.nan if refused else 1.0)
-        metrics = {"loss": loss, "grad_norm": np.float32(5.0), "skipped_in_a_row": jax.numpy.asarray(refused)}
+    for step, in_a_row in enumerate([0, 1, 0, 1, 2, 0, 0, 0]):
+        loss = np.float32(np.nan if in_a_row else 1.0)
+        metrics = {"loss": loss, "grad_norm": np.float32(5.0), "skipped_in_a_row": jax.numpy.asarray(in_a_row)}
         watch.add(step, metrics)
         if len(watch._refused) >= 2:
             seen.append(step)
     assert seen[0] == 6, "known when two more steps are under way"
     assert [bad.step for bad in watch.bad_steps(jax.numpy.zeros(1))] == [3, 4], "good steps after them forgive nothing"
+    assert [bad.step for bad in refused] == [1, 3, 4]
