@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import sys
 
@@ -70,7 +69,6 @@ def test_hugging_face_without_its_package_names_the_extra(monkeypatch):
         read("hf:owner/name:train")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="the extra hf is not installed")
 def test_hugging_face_streams_a_local_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()

@@ -17,7 +17,7 @@ from maxlm.errors import RequestError
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed"),
+    pytest.mark.skipif(shutil.which("gcloud") is None, reason="needs the Google Cloud CLI, which pip does not install"),
 ]
 
 WORKERS = ("10.0.0.1", "10.0.0.2")

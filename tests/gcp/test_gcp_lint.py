@@ -10,7 +10,9 @@ import pytest
 from gcp import commands
 from gcp.job import Capacity
 
-pytestmark = pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
+pytestmark = pytest.mark.skipif(
+    shutil.which("gcloud") is None, reason="needs the Google Cloud CLI, which pip does not install"
+)
 
 EVERY_GENERATION = ("v4-32", "v5litepod-16", "v5p-128", "v6e-8")
 
