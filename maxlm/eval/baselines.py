@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from maxlm.core.interval import Interval, ratio_interval
 from maxlm.errors import DataError
-from maxlm.eval.interval import Interval, ratio_interval
 from maxlm.tokenizer.codec import Tokenizer
 
 _SMALLEST_DICTIONARY, _LARGEST_DICTIONARY = 1 << 16, 1536 << 20  # what xz accepts

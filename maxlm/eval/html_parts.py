@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from maxlm.eval.interval import Interval
+from maxlm.core.interval import Interval
 from maxlm.eval.svg import format_number
 
 _LONGEST_FACT = 60

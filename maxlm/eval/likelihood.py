@@ -18,9 +18,9 @@ import jax
 import numpy as np
 
 from maxlm.config.model import ModelConfig
+from maxlm.core.interval import Interval, paired_difference, ratio_interval
 from maxlm.core.progress import track
 from maxlm.errors import DataError
-from maxlm.eval.interval import Interval, paired_difference, ratio_interval
 from maxlm.generate.decoding import bucket_length
 from maxlm.generate.model import LoadedModel, segment_positions
 from maxlm.models.decoder import Decoder

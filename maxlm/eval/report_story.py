@@ -3,6 +3,7 @@
 from html import escape
 from typing import Any
 
+from maxlm.core.interval import Interval
 from maxlm.eval.html_parts import (
     charts,
     duration,
@@ -17,7 +18,6 @@ from maxlm.eval.html_parts import (
     to_list,
     to_number,
 )
-from maxlm.eval.interval import Interval
 from maxlm.eval.svg import Bar, Format, Reference, bar_chart, format_number
 
 _BASELINES = {

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from maxlm.core.interval import Interval, paired_difference
 from maxlm.errors import CheckpointError, DataError
 from maxlm.eval.baselines import Baselines, baselines
 from maxlm.eval.inputs import find_data_folders, read_held_out, read_training
-from maxlm.eval.interval import Interval, paired_difference
 from maxlm.eval.likelihood import Likelihood, bits_per_byte, likelihood_difference
 from maxlm.eval.tasks import Example, TaskResult, read_examples, run_task
 from maxlm.generate.model import LoadedModel, load

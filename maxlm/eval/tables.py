@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from maxlm.eval.interval import Interval
+from maxlm.core.interval import Interval
 from maxlm.eval.run import Evaluation, TaskEvaluation, TextEvaluation
 
 _SHOWN_EXAMPLES = 4

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from maxlm.core.interval import Interval, proportion_interval
 from maxlm.data.lines import BrokenFile, read_lines
 from maxlm.errors import DataError
-from maxlm.eval.interval import Interval, proportion_interval
 from maxlm.generate.model import LoadedModel, Prompt
 
 _FIELDS = ("prompt", "messages", "choices", "answer", "kind")

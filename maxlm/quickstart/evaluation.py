@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 import maxlm
+from maxlm.core.interval import paired_difference
 from maxlm.core.progress import console
 from maxlm.eval.baselines import baselines
 from maxlm.eval.inputs import read_held_out, read_training
-from maxlm.eval.interval import paired_difference
 from maxlm.eval.likelihood import bits_per_byte
 from maxlm.eval.tasks import Example, TaskResult, exact_match, read_examples
 from maxlm.generate.model import LoadedModel

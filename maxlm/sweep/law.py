@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from scipy import optimize, stats
 
-from maxlm.eval.interval import CONFIDENCE
+from maxlm.core.interval import CONFIDENCE
 
 # Where a residual of the log loss begins to count by its size and not by its square: just above the noise of one run.
 # Hoffmann et al. take 1e-3 for hundreds of runs. docs/sweep.md has what either costs with a few.

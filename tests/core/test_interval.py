@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from maxlm.eval.interval import mean_interval, paired_difference, proportion_interval, ratio_interval, wilson_interval
+from maxlm.core.interval import mean_interval, paired_difference, proportion_interval, ratio_interval, wilson_interval
 
 
 def coverage(draw, truth: float, interval, repetitions: int = 300) -> float:
