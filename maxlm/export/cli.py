@@ -8,20 +8,23 @@ from typing import TYPE_CHECKING
 from maxlm.core.arguments import count
 
 if TYPE_CHECKING:
+    from maxlm.core.interval import Interval
     from maxlm.export.receipt import Receipt
 
 DESCRIPTION = """\
 Quantise a trained model to int8: weights with one scale for each output channel, activations with one scale for each
 token. The bundle takes about a quarter of the memory, decodes faster, and is used as a run folder is.
 
-Both models are first compared on held-out rows. What int8 costs is printed and kept in the bundle as its receipt; if it
-costs more than the bounds allow, nothing is written and the exit code is 1.
+Both models are first compared on what the model is for: held-out documents, or the assistant's tokens of held-out
+chats. What int8 costs is printed with its 95 % interval and kept in the bundle as its receipt. If a whole interval lies
+beyond its bound, nothing is written and the exit code is 1.
 """
 
 EPILOG = """\
-example:
-  maxlm export runs/small bundles/small --format int8 --data data/small
-  maxlm chat bundles/small
+examples:
+  maxlm export runs/small bundles/small --data data/small
+  maxlm export runs/chat bundles/chat --data chats/valid.jsonl
+  maxlm chat bundles/chat
 """
 
 
@@ -39,7 +42,10 @@ def register(subparsers) -> None:
     parser.add_argument("--ema", action="store_true", help="the running mean of a run's weights (optim.ema_decay)")
     parser.add_argument("--format", choices=("int8",), default="int8", help="what to write (int8)")
     parser.add_argument(
-        "--data", required=True, metavar="FOLDER", help="a folder of `maxlm data build`, for its held-out rows"
+        "--data",
+        metavar="PATH",
+        help="what to compare on: a folder of `maxlm data build`, for its held-out documents, or a .jsonl file of chats"
+        " (what the run, or the one that it started from, was validated on)",
     )
     parser.add_argument(
         "--max-perplexity-change",
@@ -54,7 +60,10 @@ def register(subparsers) -> None:
         help="bound on the mean KL divergence from the float model, in nats a token (0.01)",
     )
     parser.add_argument(
-        "--num-batches", type=count, metavar="N", help="compare on at most this many batches of 8 rows (16)"
+        "--max-tokens",
+        type=count,
+        metavar="N",
+        help="compare on rows of at most this many tokens, spread evenly over the held-out ones (65536)",
     )
     parser.add_argument("--json", action="store_true", help="print the receipt as one JSON object")
     parser.set_defaults(func=run_export)
@@ -65,11 +74,11 @@ def run_export(args: argparse.Namespace) -> int:
 
     given = {
         name: value
-        for name in ("max_perplexity_change", "max_mean_kl", "num_batches")
+        for name in ("max_perplexity_change", "max_mean_kl", "max_tokens")
         if (value := getattr(args, name)) is not None
     }
     try:
-        receipt = export_int8(args.model, args.output, data_folder=args.data, ema=args.ema, **given)
+        receipt = export_int8(args.model, args.output, data=args.data, ema=args.ema, **given)
     except ReceiptOutOfBounds as error:
         # Not left to the caller, which knows nothing of receipts.
         _print_receipt(error.receipt, args, error=str(error))
@@ -86,9 +95,11 @@ def _print_receipt(receipt: "Receipt", args: argparse.Namespace, **more: str) ->
         print(json.dumps({**asdict(receipt), **more}))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("", "float", "int8", "change", title=f"{args.model} on {receipt.num_tokens:,} held-out tokens")
+    where = f"{receipt.num_tokens:,} held-out tokens of {receipt.num_units:,} {receipt.kind}"
+    table = Table("", "float", "int8", "change", "95 % interval", title=f"{escape(args.model)} on {where}")
     for column in table.columns[1:]:
         column.justify = "right"
     table.add_row(
@@ -96,15 +107,21 @@ def _print_receipt(receipt: "Receipt", args: argparse.Namespace, **more: str) ->
         f"{receipt.perplexity_float:.4f}",
         f"{receipt.perplexity_int8:.4f}",
         f"{receipt.perplexity_change:+.3%}",
+        _interval(receipt.change, "+.3%"),
     )
     size_change = receipt.bytes_int8 / receipt.bytes_float - 1
     table.add_row(
-        "weights, MB", f"{receipt.bytes_float / 1e6:.2f}", f"{receipt.bytes_int8 / 1e6:.2f}", f"{size_change:+.1%}"
+        "weights, MB", f"{receipt.bytes_float / 1e6:.2f}", f"{receipt.bytes_int8 / 1e6:.2f}", f"{size_change:+.1%}", ""
     )
-    table.add_row("KL, mean", "", "", f"{receipt.mean_kl:.5f} nats")
-    table.add_row("KL, largest", "", "", f"{receipt.max_kl:.5f} nats")
-    table.add_row("same likeliest token", "", "", f"{receipt.top1_agreement:.2%}")
+    table.add_row("KL, mean", "", "", f"{receipt.mean_kl:.5f} nats", _interval(receipt.kl, ".5f"))
+    table.add_row("KL, largest", "", "", f"{receipt.max_kl:.5f} nats", "")
+    table.add_row("same likeliest token", "", "", f"{receipt.top1_agreement:.2%}", "")
     Console().print(table)
+
+
+def _interval(interval: "Interval", style: str) -> str:
+    # A bracket escaped is no markup.
+    return "" if interval.low is None else f"\\[{interval.low:{style}}, {interval.high:{style}}]"
 
 
 def _bound(text: str) -> float:

@@ -6,15 +6,17 @@ Dimensions: B batch, L length, D embed, V vocab, C tokens in a chunk.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from maxlm.core.batch import Batch
+from maxlm.core.interval import Interval, ratio_interval
 from maxlm.errors import DataError
 from maxlm.models.decoder import Decoder
+from maxlm.ops.qtensor import QTensor
 
 # Tokens whose logits, of both models, live at a time.
 CHUNK_LENGTH = 512
@@ -22,57 +24,113 @@ CHUNK_LENGTH = 512
 
 @dataclass(frozen=True)
 class Receipt:
-    """Means are over targets, by their loss weights.
+    """Means are over targets, by their loss weights. Bounds `*_low` and `*_high` are those of 95 % intervals over
+    documents or chats (`core/interval.py`), None where there is one alone, which tells no spread.
 
+    kind: what was compared: documents, or the assistant's tokens of chats.
     perplexity_float, perplexity_int8: exp of the mean cross-entropy.
     perplexity_change: perplexity_int8 / perplexity_float - 1.
     mean_kl, max_kl: KL(float || int8) of the next-token distributions, in nats.
     top1_agreement: share of targets for which both models find the same token likeliest.
-    num_tokens: targets that were compared.
+    num_tokens, num_units: targets that were compared, and the documents or chats that they are of.
     bytes_float, bytes_int8: of the weights in memory.
     """
 
+    kind: Literal["documents", "chats"]
     perplexity_float: float
     perplexity_int8: float
     perplexity_change: float
+    perplexity_change_low: float | None
+    perplexity_change_high: float | None
     mean_kl: float
+    mean_kl_low: float | None
+    mean_kl_high: float | None
     max_kl: float
     top1_agreement: float
     num_tokens: int
+    num_units: int
     bytes_float: int
     bytes_int8: int
 
     @classmethod
-    def measure(cls, float_model: Decoder, int8_model: Decoder, batches: Iterable[Batch]) -> Self:
-        """Run both models over held-out rows, as they would be served: each with its own arithmetic.
+    def measure(
+        cls,
+        float_model: Decoder,
+        int8_model: Decoder,
+        batches: Iterable[tuple[Batch, np.ndarray]],
+        *,
+        kind: Literal["documents", "chats"],
+    ) -> Self:
+        """Run both models over held-out rows, each batch with the unit [B, L] of each of its tokens.
+
+        What is not of 8 bits is computed in float32 in both, so that the difference is that of quantisation, the same
+        on every machine, and not that of a matrix unit's rounding, which the float model has when it is served too.
 
         Raises:
           DataError: no target in the batches has a weight.
         """
-        totals, weight, max_kl, num_tokens = np.zeros(4), 0.0, 0.0, 0
-        for batch in batches:
-            values = np.stack(jax.device_get(_compare(float_model, int8_model, batch))).astype(np.float64)
-            weights_BL = np.asarray(batch.loss_weights, np.float64)
-            counted_BL = weights_BL > 0
+        float_model, int8_model = _in_float32(float_model), _in_float32(int8_model)
+        values, weights, units = [], [], []
+        for batch, units_BL in batches:
+            # On a TPU and on some GPUs a float32 product is one of fewer bits unless it is asked for.
+            with jax.default_matmul_precision("float32"):
+                found = np.stack(jax.device_get(_compare(float_model, int8_model, batch)))
             # Elsewhere (padding) the values mean nothing, and need not be finite.
-            totals += (values[:, counted_BL] * weights_BL[counted_BL]).sum(axis=1)
-            weight += weights_BL.sum()
-            max_kl = np.maximum(max_kl, values[2][counted_BL].max(initial=0.0))
-            num_tokens += int(counted_BL.sum())
-        if not num_tokens:
-            raise DataError("the held-out rows hold no target to compare the models on; build more data")
-        loss_float, loss_int8, mean_kl, agreement = totals / weight
+            counted_BL = np.asarray(batch.loss_weights) > 0
+            values.append(found[:, counted_BL].astype(np.float64))
+            weights.append(np.asarray(batch.loss_weights, np.float64)[counted_BL])
+            units.append(units_BL[counted_BL])
+        weight = np.concatenate(weights)
+        if not len(weight):
+            raise DataError("the held-out rows hold no target to compare the models on; give others with --data")
+        of_unit = np.unique(np.concatenate(units), return_inverse=True)[1]
+        loss_float, loss_int8, kl, agreement = np.concatenate(values, axis=1)
+
+        def mean(x: np.ndarray) -> Interval:
+            """By weight, units being resampled."""
+            return ratio_interval(np.bincount(of_unit, x * weight), np.bincount(of_unit, weight))
+
+        change, mean_kl = mean(loss_int8 - loss_float).map(lambda nats: float(np.expm1(nats))), mean(kl)
         return cls(
-            perplexity_float=float(np.exp(loss_float)),
-            perplexity_int8=float(np.exp(loss_int8)),
-            perplexity_change=float(np.expm1(loss_int8 - loss_float)),
-            mean_kl=float(mean_kl),
-            max_kl=float(max_kl),
-            top1_agreement=float(agreement),
-            num_tokens=num_tokens,
+            kind=kind,
+            perplexity_float=float(np.exp(mean(loss_float).value)),
+            perplexity_int8=float(np.exp(mean(loss_int8).value)),
+            perplexity_change=change.value,
+            perplexity_change_low=change.low,
+            perplexity_change_high=change.high,
+            mean_kl=mean_kl.value,
+            mean_kl_low=mean_kl.low,
+            mean_kl_high=mean_kl.high,
+            max_kl=float(kl.max()),
+            top1_agreement=mean(agreement).value,
+            num_tokens=len(weight),
+            num_units=int(of_unit.max()) + 1,
             bytes_float=_num_bytes(float_model),
             bytes_int8=_num_bytes(int8_model),
         )
+
+    @property
+    def change(self) -> Interval:
+        """Of perplexity, relative."""
+        return Interval(self.perplexity_change, self.perplexity_change_low, self.perplexity_change_high)
+
+    @property
+    def kl(self) -> Interval:
+        """The mean, in nats."""
+        return Interval(self.mean_kl, self.mean_kl_low, self.mean_kl_high)
+
+    def format_change(self) -> str:
+        """`+0.061% [+0.013%, +0.112%]`"""
+        text = f"{self.perplexity_change:+.3%}"
+        low, high = self.change.bounds
+        return text if low is None else f"{text} [{low:+.3%}, {high:+.3%}]"
+
+
+def _in_float32(model: Decoder) -> Decoder:
+    """The same weights, with activations and operands of float32 where they are not of 8 bits."""
+    exact = {"activation_dtype": "float32", "matmul_dtype": "float32", "eight_bit": None}
+    weights = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    return jax.tree.unflatten(jax.tree.structure(Decoder(model.config.model_copy(update=exact))), weights)
 
 
 @jax.jit

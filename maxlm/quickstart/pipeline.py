@@ -126,7 +126,7 @@ class Quickstart:
         bundle = self.path("int8")
         if self._is_done("int8") and self._is_of(bundle, "model", self.path("align")):
             return
-        export_int8(self.path("align"), bundle, data_folder=self.path("data"))
+        export_int8(self.path("align"), bundle, data=self.path("tasks") / "sft_valid.jsonl")
 
     def chat(self) -> None:
         """One chat turn against a server that runs on its own, as a client would have it."""

@@ -88,14 +88,16 @@ def make_data(folder: Path, tokenizer_folder: Path, **changes) -> Path:
     return folder
 
 
-def save_run(folder: Path, model: Decoder, *, tokenizer_folder: Path, data: Path, adapters=None, **changes) -> Path:
+def save_run(
+    folder: Path, model: Decoder, *, tokenizer_folder: Path, objective: dict, inputs: dict, adapters=None, **changes
+) -> Path:
     """A run folder as training leaves it; with `adapters`, only they are saved."""
     config = parse_config(
         {
             "kind": "train",
             "output": str(folder),
             "model": model.config.model_dump(mode="json"),
-            "objective": {"kind": "pretrain", "sources": [{"path": str(data)}]},
+            "objective": objective,
             "row_length": 32,
             **changes,
         }
@@ -110,9 +112,20 @@ def save_run(folder: Path, model: Decoder, *, tokenizer_folder: Path, data: Path
     with Checkpointer(folder, keep=1) as checkpointer:
         checkpointer.save(create_state(model if adapters is None else adapters, optax.sgd(0.1)), metadata)
     (folder / "tokenizer").symlink_to(tokenizer_folder)
-    inputs = {"tokenizer": tokenizer_folder, "data_0": data}
-    write_manifest(folder, stage="train/pretrain", inputs=inputs, config=metadata["config"], metrics={})
+    stage = f"train/{config.objective.kind}"
+    write_manifest(folder, stage=stage, inputs=inputs, config=metadata["config"], metrics={})
     return folder
+
+
+def save_pretraining(folder: Path, model: Decoder, *, tokenizer_folder: Path, data: Path, **changes) -> Path:
+    return save_run(
+        folder,
+        model,
+        tokenizer_folder=tokenizer_folder,
+        objective={"kind": "pretrain", "sources": [{"path": str(data)}]},
+        inputs={"tokenizer": tokenizer_folder, "data_0": data},
+        **changes,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -121,5 +134,5 @@ def run(tmp_path_factory) -> Run:
     tokenizer = make_tokenizer(folder / "tokenizer", vocab_size=320)
     data = make_data(folder / "data", folder / "tokenizer")
     model = draw_model(small_config(vocab_size=tokenizer.vocab_size))
-    path = save_run(folder / "run", model, tokenizer_folder=folder / "tokenizer", data=data)
+    path = save_pretraining(folder / "run", model, tokenizer_folder=folder / "tokenizer", data=data)
     return Run(path, data, tokenizer, model)

@@ -1,7 +1,8 @@
 """`maxlm export --format int8`: what it writes, what it measures, and what it refuses."""
 
 import json
-from dataclasses import asdict, replace
+import shutil
+from dataclasses import asdict
 
 import jax
 import numpy as np
@@ -9,25 +10,26 @@ import pytest
 
 from maxlm.cli import main
 from maxlm.config.train import LoraConfig
-from maxlm.core.batch import Batch
+from maxlm.core.interval import ratio_interval
 from maxlm.core.manifest import manifest_chain, read_manifest
 from maxlm.core.parameters import initialize
 from maxlm.core.tree import flatten
 from maxlm.data.loader import open_in_order
 from maxlm.errors import CheckpointError, ConfigError, DataError, TokenizerError
+from maxlm.export.held_out import find_held_out, read_held_out
 from maxlm.export.int8 import ReceiptOutOfBounds, check_receipt, export_int8
 from maxlm.export.receipt import Receipt
 from maxlm.generate.model import load
 from maxlm.models.adapters import declare_adapters
 from maxlm.models.bundle import load_bundle, quantize_model
 from maxlm.models.decoder import Decoder
-from tests.export.conftest import make_data, make_tokenizer, save_run
+from tests.export.conftest import make_data, make_tokenizer, save_pretraining, save_run
 
 
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory):
     output = tmp_path_factory.mktemp("bundles") / "int8"
-    return output, export_int8(run.path, output, data_folder=run.data)
+    return output, export_int8(run.path, output, data=run.data)
 
 
 @jax.jit
@@ -45,12 +47,14 @@ def test_the_receipt_is_that_of_whole_logits_in_float64(run, exported):
     _, receipt = exported
     quantized = quantize_model(run.model)
     rows = open_in_order([run.data], batch_size=1)
-    assert rows.num_steps <= 16 * 8
     batches = [rows.batch(step) for step in range(rows.num_steps)]
     tokens, targets, weights, segments, positions = (
         np.concatenate([batch[name] for batch in batches])
         for name in ("tokens", "targets", "loss_weights", "segment_ids", "positions")
     )
+    # The document of each token, by its place in the stream: a document that goes on in the next row is the same one.
+    firsts = [rows.documents(step)[0].ordinal for step in range(rows.num_steps)]
+    documents = np.array(firsts)[:, None] + segments - 1
     assert segments.max() > 1
     assert (weights == 0).any()
     log_p, log_q = (
@@ -58,11 +62,14 @@ def test_the_receipt_is_that_of_whole_logits_in_float64(run, exported):
         for model in (run.model, quantized)
     )
     counted = weights > 0
-    losses = [-np.take_along_axis(x, targets[..., None], axis=-1)[..., 0][counted].mean() for x in (log_p, log_q)]
+    nats = [-np.take_along_axis(x, targets[..., None], axis=-1)[..., 0][counted] for x in (log_p, log_q)]
+    losses = [x.mean() for x in nats]
     kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)[counted]
     agree = (log_p.argmax(axis=-1) == log_q.argmax(axis=-1))[counted]
 
+    assert receipt.kind == "documents"
     assert receipt.num_tokens == counted.sum()
+    assert receipt.num_units == len(np.unique(documents[counted]))
     assert receipt.perplexity_float == pytest.approx(np.exp(losses[0]), rel=1e-5)
     # An activation half-way between two int8 values rounds as the compiler orders its sums: that moves one token's loss
     # by 0.01 nats, the mean of these thousands by some 1e-6.
@@ -75,31 +82,51 @@ def test_the_receipt_is_that_of_whole_logits_in_float64(run, exported):
     assert receipt.top1_agreement == pytest.approx(agree.mean(), abs=1e-3)
     assert 0 < receipt.mean_kl < receipt.max_kl
 
+    sizes = np.bincount(documents[counted])
+    for got, of_target, tolerance in (
+        (receipt.change.map(np.log1p), nats[1] - nats[0], 5e-5),
+        (receipt.kl, kl, 1e-2 * kl.mean()),
+    ):
+        wanted = ratio_interval(np.bincount(documents[counted], of_target), sizes)
+        assert got.low < got.value < got.high
+        assert got.bounds == pytest.approx(wanted.bounds, abs=tolerance)
+
 
 def test_the_receipt_does_not_depend_on_how_the_rows_are_cut(run, monkeypatch):
-    from maxlm.export import receipt
+    from maxlm.export import held_out, receipt
 
     quantized = quantize_model(run.model)
+    found = read_held_out([run.data], run.tokenizer, max_length=64, max_tokens=10_000)
 
-    def measure(batch_size):
-        rows = open_in_order([run.data], batch_size=batch_size)
-        return Receipt.measure(run.model, quantized, map(Batch.from_rows, rows.iterate(num_threads=0)))
+    def measure():
+        return asdict(Receipt.measure(run.model, quantized, found.batches(), kind="documents"))
 
-    whole = measure(8)
+    whole = measure()
     monkeypatch.setattr(receipt, "CHUNK_LENGTH", 12)  # does not divide a row of 32
+    monkeypatch.setattr(held_out, "BATCH_TOKENS", 100)
     jax.clear_caches()
-    cut = measure(3)
+    cut = measure()
+    for name in ("kind", "num_tokens", "num_units"):
+        assert cut.pop(name) == whole.pop(name)
     # Logits that differ in the last bit may be rounded to another int8 in the layers; hence not equal.
-    assert asdict(cut) == pytest.approx(asdict(whole), rel=5e-3, abs=1e-4)
-    assert cut.num_tokens == whole.num_tokens
+    assert cut == pytest.approx(whole, rel=5e-3, abs=1e-4)
 
 
 def test_a_model_costs_nothing_against_itself(run):
-    rows = open_in_order([run.data], batch_size=4)
-    receipt = Receipt.measure(run.model, run.model, [Batch.from_rows(rows.batch(0))])
-    assert receipt.perplexity_change == 0
+    found = read_held_out([run.data], run.tokenizer, max_length=64, max_tokens=128)
+    receipt = Receipt.measure(run.model, run.model, found.batches(), kind="documents")
+    assert receipt.change.bounds == (0, 0)
     assert receipt.max_kl == 0
     assert receipt.top1_agreement == 1
+
+
+def test_operands_of_fewer_bits_are_no_cost_of_int8(run, exported):
+    """The float model's own rounding when it is served is in neither side."""
+    config = run.model.config.model_copy(update={"activation_dtype": "bfloat16", "matmul_dtype": "bfloat16"})
+    rounded = jax.tree.unflatten(jax.tree.structure(Decoder(config)), jax.tree.leaves(run.model))
+    found = read_held_out([run.data], run.tokenizer, max_length=64, max_tokens=1 << 16)
+    receipt = Receipt.measure(rounded, quantize_model(rounded), found.batches(), kind="documents")
+    assert receipt == exported[1]
 
 
 class TestBundle:
@@ -141,48 +168,76 @@ class TestBundle:
 
     def test_a_better_export_replaces_it_whole(self, run, tmp_path):
         output = tmp_path / "int8"
-        export_int8(run.path, output, data_folder=run.data)
+        export_int8(run.path, output, data=run.data)
         (output / "left-over").write_text("of the old bundle")
-        export_int8(run.path, output, data_folder=run.data, num_batches=1)
+        export_int8(run.path, output, data=run.data, max_tokens=100)
         assert not (output / "left-over").exists()
-        assert read_manifest(output)["config"]["num_batches"] == 1
+        assert read_manifest(output)["config"]["max_tokens"] == 100
         assert [path.name for path in tmp_path.iterdir()] == ["int8"]
 
 
+def a_receipt(change, kl):
+    """A receipt of two intervals, each given as its value and bounds."""
+    return Receipt("documents", 10.0, 10.04, *change, *kl, 0.5, 0.99, 1000, 30, 400, 100)
+
+
+BOUNDS = {"max_perplexity_change": 0.005, "max_mean_kl": 0.01}
+
+
 class TestBounds:
-    RECEIPT = Receipt(10.0, 10.04, 0.004, 0.009, 0.5, 0.99, 1000, 400, 100)
-
-    def test_within_bounds_passes(self):
-        check_receipt(self.RECEIPT, max_perplexity_change=0.004, max_mean_kl=0.009)
-
     @pytest.mark.parametrize(
-        "bounds",
+        ("change", "kl"),
         [
-            {"max_perplexity_change": 0.0039, "max_mean_kl": 0.009},
-            {"max_perplexity_change": 0.004, "max_mean_kl": 0.0089},
+            ((0.004, 0.003, 0.005), (0.009, 0.008, 0.01)),
+            # An interval that reaches within the bound shows nothing, whatever its middle says.
+            ((0.0058, 0.0048, 0.0068), (0.001, 0.001, 0.001)),
+            ((-0.0058, -0.0068, -0.0048), (0.001, 0.001, 0.001)),
+            ((0.0, 0.0, 0.0), (0.011, 0.0099, 0.012)),
+            # One document tells no spread.
+            ((0.005, None, None), (0.01, None, None)),
         ],
     )
-    def test_either_number_fails_it(self, bounds):
-        with pytest.raises(ReceiptOutOfBounds, match=r"\+0.400%.*0.00900") as caught:
-            check_receipt(self.RECEIPT, **bounds)
-        assert caught.value.exit_code == 1
-        assert caught.value.receipt == self.RECEIPT
+    def test_what_may_lie_within_bounds_passes(self, change, kl):
+        check_receipt(a_receipt(change, kl), **BOUNDS)
 
-    @pytest.mark.parametrize("change", [-0.1, float("nan"), float("inf")])
-    def test_a_drop_or_no_number_fails_it_too(self, change):
-        with pytest.raises(ReceiptOutOfBounds):
-            check_receipt(replace(self.RECEIPT, perplexity_change=change), max_perplexity_change=0.005, max_mean_kl=1)
+    @pytest.mark.parametrize(
+        ("change", "kl"),
+        [
+            ((0.006, 0.0051, 0.007), (0.001, 0.001, 0.001)),
+            ((-0.006, -0.007, -0.0051), (0.001, 0.001, 0.001)),
+            ((0.0, 0.0, 0.0), (0.011, 0.0101, 0.012)),
+            ((0.0051, None, None), (0.001, None, None)),
+            ((-0.0051, None, None), (0.001, None, None)),
+            ((0.0, None, None), (0.0101, None, None)),
+            ((float("nan"),) * 3, (0.001, 0.001, 0.001)),
+            ((0.0, 0.0, 0.0), (float("nan"),) * 3),
+            ((float("inf"),) * 3, (0.001, 0.001, 0.001)),
+        ],
+    )
+    def test_what_lies_beyond_either_as_a_whole_fails(self, change, kl):
+        with pytest.raises(ReceiptOutOfBounds, match="no bundle was written") as caught:
+            check_receipt(a_receipt(change, kl), **BOUNDS)
+        assert caught.value.exit_code == 1
+        assert caught.value.receipt.perplexity_change is change[0]
+
+    def test_says_how_far_it_is_off(self):
+        with pytest.raises(ReceiptOutOfBounds) as caught:
+            check_receipt(a_receipt((0.006, 0.0051, 0.007), (0.001, 0.0009, 0.0011)), **BOUNDS)
+        assert str(caught.value) == (
+            "int8 changes perplexity by +0.600% [+0.510%, +0.700%] (at most 0.500% is allowed) with a mean KL of"
+            " 0.00100 [0.00090, 0.00110] nats (at most 0.01000) on 30 documents, so no bundle was written"
+        )
 
     def test_nothing_is_left_behind(self, run, tmp_path):
         with pytest.raises(ReceiptOutOfBounds):
-            export_int8(run.path, tmp_path / "int8", data_folder=run.data, max_mean_kl=1e-9)
+            export_int8(run.path, tmp_path / "int8", data=run.data, max_mean_kl=1e-9)
         assert not list(tmp_path.iterdir())
 
     def test_an_earlier_bundle_stays(self, run, tmp_path):
-        export_int8(run.path, tmp_path / "int8", data_folder=run.data)
+        export_int8(run.path, tmp_path / "int8", data=run.data)
         before = read_manifest(tmp_path / "int8")
         with pytest.raises(ReceiptOutOfBounds):
-            export_int8(run.path, tmp_path / "int8", data_folder=run.data, max_mean_kl=1e-9)
+            export_int8(run.path, tmp_path / "int8", data=run.data, max_mean_kl=1e-9)
         assert read_manifest(tmp_path / "int8") == before
         load_bundle(tmp_path / "int8")
 
@@ -191,33 +246,33 @@ class TestRefuses:
     def test_a_folder_that_is_no_bundle(self, run, tmp_path):
         (tmp_path / "precious.txt").write_text("mine")
         with pytest.raises(ConfigError, match="exists and is no int8 bundle"):
-            export_int8(run.path, tmp_path, data_folder=run.data)
+            export_int8(run.path, tmp_path, data=run.data)
         assert (tmp_path / "precious.txt").read_text() == "mine"
 
     def test_a_bundle_as_model(self, exported, run, tmp_path):
         with pytest.raises(CheckpointError, match="is an int8 bundle already"):
-            export_int8(exported[0], tmp_path / "again", data_folder=run.data)
+            export_int8(exported[0], tmp_path / "again", data=run.data)
 
     def test_a_folder_without_a_model(self, run, tmp_path):
         with pytest.raises(CheckpointError, match="no whole checkpoint"):
-            export_int8(run.data, tmp_path / "int8", data_folder=run.data)
+            export_int8(run.data, tmp_path / "int8", data=run.data)
 
     def test_data_of_another_tokenizer(self, run, tmp_path):
         make_tokenizer(tmp_path / "tokenizer", vocab_size=330)
         data = make_data(tmp_path / "data", tmp_path / "tokenizer")
         with pytest.raises(TokenizerError, match="tokenizer"):
-            export_int8(run.path, tmp_path / "int8", data_folder=data)
+            export_int8(run.path, tmp_path / "int8", data=data)
         assert not (tmp_path / "int8").exists()
 
     def test_rows_longer_than_the_context(self, run, tmp_path):
         data = make_data(tmp_path / "data", run.path / "tokenizer", row_length=65)
         with pytest.raises(DataError, match="longer than the model's context of 64"):
-            export_int8(run.path, tmp_path / "int8", data_folder=data)
+            export_int8(run.path, tmp_path / "int8", data=data)
 
     def test_data_without_held_out_rows(self, run, tmp_path):
         data = make_data(tmp_path / "data", run.path / "tokenizer", valid_fraction=0.0)
         with pytest.raises(DataError, match="no rows of the split 'valid'"):
-            export_int8(run.path, tmp_path / "int8", data_folder=data)
+            export_int8(run.path, tmp_path / "int8", data=data)
 
 
 class TestCommandLine:
@@ -228,10 +283,13 @@ class TestCommandLine:
     def command(self, run, output, *more):
         return ["export", str(run.path), str(output), "--format", "int8", "--data", str(run.data), *more]
 
-    def test_prints_the_receipt(self, run, tmp_path, capsys):
+    def test_prints_the_receipt(self, run, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "120")
         assert main(self.command(run, tmp_path / "int8")) == 0
         printed = capsys.readouterr().out
-        for part in ("perplexity", "KL, mean", "nats", "same likeliest token"):
+        receipt = read_manifest(tmp_path / "int8")["metrics"]
+        change = f"[{receipt['perplexity_change_low']:+.3%}, {receipt['perplexity_change_high']:+.3%}]"
+        for part in ("perplexity", "KL, mean", "nats", "same likeliest token", f"{receipt['num_units']} docum", change):
             assert part in printed
         load_bundle(tmp_path / "int8")
 
@@ -254,7 +312,7 @@ class TestCommandLine:
         assert main(["export", str(tmp_path / "nothing"), str(tmp_path / "out"), "--data", str(run.data)]) == 2
         assert "there is no such folder" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("wrong", [("--num-batches", "0"), ("--max-mean-kl", "-1"), ("--max-mean-kl", "nan")])
+    @pytest.mark.parametrize("wrong", [("--max-tokens", "0"), ("--max-mean-kl", "-1"), ("--max-mean-kl", "nan")])
     def test_a_setting_out_of_range(self, run, tmp_path, capsys, wrong):
         with pytest.raises(SystemExit) as caught:
             main(self.command(run, tmp_path / "int8", *wrong))
@@ -266,7 +324,7 @@ def test_an_adapted_run_is_exported_with_its_adapters_merged(run, tmp_path):
     lora = LoraConfig(rank=2, alpha=4.0, targets=("query", "down"))
     adapters = initialize(declare_adapters(Decoder(run.model.config), lora), jax.random.key(5))
     adapters = jax.tree.map(lambda leaf: leaf + 0.1, adapters)
-    adapted = save_run(
+    adapted = save_pretraining(
         tmp_path / "run",
         run.model,
         tokenizer_folder=run.path / "tokenizer",
@@ -275,7 +333,7 @@ def test_an_adapted_run_is_exported_with_its_adapters_merged(run, tmp_path):
         init_from=str(run.path),
         lora=lora.model_dump(mode="json"),
     )
-    export_int8(adapted, tmp_path / "int8", data_folder=run.data)
+    export_int8(adapted, tmp_path / "int8", data=run.data)
     bundle, _ = load_bundle(tmp_path / "int8")
     base = np.asarray(run.model.layers.attention.query, np.float64)
     adapter = adapters["layers/attention/query"]
@@ -284,3 +342,102 @@ def test_an_adapted_run_is_exported_with_its_adapters_merged(run, tmp_path):
     step = np.abs(merged).max(axis=-2, keepdims=True) / 127
     assert (np.abs(got - merged) <= 0.5001 * step).all()
     assert (np.abs(got - base) > 2 * step).any()
+
+
+@pytest.fixture(scope="module")
+def chats(run, tmp_path_factory):
+    """A file of 30 chats beside training data of the same kind, and what SFT and GRPO leave after it."""
+    folder = tmp_path_factory.mktemp("chats")
+    words = ["fox", "dog", "wizard", "judge"]
+    lines = [
+        {
+            "messages": [
+                {"role": "user", "content": words[i % 4]},
+                {"role": "assistant", "content": "the quick " * (i % 3 + 1)},
+            ]
+        }
+        for i in range(30)
+    ]
+    for name in ("train", "valid"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def save(name, start, objective):
+        return save_run(
+            folder / name,
+            run.model,
+            tokenizer_folder=run.path / "tokenizer",
+            objective=objective,
+            inputs={"init_from": start, "train_file": folder / "train.jsonl"},
+            init_from=str(start),
+        )
+
+    files = {"train_file": str(folder / "train.jsonl"), "valid_file": str(folder / "valid.jsonl")}
+    sft = save("sft", run.path, {"kind": "sft", **files})
+    align = save("align", sft, {"kind": "grpo", "train_file": files["train_file"], "max_new_tokens": 4})
+    save("unchecked", run.path, {"kind": "sft", "train_file": files["train_file"]})
+    save("direct", run.path, {"kind": "grpo", "train_file": files["train_file"], "max_new_tokens": 4})
+    assert sft.parent == align.parent == folder
+    return folder
+
+
+class TestHeldOut:
+    def test_chats_are_measured_on_what_the_assistant_says(self, chats, run, tmp_path):
+        receipt = export_int8(chats / "sft", tmp_path / "int8", data=chats / "valid.jsonl", max_perplexity_change=1.0)
+        encoded = [
+            run.tokenizer.encode_chat(json.loads(line)["messages"])
+            for line in (chats / "valid.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+        assert receipt.kind == "chats"
+        assert receipt.num_units == 30
+        assert receipt.num_tokens == sum(sum(chat.loss_weights) for chat in encoded)
+        assert receipt.perplexity_change_low < receipt.perplexity_change < receipt.perplexity_change_high
+
+    def test_a_document_in_many_rows_is_one_unit(self, run):
+        found = read_held_out([run.data], run.tokenizer, max_length=64, max_tokens=1 << 16)
+        rows = open_in_order([run.data], batch_size=1)
+        ordinals = {item.ordinal for step in range(rows.num_steps) for item in rows.documents(step)}
+        inside = found.rows.segment_ids > 0
+        assert set(np.unique(found.units[inside])) == set(range(len(ordinals)))
+        # Tokens of one unit carry positions of one document: each position once.
+        for unit in range(len(ordinals)):
+            last = found.rows.positions[inside & (found.units == unit)]
+            assert len(last) >= last.max()
+
+    def test_rows_are_spread_evenly(self, run):
+        few = read_held_out([run.data], run.tokenizer, max_length=64, max_tokens=3 * 32)
+        stored = open_in_order([run.data], batch_size=1)
+        last = stored.num_steps - 1
+        wanted = [stored.batch(step)["tokens"][0] for step in (0, round(last / 2), last)]
+        np.testing.assert_array_equal(few.rows.tokens, wanted)
+        assert len(read_held_out([run.data], run.tokenizer, max_length=64, max_tokens=1).rows.tokens) == 1
+
+    def test_without_data_it_is_what_the_run_was_validated_on(self, chats, run):
+        assert [path.resolve() for path in find_held_out(run.path)] == [run.data]
+        for name in ("sft", "align"):
+            assert [path.resolve() for path in find_held_out(chats / name)] == [chats / "valid.jsonl"]
+
+    def test_it_is_found_after_all_has_moved(self, chats, run, tmp_path):
+        shutil.copytree(chats, tmp_path / "moved", symlinks=True)
+        (found,) = find_held_out(tmp_path / "moved" / "align")
+        assert found.resolve() == tmp_path / "moved" / "valid.jsonl"
+
+    @pytest.mark.parametrize("name", ["unchecked", "direct"])
+    def test_a_chat_model_is_not_judged_on_documents(self, chats, tmp_path, name):
+        with pytest.raises(DataError, match=r"leads to no file of held-out chats; name held-out .* with --data"):
+            export_int8(chats / name, tmp_path / "int8")
+
+    def test_what_is_gone_is_named(self, chats, tmp_path):
+        shutil.copytree(chats, tmp_path / "moved", symlinks=True)
+        (tmp_path / "moved" / "valid.jsonl").unlink()
+        with pytest.raises(DataError, match=r"valid\.jsonl: .* was validated on it, and it is not there"):
+            find_held_out(tmp_path / "moved" / "align")
+        (tmp_path / "moved" / "align" / "manifest.json").unlink()
+        with pytest.raises(DataError, match=r"has no manifest\.json that tells what it was validated on"):
+            find_held_out(tmp_path / "moved" / "align")
+
+    def test_a_file_of_something_else(self, run, tmp_path):
+        (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "answer": "b"}\n', encoding="utf-8")
+        with pytest.raises(DataError, match=r"prompts\.jsonl:1: lacks 'messages'"):
+            export_int8(run.path, tmp_path / "int8", data=tmp_path / "prompts.jsonl")
+        with pytest.raises(DataError, match="there is no such file; did you mean"):
+            export_int8(run.path, tmp_path / "int8", data=tmp_path / "prompt.jsonl")

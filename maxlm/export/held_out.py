@@ -1,0 +1,134 @@
+"""What two models are compared on: held-out documents or chats, as rows that tell which of them each target is of.
+
+Shapes: B rows of a batch, L length.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from maxlm.config.train import PACKED_OBJECTIVES
+from maxlm.core.batch import Batch
+from maxlm.core.manifest import FILE_NAME, read_manifest
+from maxlm.core.storage import resolve_path
+from maxlm.data.chat import PackedChats
+from maxlm.data.loader import open_in_order
+from maxlm.errors import DataError
+from maxlm.tokenizer.codec import Tokenizer
+from maxlm.train.checkpoint import find_checkpoint
+from maxlm.train.run import run_folder_of
+
+# Tokens of a batch, padding included.
+BATCH_TOKENS = 4096
+
+_NAME_DATA = "name held-out documents (a folder of `maxlm data build`) or chats (a .jsonl file) with --data"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows [n, length] of documents or of chats.
+
+    units: [n, length] int: a number for the document or chat that each token is of, the same in all rows.
+    paths: where they were read.
+    """
+
+    kind: Literal["documents", "chats"]
+    paths: tuple[Path, ...]
+    rows: Batch
+    units: np.ndarray
+
+    def batches(self) -> Iterator[tuple[Batch, np.ndarray]]:
+        """All rows once, as batches of one shape, each with its units; what is missing in the last is padding."""
+        num_rows, length = self.units.shape
+        size = min(num_rows, max(1, BATCH_TOKENS // length))
+        for start in range(0, num_rows, size):
+
+            def cut(x: np.ndarray, start=start) -> np.ndarray:
+                part = x[start : start + size]
+                return np.pad(part, ((0, size - len(part)), (0, 0)))
+
+            fields = {name: cut(value) for name, value in vars(self.rows).items()}
+            yield Batch(**fields), cut(self.units)
+
+
+def read_held_out(paths: Sequence[str | Path], tokenizer: Tokenizer, *, max_length: int, max_tokens: int) -> HeldOut:
+    """Rows that are spread evenly over what there is, as many as `max_tokens` allow, one at least.
+
+    Args:
+      paths: folders of `maxlm data build`, for the documents that they hold out, or one .jsonl file of chats, of which
+        the assistant's tokens are compared.
+      max_length: the model's context.
+
+    Raises:
+      DataError: there is nothing to read, or rows are longer than the context.
+      TokenizerError: the rows were made with another tokenizer.
+    """
+    paths = tuple(map(Path, paths))
+    if all(path.is_dir() for path in paths):
+        return _read_documents(paths, tokenizer, max_length=max_length, max_tokens=max_tokens)
+    (path,) = paths
+    chats = PackedChats.read(path, tokenizer, row_length=max_length)
+    rows = chats.batch(_spread(len(chats.rows), max_tokens // max_length))
+    # A chat lies in one row, as one segment of it.
+    units = np.arange(len(rows.tokens))[:, None] * (rows.segment_ids.max() + 1) + rows.segment_ids
+    return HeldOut("chats", paths, rows, units)
+
+
+def find_held_out(model_path: str | Path) -> list[Path]:
+    """What a run was validated on: the data of pretraining, the chats of SFT; of alignment, those of its start.
+
+    Raises:
+      DataError: the run's manifests lead to none, or it is gone.
+    """
+    folder, chat_model = Path(run_folder_of(find_checkpoint(model_path))), False
+    while True:
+        if not (folder / FILE_NAME).is_file():
+            raise DataError(f"{folder}: has no {FILE_NAME} that tells what it was validated on; {_NAME_DATA}")
+        manifest = read_manifest(folder)
+        objective, inputs = manifest["config"]["objective"], manifest["inputs"]
+        if objective["kind"] == "sft" and objective["valid_file"] is not None:
+            found = [_beside(objective, resolve_path(inputs["train_file"]["path"], folder))]
+            break
+        if objective["kind"] in PACKED_OBJECTIVES and not chat_model:
+            found = [resolve_path(item["path"], folder) for name, item in inputs.items() if name.startswith("data_")]
+            break
+        if objective["kind"] in ("sft", *PACKED_OBJECTIVES):
+            raise DataError(f"{model_path}: leads to no file of held-out chats; {_NAME_DATA}")
+        folder, chat_model = Path(resolve_path(inputs["init_from"]["path"], folder)), True
+    found = [Path(os.path.relpath(path)) for path in found]
+    if gone := [path for path in found if not path.exists()]:
+        raise DataError(f"{gone[0]}: {model_path} was validated on it, and it is not there; {_NAME_DATA}")
+    return found
+
+
+def _beside(objective: dict[str, Any], train_file: Path) -> Path:
+    """The validation file of a run whose training file lies there now: a manifest links to the latter alone."""
+    return train_file.parent / os.path.relpath(objective["valid_file"], Path(objective["train_file"]).parent)
+
+
+def _read_documents(paths: tuple[Path, ...], tokenizer: Tokenizer, *, max_length: int, max_tokens: int) -> HeldOut:
+    stored = open_in_order(paths, batch_size=1, expected_fingerprint=tokenizer.fingerprint)
+    if stored.row_length > max_length:
+        raise DataError(
+            f"{paths[0]}: its rows of {stored.row_length} tokens are longer than the model's context of {max_length};"
+            f" build the data with row_length={max_length}"
+        )
+    units: dict[tuple[str, int], int] = {}
+    read, unit_rows = [], []
+    for index in _spread(stored.num_steps, max_tokens // stored.row_length).tolist():
+        row = stored.batch(index)
+        # A document may go on over many rows; they are no samples of their own.
+        numbers = [units.setdefault((item.folder, item.ordinal), len(units)) for item in stored.documents(index)]
+        read.append(row)
+        unit_rows.append(np.array([0, *numbers])[row["segment_ids"]])
+    rows = {name: np.concatenate([row[name] for row in read]) for name in read[0]}
+    return HeldOut("documents", paths, Batch.from_rows(rows), np.concatenate(unit_rows))
+
+
+def _spread(count: int, limit: int) -> np.ndarray:
+    """At most `limit` of `count` indices, evenly spread; one at least."""
+    return np.linspace(0, count - 1, max(1, min(count, limit))).round().astype(int)
