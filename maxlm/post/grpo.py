@@ -17,7 +17,7 @@ from maxlm.core.term import LossOutput, Term
 from maxlm.data.chat import EpochOrder, padded_batches, share_of
 from maxlm.data.preference import Prompt, read_prompts, round_up
 from maxlm.post.advantages import group_advantages, has_signal
-from maxlm.post.rewards import find_reward
+from maxlm.post.rewards import check_answer, find_reward
 from maxlm.post.sampler import Answers, Sampler
 from maxlm.post.sequences import local_rows, token_log_probabilities, token_scores
 from maxlm.train.objective import RunContext
@@ -219,7 +219,10 @@ class Grpo:
     def _read(self, path: str) -> list[Prompt]:
         config = self._context.config
         room = config.row_length - config.objective.max_new_tokens
-        return read_prompts(path, self._context.tokenizer, max_prompt_length=room, row_length=config.row_length)
+        prompts = read_prompts(path, self._context.tokenizer, max_prompt_length=room, row_length=config.row_length)
+        for prompt in prompts:
+            check_answer(config.objective.reward, prompt.record, prompt.place)
+        return prompts
 
 
 def policy_rows(answers: Answers) -> tuple[Batch, np.ndarray]:
