@@ -40,8 +40,10 @@ class ModelConfig(Frozen):
         description="Sliding window of each layer, in tokens, repeated over the layers; null sees everything before.",
     )
     activation_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    matmul_dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="Operands of matrix products; they always accumulate in float32."
+    matmul_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "bfloat16",
+        description="Operands of matrix products; they always accumulate in float32. auto: bfloat16 where the hardware"
+        " multiplies it (TPUs, GPUs, CPUs with AVX512-BF16 or AMX), else float32.",
     )
     eight_bit: Literal["int8", "fp8"] | None = Field(
         None,

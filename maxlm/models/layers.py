@@ -19,7 +19,7 @@ from maxlm.core.term import LossOutput
 from maxlm.models.cache import KVCache
 from maxlm.ops.attention import attention
 from maxlm.ops.context import context_attention
-from maxlm.ops.linear import linear
+from maxlm.ops.linear import linear, operand_dtype
 from maxlm.ops.norm import rms_norm
 from maxlm.ops.ring import RowOrder
 from maxlm.ops.rope import apply_rope
@@ -178,7 +178,7 @@ def _sharded_attention(config: ModelConfig, query_BLHE, key_BLKE, value_BLKE, co
         "window": window,
         "soft_cap": config.attention_soft_cap,
         "implementation": None if config.attention == "auto" else config.attention,
-        "matmul_dtype": jnp.dtype(config.matmul_dtype),
+        "matmul_dtype": jnp.dtype(operand_dtype(config.matmul_dtype)),
     }
     if not is_explicit():
         return attention(query_BLHE, key_BLKE, value_BLKE, segment_ids=context.segment_ids_BL, **settings)

@@ -13,7 +13,7 @@ from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import Parameter, normal, zeros
 from maxlm.core.term import LossOutput, Term
 from maxlm.models.layers import Mlp
-from maxlm.ops.linear import linear
+from maxlm.ops.linear import linear, operand_dtype
 from maxlm.ops.moe import Routing, mixture_of_experts, route, router_scores
 from maxlm.ops.moe_balance import bias_pull, choices, document_balance
 
@@ -96,7 +96,7 @@ class MixtureOfExperts(nnx.Module):
             self.gate,
             self.up,
             self.down,
-            dtype=self.config.matmul_dtype,
+            dtype=operand_dtype(self.config.matmul_dtype),
             capacity_factor=capacity_factor,
             output_axes=output_axes,
             implementation=None if moe.implementation == "auto" else moe.implementation,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from maxlm.core.hardware import multiplies_bfloat16
 from maxlm.core.sharding import gather_weight, gathered_spec, is_explicit, logical_to_spec, spec_of
 from maxlm.ops import eight_bit
 from maxlm.ops.qtensor import QTensor
@@ -32,8 +33,8 @@ Weight = jax.Array | QTensor | AdaptedWeight
 def linear(x: jax.Array, weight: Weight, dtype: str, output_axes: tuple[str | None, ...] | None = None) -> jax.Array:
     """x [..., I] times weight [I, O], as [..., O] in the dtype of x.
 
-    `dtype` is that of the operands: "float32", "bfloat16", or a kind of `ops/eight_bit.py`; products accumulate in
-    float32 (of int8 in int32). A quantised weight has its own arithmetic, and adapters' products are not of 8 bits.
+    `dtype` is that of the operands: "auto", "float32", "bfloat16", or a kind of `ops/eight_bit.py`; products accumulate
+    in float32 (of int8 in int32). A quantised weight has its own arithmetic, and adapters' products are not of 8 bits.
     `output_axes` names the logical axes that the result is to be cut along, where they are not those of x and weight:
     a product whose contraction is cut can be summed and spread over those devices at once.
     """
@@ -44,12 +45,19 @@ def linear(x: jax.Array, weight: Weight, dtype: str, output_axes: tuple[str | No
     if isinstance(weight, QTensor):
         return weight.multiply(x)
     out_spec = logical_to_spec(output_axes) if output_axes is not None and is_explicit() else None
-    return _matmul(x, weight, dtype, 0, out_spec)
+    return _matmul(x, weight, operand_dtype(dtype), 0, out_spec)
+
+
+def operand_dtype(dtype: str) -> str:
+    """`dtype`, with "auto" resolved for the platform that is traced for."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if multiplies_bfloat16() else "float32"
 
 
 def unembed(x: jax.Array, table: jax.Array | QTensor, dtype: str) -> jax.Array:
     """x [..., embed] times the rows of table [vocab, embed], as [..., vocab] in the dtype of x."""
-    return table.multiply(x) if isinstance(table, QTensor) else _matmul(x, table, dtype, 1, None)
+    return table.multiply(x) if isinstance(table, QTensor) else _matmul(x, table, operand_dtype(dtype), 1, None)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

@@ -8,8 +8,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maxlm.config.mesh import MeshConfig
+from maxlm.core import hardware
 from maxlm.core.sharding import logical_to_spec, make_mesh, shard
-from maxlm.ops.linear import AdaptedWeight, embed, linear, unembed
+from maxlm.ops.linear import AdaptedWeight, embed, linear, operand_dtype, unembed
 from maxlm.ops.qtensor import quantize
 
 
@@ -142,3 +143,25 @@ def test_embedding_on_a_mesh_is_that_of_one_device():
         rows = jax.device_put(tokens, NamedSharding(mesh, P(("data", "fsdp"), None)))
         got = jax.jit(lambda table, tokens: embed(table, tokens, "float32"))(placed, rows)
         np.testing.assert_array_equal(got, table[tokens])
+
+
+@pytest.mark.parametrize(
+    ("flags", "xla_flags", "expected"),
+    [
+        ("fma avx2", "", "float32"),
+        ("avx512f avx512_bf16", "", "bfloat16"),
+        ("avx512f amx_bf16 amx_tile", "--xla_dump_to=x", "bfloat16"),
+        ("avx512_bf16 amx_bf16", "--xla_cpu_max_isa=AVX2", "float32"),
+        ("avx512_bf16 amx_bf16", "--xla_cpu_max_isa=AVX512_BF16", "bfloat16"),
+    ],
+)
+def test_auto_takes_bfloat16_operands_where_the_processor_multiplies_them(monkeypatch, flags, xla_flags, expected):
+    monkeypatch.setenv("XLA_FLAGS", xla_flags)
+    monkeypatch.setattr(hardware.Path, "read_text", lambda path, encoding: f"processor : 0\nflags : {flags}\n")
+    hardware._cpu_multiplies_bfloat16.cache_clear()
+    try:
+        x, weight = jnp.asarray(draw(3, 24)), jnp.asarray(draw(24, 16, seed=1))
+        np.testing.assert_array_equal(linear(x, weight, "auto"), linear(x, weight, expected))
+        assert operand_dtype("auto") == expected
+    finally:
+        hardware._cpu_multiplies_bfloat16.cache_clear()
