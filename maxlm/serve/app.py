@@ -5,13 +5,11 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
-from fastapi.staticfiles import StaticFiles
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -22,21 +20,12 @@ from maxlm.generate.engine import Engine, EngineStoppedError, QueueFullError
 from maxlm.generate.model import LoadedModel
 from maxlm.serve.metrics import ServerMetrics
 from maxlm.serve.middleware import CountRequests, LimitBody
+from maxlm.serve.page import add_page
 from maxlm.serve.replies import ChatReply, CompletionReply, error_body, usage
 from maxlm.serve.running import RunningRequests
 from maxlm.serve.schema import ChatBody, CompletionBody, SamplingBody
 
-STATIC = Path(__file__).parent / "static"
 MAX_BODY_BYTES = 8 * 1024 * 1024
-
-# The page loads nothing from elsewhere, and the browser holds it to that.
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
-    " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 
 
 class UnknownModelError(MaxlmError):
@@ -94,10 +83,6 @@ def create_app(model: LoadedModel, engine: Engine) -> FastAPI:
     async def scrape() -> Response:
         return PlainTextResponse(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return FileResponse(STATIC / "index.html", headers=_PAGE_HEADERS)
-
     def _model_entry() -> dict:
         return {
             "id": model.name,
@@ -107,7 +92,7 @@ def create_app(model: LoadedModel, engine: Engine) -> FastAPI:
             "max_model_len": engine.max_length,
         }
 
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    add_page(app)
     app.add_middleware(LimitBody, max_bytes=MAX_BODY_BYTES)
     app.add_middleware(CountRequests, counter=metrics.requests)
     return app

@@ -29,9 +29,12 @@ def need_server() -> None:
 
     try:
         import fastapi  # noqa: F401
+        import linkify_it  # noqa: F401
+        import markdown_it  # noqa: F401
+        import nh3  # noqa: F401
         import uvicorn  # noqa: F401
-    except ImportError:
-        raise RequestError("maxlm serve needs FastAPI and uvicorn: pip install 'maxlm[serve]'") from None
+    except ImportError as error:
+        raise RequestError(f"maxlm serve needs the package {error.name}: pip install 'maxlm[serve]'") from None
 
 
 def run(args: argparse.Namespace) -> int:

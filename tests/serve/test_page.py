@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-import maxlm.serve.app
+import maxlm.serve.page
 
-STATIC = Path(maxlm.serve.app.__file__).parent / "static"
+STATIC = Path(maxlm.serve.page.__file__).parent / "static"
 
 
 def test_the_page_and_all_it_names_are_served(http):
