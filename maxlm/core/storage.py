@@ -3,25 +3,39 @@
 import contextlib
 import fcntl
 import os
+import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+import xxhash
 from etils import epath
 
 from maxlm.core.progress import console
 from maxlm.errors import ConfigError
+
+# Names that Orbax, TensorStore and etils are known to take. Of others, some are taken for patterns (`[1]`), separators
+# (`\\`) or buckets (`gs:`), and what is written under them cannot be read.
+_PLAIN_NAME = re.compile(r"[\w .+=@,%~-]*")
 
 
 def storage_path(path: str | os.PathLike) -> epath.Path:
     """`path` to read and write, wherever it lies; `pathlib` would take a bucket for a local folder named `gs:`.
 
     Raises:
-      ConfigError: it names a bucket, and the package that reaches buckets is not installed.
+      ConfigError: it names a bucket, and the package that reaches buckets is not installed; or it names a kind of
+        storage that there is none of.
     """
-    path = epath.Path(path)
+    given = os.fspath(path)
+    try:
+        path = epath.Path(path)
+    except KeyError:
+        raise ConfigError([f"{given}: begins with no known kind of storage; give a folder, or gs://BUCKET"]) from None
     if is_remote(path):
+        if not is_remote(given):
+            raise ConfigError([f"{given}: is taken for the bucket {path}; give another folder, or a link to this one"])
         try:
             path.exists()
         except ImportError as error:
@@ -38,6 +52,37 @@ def absolute_path(path: str | os.PathLike) -> epath.Path:
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether it lies in a bucket."""
     return "://" in os.fspath(path)
+
+
+def plain_path(path: str | os.PathLike) -> epath.Path:
+    """The same file or folder under a name that Orbax and TensorStore can take: a link in the folder for temporaries.
+
+    Raises:
+      ConfigError: `path` has a name that needs a link, and none can be made.
+    """
+    path = absolute_path(path)
+    odd = [number for number, name in enumerate(path.parts[1:], 1) if not _PLAIN_NAME.fullmatch(name)]
+    if is_remote(path) or not odd:
+        return path
+    target = os.path.join(*path.parts[: odd[-1] + 1])
+    links = Path(tempfile.gettempdir()).resolve() / f"maxlm-links-{os.getuid()}"
+    # The name depends on the target alone: processes may make it at the same time, and it never changes.
+    link = links / xxhash.xxh3_128_hexdigest(os.fsencode(target))
+    try:
+        links.mkdir(mode=0o700, exist_ok=True)
+        if links.lstat().st_uid != os.getuid() or not all(map(_PLAIN_NAME.fullmatch, links.parts[1:])):
+            raise OSError(f"{links} cannot hold one")
+        with contextlib.suppress(FileExistsError):
+            link.symlink_to(target)
+    except OSError as error:
+        characters = " ".join(sorted({repr(c)[1:-1] for c in path.parts[odd[-1]] if not _PLAIN_NAME.fullmatch(c)}))
+        raise ConfigError(
+            [
+                f"{target}: checkpoints cannot be stored under a name with {characters}, nor a link be made to it"
+                f" ({error}); give a folder without it, or name a folder for temporaries as TMPDIR"
+            ]
+        ) from None
+    return epath.Path(link, *path.parts[odd[-1] + 1 :])
 
 
 def files_in(folder: epath.Path) -> Iterator[epath.Path]:

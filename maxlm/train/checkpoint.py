@@ -24,10 +24,11 @@ from maxlm.config.train import LoraConfig
 from maxlm.core.agree import any_process
 from maxlm.core.distributed import is_primary
 from maxlm.core.progress import console
-from maxlm.core.storage import absolute_path, is_remote
+from maxlm.core.storage import absolute_path, is_remote, plain_path
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError, FaultError, MaxlmError, TrainingError
 from maxlm.train.checksums import checksums
+from maxlm.train.readback import check_written
 from maxlm.train.retry import Retries, first_line, is_disk_full, is_storage_error
 from maxlm.train.state import TrainState
 
@@ -42,7 +43,8 @@ class Checkpointer:
     """Saves in the background, and restores the newest checkpoint that is whole.
 
     Use as a context manager: leaving it waits for the last save. A save that failed is tried again at once, with the
-    state that is given then: one that failed in the background is noticed by `has_failed`, or by the next save.
+    state that is given then: one that failed in the background is noticed by `has_failed`, or by the next save. One
+    that cannot be read back has failed: it gets no name, and no older one is removed for it.
     """
 
     def __init__(self, run_folder: str | os.PathLike, *, keep: int, retries: int = 3, retry_seconds: float = 1.0):
@@ -159,17 +161,19 @@ class Checkpointer:
 
     def _open(self) -> ocp.CheckpointManager:
         self._failure: Exception | None = None
-        self._under_way = False
+        self._under_way: tuple[int, dict[str, Any]] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep,
             enable_async_checkpointing=True,
             # Where a folder cannot be made, threads that wait for it would keep a process from ending for minutes.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.AsyncOptions(
+                create_directories_asynchronously=False, post_finalization_callback=self._look_back
+            ),
             # What a save left that failed, or whose process was killed, is removed.
             cleanup_tmp_directories=True,
         )
-        return ocp.CheckpointManager(self.folder, options=options)
+        return ocp.CheckpointManager(plain_path(self.folder), options=options)
 
     def _start(self, state: TrainState, metadata: dict[str, Any]) -> None:
         step = int(state.step)
@@ -185,6 +189,9 @@ class Checkpointer:
             "shapes": _shapes(weights),
             "rest_shapes": _shapes(rest),
         }
+        # The link that a name may need has its place among temporaries, which some systems clear.
+        plain_path(self.folder)
+        self._under_way = step, metadata
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -194,7 +201,15 @@ class Checkpointer:
             ),
             force=True,
         )
-        self._under_way = True
+
+    def _look_back(self) -> None:
+        """Called in the background where all is written, and before it gets the name of a checkpoint."""
+        if not is_primary():
+            return
+        try:
+            check_written(self.folder, *self._under_way)
+        except Exception as error:
+            raise ValueError(f"what was written cannot be read back: {first_line(error)}") from error
 
     def _finish_last(self) -> None:
         """Until the save under way is on disk; raises what it failed with."""
@@ -207,8 +222,8 @@ class Checkpointer:
         if any_process(self._failure is not None):
             self._failure = self._failure or OSError("another process could not save its part")
             raise self._failure
-        if self._under_way:
-            self._under_way, self._failures = False, 0
+        if self._under_way is not None:
+            self._under_way, self._failures = None, 0
 
     def _after_failure(self, error: Exception) -> None:
         """Make ready to save again, after a while; raises TrainingError or FaultError when it is no use."""
@@ -286,7 +301,8 @@ class Checkpointer:
         )
 
     def _newest(self) -> str:
-        steps = self._manager.all_steps()
+        # On the disk: the manager has forgotten those that a save which failed was to replace.
+        steps = _steps(self.folder)
         return f"the newest whole checkpoint is of step {max(steps)}" if steps else "there is no whole checkpoint yet"
 
 
@@ -334,7 +350,7 @@ def _steps(folder: epath.Path) -> list[int]:
     """Steps of the checkpoints in a folder that are not half written."""
     if not folder.is_dir():
         return []
-    paths = [path for path in folder.iterdir() if path.name.isdigit() and (path / "weights").is_dir()]
+    paths = [path for path in plain_path(folder).iterdir() if path.name.isdigit() and (path / "weights").is_dir()]
     return [int(path.name) for path in paths if ocp.utils.is_checkpoint_finalized(path)]
 
 
@@ -369,7 +385,7 @@ def trained_as(metadata: dict[str, Any], *, where: epath.Path) -> tuple[ModelCon
 
 
 def _load_metadata(checkpoint: epath.Path) -> dict[str, Any]:
-    return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(checkpoint / "metadata")
+    return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(plain_path(checkpoint) / "metadata")
 
 
 def restore_weights(checkpoint: epath.Path, like: Any) -> Any:
@@ -382,7 +398,7 @@ def restore_weights(checkpoint: epath.Path, like: Any) -> Any:
     flat = flatten(like)
     check_shapes(metadata["shapes"], _shapes(flat), where=checkpoint)
     handler = ocp.StandardCheckpointer()
-    weights = _readable(checkpoint, lambda: handler.restore(checkpoint / "weights", _as_abstract(flat)))
+    weights = _readable(checkpoint, lambda: handler.restore(plain_path(checkpoint) / "weights", _as_abstract(flat)))
     _note_unchecked(metadata, checkpoint)
     if not _is_unchanged({"weights": weights}, metadata):
         raise CheckpointError(f"{checkpoint}: the weights differ from those that were saved; use another checkpoint")
@@ -408,7 +424,7 @@ def restore_ema(checkpoint: epath.Path, like: Any) -> Any:
         wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
     )
     handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    mean = _readable(checkpoint, lambda: handler.restore(checkpoint / "rest", args=arguments))
+    mean = _readable(checkpoint, lambda: handler.restore(plain_path(checkpoint) / "rest", args=arguments))
     _note_unchecked(metadata, checkpoint)
     if not _is_unchanged({"rest": mean}, metadata):
         raise CheckpointError(f"{checkpoint}: the mean differs from the one that was saved; use another checkpoint")
