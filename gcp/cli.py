@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from gcp.job import GENERATIONS, Capacity, Tpu, TpuJob
+from maxlm.core.arguments import count, count_or_zero
 from maxlm.errors import ConfigError
 
 DESCRIPTION = """\
@@ -82,13 +83,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--env", action="append", default=[], metavar="NAME=VALUE", help="variable of the training process; repeatable"
     )
     what.add_argument(
-        "--restarts", type=int, default=10, metavar="N", help="start training again when it dies, at most N times (10)"
+        "--restarts",
+        type=count_or_zero,
+        default=10,
+        metavar="N",
+        help="start training again when it dies, at most N times (10)",
     )
     what.add_argument("--delete-after", action="store_true", help="stay until training has ended, then delete the TPU")
 
     logs = parser.add_argument_group("for --action=logs")
-    logs.add_argument("--worker", type=int, default=0, help="which worker (default: 0)")
-    logs.add_argument("--tail", type=int, metavar="LINES", help="start with the last lines only (default: all)")
+    logs.add_argument("--worker", type=count_or_zero, default=0, help="which worker (default: 0)")
+    logs.add_argument("--tail", type=count, metavar="LINES", help="start with the last lines only (default: all)")
 
 
 def run(args: argparse.Namespace) -> int:

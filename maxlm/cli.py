@@ -4,10 +4,14 @@ import argparse
 import errno
 import importlib
 import json
+import os
+import select
 import sys
 
+from maxlm.core.bug import out_of_memory, report_bug
 from maxlm.core.platform import prepare_platform
-from maxlm.errors import MaxlmError
+from maxlm.core.streams import prepare_streams
+from maxlm.errors import BUG_EXIT_CODE, MaxlmError, RequestError
 
 # Modules with a `register(subparsers)`; they import nothing heavy at their top.
 COMMANDS = (
@@ -55,28 +59,69 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, run, and turn a user's mistake into one sentence and exit code 2."""
-    args = parse(argv)
-    prepare_platform()
+    """Parse and run; a user's mistake becomes one sentence and exit code 2, a bug of ours one and 70."""
+    prepare_streams()
+    args = argparse.Namespace()
     try:
-        return args.func(args) or 0
+        check_encoding(sys.argv[1:] if argv is None else argv)
+        args = parse(argv)
+        prepare_platform()
+        code = args.func(args) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # while a reader that has left can still be told from a bug
+        return code
     except MaxlmError as error:
-        if getattr(args, "json", False):
-            print(json.dumps({"error": str(error)}))
-        print(f"maxlm: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:
-        return 0
-    except OSError as error:
-        # A folder that may not be written, a file in its place, a full disk are the user's to mend.
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"maxlm: {where}{(error.strerror or str(error)).lower()}", file=sys.stderr)
-        return 2
+        return _end(args, str(error), error.exit_code)
     except KeyboardInterrupt:
-        print("maxlm: interrupted", file=sys.stderr)
-        return 130
+        return _end(args, "interrupted", 130)
+    except Exception as error:
+        if _is_reader_gone(error):
+            return 0
+        if told := _told_by_system(error) or out_of_memory(error):
+            return _end(args, told, MaxlmError.exit_code)
+        return _end(args, report_bug(error), BUG_EXIT_CODE)
+
+
+def check_encoding(argv: list[str]) -> None:
+    """Raise RequestError for an argument that holds bytes of another encoding: no file of ours could name it."""
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise RequestError(
+                f"argument {word!a}: is no UTF-8 text; rename the file, or use a locale whose encoding is UTF-8"
+            ) from None
+
+
+def _end(args: argparse.Namespace, message: str, code: int) -> int:
+    """Tell why a command ended; returns the exit code."""
+    if getattr(args, "json", False):
+        print(json.dumps({"error": message}))
+    print(f"maxlm: {message}", file=sys.stderr)
+    return code
+
+
+def _is_reader_gone(error: Exception) -> bool:
+    """Whether the program that read our output has ended, such as `head`; what is left is for nobody then."""
+    if not isinstance(error, BrokenPipeError) or sys.__stdout__ is None:
+        return False
+    output = sys.__stdout__.fileno()
+    poll = select.poll()
+    poll.register(output, 0)
+    if not poll.poll(0):
+        return False
+    # Python flushes once more at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
+
+
+def _told_by_system(error: Exception) -> str | None:
+    """The sentence for what the system refused: a folder that may not be written, a file in its place, a full disk."""
+    of_machine = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
+    if not isinstance(error, OSError) or (error.filename is None and error.errno not in of_machine):
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{(error.strerror or str(error)).lower()}"
 
 
 if __name__ == "__main__":

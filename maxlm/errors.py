@@ -1,8 +1,11 @@
 """The few exceptions that a user can cause.
 
 Each carries one sentence: what is wrong, where, and what to do. The command line prints it and exits with the class's
-code; a traceback means a bug of ours.
+code. Every other exception is a bug of ours.
 """
+
+# Of a bug: what sysexits.h calls an internal software error.
+BUG_EXIT_CODE = 70
 
 
 class MaxlmError(Exception):
@@ -12,11 +15,12 @@ class MaxlmError(Exception):
 
 
 class ConfigError(MaxlmError):
-    """A configuration has mistakes; `problems` holds one line for each."""
+    """A configuration has mistakes; `problems` holds one line for each. The first 20 are told."""
 
     def __init__(self, problems: list[str]):
         self.problems = problems
-        super().__init__("\n".join(problems))
+        more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+        super().__init__("\n".join(problems[:20] + more))
 
 
 class DataError(MaxlmError):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,108 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, tiny_data_folder
     assert code == 2, error
     assert f"{tmp_path}/file" in error
     assert "Traceback" not in error
+
+
+@pytest.fixture
+def run_that(monkeypatch, tmp_path):
+    """`maxlm config schema` with another function behind it."""
+
+    def run(function) -> int:
+        monkeypatch.setattr("maxlm.config.json_schema", function)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        return cli.main(["config", "schema"])
+
+    return run
+
+
+def raising(error: Exception):
+    def fail():
+        raise error
+
+    return fail
+
+
+def test_a_bug_of_ours_is_one_sentence_and_its_traceback_a_file(run_that, capsys, monkeypatch):
+    assert run_that(raising(ZeroDivisionError("one\ntwo"))) == 70
+    said = capsys.readouterr().err
+    assert said.startswith("maxlm: this is a bug of maxlm: ZeroDivisionError: one two; please report it with ")
+    assert said.count("\n") == 1
+    trace = Path(said.partition("with ")[2].partition(" (")[0]).read_text(encoding="utf-8")
+    assert "Traceback" in trace
+    assert "in fail" in trace
+    monkeypatch.setenv("MAXLM_TRACEBACK", "1")
+    assert run_that(raising(ZeroDivisionError())) == 70
+    assert "in fail" in capsys.readouterr().err
+
+
+class JaxRuntimeError(RuntimeError):
+    """As JAX names what XLA raises."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (MemoryError("Unable to allocate 931. GiB"), 2, "out of memory (Unable to allocate 931. GiB); take a smaller"),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of\nmemory"), 2, "out of memory (RESOURCE_EXHAUSTED: Out of memory)"),
+        (JaxRuntimeError("INTERNAL"), 70, "this is a bug of maxlm: JaxRuntimeError: INTERNAL"),
+        (OSError(28, "No space left on device"), 2, "no space left on device"),
+        (PermissionError(13, "Permission denied", "/x"), 2, "/x: permission denied"),
+        (OSError("what"), 70, "this is a bug of maxlm: OSError: what"),
+        (BrokenPipeError(32, "Broken pipe"), 70, "this is a bug of maxlm: BrokenPipeError"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_ends_a_command_is_told_by_its_kind(error, code, said, run_that, capsys):
+    assert run_that(raising(error)) == code
+    told = capsys.readouterr().err
+    assert told.startswith(f"maxlm: {said}")
+    assert told.count("\n") == 1
+
+
+def test_an_ascii_terminal_and_a_reader_that_leaves():
+    """What the terminal lacks is escaped as in JSON; `head` ends a command without a word."""
+    text = "é → 🙂"
+    script = (
+        "import sys, json\nfrom rich.console import Console\nfrom maxlm import cli, config\n"
+        f"config.json_schema = lambda: print({text!r}) or Console().print('┃', {text!r}) or {{}}\n"
+        "sys.exit(cli.main(['config', 'schema']))"
+    )
+    done = python(script, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(f'"{done.stdout.splitlines()[0]}"') == text
+    command = [sys.executable, "-m", "maxlm.cli", "config", "show", "configs/quickstart/pretrain.yaml", "\udcff=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "is no UTF-8 text; rename the file" in done.stderr
+    command = f"{sys.executable} -m maxlm.cli config schema | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["data", "show", "x", "-n", "-1"], "argument -n: '-1' must be a whole number from 1 to 2147483647"),
+        (["data", "at-step", "0", "--run", "x"], "argument N: '0' must be"),
+        (["data", "at-step", "9" * 5000, "--run", "x"], "argument N: '999"),
+        (["preview", "x", "-n", "²"], "argument -n: '²' must be"),
+        (["generate", "x", "y", "--seed", "-1"], "argument --seed: '-1' must be a whole number from 0 to 4294967295"),
+        (["generate", "x", "y", "--seed", str(2**70)], "argument --seed"),
+        (
+            ["generate", "x", "y", "--temperature", "nan"],
+            "argument --temperature: 'nan' must be a number of at least 0",
+        ),
+        (["eval", "x", "--min-accuracy", "inf"], "argument --min-accuracy: 'inf' must be"),
+        (["serve", "x", "--port", "65536"], "argument --port: '65536' must be a whole number from 0 to 65535"),
+        (["serve", "x", "--slots", "0"], "argument --slots: '0' must be"),
+    ],
+)
+def test_numbers_of_arguments_have_their_bounds(arguments, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert said in last
+    assert len(last) < 200
 
 
 def test_a_tpu_library_without_a_tpu_is_left_alone():

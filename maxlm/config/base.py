@@ -1,14 +1,35 @@
 """What every configuration model shares."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# JAX counts steps and sizes in 32 bits.
+MAX_COUNT = 2**31 - 1
+# What Grain shuffles with and JAX makes keys of.
+MAX_SEED = 2**32 - 1
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Characters = Annotated[int, Field(ge=1, le=2**53)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+# No clock waits longer than some centuries.
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
 
 
 class Frozen(BaseModel):
-    """An immutable section of a configuration; a key that it does not declare is a mistake."""
+    """An immutable section of a configuration; a key that it does not declare is a mistake.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    Values are taken as they are: no number from a text, no whole number from `true` or 1.0.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists(cls, section: Any) -> Any:
+        """YAML has lists where fields are tuples."""
+        if not isinstance(section, dict):
+            return section
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}

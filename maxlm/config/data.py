@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, model_validator
 
-from maxlm.config.base import Count, Fraction, Frozen
+from maxlm.config.base import Characters, Count, CountOrZero, Fraction, Frozen, Seed
 
 
 class SourceConfig(Frozen):
@@ -17,7 +17,7 @@ class SourceConfig(Frozen):
     text_field: str = Field("text", description="The field that holds the text, in formats that have fields.")
     id_field: str | None = Field(None, description="The field that names a document; without it, file and position do.")
     document_per_line: bool = Field(False, description="Each line of a plain-text file is a document.")
-    split_on_blank_lines: Count | None = Field(
+    split_on_blank_lines: Characters | None = Field(
         None,
         description="Cut a plain-text file into documents of about this many characters, at blank lines;"
         " without it and document_per_line, each file is one document.",
@@ -36,8 +36,8 @@ class CleanConfig(Frozen):
     """Normalisation, and which documents are abnormal."""
 
     unicode_form: Literal["NFC", "NFKC", "none"] = "NFC"
-    min_characters: Count = 40
-    max_characters: Count = 2_000_000
+    min_characters: Characters = 40
+    max_characters: Characters = 2_000_000
     min_letter_fraction: Fraction = Field(0.25, description="Letters among the characters that are not white space.")
     max_repeated_line_fraction: Fraction = Field(0.7, description="Lines that stand in the document before.")
 
@@ -69,8 +69,8 @@ class DataConfig(Frozen):
     valid_fraction: Fraction = Field(0.05, description="Documents held out, chosen by a hash of their id.")
     tokenizer: str = Field(description="Folder of the tokenizer that the rows are made with.")
     row_length: Annotated[int, Field(ge=2)] = Field(256, description="Tokens in a packed row.")
-    workers: NonNegativeInt = Field(0, description="Processes that clean and tokenise; 0 takes one for each core.")
-    seed: int = 0
+    workers: CountOrZero = Field(0, description="Processes that clean and tokenise; 0 takes one for each core.")
+    seed: Seed = 0
 
 
 class TokenizerConfig(Frozen):
@@ -82,5 +82,5 @@ class TokenizerConfig(Frozen):
     algorithm: Literal["bpe", "unigram"] = "bpe"
     vocab_size: Count = 2048
     character_coverage: Fraction = 0.9995
-    max_characters: Count = Field(50_000_000, description="Train on at most this much text, evenly drawn.")
-    seed: int = 0
+    max_characters: Characters = Field(50_000_000, description="Train on at most this much text, evenly drawn.")
+    seed: Seed = 0

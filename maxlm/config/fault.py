@@ -1,8 +1,10 @@
 """What a run does about bad steps, storage that fails, and lost machines."""
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from typing import Annotated
 
-from maxlm.config.base import Count, Frozen
+from pydantic import Field, PositiveFloat
+
+from maxlm.config.base import Count, CountOrZero, Frozen
 
 
 class GuardConfig(Frozen):
@@ -14,7 +16,7 @@ class GuardConfig(Frozen):
     max_skipped_in_a_row: Count = Field(
         5, description="After so many, go back to the last checkpoint and pass over their batches."
     )
-    max_rollbacks: NonNegativeInt = Field(3, description="Times that a run may go back before it stops.")
+    max_rollbacks: CountOrZero = Field(3, description="Times that a run may go back before it stops.")
 
 
 class LocalCheckpointConfig(Frozen):
@@ -30,8 +32,8 @@ class CheckpointConfig(Frozen):
 
     every: Count = 500
     keep: Count = 2
-    retries: NonNegativeInt = Field(3, description="Times that a save or restore that failed is tried again.")
-    retry_seconds: NonNegativeFloat = Field(
+    retries: CountOrZero = Field(3, description="Times that a save or restore that failed is tried again.")
+    retry_seconds: Annotated[float, Field(ge=0, le=1e9)] = Field(
         1.0, description="Wait before the first of them; each wait is about twice the one before it."
     )
     local: LocalCheckpointConfig | None = None

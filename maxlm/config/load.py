@@ -5,18 +5,24 @@ last: `optim.learning_rate=3e-4`.
 """
 
 import difflib
+import json
 import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any
 
+import annotated_types
 import yaml
 from pydantic import BaseModel, Field, Tag, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from maxlm.config.data import DataConfig, TokenizerConfig
+from maxlm.config.read import MAX_DEPTH, BadYaml, read_yaml
 from maxlm.config.sweep import SweepConfig
 from maxlm.config.train import TrainConfig
 from maxlm.errors import ConfigError
+
+MAX_SHOWN = 60  # characters of a value in a message
 
 AnyConfig = Annotated[TrainConfig | DataConfig | TokenizerConfig | SweepConfig, Field(discriminator="kind")]
 _MODELS = {"train": TrainConfig, "data": DataConfig, "tokenizer": TokenizerConfig, "sweep": SweepConfig}
@@ -84,17 +90,18 @@ def _read_with_base(path: Path) -> dict:
 
 def _read_yaml(path: Path) -> dict:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError([f"{path}: there is no such file{hint}"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path}: cannot be read: {error}"]) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError([f"{path}{line}: is not valid YAML: {getattr(error, 'problem', error)}"]) from None
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror.lower()}"]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: is no UTF-8 text (byte {error.start + 1}); save it as UTF-8"]) from None
+    except BadYaml as error:
+        line = f", line {error.line}" if error.line else ""
+        raise ConfigError([f"{path}{line}: {error}"]) from None
     if not isinstance(tree, dict):
         raise ConfigError([f"{path}: must hold keys and values, such as `kind: train`"])
     return tree
@@ -115,21 +122,25 @@ def _apply_override(tree: dict, override: str) -> str | None:
     """Set one key in place; returns what is wrong with the override, or None."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        return f"override {override!r}: must look like section.key=value"
+        return f"override {_shown(override)}: must look like section.key=value"
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return f"override {override!r}: the value is not valid YAML"
+        value = read_yaml(text)
+    except BadYaml as error:
+        return f"override {_shown(override)}: the value {error}"
     keys = dotted.split(".")
+    if len(keys) > MAX_DEPTH:
+        return f"override {_shown(override)}: the key is nested too deep"
     node: Any = tree
     for depth, key in enumerate(keys):
         where = ".".join(keys[:depth])
         if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
-                return f"override {override!r}: {where} is a list of {len(node)}, counted from 0, and has no {key}"
+            if key not in map(str, range(len(node))):
+                return (
+                    f"override {_shown(override)}: {where} is a list of {len(node)}, counted from 0, and has no {key}"
+                )
             key = int(key)
         elif not isinstance(node, dict):
-            return f"override {override!r}: {where} holds a value, not a section"
+            return f"override {_shown(override)}: {where} holds a value, not a section"
         if depth == len(keys) - 1:
             node[key] = value
         elif isinstance(node, dict) and node.get(key) is None:
@@ -164,7 +175,51 @@ def _explain(item: dict, tree: dict) -> str:
     if item["type"] == "value_error":
         prefix = f"{path}: " if location else ""
         return prefix + str(item["ctx"]["error"])
-    return f"{path}: {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+    return f"{path}: {_shown(item['input'])}: {_wanted(item, model, location)}"
+
+
+# For pydantic's words, which name types of Python.
+_TYPES = {
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a text; write it in quotes",
+    "tuple_type": "must be a list, such as [a, b]",
+    "dict_type": "must be a section of keys and values",
+    "model_type": "must be a section of keys and values",
+}
+
+
+def _wanted(item: dict, model: type[BaseModel] | None, location: list[str]) -> str:
+    """What a value must be; of a number, the whole range."""
+    field = model.model_fields.get(location[-1]) if model and location else None
+    if item["type"] in ("int_type", "int_from_float", "greater_than_equal", "less_than_equal") and field:
+        told = [part for part in _metadata(field) if isinstance(part, annotated_types.Ge | annotated_types.Le)]
+        bounds = {type(part): getattr(part, "ge", getattr(part, "le", None)) for part in told}
+        if len(bounds) == 2:
+            whole = any(int in (member, *typing.get_args(member)) for member in _members(field.annotation))
+            number = "whole number" if whole else "number"
+            return f"must be a {number} from {bounds[annotated_types.Ge]} to {bounds[annotated_types.Le]}"
+    if item["type"] in _TYPES:
+        return _TYPES[item["type"]]
+    return item["msg"].replace("Input should be", "must be").replace("Tuple should have", "must be a list of")
+
+
+def _metadata(field: FieldInfo) -> list:
+    """The constraints of a field's annotation; pydantic leaves those of `X | None` inside."""
+    inner = [part for member in _members(field.annotation) for part in getattr(member, "__metadata__", ())]
+    nested = [part.metadata for part in inner if isinstance(part, FieldInfo)]
+    return [*field.metadata, *inner, *(part for parts in nested for part in parts)]
+
+
+def _shown(value: Any) -> str:
+    """A value as a YAML file has it, cut where it is long."""
+    try:
+        text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except ValueError:
+        text = "a number of thousands of digits"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 def _locate(loc: tuple, tree: Any) -> tuple[list[str], type[BaseModel] | None]:

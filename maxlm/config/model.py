@@ -2,9 +2,9 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
-from maxlm.config.base import Count, Frozen
+from maxlm.config.base import Count, CountOrZero, Frozen
 from maxlm.config.moe import MoeConfig
 from maxlm.config.pipeline import PipelineConfig
 
@@ -12,7 +12,7 @@ from maxlm.config.pipeline import PipelineConfig
 class ModelConfig(Frozen):
     """A Llama-style decoder: pre-norm, RMSNorm, RoPE, grouped-query attention, SwiGLU."""
 
-    vocab_size: NonNegativeInt = Field(0, description="Number of token ids; 0 takes the tokenizer's.")
+    vocab_size: CountOrZero = Field(0, description="Number of token ids; 0 takes the tokenizer's.")
     num_layers: Count = 4
     embed_dim: Count = 256
     base_embed_dim: Count | None = Field(

@@ -2,9 +2,9 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from maxlm.config.base import Count, Frozen
+from maxlm.config.base import Count, CountOrZero, Frozen
 
 
 class BalanceConfig(Frozen):
@@ -25,7 +25,7 @@ class MoeConfig(Frozen):
     num_experts: Count = 8
     experts_per_token: Count = 2
     mlp_dim: Count = Field(description="Channels of one expert.")
-    num_shared_experts: NonNegativeInt = Field(
+    num_shared_experts: CountOrZero = Field(
         0, description="Experts that every token passes; computed as one MLP that is so many times as wide."
     )
     scoring: Literal["softmax", "sigmoid"] = Field("softmax", description="What makes scores of the router's logits.")

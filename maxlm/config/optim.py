@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from maxlm.config.base import Count, Fraction, Frozen
+from maxlm.config.base import Count, CountOrZero, Fraction, Frozen
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -18,11 +18,15 @@ class ScheduleConfig(Frozen):
         " `decay_fraction` of the steps; inverse_sqrt: with the root of the step, without end; cosine_restarts:"
         " `cycles` times from 1 to `final_factor`.",
     )
-    warmup_steps: NonNegativeInt = 20
+    warmup_steps: CountOrZero | None = Field(None, description="null takes 20, or all steps of a shorter run.")
     decay_fraction: Fraction = 0.2
     final_factor: Fraction = 0.1
     cycles: Count = Field(4, description="Cycles of cosine_restarts between the warm-up and the last step.")
     cycle_growth: Annotated[float, Field(ge=1)] = Field(1.0, description="How many times longer each cycle is.")
+
+    def warmup(self, num_steps: int) -> int:
+        """Steps of the warm-up of a run of `num_steps`."""
+        return min(20, num_steps) if self.warmup_steps is None else self.warmup_steps
 
 
 class GroupConfig(Frozen):

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, PositiveFloat, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from maxlm.config.base import Count, Frozen
+from maxlm.config.base import Count, Frozen, Seconds, Seed
 
 _RANGE_KEYS = {"low", "high", "log", "points"}
 
@@ -26,7 +26,7 @@ class Range(Frozen):
         return self
 
 
-Choices = Annotated[tuple[Any, ...], Field(min_length=1, description="The values that are tried.")]
+Choices = Annotated[tuple[Any, ...], Field(min_length=1, strict=False, description="The values that are tried.")]
 Dimension = Annotated[
     Annotated[Range, Tag("range")] | Annotated[Choices, Tag("choices")],
     Discriminator(lambda value: "range" if isinstance(value, dict | Range) else "choices"),
@@ -44,7 +44,7 @@ class RandomMethod(Frozen):
 
     kind: Literal["random"] = "random"
     trials: Count = 8
-    seed: int = 0
+    seed: Seed = 0
 
 
 class HalvingMethod(Frozen):
@@ -55,7 +55,7 @@ class HalvingMethod(Frozen):
     eta: Annotated[int, Field(ge=2)] = 3
     min_steps: Count = Field(description="Steps of the first round, at least.")
     max_steps: Count | None = Field(None, description="Steps of the last round; null takes the training's own.")
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -115,7 +115,7 @@ class SweepConfig(Frozen):
         {}, description="Dotted key -> list of values, or {low, high, log}: what differs between trials."
     )
     method: Method = GridMethod()
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] | None = Field(
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = Field(
         None, description="Each setting is trained with all of them, and their mean counts; null takes the training's."
     )
     metric: str = Field("loss", description="The validation metric that counts.")
@@ -124,7 +124,7 @@ class SweepConfig(Frozen):
     keep_checkpoints: Literal["best", "all", "none"] = Field(
         "best", description="Whose checkpoints stay: those of the best trial at each size, all, none."
     )
-    trial_seconds: PositiveFloat | None = Field(None, description="A trial that takes longer is ended, and has failed.")
+    trial_seconds: Seconds | None = Field(None, description="A trial that takes longer is ended, and has failed.")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

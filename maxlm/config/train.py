@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from maxlm.config.base import Count, Fraction, Frozen
+from maxlm.config.base import Count, CountOrZero, Fraction, Frozen, Seed
 from maxlm.config.fault import CheckpointConfig, GuardConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.model import ModelConfig
@@ -129,15 +129,20 @@ class TrainConfig(Frozen):
     accumulate: Count = Field(1, description="Microbatches that a step is cut into.")
     row_length: Count = Field(256, description="Tokens in a row.")
     log_every: Count = 10
-    eval_every: NonNegativeInt = Field(200, description="Steps between validations; 0 validates at the end alone.")
+    eval_every: CountOrZero = Field(200, description="Steps between validations; 0 validates at the end alone.")
     eval_batches: Count = Field(16, description="Batches of a validation.")
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         problems = []
         if self.batch_size % self.accumulate:
             problems.append(f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})")
+        if self.optim.schedule.warmup(self.steps) > self.steps:
+            problems.append(
+                f"optim.schedule.warmup_steps ({self.optim.schedule.warmup_steps}) exceeds steps ({self.steps}), so the"
+                f" learning rate would never be reached; set it to at most {self.steps}"
+            )
         if self.model is None and self.init_from is None:
             problems.append("either model or init_from must be given")
         if self.model is not None and self.row_length > self.model.max_length:

@@ -1,6 +1,12 @@
 """What the commands' arguments have in common. Imports nothing heavy: `maxlm --help` reads all of them."""
 
 import argparse
+import math
+import re
+import sys
+from collections.abc import Callable
+
+from maxlm.errors import RequestError
 
 
 def add_config(parser: argparse.ArgumentParser, kind: str) -> None:
@@ -11,8 +17,46 @@ def add_config(parser: argparse.ArgumentParser, kind: str) -> None:
     )
 
 
-def count(text: str) -> int:
-    """For `type=`: a whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if re.fullmatch(r"[+-]?[0-9]{1,20}", text) and low <= int(text) <= high:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{_short(text)} must be a whole number from {low} to {high}")
+
+    return parse
+
+
+# For `type=`, with the bounds of `Count`, `CountOrZero` and `Seed` in maxlm/config/base.py.
+count = _whole(1, 2**31 - 1)
+count_or_zero = _whole(0, 2**31 - 1)
+seed = _whole(0, 2**32 - 1)
+port = _whole(0, 65535)
+
+
+def at_least_zero(text: str) -> float:
+    """For `type=`: a finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{_short(text)} must be a number of at least 0")
+    return value
+
+
+def text_or_stdin(text: str) -> str:
+    """The text of an argument for which `-` reads standard input.
+
+    Raises:
+      RequestError: standard input is no text.
+    """
+    if text != "-":
+        return text
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input is no {error.encoding.upper()} text; give it as UTF-8") from None
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")

@@ -14,6 +14,7 @@ import xxhash
 from etils import epath
 
 from maxlm.core.storage import absolute_path, files_in, relative_path, resolve_path, storage_path
+from maxlm.core.streams import ESCAPE
 from maxlm.errors import DataError
 
 FILE_NAME = "manifest.json"
@@ -102,7 +103,8 @@ def write_json(path: str | Path, value: Any) -> None:
     path = storage_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # A name on this machine may hold bytes that are no UTF-8: escaped, it is the same name when it is read again.
+    temporary.write_bytes((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", ESCAPE))
     temporary.replace(path)
 
 

@@ -17,8 +17,9 @@ def prepare_platform() -> None:
     """
     if "JAX_PLATFORMS" not in os.environ and find_spec("libtpu") and not _has_accelerator():
         os.environ["JAX_PLATFORMS"] = "cpu"
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path.home() / ".cache" / "maxlm" / "compilation")
+    home = os.path.expanduser("~")  # "~" again where nobody knows
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and home != "~":
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(home) / ".cache" / "maxlm" / "compilation")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from maxlm.core.arguments import add_config
+from maxlm.core.arguments import add_config, count, seed
 
 _EPILOG = """\
 examples:
@@ -48,7 +48,7 @@ def register(subparsers) -> None:
     what.add_argument("--rows", action="store_true", help="packed rows instead of documents")
     what.add_argument("--rejects", action="store_true", help="rejected records instead of documents")
     show.add_argument("--split", choices=["train", "valid"], default="train", help="default: %(default)s")
-    show.add_argument("-n", type=int, default=5, metavar="N", help="how many; default: %(default)s")
+    show.add_argument("-n", type=count, default=5, metavar="N", help="how many; default: %(default)s")
     show.add_argument("--json", action="store_true", help="print one JSON object a line, with whole texts")
     show.set_defaults(func=run_show)
 
@@ -58,12 +58,12 @@ def register(subparsers) -> None:
         description="Print the documents whose tokens a training step reads: to look at what a jump in the loss met.",
         epilog="example: maxlm data at-step 120 --run runs/small",
     )
-    at_step.add_argument("step", type=int, metavar="N", help="the step, as logs count: the first is 1")
+    at_step.add_argument("step", type=count, metavar="N", help="the step, as logs count: the first is 1")
     source = at_step.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", metavar="RUN", help="a run of objective.kind=pretrain")
     source.add_argument("--data", metavar="FOLDER", nargs="+", help="data folders, mixed with equal weights")
-    at_step.add_argument("--seed", type=int, default=0, help="with --data; default: %(default)s")
-    at_step.add_argument("--batch-size", type=int, default=16, help="with --data; default: %(default)s")
+    at_step.add_argument("--seed", type=seed, default=0, help="with --data; default: %(default)s")
+    at_step.add_argument("--batch-size", type=count, default=16, help="with --data; default: %(default)s")
     at_step.add_argument("--json", action="store_true", help="print one JSON object a line")
     at_step.set_defaults(func=run_at_step)
 
@@ -118,14 +118,11 @@ def run_at_step(args: argparse.Namespace) -> int:
     from maxlm.data.loader import open_mixture
     from maxlm.data.quarantine import batch_of_step, read_quarantine
     from maxlm.data.show import open_run
-    from maxlm.errors import DataError
 
     if args.run:
         rows = open_run(args.run)
     else:
         rows = open_mixture([(path, 1.0) for path in args.data], seed=args.seed, batch_size=args.batch_size)
-    if args.step < 1:
-        raise DataError(f"step {args.step}: steps are counted from 1, as logs count them")
     passed_over = [record["batch"] for record in read_quarantine(args.run)] if args.run else []
     documents = rows.documents(batch_of_step(args.step - 1, passed_over))
     for document in documents:

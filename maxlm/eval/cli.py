@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from maxlm.core.arguments import count
+from maxlm.core.arguments import at_least_zero, count, seed
 
 _EVAL_EPILOG = """\
 examples:
@@ -51,11 +51,13 @@ def register(subparsers) -> None:
     evaluation.add_argument("--no-baselines", action="store_true", help="leave out counting models and xz")
     evaluation.add_argument("--max-documents", type=count, metavar="N", help="held-out documents, evenly drawn (all)")
     evaluation.add_argument("--max-new-tokens", type=count, default=64, metavar="N", help="of an answer (%(default)s)")
-    evaluation.add_argument("--temperature", type=float, default=0.0, metavar="T", help="%(default)s is greedy")
+    evaluation.add_argument("--temperature", type=at_least_zero, default=0.0, metavar="T", help="%(default)s is greedy")
     evaluation.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable")
-    evaluation.add_argument("--seed", type=int, default=0, help="of intervals and sampled answers (%(default)s)")
-    evaluation.add_argument("--max-bits-per-byte", type=float, metavar="X", help="exit with 1 above this")
-    evaluation.add_argument("--min-accuracy", type=float, metavar="X", help="exit with 1 below this, on any task")
+    evaluation.add_argument("--seed", type=seed, default=0, help="of intervals and sampled answers (%(default)s)")
+    evaluation.add_argument("--max-bits-per-byte", type=at_least_zero, metavar="X", help="exit with 1 above this")
+    evaluation.add_argument(
+        "--min-accuracy", type=at_least_zero, metavar="X", help="exit with 1 below this, on any task"
+    )
     evaluation.add_argument("--output", metavar="FILE", help="write everything as JSON, each example included")
     evaluation.add_argument("--json", action="store_true", help="print JSON instead of tables")
     evaluation.set_defaults(func=run_eval)

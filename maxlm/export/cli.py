@@ -5,7 +5,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from maxlm.core.arguments import count
+from maxlm.core.arguments import at_least_zero, count
 
 if TYPE_CHECKING:
     from maxlm.core.interval import Interval
@@ -49,13 +49,13 @@ def register(subparsers) -> None:
     )
     parser.add_argument(
         "--max-perplexity-change",
-        type=_bound,
+        type=at_least_zero,
         metavar="X",
         help="bound on the relative change of perplexity, up or down (0.005, half a per cent)",
     )
     parser.add_argument(
         "--max-mean-kl",
-        type=_bound,
+        type=at_least_zero,
         metavar="X",
         help="bound on the mean KL divergence from the float model, in nats a token (0.01)",
     )
@@ -122,9 +122,3 @@ def _print_receipt(receipt: "Receipt", args: argparse.Namespace, **more: str) ->
 def _interval(interval: "Interval", style: str) -> str:
     # A bracket escaped is no markup.
     return "" if interval.low is None else f"\\[{interval.low:{style}}, {interval.high:{style}}]"
-
-
-def _bound(text: str) -> float:
-    if not (value := float(text)) >= 0:
-        raise argparse.ArgumentTypeError("must be 0 or more")
-    return value

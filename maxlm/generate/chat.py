@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from maxlm.errors import MaxlmError
+from maxlm.errors import MaxlmError, RequestError
 from maxlm.generate.engine import Engine
 from maxlm.generate.model import LoadedModel
 from maxlm.generate.request import Request
@@ -47,6 +47,8 @@ class Chat:
             except (EOFError, KeyboardInterrupt):
                 print()
                 return 0
+            except UnicodeDecodeError as error:
+                raise RequestError(f"standard input is no {error.encoding.upper()} text; give it as UTF-8") from None
             if line == "/quit":
                 return 0
             if line == "/reset":

@@ -3,7 +3,8 @@
 import argparse
 import json
 import secrets
-import sys
+
+from maxlm.core.arguments import at_least_zero, count, count_or_zero, seed, text_or_stdin
 
 
 def register(subparsers) -> None:
@@ -41,7 +42,7 @@ def run_generate(args: argparse.Namespace) -> int:
     from maxlm.generate.request import Request
 
     model = load(args.model, ema=args.ema)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = text_or_stdin(args.prompt)
     seed = _seed(args)
     request = Request(
         tuple(model.encode(prompt)),
@@ -102,18 +103,22 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_sampling(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int | None) -> None:
     told = "as many as fit" if max_new_tokens is None else max_new_tokens
     parser.add_argument(
-        "--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"longest answer, in tokens ({told})"
+        "--max-new-tokens", type=count, default=max_new_tokens, metavar="N", help=f"longest answer, in tokens ({told})"
     )
     parser.add_argument(
         "--temperature",
-        type=float,
+        type=at_least_zero,
         default=temperature,
         metavar="T",
         help=f"0 is deterministic ({temperature})",
     )
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="likeliest tokens of this mass (1: all)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="this many likeliest tokens (0: all)")
-    parser.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text (a random one)")
+    parser.add_argument(
+        "--top-p", type=at_least_zero, default=1.0, metavar="P", help="likeliest tokens of this mass (1: all)"
+    )
+    parser.add_argument(
+        "--top-k", type=count_or_zero, default=0, metavar="K", help="this many likeliest tokens (0: all)"
+    )
+    parser.add_argument("--seed", type=seed, metavar="S", help="the same seed gives the same text (a random one)")
 
 
 def _seed(args: argparse.Namespace) -> int:

@@ -2,6 +2,8 @@
 
 import argparse
 
+from maxlm.core.arguments import count, count_or_zero, port
+
 
 def register(subparsers) -> None:
     """Add the command to the command line."""
@@ -16,10 +18,14 @@ def register(subparsers) -> None:
     serve.add_argument("model", metavar="MODEL", help="a run folder, a checkpoint folder or an int8 bundle")
     serve.add_argument("--ema", action="store_true", help="the running mean of a run's weights (optim.ema_decay)")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
-    serve.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (8000)")
-    serve.add_argument("--slots", type=int, default=8, metavar="N", help="answers written at the same time (8)")
-    serve.add_argument("--queue", type=int, default=64, metavar="N", help="requests that may wait for a slot (64)")
-    serve.add_argument("--max-length", type=int, metavar="N", help="tokens of prompt and answer (the model's context)")
+    serve.add_argument("--port", type=port, default=8000, help="port to listen on; 0 takes a free one (8000)")
+    serve.add_argument("--slots", type=count, default=8, metavar="N", help="answers written at the same time (8)")
+    serve.add_argument(
+        "--queue", type=count_or_zero, default=64, metavar="N", help="requests that may wait for a slot (64)"
+    )
+    serve.add_argument(
+        "--max-length", type=count, metavar="N", help="tokens of prompt and answer (the model's context)"
+    )
     serve.set_defaults(func=run)
 
 

@@ -152,13 +152,14 @@ class Plan:
         return self._read[key]
 
     def _integers(self) -> set[str]:
-        """Fields of whole numbers: validation makes an int of a value where the key takes no other numbers."""
+        """Fields of whole numbers: validation leaves an int as it is where the key takes no other numbers."""
         found = set()
         for name, dimension in self.config.fields.items():
             tried = (dimension.low, dimension.high) if isinstance(dimension, Range) else dimension
             for value in tried:
                 # What cannot be, alone or at all, is told when all settings are checked.
                 with contextlib.suppress(ConfigError):
+                    value = int(value) if isinstance(value, float) and value.is_integer() else value
                     if type(_value_at(self._train_config(0, {name: value}), name)) is int:
                         found.add(name)
         return found

@@ -2,9 +2,8 @@
 
 import argparse
 import json
-import sys
 
-from maxlm.core.arguments import add_config
+from maxlm.core.arguments import add_config, text_or_stdin
 
 _EPILOG = """\
 examples:
@@ -72,7 +71,7 @@ def run_show(args: argparse.Namespace) -> int:
     from maxlm.tokenizer.codec import Tokenizer
 
     tokenizer = Tokenizer.load(args.folder)
-    text = sys.stdin.read() if args.text == "-" else args.text
+    text = None if args.text is None else text_or_stdin(args.text)
     facts = {
         "vocab_size": tokenizer.vocab_size,
         "fingerprint": tokenizer.fingerprint,

@@ -9,13 +9,14 @@ from maxlm.config.optim import ScheduleConfig
 def schedule_factor(config: ScheduleConfig, num_steps: int, step: jax.Array) -> jax.Array:
     """What the learning rate of `step` (0-based) is multiplied by: warm-up from 1/warmup_steps to 1, then the decay."""
     step = jnp.asarray(step, jnp.float32)
-    warmup = jnp.minimum(1.0, (step + 1) / max(config.warmup_steps, 1))
+    warmup_steps = config.warmup(num_steps)
+    warmup = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
     if config.kind == "constant":
         return warmup
     if config.kind == "inverse_sqrt":
         # 1 where the warm-up ends (arXiv:1706.03762, section 5.3).
-        return warmup * jnp.sqrt(max(config.warmup_steps, 1) / jnp.maximum(step + 1, config.warmup_steps))
-    start = num_steps - round(config.decay_fraction * num_steps) if config.kind == "wsd" else config.warmup_steps
+        return warmup * jnp.sqrt(max(warmup_steps, 1) / jnp.maximum(step + 1, warmup_steps))
+    start = num_steps - round(config.decay_fraction * num_steps) if config.kind == "wsd" else warmup_steps
     done = jnp.clip((step - start) / max(num_steps - start, 1), 0.0, 1.0)
     if config.kind == "cosine_restarts":
         done = _cycle_done(done, config.cycles, config.cycle_growth)

@@ -19,7 +19,7 @@ from maxlm.config.train import TrainConfig
 from maxlm.core.distributed import find_cluster
 from maxlm.core.progress import console
 from maxlm.core.storage import LineLog, is_remote, storage_path
-from maxlm.errors import FaultError
+from maxlm.errors import BUG_EXIT_CODE, FaultError
 
 FILE_NAME = "restarts.jsonl"
 # Names the run's folder among the local checkpoints: a run that is begun anew must not find those of the old one.
@@ -68,7 +68,7 @@ def supervise(command: Sequence[str], config: TrainConfig, *, restarts: int) -> 
                     child.send_signal(signal.SIGTERM)
                 code = child.wait()
             ended = time.time()
-            if stopping or (code >= 0 and code not in (FaultError.exit_code, _UNCAUGHT)):
+            if stopping or (code >= 0 and code not in (FaultError.exit_code, BUG_EXIT_CODE, _UNCAUGHT)):
                 return _exit_code(code)
             seen = _despite_errors("the newest checkpoint cannot be told", newest_anywhere, config)
             if seen is not None:

@@ -25,6 +25,8 @@ objective:
   kind: pretrain
   sources: [{path: a}, {path: b, weight: 2}]
 """
+# Each list holds the one before it ten times.
+ALIASES = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdef", "bcdefg"))
 
 
 @pytest.fixture
@@ -56,14 +58,14 @@ def test_all_mistakes_are_told_at_once(tmp_path):
     )
     assert set(problems(path)) == {
         "modle: unknown key; did you mean model?",
-        "model.num_layers: 'two': input should be a valid integer, unable to parse string as an integer",
-        "model.embed_dim: -1: input should be greater than or equal to 1",
+        "model.num_layers: 'two': must be a whole number from 1 to 2147483647",
+        "model.embed_dim: -1: must be a whole number from 1 to 2147483647",
         "model.nam_heads: unknown key; did you mean num_heads?",
         "objective.sources.0.path: must be given",
         "objective.sources.0.pth: unknown key; did you mean path?",
-        "objective.sources.1.path: 3: input should be a valid string",
+        "objective.sources.1.path: 3: must be a text; write it in quotes",
         "optim.lerning_rate: unknown key; did you mean learning_rate?",
-        "optim.schedule.kind: 'cosin': input should be 'cosine', 'linear', 'wsd', 'inverse_sqrt', 'cosine_restarts' or"
+        "optim.schedule.kind: 'cosin': must be 'cosine', 'linear', 'wsd', 'inverse_sqrt', 'cosine_restarts' or"
         " 'constant'",
         "mesh: an axis has at least one device, so none may be 0; -1 takes those that are left",
     }
@@ -78,14 +80,29 @@ def test_all_mistakes_are_told_at_once(tmp_path):
             "objective.kind=gpro",
             "objective.kind: 'gpro' must be one of 'pretrain', 'distill', 'sft', 'reward', 'dpo', 'grpo'",
         ),
-        ("objective.sources=[]", "objective.sources: []: tuple should have at least 1 item"),
-        ("optim.learning_rate=nan", "optim.learning_rate: 'nan': input should be a finite number"),
-        ("optim.learning_rate=.inf", "optim.learning_rate: inf: input should be a finite number"),
-        ("optim.beta2=1", "optim.beta2: 1: input should be less than 1"),
-        ("output=5", "output: 5: input should be a valid string"),
-        ("steps=", "steps: None: input should be a valid integer"),
-        ("seed=1.5", "seed: 1.5: input should be a valid integer"),
-        ("optim=3", "optim: 3: input should be a valid dictionary"),
+        ("objective.sources=[]", "objective.sources: []: must be a list of at least 1 item"),
+        ("optim.learning_rate=nan", "optim.learning_rate: 'nan': must be a number"),
+        ("optim.learning_rate=.inf", "optim.learning_rate: Infinity: must be a finite number"),
+        ("optim.beta2=1", "optim.beta2: 1: must be less than 1"),
+        ("output=5", "output: 5: must be a text; write it in quotes"),
+        ("steps=", "steps: null: must be a whole number from 1 to 2147483647"),
+        ("seed=-1", "seed: -1: must be a whole number from 0 to 4294967295"),
+        (f"seed={2**70}", f"seed: {2**70}: must be a whole number from 0 to 4294967295"),
+        ("steps=1e400", "steps: Infinity: must be a whole number"),
+        (f"steps={'1' * 300}", "steps: 111111111"),
+        (f"optim.learning_rate={'1' * 399}", "optim.learning_rate: 1111"),
+        ("model.vocab_size=true", "model.vocab_size: true: must be a whole number from 0 to 2147483647"),
+        ("model.num_layers=1.0", "model.num_layers: 1.0: must be a whole number"),
+        ("model.num_layers='2'", "model.num_layers: '2': must be a whole number"),
+        ("optim.learning_rate='3e-4'", "optim.learning_rate: '3e-4': must be a number"),
+        ("optim.learning_rate=true", "optim.learning_rate: true: must be a number"),
+        ("optim.beta1=2020-13-45", "optim.beta1: '2020-13-45': must be a number"),
+        ("optim.schedule.decay_fraction=2", "optim.schedule.decay_fraction: 2: must be a number from 0 to 1"),
+        ("model.qk_norm=1", "model.qk_norm: 1: must be true or false"),
+        ("model.window_pattern={a: 1}", 'model.window_pattern: {"a": 1}: must be a list'),
+        ("steps=19", "optim.schedule.warmup_steps (20) exceeds steps (19)"),
+        ("seed=1.5", "seed: 1.5: must be a whole number from 0 to 4294967295"),
+        ("optim=3", "optim: 3: must be a section of keys and values"),
         ("batch_size=10", None),
         ("accumulate=3", "batch_size (16) must be a multiple of accumulate (3)"),
         ("model.num_kv_heads=3", "model: num_heads (4) must be a multiple of num_kv_heads (3)"),
@@ -100,7 +117,8 @@ def test_what_does_not_fit_is_told_with_path_and_value(good, override, message):
     if message is None:
         load_config(good, [override])
     else:
-        assert any(message in problem for problem in problems(good, [override])), problems(good, [override])
+        overrides = ["optim.schedule.warmup_steps=20", override]
+        assert any(message in problem for problem in problems(good, overrides)), problems(good, overrides)
 
 
 def test_a_key_far_from_all_others_is_told_what_is_allowed(good):
@@ -132,12 +150,33 @@ def test_overrides_reach_sections_lists_and_what_is_not_there(good):
     assert config.steps == 7
 
 
+def test_numbers_are_those_of_yaml_1_2_and_the_default_warmup_fits_a_short_run(good):
+    config = load_config(good, ["optim.learning_rate=3e-4", "seed=010", "steps=1_000", "guard.spike_factor=1e3"])
+    assert (config.optim.learning_rate, config.seed, config.steps) == (3e-4, 10, 1000)
+    assert [config.optim.schedule.warmup(steps) for steps in (1, 20, 1000)] == [1, 20, 20]
+    load_config(good, ["steps=5"])
+
+
+def test_many_mistakes_are_cut_and_aliases_do_not_share(good):
+    with pytest.raises(ConfigError) as error:
+        load_config(good, [f"x{i}=1" for i in range(50)])
+    lines = str(error.value).splitlines()
+    assert (len(lines), lines[-1]) == (21, "and 30 more")
+    shared = "guard: &x {max_rollbacks: 1}\noptim: {schedule: {<<: {warmup_steps: 3}, warmup_steps: 4}}\nlora: *x\n"
+    good.write_text(GOOD + shared)
+    config = load_config(good, ["lora={rank: 2}", "guard.max_rollbacks=2"])
+    assert (config.optim.schedule.warmup_steps, config.lora.rank, config.guard.max_rollbacks) == (4, 2, 2)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("steps", "must look like section.key=value"),
         ("=3", "must look like section.key=value"),
-        ("optim.learning_rate={a", "the value is not valid YAML"),
+        (
+            "optim.learning_rate={a",
+            "the value is not valid YAML: expected ',' or '}', but got '<stream end>'",
+        ),
         ("output.x=1", "output holds a value, not a section"),
         ("objective.sources.2.path=x", "objective.sources is a list of 2, counted from 0, and has no 2"),
         ("objective.sources.2=x", "objective.sources is a list of 2, counted from 0, and has no 2"),
@@ -190,6 +229,21 @@ def test_a_missing_file_is_told_with_the_nearest(good):
         ("kind: train\nmodel: {a: 1\nsteps: 3\n", ", line 3: is not valid YAML"),
         ("- 1\n", "must hold keys and values"),
         ("", "must hold keys and values"),
+        (GOOD + "kind: data\n", ", line 7: kind is given twice, first in line 1"),
+        (GOOD + "optim: {beta1: 0.5,\n beta1: 0.6}\n", ", line 8: beta1 is given twice, first in line 7"),
+        (GOOD + f"seed: {'9' * 5000}\n", ", line 7: a number of 5,000 characters is too long"),
+        (GOOD + f"seed: {'[' * 5000}\n", "is nested too deep"),
+        (GOOD + f"seed: {'[' * 60 + ']' * 60}\n", "is nested too deep"),
+        (GOOD + "seed: &a [*a]\n", "is nested too deep"),
+        ("a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + ALIASES, "holds more than 100,000 values"),
+        (GOOD + "1: 2\n", "the key 1 must be a text; write it in quotes"),
+        (GOOD + 'lora: "a\\0b"\n', "holds a character that no name or text can have"),
+        (GOOD + 'lora: "\\ud800"\n', "holds a character that no name or text can have"),
+        (GOOD + "lora: \x01\n", ", line 7: holds the character '\\x01', which YAML does not allow"),
+        (GOOD + "lora: !!binary x\n", "line 7: is not valid YAML: failed to decode base64 data"),
+        (GOOD + "lora: !!bool x\n", "holds a value that cannot be read"),
+        (GOOD + "lora: !!set {x}\n", "holds {'x'}, which is neither a text, a number, a list nor a section"),
+        (GOOD + "lora: !!int x\n", "line 7: x is no number"),
     ],
 )
 def test_what_is_no_configuration_is_told_with_its_line(tmp_path, text, message):
@@ -202,7 +256,7 @@ def test_what_is_no_configuration_is_told_with_its_line(tmp_path, text, message)
 def test_bytes_that_are_no_text_and_folders_are_told(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_bytes(b"\xff\xfe\x00kind")
-    assert "cannot be read" in problems(path)[0]
+    assert "is no UTF-8 text" in problems(path)[0]
     assert "cannot be read" in problems(tmp_path)[0]
 
 

@@ -77,9 +77,10 @@ def test_at_step_names_the_documents_of_a_step(built, call):
     assert expected[0] in call("at-step", 7, "--data", folder, "--seed", 5, "--batch-size", 4)
 
 
-def test_steps_are_counted_from_one(built, call):
-    with pytest.raises(DataError, match="step 0: steps are counted from 1"):
+def test_steps_are_counted_from_one(built, call, capsys):
+    with pytest.raises(SystemExit, match="2"):
         call("at-step", 0, "--data", built[0])
+    assert "'0' must be a whole number from 1 to" in capsys.readouterr().err
 
 
 def test_at_step_reads_the_configuration_of_a_run(built, call, tmp_path):

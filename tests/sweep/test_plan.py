@@ -25,10 +25,10 @@ def test_all_mistakes_of_fields_and_sizes_are_told_at_once_with_the_nearest_name
     assert len(told) == 5
     for start in (
         "optim.lerning_rate: unknown key; did you mean learning_rate?",
-        "batch_size: 0: input should be greater than or equal to 1",
-        "optim.kind: 'adamv': input should be",
+        "batch_size: 0: must be a whole number from 1 to",
+        "optim.kind: 'adamv': must be",
         "modle: unknown key; did you mean model?",
-        "model.embed_dim: -4: input should be",
+        "model.embed_dim: -4: must be",
     ):
         assert any(text.startswith(start) for text in told), told
 
