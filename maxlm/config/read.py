@@ -28,6 +28,16 @@ class BadYaml(Exception):  # noqa: N818 - always caught and told with the name o
 
 
 class _Loader(yaml.SafeLoader):
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise BadYaml("is nested too deep", self.peek_event().start_mark.line + 1)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         first: dict[str, int] = {}
@@ -75,12 +85,12 @@ def read_yaml(text: str) -> Any:
         tree = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise BadYaml(f"is not valid YAML: {error.problem or error.context}", mark and mark.line + 1) from None
+        raise BadYaml(
+            f"is not valid YAML: {_short(error.problem or error.context or '', 120)}", mark and mark.line + 1
+        ) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise BadYaml(f"holds the character {text[error.position]!r}, which YAML does not allow", line) from None
-    except RecursionError:
-        raise BadYaml("is nested too deep") from None
     except BadYaml:
         raise
     except Exception as error:
@@ -120,6 +130,6 @@ def _text(text: str) -> str:
     return text
 
 
-def _short(text: str) -> str:
+def _short(text: str, most: int = 60) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= most else f"{text[: most - 3]}..."
