@@ -111,7 +111,7 @@ def test_what_is_not_there_is_one_sentence(arguments, said, tmp_path, capsys, mo
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, tiny_data_folder, capsys):
     (tmp_path / "file").write_text("in the way")
     arguments = ["train", "configs/quickstart/pretrain.yaml", f"objective.sources.0.path={tiny_data_folder}"]
-    code = cli.main([*arguments, f"output={tmp_path}/file/run", "row_length=32", "steps=1"])
+    code = cli.main([*arguments, f"output={tmp_path}/file/run", "row_length=32", "steps=1", "accumulate=1"])
     error = capsys.readouterr().err
     assert code == 2, error
     assert f"{tmp_path}/file" in error
