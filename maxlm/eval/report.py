@@ -22,7 +22,14 @@ from maxlm.eval.html_parts import (
 )
 from maxlm.eval.report_chain import chain_section
 from maxlm.eval.report_runs import Run, last_value, run_section
-from maxlm.eval.report_story import chat_section, int8_section, references, results_section, samples_section
+from maxlm.eval.report_story import (
+    chat_section,
+    checks_section,
+    int8_section,
+    references,
+    results_section,
+    samples_section,
+)
 from maxlm.eval.svg import format_number
 from maxlm.train.metrics import read_metrics
 
@@ -50,6 +57,7 @@ def write_report(folder: str | Path) -> Path:
     parts = [
         f"<h1>{escape(name)}</h1>",
         _headline(summary, runs),
+        checks_section(summary),
         results_section(summary),
         chat_section(summary),
         samples_section(summary),

@@ -76,7 +76,7 @@ def _exact_match(summary: dict[str, Any]) -> str:
     chart = bar_chart(
         "Right answers before and after fine-tuning", _described(groups, percent), groups, value_format=percent
     )
-    note = _change(values, "Right answers to held-out questions", lambda value: f"{100 * value:+.1f} points")
+    note = _change(values, "Right greedy answers to held-out questions", lambda value: f"{100 * value:+.1f} points")
     return figure("Right answers, by fine-tuning", chart, _numbers(groups, percent), note=note, legend=_BEFORE_AFTER)
 
 
@@ -87,7 +87,7 @@ def _reward(summary: dict[str, Any]) -> str:
     if not groups:
         return ""
     chart = bar_chart("Reward before and after alignment", _described(groups, format_number), groups)
-    note = _change(values, "Mean reward on held-out prompts", lambda value: f"{value:+.3f}")
+    note = _change(values, "Expected reward of a sampled answer to held-out questions", lambda value: f"{value:+.3f}")
     return figure("Mean reward, by alignment", chart, _numbers(groups, format_number), note=note, legend=_BEFORE_AFTER)
 
 
@@ -107,14 +107,36 @@ def _time(summary: dict[str, Any]) -> str:
     return figure("Time of each stage", chart, numbers, note=note)
 
 
+def checks_section(summary: dict[str, Any]) -> str:
+    """What had to be shown and was measured; with what to do where it falls short."""
+    rows = []
+    for check in map(to_dict, to_list(summary.get("checks"))):
+        passed = check.get("passed") is True
+        told = str(check.get("told") or "") + ("" if passed else f"; {check.get('remedy')}")
+        verdict = '<td class="good">yes</td>' if passed else '<td class="bad">NO</td>'
+        rows.append(f"<tr><td>{escape(str(check.get('name')))}</td><td>{escape(told)}</td>{verdict}</tr>")
+    if not rows:
+        return ""
+    header = "<tr><th>must show</th><th>measured</th><th></th></tr>"
+    return section(
+        "Checks",
+        f'<div class="scroll"><table><thead>{header}</thead><tbody>{"".join(rows)}</tbody></table></div>',
+    )
+
+
 def int8_section(summary: dict[str, Any]) -> str:
     """What quantisation cost."""
     values = to_dict(summary.get("int8"))
     told = []
     if (change := to_number(values.get("perplexity_change"))) is not None:
-        told.append(("change of perplexity", f"{100 * change:+.3f} %"))
+        bounds = [to_number(values.get(f"perplexity_change_{end}")) for end in ("low", "high")]
+        interval = "" if None in bounds else f" (95 %: {100 * bounds[0]:+.3f} to {100 * bounds[1]:+.3f})"
+        told.append(("change of perplexity", f"{100 * change:+.3f} %{interval}"))
     if (kl := to_number(values.get("mean_kl"))) is not None:
         told.append(("mean KL divergence from the float model", f"{format_number(kl)} nats"))
+    sizes = [to_number(values.get(f"bytes_{kind}")) for kind in ("float", "int8")]
+    if None not in sizes:
+        told.append(("weights", f"{sizes[0] / 1e6:.1f} MB to {sizes[1] / 1e6:.1f} MB"))
     return (
         section("int8", paragraph("What rounding the weights to 8 bits cost, on held-out text."), facts(told))
         if told
@@ -123,14 +145,23 @@ def int8_section(summary: dict[str, Any]) -> str:
 
 
 def chat_section(summary: dict[str, Any]) -> str:
-    """The last model in conversation."""
-    chat = to_dict(summary.get("chat"))
-    bubbles = [
-        f'<div class="bubble {style}">{escape(str(chat[key]))}</div>'
-        for key, style in (("prompt", "user"), ("reply", "assistant"))
-        if chat.get(key)
-    ]
-    return section("A chat", f'<div class="card">{"".join(bubbles)}</div>') if bubbles else ""
+    """The last model in conversation: held-out questions with its answers, right and wrong ones marked."""
+    rows = []
+    for answer in map(to_dict, to_list(to_dict(summary.get("chat")).get("answers"))):
+        right = answer.get("right") is True
+        verdict = (
+            '<td class="good">right</td>' if right else f'<td class="bad">wrong: {escape(_text(answer, "answer"))}</td>'
+        )
+        cells = "".join(f"<td>{escape(_text(answer, key))}</td>" for key in ("prompt", "reply"))
+        rows.append(f"<tr>{cells}{verdict}</tr>")
+    if not rows:
+        return ""
+    header = "<tr><th>question</th><th>answer</th><th></th></tr>"
+    return section(
+        "A chat",
+        paragraph("Questions that no stage has seen, asked of the running server."),
+        f'<div class="scroll"><table><thead>{header}</thead><tbody>{"".join(rows)}</tbody></table></div>',
+    )
 
 
 def samples_section(summary: dict[str, Any]) -> str:
@@ -147,6 +178,10 @@ def samples_section(summary: dict[str, Any]) -> str:
                 f'<pre><span class="prompt">{escape(prompt)}</span>{gap}{escape(text)}</pre></div>'
             )
     return section("Samples", f'<div class="samples">{"".join(cards)}</div>') if cards else ""
+
+
+def _text(values: dict[str, Any], key: str) -> str:
+    return str(values.get(key) or "")
 
 
 def _before_after(label: str, values: dict[str, Any]) -> list[tuple[str, list[Bar]]]:

@@ -1,4 +1,4 @@
-"""One chat turn against a server of its own process."""
+"""Questions to a server of its own process."""
 
 import json
 import re
@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from maxlm.errors import RequestError
 START_SECONDS = 120
 
 
-def chat_once(model: Path, prompt: str) -> dict[str, Any]:
-    """Start `maxlm serve`, stream one answer from it, and end it.
+def ask_server(model: Path, questions: Sequence[str]) -> list[dict[str, Any]]:
+    """Start `maxlm serve`, stream an answer to each question from it, and end it.
 
     Returns:
-      reply: the text; events: how many pieces it came in; seconds: from request to last piece.
+      For each question reply: the text; events: how many pieces it came in; seconds: from request to last piece.
 
     Raises:
       RequestError: the server did not start, or ended badly.
@@ -36,7 +37,7 @@ def chat_once(model: Path, prompt: str) -> dict[str, Any]:
         watch.cancel()
         if not found:
             raise RequestError(f"the server did not start; run it by hand to see why: maxlm serve {model}")
-        return _stream(found[0].rstrip("/"), prompt)
+        return [_stream(found[0].rstrip("/"), question) for question in questions]
     except (urllib.error.URLError, TimeoutError) as error:
         raise RequestError(
             f"the server did not answer: {error}; run it by hand to see why: maxlm serve {model}"

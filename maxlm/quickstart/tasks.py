@@ -9,7 +9,6 @@ from maxlm.core.manifest import write_manifest
 from maxlm.quickstart.questions import Question, is_held_out, questions_about, read_functions
 
 HELD_OUT_FRACTION = 0.15
-NUM_TEST_QUESTIONS = 400
 ALIGNMENT_FRACTION = 0.3  # of the functions that are not held out
 CHATS_OF_A_FUNCTION = 2
 SEED = 0
@@ -41,7 +40,7 @@ def write_tasks(folder: Path) -> dict:
         "sft_train": chats,
         "sft_valid": valid,
         "prompts": [_task(question) for question in prompts],
-        "questions": [_task(question) for question in questions[:NUM_TEST_QUESTIONS]],
+        "questions": [_task(question) for question in questions],
     }
     counts = {name: _write(folder / f"{name}.jsonl", records) for name, records in files.items()}
     return write_manifest(

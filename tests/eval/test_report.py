@@ -100,8 +100,24 @@ def quickstart(tmp_path):
             "by_kind": {"<script>alert(1)</script>": {"before": 0, "after": 1}},
         },
         "align_reward": {"before": -0.25, "after": 0.5, "interval": [0.6, 0.9]},
-        "int8": {"perplexity_change": 0.00123, "mean_kl": 0.00031},
-        "chat": {"prompt": "<img src=x onerror=alert(2)>", "reply": "fine & well"},
+        "int8": {
+            "perplexity_change": 0.00123,
+            "perplexity_change_low": -0.0005,
+            "perplexity_change_high": 0.003,
+            "mean_kl": 0.00031,
+            "bytes_float": 8.1e6,
+            "bytes_int8": 2.2e6,
+        },
+        "chat": {
+            "answers": [
+                {"prompt": "<img src=x onerror=alert(2)>", "answer": "src", "reply": "fine & well", "right": False},
+                {"prompt": "How many?", "answer": "2", "reply": "2", "right": True},
+            ]
+        },
+        "checks": [
+            {"name": "beats bigrams", "passed": True, "told": "1.9 < 2.2", "remedy": "none"},
+            {"name": "lifts reward", "passed": False, "told": "by nothing", "remedy": "train <b>longer"},
+        ],
         "samples": [{"stage": "pretrain", "prompt": "def ", "text": "</pre><script>alert(3)</script>"}],
         "manifest_chain": manifest_chain(folder / "pretrain"),
     }
@@ -124,9 +140,13 @@ def test_a_quickstart_is_told_with_its_numbers(quickstart):
         "+50.0 points to +70.0 points",
         "-0.25",
         "+0.750",
-        "+0.123 %",
+        "+0.123 % (95 %: -0.050 to +0.300)",
+        "8.1 MB to 2.2 MB",
+        "beats bigrams 1.9 < 2.2 yes",
+        "lifts reward by nothing; train <b>longer NO",
+        "How many? 2 right",
         "0.00031 nats",
-        "fine & well",
+        "fine & well wrong: src",
         "same hash",
         "tokens 123,456",
         "tokens in a step 256",

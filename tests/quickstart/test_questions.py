@@ -92,4 +92,4 @@ def test_held_out_functions_are_in_no_training_file(functions, tasks):
 def test_every_kind_is_asked(tasks):
     kinds = {record["kind"] for record in tasks["questions"]}
     assert kinds == {"first parameter", "last parameter", "number", "module", "first word", "default value"}
-    assert len(tasks["questions"]) == 400
+    assert len(tasks["questions"]) > 1000  # what an interval needs
