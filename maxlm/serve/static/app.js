@@ -1,175 +1,216 @@
-import { element, renderMarkdown } from "./markdown.js";
+// The chat page: what its controls do.
+
+import { addAnswer, addNote, addQuestion } from "./answer.js";
+import { ApiError, request, streamCompletion, usePromptForKey } from "./api.js";
+import { Conversation } from "./conversation.js";
+import { browserStore } from "./storage.js";
 
 const $ = (id) => document.getElementById(id);
 const KEPT = ["temperature", "top-p", "seed", "max-tokens", "system"];
 
-let messages = []; // the conversation, as the API takes it
+const conversation = new Conversation();
 let running = null; // AbortController of the answer that is being written
+let contextLength = null;
+let dropped = null; // the note in the conversation that says which messages are no longer sent
 
 // Asking
 
 async function ask() {
   const controller = (running = new AbortController());
   const seed = $("seed").value === "" ? Math.floor(Math.random() * 2 ** 31) : Number($("seed").value);
-  const view = addAnswer();
+  const view = addAnswer($("messages"), { onDrawn: scrollDown });
   const started = performance.now();
-  let text = "";
-  let finish = null;
-  let usage = null;
   hideError();
   showRunning(true);
-  try {
-    for await (const chunk of completion(seed, controller.signal)) {
-      const choice = chunk.choices[0];
-      usage = chunk.usage ?? usage;
-      if (choice?.delta?.content) view.show((text += choice.delta.content));
-      finish = choice?.finish_reason ?? finish;
-    }
-    if (finish === null) throw new Error("The connection ended before the answer did.");
-  } catch (error) {
-    if (controller.signal.aborted) finish = "stopped";
-    else showError(error);
-  }
+  scrollDown(true);
+  const answer = { text: "", finish: null, usage: null, error: null };
+  const { start } = conversation;
+  do {
+    await write(answer, view, seed, controller.signal);
+  } while (running === controller && answer.error?.tooLong && !answer.text && dropOldest(1));
   if (running !== controller) return; // a new chat has begun meanwhile
   running = null;
   showRunning(false);
+  conversation.partial = "";
+  const { text, finish, usage, error } = answer;
   if (text || finish) {
-    messages.push({ role: "assistant", content: text });
-    view.end(text, { finish, seed, usage, seconds: (performance.now() - started) / 1000 });
+    const isFull = finish === "length" && contextLength !== null && usage?.total_tokens >= contextLength - 1;
+    const outcome = { finish, isFull, seed, usage, seconds: (performance.now() - started) / 1000 };
+    conversation.turns.push({ role: "assistant", content: text, outcome });
+    view.end(text, outcome, answerActions(outcome));
   } else {
     view.remove();
   }
+  if (error?.tooLong) {
+    conversation.start = start; // it was the question alone that does not fit
+    showDropped();
+  }
+  if (error) showFailure(error);
+  save();
 }
 
-async function* completion(seed, signal) {
+async function write(answer, view, seed, signal) {
+  answer.error = null;
+  try {
+    for await (const chunk of streamCompletion(completionBody(seed), signal)) {
+      const choice = chunk.choices[0];
+      answer.usage = chunk.usage ?? answer.usage;
+      answer.finish = choice?.finish_reason ?? answer.finish;
+      if (!choice?.delta?.content) continue;
+      answer.text += choice.delta.content;
+      conversation.partial = answer.text;
+      view.show(answer.text);
+    }
+  } catch (error) {
+    if (signal.aborted) answer.finish = "stopped";
+    else answer.error = error;
+  }
+}
+
+function completionBody(seed) {
   const system = $("system").value.trim();
   const body = {
-    messages: system ? [{ role: "system", content: system }, ...messages] : messages,
+    messages: [...(system ? [{ role: "system", content: system }] : []), ...conversation.messages()],
     temperature: Number($("temperature").value),
     top_p: Number($("top-p").value),
     seed,
-    stream: true,
-    stream_options: { include_usage: true },
   };
   if ($("max-tokens").value !== "") body.max_tokens = Number($("max-tokens").value);
-  let response;
-  try {
-    response = await fetch("/v1/chat/completions", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(body),
-      signal,
-    });
-  } catch (error) {
-    throw signal.aborted ? error : new Error("The server cannot be reached. Is it running?");
-  }
-  if (!response.ok) {
-    const told = await response.json().catch(() => null);
-    throw new Error(told?.error?.message ?? `The server answered ${response.status}.`);
-  }
-  let pending = "";
-  for await (const piece of pieces(response.body.pipeThrough(new TextDecoderStream()).getReader())) {
-    pending += piece;
-    const events = pending.split("\n\n");
-    pending = events.pop();
-    for (const event of events) {
-      const data = event.replace(/^data: /, "");
-      if (data === "[DONE]") return;
-      const chunk = JSON.parse(data);
-      if (chunk.error) throw new Error(chunk.error.message);
-      yield chunk;
-    }
-  }
+  return body;
 }
 
-async function* pieces(reader) {
-  while (true) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    yield value;
+function submit() {
+  const text = $("question").value.trim();
+  if (!text || running) return;
+  if (!$("settings-form").checkValidity()) {
+    $("settings").showModal();
+    $("settings-form").reportValidity();
+    return;
   }
-}
-
-// Conversation
-
-function addQuestion(text) {
+  // A question that failed stays in the conversation; a new one takes its place.
+  if (conversation.isUnanswered) removeLast();
+  conversation.turns.push({ role: "user", content: text });
+  addQuestion($("messages"), text);
   $("welcome").hidden = true;
-  $("messages").append(element("div", [text], "message user"));
-  messages.push({ role: "user", content: text });
-}
-
-function addAnswer() {
-  const body = element("div", [], "body waiting");
-  const node = element("div", [body], "message assistant");
-  document.querySelectorAll(".again").forEach((button) => button.remove());
-  $("messages").append(node);
-  scrollDown(true);
-  let frame = 0;
-  const draw = (text) => {
-    body.replaceChildren(renderMarkdown(text));
-    scrollDown();
-  };
-  return {
-    show(text) {
-      cancelAnimationFrame(frame);
-      frame = requestAnimationFrame(() => draw(text));
-    },
-    end(text, outcome) {
-      cancelAnimationFrame(frame);
-      draw(text);
-      body.classList.remove("waiting");
-      if (!text) body.append(element("p", ["(an empty answer)"], "help"));
-      node.append(describe(text, outcome));
-      scrollDown();
-    },
-    remove() {
-      node.remove();
-    },
-  };
-}
-
-function describe(text, { finish, seed, usage, seconds }) {
-  const tokens = usage?.completion_tokens;
-  const notes = [`seed ${seed}`];
-  if (tokens) notes.unshift(`${tokens} tokens`, `${(tokens / seconds).toFixed(1)} tokens/s`);
-  if (finish === "length") notes.push("cut at the longest length");
-  if (finish === "stopped") notes.push("stopped");
-  if (finish === null) notes.push("incomplete");
-  const copy = element("button", ["Copy"]);
-  copy.addEventListener("click", () => copyText(text, copy));
-  const again = element("button", ["Answer again"], "again");
-  again.addEventListener("click", answerAgain);
-  return element("div", [copy, again, ...notes.map((note) => element("span", [note]))], "meta");
-}
-
-async function copyText(text, button) {
-  try {
-    await navigator.clipboard.writeText(text);
-    button.textContent = "Copied";
-  } catch {
-    button.textContent = "Copying is not allowed here";
-  }
-  setTimeout(() => (button.textContent = "Copy"), 1500);
+  $("question").value = "";
+  save();
+  ask();
 }
 
 function answerAgain() {
   if (running) return;
-  if (messages.at(-1)?.role === "assistant") {
-    messages.pop();
-    $("messages").lastElementChild.remove();
-  }
+  if (conversation.last?.role === "assistant") removeLast();
+  $("question").focus();
   ask();
 }
+
+function removeLast() {
+  conversation.removeLast();
+  $("messages").lastElementChild.remove();
+  showDropped();
+}
+
+// The model's context
+
+// Sends the `count` oldest questions and their answers no more, and says so where they end.
+function dropOldest(count) {
+  let hasDropped = false;
+  for (let i = 0; i < count && conversation.dropOldest(); i++) hasDropped = true;
+  showDropped();
+  return hasDropped;
+}
+
+function showDropped() {
+  dropped?.remove();
+  dropped = null;
+  if (conversation.start === 0) return;
+  const text = "The messages above no longer fit the model’s context and are not sent any more.";
+  dropped = addNote($("messages"), text, $("messages").children[conversation.start]);
+}
+
+function answerActions({ isFull }) {
+  const actions = [{ label: "Answer again", run: answerAgain }];
+  const questions = conversation.messages().filter(({ role }) => role === "user").length;
+  if (isFull && questions > 1) {
+    const half = Math.floor(questions / 2);
+    const run = () => !running && (dropOldest(half), answerAgain());
+    actions.push({ label: "Drop the oldest messages and answer again", run });
+  }
+  return actions;
+}
+
+// Failures: a transient one can be tried again; a permanent one gives the question back, to be changed.
+
+function showFailure(error) {
+  if (error.needsKey) return showError("The server asks for an API key.", { label: "Enter the key", run: answerAgain });
+  if (!error.isPermanent) return showError(error.message, { label: "Try again", run: answerAgain });
+  if (conversation.isUnanswered && !$("question").value) {
+    $("question").value = conversation.last.content;
+    removeLast();
+    $("welcome").hidden = conversation.turns.length > 0;
+    updateComposer();
+  }
+  showError(error.tooLong ? `${error.message}. Shorten the message or the system message.` : error.message);
+}
+
+function showError(text, action = null) {
+  $("error-text").textContent = text;
+  $("retry").hidden = action === null;
+  $("retry").textContent = action?.label ?? "";
+  $("retry").onclick = action?.run;
+  $("error").hidden = false;
+  scrollDown(true);
+}
+
+function hideError() {
+  $("error").hidden = true;
+}
+
+// The key of an API that asks for one, or null.
+function promptForKey(isRejected) {
+  $("key-help").textContent = isRejected
+    ? "The server does not accept this key."
+    : "This server asks for a key. It is kept until this tab is closed.";
+  $("api-key").value = "";
+  $("key").returnValue = "";
+  $("key").showModal();
+  return new Promise((resolve) => {
+    const close = () => resolve($("key").returnValue === "given" ? $("api-key").value : null);
+    $("key").addEventListener("close", close, { once: true });
+  });
+}
+
+// Conversation
 
 function newChat() {
   running?.abort();
   running = null;
-  messages = [];
+  conversation.clear();
+  dropped = null;
   $("messages").replaceChildren();
   $("welcome").hidden = false;
   hideError();
   showRunning(false);
+  save();
   $("question").focus();
+}
+
+function restoreConversation() {
+  $("question").value = conversation.restore();
+  for (const { role, content, outcome } of conversation.turns) {
+    if (role === "user") addQuestion($("messages"), content);
+    else addAnswer($("messages"), { onDrawn: scrollDown }).end(content, outcome, answerActions(outcome));
+  }
+  $("welcome").hidden = conversation.turns.length > 0;
+  showDropped();
+  scrollDown(true);
+  if (conversation.isUnanswered) {
+    showError("The page was loaded anew before the answer came.", { label: "Try again", run: answerAgain });
+  }
+}
+
+function save() {
+  conversation.save($("question").value);
 }
 
 // Follow the text down, unless the reader has scrolled up.
@@ -186,9 +227,11 @@ $("scroll").addEventListener("scroll", () => {
 // State of the page
 
 function showRunning(is) {
+  const hadFocus = document.activeElement === $("stop");
   $("messages").setAttribute("aria-busy", is); // a screen reader waits for the whole answer
   $("send").hidden = is;
   $("stop").hidden = !is;
+  if (hadFocus) $("question").focus();
   updateComposer();
 }
 
@@ -199,33 +242,16 @@ function updateComposer() {
   $("send").disabled = !question.value.trim() || running !== null;
 }
 
-function showError(error) {
-  $("error-text").textContent = error.message.replace(/^./, (letter) => letter.toUpperCase());
-  $("retry").hidden = messages.length === 0;
-  $("error").hidden = false;
-  scrollDown(true);
-}
-
-function hideError() {
-  $("error").hidden = true;
-}
-
 function applySettings() {
   $("temperature-value").textContent = Number($("temperature").value).toFixed(2);
   $("top-p-value").textContent = Number($("top-p").value).toFixed(2);
   const theme = document.querySelector("input[name=theme]:checked").value;
   document.documentElement.dataset.theme = theme;
-  const kept = Object.fromEntries(KEPT.map((id) => [id, $(id).value]));
-  localStorage.setItem("maxlm", JSON.stringify({ ...kept, theme }));
+  browserStore.set("maxlm", { ...Object.fromEntries(KEPT.map((id) => [id, $(id).value])), theme });
 }
 
 function restoreSettings() {
-  let kept = {};
-  try {
-    kept = JSON.parse(localStorage.getItem("maxlm")) ?? {};
-  } catch {
-    // What is stored cannot be read: begin with the defaults.
-  }
+  const kept = browserStore.get("maxlm") ?? {};
   for (const id of KEPT) if (typeof kept[id] === "string") $(id).value = kept[id];
   const theme = [...document.getElementsByName("theme")].find((input) => input.value === kept.theme);
   if (theme) theme.checked = true;
@@ -234,12 +260,15 @@ function restoreSettings() {
 
 async function showModel() {
   try {
-    const { data } = await (await fetch("/v1/models")).json();
+    const { data } = await (await request("/v1/models")).json();
+    contextLength = data[0].max_model_len;
     $("model-name").textContent = data[0].id;
-    $("max-tokens").max = data[0].max_model_len - 1;
+    $("max-tokens").max = contextLength - 1;
     document.title = `${data[0].id} - maxlm chat`;
-  } catch {
-    showError(new Error("The server cannot be reached. Is it running?"));
+  } catch (error) {
+    const label = error.needsKey ? "Enter the key" : "Try again";
+    const text = error instanceof ApiError ? error.message : "The server does not say which model it serves.";
+    showError(text, error.isPermanent && !error.needsKey ? null : { label, run: () => (hideError(), showModel()) });
   }
 }
 
@@ -247,37 +276,35 @@ async function showModel() {
 
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
-  const text = $("question").value.trim();
-  if (!text || running) return;
-  // A question that failed stays in the conversation; a new one takes its place.
-  if (messages.at(-1)?.role === "user") {
-    messages.pop();
-    $("messages").lastElementChild.remove();
-  }
-  addQuestion(text);
-  $("question").value = "";
-  ask();
+  submit();
 });
 $("question").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+  // The Enter that ends a word of an input method does not send; Safari tells by the key code alone.
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229) {
     event.preventDefault();
-    $("composer").requestSubmit();
+    submit();
   }
 });
 $("question").addEventListener("input", updateComposer);
-$("stop").addEventListener("click", () => {
-  running?.abort();
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && !event.isComposing && !document.querySelector("dialog[open]")) running?.abort();
+});
+$("stop").addEventListener("click", () => running?.abort());
+$("dismiss").addEventListener("click", () => {
+  hideError();
   $("question").focus();
 });
-$("retry").addEventListener("click", answerAgain);
-$("dismiss").addEventListener("click", hideError);
 $("new-chat").addEventListener("click", newChat);
 $("open-settings").addEventListener("click", () => $("settings").showModal());
 $("settings").addEventListener("input", applySettings);
 $("settings").addEventListener("click", (event) => {
   if (event.target === $("settings")) $("settings").close(); // the backdrop
 });
+$("key-cancel").addEventListener("click", () => $("key").close());
+document.addEventListener("visibilitychange", save); // also before the page is left or loaded anew
 
+usePromptForKey(promptForKey);
 restoreSettings();
+restoreConversation();
 updateComposer();
 showModel();

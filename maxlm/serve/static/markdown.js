@@ -1,71 +1,113 @@
-// The small part of Markdown that models write, as DOM nodes. Text goes in as text: nothing in it becomes markup.
+// Draws Markdown that grows. The server makes sanitised HTML of it; only what may still change is asked for again, and
+// only what differs is changed in the document, so that the time is linear and a selection stays.
 
-const FENCE = /^\s*(```|~~~)\s*([\w+#.-]*)\s*$/;
-const HEADING = /^#{1,6}\s+(.*)$/;
-const BULLET = /^\s*[-*+]\s+(.*)$/;
-const NUMBER = /^\s*\d+[.)]\s+(.*)$/;
-const INLINE = /(`+)(.+?)\1|\*\*(.+?)\*\*|\*([^\s*](?:[^*]*[^\s*])?)\*/gs;
+import { request } from "./api.js";
 
-export function renderMarkdown(text) {
-  const fragment = document.createDocumentFragment();
-  const lines = text.split("\n");
-  let paragraph = [];
-  let list = null;
+const INTERVAL = 100; // milliseconds from one drawing to the next, at least
+const REST = 4; // and at least this many times the length of the last drawing
+const MAX_LENGTH = 50_000; // the server renders no longer text at once
 
-  function endParagraph() {
-    const content = paragraph.join("\n").trim();
-    if (content) fragment.append(element("p", inline(content)));
-    paragraph = [];
+export class MarkdownView {
+  #node;
+  #onDrawn;
+  #text = "";
+  #drawn = null; // the text that is shown
+  #settledText = 0; // length of the text of finished blocks
+  #settledNodes = 0; // and the number of their nodes
+  #loop = null;
+  #drawing = null;
+  #ended = false;
+
+  constructor(node, onDrawn = () => {}) {
+    this.#node = node;
+    this.#onDrawn = onDrawn;
   }
 
-  function addItem(tag, content) {
-    endParagraph();
-    if (list?.localName !== tag) fragment.append((list = element(tag)));
-    list.append(element("li", inline(content)));
+  update(text) {
+    this.#text = text;
+    this.#loop ??= this.#follow();
   }
 
-  for (let i = 0; i < lines.length; i++) {
-    const line = lines[i];
-    const fence = line.match(FENCE);
-    const item = line.match(BULLET) ?? line.match(NUMBER);
-    if (!item && line.trim()) list = null;
-    if (fence) {
-      endParagraph();
-      let end = i + 1;
-      while (end < lines.length && lines[end].trim() !== fence[1]) end++;
-      const code = element("code", [lines.slice(i + 1, end).join("\n")]);
-      const block = element("pre", [code]);
-      block.tabIndex = 0; // a keyboard can scroll it
-      fragment.append(block);
-      i = end;
-    } else if (line.match(HEADING)) {
-      endParagraph();
-      fragment.append(element("h3", inline(line.match(HEADING)[1])));
-    } else if (item) {
-      addItem(line.match(BULLET) ? "ul" : "ol", item[1]);
-    } else if (line.trim()) {
-      paragraph.push(line);
-    } else {
-      endParagraph();
+  // The last drawing takes the whole text, because links may be defined at its end.
+  async end(text) {
+    this.#ended = true;
+    this.#text = text;
+    await this.#drawing;
+    if (text.length <= MAX_LENGTH) this.#settledText = this.#settledNodes = 0;
+    await this.#draw();
+  }
+
+  async #follow() {
+    while (!this.#ended && this.#drawn !== this.#text) {
+      const started = performance.now();
+      await (this.#drawing = this.#draw());
+      const pause = Math.max(INTERVAL, REST * (performance.now() - started));
+      await new Promise((resolve) => setTimeout(resolve, pause));
     }
+    this.#loop = null;
   }
-  endParagraph();
-  return fragment;
+
+  async #draw() {
+    const text = this.#text;
+    const { finished, open, consumed } = await render(text.slice(this.#settledText));
+    patchChildren(this.#node, this.#settledNodes, [...finished, ...open]);
+    this.#settledNodes += finished.length;
+    this.#settledText += consumed;
+    this.#drawn = text;
+    this.#onDrawn();
+  }
 }
 
-function inline(text) {
-  const nodes = [];
-  let end = 0;
-  for (const match of text.matchAll(INLINE)) {
-    nodes.push(text.slice(end, match.index));
-    const [whole, , code, strong, emphasis] = match;
-    if (code !== undefined) nodes.push(element("code", [code]));
-    else if (strong !== undefined) nodes.push(element("strong", [strong]));
-    else nodes.push(element("em", [emphasis]));
-    end = match.index + whole.length;
+// Nodes of the finished and the open blocks; where the server renders nothing the text is shown as it is.
+async function render(text) {
+  try {
+    if (text.length > MAX_LENGTH) throw new Error("too long");
+    const { finished, open, consumed } = await (await request("/render", { body: { text } })).json();
+    return { finished: nodesOf(finished), open: nodesOf(open), consumed };
+  } catch {
+    return { finished: [], open: [element("p", [text], "plain")], consumed: 0 };
   }
-  nodes.push(text.slice(end));
-  return nodes;
+}
+
+function nodesOf(blocks) {
+  const template = document.createElement("template");
+  template.innerHTML = blocks.map((html) => html.trim()).join("");
+  for (const table of template.content.querySelectorAll("table")) {
+    const frame = element("div", [], "table");
+    table.replaceWith(frame);
+    frame.append(table);
+  }
+  // What scrolls by itself can be scrolled with the keyboard.
+  for (const node of template.content.querySelectorAll("pre, .table")) node.tabIndex = 0;
+  return [...template.content.childNodes];
+}
+
+function patchChildren(parent, from, fresh) {
+  let old = parent.childNodes[from] ?? null;
+  for (const node of fresh) {
+    const next = old?.nextSibling ?? null;
+    if (old) patch(old, node);
+    else parent.append(node);
+    old = next;
+  }
+  while (old) {
+    const next = old.nextSibling;
+    old.remove();
+    old = next;
+  }
+}
+
+function patch(old, fresh) {
+  if (old.isEqualNode(fresh)) return;
+  if (old.nodeType === Node.TEXT_NODE && fresh.nodeType === Node.TEXT_NODE) {
+    let same = 0;
+    while (same < old.length && old.data[same] === fresh.data[same]) same++;
+    old.replaceData(same, old.length - same, fresh.data.slice(same));
+  } else if (old.cloneNode(false).isEqualNode(fresh.cloneNode(false))) {
+    patchChildren(old, 0, [...fresh.childNodes]);
+  } else {
+    old.replaceWith(fresh);
+  }
 }
 
 export function element(tag, children = [], className = "") {

@@ -1,0 +1,56 @@
+// The turns of the conversation, which a reload of the page keeps.
+
+import { tabStore } from "./storage.js";
+
+export class Conversation {
+  turns = []; // {role, content}; answers have an `outcome` too
+  start = 0; // turns before this one no longer fit the model's context and are not sent
+  partial = ""; // the answer that is being written
+
+  // What the API takes.
+  messages() {
+    return this.turns.slice(this.start).map(({ role, content }) => ({ role, content }));
+  }
+
+  get last() {
+    return this.turns.at(-1);
+  }
+
+  get isUnanswered() {
+    return this.last?.role === "user";
+  }
+
+  // Sends the oldest question and its answer no more; false where only the last question is left.
+  dropOldest() {
+    const next = this.turns.findIndex((turn, index) => index > this.start && turn.role === "user");
+    if (next < 0) return false;
+    this.start = next;
+    return true;
+  }
+
+  removeLast() {
+    const turn = this.turns.pop();
+    this.start = Math.min(this.start, this.turns.length);
+    return turn;
+  }
+
+  clear() {
+    this.turns = [];
+    this.start = 0;
+    this.partial = "";
+  }
+
+  save(draft) {
+    tabStore.set("conversation", { turns: this.turns, start: this.start, partial: this.partial, draft });
+  }
+
+  // The draft of the next question. An answer that the reload broke off is kept as far as it came.
+  restore() {
+    const kept = tabStore.get("conversation");
+    if (!Array.isArray(kept?.turns)) return "";
+    this.turns = kept.turns;
+    this.start = kept.start;
+    if (kept.partial) this.turns.push({ role: "assistant", content: kept.partial, outcome: { finish: null } });
+    return kept.draft ?? "";
+  }
+}

@@ -1,0 +1,103 @@
+"""The chat page before a server that answers what a test wants."""
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from maxlm.serve import server as serving
+from maxlm.serve.page import add_page
+from maxlm.serve.replies import error_body
+
+
+def sse(content="", *, finish=None, usage=None):
+    choices = [{"index": 0, "delta": {"content": content}, "finish_reason": finish}]
+    return f"data: {json.dumps({'choices': choices, 'usage': usage})}\n\n".encode()
+
+
+def answer(*pieces, finish="stop", total_tokens=9):
+    """The bytes of a stream that says `pieces`."""
+    ending = sse(finish=finish, usage={"completion_tokens": len(pieces), "total_tokens": total_tokens})
+    return [*map(sse, pieces), ending, b"data: [DONE]\n\n"]
+
+
+def failure(status, message, **fields):
+    return JSONResponse(error_body(message, **fields), status)
+
+
+class Script:
+    """`reply(body)` is the list of bytes that a request gets, or a response; among the bytes numbers are pauses,
+    None waits for `go_on`, and an exception breaks the connection off.
+    """
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.reply = lambda body: answer("fine")
+        self.bodies = []  # of the requests that came
+        self.key = None
+        self.renderings = []  # length of the body of each request for HTML
+        self.go_on = threading.Event()
+
+
+def create_scripted_app(script):
+    app = FastAPI()
+
+    @app.middleware("http")
+    async def check_and_note(http, call_next):
+        asks_for_key = http.url.path.startswith("/v1") or http.url.path == "/render"
+        if script.key and asks_for_key and http.headers.get("authorization") != f"Bearer {script.key}":
+            return failure(401, "this server asks for an API key", code="invalid_api_key")
+        if http.url.path == "/render":
+            script.renderings.append(int(http.headers["content-length"]))
+        return await call_next(http)
+
+    @app.get("/v1/models")
+    def models():
+        return {"object": "list", "data": [{"id": "scripted", "max_model_len": 128}]}
+
+    @app.post("/v1/chat/completions")
+    async def chat(http: Request):
+        body = await http.json()
+        script.bodies.append(body)
+        reply = script.reply(body)
+        return (
+            reply if isinstance(reply, JSONResponse) else StreamingResponse(play(reply), media_type="text/event-stream")
+        )
+
+    def play(pieces):
+        for piece in pieces:
+            if piece is None:
+                script.go_on.wait(20)
+                script.go_on.clear()
+            elif isinstance(piece, bytes):
+                yield piece
+            elif isinstance(piece, Exception):
+                raise piece
+            else:
+                time.sleep(piece)
+
+    add_page(app)
+    return app
+
+
+@contextmanager
+def serve_script(script):
+    listener = serving.bind("127.0.0.1", 0)
+    config = uvicorn.Config(
+        create_scripted_app(script), log_level="critical", lifespan="off", timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield serving.url_of(listener)
+    finally:
+        script.go_on.set()
+        server.should_exit = True
+        thread.join()
