@@ -16,6 +16,7 @@ from maxlm.core.batch import Batch
 from maxlm.core.progress import console
 from maxlm.core.sharding import RowShard
 from maxlm.data.lines import BrokenFile, read_lines
+from maxlm.data.sample import even_sample
 from maxlm.errors import DataError, TokenizerError
 from maxlm.tokenizer.codec import ChatTokens, Tokenizer
 
@@ -227,10 +228,14 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def padded_batches(num_examples: int, batch_size: int, limit: int) -> list[np.ndarray]:
-    """Index arrays [batch_size] that go over all examples once in order, -1 filling the last; at most `limit`."""
-    num_batches = min(limit, -(-num_examples // batch_size))
-    indices = np.arange(num_batches * batch_size).reshape(num_batches, batch_size)
-    return list(np.where(indices < num_examples, indices, -1))
+    """Index arrays [batch_size] of examples, each at most once and ascending, -1 filling the last.
+
+    Where the examples are more than `limit` batches hold, those are taken that `even_sample` gives.
+    """
+    sample = even_sample([np.arange(num_examples)], limit * batch_size)
+    padded = np.full(-(-len(sample) // batch_size) * batch_size, -1)
+    padded[: len(sample)] = sample
+    return list(padded.reshape(-1, batch_size))
 
 
 def share_of(indices: np.ndarray, shard: int, num_shards: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -34,8 +35,8 @@ class StepDocument:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A split of a data folder."""
+class OpenedSplit:
+    """A split of a data folder, its rows open for reading."""
 
     folder: Path
     split: str
@@ -51,6 +52,8 @@ class _Source:
 class PackedRows:
     """Batches by step. Made by `open_mixture` (endless, shuffled, mixed) and `open_in_order` (each row once).
 
+    `maxlm.data.held_out` has those of a validation.
+
     Attributes:
       batch_size: rows of a step, over all shards.
       row_length: L.
@@ -58,7 +61,7 @@ class PackedRows:
     """
 
     def __init__(
-        self, sources: list[_Source], rows: grain.MapDataset, *, num_rows: int | None, batch_size: int, row_length: int
+        self, sources: list[OpenedSplit], *, rows: Any, num_rows: int | None, batch_size: int, row_length: int
     ):
         self._sources = sources
         self._rows = rows
@@ -160,14 +163,14 @@ def open_mixture(
       DataError: if a folder is no complete build, or its rows have another length.
       TokenizerError: if a folder's rows were made with another tokenizer.
     """
-    opened, row_length = _open_sources([path for path, _ in sources], split, expected_fingerprint, expected_row_length)
+    opened, row_length = open_splits([path for path, _ in sources], split, expected_fingerprint, expected_row_length)
     # Every source repeats for ever: a mixture ends with the first of its sources that ends.
     endless = [
         _numbered(source, number).shuffle(seed=_source_seed(seed, number)).repeat()
         for number, source in enumerate(opened)
     ]
     mixed = grain.MapDataset.mix(endless, weights=[weight for _, weight in sources])
-    return PackedRows(opened, mixed, num_rows=None, batch_size=batch_size, row_length=row_length)
+    return PackedRows(opened, rows=mixed, num_rows=None, batch_size=batch_size, row_length=row_length)
 
 
 def open_in_order(
@@ -178,16 +181,20 @@ def open_in_order(
     expected_fingerprint: str | None = None,
     expected_row_length: int | None = None,
 ) -> PackedRows:
-    """Every row of data folders once and in order, as validation reads them. Arguments and errors: `open_mixture`."""
-    opened, row_length = _open_sources(paths, split, expected_fingerprint, expected_row_length)
+    """Every row of data folders once and in order. Arguments and errors: `open_mixture`."""
+    opened, row_length = open_splits(paths, split, expected_fingerprint, expected_row_length)
     rows = grain.MapDataset.concatenate([_numbered(source, number) for number, source in enumerate(opened)])
     num_rows = sum(len(source.records) for source in opened)
-    return PackedRows(opened, rows, num_rows=num_rows, batch_size=batch_size, row_length=row_length)
+    return PackedRows(opened, rows=rows, num_rows=num_rows, batch_size=batch_size, row_length=row_length)
 
 
-def _open_sources(
-    paths: Sequence[str | Path], split: str, expected_fingerprint: str | None, expected_row_length: int | None
-) -> tuple[list[_Source], int]:
+def open_splits(
+    paths: Sequence[str | Path],
+    split: str,
+    expected_fingerprint: str | None = None,
+    expected_row_length: int | None = None,
+) -> tuple[list[OpenedSplit], int]:
+    """A split of each data folder, and their row length. Arguments and errors: `open_mixture`."""
     if not paths:
         raise DataError("no data folder is given")
     opened = []
@@ -211,11 +218,11 @@ def _open_sources(
         if not metrics["splits"].get(split, {}).get("rows"):
             raise DataError(f"{path}: holds no rows of the split {split!r}; build it with a larger valid_fraction")
         records = grain.sources.ArrayRecordDataSource(str(path / "packed" / f"{split}.array_record"))
-        opened.append(_Source(path, split, records))
+        opened.append(OpenedSplit(path, split, records))
     return opened, expected_row_length
 
 
-def _numbered(source: _Source, number: int) -> grain.MapDataset:
+def _numbered(source: OpenedSplit, number: int) -> grain.MapDataset:
     return grain.MapDataset.source(source.records).map(lambda record: (number, record))
 
 

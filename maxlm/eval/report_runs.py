@@ -64,6 +64,7 @@ def run_section(run: Run, *, references: Sequence[Reference] = ()) -> str:
         f"Training: {run.name}",
         facts(told),
         charts(drawn[name] for name in main),
+        _by_source(run),
         folded_charts("Learning rate, gradient norm, speed", (drawn[name] for name in _MACHINERY)),
         folded_charts("Where the time went", [_goodput_figure(run.name, to_dict(metrics.get("goodput")))]),
     )
@@ -77,7 +78,7 @@ def last_value(run: Run, name: str) -> float | None:
 def _metric_names(records: list[dict[str, Any]]) -> list[str]:
     """Names without `valid_`: what matters most first, then in the order of the records."""
     found = dict.fromkeys(name.removeprefix("valid_") for record in records for name in record)
-    shown = [name for name in found if name not in _HIDDEN and not _repeats_loss(records, name)]
+    shown = [name for name in found if name not in _HIDDEN and not _repeats_loss(records, name) and "/" not in name]
     return sorted(shown, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
 
 
@@ -104,6 +105,18 @@ def _metric_figure(run: Run, name: str, references: Sequence[Reference]) -> str:
     ends = [f"{kind} {format_number(points[-1][1])}" for kind, points in kinds]
     note = f"at the end: {', '.join(ends)}" if name not in _MACHINERY else ""
     return figure(title, svg, _numbers(train, valid), note=note, legend=legend if valid else ())
+
+
+def _by_source(run: Run) -> str:
+    """What the last validation gave for each source: `valid_bits_per_byte/SOURCE`."""
+    last = next((record for record in reversed(run.records) if any("/" in name for name in record)), {})
+    found = {name.removeprefix("valid_"): to_number(value) for name, value in last.items() if "/" in name}
+    rows = [
+        (name.partition("/")[2], name.partition("/")[0].replace("_", " "), format_number(value))
+        for name, value in found.items()
+        if value is not None
+    ]
+    return table(("source", "figure", "last validation"), rows) if rows else ""
 
 
 def _goodput_figure(name: str, goodput: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from maxlm.core.batch import Batch, put_batch
 from maxlm.core.term import LossOutput, Term
 from maxlm.data.chat import EpochOrder, padded_batches, share_of
 from maxlm.data.preference import Prompt, read_prompts, round_up
+from maxlm.data.sample import even_sample
 from maxlm.post.advantages import group_advantages, has_signal
 from maxlm.post.rewards import check_answer, find_reward
 from maxlm.post.sampler import Answers, Sampler
@@ -200,17 +201,18 @@ class Grpo:
     def _mean_valid_reward(self, model: Any, temperature: float) -> float:
         """One answer for each prompt, in batches shaped as those of training, for which sampling is compiled."""
         config, objective = self._context.config, self._context.config.objective
-        prompts = self._valid_prompts[: config.eval_batches * config.batch_size]
+        sample = even_sample([np.arange(len(self._valid_prompts))], config.eval_batches * config.batch_size)
         size = config.batch_size * objective.group_size * objective.updates_per_rollout
         total = 0.0
-        for batch in padded_batches(len(prompts), size, len(prompts)):
+        for batch in padded_batches(len(sample), size, len(sample)):
             mine = share_of(batch, self._context.rows.index, self._context.rows.count)
-            drawn = [prompts[max(index, 0)] for index in mine]
-            rows = np.maximum(mine, 0)
-            answers = self._sampler(model, drawn, rows, stream=_VALIDATION_STREAM, temperature=temperature)
+            # The draws of a prompt depend on its place in the file, and not on which others are taken.
+            places = sample[np.maximum(mine, 0)]
+            drawn = [self._valid_prompts[place] for place in places]
+            answers = self._sampler(model, drawn, places, stream=_VALIDATION_STREAM, temperature=temperature)
             rewards = np.where(mine >= 0, self._rewards(drawn, answers.texts), 0.0).astype(np.float32)
             total += float(self._sum(put_batch(rewards, self._context.mesh)))
-        return total / len(prompts)
+        return total / len(sample)
 
     @cached_property
     def _order(self) -> EpochOrder:

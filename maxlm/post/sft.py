@@ -39,9 +39,9 @@ class Sft:
         if self._context.config.objective.valid_file is None:
             return {}
         byte_lengths = self._context.tokenizer.byte_lengths
-        num_bytes = sum(target_bytes(batch, byte_lengths) for batch in self._valid_batches)
+        num_bytes = sum(int(target_bytes(batch, byte_lengths).sum()) for batch in self._valid_batches)
         mine = (share_of_rows(batch, self._context.rows) for batch in self._valid_batches)
-        return language_model_values(self._evaluator.sums(model, mine), num_bytes)
+        return language_model_values(self._evaluator.sums(model, mine)["cross_entropy"], num_bytes)
 
     @functools.cached_property
     def _order(self) -> EpochOrder:

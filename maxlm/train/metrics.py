@@ -16,6 +16,8 @@ from maxlm.core.progress import console
 from maxlm.core.storage import LineLog, read_lines, storage_path
 from maxlm.train.goodput import GoodputLog
 
+_SHOWN_PARTS = 6
+
 
 def num_active_parameters(model: Any, moe: MoeConfig | None) -> float:
     """Parameters that work on a token: of routed experts, as many as it goes to."""
@@ -136,7 +138,9 @@ class MetricsLog:
         if not values or not is_primary():
             return
         self._write({"step": step, **{f"valid_{name}": value for name, value in values.items()}}, "valid")
-        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        text = "  ".join(
+            f"{name} {value:.4f}{_parts(values, name)}" for name, value in values.items() if "/" not in name
+        )
         console.print(f"{self.folder.name}: step {step}/{self.total_steps}  valid {text}", markup=False)
 
     def _write(self, record: dict[str, Any], group: str) -> None:
@@ -145,6 +149,13 @@ class MetricsLog:
             if name != "step":
                 self._writer.add_scalar(f"{group}/{name.removeprefix('valid_')}", value, record["step"])
         self._writer.flush()
+
+
+def _parts(values: dict[str, float], name: str) -> str:
+    """What a figure is for each source, `name/SOURCE`, in brackets; the first few of many."""
+    parts = [f"{part.partition('/')[2]} {value:.4f}" for part, value in values.items() if part.startswith(f"{name}/")]
+    shown = parts[:_SHOWN_PARTS] + ([f"{len(parts) - _SHOWN_PARTS} more"] if len(parts) > _SHOWN_PARTS else [])
+    return f" ({', '.join(shown)})" if shown else ""
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:

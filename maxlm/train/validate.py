@@ -4,14 +4,27 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from maxlm.core.batch import Batch, put_batch
 from maxlm.core.term import LossOutput, Term
+from maxlm.models.decoder import Decoder
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["rows", "source_ids"], meta_fields=[])
+@dataclass(frozen=True)
+class HeldOutBatch:
+    """Rows, and the source of each of their tokens: int32 [batch, length]."""
+
+    rows: Batch
+    source_ids: Any
 
 
 class Evaluator:
@@ -27,9 +40,20 @@ class Evaluator:
         return functools.reduce(lambda a, b: jax.tree.map(operator.add, a, b), jax.device_get(outputs))
 
 
-def language_model_values(sums: dict[str, Term], num_bytes: int) -> dict[str, float]:
+def cross_entropy_by_source(model: Decoder, batch: HeldOutBatch, *, num_sources: int) -> LossOutput:
+    """Cross-entropy of the targets of each source, in nats, as metrics `0` ... `num_sources - 1`."""
+    rows = batch.rows
+    output = model(rows.tokens, positions_BL=rows.positions, segment_ids_BL=rows.segment_ids)
+    log_probability_BL, _ = model.log_probabilities(output.hidden_BLD, rows.targets)
+    terms = {}
+    for source in range(num_sources):
+        weights_BL = jnp.where(batch.source_ids == source, rows.loss_weights, 0.0)
+        terms[str(source)] = Term(-jnp.sum(weights_BL * log_probability_BL), jnp.sum(weights_BL))
+    return LossOutput({}, terms)
+
+
+def language_model_values(cross_entropy: Term, num_bytes: int) -> dict[str, float]:
     """Mean loss in nats, perplexity, and bits per byte of text, from a sum of cross-entropies."""
-    cross_entropy = sums["cross_entropy"]
     loss = float(cross_entropy.sum / cross_entropy.weight)
     values = {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
     if num_bytes:
@@ -37,9 +61,29 @@ def language_model_values(sums: dict[str, Term], num_bytes: int) -> dict[str, fl
     return values
 
 
-def target_bytes(batch: Batch, byte_lengths: np.ndarray) -> int:
-    """Bytes of text that a batch's weighted targets stand for."""
-    return int(byte_lengths[batch.targets][batch.loss_weights > 0].sum())
+def values_by_source(sums: dict[str, Term], names: list[str], num_bytes: np.ndarray) -> dict[str, float]:
+    """`language_model_values` over all sources and, where there are several, `bits_per_byte/NAME` of each.
+
+    The mean is over the tokens and bytes of all rows, so that a source counts by how much of its text is read.
+
+    Args:
+      sums: as `cross_entropy_by_source` names them.
+      num_bytes: [sources], bytes of text of the targets.
+    """
+    terms = [sums[str(source)] for source in range(len(names))]
+    # fsum rounds once, so that the order of the sources does not matter.
+    total = Term(*(math.fsum(float(getattr(term, part)) for term in terms) for part in ("sum", "weight")))
+    values = language_model_values(total, int(num_bytes.sum()))
+    if len(names) > 1:
+        for name, term, size in zip(names, terms, num_bytes):
+            if size:
+                values[f"bits_per_byte/{name}"] = float(term.sum) / math.log(2) / int(size)
+    return values
+
+
+def target_bytes(batch: Batch, byte_lengths: np.ndarray) -> np.ndarray:
+    """Bytes of text that each target with a weight stands for, 0 for the others: [batch, length]."""
+    return np.where(batch.loss_weights > 0, byte_lengths[batch.targets], 0)
 
 
 def _all_terms(output: LossOutput) -> dict[str, Term]:

@@ -156,6 +156,10 @@ def test_the_examples_of_a_step_depend_on_seed_and_step_alone_and_shards_are_cut
 def test_validation_goes_over_all_examples_once():
     assert [batch.tolist() for batch in padded_batches(5, 2, limit=10)] == [[0, 1], [2, 3], [4, -1]]
     assert len(padded_batches(5, 2, limit=2)) == 2
+    # Not the beginning of the file, but some of each part of it.
+    taken = np.concatenate(padded_batches(1000, 8, limit=4))
+    assert np.histogram(taken, bins=8, range=(0, 1000))[0].min() >= 2
+    assert {*taken} < {*np.concatenate(padded_batches(1000, 8, limit=5))}
 
 
 def test_a_prompt_is_a_text_or_messages_up_to_the_answer(tokenizer):
