@@ -12,9 +12,11 @@ class SourceConfig(Frozen):
 
     uri: str = Field(
         description="`python:stdlib`, a path or glob of .txt, .md, .jsonl, .json or .parquet files (also .gz, .zst),"
-        " `tfds:NAME[:SPLIT]` or `hf:NAME[:SPLIT]`."
+        " `tfds:NAME[:SPLIT]` or `hf:NAME[:SPLIT]`. What a build wrote into its output is not read."
     )
-    text_field: str = Field("text", description="The field that holds the text, in formats that have fields.")
+    text_field: str = Field(
+        "text", description="The field that holds the text, in formats that have fields; a dotted one is nested: `a.b`."
+    )
     id_field: str | None = Field(None, description="The field that names a document; without it, file and position do.")
     document_per_line: bool = Field(False, description="Each line of a plain-text file is a document.")
     split_on_blank_lines: Characters | None = Field(
@@ -53,7 +55,7 @@ class DeduplicateConfig(Frozen):
 class DecontaminateConfig(Frozen):
     """Removal of documents that overlap evaluation sets."""
 
-    files: tuple[str, ...] = Field((), description="JSONL files; every string in them counts.")
+    files: tuple[str, ...] = Field((), description="JSON, JSONL or Parquet files; every string in them counts.")
     ngram_words: Count = 13
 
 

@@ -1,18 +1,18 @@
 """Overlap with evaluation sets: documents that share a run of words with one are left out."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from maxlm.data.lines import BrokenFile, read_lines
+from maxlm.data.files import unreadable
+from maxlm.data.json_values import Broken, read_values
 from maxlm.data.shingles import hash_ngrams, hash_words
 from maxlm.errors import DataError
 
 
 def evaluation_ngrams(files: Sequence[str], ngram_words: int) -> np.ndarray:
-    """`[num_ngrams]` uint64, sorted: a hash of each run of words in the strings of JSONL files.
+    """`[num_ngrams]` uint64, sorted: a hash of each run of words in the strings of JSON, JSONL or Parquet files.
 
     Strings shorter than a run are left out: a few common words do not make a document a copy.
 
@@ -21,7 +21,7 @@ def evaluation_ngrams(files: Sequence[str], ngram_words: int) -> np.ndarray:
     """
     ngrams = [np.empty(0, np.uint64)]
     for file in files:
-        found = [hash_ngrams(hash_words(text), ngram_words) for text in _strings(Path(file))]
+        found = [hash_ngrams(hash_words(text), ngram_words) for text in _strings(Path(file).expanduser())]
         if not sum(map(len, found)):
             raise DataError(
                 f"decontaminate.files: {file} holds no string of {ngram_words} words, so nothing can overlap"
@@ -38,17 +38,12 @@ def count_overlaps(words: np.ndarray, ngrams: np.ndarray, ngram_words: int) -> i
 
 
 def _strings(file: Path) -> Iterator[str]:
-    try:
-        for number, line in read_lines(file):
-            if line.strip():
-                try:
-                    yield from _strings_in(json.loads(line))
-                except ValueError as error:
-                    raise DataError(f"decontaminate.files: {file}:{number}: is no JSON: {error}") from None
-    except OSError as error:
-        raise DataError(f"decontaminate.files: {file}: cannot be read: {error.strerror}") from None
-    except BrokenFile as error:
-        raise DataError(f"decontaminate.files: {file}: {error}") from None
+    if problem := unreadable(file):
+        raise DataError(f"decontaminate.files: {file}: {problem}")
+    for item in read_values(file):
+        if isinstance(item, Broken):
+            raise DataError(f"decontaminate.files: {item.where}: {item.detail}")
+        yield from _strings_in(item.value)
 
 
 def _strings_in(value: object) -> Iterator[str]:

@@ -1,69 +1,105 @@
-"""Lines of a file, compressed or not. What stands before a break in the file is still read."""
+"""The content of a file in blocks or lines, compressed or not. What stands before a break is still read."""
 
-import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import zstandard
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 16
 _COMPRESSED_BLOCK = 1 << 14  # small: where data is damaged, the rest of a block is lost
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+# What a compressed file begins with, whatever its name, and who reads it. A zstd window is at most 2 GB (--long=31).
+_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
+_DECOMPRESSORS = {
+    ".gz": lambda: zlib.decompressobj(31),
+    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
+}
 
 
 class BrokenFile(Exception):  # noqa: N818 - it ends an iteration and is always caught
-    """A compressed file that breaks off or is damaged; `rest` is the line that was cut."""
+    """A file that cannot be read to its end; `rest` is the line that was cut."""
 
-    def __init__(self, message: str, rest: bytes):
+    def __init__(self, message: str, rest: bytes = b""):
         self.rest = rest
         super().__init__(message)
 
 
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """The content of a file, decompressed, in blocks of no fixed size; none of them is empty.
+
+    Raises:
+      BrokenFile: after the last block that can be read.
+    """
+    is_first = True
+    try:
+        for block in _decompressed(path):
+            if is_first and block.startswith(_UTF16_MARKS) and b"\0" in block:
+                raise BrokenFile("is UTF-16 text; convert it with: iconv -f UTF-16 -t UTF-8")
+            is_first = False
+            yield block
+    except (zlib.error, zstandard.ZstdError, EOFError) as error:
+        raise BrokenFile(f"its compressed data cannot be read to the end: {error}") from None
+    except MemoryError:
+        raise BrokenFile("its compressed data needs more memory than there is") from None
+    except OSError as error:
+        raise BrokenFile(f"cannot be read: {error.strerror}") from None
+
+
+def line_end(first_block: bytes) -> bytes:
+    """What ends the lines of a file: a newline, or a carriage return where the file's beginning has no newline."""
+    return b"\r" if b"\r" in first_block and b"\n" not in first_block else b"\n"
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, counted from 1, each with its line end.
+    """The lines of a file, counted from 1, each with its line end and without a byte order mark.
 
     Raises:
       BrokenFile: after the last whole line that can be read.
     """
-    number, rest = 0, b""
+    number, end = 0, b""
+    parts: list[bytes] = []  # of the line that is not whole yet
     problem = None
-    blocks = _decompressed(path)
+    blocks = read_blocks(path)
     while True:
         try:
             block = next(blocks, b"")
-        except (zlib.error, zstandard.ZstdError, EOFError) as error:
-            problem = f"its compressed data cannot be read to the end: {error}"
-            break
+        except BrokenFile as error:
+            problem, block = str(error), b""
         if not block:
             break
-        lines = io.BytesIO(rest + block).readlines()
-        rest = b"" if lines[-1].endswith(b"\n") else lines.pop()
+        end = end or line_end(block)
+        *lines, rest = block.split(end)
         for line in lines:
             number += 1
-            yield number, line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
-    if problem:
+            yield number, b"".join([*parts, line, end]).removeprefix(_BYTE_ORDER_MARK)
+            parts.clear()
+        parts.append(rest)
+    rest = b"".join(parts).removeprefix(_BYTE_ORDER_MARK)
+    if problem is not None:
         raise BrokenFile(problem, rest)
     if rest:
-        yield number + 1, rest.removeprefix(_BYTE_ORDER_MARK) if number == 0 else rest
+        yield number + 1, rest
 
 
 def _decompressed(path: Path) -> Iterator[bytes]:
-    """Blocks of a file's content; gzip and zstd files may hold several members."""
-    make = {".gz": lambda: zlib.decompressobj(31), ".zst": lambda: zstandard.ZstdDecompressor().decompressobj()}
+    """gzip and zstd files may hold several members, and zeros after them."""
     with path.open("rb") as file:
-        if path.suffix not in make:
+        start = file.read(4)
+        file.seek(0)
+        compression = next((name for magic, name in _MAGIC.items() if start.startswith(magic)), path.suffix.lower())
+        if compression not in _DECOMPRESSORS:
             while block := file.read(_BLOCK):
                 yield block
             return
         member = None
         while block := file.read(_COMPRESSED_BLOCK):
-            while block:
-                member = member or make[path.suffix]()
+            while block := block if member else block.lstrip(b"\0"):
+                member = member or _DECOMPRESSORS[compression]()
                 if data := member.decompress(block):
                     yield data
-                block = b""
-                if member.eof:
-                    block, member = member.unused_data.lstrip(b"\0"), None
+                block, member = (member.unused_data, None) if member.eof else (b"", member)
     if member is not None:
         raise EOFError("it breaks off")

@@ -28,9 +28,10 @@ from maxlm.data.decontaminate import count_overlaps, evaluation_ngrams
 from maxlm.data.deduplicate import NearDuplicates, make_signatures
 from maxlm.data.documents import Document, Record, Reject
 from maxlm.data.embedded import URI as EMBEDDED
+from maxlm.data.files import FoundSource, find_sources
 from maxlm.data.parallel import map_in_order
 from maxlm.data.shingles import hash_words
-from maxlm.data.sources import local_files, read_source
+from maxlm.data.sources import read_sources
 from maxlm.errors import DataError
 
 SPLITS = ("train", "valid")
@@ -54,7 +55,8 @@ def build_documents(config: DataConfig) -> dict:
       DataError: if a source cannot be used, or a split is left without documents.
     """
     folder = Path(config.output) / "documents"
-    inputs = {str(path): path for source in config.sources for path in local_files(source)}
+    sources = find_sources(config.sources, output=Path(config.output))
+    inputs = {str(file.path): file.path for source in sources for file in source.files}
     inputs |= {path: Path(path) for path in config.decontaminate.files if Path(path).is_file()}
     settings = _settings(config)
     if (folder / FILE_NAME).is_file():
@@ -73,7 +75,7 @@ def build_documents(config: DataConfig) -> dict:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     start = time.perf_counter()
-    metrics = _write_documents(config, ngrams, temporary)
+    metrics = _write_documents(config, sources, ngrams, temporary)
     seconds = time.perf_counter() - start
     metrics |= {
         "seconds": round(seconds, 2),
@@ -95,7 +97,7 @@ def _settings(config: DataConfig) -> dict:
     return settings
 
 
-def _write_documents(config: DataConfig, ngrams: np.ndarray, folder: Path) -> dict:
+def _write_documents(config: DataConfig, sources: list[FoundSource], ngrams: np.ndarray, folder: Path) -> dict:
     counts: dict[str, Counter] = {split: Counter(documents=0, characters=0, bytes=0) for split in SPLITS}
     by_source: dict[str, Counter] = defaultdict(Counter)
     rejected: Counter[str] = Counter()
@@ -115,7 +117,7 @@ def _write_documents(config: DataConfig, ngrams: np.ndarray, folder: Path) -> di
                 counts[split].update(documents=1, characters=len(text), bytes=len(text.encode()))
             pending[split].clear()
 
-        for record in track(_select_documents(config, ngrams), "documents"):
+        for record in track(_select_documents(config, sources, ngrams), "documents"):
             num_records += 1
             if isinstance(record, Reject):
                 rejected[record.reason] += 1
@@ -145,10 +147,10 @@ def _write_documents(config: DataConfig, ngrams: np.ndarray, folder: Path) -> di
     }
 
 
-def _select_documents(config: DataConfig, ngrams: np.ndarray) -> Iterator[Record]:
+def _select_documents(config: DataConfig, sources: list[FoundSource], ngrams: np.ndarray) -> Iterator[Record]:
     """Every record of the sources, in order: as a clean document, or rejected with the first reason that applies."""
-    records = (record for source in config.sources for record in read_source(source))
-    prepared = map_in_order(partial(_Preparer, config, ngrams), _batches(records), workers=config.workers)
+    records = _batches(read_sources(sources))
+    prepared = map_in_order(partial(_Preparer, config, ngrams), records, workers=config.workers)
     near = config.deduplicate.near_threshold
     kept_hashes: dict[bytes, str] = {}
     near_duplicates = NearDuplicates(threshold=near or 1.0, num_permutations=config.deduplicate.num_permutations)

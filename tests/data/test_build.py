@@ -126,6 +126,19 @@ def test_workers_do_not_change_the_result(tmp_path, texts, data_config):
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
+def test_a_build_into_the_folder_that_it_reads_gives_the_same_again(tmp_path, data_config):
+    write_jsonl(tmp_path / "raw.jsonl", [{"text": make_text(n)} for n in range(30)] + [{"text": "short"}])
+    config = data_config(f"{tmp_path}/**/*.jsonl", output=str(tmp_path / "out"))
+    first = build_data(config, stop_after="documents")["metrics"]
+    (tmp_path / "out" / "documents.tmp").mkdir()
+    write_jsonl(tmp_path / "out" / "documents.tmp" / "rejects.jsonl", [{"text": make_text(99)}])
+    (tmp_path / "out" / "documents" / "manifest.json").unlink()
+    second = build_data(config, stop_after="documents")["metrics"]
+    for name in ("records_in", "documents", "rejected", "splits"):
+        assert first[name] == second[name]
+    assert first["records_in"] == 31
+
+
 # Splits
 
 

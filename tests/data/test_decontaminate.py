@@ -41,7 +41,7 @@ def test_without_files_nothing_overlaps():
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, "cannot be read"),
+        (None, "there is no such file"),
         ("{broken", "a.jsonl:1: is no JSON"),
         (json.dumps({"q": "too short"}), "holds no string of 13 words"),
     ],

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from maxlm.config.data import SourceConfig
 from maxlm.data.documents import Document, Reject
-from maxlm.data.sources import local_files, read_source
+from maxlm.data.sources import read_source
 from maxlm.errors import DataError
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
@@ -91,7 +91,7 @@ def test_a_glob_reads_files_in_the_order_of_their_names(tmp_path):
     for name in ("b.txt", "a.txt", "c.jsonl"):
         (tmp_path / name).write_text('{"text": "c"}' if name == "c.jsonl" else name[0])
     assert [d.text for d in read(tmp_path / "*")[0]] == ["a", "b", "c"]
-    assert [path.name for path in local_files(SourceConfig(uri=str(tmp_path / "*.txt")))] == ["a.txt", "b.txt"]
+    assert [d.id for d in read(tmp_path / "*.txt")[0]] == ["a.txt", "b.txt"]
 
 
 def test_a_limit_reads_that_many_documents(tmp_path):
@@ -206,12 +206,12 @@ def test_an_empty_or_broken_file_among_others_is_rejected(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.jsonl", b"", "a.jsonl is empty"),
-        ("a.txt", b"", "a.txt is empty"),
+        ("a.jsonl", b"", "a.jsonl: is empty"),
+        ("a.txt", b"", "a.txt: is empty"),
         ("a.jsonl.gz", b"", "no record of it can be used"),
         ("a.jsonl", b"\n\n", "holds no documents"),
         ("a.jsonl", b"x\ny\n", "the first, a.jsonl:1: "),
-        ("a.json", b"[1, ", "is no JSON list"),
+        ("a.json", b'[{"text": "x"', "a.json:1, item 0: is no JSON: Expecting ',' delimiter"),
         ("a.jsonl.gz", b"no gzip", "cannot be read to the end"),
         ("a.parquet", b"no parquet", "is no Parquet file"),
         ("a.csv", b"a,b", "its format is not known; it must end in .txt, .md, .jsonl, .json, .parquet"),
