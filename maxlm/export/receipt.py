@@ -14,6 +14,7 @@ import numpy as np
 
 from maxlm.core.batch import Batch
 from maxlm.core.interval import Interval, ratio_interval
+from maxlm.core.tree import flatten
 from maxlm.errors import DataError
 from maxlm.models.decoder import Decoder
 from maxlm.ops.qtensor import QTensor
@@ -34,6 +35,7 @@ class Receipt:
     top1_agreement: share of targets for which both models find the same token likeliest.
     num_tokens, num_units: targets that were compared, and the documents or chats that they are of.
     bytes_float, bytes_int8: of the weights in memory.
+    dtypes: what each weight of the int8 model is kept as, by path.
     """
 
     kind: Literal["documents", "chats"]
@@ -51,6 +53,7 @@ class Receipt:
     num_units: int
     bytes_float: int
     bytes_int8: int
+    dtypes: dict[str, str]
 
     @classmethod
     def measure(
@@ -107,6 +110,7 @@ class Receipt:
             num_units=int(of_unit.max()) + 1,
             bytes_float=_num_bytes(float_model),
             bytes_int8=_num_bytes(int8_model),
+            dtypes=_dtypes(int8_model),
         )
 
     @property
@@ -167,3 +171,12 @@ def _negative_at(log_p_CV: jax.Array, targets_C: jax.Array) -> jax.Array:
 
 def _num_bytes(model: Decoder) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+
+
+def _dtypes(model: Decoder) -> dict[str, str]:
+    """int8 with scales counts as int8."""
+    return {
+        path.removesuffix("/values"): str(leaf.dtype)
+        for path, leaf in flatten(model).items()
+        if not path.endswith("/scales")
+    }

@@ -1,7 +1,7 @@
 """The int8 bundle: a folder that holds all that inference needs, and proof of what quantisation cost.
 
     model.safetensors   int8 `values` and float32 `scales` of each matrix, layers stacked, output-first; float32 norms
-                        and routers
+                        and routers; tables of the vocabulary as int8 too, or as float16
     bundle.json         format, model, shape, type and checksum of each tensor, tokenizer fingerprint, receipt
     tokenizer/          the tokenizer that the model was trained with
     manifest.json       what the export read
@@ -11,8 +11,9 @@ Tensors are named as leaves of the model are: `layers/attention/query/values`.
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +29,21 @@ from maxlm.core.parameters import Parameter, abstract
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckFailed, CheckpointError, TokenizerError
 from maxlm.models.decoder import Decoder
-from maxlm.ops.qtensor import quantize
+from maxlm.ops.qtensor import QTensor, quantize
 from maxlm.tokenizer.codec import Tokenizer
 
 INDEX_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FOLDER = "tokenizer"
-FORMAT, VERSION = "maxlm/int8", 1
+FORMAT, VERSION = "maxlm/int8", 2
+
+# How the tables of the vocabulary (embedding, head) are kept.
+Tables = Literal["int8", "float16"]
 
 _AGAIN = "export the model again with `maxlm export`"
 
 
-def quantize_model(model: Decoder) -> Decoder:
+def quantize_model(model: Decoder, tables: Tables = "int8") -> Decoder:
     """The model with a QTensor in the place of each matrix; norms and routers of experts stay as they are.
 
     Raises:
@@ -47,10 +51,11 @@ def quantize_model(model: Decoder) -> Decoder:
     """
     flat = flatten(model)
     for path, parameter in flatten(Decoder(model.config)).items():
-        if _is_matrix(parameter):
-            # A table [vocab, embed], looked up or multiplied with, is output-first as it stands.
-            is_table = parameter.axes[0] == "vocab"
-            flat[path] = quantize(flat[path] if is_table else jnp.swapaxes(flat[path], -1, -2))
+        if _is_table(parameter):
+            # [vocab, embed], looked up or multiplied with, is output-first as it stands.
+            flat[path] = quantize(flat[path]) if tables == "int8" else flat[path].astype(tables)
+        elif _is_matrix(parameter):
+            flat[path] = quantize(jnp.swapaxes(flat[path], -1, -2))
     quantized = unflatten(flat, model)
     check_quantized(quantized)
     return quantized
@@ -67,6 +72,7 @@ def check_quantized(model: Decoder) -> None:
         if jnp.issubdtype(leaf.dtype, jnp.floating)
         and leaf.ndim - path.startswith("layers/") >= 2
         and not path.endswith(("/router", "/scales"))
+        and not (path in ("embedding", "head") and leaf.dtype == jnp.float16)
     ]
     if left:
         raise CheckFailed(f"{len(left)} matrices were not quantised, {left[0]} first; quantisation must know them all")
@@ -83,6 +89,7 @@ def write_bundle(
         "format": FORMAT,
         "version": VERSION,
         "model": model.config.model_dump(mode="json"),
+        "tables": "int8" if isinstance(model.embedding, QTensor) else str(model.embedding.dtype),
         "tokenizer_fingerprint": fingerprint,
         "receipt": receipt,
         "tensors": {path: {**_type(tensor), "xxh3": _checksum(tensor)} for path, tensor in tensors.items()},
@@ -102,10 +109,12 @@ def load_bundle(path: str | Path) -> tuple[Decoder, Path]:
     index = read_index(path)
     try:
         config = ModelConfig(**index["model"])
-        described, fingerprint = dict(index["tensors"]), index["tokenizer_fingerprint"]
+        described, fingerprint, tables = dict(index["tensors"]), index["tokenizer_fingerprint"], index["tables"]
     except (KeyError, TypeError, ValueError, pydantic.ValidationError):
         raise CheckpointError(f"{path / INDEX_FILE}: is damaged: it describes no model; {_AGAIN}") from None
-    like = jax.eval_shape(quantize_model, abstract(Decoder(config)))
+    if tables not in get_args(Tables):
+        raise CheckpointError(f"{path / INDEX_FILE}: is damaged: it has tables of {tables!r}; {_AGAIN}")
+    like = jax.eval_shape(partial(quantize_model, tables=tables), abstract(Decoder(config)))
     tensors = _read_tensors(path / WEIGHTS_FILE, flatten(like), described)
     tokenizer_folder = path / TOKENIZER_FOLDER
     try:
@@ -141,6 +150,10 @@ def read_index(path: Path) -> dict[str, Any]:
 
 def is_bundle(path: Path) -> bool:
     return (path / INDEX_FILE).is_file()
+
+
+def _is_table(parameter: Parameter) -> bool:
+    return parameter.axes[0] == "vocab"
 
 
 def _is_matrix(parameter: Parameter) -> bool:

@@ -1,4 +1,4 @@
-"""int8 weights: symmetric, one scale for each output channel; activations are quantised on the fly, one scale a token.
+"""int8 weights: symmetric, one scale for each output channel; activations are two int8 digits, made on the fly.
 
 Dimensions: I input features, O output features; `...` leading batch dimensions.
 """
@@ -11,6 +11,9 @@ import jax.numpy as jnp
 
 # Symmetric: -128 is left out, so that a value and its negative are both there.
 MAX_VALUE = 127
+# Steps of the low digit in one of the high digit. A power of two, by which a division is exact: the result does not
+# depend on how a compiler joins products and sums.
+BASE = 256
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=[])
@@ -35,28 +38,51 @@ class QTensor:
     def multiply(self, x: jax.Array) -> jax.Array:
         """x [..., I] times the weight [O, I], as [..., O] in the dtype of x.
 
-        W8A8: each token of x gets a scale of its own; products of int8 are summed exactly in int32 (which holds
-        sums over more than 130,000 features) and scaled once, in float32.
+        W8A16: both digits of x are rows of one int8 product, whose sums in int32 are exact (for up to 130,000
+        features). They are put together and scaled in float32.
         """
-        quantized = quantize(x)
-        sums = _integer_product(quantized.values, self.values)
-        return (sums.astype(jnp.float32) * quantized.scales[..., None] * self.scales).astype(x.dtype)
+        digits = split(x)
+        # [2, ..., O]. One token is two rows: XLA's CPU backend may turn a product with a single row into a
+        # matrix-vector loop that is up to ten times slower.
+        contracted = (((digits.values.ndim - 1,), (self.values.ndim - 1,)), ((), ()))
+        sums = jax.lax.dot_general(digits.values, self.values, contracted, preferred_element_type=jnp.int32)
+        high, low = sums.astype(jnp.float32)
+        return ((high + low / BASE) * digits.scales[..., None] * self.scales).astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """x [..., I] is (values[0] + values[1] / BASE) * scales: values int8 [2, ..., I], scales float32 [...]."""
+
+    values: jax.Array
+    scales: jax.Array
 
 
 def quantize(x: jax.Array) -> QTensor:
     """Symmetric int8 along the last axis: scale = max |x| / 127, values = round(x / scale); zeros have scale 0."""
+    scaled, scales = _to_range(x)
+    return QTensor(_to_int8(scaled), scales)
+
+
+def split(x: jax.Array) -> Digits:
+    """Two digits: the first as `quantize` rounds, the second what that leaves over.
+
+    A value is off by half a low step, max |x| / 65,024; by twice that where half a high step is left over, which is one
+    low step more than int8 holds.
+    """
+    scaled, scales = _to_range(x)
+    high = _to_int8(scaled)
+    low = _to_int8((scaled - high.astype(jnp.float32)) * BASE)
+    return Digits(jnp.stack([high, low]), scales)
+
+
+def _to_range(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x with its largest value of the last axis at 127, and the scales that were divided by."""
     x = x.astype(jnp.float32)
     scales = jnp.max(jnp.abs(x), axis=-1) / MAX_VALUE
-    divisors = jnp.where(scales > 0, scales, 1.0)[..., None]
+    return x / jnp.where(scales > 0, scales, 1.0)[..., None], scales
+
+
+def _to_int8(scaled: jax.Array) -> jax.Array:
     # Clipped because a subnormal scale is so coarse that x / scale may exceed what int8 holds.
-    values = jnp.clip(jnp.round(x / divisors), -MAX_VALUE, MAX_VALUE)
-    return QTensor(values.astype(jnp.int8), scales)
-
-
-def _integer_product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """int8 x [..., I] times int8 weight [O, I]: int32 [..., O]."""
-    if x.size == x.shape[-1]:
-        # XLA's CPU backend may turn a product with one row into a matrix-vector loop that is up to ten times slower.
-        return _integer_product(jnp.concatenate([x.reshape(1, -1)] * 2), weight)[0].reshape(*x.shape[:-1], -1)
-    contracted = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
-    return jax.lax.dot_general(x, weight, contracted, preferred_element_type=jnp.int32)
+    return jnp.clip(jnp.round(scaled), -MAX_VALUE, MAX_VALUE).astype(jnp.int8)

@@ -106,7 +106,7 @@ def test_the_receipt_does_not_depend_on_how_the_rows_are_cut(run, monkeypatch):
     monkeypatch.setattr(held_out, "BATCH_TOKENS", 100)
     jax.clear_caches()
     cut = measure()
-    for name in ("kind", "num_tokens", "num_units"):
+    for name in ("kind", "num_tokens", "num_units", "dtypes"):
         assert cut.pop(name) == whole.pop(name)
     # Logits that differ in the last bit may be rounded to another int8 in the layers; hence not equal.
     assert cut == pytest.approx(whole, rel=5e-3, abs=1e-4)
@@ -178,7 +178,7 @@ class TestBundle:
 
 def a_receipt(change, kl):
     """A receipt of two intervals, each given as its value and bounds."""
-    return Receipt("documents", 10.0, 10.04, *change, *kl, 0.5, 0.99, 1000, 30, 400, 100)
+    return Receipt("documents", 10.0, 10.04, *change, *kl, 0.5, 0.99, 1000, 30, 400, 100, {})
 
 
 BOUNDS = {"max_perplexity_change": 0.005, "max_mean_kl": 0.01}
@@ -227,6 +227,19 @@ class TestBounds:
             "int8 changes perplexity by +0.600% [+0.510%, +0.700%] (at most 0.500% is allowed) with a mean KL of"
             " 0.00100 [0.00090, 0.00110] nats (at most 0.01000) on 30 documents, so no bundle was written"
         )
+
+    def test_tables_have_16_bits_where_8_are_too_few(self, run, exported, tmp_path):
+        """A bound between the two receipts: the weights alone cost less than the weights with the tables."""
+        eight = exported[1]
+        limit = eight.mean_kl_low * 0.999
+        sixteen = export_int8(run.path, tmp_path / "int8", data=run.data, max_mean_kl=limit)
+        assert sixteen.mean_kl < limit
+        assert (eight.dtypes["embedding"], sixteen.dtypes["embedding"]) == ("int8", "float16")
+        assert sixteen.dtypes["layers/mlp/up"] == "int8"
+        assert sixteen.dtypes["final_norm"] == "float32"
+        size = run.model.embedding.size
+        assert sixteen.bytes_int8 - eight.bytes_int8 == size - 4 * run.model.config.vocab_size
+        assert load(tmp_path / "int8").generate("the quick", max_new_tokens=4)
 
     def test_nothing_is_left_behind(self, run, tmp_path):
         with pytest.raises(ReceiptOutOfBounds):
@@ -291,6 +304,8 @@ class TestCommandLine:
         change = f"[{receipt['perplexity_change_low']:+.3%}, {receipt['perplexity_change_high']:+.3%}]"
         for part in ("perplexity", "KL, mean", "nats", "same likeliest token", f"{receipt['num_units']} docum", change):
             assert part in printed
+        assert "int8: embedding, attention/key, attention/out, " in printed
+        assert "float32: final_norm, attention_norm, mlp_norm" in printed
         load_bundle(tmp_path / "int8")
 
     def test_json_is_one_object(self, run, tmp_path, capsys):
