@@ -1,5 +1,5 @@
 # make quickstart   text to a served chat model, in minutes on a CPU
-# make test         lint and the whole test suite
+# make test         lint and the whole test suite; the chat page is tested where there is a Chromium
 # Both do all of their own set-up in .venv. `make test PYTHON=python3.12` uses another interpreter, given by name or by
 # path, in a folder of its own: .venv-3.12.
 
