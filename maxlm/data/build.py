@@ -13,6 +13,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from maxlm.config import DataConfig
 from maxlm.core.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
+from maxlm.core.output import check_output
 from maxlm.core.progress import console, progress_bar
 from maxlm.data.parallel import map_in_order, num_cores
 from maxlm.data.prepare import SPLITS, build_documents
@@ -38,9 +39,11 @@ def build_data(config: DataConfig, *, stop_after: Literal["documents"] | None = 
       The manifest of the folder, or of its documents after `stop_after`.
 
     Raises:
+      ConfigError: the folder cannot be written, or is another stage's.
       DataError: if a source cannot be used or a split is left empty.
       TokenizerError: if the tokenizer is missing.
     """
+    check_output(config.output, "data")
     if stop_after == "documents":
         return build_documents(config)
     tokenizer = Tokenizer.load(config.tokenizer)

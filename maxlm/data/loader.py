@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 
 from maxlm.core.manifest import read_manifest
+from maxlm.data.open_records import open_records
 from maxlm.data.rows import Row, decode_row
 from maxlm.errors import DataError, TokenizerError
 
@@ -217,8 +218,7 @@ def open_splits(
             )
         if not metrics["splits"].get(split, {}).get("rows"):
             raise DataError(f"{path}: holds no rows of the split {split!r}; build it with a larger valid_fraction")
-        records = grain.sources.ArrayRecordDataSource(str(path / "packed" / f"{split}.array_record"))
-        opened.append(OpenedSplit(path, split, records))
+        opened.append(OpenedSplit(path, split, open_records(path, split, metrics)))
     return opened, expected_row_length
 
 

@@ -10,6 +10,7 @@ import jax
 from safetensors import SafetensorError
 
 from maxlm.core.manifest import write_manifest
+from maxlm.core.output import check_output
 from maxlm.core.progress import track
 from maxlm.errors import CheckFailed, CheckpointError, ConfigError
 from maxlm.export.held_out import HeldOut, find_held_out, read_held_out
@@ -61,7 +62,10 @@ def export_int8(
       TokenizerError: the data was made with another tokenizer.
       DataError: there is nothing to compare on, or nothing that the model can read.
     """
-    model_path, output = Path(model_path), Path(output)
+    model_path = Path(model_path)
+    check_output(output, "export", key="OUTPUT", suffix=len(_beside("")))
+    # `.` has no name to write another beside.
+    output = Path(os.path.abspath(output))
     if is_bundle(model_path):
         raise CheckpointError(f"{model_path}: is an int8 bundle already; give the run that it was exported from")
     if output.exists() and not is_bundle(output) and not (output.is_dir() and not any(output.iterdir())):
@@ -74,7 +78,7 @@ def export_int8(
     bounds = {"max_perplexity_change": max_perplexity_change, "max_mean_kl": max_mean_kl}
     quantized, receipt = _quantize_within(model, held_out, bounds)
 
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    temporary = output.with_name(_beside(output.name))
     try:
         temporary.mkdir(parents=True)
         write_bundle(
@@ -143,12 +147,17 @@ def check_receipt(receipt: Receipt, *, max_perplexity_change: float, max_mean_kl
     )
 
 
+def _beside(name: str) -> str:
+    """What a bundle is called until it is whole."""
+    return f".{name}.{os.getpid()}.partial"
+
+
 def _put_in_place(temporary: Path, output: Path) -> None:
     """Rename, so that a reader sees the old bundle, the new one, or for a moment none; never a part."""
     if not output.exists():
         temporary.rename(output)
         return
-    old = output.with_name(f".{output.name}.{os.getpid()}.old")
+    old = temporary.with_suffix(".old")
     output.rename(old)
     temporary.rename(output)
     shutil.rmtree(old)

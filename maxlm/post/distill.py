@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from maxlm.config.train import TrainConfig
-from maxlm.core.batch import Batch
+from maxlm.core.batch import Batch, put_batch
 from maxlm.core.term import LossOutput, Term
-from maxlm.errors import ConfigError
+from maxlm.errors import CheckpointError, ConfigError
 from maxlm.models.decoder import Decoder
 from maxlm.ops.loss import in_chunks
 from maxlm.tokenizer.codec import Tokenizer
@@ -31,6 +31,18 @@ class Distill(Pretrain):
     with both softmaxes at temperature T in the divergence; T^2 keeps the size of its gradient. Validation is that of
     pretraining.
     """
+
+    def prepare(self, frozen: dict[str, Any]) -> None:
+        super().prepare(frozen)
+        config, mine = self._context.config, self._context.rows
+        rows = put_batch(
+            Batch.from_rows(self._mixture.batch(0, shard=mine.index, num_shards=mine.count)), self._context.mesh
+        )
+        if not bool(_is_finite(frozen["teacher"], rows)):
+            raise CheckpointError(
+                f"objective.teacher: {config.objective.teacher} gives logits that are not finite for the first rows of"
+                " the data; give another checkpoint"
+            )
 
     def loss(self, model: StudentAndTeacher, batch: Batch) -> LossOutput:
         objective = self._context.config.objective
@@ -55,6 +67,14 @@ class Distill(Pretrain):
 
     def validate(self, model: StudentAndTeacher) -> dict[str, float]:
         return super().validate(model.student)
+
+
+@jax.jit
+def _is_finite(teacher: Decoder, rows: Batch) -> jax.Array:
+    """Whether the teacher gives each token of the text a finite probability."""
+    hidden_BLD = teacher(rows.tokens, positions_BL=rows.positions, segment_ids_BL=rows.segment_ids).hidden_BLD
+    log_probability_BL, _ = teacher.log_probabilities(hidden_BLD, rows.targets)
+    return jnp.all(jnp.isfinite(log_probability_BL) | (rows.loss_weights == 0))
 
 
 def token_divergence(
@@ -94,6 +114,11 @@ def load_teacher(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Any:
     check_fingerprint(metadata["fingerprint"], tokenizer.fingerprint, path)
     # The student's step computes both: how the layers are spread over stages is its own to say.
     model = trained_as(metadata, where=checkpoint)[0].model_copy(update={"pipeline": config.model.pipeline})
+    if model.vocab_size != tokenizer.vocab_size:
+        raise CheckpointError(
+            f"objective.teacher: {path} has {model.vocab_size} tokens, and the tokenizer {tokenizer.vocab_size};"
+            " give a teacher with the student's tokenizer"
+        )
     if config.row_length > model.max_length:
         raise ConfigError(
             [f"row_length: {config.row_length} exceeds the max_length of {model.max_length} of the teacher {path}"]

@@ -69,6 +69,10 @@ class Dpo:
             )
         )
 
+    def prepare(self, frozen: dict[str, Any]) -> None:
+        if self._context.config.objective.valid_file is not None:
+            _ = self._valid_batches
+
     def loss(self, model: Any, batch: DpoBatch) -> LossOutput:
         objective = self._context.config.objective
         chosen, rejected = batch.pairs.chosen, batch.pairs.rejected

@@ -18,6 +18,7 @@ from maxlm.data.chat import EpochOrder, padded_batches, share_of
 from maxlm.data.preference import Prompt, read_prompts, round_up
 from maxlm.data.sample import even_sample
 from maxlm.post.advantages import group_advantages, has_signal
+from maxlm.post.reward_call import CheckedReward
 from maxlm.post.rewards import check_answer, find_reward
 from maxlm.post.sampler import Answers, Sampler
 from maxlm.post.sequences import local_rows, token_log_probabilities, token_scores
@@ -87,7 +88,7 @@ class Grpo:
     def __init__(self, context: RunContext):
         config, objective = context.config, context.config.objective
         self._context = context
-        self._reward = find_reward(objective.reward)
+        self._reward = CheckedReward(objective.reward, find_reward(objective.reward))
         self._prompts = self._read(objective.train_file)
         self._valid_prompts = [] if objective.valid_file is None else self._read(objective.valid_file)
         longest = max(len(prompt.ids) for prompt in [*self._prompts, *self._valid_prompts])
@@ -111,6 +112,9 @@ class Grpo:
     def resume_multiple(self) -> int:
         """Answers are sampled with the weights of every so many steps, so a run can only go on from one of those."""
         return self._context.config.objective.updates_per_rollout
+
+    def prepare(self, frozen: dict[str, Any]) -> None:
+        self._reward.try_out([*self._prompts, *self._valid_prompts])
 
     def loss(self, model: Any, batch: PolicyBatch) -> LossOutput:
         objective = self._context.config.objective
@@ -173,7 +177,7 @@ class Grpo:
         rows = (np.concatenate(numbers)[:, None] * group_size + np.arange(group_size)).reshape(-1)
 
         answers = self._sampler(model, prompts, rows, stream=step, temperature=objective.temperature)
-        rewards_NG = self._rewards(prompts, answers.texts).reshape(-1, group_size)
+        rewards_NG = self._reward(prompts, answers.texts).reshape(-1, group_size)
         advantages_NG = group_advantages(rewards_NG, normalize_std=objective.normalize_std)
         sequences, sampled_BL = policy_rows(answers)
         whole = PolicyBatch(
@@ -195,9 +199,6 @@ class Grpo:
         scores = self._token_scores(self._context.reference, put_batch(batch.rows, self._context.mesh))
         return PolicyBatch(**{**vars(batch), "reference_BL": local_rows(scores)})
 
-    def _rewards(self, prompts: list[Prompt], texts: list[str]) -> np.ndarray:
-        return np.array([self._reward(text, prompt.record) for prompt, text in zip(prompts, texts)], np.float32)
-
     def _mean_valid_reward(self, model: Any, temperature: float) -> float:
         """One answer for each prompt, in batches shaped as those of training, for which sampling is compiled."""
         config, objective = self._context.config, self._context.config.objective
@@ -210,7 +211,7 @@ class Grpo:
             places = sample[np.maximum(mine, 0)]
             drawn = [self._valid_prompts[place] for place in places]
             answers = self._sampler(model, drawn, places, stream=_VALIDATION_STREAM, temperature=temperature)
-            rewards = np.where(mine >= 0, self._rewards(drawn, answers.texts), 0.0).astype(np.float32)
+            rewards = np.where(mine >= 0, self._reward(drawn, answers.texts), 0.0).astype(np.float32)
             total += float(self._sum(put_batch(rewards, self._context.mesh)))
         return total / len(sample)
 

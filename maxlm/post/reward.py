@@ -81,6 +81,10 @@ class Reward:
         self._pairs = self._read(context.config.objective.train_file)
         self._evaluator = Evaluator(self.loss, context.mesh)
 
+    def prepare(self, frozen: dict[str, Any]) -> None:
+        if self._context.config.objective.valid_file is not None:
+            _ = self._valid_batches
+
     def loss(self, model: RewardModel, batch: PreferenceBatch) -> LossOutput:
         real_B = is_real(batch.chosen)
         weight = jnp.sum(real_B)

@@ -143,8 +143,9 @@ def find_reward(name: str) -> Reward:
             sys.path.append(os.getcwd())
         try:
             function = getattr(importlib.import_module(module_name), function_name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError([f"objective.reward: {name!r} cannot be imported: {error}"]) from None
+        # A module of the user's may fail in any way.
+        except (Exception, SystemExit) as error:
+            raise ConfigError([f"objective.reward: {name!r} cannot be imported: {_first_line(error)}"]) from error
         if not callable(function):
             raise ConfigError([f"objective.reward: {name!r} is no function but a {type(function).__name__}"])
         return function
@@ -187,6 +188,11 @@ def _is_of_word(character: str) -> bool:
 
 def _is_unspaced(character: str) -> bool:
     return unicodedata.name(character, "").startswith(_UNSPACED)
+
+
+def _first_line(error: BaseException) -> str:
+    text = (str(error).strip().splitlines() or [""])[0]
+    return text if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {text}"
 
 
 def _shown(value: Any) -> str:

@@ -24,6 +24,10 @@ class Sft:
         self._chats = self._read(context.config.objective.train_file)
         self._evaluator = Evaluator(language_model_loss, context.mesh)
 
+    def prepare(self, frozen: dict[str, Any]) -> None:
+        if self._context.config.objective.valid_file is not None:
+            _ = self._valid_batches
+
     def loss(self, model: Any, batch: Batch) -> LossOutput:
         return language_model_loss(model, batch, z_loss=self._context.config.objective.z_loss)
 

@@ -16,6 +16,7 @@ import xxhash
 
 from maxlm.config import TokenizerConfig
 from maxlm.core.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
+from maxlm.core.output import check_output
 from maxlm.core.progress import console
 from maxlm.errors import DataError, TokenizerError
 from maxlm.tokenizer.chat_template import CONTROL_TOKENS, default_chat_template
@@ -32,9 +33,11 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
     A folder that was made from the same input with the same configuration is loaded instead.
 
     Raises:
+      ConfigError: the folder cannot be written, or is another stage's.
       DataError: if the input is missing or empty.
       TokenizerError: if the input is too small, or its alphabet too large, for the vocabulary.
     """
+    check_output(config.output, "tokenizer")
     output = Path(config.output)
     documents = _input_path(config.input)
     resolved = config.model_dump(mode="json")

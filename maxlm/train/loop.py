@@ -16,7 +16,7 @@ from maxlm.core.distributed import is_primary, stop_on_signal
 from maxlm.core.hardware import peak_flops
 from maxlm.core.progress import console
 from maxlm.core.storage import storage_path
-from maxlm.errors import ConfigError
+from maxlm.errors import ConfigError, MaxlmError
 from maxlm.train.checkpoint import check_fingerprint, trained_as
 from maxlm.train.ema import ema_as
 from maxlm.train.faults import BadStep, GuardWatch, Quarantine
@@ -159,17 +159,14 @@ def run(
             beginning = "rolled_back"
             with stopwatch.counting(beginning):
                 quarantine.add(end.bad_steps, objective, batch_size=config.batch_size)
-        # As one that was killed before its local checkpoints were removed, or its manifest was written.
-        found_at_end = first_step == config.steps
-        valid = validate(objective, end.state, leg.model) if found_at_end else end.valid
         if end.step == config.steps:
             checkpoints.remove_local(end.step)
-        if not found_at_end:
+        if first_step < config.steps:
             goodput.close(end.step)
         rate = leg.window.tokens_per_second_overall()
     if end.interrupted and is_primary():
         console.print(f"stopped by a signal: step {end.step} is saved; run the same command to go on", markup=False)
-    return TrainResult(end.state, first_step, end.step, end.interrupted, valid, goodput.goodput, rate)
+    return TrainResult(end.state, first_step, end.step, end.interrupted, end.valid, goodput.goodput, rate)
 
 
 @dataclass(frozen=True)
@@ -203,15 +200,48 @@ class Leg:
 
     def train(self, state: TrainState, log: MetricsLog) -> LegEnd:
         config, objective, counting = self.config, self.objective, self.stopwatch.counting
-        step, interrupted, valid = int(state.step), False, {}
+        first = step = int(state.step)
+        interrupted, valid = False, {}
         note = partial(self.quarantine.note, objective=objective, batch_size=config.batch_size)
         watch = GuardWatch(config.guard, step, note)
         self.window.reset()
         # The batch builder of an objective that samples needs the weights of the moment.
         current = {"state": state}
         batches = self.quarantine.batches_from(step, objective, lambda: self.model(current["state"].trainable))
+
+        def report():
+            record = self.window.close(step, learning_rate=self.learning_rate(step - 1))
+            log.train({**record, "goodput": self.goodput.goodput.productive})
+
+        def save(*, is_end: bool):
+            metadata = {**self.metadata, "step": step, "quarantine": self.quarantine.saved()}
+            with counting("checkpoint"):
+                self.checkpoints.save(current["state"], metadata, is_end=is_end)
+
+        def keep():
+            watch.settle()
+            if watch.is_amid_refused or watch.bad_steps(current["state"], check_state=True):
+                return
+            if not self.window.is_empty:
+                report()
+            save(is_end=True)
+            console.print(f"step {step} is saved; the same command goes on from there", markup=False)
+
+        @contextlib.contextmanager
+        def losing_no_step(part: str):
+            """What fails in here is no fault of the steps before: their state is saved before it is told."""
+            try:
+                with counting(part):
+                    yield
+            except Exception:
+                # Several processes do not fail alike, and cannot save one without the others.
+                if jax.process_count() == 1 and step > first and step % objective.resume_multiple == 0:
+                    with contextlib.suppress(MaxlmError):
+                        keep()
+                raise
+
         while step < config.steps:
-            with counting("data_wait"):
+            with losing_no_step("data_wait"):
                 batch = put_batch(next(batches), self.mesh)
             state, metrics = self.step_function(current["state"], batch)
             current["state"] = state
@@ -231,20 +261,26 @@ class Leg:
                 return LegEnd(None, step, bad_steps=tuple(bad_steps))
             # A window ends at each checkpoint too: a run that goes on from one logs what an unbroken one would.
             if saves or step % config.log_every == 0:
-                record = self.window.close(step, learning_rate=self.learning_rate(step - 1))
-                log.train({**record, "goodput": self.goodput.goodput.productive})
+                report()
                 self.checkpoints.look_after()
+            if last:
+                # Whatever fails after training finds it saved, and another start does the rest.
+                save(is_end=True)
             if last or (config.eval_every and step % config.eval_every == 0):
-                with counting("validation"):
+                with losing_no_step("validation"):
                     valid = validate(objective, state, self.model)
                 log.valid(step, valid)
-            if saves:
-                interrupted = stopping and not last
-                metadata = {**self.metadata, "step": step, "quarantine": self.quarantine.saved()}
-                with counting("checkpoint"):
-                    self.checkpoints.save(state, metadata, is_end=last or interrupted)
+            if saves and not last:
+                interrupted = stopping
+                save(is_end=interrupted)
             if interrupted:
                 break
+        if first == config.steps:
+            # As one that ended before it was validated, its local checkpoints removed, or its manifest written.
+            with counting("validation"):
+                valid = validate(objective, state, self.model)
+            if not log.has_valid(step):
+                log.valid(step, valid)
         return LegEnd(current["state"], step, interrupted, valid)
 
 

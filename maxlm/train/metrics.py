@@ -43,6 +43,11 @@ class StepWindow:
         self._metrics: list[dict] = []
         self._tokens = 0
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there was no step since the last one was closed."""
+        return not self._metrics
+
     def add(self, metrics: dict[str, Any], *, num_tokens: int) -> None:
         """One step's metrics, still on the device, and the tokens that it worked on, padding included."""
         self._metrics.append(metrics)
@@ -142,6 +147,11 @@ class MetricsLog:
             f"{name} {value:.4f}{_parts(values, name)}" for name, value in values.items() if "/" not in name
         )
         console.print(f"{self.folder.name}: step {step}/{self.total_steps}  valid {text}", markup=False)
+
+    def has_valid(self, step: int) -> bool:
+        """Whether a validation after this step is in the file."""
+        lines = read_metrics(self.folder)
+        return any(line["step"] == step and any(name.startswith("valid_") for name in line) for line in lines)
 
     def _write(self, record: dict[str, Any], group: str) -> None:
         self._lines.append(json.dumps({**record, "time": time.time()}))

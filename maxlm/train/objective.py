@@ -54,6 +54,15 @@ class Objective(Protocol):
     # A checkpoint may be taken at multiples of this many steps.
     resume_multiple: int
 
+    def prepare(self, frozen: dict[str, Any]) -> None:
+        """Open and try what the run will use later: held-out data, functions of the user's, a `teacher` in `frozen`.
+
+        Called before the first step; training data is opened as the objective is built.
+
+        Raises:
+          MaxlmError: something cannot be used.
+        """
+
     def loss(self, model: Any, batch: Any) -> LossOutput:
         """Pure and traceable. The first axis of every array in `batch` is the batch."""
 

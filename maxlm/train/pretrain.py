@@ -44,6 +44,10 @@ class Pretrain:
             expected_row_length=config.row_length,
         )
 
+    def prepare(self, frozen: dict[str, Any]) -> None:
+        if self._held_out is not None:
+            _ = self._valid_batches
+
     def loss(self, model: Any, batch: Batch) -> LossOutput:
         return language_model_loss(model, batch, z_loss=self._context.config.objective.z_loss)
 

@@ -16,6 +16,7 @@ from maxlm.config.model import ModelConfig
 from maxlm.config.train import PACKED_OBJECTIVES, TrainConfig
 from maxlm.core.distributed import initialize_distributed, is_primary, stop_with_parent
 from maxlm.core.manifest import FILE_NAME, read_manifest, write_manifest
+from maxlm.core.output import check_output
 from maxlm.core.parameters import abstract, initialize
 from maxlm.core.peers import Peers, ending_together
 from maxlm.core.sharding import make_mesh, mesh_sizes, row_shard
@@ -74,6 +75,7 @@ def train(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
 
 
 def _train(config: TrainConfig, recipe: Recipe, peers: Peers | None, stopwatch: Stopwatch) -> dict[str, Any]:
+    check_output(config.output, "train")
     folder = storage_path(config.output)
     tokenizer_folder = find_tokenizer(config)
     tokenizer = Tokenizer.load(tokenizer_folder)
@@ -144,6 +146,7 @@ def _train_in(
         if recipe.load_teacher is not None:
             frozen["teacher"] = recipe.load_teacher(config, tokenizer, mesh)
         objective = recipe.build(RunContext(config, tokenizer, mesh, reference))
+        objective.prepare(frozen)
         result = run(
             config,
             mesh=mesh,

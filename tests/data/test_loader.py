@@ -1,4 +1,6 @@
 import itertools
+import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -186,6 +188,37 @@ def test_folders_that_do_not_fit_are_refused(folders, tmp_path, tokenizer_folder
         open_mixture([(tokenizer_folder, 1.0)], **fits)
     with pytest.raises(DataError, match="no data folder"):
         open_mixture([], **fits)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda folder: (folder / "packed/train.array_record").unlink(), "train.array_record: cannot be read"),
+        (lambda folder: _cut(folder / "packed/train.array_record"), "train.array_record: cannot be read"),
+        (lambda folder: (folder / "documents/train.parquet").unlink(), "train.parquet: cannot be read"),
+        (lambda folder: _cut(folder / "documents/train.parquet"), "train.parquet: cannot be read"),
+        (lambda folder: _edit(folder, rows=1), r"holds \d+ rows, and its manifest says 1;"),
+        (lambda folder: _edit(folder, documents=1), r"holds \d+ documents, and its manifest says 1;"),
+        (lambda folder: _edit(folder, vocab_size=3), "its first row is not of this build, or damaged"),
+    ],
+)
+def test_a_split_is_looked_at_from_both_ends_when_it_is_opened(folders, tmp_path, damage, sentence):
+    copy = tmp_path / "data"
+    shutil.copytree(folders[0], copy)
+    damage(copy)
+    with pytest.raises(DataError, match=f"{sentence}.* run `maxlm data build` again"):
+        open_mixture([(copy, 1.0)], seed=0, batch_size=4)
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _edit(folder, **values):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, value in values.items():
+        (manifest["metrics"] if name == "vocab_size" else manifest["metrics"]["splits"]["train"])[name] = value
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(

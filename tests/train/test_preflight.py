@@ -1,0 +1,67 @@
+"""What fails after training, or amid it by no fault of the steps, finds them saved, and another start goes on."""
+
+import pytest
+from toy_run import ToyObjective, toy_run, weights
+
+from maxlm.errors import DataError
+from maxlm.train.checkpoint import find_checkpoint
+from maxlm.train.metrics import read_metrics
+
+
+class Failing(ToyObjective):
+    """Whose validation, or whose batches after so many, end the run."""
+
+    def __init__(self, *, validation: int | None = None, batch: int | None = None):
+        super().__init__(at_batch=self._fail_at)
+        self._validations, self._batch = validation, batch
+        self.batches_read = 0
+
+    def _fail_at(self, number):
+        self.batches_read += 1
+        if number == self._batch:
+            raise DataError("the reward has given None")
+
+    def validate(self, model):
+        if self._validations is not None:
+            self._validations -= 1
+            if self._validations == 0:
+                raise DataError("valid.jsonl:2: is no JSON")
+        return super().validate(model)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> bytes:
+    return weights(toy_run(tmp_path_factory.mktemp("unbroken")))
+
+
+@pytest.mark.parametrize(
+    ("failing", "saved"),
+    [({"validation": 1}, 5), ({"validation": 3}, 12), ({"batch": 7}, 7), ({"batch": 0}, None)],
+    ids=str,
+)
+def test_what_fails_amid_a_run_loses_no_step(tmp_path, failing, saved, unbroken, capsys):
+    settings = {"eval_every": 5, "checkpoint": {"every": 4, "keep": 1}, "log_every": 3}
+    with pytest.raises(DataError):
+        toy_run(tmp_path / "run", objective=Failing(**failing), **settings)
+    told = capsys.readouterr().err
+    if saved is None:
+        assert not list((tmp_path / "run" / "checkpoints").iterdir())
+        return
+    assert find_checkpoint(tmp_path / "run").name == str(saved)
+    assert f"step {saved} is saved; the same command goes on from there" in told
+
+    mended = Failing()
+    result = toy_run(tmp_path / "run", objective=mended, **settings)
+    assert (result.start, mended.batches_read) == (saved, 12 - saved)
+    assert result.metrics == {"norm": pytest.approx(result.metrics["norm"])}
+    # One that fails amid a run is not made up for; that of the end is.
+    steps = [record["step"] for record in read_metrics(tmp_path / "run") if "valid_norm" in record]
+    assert steps == [step for step in (5, 10, 12) if step != saved or step == 12]
+    assert weights(result) == unbroken
+
+
+def test_a_run_that_was_validated_is_not_logged_twice(tmp_path):
+    toy_run(tmp_path / "run", steps=2)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert toy_run(tmp_path / "run", steps=2).metrics
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
