@@ -31,7 +31,7 @@ def open_records(folder: Path, split: str, metrics: dict[str, Any]) -> grain.sou
         rows = [decode_row(records[index]) for index in (0, num_rows - 1)] if num_rows else []
     # What the C++ reader finds is told as one of several types.
     except (OSError, RuntimeError, ValueError, IndexError, DataError) as error:
-        raise DataError(f"{packed}: cannot be read: {str(error).splitlines()[0]}; {_AGAIN}") from None
+        raise DataError(f"{packed}: cannot be read: {_told(error)}; {_AGAIN}") from None
     if num_rows != counts["rows"]:
         raise DataError(f"{packed}: holds {num_rows} rows, and its manifest says {counts['rows']}; {_AGAIN}")
     for place, row in zip(("first", "last"), rows):
@@ -43,9 +43,13 @@ def open_records(folder: Path, split: str, metrics: dict[str, Any]) -> grain.sou
     try:
         num_documents = parquet.read_metadata(documents).num_rows
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{documents}: cannot be read: {str(error).splitlines()[0]}; {_AGAIN}") from None
+        raise DataError(f"{documents}: cannot be read: {_told(error)}; {_AGAIN}") from None
     if num_documents != counts["documents"]:
         raise DataError(
             f"{documents}: holds {num_documents} documents, and its manifest says {counts['documents']}; {_AGAIN}"
         )
     return records
+
+
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
