@@ -17,6 +17,7 @@ from flax import nnx
 from maxlm.config.model import ModelConfig
 from maxlm.core.batch import Batch
 from maxlm.core.parameters import Parameter, abstract, initialize, zeros
+from maxlm.core.progress import track
 from maxlm.core.term import LossOutput, Term, add
 from maxlm.core.tree import flatten, unflatten
 from maxlm.data.chat import EpochOrder, padded_batches, step_batches
@@ -145,7 +146,10 @@ def load_reward_model(path: str | Path, mesh: jax.sharding.Mesh | None = None) -
     checkpoint = find_checkpoint(path)
     metadata = read_metadata(checkpoint)
     if (kind := metadata["config"]["objective"]["kind"]) != "reward":
-        raise CheckpointError(f"{path}: was trained with objective.kind={kind}, and not as a reward model")
+        raise CheckpointError(
+            f"{path}: was trained with objective.kind={kind}, and not as a reward model; give the run folder of a"
+            " training with objective.kind=reward, as configs/post/reward.yaml is"
+        )
     tokenizer = Tokenizer.load(run_folder_of(checkpoint) / "tokenizer")
     model, lora = trained_as(metadata, where=checkpoint)
     plan = RewardModel(model)
@@ -173,14 +177,20 @@ def score(model: RewardModel, tokenizer: Tokenizer, texts: Sequence[str | Sequen
             raise RequestError(
                 f"text {index}: its {len(ids)} tokens are more than the model's context of {model.config.max_length}"
             )
+    return score_sequences(model, sequences)
+
+
+def score_sequences(model: RewardModel, sequences: Sequence[list[int]]) -> np.ndarray:
+    """The reward of each sequence of token ids: float32 [number of sequences]. The shortest go first, with a bar."""
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
     scores = np.zeros(len(sequences), np.float32)
-    for start in range(0, len(order), _SCORED_ROWS):
+    for start in track(range(0, len(order), _SCORED_ROWS), "score"):
         group = order[start : start + _SCORED_ROWS]
         rows = [ChatTokens(sequences[index], [0.0] * len(sequences[index])) for index in group]
         rows += [ChatTokens([], [])] * (_SCORED_ROWS - len(group))
-        batch = pad(rows, round_up(len(sequences[group[-1]])))
-        scores[group] = np.asarray(_rewards(model, batch))[: len(group)]
+        # No longer than the model's context, where rounding up would be.
+        length = min(round_up(len(sequences[group[-1]])), model.config.max_length)
+        scores[group] = np.asarray(_rewards(model, pad(rows, length)))[: len(group)]
     return scores
 
 

@@ -1,9 +1,12 @@
 """DPO raises the chosen answer over the rejected one; a reward model ranks them."""
 
+import json
+
 import numpy as np
 import pytest
-from toy_task import make_config, question, write_lines
+from toy_task import chat, make_config, question, write_lines
 
+from maxlm.cli import main
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckpointError, RequestError
 from maxlm.generate.model import load
@@ -74,6 +77,60 @@ def test_the_reward_model_ranks_answers_to_prompts_it_has_not_seen(reward_run):
     assert rewards[2] > rewards[3]
     margin = np.mean([rewards[0] - rewards[1], rewards[2] - rewards[3]])
     assert margin == pytest.approx(manifest["metrics"]["valid"]["reward_margin"], rel=1e-3)
+
+
+def test_score_gives_a_line_for_each_record_and_a_summary(reward_run, pairs, tuned, tmp_path, capsys):
+    folder, manifest, lora = reward_run
+    assert main(["score", str(folder), pairs["valid_file"], "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    valid = manifest["metrics"]["valid"]
+    assert (report["records"], report["pairs"], report["accuracy"]["value"]) == (2, 2, valid["accuracy"])
+    assert report["margin"]["value"] == pytest.approx(valid["reward_margin"], rel=1e-3)
+    if lora is not None:
+        return
+    by_line = [(item["chosen_score"], item["rejected_score"]) for item in report["scores"]]
+    assert [item["id"] for item in report["scores"]] == [f"{pairs['valid_file']}:{n}" for n in (1, 2)]
+    records = [
+        chat("coin 5", "yes"),
+        {"messages": question("coin 5"), "completion": "no"},
+        {"prompt": question("coin 6"), "completion": "yes"},
+        {"prompt": "coin", "completion": " yes"},
+    ]
+    path, output = write_lines(tmp_path / "answers.jsonl", records), tmp_path / "scores.jsonl"
+    assert main(["score", str(folder), path, "--output", str(output)]) == 0
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["id"] for line in lines] == [f"{path}:{n}" for n in (1, 2, 3, 4)]
+    expected = [by_line[0][0], by_line[0][1], by_line[1][0]]
+    np.testing.assert_allclose([line["score"] for line in lines[:3]], expected, rtol=1e-4, atol=1e-5)
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "4 records, mean score" in told.err
+    write_lines(tmp_path / "answers.jsonl", [records[0]])
+    assert main(["score", str(folder), path]) == 0
+    assert json.loads(capsys.readouterr().out)["score"] == pytest.approx(lines[0]["score"], rel=1e-4)
+
+    mistakes = [
+        ({"prompt": "a"}, r":2: has prompt; a record is {prompt, completion}"),
+        ({"prompt": "a", "chosen": "b"}, r":2: has chosen; a record is"),
+        ({"completion": "b"}, ":2: must have either prompt or messages beside completion"),
+        ({"messages": question("sky")}, ":2: ends with no message of role 'assistant'"),
+        ({"prompt": "a", "completion": None}, ":2: after a prompt that is a text, the answers must be texts"),
+        ({"prompt": "sky", "completion": "sky " * 90}, "tokens are more than the model's context of 64; shorten"),
+    ]
+    for record, sentence in mistakes:
+        write_lines(tmp_path / "answers.jsonl", [records[0], record])
+        assert main(["score", str(folder), path]) == 2
+        assert f"{path}:2" in (told := capsys.readouterr().err)
+        assert sentence in told
+    write_lines(tmp_path / "answers.jsonl", [])
+    for arguments, sentence in [
+        ([str(folder), path], "holds no records; a record is"),
+        ([str(folder), path, "--output", path], "is the file that is scored"),
+        ([str(folder), path, "--output", str(tmp_path)], "must be a file in a folder that exists"),
+        ([str(tuned[0]), path], "was trained with objective.kind=sft, and not as a reward model; give the run folder"),
+    ]:
+        assert main(["score", *arguments]) == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_a_score_depends_on_its_own_text_alone(reward_run):
