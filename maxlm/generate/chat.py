@@ -64,9 +64,9 @@ class Chat:
         messages = [*self.messages, {"role": "user", "content": question}]
         answer = ""
         try:
-            # Each turn draws from a seed of its own, so that a question asked again may be answered anew.
-            seed = self._seed + len(messages)
-            request = Request(tuple(self._model.encode(messages)), seed=seed, **self._settings)
+            # Each turn draws from a stream of its own, so that a question asked again may be answered anew.
+            stream = (len(messages), 0)
+            request = Request(tuple(self._model.encode(messages)), seed=self._seed, stream=stream, **self._settings)
             for event in self._engine.stream(request):
                 answer += event.text
                 print(event.text, end="", flush=True)

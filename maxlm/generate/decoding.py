@@ -24,7 +24,7 @@ MIN_BUCKET = 16
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["seed", "temperature", "top_k", "top_p"],
+    data_fields=["seed", "stream", "temperature", "top_k", "top_p"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -32,17 +32,20 @@ class SamplingRow:
     """How one request samples, or with a leading [B] how all do: see `maxlm.generate.sampling`.
 
     seed: uint32 [..., 2], the high and the low half of a 64-bit seed.
+    stream: uint32 [..., 2], which of the seed's streams: index of the prompt, index of the choice.
     """
 
     seed: jax.Array
+    stream: jax.Array
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
 
     @classmethod
-    def from_values(cls, *, seed: int, temperature: float, top_k: int, top_p: float) -> Self:
+    def from_values(cls, *, seed: int, stream: tuple[int, int], temperature: float, top_k: int, top_p: float) -> Self:
         return cls(
             seed=np.asarray([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32),
+            stream=np.asarray(stream, np.uint32),
             temperature=np.float32(temperature),
             top_k=np.int32(top_k),
             top_p=np.float32(top_p),
@@ -72,7 +75,7 @@ class SlotState:
     @classmethod
     def create(cls, config: ModelConfig, num_slots: int, max_length: int, dtype) -> Self:
         zeros_B = jnp.zeros(num_slots, jnp.int32)
-        row = SamplingRow.from_values(seed=0, temperature=0.0, top_k=0, top_p=1.0)
+        row = SamplingRow.from_values(seed=0, stream=(0, 0), temperature=0.0, top_k=0, top_p=1.0)
         return cls(
             cache=KVCache.create(config, num_slots, max_length, dtype=dtype),
             tokens_B=zeros_B,
@@ -105,10 +108,7 @@ def prefill(
 
     The outputs have a leading dimension of 1.
     """
-    padded_length = tokens_L.shape[0]
-    positions_L = jnp.where(jnp.arange(padded_length) < length, jnp.arange(padded_length), -1)
-    prompt_cache = KVCache.create(model.config, 1, padded_length, dtype=state.cache.keys.dtype)
-    hidden_1LD, prompt_cache = model.decode(tokens_L[None], prompt_cache, positions_L[None])
+    hidden_1LD, prompt_cache = _prompt_hidden(model, tokens_L, length, state.cache.keys.dtype)
     last_1D = jax.lax.dynamic_index_in_dim(hidden_1LD, length - 1, axis=1, keepdims=False)
     output = _sample(model.logits(last_1D), jax.tree.map(lambda leaf: leaf[None], sampling), jnp.zeros(1, jnp.int32))
 
@@ -142,21 +142,67 @@ def decode_step(model: Decoder, state: SlotState, active_B: jax.Array) -> tuple[
     return state, output
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["log_probabilities_B", "top_BK", "top_ids_BK"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class TokenScores:
+    """Log-probabilities of given tokens [batch], and the likeliest ones with their ids, likeliest first [batch, K]."""
+
+    log_probabilities_B: jax.Array
+    top_BK: jax.Array
+    top_ids_BK: jax.Array
+
+
 @partial(jax.jit, static_argnames="count")
-def top_log_probabilities(logits_BV: jax.Array, *, count: int) -> tuple[jax.Array, jax.Array]:
-    """The `count` likeliest tokens of each row, likeliest first: log-probabilities and ids, each [batch, count]."""
-    return jax.lax.top_k(jax.nn.log_softmax(logits_BV, axis=-1), count)
+def token_scores(logits_BV: jax.Array, tokens_B: jax.Array, *, count: int) -> TokenScores:
+    """Rate tokens beside the `count` likeliest of their rows.
+
+    Both come from one array: clients find out whether a token is the likeliest by comparing the two for equality.
+    """
+    log_probabilities_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+    chosen_B = jnp.take_along_axis(log_probabilities_BV, tokens_B[:, None], axis=-1)[:, 0]
+    return TokenScores(chosen_B, *jax.lax.top_k(log_probabilities_BV, count))
 
 
-def request_key(seed_2: jax.Array, count: jax.Array) -> jax.Array:
-    """The key of a request's `count`-th draw: a function of its seed and of nothing else."""
-    return jax.random.fold_in(jax.random.wrap_key_data(seed_2, impl="threefry2x32"), count)
+@partial(jax.jit, static_argnames="count")
+def score_prompt(model: Decoder, tokens_L: jax.Array, length: jax.Array, *, count: int) -> TokenScores:
+    """Rate each token of a right-padded prompt of `length` tokens, given those before it.
+
+    Row i of the result is for token i + 1; the last row, and those of the padding, mean nothing.
+    """
+    hidden_LD = _prompt_hidden(model, tokens_L, length, jnp.dtype(model.config.activation_dtype))[0][0]
+    targets_L = jnp.roll(tokens_L, -1)
+    # Place by place: the logits of a whole prompt would be the largest array by far.
+    return jax.lax.map(
+        lambda place: jax.tree.map(
+            lambda leaf: leaf[0], token_scores(model.logits(place[0][None]), place[1][None], count=count)
+        ),
+        (hidden_LD, targets_L),
+        batch_size=MIN_BUCKET,
+    )
+
+
+def request_key(seed_2: jax.Array, stream_2: jax.Array) -> jax.Array:
+    """The key of a request's stream: a function of its seed and its place among those that share it."""
+    key = jax.random.wrap_key_data(seed_2, impl="threefry2x32")
+    return jax.random.fold_in(jax.random.fold_in(key, stream_2[0]), stream_2[1])
+
+
+def _prompt_hidden(model: Decoder, tokens_L, length, cache_dtype) -> tuple[jax.Array, KVCache]:
+    padded_length = tokens_L.shape[0]
+    positions_L = jnp.where(jnp.arange(padded_length) < length, jnp.arange(padded_length), -1)
+    cache = KVCache.create(model.config, 1, padded_length, dtype=cache_dtype)
+    return model.decode(tokens_L[None], cache, positions_L[None])
 
 
 def _sample(logits_BV: jax.Array, sampling: SamplingRow, counts_B: jax.Array) -> StepOutput:
+    keys_B = jax.vmap(request_key)(sampling.seed, sampling.stream)
     tokens_B = sample(
         logits_BV,
-        jax.vmap(request_key)(sampling.seed, counts_B),
+        jax.vmap(jax.random.fold_in)(keys_B, counts_B),
         temperature_B=sampling.temperature,
         top_k_B=sampling.top_k,
         top_p_B=sampling.top_p,

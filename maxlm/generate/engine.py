@@ -7,8 +7,8 @@ and hands each new token to its request's callback. There is one transfer from t
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -21,21 +21,25 @@ from maxlm.generate.decoding import (
     SamplingRow,
     SlotState,
     StepOutput,
+    TokenScores,
     bucket_length,
     decode_step,
     prefill,
-    top_log_probabilities,
+    score_prompt,
+    token_scores,
 )
-from maxlm.generate.request import MAX_TOP_TOKENS, Event, Generation, Request, Token
+from maxlm.generate.request import (
+    MAX_TOP_TOKENS,
+    BatchTooLargeError,
+    ContextLengthError,
+    EngineStoppedError,
+    Event,
+    Generation,
+    QueueFullError,
+    Request,
+    Token,
+)
 from maxlm.models.decoder import Decoder
-
-
-class QueueFullError(RequestError):
-    """As many requests wait as the engine lets wait; try again later."""
-
-
-class EngineStoppedError(RuntimeError):
-    """The engine has failed or was closed, and takes no more requests."""
 
 
 class Engine:
@@ -67,6 +71,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
         self._max_waiting = max_waiting
+        self._num_top = min(MAX_TOP_TOKENS, model.config.vocab_size)
         cache_dtype = jnp.dtype(model.config.activation_dtype)
         self._state = SlotState.create(model.config, self.num_slots, self.max_length, cache_dtype)
         self._active: dict[int, Generation] = {}
@@ -95,19 +100,39 @@ class Engine:
         """Queue a request. `on_event` is called from the engine's thread; the last event has a finish reason.
 
         Raises:
-          RequestError: it does not fit the context, or names tokens that the model does not have.
+          ContextLengthError: it does not fit the context.
+          RequestError: it names tokens that the model does not have.
           QueueFullError: too many wait already.
+          EngineStoppedError: the engine has failed or was closed.
         """
-        generation = Generation(request, self._room_for(request), self._tokenizer.stream_decoder(), on_event)
+        return self.submit_all([request], lambda _, event: on_event(event))[0]
+
+    def submit_all(self, requests: Sequence[Request], on_event: Callable[[int, Event], None]) -> list[Generation]:
+        """`submit` for several requests, all or none; `on_event` gets the index of the request too.
+
+        Raises:
+          BatchTooLargeError: they are more than an idle engine takes.
+        """
+        generations = [
+            Generation(request, self._room_for(request), self._tokenizer.stream_decoder(), partial(on_event, index))
+            for index, request in enumerate(requests)
+        ]
         with self._wake:
             if self.failure is not None or self._closing:
                 raise EngineStoppedError(f"the engine has stopped: {self.failure or 'closed'}")
-            busy = len(self._active) + len(self._waiting)
-            if self._max_waiting is not None and busy >= self.num_slots + self._max_waiting:
-                raise QueueFullError(f"{busy} requests run or wait already; try again later")
-            self._waiting.append(generation)
+            if self._max_waiting is not None:
+                capacity = self.num_slots + self._max_waiting
+                busy = len(self._active) + len(self._waiting)
+                if len(requests) > capacity:
+                    raise BatchTooLargeError(
+                        f"{len(requests)} answers are asked for at once, and {capacity} are the most that run and wait;"
+                        " ask in several requests"
+                    )
+                if busy + len(requests) > capacity:
+                    raise QueueFullError(f"{busy} requests run or wait already; try again later")
+            self._waiting.extend(generations)
             self._wake.notify()
-        return generation
+        return generations
 
     def stream(self, request: Request) -> Iterator[Event]:
         """Queue a request; the events follow as they come. Leaving the iteration cancels it."""
@@ -129,7 +154,7 @@ class Engine:
         return follow()
 
     def warm_up(self) -> None:
-        """Compile everything that a request may need, by running requests of every prompt bucket."""
+        """Compile what requests need, by running one of every prompt bucket; scoring of prompts compiles when used."""
         length = 1
         while True:
             length = min(bucket_length(length, self.max_length), self.max_length - 2)
@@ -156,7 +181,7 @@ class Engine:
         room = self.max_length - length
         wanted = 1 if request.max_new_tokens is None else request.max_new_tokens
         if wanted > room:
-            raise RequestError(
+            raise ContextLengthError(
                 f"the prompt has {length} tokens and {wanted} new ones are asked for, but the context holds"
                 f" {self.max_length}; shorten the prompt or ask for fewer tokens"
             )
@@ -205,8 +230,17 @@ class Engine:
             length = len(request.prompt_ids)
             tokens_L = np.zeros(bucket_length(length, self.max_length), np.int32)
             tokens_L[:length] = request.prompt_ids
+            if request.score_prompt:
+                self._score_prompt(generation, tokens_L)
+                if generation.max_new_tokens == 0:
+                    del self._active[slot]
+                    continue
             sampling = SamplingRow.from_values(
-                seed=request.seed, temperature=request.temperature, top_k=request.top_k, top_p=request.top_p
+                seed=request.seed,
+                stream=request.stream,
+                temperature=request.temperature,
+                top_k=request.top_k,
+                top_p=request.top_p,
             )
             self._state, output = prefill(
                 self._model, self._state, tokens_L, np.int32(length), np.int32(slot), sampling
@@ -221,17 +255,23 @@ class Engine:
 
     def _deliver(self, output: StepOutput, slot_of_row: dict[int, int]) -> None:
         wants_top = any(self._active[slot].request.top_tokens for slot in slot_of_row.values())
-        count = min(MAX_TOP_TOKENS, self._model.config.vocab_size)
-        top = top_log_probabilities(output.logits_BV, count=count) if wants_top else None
-        tokens_B, log_probabilities_B, top = jax.device_get((output.tokens_B, output.log_probabilities_B, top))
+        scores = token_scores(output.logits_BV, output.tokens_B, count=self._num_top) if wants_top else None
+        tokens_B, log_probabilities_B, scores = jax.device_get((output.tokens_B, output.log_probabilities_B, scores))
         for row, slot in slot_of_row.items():
             generation = self._active[slot]
-            token = Token(int(tokens_B[row]), float(log_probabilities_B[row]))
-            if wants_top:
-                values, ids = (array[row, : generation.request.top_tokens].tolist() for array in top)
-                token = replace(token, top=tuple(zip(ids, values)))
+            if generation.request.top_tokens:
+                token = _scored_token(int(tokens_B[row]), scores, row, generation.request.top_tokens)
+            else:
+                token = Token(int(tokens_B[row]), float(log_probabilities_B[row]))
             if generation.accept(token, token.id in self._stop_ids):
                 del self._active[slot]
+
+    def _score_prompt(self, generation: Generation, tokens_L: np.ndarray) -> None:
+        ids, top_tokens = generation.request.prompt_ids, generation.request.top_tokens
+        scores = jax.device_get(score_prompt(self._model, tokens_L, np.int32(len(ids)), count=self._num_top))
+        scored = (_scored_token(id_, scores, row, top_tokens) for row, id_ in enumerate(ids[1:]))
+        finish_reason = "length" if generation.max_new_tokens == 0 else None
+        generation.emit(Event(prompt=(Token(ids[0], None), *scored), finish_reason=finish_reason))
 
     def _end_all(self, event: Event) -> None:
         with self._wake:
@@ -240,3 +280,8 @@ class Engine:
             self._waiting.clear()
         for generation in ended:
             generation.emit(event)
+
+
+def _scored_token(id_: int, scores: TokenScores, row: int, top_tokens: int) -> Token:
+    values, ids = (array[row, :top_tokens].tolist() for array in (scores.top_BK, scores.top_ids_BK))
+    return Token(id_, float(scores.log_probabilities_B[row]), tuple(zip(ids, values)))

@@ -101,10 +101,16 @@ class LoadedModel:
         """Tokens that end an answer."""
         return tuple(sorted({self.tokenizer.eos_id, self.tokenizer.end_of_turn_id}))
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """The ids that a model continues: of a text with its start token, or of a chat up to the next answer."""
+    def encode(self, prompt: Prompt, *, continue_final: bool = False) -> list[int]:
+        """The ids that a model continues: of a text with its start token, or of a chat up to the next answer.
+
+        Args:
+          continue_final: the last message is the beginning of the answer.
+        """
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True)
+        if continue_final:
+            return self.encode(prompt[:-1]) + self.tokenizer.encode(prompt[-1]["content"])
         return self.tokenizer.encode_chat(prompt, generation_prompt=True).ids
 
     def engine(self, *, num_slots: int, max_length: int | None = None, max_waiting: int | None = None) -> Engine:
@@ -186,7 +192,8 @@ class LoadedModel:
     ) -> list[str]:
         """Continue texts or answer chats; one prompt is a list of one.
 
-        Prompt i is sampled with seed + i, so equal prompts give different texts, and each gives the same every time.
+        Each prompt draws from a stream of its own, a function of the seed and its place in the list: equal prompts
+        give different texts, and each gives the same every time.
 
         Raises:
           RequestError: a prompt with its new tokens is longer than the context, or a setting is out of range.
@@ -199,7 +206,8 @@ class LoadedModel:
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
-                seed=seed + index,
+                seed=seed,
+                stream=(index, 0),
                 stop=tuple(stop),
             )
             for index, prompt in enumerate(prompts)

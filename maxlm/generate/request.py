@@ -9,6 +9,23 @@ from maxlm.generate.stopping import StopScanner
 
 MAX_TOP_TOKENS = 20
 
+
+class ContextLengthError(RequestError):
+    """A prompt with its new tokens is longer than the context."""
+
+
+class BatchTooLargeError(RequestError):
+    """Requests that are submitted together are more than the engine ever holds."""
+
+
+class QueueFullError(RequestError):
+    """As many requests wait as the engine lets wait; try again later."""
+
+
+class EngineStoppedError(RuntimeError):
+    """The engine has failed or was closed, and takes no more requests."""
+
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -25,11 +42,14 @@ class Request:
     """What to continue, and how.
 
     prompt_ids: at least one token.
-    max_new_tokens: None takes as many as the context has room for.
+    max_new_tokens: None takes as many as the context has room for; 0, with `score_prompt`, generates nothing.
     temperature, top_k, top_p: see `maxlm.generate.sampling.sample`.
-    seed: any integer; its low 64 bits count. Prompt, settings and seed decide the text, and nothing else does.
+    seed: any integer; its low 64 bits count. Prompt, settings, seed and stream decide the text, and nothing else does.
+    stream: (index of the prompt, index of the choice) among the requests that share a seed. Each pair draws from a
+      random stream of its own.
     stop: the text ends before the first of these.
     top_tokens: how many of the likeliest tokens to report at each place.
+    score_prompt: the first event reports the prompt's own tokens.
 
     Raises:
       RequestError: a value is out of its range.
@@ -41,16 +61,22 @@ class Request:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    stream: tuple[int, int] = (0, 0)
     stop: tuple[str, ...] = ()
     top_tokens: int = 0
+    score_prompt: bool = False
 
     def __post_init__(self):
+        fewest = 0 if self.score_prompt else 1
         limits = [
             (len(self.prompt_ids) > 0, "the prompt is empty; give at least one token"),
-            (self.max_new_tokens is None or self.max_new_tokens >= 1, "max_new_tokens must be at least 1"),
+            (
+                self.max_new_tokens is None or self.max_new_tokens >= fewest,
+                f"max_new_tokens must be at least {fewest}",
+            ),
             (0 <= self.temperature < float("inf"), f"temperature is {self.temperature}; it must be 0 or more"),
             (0 <= self.top_k < 2**31, f"top_k is {self.top_k}; it must be 0 (all tokens) or more"),
-            (0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1"),
+            (0 <= self.top_p <= 1, f"top_p is {self.top_p}; it must be between 0 and 1"),
             (all(self.stop), "a stop string is empty; leave it out"),
             (0 <= self.top_tokens <= MAX_TOP_TOKENS, f"top_tokens must be between 0 and {MAX_TOP_TOKENS}"),
         ]
@@ -61,10 +87,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Token:
-    """A sampled token, its log-probability under the model (temperature 1), and the likeliest tokens at its place."""
+    """A token, its log-probability under the model (temperature 1), and the likeliest tokens at its place.
+
+    The first token of a prompt has no log-probability.
+    """
 
     id: int
-    log_probability: float
+    log_probability: float | None
     top: tuple[tuple[int, float], ...] = ()
 
 
@@ -72,11 +101,14 @@ class Token:
 class Event:
     """One step of a request: the text that became certain, the token behind it, and at the end why it ended.
 
-    The token that ends an answer is not reported; it counts in `Generation.num_tokens`.
+    end_token: the stop token that ended the answer. It is no part of the text, but counts in `Generation.num_tokens`.
+    prompt: the prompt's tokens, in the first event of a request with `score_prompt`.
     """
 
     text: str = ""
     token: Token | None = None
+    end_token: Token | None = None
+    prompt: tuple[Token, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
 
@@ -110,7 +142,8 @@ class Generation:
             finish_reason = "length"
         if finish_reason is not None:
             text += self._scanner.push(self._decoder.flush()) + self._scanner.flush()
-        self.emit(Event(text, None if is_stop else token, finish_reason))
+        taken = {"end_token": token} if is_stop else {"token": token}
+        self.emit(Event(text, finish_reason=finish_reason, **taken))
         return finish_reason is not None
 
     def emit(self, event: Event) -> None:

@@ -23,7 +23,7 @@ def sample(
       keys_B: PRNG keys [batch], one for each draw.
       temperature_B: float32 [batch]; 0 takes the likeliest token and reads no key.
       top_k_B: int32 [batch]; 0 keeps all.
-      top_p_B: float32 [batch]; 1 keeps all.
+      top_p_B: float32 [batch]; 1 keeps all, 0 takes the likeliest token as temperature 0 does.
 
     Returns:
       int32 [batch].
@@ -40,9 +40,10 @@ def sample(
         )
         noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, kept_BV.shape[1:]))(keys_B)
         drawn_B = jnp.argmax(kept_BV + noise_BV, axis=-1).astype(jnp.int32)
-        return jnp.where(temperature_B > 0, drawn_B, greedy_B)
+        return jnp.where(is_random_B, drawn_B, greedy_B)
 
-    return jax.lax.cond(jnp.any(temperature_B > 0), draw, lambda: greedy_B)
+    is_random_B = (temperature_B > 0) & (top_p_B > 0)
+    return jax.lax.cond(jnp.any(is_random_B), draw, lambda: greedy_B)
 
 
 def scale(logits_BV: jax.Array, temperature_B: jax.Array) -> jax.Array:

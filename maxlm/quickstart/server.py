@@ -1,6 +1,7 @@
 """Questions to a server of its own process."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,8 +27,10 @@ def ask_server(model: Path, questions: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
       RequestError: the server did not start, or ended badly.
     """
-    command = [sys.executable, "-m", "maxlm.cli", "serve", str(model), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "maxlm.cli", "serve", str(model), "--port", "0", "--quiet"]
+    # A key that the user has set for servers of their own is not asked for here.
+    environment = {name: value for name, value in os.environ.items() if name != "MAXLM_API_KEY"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         # A server that never tells its address is ended, which ends the wait for it.
         watch = threading.Timer(START_SECONDS, process.terminate)

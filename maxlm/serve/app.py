@@ -4,73 +4,90 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 
 from maxlm import __version__
-from maxlm.errors import MaxlmError
+from maxlm.errors import TokenizerError
 from maxlm.generate import request as engine_request
-from maxlm.generate.engine import Engine, EngineStoppedError, QueueFullError
+from maxlm.generate.engine import Engine
 from maxlm.generate.model import LoadedModel
+from maxlm.serve.access import Access, AllowBrowsers, CheckKey, CheckSource
+from maxlm.serve.errors import ApiError, add_error_handlers
 from maxlm.serve.metrics import ServerMetrics
-from maxlm.serve.middleware import CountRequests, LimitBody
+from maxlm.serve.middleware import LimitBody, Observe
 from maxlm.serve.page import add_page
-from maxlm.serve.replies import ChatReply, CompletionReply, error_body, usage
+from maxlm.serve.replies import ChatReply, CompletionReply, Reply, error_body, usage
 from maxlm.serve.running import RunningRequests
 from maxlm.serve.schema import ChatBody, CompletionBody, SamplingBody
 
-MAX_BODY_BYTES = 8 * 1024 * 1024
 
+def create_app(model: LoadedModel, engine: Engine, *, name: str | None = None, access: Access | None = None) -> FastAPI:
+    """The application that serves one model from one engine; the engine stays the caller's to close.
 
-class UnknownModelError(MaxlmError):
-    """A request names a model that is not served here."""
-
-
-def create_app(model: LoadedModel, engine: Engine) -> FastAPI:
-    """The application that serves one model from one engine; the engine stays the caller's to close."""
+    Args:
+      name: what the API calls the model; None takes the model's own.
+      access: who may use it; None lets in what reaches a loopback address, without a key.
+    """
     # The pages of API documentation that FastAPI adds load scripts from elsewhere.
     app = FastAPI(title="maxlm", version=__version__, docs_url=None, redoc_url=None)
+    name = name or model.name
+    access = access or Access()
     metrics = ServerMetrics(
         slots=lambda: engine.num_slots, active=lambda: engine.num_active, waiting=lambda: engine.num_waiting
     )
     started = int(time.time())
-    _add_error_handlers(app)
+    add_error_handlers(app)
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatBody, http: Request) -> Response:
-        _check_model(body, model)
-        prompt_ids = await run_in_threadpool(model.encode, [message.to_chat() for message in body.messages])
-        top_tokens = body.top_logprobs or 0
-        requests = _engine_requests(body, [prompt_ids], body.max_completion_tokens or body.max_tokens, top_tokens)
-        reply = ChatReply(model.name, model.tokenizer, with_logprobs=bool(body.logprobs))
-        return await _respond(http, body, reply, RunningRequests(engine, requests, metrics), len(prompt_ids))
+        _check_model(body.model, name)
+        prompt_ids = await run_in_threadpool(_chat_ids, body, model)
+        seed = _seed(body)
+        requests = _engine_requests(
+            body,
+            [prompt_ids],
+            engine.max_length,
+            seed=seed,
+            max_tokens=body.max_completion_tokens or body.max_tokens,
+            top_tokens=body.top_logprobs or 0,
+        )
+        running = _submit(engine, requests, metrics, param="messages")
+        reply = ChatReply(name, model.tokenizer, seed=seed, with_logprobs=bool(body.logprobs))
+        return await _respond(http, body, reply, running, len(prompt_ids))
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionBody, http: Request) -> Response:
-        _check_model(body, model)
-        prompts = await run_in_threadpool(
-            lambda: [model.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
+        _check_model(body.model, name)
+        prompts = await run_in_threadpool(_prompt_ids, body, model)
+        seed = _seed(body)
+        requests = _engine_requests(
+            body,
+            prompts,
+            engine.max_length,
+            seed=seed,
+            # 16 is the default of the OpenAI API for this endpoint.
+            max_tokens=16 if body.max_tokens is None else body.max_tokens,
+            top_tokens=body.logprobs or 0,
+            score_prompt=bool(body.echo) and (body.logprobs is not None or body.max_tokens == 0),
         )
-        # 16 is the default of the OpenAI API for this endpoint.
-        requests = _engine_requests(body, prompts, body.max_tokens or 16, body.logprobs or 0)
-        reply = CompletionReply(model.name, model.tokenizer, with_logprobs=body.logprobs is not None)
-        num_prompt_tokens = sum(map(len, prompts))
-        return await _respond(http, body, reply, RunningRequests(engine, requests, metrics), num_prompt_tokens)
+        running = _submit(engine, requests, metrics, param="prompt")
+        echo = [model.tokenizer.decode(request.prompt_ids) for request in requests] if body.echo else []
+        with_logprobs = body.logprobs is not None
+        reply = CompletionReply(name, model.tokenizer, seed=seed, with_logprobs=with_logprobs, echo=echo)
+        return await _respond(http, body, reply, running, sum(map(len, prompts)))
 
     @app.get("/v1/models")
     async def models() -> dict:
         return {"object": "list", "data": [_model_entry()]}
 
-    @app.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> dict:
-        if name != model.name:
-            raise UnknownModelError(f"model {name!r} is not served here; there is {model.name!r}")
+    @app.get("/v1/models/{asked:path}")
+    async def one_model(asked: str) -> dict:
+        _check_model(asked, name)
         return _model_entry()
 
     @app.get("/health")
@@ -85,7 +102,7 @@ def create_app(model: LoadedModel, engine: Engine) -> FastAPI:
 
     def _model_entry() -> dict:
         return {
-            "id": model.name,
+            "id": name,
             "object": "model",
             "created": started,
             "owned_by": "maxlm",
@@ -93,41 +110,101 @@ def create_app(model: LoadedModel, engine: Engine) -> FastAPI:
         }
 
     add_page(app)
-    app.add_middleware(LimitBody, max_bytes=MAX_BODY_BYTES)
-    app.add_middleware(CountRequests, counter=metrics.requests)
+    # The last is the outermost.
+    app.add_middleware(LimitBody)
+    app.add_middleware(CheckKey, access=access)
+    app.add_middleware(AllowBrowsers, access=access)
+    app.add_middleware(CheckSource, access=access)
+    app.add_middleware(Observe, counter=metrics.requests)
     return app
 
 
+def _check_model(asked: str | None, name: str) -> None:
+    if asked is not None and asked != name:
+        message = f"model {asked!r} is not served here; there is {name!r}"
+        raise ApiError(message, param="model", code="model_not_found", status=404)
+
+
+def _chat_ids(body: ChatBody, model: LoadedModel) -> list[int]:
+    messages = [message.to_chat() for message in body.messages]
+    answering_role = model.tokenizer.template.answering_role
+    ends_with_answer = messages[-1]["role"] == answering_role
+    if ends_with_answer and not body.continue_final_message:
+        raise ApiError(
+            f"the last message is of the {answering_role}, which is to answer; end with another, or send"
+            " continue_final_message: true to have it continued",
+            param="messages",
+        )
+    if body.continue_final_message and not ends_with_answer:
+        raise ApiError(
+            f"continue_final_message needs a last message of the {answering_role}", param="continue_final_message"
+        )
+    try:
+        return model.encode(messages, continue_final=ends_with_answer)
+    except TokenizerError as error:
+        raise ApiError(str(error), param="messages") from None
+
+
+def _prompt_ids(body: CompletionBody, model: LoadedModel) -> list[list[int]]:
+    try:
+        return [model.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt]
+    except TokenizerError as error:
+        raise ApiError(str(error), param="prompt") from None
+
+
+def _seed(body: SamplingBody) -> int:
+    """The seed asked for, or one that every JSON reader holds exactly: some have no other numbers than float64."""
+    return secrets.randbits(53) if body.seed is None else body.seed
+
+
 def _engine_requests(
-    body: SamplingBody, prompts: list[list[int]], max_new_tokens: int | None, top_tokens: int
+    body: SamplingBody,
+    prompts: list[list[int]],
+    max_length: int,
+    *,
+    seed: int,
+    max_tokens: int | None,
+    top_tokens: int,
+    score_prompt: bool = False,
 ) -> list[engine_request.Request]:
-    """n requests for each prompt; choice i samples with seed + i."""
-    seed = secrets.randbits(63) if body.seed is None else body.seed
-    choices = body.n or 1
+    """n requests for each prompt, each with a random stream of its own and as many tokens as the context has room."""
+
+    def room(prompt: list[int]) -> int | None:
+        # Where not one fits, the engine tells so.
+        return max_tokens and min(max_tokens, max(max_length - len(prompt), 1))
+
     return [
         engine_request.Request(
             tuple(prompt),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=room(prompt),
             temperature=1.0 if body.temperature is None else body.temperature,
             top_k=body.top_k or 0,
             top_p=1.0 if body.top_p is None else body.top_p,
-            seed=seed + choice,
-            stop=body.stop_strings,
+            seed=seed,
+            stream=(prompt_index, choice_index),
+            stop=body.stop,
             top_tokens=top_tokens,
+            score_prompt=score_prompt,
         )
-        for prompt in prompts
-        for choice in range(choices)
+        for prompt_index, prompt in enumerate(prompts)
+        for choice_index in range(body.n or 1)
     ]
 
 
-def _check_model(body: SamplingBody, model: LoadedModel) -> None:
-    if body.model is not None and body.model != model.name:
-        raise UnknownModelError(f"model {body.model!r} is not served here; there is {model.name!r}")
+def _submit(
+    engine: Engine, requests: Sequence[engine_request.Request], metrics: ServerMetrics, *, param: str
+) -> RunningRequests:
+    try:
+        return RunningRequests(engine, requests, metrics)
+    except engine_request.ContextLengthError as error:
+        # Clients know this kind of error by its code, or by how it begins.
+        message = f"This model's maximum context length is {engine.max_length} tokens: {error}"
+        raise ApiError(message, param=param, code="context_length_exceeded") from None
+    except engine_request.BatchTooLargeError as error:
+        raise ApiError(str(error), param="n", code="batch_too_large") from None
 
 
-async def _respond(
-    http: Request, body: SamplingBody, reply: CompletionReply, running: RunningRequests, num_prompt_tokens: int
-) -> Response:
+async def _respond(http: Request, body: SamplingBody, reply: Reply, running: RunningRequests, num_prompt_tokens: int):
     if body.stream:
         chunks = _stream(reply, running, num_prompt_tokens, include_usage=body.include_usage)
         # Proxies must hand each chunk on at once.
@@ -136,21 +213,18 @@ async def _respond(
     return await _unless_client_leaves(http, _collect(reply, running, num_prompt_tokens))
 
 
-async def _collect(reply: CompletionReply, running: RunningRequests, num_prompt_tokens: int) -> Response:
-    texts, tokens, reasons = {}, {}, {}
+async def _collect(reply: Reply, running: RunningRequests, num_prompt_tokens: int) -> Response:
+    events: dict[int, list[engine_request.Event]] = {}
     async for index, event in running.events():
         if event.finish_reason in ("error", "cancelled"):
             return JSONResponse(_interrupted(event), 503)
-        texts[index] = texts.get(index, "") + event.text
-        if event.token is not None:
-            tokens.setdefault(index, []).append(event.token)
-        reasons[index] = event.finish_reason
-    choices = [reply.choice(index, texts[index], tokens.get(index, ()), reasons[index]) for index in sorted(texts)]
+        events.setdefault(index, []).append(event)
+    choices = [reply.choice(index, events[index]) for index in sorted(events)]
     return JSONResponse(reply.whole(choices, usage(num_prompt_tokens, running.num_new_tokens)))
 
 
 async def _stream(
-    reply: CompletionReply, running: RunningRequests, num_prompt_tokens: int, *, include_usage: bool
+    reply: Reply, running: RunningRequests, num_prompt_tokens: int, *, include_usage: bool
 ) -> AsyncIterator[str]:
     """Server-sent events, `[DONE]` at the end."""
     opened: set[int] = set()
@@ -162,9 +236,8 @@ async def _stream(
             opened.add(index)
             if opening := reply.opening(index):
                 yield _sse(reply.chunk(opening))
-        if event.text or event.token or event.finish_reason:
-            tokens = () if event.token is None else (event.token,)
-            yield _sse(reply.chunk([reply.delta(index, event.text, tokens, event.finish_reason)]))
+        if event.text or event.token or event.prompt or event.finish_reason:
+            yield _sse(reply.chunk([reply.delta(index, event)]))
     if include_usage:
         yield _sse(reply.chunk([], usage(num_prompt_tokens, running.num_new_tokens)))
     yield "data: [DONE]\n\n"
@@ -195,54 +268,3 @@ async def _unless_client_leaves(http: Request, work: Coroutine[Any, Any, Respons
 async def _disconnect(http: Request) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    """Every error has the shape that clients of the OpenAI API expect."""
-
-    def handle(kind: type[Exception]) -> Callable:
-        return app.exception_handler(kind)
-
-    @handle(RequestValidationError)
-    async def invalid(http: Request, error: RequestValidationError) -> Response:
-        if "json" not in http.headers.get("content-type", ""):
-            message = "send the body as JSON, with the header Content-Type: application/json"
-            return JSONResponse(error_body(message), 400)
-        problems = [_describe(item) for item in error.errors()]
-        message = "; ".join(f"{param}: {told}" if param else told for param, told in problems)
-        return JSONResponse(error_body(message, param=problems[0][0]), 400)
-
-    @handle(UnknownModelError)
-    async def unknown_model(_: Request, error: UnknownModelError) -> Response:
-        return JSONResponse(error_body(str(error), param="model", code="model_not_found"), 404)
-
-    @handle(QueueFullError)
-    async def queue_full(_: Request, error: QueueFullError) -> Response:
-        body = error_body(str(error), kind="rate_limit_error", code="queue_full")
-        return JSONResponse(body, 429, headers={"Retry-After": "1"})
-
-    @handle(MaxlmError)
-    async def impossible(_: Request, error: MaxlmError) -> Response:
-        return JSONResponse(error_body(str(error)), 400)
-
-    @handle(EngineStoppedError)
-    async def stopped(_: Request, error: EngineStoppedError) -> Response:
-        return JSONResponse(error_body(str(error), kind="server_error"), 503)
-
-    @handle(HTTPException)
-    async def http_error(http: Request, error: HTTPException) -> Response:
-        message = f"{http.method} {http.url.path}: {error.detail}"
-        return JSONResponse(error_body(message), error.status_code, headers=error.headers)
-
-    @handle(Exception)
-    async def our_mistake(_: Request, error: Exception) -> Response:
-        return JSONResponse(error_body(f"internal error: {type(error).__name__}", kind="server_error"), 500)
-
-
-def _describe(item: dict) -> tuple[str | None, str]:
-    """(dotted path of the field, what is wrong with it) for one of pydantic's errors."""
-    if item["type"] == "json_invalid":
-        return None, f"the body is not valid JSON: {item.get('ctx', {}).get('error', item['msg'])}"
-    path = [str(part) for part in item["loc"][1:] if not str(part).startswith(("list[", "function-", "constrained-"))]
-    told = "this field is unknown" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
-    return ".".join(path) or None, told

@@ -1,8 +1,12 @@
 """`maxlm serve`."""
 
 import argparse
+import os
+import sys
 
 from maxlm.core.arguments import count, count_or_zero, port
+
+KEY_VARIABLE = "MAXLM_API_KEY"
 
 
 def register(subparsers) -> None:
@@ -26,6 +30,29 @@ def register(subparsers) -> None:
     serve.add_argument(
         "--max-length", type=count, metavar="N", help="tokens of prompt and answer (the model's context)"
     )
+    serve.add_argument(
+        "--served-model-name", metavar="NAME", help="what clients call the model (the name of its folder)"
+    )
+    serve.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"ask clients for this key; better set as {KEY_VARIABLE}, which other users of the machine do not see",
+    )
+    serve.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer to this name too, as in http://NAME:8000; repeatable, * for any (localhost and --host alone)",
+    )
+    serve.add_argument(
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let web pages of this origin call the API, as https://example.com; repeatable, * for any (none)",
+    )
+    serve.add_argument("--quiet", action="store_true", help="print no line for each request")
     serve.set_defaults(func=run)
 
 
@@ -46,20 +73,39 @@ def need_server() -> None:
 def run(args: argparse.Namespace) -> int:
     need_server()
 
+    import logging
+
     from maxlm.core.progress import console
     from maxlm.generate.model import load
     from maxlm.serve import server
+    from maxlm.serve.access import Access
     from maxlm.serve.app import create_app
 
     listener = server.bind(args.host, args.port)
+    address = server.address_of(listener)
+    access = Access(
+        hosts=(args.host, *args.allowed_host),
+        any_address=address.is_unspecified,
+        origins=tuple(args.cors),
+        api_key=_api_key(args),
+    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("maxlm.serve").setLevel(logging.ERROR if args.quiet else logging.INFO)
     model = load(args.model, ema=args.ema)
+    name = args.served_model_name or model.name
     with model.engine(num_slots=args.slots, max_length=args.max_length, max_waiting=args.queue) as engine:
         with console.status("Compiling ..."):
             engine.warm_up()
         print(
-            f"Serving {model.name} on {server.url_of(listener)} with {engine.num_slots} slots"
+            f"Serving {name} on {server.url_of(listener)} with {engine.num_slots} slots"
             f" of {engine.max_length} tokens; Ctrl-C ends",
             flush=True,
         )
-        server.run(create_app(model, engine), listener)
+        if access.api_key is None and not address.is_loopback:
+            print("There is no --api-key: whoever reaches this port can use the model", file=sys.stderr, flush=True)
+        server.run(create_app(model, engine, name=name, access=access), listener)
     return 0
+
+
+def _api_key(args: argparse.Namespace) -> str | None:
+    return os.environ.get(KEY_VARIABLE) if args.api_key is None else args.api_key

@@ -1,17 +1,24 @@
-"""Bodies of replies, whole and in chunks, as OpenAI shapes them."""
+"""Bodies of replies, whole and in chunks, as OpenAI shapes them.
+
+A choice is made of its events; a chunk is the same choice made of one of them.
+"""
 
 import time
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
-from maxlm.generate.request import Token
-from maxlm.tokenizer.codec import Tokenizer
+from maxlm.generate.request import Event, Token
+from maxlm.tokenizer.codec import StreamDecoder, Tokenizer
 
 
 def error_body(
     message: str, *, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
 ) -> dict:
-    """The shape of every error."""
+    """The shape of every error. What it quotes of a request may hold halves of surrogate pairs, which no JSON can."""
+    message, param = (
+        text if text is None else text.encode("utf-8", "backslashreplace").decode() for text in (message, param)
+    )
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -23,48 +30,108 @@ def usage(num_prompt_tokens: int, num_new_tokens: int) -> dict:
     }
 
 
-class CompletionReply:
-    """Replies of `/v1/completions`; all chunks of one reply share its id."""
+class Reply:
+    """One reply; all its chunks share an id. `seed` gives the same choices again."""
 
-    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+    prefix: str
+    whole_object: str
+    chunk_object: str
 
-    def __init__(self, model: str, tokenizer: Tokenizer, *, with_logprobs: bool):
+    def __init__(self, model: str, tokenizer: Tokenizer, *, seed: int, with_logprobs: bool):
         self._tokenizer = tokenizer
         self._with_logprobs = with_logprobs
         self._base = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._seed = {"seed": seed}
 
     def whole(self, choices: list[dict], usage: dict) -> dict:
-        return {**self._base, "object": self.whole_object, "choices": choices, "usage": usage}
+        return {**self._base, "object": self.whole_object, "choices": choices, "usage": usage, **self._seed}
 
     def chunk(self, choices: list[dict], usage: dict | None = None) -> dict:
-        return {**self._base, "object": self.chunk_object, "choices": choices, "usage": usage}
+        return {**self._base, "object": self.chunk_object, "choices": choices, "usage": usage, **self._seed}
 
     def opening(self, index: int) -> list[dict]:
-        """Choices of the chunk that comes before the first token; none here."""
-        return []
+        """Choices of the chunk that comes before the first event."""
+        raise NotImplementedError
 
-    def choice(self, index: int, text: str, tokens: Sequence[Token], finish_reason: str | None) -> dict:
+    def choice(self, index: int, events: Sequence[Event]) -> dict:
+        raise NotImplementedError
+
+    def delta(self, index: int, event: Event) -> dict:
+        raise NotImplementedError
+
+
+class CompletionReply(Reply):
+    """Replies of `/v1/completions`.
+
+    Args:
+      echo: the prompt of each choice, which its text begins with; empty for none.
+    """
+
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, *args: Any, echo: Sequence[str] = (), **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._echo = echo
+        self._places: dict[int, _TextPlaces] = {}
+
+    def opening(self, index: int) -> list[dict]:
+        if not self._echo:
+            return []
+        return [{"index": index, "text": self._echo[index], "logprobs": None, "finish_reason": None}]
+
+    def choice(self, index: int, events: Sequence[Event]) -> dict:
+        delta = self._delta(index, events)
+        return {**delta, "text": "".join(choice["text"] for choice in (*self.opening(index), delta))}
+
+    def delta(self, index: int, event: Event) -> dict:
+        return self._delta(index, [event])
+
+    def _delta(self, index: int, events: Sequence[Event]) -> dict:
         return {
             "index": index,
-            "text": text,
-            "logprobs": self._logprobs(tokens) if self._with_logprobs else None,
-            "finish_reason": finish_reason,
+            "text": "".join(event.text for event in events),
+            "logprobs": self._logprobs(index, events) if self._with_logprobs else None,
+            "finish_reason": events[-1].finish_reason,
         }
 
-    def delta(self, index: int, text: str, tokens: Sequence[Token], finish_reason: str | None) -> dict:
-        return self.choice(index, text, tokens, finish_reason)
-
-    def _logprobs(self, tokens: Sequence[Token]) -> dict:
+    def _logprobs(self, index: int, events: Sequence[Event]) -> dict:
+        """Of every token that was sampled, the one that ended the text too, so that they are as many as usage says."""
+        if index not in self._places:
+            is_continued = bool(self._echo) and not events[0].prompt
+            self._places[index] = _TextPlaces(self._tokenizer, len(self._echo[index]) if is_continued else 0)
         name = self._tokenizer.token_text
-        names = [name(token.id) for token in tokens]
+        tokens = [
+            token for event in events for token in (*event.prompt, event.token, event.end_token) if token is not None
+        ]
         return {
-            "tokens": names,
+            "tokens": [name(token.id) for token in tokens],
             "token_logprobs": [token.log_probability for token in tokens],
-            "top_logprobs": [{name(id_): value for id_, value in token.top} for token in tokens],
+            "top_logprobs": [self._top(token) for token in tokens],
+            "text_offset": [self._places[index].next(token.id) for token in tokens],
         }
 
+    def _top(self, token: Token) -> dict[str, float] | None:
+        """The likeliest tokens, and the token itself where it is none of them."""
+        if token.log_probability is None:
+            return None
+        entries = (*token.top, (token.id, token.log_probability))
+        return {self._tokenizer.token_text(id_): value for id_, value in entries}
 
-class ChatReply(CompletionReply):
+
+class _TextPlaces:
+    """Where each token of a text begins, in characters; a part of a character begins where the character does."""
+
+    def __init__(self, tokenizer: Tokenizer, start: int):
+        self._decoder: StreamDecoder = tokenizer.stream_decoder()
+        self._place = start
+
+    def next(self, id_: int) -> int:
+        place = self._place
+        self._place += len(self._decoder.push(id_))
+        return place
+
+
+class ChatReply(Reply):
     """Replies of `/v1/chat/completions`."""
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -73,27 +140,25 @@ class ChatReply(CompletionReply):
         delta = {"role": "assistant", "content": ""}
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
-    def choice(self, index: int, text: str, tokens: Sequence[Token], finish_reason: str | None) -> dict:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return self._choice(index, {"message": message}, tokens, finish_reason)
+    def choice(self, index: int, events: Sequence[Event]) -> dict:
+        text = "".join(event.text for event in events)
+        return self._choice(index, {"message": {"role": "assistant", "content": text, "refusal": None}}, events)
 
-    def delta(self, index: int, text: str, tokens: Sequence[Token], finish_reason: str | None) -> dict:
-        return self._choice(index, {"delta": {"content": text} if text else {}}, tokens, finish_reason)
+    def delta(self, index: int, event: Event) -> dict:
+        return self._choice(index, {"delta": {"content": event.text} if event.text else {}}, [event])
 
-    def _choice(self, index: int, content: dict, tokens: Sequence[Token], finish_reason: str | None) -> dict:
-        logprobs = {"content": [self._entry(token) for token in tokens]} if self._with_logprobs else None
-        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
+    def _choice(self, index: int, content: dict, events: Sequence[Event]) -> dict:
+        entries = [self._entry(event.token) for event in events if event.token] if self._with_logprobs else []
+        logprobs = {"content": entries, "refusal": None} if self._with_logprobs else None
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": events[-1].finish_reason}
 
     def _entry(self, token: Token) -> dict:
         top = [self._named(id_, value) for id_, value in token.top]
         return {**self._named(token.id, token.log_probability), "top_logprobs": top}
 
-    def _named(self, id_: int, log_probability: float) -> dict:
-        encoded = self._tokenizer.decode([id_]).encode()
-        # A token that is a part of a character has no text of its own.
-        is_text = len(encoded) == self._tokenizer.byte_lengths[id_]
+    def _named(self, id_: int, log_probability: float | None) -> dict:
         return {
             "token": self._tokenizer.token_text(id_),
             "logprob": log_probability,
-            "bytes": list(encoded) if is_text else None,
+            "bytes": list(self._tokenizer.token_bytes(id_)),
         }

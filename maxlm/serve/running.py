@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from functools import partial
 
 from maxlm.generate.engine import Engine
 from maxlm.generate.request import Event, Generation, Request
@@ -13,8 +12,7 @@ from maxlm.serve.metrics import ServerMetrics
 class RunningRequests:
     """The requests of one HTTP call, submitted together, and their events as they come.
 
-    Raises:
-      RequestError: one of them cannot run; none runs then.
+    Raises: as `Engine.submit_all`.
     """
 
     def __init__(self, engine: Engine, requests: Sequence[Request], metrics: ServerMetrics):
@@ -23,13 +21,7 @@ class RunningRequests:
         self._loop = asyncio.get_running_loop()
         self._submitted = time.perf_counter()
         self._first_token: dict[int, float] = {}
-        self._generations: list[Generation] = []
-        try:
-            for index, request in enumerate(requests):
-                self._generations.append(engine.submit(request, partial(self._receive, index)))
-        except Exception:
-            self.cancel()
-            raise
+        self._generations: list[Generation] = engine.submit_all(requests, self._receive)
         metrics.prompt_tokens.add(sum(len(request.prompt_ids) for request in requests))
 
     @property

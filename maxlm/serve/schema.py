@@ -1,46 +1,97 @@
 """Bodies of requests: the part of the OpenAI API that this server speaks.
 
-A field that would change the answer and is not supported is refused, never ignored.
+Every field is used or refused by name. One that is known and not supported is accepted with the values that ask for
+nothing, as clients send those by default.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
 
-# Known fields without an effect on the text.
-_IGNORED = frozenset(
-    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
-)
-# Known fields that are not supported, and the values with which they ask for nothing.
-_NEUTRAL: dict[str, tuple] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "echo": (False,),
-    "suffix": ("",),
-    "best_of": (1,),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
-}
+MAX_STOP_STRINGS = 16
 
-TokenIds = Annotated[list[int], Field(min_length=1)]
-StopString = Annotated[str, Field(min_length=1)]
+
+def only(*values: Any) -> Any:
+    """The type of a field that is not supported: null, or one of the values that ask for nothing."""
+
+    def check(value: Any) -> Any:
+        if value is None or any(type(value) is type(one) and value == one for one in values):
+            return value
+        but = f" but as {' or '.join(map(repr, values))}" if values and isinstance(values[0], str) else ""
+        raise PydanticCustomError("not_supported", f"is not supported by this server{but}; leave it out")
+
+    return Annotated[Any, AfterValidator(check)]
+
+
+def _not_a(*kinds: type) -> BeforeValidator:
+    """Refuses what pydantic would convert: `true` is no number, and "5" neither."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, kinds):
+            raise PydanticCustomError("wrong_type", f"{value!r:.40} is of the wrong type")
+        return value
+
+    return BeforeValidator(check)
+
+
+Flag = Annotated[bool, _not_a(str)]
+Whole = Annotated[int, _not_a(bool, str)]
+Number = Annotated[float, _not_a(bool, str)]
+# What a client writes on its request for itself; it changes nothing here.
+Label = str | None
+
+
+_FALSE_IS_NULL = BeforeValidator(lambda value: None if value is False else value)
+
+
+def _stop_strings(value: Any) -> tuple[str, ...]:
+    strings = [value] if isinstance(value, str) else value or []
+    if not isinstance(strings, list) or not all(isinstance(string, str) and string for string in strings):
+        raise ValueError("give a string, or a list of strings, none of them empty")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise ValueError(f"there are {len(strings)} strings; at most {MAX_STOP_STRINGS} are taken")
+    return tuple(strings)
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """One prompt or several, each a text or token ids, as a list."""
+
+    def is_ids(item: Any) -> bool:
+        return isinstance(item, list) and len(item) > 0 and all(type(id_) is int for id_ in item)
+
+    if isinstance(value, str) or is_ids(value):
+        return [value]
+    items = value if isinstance(value, list) else []
+    if items and (all(isinstance(item, str) for item in items) or all(is_ids(item) for item in items)):
+        return items
+    raise ValueError("give a string, a list of token ids, or a list of either, none of them empty")
+
+
+def _text(content: Any) -> Any:
+    """The text of a message's content, which may come in parts."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for number, part in enumerate(content, 1):
+        if not isinstance(part, dict) or not isinstance(kind := part.get("type"), str):
+            raise ValueError(f'part {number} is not of the form {{"type": "text", "text": ...}}')
+        if kind != "text":
+            raise ValueError(f"part {number} is of type {kind!r:.40}; only text is supported")
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"part {number} has no text")
+        if unknown := sorted({*part} - {"type", "text"}):
+            raise ValueError(f"part {number} has the field {unknown[0]!r:.40}, which is unknown")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 class StreamOptions(BaseModel):
     """`include_usage` adds a last chunk with token counts."""
 
-    model_config = ConfigDict(extra="ignore")
-    include_usage: bool = False
+    model_config = ConfigDict(extra="forbid")
+    include_usage: Flag | None = None
+    include_obfuscation: only(False) = None
 
 
 class SamplingBody(BaseModel):
@@ -49,82 +100,113 @@ class SamplingBody(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    n: Annotated[int, Field(ge=1, le=32)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
-    stream: bool | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[Whole, Field(ge=0, lt=2**31)] | None = None
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=128)] | None = None
+    stop: Annotated[tuple[str, ...], PlainValidator(_stop_strings, json_schema_input_type=str | list[str] | None)] = ()
+    stream: Flag | None = None
     stream_options: StreamOptions | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_is_not_supported(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        kept = {}
-        for name, value in body.items():
-            if name in _IGNORED:
-                continue
-            if name in _NEUTRAL:
-                if value is not None and value not in _NEUTRAL[name]:
-                    raise ValueError(f"{name} is not supported by this server; leave it out")
-                continue
-            kept[name] = value
-        return kept
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+    user: Label = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: Label = None
+    prompt_cache_key: Label = None
+    store: only(False) = None
+    service_tier: only("auto", "default") = None
+    frequency_penalty: only(0, 0.0) = None
+    presence_penalty: only(0, 0.0) = None
+    repetition_penalty: only(1, 1.0) = None
+    min_p: only(0, 0.0) = None
+    logit_bias: only({}) = None
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
-
-class TextPart(BaseModel):
-    """One part of a message's content; only text is understood."""
-
-    type: Literal["text"]
-    text: str
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class Message(BaseModel):
     """One message of a chat. `developer` is the newer name of `system`."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="forbid")
     role: str
-    content: str | list[TextPart]
+    content: Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[dict])]
+
+    # An answer of this server has `refusal: null`, and may be sent back as it is.
+    refusal: only() = None
+    annotations: only([]) = None
+    audio: only() = None
+    name: only() = None
+    tool_calls: only([]) = None
+    tool_call_id: only() = None
+    function_call: only() = None
 
     def to_chat(self) -> dict[str, str]:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
 class ChatBody(SamplingBody):
-    """`POST /v1/chat/completions`."""
+    """`POST /v1/chat/completions`. `continue_final_message` goes on with a final message of the assistant."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    continue_final_message: Flag | None = None
+    add_generation_prompt: Flag | None = None
+
+    prompt_cache_options: only() = None
+    prompt_cache_retention: only() = None
+    parallel_tool_calls: Flag | None = None
+    tools: only([]) = None
+    tool_choice: only("none", "auto") = None
+    functions: only([]) = None
+    function_call: only("none", "auto") = None
+    response_format: only({"type": "text"}) = None
+    modalities: only(["text"]) = None
+    audio: only() = None
+    moderation: only() = None
+    prediction: only() = None
+    reasoning_effort: only("none") = None
+    verbosity: only("medium") = None
+    web_search_options: only() = None
+    echo: only(False) = None
 
     @model_validator(mode="after")
-    def _top_needs_logprobs(self) -> Self:
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+    def _fields_fit_together(self) -> Self:
+        both = (self.max_tokens, self.max_completion_tokens)
+        _check("top_logprobs", not self.top_logprobs or self.logprobs, "needs logprobs: true")
+        _check("max_tokens", None in both or both[0] == both[1], "is the older name of max_completion_tokens; give one")
+        ends_early = self.add_generation_prompt is False and not self.continue_final_message
+        _check("add_generation_prompt", not ends_early, "can be false only with continue_final_message: true")
+        begins_anew = self.add_generation_prompt and self.continue_final_message
+        _check("add_generation_prompt", not begins_anew, "cannot be true with continue_final_message: true")
         return self
 
 
 class CompletionBody(SamplingBody):
-    """`POST /v1/completions`."""
+    """`POST /v1/completions`. `echo` puts the prompt before the answer, in its text and its log-probabilities."""
 
-    prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=64)]
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    prompt: Annotated[
+        list[str | list[int]],
+        PlainValidator(_prompts, json_schema_input_type=str | list[int] | list[str] | list[list[int]]),
+    ]
+    max_tokens: Annotated[Whole, Field(ge=0)] | None = None
+    logprobs: Annotated[Annotated[Whole, Field(ge=0, le=20)] | None, _FALSE_IS_NULL] = None
+    echo: Flag | None = None
 
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if is_one else list(self.prompt)
+    suffix: only("") = None
+    best_of: Annotated[Whole, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> Self:
+        _check("max_tokens", self.max_tokens != 0 or self.echo, "can be 0 only with echo: true")
+        _check("best_of", self.best_of in (None, self.n or 1), "is not supported by this server but as n; leave it out")
+        return self
+
+
+def _check(field: str, holds: Any, told: str) -> None:
+    if not holds:
+        raise PydanticCustomError("fields", "{told}", {"field": field, "told": told})

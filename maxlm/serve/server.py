@@ -1,6 +1,6 @@
 """Binding a port, and running the application until a signal."""
 
-import asyncio
+import ipaddress
 import signal
 import socket
 
@@ -8,6 +8,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from maxlm.errors import RequestError
+from maxlm.serve.connection import BoundedConnection
 
 DRAIN_SECONDS = 30
 
@@ -22,7 +23,7 @@ def bind(host: str, port: int) -> socket.socket:
         raise RequestError(f"cannot listen on port {port}: ports go from 0 to 65535; try --port 8000")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (socket.gaierror, ValueError):
+    except (OSError, ValueError):
         raise RequestError(f"cannot listen on {host!r}: not an address of this machine; try --host 127.0.0.1") from None
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -42,12 +43,29 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def address_of(listener: socket.socket) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
+
+
+def server_of(app: FastAPI) -> uvicorn.Server:
+    """A server whose connections are bounded in time; it logs nothing but faults of its own."""
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",
+        http=BoundedConnection,
+        ws="none",
+        lifespan="off",
+        log_level="error",
+        server_header=False,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        timeout_keep_alive=30,
+    )
+    return uvicorn.Server(config)
+
+
 def run(app: FastAPI, listener: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM; then take no new requests, finish those that run, and return."""
-    config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS, timeout_keep_alive=30, lifespan="off"
-    )
     # uvicorn raises the signal again once it has drained; here that is the end of the work, not an error.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+    server_of(app).run(sockets=[listener])

@@ -139,6 +139,11 @@ class Tokenizer:
             return self._processor.id_to_piece(int(id_))
         return self._bytes[id_].decode()
 
+    def token_bytes(self, id_: int) -> bytes:
+        """The UTF-8 bytes that one id stands for, a part of a character perhaps; none for a control token."""
+        self._check_id(id_)
+        return self._bytes[id_]
+
     def is_control(self, id_: int) -> bool:
         """Whether an id is a control token: it stands for no text."""
         return self._processor.is_control(int(id_)) or id_ == self.unk_id

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from maxlm.errors import RequestError
-from maxlm.generate.engine import QueueFullError
-from maxlm.generate.request import Request
+from maxlm.generate.request import BatchTooLargeError, QueueFullError, Request
 
 
 def random_ids(model, seed, length):
@@ -120,6 +119,8 @@ def test_the_queue_has_a_limit(model):
         streams = [engine.stream(Request(random_ids(model, i, 5), max_new_tokens=1)) for i in range(2)]
         with pytest.raises(QueueFullError, match="3 requests run or wait"):
             engine.submit(Request(random_ids(model, 3, 5)), print)
+        with pytest.raises(BatchTooLargeError, match=r"4 answers .* 3 are the most"):
+            engine.submit_all([Request((1,))] * 4, print)
         go_on.set()
         assert [follow(stream)[2] for stream in streams] == ["length", "length"]
 
@@ -160,6 +161,24 @@ def test_log_probabilities_are_those_of_the_model(model):
         np.testing.assert_allclose([value for _, value in event.token.top], np.sort(row)[::-1][:3], atol=1e-4)
 
 
+def test_a_prompt_is_rated_as_the_forward_pass_rates_it(model):
+    prompt = random_ids(model, 5, 37)
+    with model.engine(num_slots=2) as engine:
+        events = list(engine.stream(Request(prompt, max_new_tokens=0, score_prompt=True, top_tokens=2)))
+        rated = next(engine.stream(Request(prompt, max_new_tokens=3, score_prompt=True)))
+    [event] = events
+    assert event.finish_reason == "length"
+    assert [token.id for token in event.prompt] == list(prompt)
+    assert event.prompt[0].log_probability is None
+    logits = model.logits(np.asarray([prompt]))[0, :-1].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    values = [token.log_probability for token in event.prompt[1:]]
+    np.testing.assert_allclose(values, expected[np.arange(36), prompt[1:]], atol=1e-4)
+    assert [[id_ for id_, _ in token.top] for token in event.prompt[1:]] == np.argsort(-expected)[:, :2].tolist()
+    assert rated.finish_reason is None
+    assert [token.log_probability for token in rated.prompt[1:]] == values
+
+
 def test_the_context_can_be_shorter_than_the_model(model):
     with model.engine(num_slots=2, max_length=32) as engine:
         with pytest.raises(RequestError, match="the context holds 32"):
@@ -183,7 +202,7 @@ def test_warming_up_leaves_the_engine_free(model):
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),
         ({"top_k": -1}, "top_k"),
-        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"stop": ("",)}, "stop string"),
         ({"top_tokens": 21}, "top_tokens"),

@@ -93,9 +93,16 @@ def test_a_chat_is_a_prompt(model, decoder, tokenizer):
 def test_text_depends_on_the_seed_alone(model):
     settings = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.95}
     together = model.generate(["The dog"] * 5, seed=100, **settings)
-    assert len(set(together)) > 1
-    for index, text in enumerate(together):
-        assert model.generate("The dog", seed=100 + index, **settings) == [text]
+    assert model.generate(["The dog"] * 5, seed=100, **settings) == together
+    assert model.generate("The dog", seed=100, **settings) == together[:1]
+    # Each prompt has a random stream of its own, which no other seed has.
+    assert len({*together, *model.generate(["The dog"] * 5, seed=101, **settings)}) == 10
+
+
+def test_a_chat_is_continued_from_the_beginning_of_its_answer(model, tokenizer):
+    messages = [{"role": "user", "content": "Hello"}]
+    ids = model.encode([*messages, {"role": "assistant", "content": "The fox"}], continue_final=True)
+    assert ids == model.encode(messages) + tokenizer.encode("The fox")
 
 
 def test_text_ends_before_a_stop_string(model):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxlm.generate.decoding import request_key
 from maxlm.generate.request import Request
 from maxlm.generate.rollout import rollout
 
@@ -20,17 +21,17 @@ def padded_prompts():
     return jnp.asarray(tokens), jnp.asarray(lengths)
 
 
-def keys(seed=0):
-    return jax.vmap(jax.random.key)(jnp.arange(seed, seed + len(PROMPTS)))
+def keys():
+    return jax.vmap(jax.random.key)(jnp.arange(len(PROMPTS)))
 
 
-def run(model, *, temperature, stop_ids=(), seed=0):
+def run(model, *, temperature, stop_ids=(), keys_B=None):
     tokens, lengths = padded_prompts()
     result = rollout(
         model.decoder,
         tokens,
         lengths,
-        keys(seed),
+        keys() if keys_B is None else keys_B,
         max_new_tokens=NEW,
         temperature=temperature,
         stop_ids=stop_ids,
@@ -59,11 +60,14 @@ def test_greedy_answers_equal_the_engines(model):
 
 
 def test_sampled_answers_equal_the_engines(model):
-    """A request of seed s and a rollout with the key of s draw the same tokens."""
-    result = run(model, temperature=0.9, stop_ids=model.stop_ids, seed=50)
+    """A request and a rollout with the key of its stream draw the same tokens."""
+    streams = [(row, 2 * row) for row in range(len(PROMPTS))]
+    keys_B = jax.vmap(request_key)(jnp.asarray([[0, 50]] * len(PROMPTS), jnp.uint32), jnp.asarray(streams, jnp.uint32))
+    result = run(model, temperature=0.9, stop_ids=model.stop_ids, keys_B=keys_B)
     with model.engine(num_slots=4) as engine:
         for row, prompt in enumerate(PROMPTS):
-            events = engine.stream(Request(tuple(prompt), max_new_tokens=NEW, temperature=0.9, seed=50 + row))
+            request = Request(tuple(prompt), max_new_tokens=NEW, temperature=0.9, seed=50, stream=streams[row])
+            events = engine.stream(request)
             expected = [event.token.id for event in events if event.token]
             drawn = result.tokens_BN[row, : result.lengths_B[row]]
             assert [id_ for id_ in drawn if id_ not in model.stop_ids] == expected

@@ -86,15 +86,16 @@ def test_frequencies_follow_the_distribution(temperature, top_k, top_p):
     assert np.sum((observed[allowed] - expected[allowed]) ** 2 / expected[allowed]) < 29.9
 
 
-def test_temperature_zero_is_greedy_beside_rows_that_draw():
+def test_temperature_and_top_p_of_zero_are_greedy_beside_rows_that_draw():
     logits = np.random.default_rng(0).normal(size=(6, 40)).astype(np.float32)
-    temperature = jnp.asarray([0, 1, 0, 5, 0, 5], jnp.float32)
+    logits[2, [7, 9]] = 5  # of two that tie, the first
+    temperature = jnp.asarray([0, 1, 5, 5, 0, 5], jnp.float32)
     tokens = sample(
         jnp.asarray(logits),
         jax.random.split(jax.random.key(0), 6),
         temperature_B=temperature,
         top_k_B=jnp.zeros(6, jnp.int32),
-        top_p_B=jnp.ones(6),
+        top_p_B=jnp.asarray([1, 1, 0, 1, 0, 1], jnp.float32),
     )
     np.testing.assert_array_equal(np.asarray(tokens)[::2], logits.argmax(-1)[::2])
 

@@ -5,18 +5,16 @@ import threading
 import time
 from contextlib import contextmanager
 
-import uvicorn
-
 from maxlm.serve import server as serving
 from maxlm.serve.app import create_app
 
 
 @contextmanager
-def serve(model, *, num_slots=4, max_waiting=16):
-    """The address of a server that runs until the block ends."""
+def serve(model, *, num_slots=4, max_waiting=16, **settings):
+    """The address of a server that runs until the block ends, and its engine; `settings` go to `create_app`."""
     listener = serving.bind("127.0.0.1", 0)
     with model.engine(num_slots=num_slots, max_waiting=max_waiting) as engine:
-        server = uvicorn.Server(uvicorn.Config(create_app(model, engine), log_level="critical", lifespan="off"))
+        server = serving.server_of(create_app(model, engine, **settings))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

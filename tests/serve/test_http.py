@@ -32,6 +32,8 @@ MESSAGES = [{"role": "user", "content": "The quick brown"}]
         b'{"messages": [{"role": "user", "content": 5}]}',
         b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
         b'{"messages": [{"role": "\\ud800", "content": "x"}]}',
+        b'{"messages": [{"role": "user", "content": "x", "\\ud800": 1}]}',
+        b'{"messages": [{"role": "user", "content": "x"}], "stream_options": {"\\ud800": 1}, "\\ud800": 1}',
         b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}',
         b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
         b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}',
@@ -83,16 +85,140 @@ def test_a_body_of_another_type_is_told_the_header_that_it_lacks(http):
         assert "Content-Type: application/json" in reply.json()["error"]["message"]
 
 
+CHAT_FIELDS = {
+    "user": "me",
+    "store": False,
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "logit_bias": {},
+    "metadata": {"a": "b"},
+    "parallel_tool_calls": True,
+    "tools": [],
+    "tool_choice": "auto",
+    "response_format": {"type": "text"},
+    "service_tier": "auto",
+    "modalities": ["text"],
+    "stop": [],
+    "top_p": 0,
+    "stream_options": {"include_usage": True},
+    "logprobs": False,
+    "top_logprobs": 0,
+    "add_generation_prompt": True,
+    "max_completion_tokens": 1,
+}
+
+
 def test_fields_without_effect_are_accepted(http):
-    body = {
-        "messages": MESSAGES,
-        "max_tokens": 1,
-        "user": "me",
-        "store": False,
-        "presence_penalty": 0,
-        "logit_bias": {},
-    }
-    assert http.post(CHAT, json=body).status_code == 200
+    assert http.post(CHAT, json={"messages": MESSAGES, "max_tokens": 1, **CHAT_FIELDS}).status_code == 200
+    answer = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": [], "annotations": []}
+    reply = http.post(CHAT, json={"messages": [*MESSAGES, answer, *MESSAGES], "max_tokens": 1})
+    assert reply.status_code == 200
+    body = {"prompt": "The", "max_tokens": 1, "best_of": 2, "n": 2, "suffix": "", "echo": False, "logprobs": False}
+    reply = http.post("/v1/completions", json=body)
+    assert [choice["logprobs"] for choice in reply.json()["choices"]] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("presence_penalty", 0.1),
+        ("frequency_penalty", -2),
+        ("repetition_penalty", 1.1),
+        ("logit_bias", {"5": 100}),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tool_choice", "required"),
+        ("functions", [{"name": "f"}]),
+        ("function_call", {"name": "f"}),
+        ("response_format", {"type": "json_object"}),
+        ("store", True),
+        ("service_tier", "flex"),
+        ("modalities", ["text", "audio"]),
+        ("reasoning_effort", "high"),
+        ("verbosity", "low"),
+        ("prediction", {"type": "content", "content": "x"}),
+        ("web_search_options", {}),
+        ("stream_options.include_obfuscation", True),
+        ("stream_options.chunk_size", 5),
+        ("echo", True),
+        ("guided_json", {}),
+        ("add_generation_prompt", False),
+        ("continue_final_message", True),
+        ("max_completion_tokens", 3),
+        ("max_tokens", True),
+        ("n", "2"),
+        ("seed", False),
+        ("temperature", "0"),
+        ("stream", "false"),
+        ("messages.0.name", "Ann"),
+        ("messages.0.tool_calls", [{"id": "1", "type": "function", "function": {"name": "f", "arguments": ""}}]),
+        ("messages.0.tool_call_id", "1"),
+        ("messages.0.weight", 0),
+        ("messages.0.content", [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]),
+        ("messages.0.content", [{"type": "image_url", "image_url": {"url": "data:"}}]),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(http, field, value):
+    """A field is used or refused, never dropped; the error names it in `param` and in its sentence."""
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    *path, last = field.split(".")
+    place = body
+    for part in path:
+        place = place[int(part)] if part.isdigit() else place.setdefault(part, {})
+    place[last] = value
+    reply = http.post(CHAT, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400
+    error = reply.json()["error"]
+    named = "max_tokens" if field == "max_completion_tokens" else field
+    assert error["param"] == named
+    assert named in error["message"] or last in error["message"]
+
+
+def test_a_chat_that_ends_with_an_answer_is_continued_when_asked(http, model):
+    """The beginning of an answer is no whole turn: without the question what to do with it, it is refused."""
+    whole = model.generate(MESSAGES, max_new_tokens=12)[0]
+    ids = model.tokenizer.encode(whole)
+    begun = model.tokenizer.decode(ids[:2])
+    body = {"messages": [*MESSAGES, {"role": "assistant", "content": begun}], "temperature": 0, "max_tokens": 8}
+    refused = http.post(CHAT, json=body).json()["error"]
+    assert refused["param"] == "messages"
+    assert "continue_final_message: true" in refused["message"]
+    reply = http.post(CHAT, json={**body, "continue_final_message": True, "add_generation_prompt": False}).json()
+    assert reply["usage"]["prompt_tokens"] == len(model.encode(MESSAGES)) + len(model.tokenizer.encode(begun))
+    if model.tokenizer.encode(begun) == ids[:2]:
+        assert (begun + reply["choices"][0]["message"]["content"]).startswith(whole[: len(begun) + 3])
+
+
+def test_every_answer_has_an_id(http):
+    """The client's own where it can stand in a log line, and one of ours else; errors and the page too."""
+    for reply in (http.get("/health"), http.get("/nothing"), http.post(CHAT, content=b"{"), http.get("/static/app.js")):
+        assert re.fullmatch(r"req_[0-9a-f]{32}", reply.headers["x-request-id"])
+    assert http.get("/health", headers={"x-request-id": "my-1.2"}).headers["x-request-id"] == "my-1.2"
+    for odd in ("", "a b", "x" * 200, "é"):
+        reply = http.get("/health", headers={"x-request-id": odd.encode("latin-1")})
+        assert reply.headers["x-request-id"].startswith("req_")
+
+
+def test_each_request_has_a_line_in_the_log(http, caplog):
+    with caplog.at_level("INFO", logger="maxlm.serve"):
+        http.post("/v1/completions?key=hidden", json={"prompt": "Secret words"}, headers={"x-request-id": "abc"})
+        wait_until(lambda: "abc" in caplog.text)
+    [line] = [record.getMessage() for record in caplog.records if "abc" in record.getMessage()]
+    assert re.fullmatch(r"abc 127\.0\.0\.1 POST /v1/completions 200 \d+\.\d{3} s", line)
+
+
+def test_head_is_answered_as_get_is(http):
+    for path, status in (
+        ("/", 200),
+        ("/health", 200),
+        ("/v1/models", 200),
+        ("/metrics", 200),
+        (CHAT, 405),
+        ("/x", 404),
+    ):
+        reply = http.head(path)
+        assert reply.status_code == status
+        assert reply.content == b""
+        assert int(reply.headers["content-length"]) > 0
 
 
 def test_a_body_too_large_is_refused(http):
@@ -123,9 +249,9 @@ def test_a_stream_is_server_sent_events(http):
 
 
 def test_a_stream_that_cannot_start_is_an_error_not_a_stream(http):
-    reply = http.post(CHAT, json={"messages": MESSAGES, "stream": True, "max_tokens": 5000})
+    reply = http.post(CHAT, json={"messages": [{"role": "user", "content": "fox " * 200}], "stream": True})
     assert reply.status_code == 400
-    assert reply.json()["error"]["message"]
+    assert reply.json()["error"]["code"] == "context_length_exceeded"
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -134,7 +260,9 @@ def test_a_client_that_is_killed_frees_its_slots(served, stream):
     host, port = url.removeprefix("http://").split(":")
     # Four times as many answers as slots: killed at the first sign of life, most have not begun.
     body = json.dumps({"messages": MESSAGES, "stream": stream, "n": 16}).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     before = finished(url)
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + body)
@@ -166,8 +294,15 @@ def test_half_a_request_and_noise_do_no_harm(url):
 
 
 def test_a_full_queue_is_told_as_429(model):
-    with serve(model, num_slots=2, max_waiting=0) as (url, engine):
-        reply = httpx.post(f"{url}{CHAT}", json={"messages": MESSAGES, "max_tokens": 1, "n": 3})
+    """What never fits is told as a mistake; what does not fit now, as something to try again."""
+    with serve(model, num_slots=2, max_waiting=1) as (url, engine):
+        reply = httpx.post(f"{url}/v1/completions", json={"prompt": ["The", "A"], "max_tokens": 1, "n": 2})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["code"] == "batch_too_large"
+        assert "4 answers are asked for at once, and 3 are the most" in reply.json()["error"]["message"]
+        assert engine.num_active == engine.num_waiting == 0
+        with httpx.stream("POST", f"{url}{CHAT}", json={"messages": MESSAGES, "stream": True, "n": 3}):
+            reply = httpx.post(f"{url}{CHAT}", json={"messages": MESSAGES, "max_tokens": 1, "n": 3})
         assert reply.status_code == 429
         assert reply.json()["error"]["code"] == "queue_full"
         assert reply.headers["retry-after"] == "1"

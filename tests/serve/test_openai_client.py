@@ -1,9 +1,13 @@
 """The real OpenAI client against a real server."""
 
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import openai
 import pytest
+
+from maxlm.generate.request import Request
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The quick brown"}]
 
@@ -51,18 +55,59 @@ def test_a_stream_is_the_same_text_in_pieces(client):
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_n_choices_are_those_of_the_seeds_that_follow(client):
+def test_every_choice_draws_from_a_stream_of_its_own(client):
     settings = {"model": "tiny-int8", "messages": MESSAGES, "max_tokens": 15, "temperature": 1.0}
     several = client.chat.completions.create(**settings, seed=40, n=3)
     assert [choice.index for choice in several.choices] == [0, 1, 2]
-    for index, choice in enumerate(several.choices):
-        alone = client.chat.completions.create(**settings, seed=40 + index)
-        assert choice.message.content == alone.choices[0].message.content
+    alone = client.chat.completions.create(**settings, seed=40)
+    assert alone.choices[0].message.content == several.choices[0].message.content
+    next_seed = client.chat.completions.create(**settings, seed=41, n=3)
+    assert len({choice.message.content for reply in (several, next_seed) for choice in reply.choices}) == 6
     streamed = {}
     for chunk in client.chat.completions.create(**settings, seed=40, n=3, stream=True):
         for choice in chunk.choices:
             streamed[choice.index] = streamed.get(choice.index, "") + (choice.delta.content or "")
     assert streamed == {choice.index: choice.message.content for choice in several.choices}
+
+
+def test_equal_prompts_give_different_texts_and_the_seed_of_a_reply_gives_them_again(client):
+    settings = {"model": "tiny-int8", "prompt": ["The dog"] * 5, "max_tokens": 15, "temperature": 1, "n": 2}
+    drawn = client.completions.create(**settings)
+    texts = [choice.text for choice in drawn.choices]
+    assert len(set(texts)) == 10
+    assert 0 <= drawn.seed < 2**53
+    again = client.completions.create(**settings, seed=drawn.seed)
+    assert [choice.text for choice in again.choices] == texts
+    assert again.seed == drawn.seed
+    assert client.completions.create(**settings).seed != drawn.seed
+    chunks = client.completions.create(**{**settings, "prompt": "The"}, seed=7, stream=True)
+    assert {chunk.seed for chunk in chunks} == {7}
+
+
+def test_top_p_of_0_is_greedy(client):
+    settings = {"model": "tiny-int8", "prompt": "The dog", "max_tokens": 15}
+    greedy = client.completions.create(**settings, temperature=0).choices[0].text
+    assert client.completions.create(**settings, temperature=1.5, top_p=0).choices[0].text == greedy
+
+
+def test_tokens_beyond_the_room_are_cut(client):
+    for settings in ({"max_tokens": 10**6}, {"max_completion_tokens": 10**6}, {}):
+        reply = client.chat.completions.create(model="tiny-int8", messages=MESSAGES, seed=1, **settings)
+        assert reply.usage.total_tokens == 128 or reply.choices[0].finish_reason == "stop"
+    reply = client.completions.create(model="tiny-int8", prompt=[20] * 120, max_tokens=500, seed=1)
+    assert reply.usage.total_tokens == 128 or reply.choices[0].finish_reason == "stop"
+
+
+def test_no_parameter_of_the_client_is_unknown(client, http):
+    """A field that this server does not use is refused for its value; null asks for nothing."""
+    its_own = {"extra_headers", "extra_query", "extra_body", "timeout", "self"}
+    for create, path, body in (
+        (client.chat.completions.create, "chat/completions", {"messages": MESSAGES}),
+        (client.completions.create, "completions", {"prompt": "The"}),
+    ):
+        names = {*inspect.signature(create).parameters} - its_own
+        reply = http.post(f"/v1/{path}", json={**dict.fromkeys(names), **body, "max_tokens": 1})
+        assert reply.status_code == 200, reply.text
 
 
 def test_text_does_not_depend_on_who_else_asks(client):
@@ -112,6 +157,101 @@ def test_log_probabilities(client, model):
     completion = client.completions.create(**settings, prompt="The", logprobs=3).choices[0]
     assert len(completion.logprobs.tokens) == len(completion.logprobs.token_logprobs)
     assert all(len(top) == 3 for top in completion.logprobs.top_logprobs)
+    # 0 gives the sampled tokens alone, and nothing gives nothing.
+    alone = client.completions.create(**settings, prompt="The", logprobs=0).choices[0].logprobs
+    assert alone.top_logprobs == [{name: value} for name, value in zip(alone.tokens, alone.token_logprobs)]
+    for nothing in (None, False):
+        assert client.completions.create(**settings, prompt="The", logprobs=nothing).choices[0].logprobs is None
+        chat = client.chat.completions.create(**settings, messages=MESSAGES, logprobs=nothing)
+        assert chat.choices[0].logprobs is None
+
+
+def test_bytes_of_tokens_add_up_to_the_text(client):
+    """Also of tokens that are a part of a character, or of no text at all."""
+    for seed in range(20):
+        chat = client.chat.completions.create(
+            model="tiny-int8", messages=MESSAGES, temperature=2, seed=seed, logprobs=True, top_logprobs=20
+        )
+        content = chat.choices[0].logprobs.content
+        whole = bytes(byte for entry in content for byte in entry.bytes)
+        assert whole.decode(errors="replace") == chat.choices[0].message.content
+        assert all(top.bytes is not None for entry in content for top in entry.top_logprobs)
+        if any(len(entry.bytes) == 1 and entry.bytes[0] > 127 for entry in content):
+            return
+    pytest.fail("no seed gave a part of a character")
+
+
+def test_offsets_say_where_tokens_begin(client, model):
+    settings = {"model": "tiny-int8", "max_tokens": 40, "temperature": 1.5, "seed": 3, "logprobs": 0}
+    for echo in (False, True):
+        prompt = "The é dog"
+        choice = client.completions.create(**settings, prompt=prompt, echo=echo).choices[0]
+        assert choice.text.startswith(prompt) == echo
+        logprobs, place = choice.logprobs, 0
+        assert len(logprobs.text_offset) == len(logprobs.tokens)
+        for name, offset, after in zip(logprobs.tokens, logprobs.text_offset, [*logprobs.text_offset[1:], None]):
+            if not name.startswith("<"):
+                assert choice.text[offset:after] == name
+            assert offset >= place
+            place = offset
+
+
+def test_echo_rates_the_prompt_as_harnesses_ask_for_it(client, model):
+    """The request of lm-eval's local-completions: log-probabilities of [ctxlen:-1], greedy where they equal the top."""
+    context, ending = model.encode("A model writes"), [200, 31, 32, 60]
+    greedy = [event.token.id for event in stream_of(model, context, 4)]
+    prompts = [[*context, *ending], [*context, *greedy], [1, 40]]
+    reply = client.completions.create(
+        model="tiny-int8", prompt=prompts, max_tokens=1, logprobs=1, echo=True, temperature=0, seed=1234
+    )
+    for prompt, choice in zip(prompts, reply.choices):
+        logits = model.logits(np.asarray([prompt]))[0].astype(np.float64)
+        expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        values, top = choice.logprobs.token_logprobs, choice.logprobs.top_logprobs
+        assert len(values) == len(top) == len(prompt) + 1
+        assert values[0] is top[0] is None
+        np.testing.assert_allclose(values[1:-1], expected[np.arange(len(prompt) - 1), prompt[1:]], atol=1e-4)
+        is_greedy = [value == max(entry.values()) for value, entry in zip(values[1:], top[1:])]
+        assert is_greedy == [*(expected[:-1].argmax(-1) == prompt[1:]), True]
+        assert choice.text.startswith(model.tokenizer.decode(prompt))
+    assert all(reply.choices[1].logprobs.token_logprobs[-5:][i] is not None for i in range(5))
+    assert reply.usage.completion_tokens == 3
+
+
+def test_echo_alone_and_in_a_stream(client, model):
+    full = [1, *[40] * 127]  # a prompt that fills the context can be rated, and not continued
+    rated = client.completions.create(model="tiny-int8", prompt=full, max_tokens=0, echo=True, logprobs=0)
+    assert len(rated.choices[0].logprobs.token_logprobs) == 128
+    assert rated.choices[0].finish_reason == "length"
+    assert rated.usage.completion_tokens == 0
+    bare = client.completions.create(model="tiny-int8", prompt="The dog", max_tokens=0, echo=True).choices[0]
+    assert (bare.text, bare.logprobs) == ("The dog", None)
+    settings = {
+        "model": "tiny-int8",
+        "prompt": ["The", "A dog"],
+        "max_tokens": 6,
+        "seed": 2,
+        "echo": True,
+        "logprobs": 2,
+    }
+    whole = client.completions.create(**settings)
+    texts, tokens, offsets = {}, {}, {}
+    for chunk in client.completions.create(**settings, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+            if choice.logprobs:
+                tokens.setdefault(choice.index, []).extend(choice.logprobs.tokens)
+                offsets.setdefault(choice.index, []).extend(choice.logprobs.text_offset)
+    for choice in whole.choices:
+        assert texts[choice.index] == choice.text
+        assert tokens[choice.index] == choice.logprobs.tokens
+        assert offsets[choice.index] == choice.logprobs.text_offset
+
+
+def stream_of(model, ids, count):
+    with model.engine(num_slots=2) as engine:
+        request = Request(tuple(ids), max_new_tokens=count, temperature=0)
+        return [event for event in engine.stream(request) if event.token]
 
 
 def test_mistakes_are_the_clients_own_exceptions(client):
@@ -119,8 +259,12 @@ def test_mistakes_are_the_clients_own_exceptions(client):
     with pytest.raises(openai.NotFoundError) as error:
         chat(model="gpt-4", messages=MESSAGES)
     assert error.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError, match="the context holds 128"):
-        chat(model="tiny-int8", messages=MESSAGES, max_tokens=1000)
+    with pytest.raises(openai.BadRequestError, match=r"maximum context length is 128.*the context holds 128") as error:
+        chat(model="tiny-int8", messages=[{"role": "user", "content": "fox " * 200}], max_tokens=1)
+    assert (error.value.code, error.value.param) == ("context_length_exceeded", "messages")
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model="tiny-int8", prompt=[40] * 128)
+    assert (error.value.code, error.value.param) == ("context_length_exceeded", "prompt")
     with pytest.raises(openai.BadRequestError, match="frequency_penalty is not supported"):
         chat(model="tiny-int8", messages=MESSAGES, frequency_penalty=0.5)
     with pytest.raises(openai.BadRequestError, match="chat role 'usr' is unknown; did you mean 'user'"):
@@ -128,3 +272,4 @@ def test_mistakes_are_the_clients_own_exceptions(client):
     with pytest.raises(openai.BadRequestError) as error:
         chat(model="tiny-int8", messages=MESSAGES, temperature=9)
     assert error.value.param == "temperature"
+    assert error.value.request_id.startswith("req_")

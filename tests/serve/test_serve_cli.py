@@ -52,7 +52,7 @@ def test_sigterm_finishes_what_runs_and_exits_with_0(process):
     finished = [event["choices"][0] for event in events if event["choices"] and event["choices"][0]["finish_reason"]]
     assert sorted(choice["index"] for choice in finished) == list(range(16))
     assert process.wait(timeout=60) == 0
-    assert process.stderr.read() == ""
+    assert re.fullmatch(r"\S+ \S+ INFO req_\w+ 127.0.0.1 POST /v1/chat/completions 200 \S+ s\n", process.stderr.read())
 
 
 def test_sigint_ends_an_idle_server_with_0(process):
