@@ -16,7 +16,9 @@ from maxlm.core.batch import Batch
 from maxlm.core.manifest import FILE_NAME, read_manifest
 from maxlm.core.storage import resolve_path
 from maxlm.data.chat import PackedChats
-from maxlm.data.loader import open_in_order
+from maxlm.data.held_out import open_held_out
+from maxlm.data.loader import open_splits
+from maxlm.data.sample import even_sample
 from maxlm.errors import DataError
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.checkpoint import find_checkpoint
@@ -72,7 +74,7 @@ def read_held_out(paths: Sequence[str | Path], tokenizer: Tokenizer, *, max_leng
         return _read_documents(paths, tokenizer, max_length=max_length, max_tokens=max_tokens)
     (path,) = paths
     chats = PackedChats.read(path, tokenizer, row_length=max_length)
-    rows = chats.batch(_spread(len(chats.rows), max_tokens // max_length))
+    rows = chats.batch(even_sample([np.arange(len(chats.rows))], max(1, max_tokens // max_length)))
     # A chat lies in one row, as one segment of it.
     units = np.arange(len(rows.tokens))[:, None] * (rows.segment_ids.max() + 1) + rows.segment_ids
     return HeldOut("chats", paths, rows, units)
@@ -95,6 +97,8 @@ def find_held_out(model_path: str | Path) -> list[Path]:
             break
         if objective["kind"] in PACKED_OBJECTIVES and not chat_model:
             found = [resolve_path(item["path"], folder) for name, item in inputs.items() if name.startswith("data_")]
+            # A run takes no validation rows from a source that holds none out.
+            found = [path for path in found if _holds_rows_out(path)] or found
             break
         if objective["kind"] in ("sft", *PACKED_OBJECTIVES):
             raise DataError(f"{model_path}: leads to no file of held-out chats; {_NAME_DATA}")
@@ -105,21 +109,26 @@ def find_held_out(model_path: str | Path) -> list[Path]:
     return found
 
 
+def _holds_rows_out(path: Path) -> bool:
+    return not path.exists() or bool(read_manifest(path)["metrics"]["splits"]["valid"]["rows"])
+
+
 def _beside(objective: dict[str, Any], train_file: Path) -> Path:
     """The validation file of a run whose training file lies there now: a manifest links to the latter alone."""
     return train_file.parent / os.path.relpath(objective["valid_file"], Path(objective["train_file"]).parent)
 
 
 def _read_documents(paths: tuple[Path, ...], tokenizer: Tokenizer, *, max_length: int, max_tokens: int) -> HeldOut:
-    stored = open_in_order(paths, batch_size=1, expected_fingerprint=tokenizer.fingerprint)
-    if stored.row_length > max_length:
+    _, row_length = open_splits(paths, "valid", tokenizer.fingerprint)
+    if row_length > max_length:
         raise DataError(
-            f"{paths[0]}: its rows of {stored.row_length} tokens are longer than the model's context of {max_length};"
+            f"{paths[0]}: its rows of {row_length} tokens are longer than the model's context of {max_length};"
             f" build the data with row_length={max_length}"
         )
+    stored = open_held_out(paths, batch_size=1, num_batches=max(1, max_tokens // row_length))
     units: dict[tuple[str, int], int] = {}
     read, unit_rows = [], []
-    for index in _spread(stored.num_steps, max_tokens // stored.row_length).tolist():
+    for index in range(stored.num_steps):
         row = stored.batch(index)
         # A document may go on over many rows; they are no samples of their own.
         numbers = [units.setdefault((item.folder, item.ordinal), len(units)) for item in stored.documents(index)]
@@ -127,8 +136,3 @@ def _read_documents(paths: tuple[Path, ...], tokenizer: Tokenizer, *, max_length
         unit_rows.append(np.array([0, *numbers])[row["segment_ids"]])
     rows = {name: np.concatenate([row[name] for row in read]) for name in read[0]}
     return HeldOut("documents", paths, Batch.from_rows(rows), np.concatenate(unit_rows))
-
-
-def _spread(count: int, limit: int) -> np.ndarray:
-    """At most `limit` of `count` indices, evenly spread; one at least."""
-    return np.linspace(0, count - 1, max(1, min(count, limit))).round().astype(int)
