@@ -210,6 +210,14 @@ def test_a_split_is_looked_at_from_both_ends_when_it_is_opened(folders, tmp_path
         open_mixture([(copy, 1.0)], seed=0, batch_size=4)
 
 
+def test_a_data_folder_may_have_any_name(tmp_path, tokenizer_folder):
+    source = write_jsonl(tmp_path / "texts.jsonl", [{"text": make_text(n)} for n in range(6)])
+    folder = str(tmp_path / "a*b[0:1]\\\n#?%: é" / "train.array_record[0:1]")
+    config = {"kind": "data", "sources": ({"uri": source},), "tokenizer": tokenizer_folder, "row_length": 16}
+    build_data(DataConfig(output=folder, valid_fraction=0.2, workers=1, **config))
+    assert open_mixture([(folder, 1.0)], seed=0, batch_size=4).documents(0)
+
+
 def _cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

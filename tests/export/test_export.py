@@ -28,7 +28,7 @@ from tests.export.conftest import make_data, make_tokenizer, save_pretraining, s
 
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory):
-    output = tmp_path_factory.mktemp("bundles") / "int8"
+    output = tmp_path_factory.mktemp("bundles") / "int8 [1]\\*?#:"
     return output, export_int8(run.path, output, data=run.data)
 
 

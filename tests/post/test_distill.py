@@ -8,9 +8,9 @@ import pytest
 from maxlm.config.load import parse_config
 from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import initialize
-from maxlm.errors import ConfigError
+from maxlm.errors import CheckpointError, ConfigError
 from maxlm.models.decoder import Decoder
-from maxlm.post.distill import token_divergence
+from maxlm.post.distill import load_teacher, token_divergence
 from maxlm.post.run import train
 from maxlm.train.metrics import read_metrics
 
@@ -142,3 +142,13 @@ def test_how_the_teacher_was_trained_does_not_say_how_it_is_used(tmp_path, tiny_
         tmp_path / "run", tmp_path / "teacher", tiny_data_folder, mesh={"fsdp": 1, "stage": 2}, model=student, steps=1
     )
     assert train(config)["metrics"]["finished"]
+
+
+def test_a_teacher_that_says_nothing_is_refused_before_the_first_step(teacher, tiny_data_folder, tmp_path, monkeypatch):
+    def broken(*arguments):
+        return jax.tree.map(lambda leaf: leaf * jnp.nan, load_teacher(*arguments))
+
+    monkeypatch.setattr("maxlm.post.run.load_teacher", broken)
+    with pytest.raises(CheckpointError, match=r"objective\.teacher: .* gives logits that are not finite"):
+        train(distill_config(tmp_path / "run", teacher, tiny_data_folder))
+    assert not (tmp_path / "run" / "checkpoints").exists()
