@@ -88,13 +88,3 @@ def test_finished_blocks_stay_whatever_follows(document):
 def test_markdown(text, html):
     assert html in whole(text)
     assert not any(word in whole(text) for word in ("<img", "<script", "style=", 'href="/'))
-
-
-def test_the_page_asks_for_html_over_http(http):
-    reply = http.post("/render", json={"text": "**a**\n\nb"})
-    assert reply.json() == {"finished": [], "open": ["<p><strong>a</strong></p>\n", "<p>b</p>\n"], "consumed": 0}
-    assert http.post("/render", json={"text": "a" * 100_000}).status_code == 400
-    assert (
-        http.post("/render", content=b'{"text": "\\ud800"}', headers={"Content-Type": "application/json"}).status_code
-        == 400
-    )

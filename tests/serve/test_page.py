@@ -59,3 +59,13 @@ def test_no_documentation_pages_that_load_from_elsewhere(http):
     assert http.get("/docs").status_code == 404
     assert http.get("/redoc").status_code == 404
     assert http.get("/openapi.json").status_code == 200
+
+
+def test_the_page_asks_for_html_over_http(http):
+    reply = http.post("/render", json={"text": "**a**\n\nb"})
+    assert reply.json() == {"finished": [], "open": ["<p><strong>a</strong></p>\n", "<p>b</p>\n"], "consumed": 0}
+    assert http.post("/render", json={"text": "a" * 100_000}).status_code == 400
+    assert (
+        http.post("/render", content=b'{"text": "\\ud800"}', headers={"Content-Type": "application/json"}).status_code
+        == 400
+    )

@@ -150,7 +150,9 @@ function showFailure(error) {
     $("welcome").hidden = conversation.turns.length > 0;
     updateComposer();
   }
-  showError(error.tooLong ? `${error.message}. Shorten the message or the system message.` : error.message);
+  const context = contextLength === null ? "context" : `context of ${contextLength} tokens`;
+  const tooLong = `This message is longer than the model’s ${context}. Shorten it, or the system message in the settings.`;
+  showError(error.tooLong ? tooLong : error.message);
 }
 
 function showError(text, action = null) {
