@@ -2,11 +2,13 @@
 
 import argparse
 import errno
+import functools
 import importlib
 import json
 import os
 import select
 import sys
+from typing import NoReturn
 
 from maxlm.core.bug import out_of_memory, report_bug
 from maxlm.core.platform import prepare_platform
@@ -29,6 +31,9 @@ COMMANDS = (
     "gcp.cli",
 )
 
+# Characters of a message that repeats what was given.
+_MOST_TOLD = 300
+
 EPILOG = """\
 examples:
   maxlm quickstart                                    text to a served chat model, in minutes, on a CPU
@@ -38,9 +43,14 @@ examples:
 """
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments of a command; settings (`key=value`) may follow its options too."""
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(message if len(message) <= _MOST_TOLD else f"{message[: _MOST_TOLD - 3]}...")
+
+
+@functools.cache
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
         prog="maxlm",
         description="Build large language models end to end: data, tokenizer, training, alignment, int8, serving.",
         epilog=EPILOG,
@@ -49,6 +59,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in COMMANDS:
         importlib.import_module(name).register(subparsers)
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments of a command; settings (`key=value`) may follow its options too."""
+    parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if rest and hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
         # argparse takes settings that follow an option for something else.

@@ -15,6 +15,7 @@ from etils import epath
 
 from maxlm.core.storage import absolute_path, files_in, relative_path, resolve_path, storage_path
 from maxlm.core.streams import ESCAPE
+from maxlm.core.written import parse_written
 from maxlm.errors import DataError
 
 FILE_NAME = "manifest.json"
@@ -50,15 +51,29 @@ def read_manifest(folder: str | Path) -> dict:
     """The manifest of a stage's folder.
 
     Raises:
-      DataError: if there is none: the stage has not run, or has not ended.
+      DataError: if there is none, because the stage has not run or has not ended, or if it is damaged.
     """
     path = storage_path(folder) / FILE_NAME
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{folder}: holds no {FILE_NAME}; the stage that makes it has not run to its end") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: is not valid JSON ({error.msg}, line {error.lineno}); run its stage again") from None
+    manifest = parse_written(content, path)
+    if not _is_manifest(manifest):
+        raise DataError(f"{path}: is no manifest of maxlm, or was changed; run its stage again")
+    return manifest
+
+
+def _is_manifest(value: Any) -> bool:
+    sections = {"stage": str, "inputs": dict, "config": dict, "metrics": dict}
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(name), kind) for name, kind in sections.items())
+        and all(
+            isinstance(item, dict) and isinstance(item.get("path"), str) and isinstance(item.get("hash"), str)
+            for item in value["inputs"].values()
+        )
+    )
 
 
 def manifest_chain(folder: str | Path) -> list[dict]:

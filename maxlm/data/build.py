@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow.parquet as parquet
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from maxlm.config import DataConfig
 from maxlm.core.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
 from maxlm.core.output import check_output
 from maxlm.core.progress import console, progress_bar
+from maxlm.core.written import table_batches
 from maxlm.data.parallel import map_in_order, num_cores
 from maxlm.data.prepare import SPLITS, build_documents
 from maxlm.data.rows import Packer, encode_row, token_bytes_for
@@ -134,5 +134,5 @@ class _Encoder:
 
 
 def _text_batches(path: Path) -> Iterator[list[str]]:
-    for batch in parquet.ParquetFile(path).iter_batches(columns=["text"], batch_size=_BATCH_DOCUMENTS):
+    for batch in table_batches(path, columns=["text"], batch_size=_BATCH_DOCUMENTS):
         yield batch.column("text").to_pylist()

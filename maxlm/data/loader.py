@@ -14,9 +14,9 @@ from typing import Any
 
 import grain
 import numpy as np
-import pyarrow.parquet as parquet
 
 from maxlm.core.manifest import read_manifest
+from maxlm.core.written import table_batches
 from maxlm.data.open_records import open_records
 from maxlm.data.rows import Row, decode_row
 from maxlm.errors import DataError, TokenizerError
@@ -46,8 +46,11 @@ class OpenedSplit:
     @cached_property
     def documents(self) -> tuple[list[str], list[str]]:
         """Ids and sources of the split's documents, by ordinal."""
-        table = parquet.read_table(self.folder / "documents" / f"{self.split}.parquet", columns=["id", "source"])
-        return table.column("id").to_pylist(), table.column("source").to_pylist()
+        ids, sources = [], []
+        for batch in table_batches(self.folder / "documents" / f"{self.split}.parquet", columns=["id", "source"]):
+            ids += batch.column("id").to_pylist()
+            sources += batch.column("source").to_pylist()
+        return ids, sources
 
 
 class PackedRows:

@@ -4,12 +4,12 @@ Which batch a step reads is a pure function of the step and of this list, as whi
 seed and the batch.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from maxlm.core.storage import read_lines, storage_path
+from maxlm.core.storage import storage_path
+from maxlm.core.written import read_written_lines
 
 FILE_NAME = "quarantine.jsonl"
 # Steps whose update was left out; those that lie alone are in no quarantine.
@@ -26,4 +26,4 @@ def batch_of_step(step: int, passed_over: Sequence[int]) -> int:
 
 def read_quarantine(run_folder: str | os.PathLike) -> list[dict[str, Any]]:
     """The records of a run: one for each batch that it passes over."""
-    return [json.loads(line) for line in read_lines(storage_path(run_folder) / FILE_NAME)]
+    return read_written_lines(storage_path(run_folder) / FILE_NAME)

@@ -1,15 +1,13 @@
 """A data folder for the eye: documents, packed rows, rejected records, and what a run reads in a step."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-
-import pyarrow.parquet as parquet
 
 from maxlm.config import load_config
 from maxlm.config.train import PACKED_OBJECTIVES
 from maxlm.core.manifest import read_manifest
-from maxlm.core.storage import resolve_path
+from maxlm.core.storage import resolve_path, storage_path
+from maxlm.core.written import read_written_lines, table_batches
 from maxlm.data.loader import PackedRows, open_in_order, open_mixture
 from maxlm.data.prepare import REJECTS_FILE
 from maxlm.errors import DataError
@@ -25,7 +23,8 @@ def read_documents(folder: str | Path, split: str) -> Iterator[dict]:
       DataError: if the folder's documents have not been built.
     """
     read_manifest(Path(folder) / "documents")
-    for batch in parquet.ParquetFile(Path(folder) / "documents" / f"{split}.parquet").iter_batches(batch_size=64):
+    columns = ("id", "source", "licence", "text")
+    for batch in table_batches(Path(folder) / "documents" / f"{split}.parquet", columns=columns, batch_size=64):
         yield from batch.to_pylist()
 
 
@@ -36,8 +35,7 @@ def read_rejects(folder: str | Path) -> Iterator[dict]:
       DataError: if the folder's documents have not been built.
     """
     read_manifest(Path(folder) / "documents")
-    with (Path(folder) / REJECTS_FILE).open(encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
+    yield from read_written_lines(storage_path(folder) / REJECTS_FILE)
 
 
 def read_rows(folder: str | Path, split: str) -> Iterator[dict]:

@@ -3,10 +3,9 @@
 import os
 from pathlib import Path
 
-import pyarrow.parquet as parquet
-
 from maxlm.config.data import SourceConfig
 from maxlm.core.manifest import manifest_chain
+from maxlm.core.written import table_batches
 from maxlm.data.documents import Document
 from maxlm.data.sources import read_source
 from maxlm.errors import DataError
@@ -53,7 +52,9 @@ def _split(folder: Path, split: str) -> list[str]:
     for documents in (folder / "documents", folder):
         file = documents / f"{split}.parquet"
         if file.is_file():
-            return parquet.read_table(file, columns=["text"]).column("text").to_pylist()
+            return [
+                text for batch in table_batches(file, columns=["text"]) for text in batch.column("text").to_pylist()
+            ]
     raise DataError(f"{folder}: is no folder of `maxlm data build`: it holds no documents/{split}.parquet")
 
 

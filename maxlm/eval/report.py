@@ -118,7 +118,11 @@ def _run_headline(run: Run) -> str:
 
 def _config_section(folder: Path) -> str:
     path = folder / "config.yaml"
-    return section("Configuration", folded("config.yaml", path.read_text(encoding="utf-8"))) if path.is_file() else ""
+    return (
+        section("Configuration", folded("config.yaml", path.read_text(encoding="utf-8", errors="replace")))
+        if path.is_file()
+        else ""
+    )
 
 
 def _read_summary(folder: Path) -> dict[str, Any]:
@@ -127,7 +131,7 @@ def _read_summary(folder: Path) -> dict[str, Any]:
         return {}
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataError(f"{path}: is not valid JSON; run the quickstart again, or remove the file") from None
     return to_dict(summary)
 

@@ -185,7 +185,7 @@ def _result(
 def _parse_json(line: bytes, where: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataError(f"{where}: is not valid JSON") from None
 
 

@@ -36,6 +36,9 @@ def preview(config: TrainConfig, *, num_examples: int, plain: bool) -> Iterator[
     tokenizer = Tokenizer.load(find_tokenizer(config))
     objective, length = config.objective, config.row_length
 
+    def first(num_available: int) -> np.ndarray:
+        return EpochOrder(num_available, seed=config.seed).indices(0, batch_size=min(num_examples, num_available))
+
     def row_text(batch: Batch, row: int) -> Text:
         return render_row(batch, row, tokenizer, plain=plain)
 
@@ -53,19 +56,19 @@ def preview(config: TrainConfig, *, num_examples: int, plain: bool) -> Iterator[
             yield _titled(f"row {number + 1}", row_text(Batch.from_rows(mixture.batch(step)), row))
     elif objective.kind == "sft":
         chats = PackedChats.read(objective.train_file, tokenizer, row_length=length)
-        batch = chats.batch(_first(len(chats.rows), num_examples, config.seed))
-        for row in range(num_examples):
+        batch = chats.batch(first(len(chats.rows)))
+        for row in range(len(batch.tokens)):
             yield _titled(f"row {row + 1}", row_text(batch, row))
     elif objective.kind in ("dpo", "reward"):
         pairs = PreferencePairs.read(objective.train_file, tokenizer, row_length=length)
-        batch = pairs.batch(_first(len(pairs), num_examples, config.seed))
-        for row in range(num_examples):
+        batch = pairs.batch(first(len(pairs)))
+        for row in range(len(batch.chosen.tokens)):
             yield _titled(f"pair {row + 1}, chosen", row_text(batch.chosen, row))
             yield _titled(f"pair {row + 1}, rejected", row_text(batch.rejected, row))
     else:
         room = length - objective.max_new_tokens
         prompts = read_prompts(objective.train_file, tokenizer, max_prompt_length=room, row_length=length)
-        for number, index in enumerate(_first(len(prompts), num_examples, config.seed)):
+        for number, index in enumerate(first(len(prompts))):
             ids = prompts[index].ids
             batch = pad([ChatTokens(ids, [0.0] * len(ids))], len(ids))
             note = Text(f"answer: {prompts[index].record['answer']}   reward: {objective.reward}")
@@ -118,10 +121,6 @@ def _append_tokens(text: Text, ids: list[int], learned: list[bool], tokenizer: T
 
 def _segment_starts(segments: np.ndarray) -> list[int]:
     return [index for index in range(len(segments)) if index == 0 or segments[index] != segments[index - 1]]
-
-
-def _first(num_available: int, num_examples: int, seed: int) -> np.ndarray:
-    return EpochOrder(num_available, seed=seed).indices(0, batch_size=num_examples)
 
 
 def _titled(title: str, body: RenderableType) -> Group:

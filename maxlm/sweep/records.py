@@ -49,13 +49,13 @@ class Records:
     def __init__(self, path: Path):
         self.path = path
         self._found: dict[tuple[str, int], Record] = {}
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         # The last line of a command that was killed may be cut off.
         self._is_cut = bool(text) and not text.endswith("\n")
         for number, line in enumerate(text.split("\n")[:-1], start=1):
             try:
                 record = Record(**json.loads(line))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 raise DataError(
                     f"{path}, line {number}: is no record of a trial; take the line out, and its trial runs again"
                 ) from None

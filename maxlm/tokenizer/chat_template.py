@@ -71,7 +71,7 @@ class ChatTemplate:
             template = cls(roles=roles, answering_role=tree["answering_role"], begin=_parts(tree["begin"]))
         except OSError as error:
             raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise TokenizerError(f"{path}: is no chat template: {type(error).__name__}: {error}") from None
         if template.answering_role not in roles:
             raise TokenizerError(f"{path}: answering_role {template.answering_role!r} is none of its roles")

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow.parquet as parquet
 import sentencepiece
 import xxhash
 
@@ -18,6 +17,7 @@ from maxlm.config import TokenizerConfig
 from maxlm.core.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
 from maxlm.core.output import check_output
 from maxlm.core.progress import console
+from maxlm.core.written import table_batches
 from maxlm.errors import DataError, TokenizerError
 from maxlm.tokenizer.chat_template import CONTROL_TOKENS, default_chat_template
 from maxlm.tokenizer.codec import BOS, EOS, PAD, UNKNOWN, Tokenizer
@@ -130,7 +130,7 @@ def _input_path(given: str) -> Path:
 
 def _read_texts(path: Path) -> Iterator[str]:
     if path.is_dir():
-        for batch in parquet.ParquetFile(path / "train.parquet").iter_batches(columns=["text"], batch_size=1024):
+        for batch in table_batches(path / "train.parquet", columns=["text"]):
             yield from batch.column("text").to_pylist()
         return
     try:

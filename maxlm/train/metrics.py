@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from maxlm.config.moe import MoeConfig
 from maxlm.core.distributed import is_primary
 from maxlm.core.progress import console
-from maxlm.core.storage import LineLog, read_lines, storage_path
+from maxlm.core.storage import LineLog, storage_path
+from maxlm.core.written import read_written_lines
 from maxlm.train.goodput import GoodputLog
 
 _SHOWN_PARTS = 6
@@ -170,4 +171,4 @@ def _parts(values: dict[str, float], name: str) -> str:
 
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """All records of a run, oldest first."""
-    return [json.loads(line) for line in read_lines(storage_path(folder) / "metrics.jsonl")]
+    return read_written_lines(storage_path(folder) / "metrics.jsonl")

@@ -30,7 +30,7 @@ def tiny_config(output, data, **settings):
         "output": str(output),
         "model": MODEL,
         "objective": {"kind": "pretrain", "sources": [{"path": str(data)}]},
-        "optim": {"learning_rate": 1e-2, "schedule": {"warmup_steps": 2}},
+        "optim": {"learning_rate": 1e-2, "schedule": {"warmup_steps": min(2, settings.get("steps", 12))}},
         "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
         "checkpoint": {"every": 4, "keep": 2},
         "steps": 12,

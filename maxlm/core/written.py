@@ -1,0 +1,79 @@
+"""Files that a stage wrote, read again: one that was cut short or edited since is told as such."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet as parquet
+from etils import epath
+
+from maxlm.core.storage import read_lines
+from maxlm.errors import DataError
+
+
+class _Written(dict):
+    """An object of such a file; a key that it lacks is no bug of the code that asks for it."""
+
+    where = ""
+
+    def __missing__(self, key: str) -> Any:
+        raise DataError(f"{self.where}: lacks {key!r}, so it was changed or is of another version; run its stage again")
+
+
+def parse_written(content: bytes | str, where: str | os.PathLike) -> Any:
+    """The value of JSON that maxlm wrote; `where` names it in messages.
+
+    Raises:
+      DataError: it is no JSON; or, when a key is asked for, the key is not there.
+    """
+
+    def section(pairs: list[tuple[str, Any]]) -> _Written:
+        found = _Written(pairs)
+        found.where = str(where)
+        return found
+
+    try:
+        return json.loads(content, object_pairs_hook=section)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: is not valid JSON ({error.msg}, line {error.lineno}); run its stage again") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{where}: is not valid JSON; run its stage again") from None
+
+
+def read_written_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The objects of a file of lines, without a last one that was cut.
+
+    Raises:
+      DataError: naming the first that is none.
+    """
+    try:
+        lines = read_lines(path)
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is no UTF-8 text, so it was changed; remove it") from None
+    found = [parse_written(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    if wrong := next((number for number, item in enumerate(found, start=1) if not isinstance(item, dict)), None):
+        raise DataError(f"{path}:{wrong}: is no JSON object, so it was changed; take the line out")
+    return found
+
+
+def table_batches(
+    path: str | os.PathLike, *, columns: Sequence[str] | None = None, batch_size: int = 1024
+) -> Iterator[pyarrow.RecordBatch]:
+    """The batches of a Parquet file that maxlm wrote.
+
+    Raises:
+      DataError: it is not there, or is damaged, or lacks a column.
+    """
+    try:
+        with parquet.ParquetFile(path) as file:
+            missing = [name for name in columns or () if name not in file.schema_arrow.names]
+            if missing:
+                raise DataError(f"{path}: has no column {missing[0]!r}; run the stage that makes it again")
+            yield from file.iter_batches(columns=columns and list(columns), batch_size=batch_size)
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file; run the stage that makes it again") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: cannot be read ({reason}); run the stage that makes it again") from None
