@@ -280,7 +280,7 @@ def _read_rows(path: Path) -> Iterator[Value | Broken]:
             for row in batch.to_pylist():
                 yield Value(str(number), f"{path}, row {number}", row)
                 number += 1
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         problem = str(error).partition("\n")[0]
         yield Broken(str(number), f"{path}, row {number}", "broken_file", f"cannot be read as Parquet: {problem}", "")
 
