@@ -6,6 +6,7 @@ The manifests of a pipeline form a chain: each names the manifests of the folder
 import json
 import platform
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,14 @@ FILE_NAME = "manifest.json"
 
 
 def write_manifest(
-    folder: str | Path, *, stage: str, inputs: dict[str, str | Path], config: dict, metrics: dict
+    folder: str | Path,
+    *,
+    stage: str,
+    inputs: Mapping[str, str | Path],
+    config: dict,
+    metrics: dict,
+    hashes: Mapping[str, str] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> dict:
     """Write `folder/manifest.json` in one atomic step and return it.
 
@@ -32,16 +40,20 @@ def write_manifest(
       inputs: name -> file or folder that was read. A folder that has a manifest is hashed by it.
       config: the resolved configuration.
       metrics: what was measured; numbers, strings, lists, dicts.
+      hashes: of inputs as they were when they were read, where that is known.
+      more: further entries, such as the `changes` of a run.
     """
     manifest = {
         "stage": stage,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "inputs": {
-            name: {"path": relative_path(path, folder), "hash": content_hash(path)} for name, path in inputs.items()
+            name: {"path": relative_path(path, folder), "hash": (hashes or {}).get(name) or content_hash(path)}
+            for name, path in inputs.items()
         },
         "config": config,
         "versions": _versions(),
         "metrics": metrics,
+        **(more or {}),
     }
     write_json(storage_path(folder) / FILE_NAME, manifest)
     return manifest

@@ -49,6 +49,12 @@ def absolute_path(path: str | os.PathLike) -> epath.Path:
     return path if is_remote(path) else path.resolve()
 
 
+def real_path(path: str | os.PathLike) -> epath.Path:
+    """`absolute_path`, with links followed: two names of one folder have the same."""
+    path = storage_path(path)
+    return path if is_remote(path) else storage_path(os.path.realpath(path))
+
+
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether it lies in a bucket."""
     return "://" in os.fspath(path)

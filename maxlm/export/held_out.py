@@ -22,7 +22,7 @@ from maxlm.data.sample import even_sample
 from maxlm.errors import DataError
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.checkpoint import find_checkpoint
-from maxlm.train.run import run_folder_of
+from maxlm.train.lineage import run_folder_of
 
 # Tokens of a batch, padding included.
 BATCH_TOKENS = 4096

@@ -14,6 +14,8 @@ examples:
   maxlm train configs/post/dpo.yaml objective.beta=0.05      learn from preferences; reward, grpo, distill go alike
   maxlm train CONFIG output=runs/second seed=1               any setting can be given as key=value
   maxlm train CONFIG --supervise 10                          start again from the last checkpoint when it dies
+  maxlm train CONFIG steps=2000                              train a finished run longer
+  maxlm train CONFIG optim.learning_rate=1e-4 --accept-changes   go on with other settings, and record them
 """
 
 PREVIEW_EPILOG = """\
@@ -43,7 +45,7 @@ def register(subparsers) -> None:
         help="pretrain, fine-tune, align: one run of one configuration",
         description="Train as a configuration says: pretraining, distillation, SFT, reward model, DPO, GRPO. The run"
         " folder holds checkpoints, metrics.jsonl, tensorboard/ and manifest.json. A run that stands there already is"
-        " resumed.",
+        " resumed, if it is the same run: settings that would make it another are refused (docs/resuming.md).",
         epilog=TRAIN_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -53,6 +55,11 @@ def register(subparsers) -> None:
         type=count,
         metavar="N",
         help="start training again from its last checkpoint when it dies, at most N times",
+    )
+    train.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="resume with other settings or data than the run was trained with; they are recorded in its manifest",
     )
     train.add_argument("--json", action="store_true", help="print the final numbers as one JSON object")
     train.set_defaults(func=run_train)
@@ -92,14 +99,15 @@ def run_train(args: argparse.Namespace) -> int:
     if args.supervise is not None:
         from maxlm.train.supervise import supervise
 
-        arguments = ["train", args.config, *args.overrides, *(["--json"] if args.json else [])]
+        flags = {"--accept-changes": args.accept_changes, "--json": args.json}
+        arguments = ["train", args.config, *args.overrides, *(flag for flag, given in flags.items() if given)]
         command = [sys.executable, "-m", "maxlm.cli", *arguments]
         return supervise(command, config, restarts=args.supervise)
 
     from maxlm.core.distributed import is_primary
     from maxlm.post.run import train
 
-    metrics = train(config)["metrics"]
+    metrics = train(config, accept_changes=args.accept_changes)["metrics"]
     if not is_primary():
         return 0
     if args.json:

@@ -28,8 +28,9 @@ from maxlm.models.decoder import Decoder
 from maxlm.post.sequences import is_real, share_of_rows
 from maxlm.tokenizer.codec import ChatTokens, Tokenizer
 from maxlm.train.checkpoint import find_checkpoint, read_metadata, restore_weights, trained_as
+from maxlm.train.lineage import run_folder_of
 from maxlm.train.objective import RunContext
-from maxlm.train.run import load_start, run_folder_of
+from maxlm.train.run import load_start
 from maxlm.train.validate import Evaluator
 
 _SCORED_ROWS = 8

@@ -17,13 +17,16 @@ from maxlm.train.pretrain import Pretrain
 _OBJECTIVES = {"pretrain": Pretrain, "distill": Distill, "sft": Sft, "reward": Reward, "dpo": Dpo, "grpo": Grpo}
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, Any]:
     """Run `config` to its end, or resume it, and return the manifest that stands in its folder.
+
+    Args:
+      accept_changes: go on with a run that was trained with other settings, which are then recorded.
 
     Raises:
       MaxlmError: what the user can mend: configuration, data, tokenizer, checkpoints, skipped steps.
     """
-    return run.train(config, recipe_of(config))
+    return run.train(config, recipe_of(config), accept_changes=accept_changes)
 
 
 def recipe_of(config: TrainConfig) -> run.Recipe:

@@ -25,7 +25,8 @@ from maxlm.models.decoder import Decoder
 from maxlm.sweep.space import Rung, Setting, draw_settings, halving_rungs
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.checkpoint import find_checkpoint
-from maxlm.train.run import find_tokenizer, identify, resolve_model, run_folder_of
+from maxlm.train.lineage import run_folder_of, weights_hash
+from maxlm.train.run import find_tokenizer, resolve_model
 from maxlm.train.schedule import schedule_factor
 from maxlm.train.startup import data_hashes
 
@@ -148,7 +149,7 @@ class Plan:
         if key not in self._read:
             self._read[key] = data_hashes(config)
             if config.init_from is not None:
-                self._read[key]["init_from"] = identify(find_checkpoint(config.init_from))["hash"]
+                self._read[key]["init_from"] = weights_hash(find_checkpoint(config.init_from))
         return self._read[key]
 
     def _integers(self) -> set[str]:

@@ -16,15 +16,14 @@ from maxlm.core.distributed import is_primary, stop_on_signal
 from maxlm.core.hardware import peak_flops
 from maxlm.core.progress import console
 from maxlm.core.storage import storage_path
-from maxlm.errors import ConfigError, MaxlmError
-from maxlm.train.checkpoint import check_fingerprint, trained_as
+from maxlm.errors import MaxlmError
 from maxlm.train.ema import ema_as
 from maxlm.train.faults import BadStep, GuardWatch, Quarantine
 from maxlm.train.goodput import Goodput, GoodputLog, Stopwatch
+from maxlm.train.lineage import Lineage
 from maxlm.train.metrics import MetricsLog, StepWindow
 from maxlm.train.objective import Objective
 from maxlm.train.optim import make_optimizer
-from maxlm.train.same_model import check_same_model
 from maxlm.train.saving import RunCheckpoints
 from maxlm.train.schedule import schedule_factor
 from maxlm.train.state import TrainState, abstract_state, create_state
@@ -33,11 +32,17 @@ from maxlm.train.step import train_step
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended. It began at step `start`: where it was resumed, or 0."""
+    """How a run ended.
+
+    Attributes:
+      start: the step that it began at: where it was resumed, or 0.
+      record: of the steps that were run, as in the metadata of a checkpoint: `config`, `start`, `changes`.
+    """
 
     state: TrainState
     start: int
     steps: int
+    record: dict[str, Any]
     interrupted: bool
     metrics: dict[str, float]
     goodput: Goodput
@@ -45,7 +50,6 @@ class TrainResult:
 
 
 def run(
-    config: TrainConfig,
     *,
     mesh: Mesh,
     objective: Objective,
@@ -53,30 +57,27 @@ def run(
     create: Callable[[], Any],
     frozen: Any,
     assemble: Callable[[Any, Any], Any],
-    fingerprint: str,
-    start: dict[str, str] | None,
+    lineage: Lineage,
     stopwatch: Stopwatch,
 ) -> TrainResult:
-    """Train from the newest checkpoint of the run, or from what `create` gives, to `config.steps`.
+    """Train from the newest checkpoint of the run, or from what `create` gives, to the last step of its configuration.
 
     Args:
-      config: the resolved configuration.
       mesh: where the arrays lie; must be set by the caller (`jax.set_mesh`).
       objective: loss, batches, validation.
       like: shapes and shardings of what is trained.
       create: its initial values; called only where no checkpoint is there to go on, or back to.
       frozen: weights that do not change, or None.
       assemble: (trainable, frozen) -> the model that the objective's loss takes.
-      fingerprint: of the tokenizer; a checkpoint of another is refused.
-      start: the checkpoint that the run starts from, to be recorded; None where it starts from nothing.
+      lineage: the resolved configuration, and what the run reads; a checkpoint of another run is refused.
       stopwatch: has run since this attempt began.
 
     Raises:
-      CheckpointError: the checkpoint in the folder is of another model or tokenizer, or cannot be read.
-      ConfigError: it is of a later step than the last one that is asked for.
+      CheckpointError: the checkpoint in the folder has other arrays, or cannot be read.
+      ConfigError: it is of another run, or of a later step than the last one that is asked for.
       TrainingError: too many steps were skipped, too often, or a checkpoint could not be saved.
     """
-    folder = storage_path(config.output)
+    config, folder = lineage.config, storage_path(lineage.config.output)
     # Adapters are as wide as their rank.
     optimizer = make_optimizer(config.optim, width=config.model.width if config.lora is None else 1.0)
     schedule = partial(schedule_factor, config.optim.schedule, config.steps)
@@ -108,12 +109,6 @@ def run(
             model=lambda trainable: assemble(trainable, frozen),
             step_function=lambda state, batch: step_function(state, frozen, batch),
             learning_rate=lambda step: config.optim.learning_rate * float(schedule(step)),
-            metadata={
-                "config": config.model_dump(mode="json"),
-                "config_yaml": config_yaml,
-                "fingerprint": fingerprint,
-                "start": start,
-            },
             checkpoints=checkpoints,
             quarantine=quarantine,
             goodput=goodput,
@@ -127,6 +122,7 @@ def run(
             ),
             stop_requested=stack.enter_context(stop_on_signal()),
         )
+        record = lineage.metadata | {"config_yaml": config_yaml, "changes": []}
         first_step, beginning = None, "start_up"
         while True:
             with stopwatch.counting(beginning):
@@ -134,25 +130,24 @@ def run(
                     state = jax.jit(state_of, donate_argnums=0)(create())
                 else:
                     state, saved = restored
-                    check_fingerprint(saved["fingerprint"], fingerprint, folder)
-                    check_same_model(config.model, trained_as(saved, where=folder)[0], folder)
+                    changes = lineage.changes_since(saved)
                     quarantine.restore(saved["quarantine"])
+                    # Where nothing is left to do, the run is what it was.
+                    record = record | {"changes": changes} if saved["step"] < config.steps else saved
                 step = int(state.step)
-                if step > config.steps:
-                    raise ConfigError(
-                        [f"steps: {config.steps} is less than the {step} that the run in {folder} has done already"]
-                    )
-                if is_primary():
-                    if restored is not None:
-                        console.print(f"resuming {folder} at step {step}", markup=False)
+                if is_primary() and restored is not None:
+                    console.print(f"resuming {folder} at step {step}", markup=False)
+                    if first_step is None:
+                        lineage.tell_changes(saved)
+                if is_primary() and (step < config.steps or not (folder / "config.yaml").exists()):
                     # Not before: a run that is refused leaves the folder as it was.
-                    (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
+                    (folder / "config.yaml").write_text(record["config_yaml"], encoding="utf-8")
                 if first_step is None:
                     first_step = step
                 if step < config.steps:
                     goodput.begin(step)
             with MetricsLog(folder, start_step=step, total_steps=config.steps) as log, stopwatch.counting("step"):
-                end = leg.train(state, log)
+                end = leg.train(state, log, record)
             if not end.bad_steps:
                 break
             # Those before them are done again from the last checkpoint, as after a restart.
@@ -166,7 +161,7 @@ def run(
         rate = leg.window.tokens_per_second_overall()
     if end.interrupted and is_primary():
         console.print(f"stopped by a signal: step {end.step} is saved; run the same command to go on", markup=False)
-    return TrainResult(end.state, first_step, end.step, end.interrupted, end.valid, goodput.goodput, rate)
+    return TrainResult(end.state, first_step, end.step, record, end.interrupted, end.valid, goodput.goodput, rate)
 
 
 @dataclass(frozen=True)
@@ -190,7 +185,6 @@ class Leg:
     model: Callable[[Any], Any]
     step_function: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
     learning_rate: Callable[[int], float]
-    metadata: dict[str, Any]
     checkpoints: RunCheckpoints
     quarantine: Quarantine
     goodput: GoodputLog
@@ -198,7 +192,8 @@ class Leg:
     window: StepWindow
     stop_requested: Callable[[int], bool]
 
-    def train(self, state: TrainState, log: MetricsLog) -> LegEnd:
+    def train(self, state: TrainState, log: MetricsLog, metadata: dict[str, Any]) -> LegEnd:
+        """Train from `state`; what is saved gets `metadata` beside it."""
         config, objective, counting = self.config, self.objective, self.stopwatch.counting
         first = step = int(state.step)
         interrupted, valid = False, {}
@@ -214,9 +209,9 @@ class Leg:
             log.train({**record, "goodput": self.goodput.goodput.productive})
 
         def save(*, is_end: bool):
-            metadata = {**self.metadata, "step": step, "quarantine": self.quarantine.saved()}
+            saved = {**metadata, "step": step, "quarantine": self.quarantine.saved()}
             with counting("checkpoint"):
-                self.checkpoints.save(current["state"], metadata, is_end=is_end)
+                self.checkpoints.save(current["state"], saved, is_end=is_end)
 
         def keep():
             watch.settle()

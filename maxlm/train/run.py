@@ -1,26 +1,24 @@
 """From a configuration to a finished run folder: tokenizer, model, mesh, objective, loop, manifest."""
 
 import contextlib
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
-import xxhash
 from etils import epath
 
 from maxlm.config.model import ModelConfig
 from maxlm.config.train import PACKED_OBJECTIVES, TrainConfig
 from maxlm.core.distributed import initialize_distributed, is_primary, stop_with_parent
-from maxlm.core.manifest import FILE_NAME, read_manifest, write_manifest
+from maxlm.core.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
 from maxlm.core.output import check_output
 from maxlm.core.parameters import abstract, initialize
 from maxlm.core.peers import Peers, ending_together
 from maxlm.core.sharding import make_mesh, mesh_sizes, row_shard
-from maxlm.core.storage import copy_folder, locked, resolve_path, storage_path
+from maxlm.core.storage import absolute_path, copy_folder, locked, real_path, resolve_path, storage_path
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError, ConfigError
 from maxlm.models.adapters import apply_adapters, declare_adapters, merge_adapters
@@ -37,6 +35,7 @@ from maxlm.train.checkpoint import (
 )
 from maxlm.train.goodput import Stopwatch
 from maxlm.train.layout import check_layout, check_precision, note_idle_devices
+from maxlm.train.lineage import Lineage, check_not_read, run_folder_of, weights_hash
 from maxlm.train.loop import TrainResult, run
 from maxlm.train.objective import Objective, RunContext, StudentAndTeacher
 from maxlm.train.retry import storage_faults
@@ -60,8 +59,12 @@ class Recipe:
     load_teacher: Callable[[TrainConfig, Tokenizer, jax.sharding.Mesh], Any] | None = None
 
 
-def train(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
+def train(config: TrainConfig, recipe: Recipe, *, accept_changes: bool = False) -> dict[str, Any]:
     """Run `config` to its end, or resume it, and return the manifest that stands in its folder.
+
+    Args:
+      accept_changes: go on with a run that was trained with other settings, which are then recorded; see
+        docs/resuming.md.
 
     Raises:
       MaxlmError: what the user can mend: configuration, data, tokenizer, checkpoints, skipped steps.
@@ -71,16 +74,20 @@ def train(config: TrainConfig, recipe: Recipe) -> dict[str, Any]:
         stop_with_parent()
     peers = initialize_distributed(config.processes)
     with ending_together(peers), storage_faults(), Stopwatch() as stopwatch:
-        return _train(config, recipe, peers, stopwatch)
+        return _train(config, recipe, peers, stopwatch, accept_changes)
 
 
-def _train(config: TrainConfig, recipe: Recipe, peers: Peers | None, stopwatch: Stopwatch) -> dict[str, Any]:
+def _train(
+    config: TrainConfig, recipe: Recipe, peers: Peers | None, stopwatch: Stopwatch, accept_changes: bool
+) -> dict[str, Any]:
     check_output(config.output, "train")
     folder = storage_path(config.output)
+    check_not_read(config)
     tokenizer_folder = find_tokenizer(config)
     tokenizer = Tokenizer.load(tokenizer_folder)
     if peers is not None:
-        check_start(peers, config, hashes_of(config, tokenizer), timeout=config.processes.start_timeout_seconds)
+        hashes = hashes_of(config, tokenizer) | {"--accept-changes": accept_changes}
+        check_start(peers, config, hashes, timeout=config.processes.start_timeout_seconds)
     config = resolve_model(config, tokenizer)
     sizes = mesh_sizes(config.mesh, jax.device_count())
     check_layout(config, sizes)
@@ -92,8 +99,10 @@ def _train(config: TrainConfig, recipe: Recipe, peers: Peers | None, stopwatch: 
     if config.init_from is not None:
         start_fingerprint = read_metadata(find_checkpoint(config.init_from))["fingerprint"]
         check_fingerprint(start_fingerprint, tokenizer.fingerprint, config.init_from)
+    lineage = Lineage.of(config, tokenizer, accept_changes=accept_changes)
     with _alone_in(folder):
-        return _train_in(folder, config, recipe, tokenizer, tokenizer_folder, mesh, stopwatch)
+        lineage.check_folder()
+        return _train_in(folder, lineage, recipe, tokenizer, tokenizer_folder, mesh, stopwatch)
 
 
 @contextlib.contextmanager
@@ -117,14 +126,18 @@ def _alone_in(folder: epath.Path) -> Iterator[None]:
 
 def _train_in(
     folder: epath.Path,
-    config: TrainConfig,
+    lineage: Lineage,
     recipe: Recipe,
     tokenizer: Tokenizer,
     tokenizer_folder: epath.Path,
     mesh: jax.sharding.Mesh,
     stopwatch: Stopwatch,
 ) -> dict[str, Any]:
+    config = lineage.config
     prepare_folder(folder, tokenizer, tokenizer_folder)
+    inputs = _inputs(config, tokenizer_folder)
+    # Of what is read now: it may be another when the run ends.
+    hashes = {name: content_hash(path) for name, path in inputs.items()} if is_primary() else {}
     plan = recipe.declare(config.model)
     key = jax.random.key(config.seed)
 
@@ -148,20 +161,18 @@ def _train_in(
         objective = recipe.build(RunContext(config, tokenizer, mesh, reference))
         objective.prepare(frozen)
         result = run(
-            config,
             mesh=mesh,
             objective=objective,
             like=like,
             create=create,
             frozen=frozen,
             assemble=partial(assemble, config),
-            fingerprint=tokenizer.fingerprint,
-            start=None if config.init_from is None else identify(find_checkpoint(config.init_from)),
+            lineage=lineage,
             stopwatch=stopwatch,
         )
     if result.start == result.steps and is_finished(folder, result.steps):
         return read_manifest(folder)
-    return finish(config, result, tokenizer_folder)
+    return finish(config, result, inputs, hashes)
 
 
 def assemble(config: TrainConfig, trainable: Any, frozen: dict[str, Any]) -> Any:
@@ -174,7 +185,7 @@ def hashes_of(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """What all processes of a run must read alike, by name."""
     hashes = {"tokenizer": tokenizer.fingerprint, f"newest step of {config.output}": newest_step(config.output)}
     if config.init_from is not None:
-        hashes[f"weights of {config.init_from}"] = identify(find_checkpoint(config.init_from))["hash"]
+        hashes[f"weights of {config.init_from}"] = weights_hash(find_checkpoint(config.init_from))
     return hashes | data_hashes(config)
 
 
@@ -234,8 +245,8 @@ def is_finished(folder: epath.Path, steps: int) -> bool:
     return metrics.get("finished", False) and metrics["steps"] == steps
 
 
-def finish(config: TrainConfig, result: TrainResult, tokenizer_folder: epath.Path) -> dict[str, Any]:
-    """Write the manifest of a run that has ended, or of one that was stopped and waits to go on."""
+def _inputs(config: TrainConfig, tokenizer_folder: epath.Path) -> dict[str, str | epath.Path]:
+    """What a run's manifest names: files, and folders of other stages."""
     # A run that starts from another takes that one's tokenizer with it.
     if config.init_from is None:
         inputs = {"tokenizer": tokenizer_folder}
@@ -248,6 +259,13 @@ def finish(config: TrainConfig, result: TrainResult, tokenizer_folder: epath.Pat
         inputs |= {"train_file": objective.train_file}
     if objective.kind == "distill":
         inputs |= {"teacher": run_folder_of(find_checkpoint(objective.teacher))}
+    return inputs
+
+
+def finish(
+    config: TrainConfig, result: TrainResult, inputs: Mapping[str, Any], hashes: Mapping[str, str]
+) -> dict[str, Any]:
+    """Write the manifest of a run that has ended, or of one that was stopped and waits to go on."""
     metrics = {
         "steps": result.steps,
         "finished": not result.interrupted,
@@ -262,9 +280,12 @@ def finish(config: TrainConfig, result: TrainResult, tokenizer_folder: epath.Pat
         return {"metrics": metrics}
     return write_manifest(
         config.output,
-        stage=f"train/{objective.kind}",
+        stage=f"train/{config.objective.kind}",
         inputs=inputs,
-        config=config.model_dump(mode="json"),
+        hashes=hashes,
+        # What was run, and not what this start was asked for: it may have found nothing left to do.
+        config=result.record["config"],
+        more={name: result.record[name] for name in ("start", "changes") if result.record.get(name)},
         metrics=metrics,
     )
 
@@ -305,32 +326,36 @@ def load_start(checkpoint: epath.Path, model: ModelConfig, mesh: jax.sharding.Me
     Raises:
       CheckpointError: it is gone, or no longer what it was.
     """
-    start = read_metadata(checkpoint)["start"]
-    if identify(find_checkpoint(start["checkpoint"])) != start:
-        raise CheckpointError(
-            f"{start['checkpoint']}: has changed since the adapters of {checkpoint} were trained on it;"
-            " train them again"
-        )
-    decoder, _ = load_model(start["checkpoint"], mesh)
+    decoder, _ = load_model(find_start(checkpoint), mesh)
     return as_configured(decoder, model)
 
 
-def identify(checkpoint: epath.Path) -> dict[str, str]:
-    """Where a checkpoint lies, and a hash of what its arrays hold."""
-    weights = {
-        path: value for path, value in read_metadata(checkpoint)["checksums"].items() if path.startswith("weights")
-    }
-    return {
-        "checkpoint": str(checkpoint),
-        "hash": xxhash.xxh3_128_hexdigest(json.dumps(weights, sort_keys=True).encode()),
-    }
+def find_start(checkpoint: epath.Path) -> epath.Path:
+    """Where the checkpoint that a run started from lies: as seen from the run folder, or where it lay in training.
+
+    Raises:
+      CheckpointError: there is none, or one with other weights.
+    """
+    start = read_metadata(checkpoint)["start"]
+    folder = run_folder_of(checkpoint)
+    named = [absolute_path(resolve_path(start["checkpoint"], each)) for each in (folder, real_path(folder))]
+    named += [storage_path(start["absolute"])] if "absolute" in start else []
+    places = list(dict.fromkeys(named))
+    found = [place for place in places if (place / "weights").is_dir()]
+    for place in found:
+        if weights_hash(place) == start["hash"]:
+            return place
+    if found:
+        raise CheckpointError(
+            f"{found[0]}: has changed since the adapters of {checkpoint} were trained on it; train them again"
+        )
+    raise CheckpointError(
+        f"{checkpoint}: its adapters belong to a model that is not where it was, at"
+        f" {' or '.join(map(str, places))}; put its run folder back, or a link to it:"
+        f" ln -s WHERE_IT_IS {run_folder_of(places[0])}"
+    )
 
 
 def as_configured(decoder: Decoder, config: ModelConfig) -> Decoder:
     """The same weights, computed in the way of another configuration of that shape."""
     return unflatten(flatten(decoder), Decoder(config))
-
-
-def run_folder_of(checkpoint: epath.Path) -> epath.Path:
-    """The run folder that a checkpoint lies in."""
-    return checkpoint.parent.parent

@@ -16,7 +16,7 @@ from maxlm.models.decoder import Decoder
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.tokenizer.train import train_tokenizer
 from maxlm.train.checkpoint import Checkpointer, find_checkpoint
-from maxlm.train.run import identify
+from maxlm.train.lineage import weights_hash
 from maxlm.train.state import create_state
 
 TEXT = "the quick brown fox jumps over a lazy dog while seven wizards quietly box five judges in the morning"
@@ -107,7 +107,7 @@ def save_run(
         "config": config.model_dump(mode="json"),
         "config_yaml": dump_yaml(config),
         "fingerprint": fingerprint,
-        "start": config.init_from and identify(find_checkpoint(config.init_from)),
+        "start": config.init_from and _start(find_checkpoint(config.init_from)),
     }
     with Checkpointer(folder, keep=1) as checkpointer:
         checkpointer.save(create_state(model if adapters is None else adapters, optax.sgd(0.1)), metadata)
@@ -126,6 +126,10 @@ def save_pretraining(folder: Path, model: Decoder, *, tokenizer_folder: Path, da
         inputs={"tokenizer": tokenizer_folder, "data_0": data},
         **changes,
     )
+
+
+def _start(checkpoint) -> dict[str, str]:
+    return {"checkpoint": str(checkpoint), "hash": weights_hash(checkpoint)}
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from tiny_run import MODEL, tiny_config
 
 from maxlm.config import TokenizerConfig
 from maxlm.config.mesh import MeshConfig
-from maxlm.config.train import LoraConfig
 from maxlm.core.manifest import read_manifest, write_json
 from maxlm.core.sharding import mesh_sizes
 from maxlm.core.storage import storage_path
@@ -26,28 +25,12 @@ from maxlm.train.run import load_model
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
-@pytest.fixture(scope="module")
-def short_run(tmp_path_factory, tiny_data_folder):
-    """A finished run of four steps."""
-    folder = tmp_path_factory.mktemp("short") / "run"
-    train(tiny_config(folder, tiny_data_folder, steps=4))
-    return folder
-
-
 def weights(folder):
     return flatten(jax.device_get(load_model(folder)[0]))
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def test_a_run_of_another_model_is_refused_and_left_as_it_was(short_run, tiny_data_folder):
-    before = contents(short_run)
-    other = tiny_config(short_run, tiny_data_folder, steps=8, model={**MODEL, "mlp_dim": 64})
-    with pytest.raises(CheckpointError, match="is a checkpoint of another model: layers/mlp/down"):
-        train(other)
-    assert contents(short_run) == before
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +47,13 @@ def other_tokenizer(tmp_path_factory):
 
 def test_a_run_of_another_tokenizer_is_refused_and_left_as_it_was(short_run, tiny_data_folder, other_tokenizer):
     before = contents(short_run)
-    with pytest.raises(CheckpointError, match="was trained with another tokenizer"):
+    with pytest.raises(ConfigError, match=r"tokenizer: that of its input \([0-9a-f]{8}\) -> .*/out \([0-9a-f]{8}\)"):
         train(tiny_config(short_run, tiny_data_folder, steps=8, tokenizer=other_tokenizer))
     assert contents(short_run) == before
     with pytest.raises(CheckpointError, match="was trained with another tokenizer"):
         train(
             tiny_config(short_run.parent / "x", tiny_data_folder, init_from=str(short_run), tokenizer=other_tokenizer)
         )
-
-
-def test_a_run_does_not_go_on_as_another_function_of_its_weights(short_run, tiny_data_folder):
-    """Heads of another size have weights of the same shapes."""
-    before = contents(short_run)
-    heads = {"num_heads": 2 * MODEL["num_heads"], "num_kv_heads": 2 * MODEL["num_kv_heads"]}
-    model = {**MODEL, **heads, "head_dim": MODEL["head_dim"] // 2}
-    with pytest.raises(CheckpointError, match=f"is a model with num_heads {MODEL['num_heads']}, and model.num_heads"):
-        train(tiny_config(short_run, tiny_data_folder, steps=8, model=model))
-    assert contents(short_run) == before
 
 
 def test_a_run_that_never_saved_takes_the_tokenizer_it_is_given(tmp_path, tiny_data_folder, other_tokenizer):
@@ -110,22 +83,6 @@ def test_a_start_is_computed_as_the_new_run_says(short_run, tmp_path, tiny_data_
     train(tiny_config(tmp_path / "run", tiny_data_folder, init_from=str(short_run), model=model, steps=1))
     loaded, _ = load_model(tmp_path / "run")
     assert (loaded.config.remat, loaded.config.max_length) == ("full", 48)
-
-
-def test_adapters_refuse_a_base_that_has_changed(tmp_path, tiny_data_folder):
-    base = tiny_config(tmp_path / "base", tiny_data_folder, steps=1)
-    train(base)
-    config = tiny_config(tmp_path / "adapters", tiny_data_folder, init_from=base.output, steps=1)
-    config = config.model_copy(update={"model": None, "lora": LoraConfig(rank=2)})
-    train(config)
-    load_model(config.output)
-    metadata = find_checkpoint(base.output) / "metadata" / "metadata"
-    saved = json.loads(metadata.read_text())
-    first = next(path for path in saved["checksums"] if path.startswith("weights/"))
-    saved["checksums"][first] += 1
-    metadata.write_text(json.dumps(saved))
-    with pytest.raises(CheckpointError, match="has changed since the adapters"):
-        load_model(config.output)
 
 
 def test_a_vocabulary_of_another_size_is_refused(tmp_path, tiny_data_folder):

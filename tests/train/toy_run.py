@@ -14,6 +14,7 @@ from maxlm.core.distributed import initialize_distributed
 from maxlm.core.sharding import make_mesh
 from maxlm.core.term import LossOutput, Term
 from maxlm.train.goodput import Stopwatch
+from maxlm.train.lineage import Lineage
 from maxlm.train.loop import TrainResult, run
 
 
@@ -52,7 +53,7 @@ def toy_config(folder, **settings) -> TrainConfig:
     return tiny_config(folder, "x", **{"guard": guard, "optim": optim, "eval_every": 0, **settings})
 
 
-def toy_run(folder, *, objective=None, **settings) -> TrainResult:
+def toy_run(folder, *, objective=None, accept_changes=False, **settings) -> TrainResult:
     """A run of 12 steps with a checkpoint every 4; `settings` replace top-level keys of the configuration."""
     config = toy_config(folder, **settings)
     mesh = make_mesh(config.mesh)
@@ -60,15 +61,13 @@ def toy_run(folder, *, objective=None, **settings) -> TrainResult:
     os.makedirs(folder, exist_ok=True)
     with jax.set_mesh(mesh), Stopwatch() as stopwatch:
         return run(
-            config,
             mesh=mesh,
             objective=objective or ToyObjective(),
             like={"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=everywhere)},
             create=lambda: {"w": jax.device_put(jnp.arange(4.0), everywhere)},
             frozen=None,
             assemble=lambda trainable, frozen: trainable,
-            fingerprint="toy",
-            start=None,
+            lineage=Lineage(config, "toy", accept_changes=accept_changes),
             stopwatch=stopwatch,
         )
 

@@ -1,0 +1,82 @@
+"""Which settings of a training run may change when it is resumed: the one table of it.
+
+A setting that no pattern names is part of what the run means, so a new field is compared until it is listed here.
+"""
+
+import enum
+import fnmatch
+from collections.abc import Iterator
+from typing import Any
+
+
+class Change(enum.Enum):
+    """What becomes of a setting that differs from the one that a run was trained with."""
+
+    REFUSED = "the run would be another one: a new folder is needed"
+    ASKED = "the run would mean something else: refused unless the user accepts it, and then recorded"
+    TOLD = "allowed; told, and recorded"
+    FREE = "allowed: what is trained does not depend on it"
+
+
+# The first pattern that fits a dotted key counts; * stands for anything.
+_RULES: tuple[tuple[Change, tuple[str, ...]], ...] = (
+    (
+        Change.FREE,
+        (
+            # Names of folders: what lies in those that are read is compared by its hash.
+            "output",
+            # How often something is measured, saved or logged, and how processes wait for each other.
+            *("log_every", "eval_every", "eval_batches", "objective.valid_file", "checkpoint.*", "processes.*"),
+            # How a step is computed: agreement 5 of docs/architecture.md.
+            *("mesh.*", "accumulate", "model.remat", "model.unroll", "model.pipeline.*", "model.loss_chunk_length"),
+            *("model.attention", "model.context_attention", "model.moe.implementation", "model.max_length"),
+        ),
+    ),
+    (
+        Change.TOLD,
+        (
+            # How precisely it is computed.
+            *("model.activation_dtype", "model.matmul_dtype", "model.eight_bit"),
+            # Which steps are left out, each of which is recorded.
+            "guard.*",
+            # How long it trains, and with that where a schedule stands.
+            "steps",
+        ),
+    ),
+    (
+        Change.ASKED,
+        # What trains a router belongs to the run and not to the model.
+        ("model.moe.balance.loss_weight", "model.moe.router_z_loss", "model.moe.dispatch", "model.moe.capacity_factor"),
+    ),
+    (
+        Change.REFUSED,
+        ("kind", "objective.kind", "model", "model.*", "lora", "lora.*", "init_from", "tokenizer", "optim.kind"),
+    ),
+    (Change.ASKED, ("*",)),
+)
+
+
+def change_of(key: str) -> Change:
+    """What may become of the setting with this dotted key, such as `optim.schedule.kind`."""
+    return next(change for change, patterns in _RULES if any(fnmatch.fnmatchcase(key, each) for each in patterns))
+
+
+def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two configurations (nested dicts) differ: dotted key, value before, value now.
+
+    A section that one of them lacks, and a list of another length, are one difference. A key that only one of them
+    knows is that of another `kind`, or of another version of maxlm, and none.
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in before:
+            if name in now:
+                yield from differences(before[name], now[name], _below(key, name))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, (old, new) in enumerate(zip(before, now)):
+            yield from differences(old, new, _below(key, str(index)))
+    elif before != now:
+        yield key, before, now
+
+
+def _below(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
