@@ -96,11 +96,10 @@ def _print_receipt(receipt: "Receipt", args: argparse.Namespace, **more: str) ->
         print(json.dumps({**asdict(receipt), **more}))
         return
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     where = f"{receipt.num_tokens:,} held-out tokens of {receipt.num_units:,} {receipt.kind}"
-    table = Table("", "float", "int8", "change", "95 % interval", title=f"{escape(args.model)} on {where}")
+    table = Table("", "float", "int8", "change", "95 % interval")
     for column in table.columns[1:]:
         column.justify = "right"
     table.add_row(
@@ -117,10 +116,11 @@ def _print_receipt(receipt: "Receipt", args: argparse.Namespace, **more: str) ->
     table.add_row("KL, mean", "", "", f"{receipt.mean_kl:.5f} nats", _interval(receipt.kl, ".5f"))
     table.add_row("KL, largest", "", "", f"{receipt.max_kl:.5f} nats", "")
     table.add_row("same likeliest token", "", "", f"{receipt.top1_agreement:.2%}", "")
-    console = Console()
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    console.print(f"{args.model} on {where}")
     console.print(table)
     for dtype, names in _weights_by_dtype(receipt.dtypes).items():
-        console.print(f"{dtype}: {', '.join(names)}", markup=False, highlight=False)
+        console.print(f"{dtype}: {', '.join(names)}")
 
 
 def _weights_by_dtype(dtypes: dict[str, str]) -> dict[str, list[str]]:
@@ -131,5 +131,4 @@ def _weights_by_dtype(dtypes: dict[str, str]) -> dict[str, list[str]]:
 
 
 def _interval(interval: "Interval", style: str) -> str:
-    # A bracket escaped is no markup.
-    return "" if interval.low is None else f"\\[{interval.low:{style}}, {interval.high:{style}}]"
+    return "" if interval.low is None else f"[{interval.low:{style}}, {interval.high:{style}}]"
