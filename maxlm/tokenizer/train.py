@@ -25,6 +25,7 @@ from maxlm.tokenizer.codec import BOS, EOS, PAD, UNKNOWN, Tokenizer
 # SentencePiece's trainer gives these a meaning of its own and skips every text that holds one.
 _RESERVED = re.compile("[\0\t\u2581\u2585]+")
 _CHUNK_CHARACTERS = 10_000
+_NO_PLAIN_TEXT = (".jsonl", ".json", ".parquet", ".gz", ".zst", ".xz", ".bz2", ".zip")
 
 
 def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -118,6 +119,11 @@ def _explain(message: str, config: TokenizerConfig) -> str:
 def _input_path(given: str) -> Path:
     """The documents stage of a data folder, or a text file."""
     path = Path(given)
+    if path.is_file() and path.suffix.lower() in _NO_PLAIN_TEXT:
+        raise DataError(
+            f"{given}: is no plain text, and a tokenizer would learn its markup; make it documents with"
+            " `maxlm data build CONFIG --stop-after documents`, and give the folder of that build"
+        )
     if path.is_file():
         return path
     if path.is_dir():

@@ -141,3 +141,11 @@ def test_a_config_of_another_kind_is_refused(tmp_path, capsys):
     path.write_text("kind: data\n")
     with pytest.raises(ConfigError, match="needs kind: tokenizer"):
         call(capsys, "train", path)
+
+
+def test_records_are_not_taken_for_plain_text(tmp_path):
+    for name in ("a.jsonl", "a.JSON", "a.parquet", "a.txt.gz"):
+        (tmp_path / name).write_text('{"text": "words"}\n')
+        config = TokenizerConfig(kind="tokenizer", input=str(tmp_path / name), output=str(tmp_path / "out"))
+        with pytest.raises(DataError, match=r"is no plain text, .* `maxlm data build CONFIG --stop-after documents`"):
+            train_tokenizer(config)
