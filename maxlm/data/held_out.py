@@ -138,7 +138,7 @@ def _first_row(folder: OpenedSplit, is_reached: Callable[[Row], bool]) -> int:
 def _short_names(names: list[tuple[str, str]]) -> list[str]:
     """Of each (folder, source): the folder where it has one source, the source where there is one folder, else both."""
     folders, uris = [folder for folder, _ in names], [uri for _, uri in names]
-    short_folders, short_uris = _distinct_ends(folders), _distinct_ends(uris)
+    short_folders, short_uris = distinct_ends(folders), distinct_ends(uris)
     if len(set(folders)) == 1:
         return [short_uris[uri] for uri in uris]
     return [
@@ -147,8 +147,8 @@ def _short_names(names: list[tuple[str, str]]) -> list[str]:
     ]
 
 
-def _distinct_ends(paths: list[str]) -> dict[str, str]:
-    """Each path's last parts, as few as tell all of them apart."""
+def distinct_ends(paths: list[str]) -> dict[str, str]:
+    """Each path's last parts, as few as tell all of them apart: short names to show."""
     parts = {path: [part for part in path.split("/") if part] or [path] for path in paths}
     for count in range(1, max(map(len, parts.values())) + 1):
         short = {path: "/".join(found[-count:]) for path, found in parts.items()}

@@ -78,6 +78,21 @@ def bits_per_byte(model: LoadedModel, texts: Sequence[str], *, seed: int = 0) ->
     )
 
 
+def bits_per_byte_by_source(likelihood: Likelihood, sources: Sequence[str], *, seed: int = 0) -> dict[str, Interval]:
+    """Bits per byte of the documents of each source, by name; empty where all are of one.
+
+    Args:
+      sources: [n], of each document.
+    """
+    names = list(dict.fromkeys(sources))
+    members = {name: np.array(sources) == name for name in names if len(names) > 1}
+    return {
+        name: ratio_interval(likelihood.bits[mask], likelihood.num_bytes[mask], seed=seed)
+        for name, mask in members.items()
+        if likelihood.num_bytes[mask].any()
+    }
+
+
 def likelihood_difference(before: Likelihood, after: Likelihood, *, seed: int = 0) -> Interval:
     """Bits per byte of `after` minus those of `before` on the same texts; the models' tokenizers may differ."""
     return paired_difference(before.bits, after.bits, weights=before.num_bytes, seed=seed)

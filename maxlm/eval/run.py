@@ -7,18 +7,27 @@ from pathlib import Path
 from maxlm.core.interval import Interval, paired_difference
 from maxlm.errors import CheckpointError, DataError
 from maxlm.eval.baselines import Baselines, baselines
-from maxlm.eval.inputs import find_data_folders, read_held_out, read_training
-from maxlm.eval.likelihood import Likelihood, bits_per_byte, likelihood_difference
+from maxlm.eval.inputs import find_data_folders, read_held_out_by_source, read_training
+from maxlm.eval.likelihood import (
+    Likelihood,
+    bits_per_byte,
+    bits_per_byte_by_source,
+    likelihood_difference,
+)
 from maxlm.eval.tasks import Example, TaskResult, read_examples, run_task
 from maxlm.generate.model import LoadedModel, load
 
 
 @dataclass(frozen=True)
 class TextEvaluation:
-    """Held-out text: the model, the one it is compared with, the other minus the model in bits per byte, baselines."""
+    """Held-out text: the model, the one it is compared with, the other minus the model in bits per byte, baselines.
+
+    sources: that of each document, by a short name.
+    """
 
     name: str
     model: Likelihood
+    sources: list[str]
     other: Likelihood | None = None
     difference: Interval | None = None
     baselines: Baselines | None = None
@@ -26,8 +35,8 @@ class TextEvaluation:
     def to_dict(self) -> dict:
         return {
             "data": self.name,
-            **_likelihood_dict(self.model),
-            "compare": self.other and _likelihood_dict(self.other),
+            **_likelihood_dict(self.model, self.sources),
+            "compare": self.other and _likelihood_dict(self.other, self.sources),
             "difference": self.difference and self.difference.to_dict(),
             "baselines": self.baselines and self.baselines.to_dict(),
         }
@@ -117,13 +126,13 @@ def evaluate(
                 f"{model_path}: does not lead to its training data; name a data folder or a file with --data"
             )
         data = folders[0]
-    valid = read_held_out(data, limit=max_documents) if data is not None else []
+    valid, sources = read_held_out_by_source(data, limit=max_documents) if data is not None else ([], [])
     train = _training_texts(data, model_path) if data is not None and with_baselines else []
 
     model, other = load(model_path), load(compare) if compare is not None else None
     text = None
     if valid:
-        text = _evaluate_text(str(data), model, other, valid, train, seed=seed)
+        text = _evaluate_text(str(data), model, other, valid, sources, train, seed=seed)
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "stop": stop, "seed": seed}
     return Evaluation(
         str(model_path),
@@ -141,13 +150,21 @@ def _training_texts(data: str | Path, model_path: str | Path) -> list[str]:
 
 
 def _evaluate_text(
-    name: str, model: LoadedModel, other: LoadedModel | None, valid: list[str], train: list[str], *, seed: int
+    name: str,
+    model: LoadedModel,
+    other: LoadedModel | None,
+    valid: list[str],
+    sources: list[str],
+    train: list[str],
+    *,
+    seed: int,
 ) -> TextEvaluation:
     measured = bits_per_byte(model, valid, seed=seed)
     compared = bits_per_byte(other, valid, seed=seed) if other is not None else None
     return TextEvaluation(
         name,
         measured,
+        sources,
         compared,
         compared and likelihood_difference(measured, compared, seed=seed),
         baselines(train, valid, model.tokenizer, seed=seed) if train else None,
@@ -165,9 +182,12 @@ def _evaluate_task(
     return TaskEvaluation(name, examples, measured, compared, difference)
 
 
-def _likelihood_dict(likelihood: Likelihood) -> dict:
+def _likelihood_dict(likelihood: Likelihood, sources: list[str]) -> dict:
     return {
         "bits_per_byte": likelihood.bits_per_byte.to_dict(),
+        "by_source": {
+            name: interval.to_dict() for name, interval in bits_per_byte_by_source(likelihood, sources).items()
+        },
         "perplexity": likelihood.perplexity.to_dict(),
         "documents": len(likelihood.bits),
         "bytes": int(likelihood.num_bytes.sum()),

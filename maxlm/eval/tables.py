@@ -5,6 +5,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from maxlm.core.interval import Interval
+from maxlm.eval.likelihood import bits_per_byte_by_source
 from maxlm.eval.run import Evaluation, TaskEvaluation, TextEvaluation
 
 _SHOWN_EXAMPLES = 4
@@ -29,6 +30,8 @@ def _print_text(console: Console, evaluation: Evaluation, text: TextEvaluation) 
         if likelihood is not None:
             perplexity = f"{likelihood.perplexity.value:.2f}"
             table.add_row(f"[bold]{escape(name)}[/]", *_figure(likelihood.bits_per_byte), perplexity, style="bold")
+            for source, interval in bits_per_byte_by_source(likelihood, text.sources).items():
+                table.add_row(f"  {escape(source)}", *_figure(interval), "")
     if text.difference is not None:
         table.add_row("difference", *_figure(text.difference, digits=5, signed=True), "")
     if text.baselines is not None:

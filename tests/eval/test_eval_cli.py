@@ -9,6 +9,7 @@ from maxlm.config import DataConfig, TokenizerConfig, TrainConfig
 from maxlm.data.build import build_data
 from maxlm.errors import CheckFailed, CheckpointError, DataError
 from maxlm.eval.cli import register
+from maxlm.eval.inputs import read_held_out_by_source
 from maxlm.eval.likelihood import bits_per_byte
 from maxlm.generate.model import load
 from maxlm.post.run import train
@@ -20,11 +21,13 @@ def pipeline(tmp_path_factory, sentences):
     """A folder with data, a tokenizer and a run of two steps, a checkpoint at each."""
     folder = tmp_path_factory.mktemp("pipeline")
     texts = [f"{number}. {sentence} {sentence[::-1]}" for number, sentence in enumerate(sentences)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    for name, part in {"text": texts[:100], "few": texts[100:]}.items():
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     data = DataConfig(
         kind="data",
         output=str(folder / "data"),
-        sources=[{"uri": str(folder / "text.jsonl")}],
+        sources=[{"uri": str(folder / name)} for name in ("text.jsonl", "few.jsonl")],
         clean={"min_characters": 5, "min_letter_fraction": 0},
         deduplicate={"near_threshold": None},
         valid_fraction=0.3,
@@ -142,12 +145,24 @@ def test_a_text_of_ones_own(pipeline, run, tmp_path):
 def test_fewer_documents_are_drawn_evenly(pipeline, run):
     code, out = run("eval", pipeline / "run", "--json", "--no-baselines", "--max-documents", 5)
     assert code == 0
-    assert 2 <= json.loads(out)["text"]["documents"] <= 5
+    text = json.loads(out)["text"]
+    texts, sources = read_held_out_by_source(pipeline / "data", limit=5)
+    assert text["documents"] == len(texts) == 5
+    everything, _ = read_held_out_by_source(pipeline / "data")
+    assert {*texts} < {*read_held_out_by_source(pipeline / "data", limit=9)[0]} < {*everything}
+    # The figures of the sources, each of which has some of the five, add up to that of all.
+    assert text["by_source"].keys() == {*sources} == {"text.jsonl", "few.jsonl"}
+    sizes = [len(document.encode()) for document in texts]
+    bits = sum(text["by_source"][source]["value"] * size for source, size in zip(sources, sizes)) / sum(sizes)
+    assert bits == pytest.approx(text["bits_per_byte"]["value"], rel=1e-9)
 
 
 def test_bounds_decide_the_exit_code(pipeline, run):
     words = ("eval", pipeline / "run", "--no-baselines", "--max-documents", 5)
-    assert run(*words, "--max-bits-per-byte", 99)[0] == 0
+    code, out = run(*words, "--max-bits-per-byte", 99)
+    assert code == 0
+    assert "text.jsonl" in out
+    assert "few.jsonl" in out
     with pytest.raises(CheckFailed, match=r"bits per byte are more than 0\.5") as error:
         run(*words, "--max-bits-per-byte", 0.5)
     assert error.value.exit_code == 1
