@@ -34,6 +34,21 @@ class SourceConfig(Frozen):
         return self
 
 
+class RecordFormat(Frozen):
+    """How the records of a file of chats, preferences or prompts are read."""
+
+    fields: dict[str, str] = Field(
+        {},
+        description="Where the file keeps a field under another name: `{prompt: question}`; dotted names are nested.",
+    )
+    roles: dict[str, str] = Field(
+        {}, description="Roles of messages that mean others: `{observation: user}`; human and gpt are known."
+    )
+    ignore_keys: tuple[str, ...] = Field(
+        (), description="Keys of records and messages to leave out of account; other unknown ones are refused."
+    )
+
+
 class CleanConfig(Frozen):
     """Normalisation, and which documents are abnormal."""
 

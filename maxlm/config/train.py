@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from maxlm.config.base import Count, CountOrZero, Fraction, Frozen, Seed
+from maxlm.config.data import RecordFormat
 from maxlm.config.fault import CheckpointConfig, GuardConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.model import ModelConfig
@@ -37,40 +38,48 @@ class DistillObjective(Frozen):
     alpha: Fraction = Field(0.5, description="Weight of the teacher's probabilities; the rest is cross-entropy's.")
 
 
-class SftObjective(Frozen):
+class SftObjective(RecordFormat):
     """Next-token prediction on the assistant's tokens of chats."""
 
     kind: Literal["sft"] = "sft"
-    train_file: str = Field(description="JSONL with `messages`: a list of {role, content}.")
+    train_file: str = Field(
+        description="Chats: JSON, JSONL or Parquet with `messages`, `conversations`, or instruction and output."
+    )
     valid_file: str | None = None
     z_loss: NonNegativeFloat = 0.0
 
 
-class RewardObjective(Frozen):
+class RewardObjective(RecordFormat):
     """A scalar head trained on preference pairs with the Bradley-Terry loss."""
 
     kind: Literal["reward"] = "reward"
-    train_file: str = Field(description="JSONL with `prompt` (messages or text), `chosen` and `rejected`.")
+    train_file: str = Field(
+        description="Pairs: JSON, JSONL or Parquet with `prompt` (messages or text), `chosen` and `rejected`."
+    )
     valid_file: str | None = None
     center: NonNegativeFloat = Field(0.0, description="Weight of the squared sum of a pair's rewards.")
 
 
-class DpoObjective(Frozen):
+class DpoObjective(RecordFormat):
     """Direct preference optimization against the frozen starting model."""
 
     kind: Literal["dpo"] = "dpo"
-    train_file: str = Field(description="JSONL with `prompt` (messages or text), `chosen` and `rejected`.")
+    train_file: str = Field(
+        description="Pairs: JSON, JSONL or Parquet with `prompt` (messages or text), `chosen` and `rejected`."
+    )
     valid_file: str | None = None
     beta: PositiveFloat = 0.1
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     sft_weight: NonNegativeFloat = Field(0.0, description="Weight of the next-token loss on the chosen answers.")
 
 
-class GrpoObjective(Frozen):
+class GrpoObjective(RecordFormat):
     """Group-relative policy optimization on prompts whose answers can be checked."""
 
     kind: Literal["grpo"] = "grpo"
-    train_file: str = Field(description="JSONL with `prompt` (messages or text) and `answer`.")
+    train_file: str = Field(
+        description="Prompts: JSON, JSONL or Parquet with `prompt` (messages or text) and `answer`."
+    )
     valid_file: str | None = None
     reward: str = Field(
         "exact_match", description="A reward function of `maxlm.post.rewards`, or your own as package.module:function."

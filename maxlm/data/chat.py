@@ -1,87 +1,42 @@
-"""Chats for fine-tuning: reading, encoding, packing into rows, and the rows of each step.
+"""Chats for fine-tuning: encoding, packing into rows, and the rows of each step."""
 
-A training file is the user's own: its first mistake ends the run, with file and line.
-"""
-
-import difflib
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from maxlm.config.data import RecordFormat
 from maxlm.core.batch import Batch
 from maxlm.core.progress import console
 from maxlm.core.sharding import RowShard
-from maxlm.data.lines import BrokenFile, read_lines
+from maxlm.data.messages import parse_messages
+from maxlm.data.records import parse_chat, read_records
 from maxlm.data.sample import even_sample
 from maxlm.errors import DataError, TokenizerError
 from maxlm.tokenizer.codec import ChatTokens, Tokenizer
-
-
-def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`FILE:LINE` and JSON object of each line of a file; empty lines are passed over, .gz and .zst are read too.
-
-    Raises:
-      DataError: there is no such file, or a line is no JSON object.
-    """
-    path = Path(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise DataError(f"{path}: there is no such file{hint}")
-    try:
-        for number, line in read_lines(path):
-            if line.strip():
-                yield f"{path}:{number}", _parse_object(line, f"{path}:{number}")
-    except BrokenFile as error:
-        raise DataError(f"{path}: {error}; make the file again") from None
-
-
-def _parse_object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except UnicodeDecodeError:
-        raise DataError(f"{where}: is no UTF-8 text") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = (
-            f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-        )
-        raise DataError(f"{where}: is no JSON: {reason}; each line must hold one JSON object") from None
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: must be a JSON object {{...}}, and is {line.decode().strip()[:40]!r}")
-    return record
-
-
-def field(record: dict[str, Any], name: str, where: str) -> Any:
-    """A field that a record must have.
-
-    Raises:
-      DataError: it lacks the field; with the nearest one that it has.
-    """
-    if name in record:
-        return record[name]
-    near = difflib.get_close_matches(name, record, 1)
-    hint = (
-        f"; did you mean {name!r} where it has {near[0]!r}?" if near else f"; it has {', '.join(record) or 'nothing'}"
-    )
-    raise DataError(f"{where}: lacks {name!r}{hint}")
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Any, where: str, *, generation_prompt: bool = False) -> ChatTokens:
     """`Tokenizer.encode_chat` of messages that come from a file.
 
     Raises:
-      DataError: they are no list of messages, or a role is unknown.
+      DataError: they are no list of messages, a role is unknown, or a message is to be learned that is no answer.
     """
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: messages must be a list of {{'role': ..., 'content': ...}} that is not empty")
+    template = tokenizer.template
+    messages = parse_messages(messages, where, RecordFormat())
+    for number, message in enumerate(messages, 1):
+        if message.get("weight") and message["role"] in {*template.roles} - {template.answering_role}:
+            raise DataError(
+                f"{where}: message {number} is to be learned and is of role {message['role']!r}, but only what the"
+                f" {template.answering_role} says is; remove its weight, or set it to 0"
+            )
     try:
         return tokenizer.encode_chat(messages, generation_prompt=generation_prompt)
     except TokenizerError as error:
-        raise DataError(f"{where}: {error}") from None
+        remedy = "; objective.roles may name one that it means" if str(error).startswith("chat role") else ""
+        raise DataError(f"{where}: {error}{remedy}") from None
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Any, where: str) -> list[int]:
@@ -97,6 +52,26 @@ def encode_text(tokenizer: Tokenizer, text: str, where: str, *, bos: bool = Fals
         return tokenizer.encode(text, bos=bos, eos=eos)
     except TokenizerError as error:
         raise DataError(f"{where}: {error}") from None
+
+
+def encode_answer(tokenizer: Tokenizer, prompt: Any, answer: Any, where: str) -> ChatTokens:
+    """A prompt and an answer as one sequence, with weight 1 on the answer alone: earlier answers count as prompt."""
+    if isinstance(prompt, str):
+        if not isinstance(answer, str):
+            raise DataError(f"{where}: after a prompt that is a text, the answers must be texts")
+        prompt_ids = encode_text(tokenizer, prompt, where, bos=True)
+        ids = prompt_ids + encode_text(tokenizer, answer, where, eos=True)
+        return ChatTokens(ids, [0.0] * len(prompt_ids) + [1.0] * (len(ids) - len(prompt_ids)))
+    if isinstance(answer, str):
+        answer = [{"role": tokenizer.template.answering_role, "content": answer}]
+    if not isinstance(answer, list):
+        raise DataError(f"{where}: an answer must be a text or a list of messages")
+    num_prompt = len(encode_chat(tokenizer, prompt, where).ids)
+    whole = encode_chat(tokenizer, [*prompt, *answer], where)
+    weights = [0.0] * num_prompt + whole.loss_weights[num_prompt:]
+    if not any(weights):
+        raise DataError(f"{where}: an answer has no message of role {tokenizer.template.answering_role!r}")
+    return ChatTokens(whole.ids, weights)
 
 
 class EpochOrder:
@@ -134,16 +109,24 @@ class PackedChats:
         self.rows = pack(self._lengths, row_length)
 
     @classmethod
-    def read(cls, path: str | Path, tokenizer: Tokenizer, *, row_length: int) -> Self:
-        """Chats of a JSONL file with `messages`; those that do not fit in a row are left out and counted.
+    def read(cls, path: str | Path, tokenizer: Tokenizer, *, row_length: int, form: RecordFormat | None = None) -> Self:
+        """Chats of a file; those that do not fit in a row, or have weights of 0 alone, are left out and counted.
 
         Raises:
-          DataError: a line is no chat or has no answer to learn from, or no chat is left.
+          DataError: a record is no chat or has no answer to learn from, or no chat is left.
         """
-        chats, places, num_too_long = [], [], 0
-        for where, record in read_records(path):
-            chat = encode_chat(tokenizer, field(record, "messages", where), where)
+        form = form or RecordFormat()
+        chats, places, num_too_long, num_weightless = [], [], 0, 0
+        for where, record in read_records(path, form):
+            prompt, answer = parse_chat(record, where, form)
+            if prompt is None:
+                chat = encode_chat(tokenizer, answer, where)
+            else:
+                chat = encode_answer(tokenizer, prompt, answer, where)
             if not any(chat.loss_weights):
+                if any("weight" in message for message in answer):
+                    num_weightless += 1
+                    continue
                 raise DataError(
                     f"{where}: has no message of role {tokenizer.template.answering_role!r},"
                     " so there is nothing to learn from it; remove the line"
@@ -153,6 +136,8 @@ class PackedChats:
             else:
                 chats.append(chat)
                 places.append(where)
+        if num_weightless:
+            console.print(f"{path}: {num_weightless} chats have weights of 0 alone and are left out", markup=False)
         check_some_left(path, len(chats), num_too_long, what="chats", row_length=row_length)
         packed = cls(chats, row_length=row_length, places=places)
         full = packed._lengths.sum() / (len(packed.rows) * row_length)

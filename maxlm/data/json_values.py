@@ -265,8 +265,9 @@ class _Reader:
         return str(self.line) if is_first else f"{self.line}:{self._column()}"
 
     def _where(self) -> str:
-        item = "" if self.index is None else f", item {self.index}"
-        return f"{self.path}:{self.line}{item}"
+        if self.index is not None:
+            return f"{self.path}:{self.line}, item {self.index}"
+        return f"{self.path}:{self._place()}"
 
     def _column(self) -> int:
         return self.pos - self.line_start + 1

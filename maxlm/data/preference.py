@@ -10,8 +10,10 @@ from typing import Any, Self
 import jax
 import numpy as np
 
+from maxlm.config.data import RecordFormat
 from maxlm.core.batch import Batch
-from maxlm.data.chat import check_some_left, encode_chat, encode_prompt, encode_text, field, read_records
+from maxlm.data.chat import check_some_left, encode_answer, encode_prompt
+from maxlm.data.records import field, parse_pair, parse_prompt, read_records
 from maxlm.errors import DataError
 from maxlm.tokenizer.codec import ChatTokens, Tokenizer
 
@@ -49,8 +51,16 @@ class PreferencePairs:
         self.row_length = min(row_length, round_up(longest, parts))
 
     @classmethod
-    def read(cls, path: str | Path, tokenizer: Tokenizer, *, row_length: int, parts: int = 1) -> Self:
-        """Pairs of a JSONL file with `prompt`, `chosen` and `rejected`; those too long are left out and counted.
+    def read(
+        cls,
+        path: str | Path,
+        tokenizer: Tokenizer,
+        *,
+        row_length: int,
+        parts: int = 1,
+        form: RecordFormat | None = None,
+    ) -> Self:
+        """Pairs of a file with `prompt`, `chosen` and `rejected`; those too long are left out and counted.
 
         Rows are as long as the longest answer needs, up to `row_length`, and can be cut into `parts`.
         `prompt` is a list of messages or a plain text; an answer is a text, or, after messages, a list of messages.
@@ -58,12 +68,10 @@ class PreferencePairs:
         Raises:
           DataError: a line is no pair, or no pair is left.
         """
+        form = form or RecordFormat()
         pairs, places, num_too_long = [], [], 0
-        for where, record in read_records(path):
-            prompt, answers = (
-                field(record, "prompt", where),
-                [field(record, name, where) for name in ("chosen", "rejected")],
-            )
+        for where, record in read_records(path, form):
+            prompt, *answers = parse_pair(record, where, form)
             if answers[0] == answers[1]:
                 raise DataError(
                     f"{where}: chosen and rejected are the same, so the pair prefers nothing; remove the line"
@@ -96,42 +104,32 @@ class Prompt:
     place: str = ""
 
 
-def read_prompts(path: str | Path, tokenizer: Tokenizer, *, max_prompt_length: int, row_length: int) -> list[Prompt]:
-    """Prompts of a JSONL file with `prompt` and `answer`; those longer than `max_prompt_length` are left out.
+def read_prompts(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    max_prompt_length: int,
+    row_length: int,
+    form: RecordFormat | None = None,
+) -> list[Prompt]:
+    """Prompts of a file with `prompt` and `answer`; those longer than `max_prompt_length` are left out.
+
+    All other keys of a record are its reward function's.
 
     Raises:
       DataError: a line is no such record, or no prompt is left.
     """
+    form = form or RecordFormat()
     prompts, num_too_long = [], 0
-    for where, record in read_records(path):
+    for where, record in read_records(path, form):
         field(record, "answer", where)
-        ids = encode_prompt(tokenizer, field(record, "prompt", where), where)
+        ids = encode_prompt(tokenizer, parse_prompt(record, where, form), where)
         if len(ids) > max_prompt_length:
             num_too_long += 1
         else:
             prompts.append(Prompt(ids, record, where))
     check_some_left(path, len(prompts), num_too_long, what="prompts with their answers", row_length=row_length)
     return prompts
-
-
-def encode_answer(tokenizer: Tokenizer, prompt: Any, answer: Any, where: str) -> ChatTokens:
-    """A prompt and an answer as one sequence, with weight 1 on the answer alone: earlier answers count as prompt."""
-    if isinstance(prompt, str):
-        if not isinstance(answer, str):
-            raise DataError(f"{where}: after a prompt that is a text, the answers must be texts")
-        prompt_ids = encode_text(tokenizer, prompt, where, bos=True)
-        ids = prompt_ids + encode_text(tokenizer, answer, where, eos=True)
-        return ChatTokens(ids, [0.0] * len(prompt_ids) + [1.0] * (len(ids) - len(prompt_ids)))
-    if isinstance(answer, str):
-        answer = [{"role": tokenizer.template.answering_role, "content": answer}]
-    if not isinstance(answer, list):
-        raise DataError(f"{where}: an answer must be a text or a list of messages")
-    num_prompt = len(encode_chat(tokenizer, prompt, where).ids)
-    whole = encode_chat(tokenizer, [*prompt, *answer], where)
-    weights = [0.0] * num_prompt + whole.loss_weights[num_prompt:]
-    if not any(weights):
-        raise DataError(f"{where}: an answer has no message of role {tokenizer.template.answering_role!r}")
-    return ChatTokens(whole.ids, weights)
 
 
 def pad(sequences: Sequence[ChatTokens], length: int) -> Batch:

@@ -52,6 +52,9 @@ def register(subparsers) -> None:
     evaluation.add_argument("--max-documents", type=count, metavar="N", help="held-out documents, evenly drawn (all)")
     evaluation.add_argument("--max-new-tokens", type=count, default=64, metavar="N", help="of an answer (%(default)s)")
     evaluation.add_argument("--temperature", type=at_least_zero, default=0.0, metavar="T", help="%(default)s is greedy")
+    evaluation.add_argument(
+        "--ignore-keys", nargs="+", default=[], metavar="KEY", help="unknown keys of task files to leave out of account"
+    )
     evaluation.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable")
     evaluation.add_argument("--seed", type=seed, default=0, help="of intervals and sampled answers (%(default)s)")
     evaluation.add_argument("--max-bits-per-byte", type=at_least_zero, metavar="X", help="exit with 1 above this")
@@ -93,6 +96,7 @@ def run_eval(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         stop=args.stop,
+        ignore_keys=args.ignore_keys,
         seed=args.seed,
     )
     result = evaluation.to_dict()

@@ -103,12 +103,14 @@ def evaluate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     stop: Sequence[str] = (),
+    ignore_keys: Sequence[str] = (),
     seed: int = 0,
 ) -> Evaluation:
     """Evaluate a model on held-out text, on task files, or on both.
 
     Args:
       data: a data folder or a text file; None takes the data that the model was trained on, unless there are tasks.
+      ignore_keys: keys of task files that are left out of account; other unknown ones are refused.
       compare: another model, measured on the same documents and examples.
 
     Raises:
@@ -118,7 +120,7 @@ def evaluate(
     for path in (model_path, compare):
         if path is not None and not Path(path).is_dir():
             raise CheckpointError(f"{path}: there is no such folder; give a run, a checkpoint or an int8 bundle")
-    tasks = [(str(path), read_examples(path)) for path in task_files]
+    tasks = [(str(path), read_examples(path, ignore_keys=ignore_keys)) for path in task_files]
     if data is None and not tasks:
         folders = find_data_folders(model_path)
         if not folders:

@@ -1,19 +1,19 @@
 """Task files: questions with one right answer, generated or chosen."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from maxlm.config.data import RecordFormat
 from maxlm.core.interval import Interval, proportion_interval
-from maxlm.data.lines import BrokenFile, read_lines
+from maxlm.data.messages import check_keys, parse_messages
+from maxlm.data.records import read_records
 from maxlm.errors import DataError
 from maxlm.generate.model import LoadedModel, Prompt
 
-_FIELDS = ("prompt", "messages", "choices", "answer", "kind")
+_FIELDS = ("prompt", "messages", "conversations", "choices", "answer", "kind")
 
 
 @dataclass(frozen=True)
@@ -50,25 +50,17 @@ class TaskResult:
     too_long: int
 
 
-def read_examples(path: str | Path) -> list[Example]:
-    """Examples of a JSONL file, one object a line: `prompt` or `messages`, `answer`, and perhaps `choices` and `kind`.
+def read_examples(path: str | Path, *, ignore_keys: Sequence[str] = ()) -> list[Example]:
+    """Examples of a file, one object each: `prompt` or `messages`, `answer`, and perhaps `choices` and `kind`.
 
     With `choices`, `answer` is the index of the right one, from 0. Without, it is the text; it may be left out where
     the messages end with the assistant's, which then is the answer.
 
     Raises:
-      DataError: naming file and line of the first mistake.
+      DataError: naming file and line of the first mistake; an unknown key that is not to be ignored is one.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file; give a JSONL file with a prompt and an answer on each line")
-    examples = []
-    try:
-        for number, line in read_lines(path):
-            if line.strip():
-                examples.append(parse_example(_parse_json(line, f"{path}:{number}"), where=f"{path}:{number}"))
-    except BrokenFile as error:
-        raise DataError(f"{path}: {error}") from None
+    form = RecordFormat(ignore_keys=tuple(ignore_keys))
+    examples = [parse_example(record, where=where, form=form) for where, record in read_records(path)]
     if not examples:
         raise DataError(f"{path}: holds no examples")
     if len({bool(example.choices) for example in examples}) > 1:
@@ -76,19 +68,21 @@ def read_examples(path: str | Path) -> list[Example]:
     return examples
 
 
-def parse_example(record: dict, *, where: str) -> Example:
+def parse_example(record: dict, *, where: str, form: RecordFormat) -> Example:
     """One object of a task file.
 
     Raises:
       DataError: beginning with `where`.
     """
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: must be a JSON object with {', '.join(_FIELDS)}")
-    if ("prompt" in record) == ("messages" in record):
+    check_keys(record, _FIELDS, where, form)
+    chats = [key for key in ("messages", "conversations") if key in record]
+    if len(chats) + ("prompt" in record) != 1:
         raise DataError(f"{where}: must have either prompt or messages")
     prompt, answer, choices = record.get("prompt"), record.get("answer"), record.get("choices")
-    if "messages" in record:
-        prompt = _checked_messages(record["messages"], where)
+    if isinstance(prompt, list):
+        prompt = parse_messages(prompt, where, form, name="prompt")
+    if chats:
+        prompt = parse_messages(record[chats[0]], where, form)
         if answer is None and prompt[-1]["role"] == "assistant":
             *prompt, last = prompt
             answer = last["content"]
@@ -182,24 +176,8 @@ def _result(
     )
 
 
-def _parse_json(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        raise DataError(f"{where}: is not valid JSON") from None
-
-
 def _longest(model: LoadedModel, example: Example) -> int:
     """Tokens of the prompt with its longest choice, as `LoadedModel.score` sees them."""
     if isinstance(example.prompt, str):
         return max(len(model.encode(example.prompt + choice)) for choice in example.choices)
     return len(model.encode(example.prompt)) + max(len(model.tokenizer.encode(choice)) for choice in example.choices)
-
-
-def _checked_messages(messages: object, where: str) -> list[dict]:
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: messages must be a list of objects with role and content")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise DataError(f"{where}: each of the messages must be an object with the texts role and content")
-    return messages

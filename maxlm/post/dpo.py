@@ -129,7 +129,11 @@ class Dpo:
         return [self._with_reference(share_of_rows(batch, self._context.rows)) for batch in whole]
 
     def _read(self, path: str) -> PreferencePairs:
-        context = self._context
+        context, config = self._context, self._context.config
         return PreferencePairs.read(
-            path, context.tokenizer, row_length=context.config.row_length, parts=context.row_parts
+            path,
+            context.tokenizer,
+            row_length=config.row_length,
+            parts=context.row_parts,
+            form=config.objective,
         )

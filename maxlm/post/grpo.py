@@ -222,7 +222,13 @@ class Grpo:
     def _read(self, path: str) -> list[Prompt]:
         config = self._context.config
         room = config.row_length - config.objective.max_new_tokens
-        prompts = read_prompts(path, self._context.tokenizer, max_prompt_length=room, row_length=config.row_length)
+        prompts = read_prompts(
+            path,
+            self._context.tokenizer,
+            max_prompt_length=room,
+            row_length=config.row_length,
+            form=config.objective,
+        )
         for prompt in prompts:
             check_answer(config.objective.reward, prompt.record, prompt.place)
         return prompts

@@ -55,19 +55,21 @@ def preview(config: TrainConfig, *, num_examples: int, plain: bool) -> Iterator[
             step, row = divmod(number, config.batch_size)
             yield _titled(f"row {number + 1}", row_text(Batch.from_rows(mixture.batch(step)), row))
     elif objective.kind == "sft":
-        chats = PackedChats.read(objective.train_file, tokenizer, row_length=length)
+        chats = PackedChats.read(objective.train_file, tokenizer, row_length=length, form=objective)
         batch = chats.batch(first(len(chats.rows)))
         for row in range(len(batch.tokens)):
             yield _titled(f"row {row + 1}", row_text(batch, row))
     elif objective.kind in ("dpo", "reward"):
-        pairs = PreferencePairs.read(objective.train_file, tokenizer, row_length=length)
+        pairs = PreferencePairs.read(objective.train_file, tokenizer, row_length=length, form=objective)
         batch = pairs.batch(first(len(pairs)))
         for row in range(len(batch.chosen.tokens)):
             yield _titled(f"pair {row + 1}, chosen", row_text(batch.chosen, row))
             yield _titled(f"pair {row + 1}, rejected", row_text(batch.rejected, row))
     else:
         room = length - objective.max_new_tokens
-        prompts = read_prompts(objective.train_file, tokenizer, max_prompt_length=room, row_length=length)
+        prompts = read_prompts(
+            objective.train_file, tokenizer, max_prompt_length=room, row_length=length, form=objective
+        )
         for number, index in enumerate(first(len(prompts))):
             ids = prompts[index].ids
             batch = pad([ChatTokens(ids, [0.0] * len(ids))], len(ids))

@@ -128,9 +128,13 @@ class Reward:
         return [pairs.batch(i) for i in padded_batches(len(pairs), config.batch_size, config.eval_batches)]
 
     def _read(self, path: str) -> PreferencePairs:
-        context = self._context
+        context, config = self._context, self._context.config
         return PreferencePairs.read(
-            path, context.tokenizer, row_length=context.config.row_length, parts=context.row_parts
+            path,
+            context.tokenizer,
+            row_length=config.row_length,
+            parts=context.row_parts,
+            form=config.objective,
         )
 
 

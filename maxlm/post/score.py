@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from maxlm.config.data import RecordFormat
 from maxlm.core.interval import mean_interval, proportion_interval
-from maxlm.data.chat import encode_chat, field, read_records
-from maxlm.data.preference import encode_answer
+from maxlm.data.chat import encode_answer, encode_chat
+from maxlm.data.messages import parse_messages
+from maxlm.data.records import field, read_records
 from maxlm.errors import DataError
 from maxlm.post.reward import load_reward_model, score_sequences
 from maxlm.tokenizer.codec import Tokenizer
@@ -86,7 +88,7 @@ def _encoded(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> Iterat
         raise DataError(f"{where}: has {' and '.join(names)}; {_ACCEPTED}")
     if "messages" not in record:
         raise DataError(f"{where}: has {', '.join(record) or 'nothing'}; {_ACCEPTED}")
-    messages = field(record, "messages", where)
+    messages = parse_messages(field(record, "messages", where), where, RecordFormat())
     ids = encode_chat(tokenizer, messages, where).ids
     if messages[-1]["role"] != tokenizer.template.answering_role:
         raise DataError(f"{where}: ends with no message of role {tokenizer.template.answering_role!r}; {_ACCEPTED}")

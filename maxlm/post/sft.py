@@ -58,5 +58,5 @@ class Sft:
         return [chats.batch(i) for i in padded_batches(len(chats.rows), config.batch_size, config.eval_batches)]
 
     def _read(self, path: str) -> PackedChats:
-        context = self._context
-        return PackedChats.read(path, context.tokenizer, row_length=context.config.row_length)
+        context, config = self._context, self._context.config
+        return PackedChats.read(path, context.tokenizer, row_length=config.row_length, form=config.objective)

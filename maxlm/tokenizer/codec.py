@@ -154,11 +154,12 @@ class Tokenizer:
         """A chat in the template's layout.
 
         Args:
-          messages: `{"role": ..., "content": ...}` each.
+          messages: `{"role": ..., "content": ...}` each; a `weight` multiplies the loss on an answer.
           generation_prompt: end with the prefix of the answering role, for a model to go on from.
 
         Returns:
-          The ids, with loss weight 1 exactly on the answering role's content and what ends its turn.
+          The ids, with loss weight 1, or the message's own, exactly on the answering role's content and what ends its
+          turn.
 
         Raises:
           TokenizerError: for a role that the template does not know, or content that is no text.
@@ -173,7 +174,8 @@ class Tokenizer:
             answer = self.encode(message["content"]) + self._control_and_text(role.suffix)
             ids += prefix + answer
             weights += [0.0] * len(prefix)
-            weights += [1.0 if message["role"] == self.template.answering_role else 0.0] * len(answer)
+            is_learned = message["role"] == self.template.answering_role
+            weights += [float(message.get("weight", 1.0)) if is_learned else 0.0] * len(answer)
         if generation_prompt:
             prefix = self._control_and_text(self.template.role(self.template.answering_role).prefix)
             ids += prefix

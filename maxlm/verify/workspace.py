@@ -37,7 +37,7 @@ class Workspace:
         if hasattr(objective, "sources"):
             update = {"sources": (PackedSource(path=self._packed_rows()),)}
         else:
-            update = {"train_file": self._records(), "valid_file": None}
+            update = {"train_file": self._records(objective.kind), "valid_file": None}
         if objective.kind == "grpo":
             update["reward"] = "exact_match"
         return config.model_copy(update={"objective": objective.model_copy(update=update)})
@@ -57,14 +57,16 @@ class Workspace:
         )
         return str(output)
 
-    def _records(self) -> str:
-        """One file with the fields that chats, pairs and prompts have."""
+    def _records(self, kind: str) -> str:
+        """Chats, pairs or prompts, as an objective reads them."""
         path = self.folder / "records.jsonl"
         records = []
         for text in _QUESTIONS:
             question = [{"role": "user", "content": text}]
             chat = [*question, {"role": "assistant", "content": "yes"}]
-            records.append({"messages": chat, "prompt": question, "chosen": "yes", "rejected": "no", "answer": "yes"})
+            pair = {"prompt": question, "chosen": "yes", "rejected": "no"}
+            prompt = {"prompt": question, "answer": "yes"}
+            records.append({"sft": {"messages": chat}, "grpo": prompt}.get(kind, pair))
         path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         return str(path)
 

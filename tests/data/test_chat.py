@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from maxlm.config import TokenizerConfig
-from maxlm.data.chat import EpochOrder, PackedChats, encode_prompt, pack, padded_batches, read_records
+from maxlm.data.chat import EpochOrder, PackedChats, encode_prompt, pack, padded_batches
+from maxlm.data.records import read_records
 from maxlm.errors import DataError
 from maxlm.tokenizer.train import train_tokenizer
 
@@ -119,6 +120,23 @@ def test_a_bad_line_is_named_with_file_and_line(tokenizer, tmp_path, line, messa
     path = write(tmp_path / "chats.jsonl", CHATS[0])
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(DataError, match=message):
+        PackedChats.read(path, tokenizer, row_length=40)
+
+
+def test_weights_of_messages_are_those_of_the_loss(tokenizer, tmp_path, capsys):
+    def weighted(*weights):
+        return {"messages": [m | {"weight": w} for m, w in zip(chat("yes", "no", "no", "yes")["messages"], weights)]}
+
+    path = write(tmp_path / "chats.jsonl", weighted(0, 0, 0, 2.5), weighted(0, 0, 0, 0))
+    batch = PackedChats.read(path, tokenizer, row_length=40).batch(np.array([0]))
+    learned = batch.targets[0][batch.loss_weights[0] > 0]
+    assert tokenizer.decode(learned, skip_control=False) == "yes<|end|>"
+    assert {*batch.loss_weights[0].tolist()} == {0.0, 2.5}
+    assert "1 chats have weights of 0 alone and are left out" in " ".join(capsys.readouterr().err.split())
+    write(path, weighted(1, 1, 0, 1))
+    with pytest.raises(
+        DataError, match="message 1 is to be learned and is of role 'user', but only what the assistant"
+    ):
         PackedChats.read(path, tokenizer, row_length=40)
 
 

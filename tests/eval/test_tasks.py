@@ -56,6 +56,13 @@ def test_a_mistake_is_told_with_its_line(tmp_path, record, message):
     assert str(error.value).startswith(f"{path}:2: ")
 
 
+def test_unknown_keys_are_refused_unless_they_are_to_be_ignored(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "a", "answer": "b", "id": 7, "anwser": "c"})
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the record has the unknown key 'anwser'; did you mean 'answer'"):
+        read_examples(path)
+    assert read_examples(path, ignore_keys=["anwser"]) == [Example("a", "b")]
+
+
 def test_files_that_are_no_task_files(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         read_examples(tmp_path / "none.jsonl")
@@ -63,7 +70,7 @@ def test_files_that_are_no_task_files(tmp_path):
     with pytest.raises(DataError, match="holds no examples"):
         read_examples(tmp_path / "empty.jsonl")
     (tmp_path / "text.jsonl").write_text("hello\n")
-    with pytest.raises(DataError, match=r"text\.jsonl:1: is not valid JSON"):
+    with pytest.raises(DataError, match=r"text\.jsonl:1: is no JSON"):
         read_examples(tmp_path / "text.jsonl")
     mixed = write(
         tmp_path / "m.jsonl", {"prompt": "a", "answer": "b"}, {"prompt": "a", "choices": ["b", "c"], "answer": 0}

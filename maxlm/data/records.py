@@ -1,0 +1,190 @@
+"""Records of a user's own file: chats, preferences, prompts and tasks, in the forms that are common.
+
+Such a file's first mistake ends the run, with file and line. A key that is not known is a mistake too: what it says
+would not be done.
+"""
+
+import difflib
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from maxlm.config.data import RecordFormat
+from maxlm.data.files import unreadable
+from maxlm.data.json_values import Broken, lookup, read_values
+from maxlm.data.messages import Messages, check_keys, parse_messages
+from maxlm.errors import DataError
+
+# A chat is messages, or a prompt and what follows it; each is a text or messages.
+Text = str | Messages
+
+_CHAT_KEYS = ("messages", "conversations")
+_ALPACA_KEYS = ("instruction", "input", "system", "history")
+_CHAT_FORMS = (
+    "messages or conversations (objects with role and content, or from and value), instruction and output with input,"
+    " system and history, or prompt and completion"
+)
+
+
+def read_records(path: str | Path, form: RecordFormat | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`FILE:LINE` and object of each record of a JSON, JSONL or Parquet file, compressed or not.
+
+    What `form.fields` names is found under its standard name too.
+
+    Raises:
+      DataError: there is no such file, something in it is no JSON object, or lacks a field that `form` names.
+    """
+    path = Path(os.path.expanduser(path))
+    if problem := unreadable(path):
+        raise DataError(f"{path}: {problem}")
+    for item in read_values(path):
+        if isinstance(item, Broken):
+            if item.reason == "empty_file":  # what is missing is told by who wants records
+                return
+            raise DataError(f"{item.where}: {item.detail}")
+        if not isinstance(item.value, dict):
+            raise DataError(f"{item.where}: must be a JSON object {{...}}, and is {str(item.value)[:40]!r}")
+        record = dict(item.value)
+        for name, source in (form.fields if form else {}).items():
+            if (value := lookup(item.value, source)) is None:
+                raise DataError(f"{item.where}: lacks {source!r}, which objective.fields names for {name!r}")
+            record[name] = value
+        yield item.where, record
+
+
+def field(record: dict[str, Any], name: str, where: str) -> Any:
+    """A field that a record must have.
+
+    Raises:
+      DataError: it lacks the field; with the nearest one that it has.
+    """
+    if name in record:
+        return record[name]
+    near = difflib.get_close_matches(name, record, 1)
+    hint = (
+        f"; did you mean {name!r} where it has {near[0]!r}?" if near else f"; it has {', '.join(record) or 'nothing'}"
+    )
+    raise DataError(f"{where}: lacks {name!r}{hint}")
+
+
+def parse_chat(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[Text | None, Text]:
+    """A record to learn from: messages after no prompt, or a prompt and its completion.
+
+    Raises:
+      DataError: it is in none of the forms that are read, or has an unknown key.
+    """
+    if (found := _prompt(record, where, form)) is not None:
+        prompt, known = found
+        if "instruction" in known:
+            check_keys(record, (*known, "output"), where, form)
+            answer = field(record, "output", where)
+            if not isinstance(answer, str):
+                raise DataError(f"{where}: output must be a text")
+            return None, [*prompt, {"role": "assistant", "content": answer}]
+        if "prompt" not in known:
+            check_keys(record, known, where, form)
+            return None, prompt
+        if "completion" in record:
+            check_keys(record, (*known, "completion"), where, form)
+            return prompt, _answer(record["completion"], where, form)
+    if {"role", "content"} <= {*record}:
+        raise DataError(f'{where}: is one message; give all of a chat as one object: {{"messages": [...]}}')
+    try:
+        field(record, "messages", where)
+    except DataError as error:
+        raise DataError(f"{error}; a chat has {_CHAT_FORMS}") from None
+    raise DataError(f"{where}: a chat has {_CHAT_FORMS}")
+
+
+def parse_pair(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[Text, Text, Text]:
+    """Prompt, chosen and rejected answer. Without a prompt it is what both answers begin with.
+
+    Raises:
+      DataError: it is no pair, or has an unknown key.
+    """
+    if "preferred_output" in record:
+        given = record.get("input")
+        given = given if isinstance(given, dict) else {}
+        check_keys(given, ("messages",), where, form, what="input")
+        known = ("input", "preferred_output", "non_preferred_output")
+        check_keys(record, known, where, form)
+        record = {
+            "prompt": field(given, "messages", f"{where}: input"),
+            "chosen": record["preferred_output"],
+            "rejected": field(record, "non_preferred_output", where),
+        }
+    found = _prompt(record, where, form)
+    prompt, known = found if found is not None else (None, ())
+    chosen, rejected = (_answer(field(record, name, where), where, form) for name in ("chosen", "rejected"))
+    check_keys(record, (*known, "chosen", "rejected"), where, form)
+    are_chats = isinstance(chosen, list) and isinstance(rejected, list)
+    if isinstance(prompt, str) and are_chats and {"role": "user", "content": prompt} in chosen[:2]:
+        prompt = None
+    if prompt is None:
+        count = _num_common(chosen, rejected)
+        if count == 0 or type(chosen) is not type(rejected):
+            raise DataError(f"{where}: lacks 'prompt', and chosen and rejected have no beginning in common")
+        return chosen[:count], chosen[count:], rejected[count:]
+    if isinstance(prompt, list) and are_chats and chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
+        return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+    return prompt, chosen, rejected
+
+
+def parse_prompt(record: dict[str, Any], where: str, form: RecordFormat) -> Text:
+    """What a model is to go on from.
+
+    Raises:
+      DataError: the record has none, or its messages are broken.
+    """
+    if (found := _prompt(record, where, form)) is not None:
+        return found[0]
+    return field(record, "prompt", where)
+
+
+def _prompt(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[Text, tuple[str, ...]] | None:
+    """The prompt, or chat, of a record, and the keys that it is made of; None where there is none."""
+    system = record.get("system")
+    if system is not None and not isinstance(system, str):
+        raise DataError(f"{where}: system must be a text")
+    before = [{"role": "system", "content": system}] if system else []
+    for key in _CHAT_KEYS:
+        if record.get(key) is not None:
+            return [*before, *parse_messages(record[key], where, form, name=key)], (key, "system")
+    if record.get("instruction") is not None:
+        return [*before, *_alpaca(record, where)], _ALPACA_KEYS
+    if (prompt := record.get("prompt")) is None:
+        return None
+    if isinstance(prompt, str):
+        return prompt, ("prompt",)
+    return parse_messages(prompt, where, form, name="prompt"), ("prompt",)
+
+
+def _alpaca(record: dict[str, Any], where: str) -> Messages:
+    """Earlier turns, then instruction and input as one message."""
+    history = record.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise DataError(f"{where}: history must be a list of [question, answer]")
+    texts = [text for turn in history for text in turn]
+    texts.append("\n".join(text for text in (record["instruction"], record.get("input")) if text))
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{where}: instruction, input and history must hold texts")
+    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
+
+
+def _answer(answer: Any, where: str, form: RecordFormat) -> Any:
+    """An answer's messages; one that is no list or object is left as it is."""
+    if isinstance(answer, dict):
+        answer = [answer]
+    return parse_messages(answer, where, form, name="an answer") if isinstance(answer, list) else answer
+
+
+def _num_common(first: Any, second: Any) -> int:
+    """How many messages, or characters up to a space between words, two answers have in common at their beginning."""
+    if not isinstance(first, Collection) or not isinstance(second, Collection):
+        return 0
+    count = next((index for index, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+    if isinstance(first, str):
+        while count and not first[count - 1 : count].isspace():
+            count -= 1
+    return count
