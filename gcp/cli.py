@@ -15,9 +15,11 @@ Train on a Cloud TPU: create it, send the last commit of this folder, install it
 
 Look first at what would run, then run it:
   maxlm submit configs/quickstart/pretrain.yaml steps=2000 --dry-run \\
-      --name=tiny-1 --project=my-project --zone=us-west4-a --accelerator=v5litepod-16 --bucket=gs://my-bucket/runs
+      --name=tiny-1 --project=my-project --zone=us-west4-a --accelerator=v5litepod-16 --bucket=gs://my-bucket/runs \\
+      --input=runs/quickstart/data=gs://my-bucket/data --input=runs/quickstart/tokenizer=gs://my-bucket/tokenizer
   maxlm submit configs/quickstart/pretrain.yaml steps=2000 --spot --delete-after \\
-      --name=tiny-1 --project=my-project --zone=us-west4-a --accelerator=v5litepod-16 --bucket=gs://my-bucket/runs
+      --name=tiny-1 --project=my-project --zone=us-west4-a --accelerator=v5litepod-16 --bucket=gs://my-bucket/runs \\
+      --input=runs/quickstart/data=gs://my-bucket/data --input=runs/quickstart/tokenizer=gs://my-bucket/tokenizer
 
 Submitting again goes on where it stopped. Then, with the same name, project and zone:
   maxlm submit --action=status --name=tiny-1 --project=my-project --zone=us-west4-a
@@ -184,10 +186,14 @@ def _job(args: argparse.Namespace, tpu: Tpu) -> TpuJob:
         network=args.network,
         subnetwork=args.subnetwork,
     )
+    problems = [job.zone_problem] if job.zone_problem else []
     if args.code.is_dir():
+        from gcp.travel import misfits
         from maxlm.config.load import load_config
 
-        load_config(args.code / job.config, job.settings, kind="train")
+        problems += misfits(job, load_config(args.code / job.config, job.settings, kind="train"))
+    if problems:
+        raise ConfigError(problems)
     return job
 
 

@@ -15,11 +15,14 @@ _CHIP_COUNTS = (1, 4, 8, 16, 32, 64, 128, 256)
 class Generation:
     """One TPU generation: the software image it boots, and how its slices are numbered.
 
-    Runtime versions: cloud.google.com/tpu/docs/runtimes (images for JAX).
+    Runtime versions: cloud.google.com/tpu/docs/runtimes (images for JAX). Zones of North America, those for single
+    tenants too: cloud.google.com/tpu/docs/regions-zones.
     """
 
     prefix: str
     runtime_version: str
+    zones: tuple[str, ...]
+    cores_per_chip: int = 1  # as the number of a slice counts them; JAX sees a chip as one device
     sizes: tuple[int, ...] | None = None  # None: any multiple of eight TensorCores, which is one host
 
     def problem(self, size: int) -> str | None:
@@ -34,10 +37,31 @@ class Generation:
 GENERATIONS = {
     generation.prefix: generation
     for generation in (
-        Generation(prefix="v4", runtime_version="tpu-ubuntu2204-base"),
-        Generation(prefix="v5litepod", runtime_version="v2-alpha-tpuv5-lite", sizes=_CHIP_COUNTS),
-        Generation(prefix="v5p", runtime_version="v2-alpha-tpuv5"),
-        Generation(prefix="v6e", runtime_version="v2-alpha-tpuv6e", sizes=_CHIP_COUNTS),
+        Generation(prefix="v4", runtime_version="tpu-ubuntu2204-base", zones=("us-central2-b",), cores_per_chip=2),
+        Generation(
+            prefix="v5litepod",
+            runtime_version="v2-alpha-tpuv5-lite",
+            zones=(
+                *("us-central1-a", "us-south1-a", "us-west1-c", "us-west4-a", "us-west4-b"),
+                *("us-east5-a", "us-east5-b", "us-east5-c"),
+            ),
+            sizes=_CHIP_COUNTS,
+        ),
+        Generation(
+            prefix="v5p",
+            runtime_version="v2-alpha-tpuv5",
+            zones=("us-central1-a", "us-east5-a", "us-east5-b", "us-east5-c", "us-south1-a"),
+            cores_per_chip=2,
+        ),
+        Generation(
+            prefix="v6e",
+            runtime_version="v2-alpha-tpuv6e",
+            zones=(
+                *("us-central1-b", "us-east1-d", "us-east4-a", "us-east4-b", "us-west1-c"),
+                *("us-east5-a", "us-east5-b", "us-east5-c"),
+            ),
+            sizes=_CHIP_COUNTS,
+        ),
     )
 }
 
@@ -69,7 +93,7 @@ class Tpu:
             problems.append(f"name: {self.name!r} must be lower-case letters, digits and hyphens, a letter first")
         if not re.fullmatch(r"([a-z0-9.-]+:)?[a-z][-a-z0-9]{4,28}[a-z0-9]", self.project):
             problems.append(f"project: {self.project!r} is no project ID (6 to 30 lower-case letters, digits, hyphens)")
-        if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", self.zone):
+        if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z0-9]+", self.zone):
             problems.append(f"zone: {self.zone!r} is no zone; one looks like us-west4-a")
         if problems:
             raise ConfigError(problems)
@@ -143,6 +167,20 @@ class TpuJob:
     @property
     def generation(self) -> Generation:
         return GENERATIONS[self.accelerator_type.rpartition("-")[0]]
+
+    @property
+    def zone_problem(self) -> str | None:
+        """Why the zone cannot have the accelerator; a zone that is not listed may be new: gcloud tells what it has."""
+        zone, wanted = self.tpu.zone, self.generation
+        there = [generation.prefix for generation in GENERATIONS.values() if zone in generation.zones]
+        if not there or wanted.prefix in there:
+            return None
+        return f"zone: {zone} has {' and '.join(there)}, not {wanted.prefix}; that is in {', '.join(wanted.zones)}"
+
+    @property
+    def num_chips(self) -> int:
+        """Chips of the slice, each a device of JAX."""
+        return int(self.accelerator_type.rpartition("-")[2]) // self.generation.cores_per_chip
 
     @property
     def run_folder(self) -> str:

@@ -1,5 +1,6 @@
 """Run one command: show what it prints, keep what a caller or an error message needs."""
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from maxlm.errors import RequestError
+
+# What the details of an API's error begin with.
+_DETAILS = ("- '@type'", '- "@type"', "'@type'", "details:")
 
 
 @dataclass(frozen=True)
@@ -19,10 +23,22 @@ class Result:
     stderr: str
 
     @property
-    def last_error_line(self) -> str:
-        """The last line of standard error that says something."""
-        lines = [line.strip() for line in self.stderr.splitlines() if line.strip()]
-        return lines[-1] if lines else f"exit code {self.returncode}, and no message"
+    def error_message(self) -> str:
+        """What went wrong, on one line: gcloud's whole message without its appendix, else the last line of the errors.
+
+        gcloud's begins with ERROR:, goes on over several lines, and may end in a dump of details in YAML.
+        """
+        lines = [line.strip() for line in self.stderr.splitlines()]
+        starts = [index for index, line in enumerate(lines) if line.startswith("ERROR:")]
+        if not any(lines):
+            return f"exit code {self.returncode}, and no message"
+        if not starts:
+            return next(line for line in reversed(lines) if line)
+        message = list(itertools.takewhile(lambda line: not line.startswith(_DETAILS), lines[starts[-1] :]))
+        if "exited with return code" in message[0]:
+            # Of ssh and scp gcloud knows the exit code alone: the reason is what they said before.
+            message += next(([f"({line})"] for line in reversed(lines[: starts[-1]]) if line), [])
+        return " ".join(line for line in message if line)
 
 
 class Runner(Protocol):

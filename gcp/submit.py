@@ -15,6 +15,10 @@ from maxlm.core.progress import console
 from maxlm.errors import RequestError
 
 POLL_SECONDS = 30
+# Between two tries of something that failed: doubled from POLL_SECONDS to this.
+MOST_SECONDS = 600
+# About an hour of tries that fail: what waits in the queue is given up then.
+MOST_TRIES = 10
 
 # States of a queued resource: cloud.google.com/tpu/docs/queued-resources
 _READY = "ACTIVE"
@@ -73,7 +77,8 @@ def submit(
 
     Raises:
       RequestError: a step failed (with the command to repeat, and the one that deletes), or, with `delete_after`,
-        training ended with an error on some worker.
+        training ended with an error on some worker, or in a way that is not known.
+        Once training has started, `delete_after` leaves no TPU behind.
     """
     steps = _Steps(job.tpu, runner, total=2 if create_only else 6)
     if not create_only:
@@ -97,7 +102,12 @@ def submit(
             steps.run(commands.start(job))
             _say(f"run folder: {job.run_folder}")
         if delete_after:
-            _follow_to_the_end(job, steps, sleep)
+            try:
+                _follow_to_the_end(job, steps, sleep)
+            except RequestError:
+                _delete_for_certain(job.tpu, runner, sleep)
+                raise
+            _delete_for_certain(job.tpu, runner, sleep)
     except KeyboardInterrupt:
         _say(f"interrupted; submit again to go on\n{_how_to_delete(job.tpu)}")
         raise
@@ -184,19 +194,24 @@ def _create_unless_there(job: TpuJob, steps: _Steps) -> None:
 
 
 def _wait_until_active(tpu: Tpu, steps: _Steps, sleep: Callable[[float], None]) -> None:
-    shown = None
+    shown, failures = None, 0
     with console.status(f"waiting for {tpu.name}; interrupt at will, it keeps its place in the queue"):
         while True:
-            resource = _describe(tpu, steps.runner)
+            try:
+                resource = _describe(tpu, steps.runner)
+            except RequestError as error:
+                failures += 1
+                if failures == MOST_TRIES:
+                    raise RequestError(f"{error}{steps.remains()}") from None
+                _say(f"{error}; trying again")
+                sleep(_pause(failures))
+                continue
+            failures = 0
             state = "gone" if resource is None else _state(resource)
             if state == _READY:
                 return
             if state in (*_LOST, "gone"):
-                reason = _reason(resource) if resource else ""
-                raise RequestError(
-                    f"{tpu.name} is {state}{reason}, and will not come back: delete it and submit again; "
-                    f"training then goes on from its last checkpoint{steps.remains()}"
-                )
+                raise RequestError(_lost(tpu, state, resource) + steps.remains())
             if state != shown:
                 shown = state
                 _say(f"state: {state}")
@@ -204,20 +219,68 @@ def _wait_until_active(tpu: Tpu, steps: _Steps, sleep: Callable[[float], None]) 
 
 
 def _follow_to_the_end(job: TpuJob, steps: _Steps, sleep: Callable[[float], None]) -> None:
-    """Follow the log over broken connections until no worker runs, then delete the TPU and report the outcome."""
-    tail = None
+    """Follow the log over broken connections until no worker runs, and report the outcome.
+
+    A question that is not answered is asked again for as long as the TPU stands: given up, it would go on costing.
+    """
+    tail, failures = None, 0
     while True:
-        steps.runner(commands.logs(job.tpu, tail=tail), capture=False)
-        workers = _ask_workers(job.tpu, steps.runner, steps.remains())
+        try:
+            if failures:
+                resource = _describe(job.tpu, steps.runner)
+                state = "gone" if resource is None else _state(resource)
+                if state in (*_LOST, "gone"):
+                    raise _LostError(
+                        f"{_lost(job.tpu, state, resource)}; how far training came stands in {job.run_folder}"
+                    )
+            steps.runner(commands.logs(job.tpu, tail=tail), capture=False)
+            workers = _ask_workers(job.tpu, steps.runner)
+        except _LostError:
+            raise
+        except RequestError as error:
+            failures += 1
+            _say(f"{error}\ntry {failures} failed; trying again for as long as it stands. {_how_to_delete(job.tpu)}")
+            sleep(_pause(failures))
+            continue
         if not any(worker.state == "running" for worker in workers):
             break
-        tail = 0
+        tail, failures = 0, 0
         sleep(POLL_SECONDS)
-    delete(job.tpu, runner=steps.runner)
-    _say(f"deleted {job.tpu.name}")
     failed = [f"{worker.host}: {worker.state}" for worker in workers if worker.state != "exit 0"]
     if failed:
         raise RequestError(f"training failed ({'; '.join(failed)}); its logs are in {job.run_folder}/logs")
+
+
+class _LostError(RequestError):
+    """The TPU is gone while training ran."""
+
+
+def _lost(tpu: Tpu, state: str, resource: dict | None) -> str:
+    reason = _reason(resource) if resource else ""
+    return (
+        f"{tpu.name} is {state}{reason}, and will not come back: delete it and submit again; "
+        "training then goes on from its last checkpoint"
+    )
+
+
+def _delete_for_certain(tpu: Tpu, runner: Runner, sleep: Callable[[float], None]) -> None:
+    """Delete until there is nothing left to pay for; only Ctrl-C gives up before."""
+    failures = 0
+    while True:
+        try:
+            was_there = delete(tpu, runner=runner)
+        except RequestError as error:
+            failures += 1
+            _say(f"{error}\nTHE TPU IS STILL PAID FOR: try {failures} to delete it failed; trying again")
+            sleep(_pause(failures))
+        else:
+            _say(f"deleted {tpu.name}" if was_there else f"{tpu.name} is gone")
+            return
+
+
+def _pause(failures: int) -> float:
+    """Seconds before the next try."""
+    return min(POLL_SECONDS * 2 ** min(failures - 1, 10), MOST_SECONDS)
 
 
 def _refuse_uncommitted_changes(job: TpuJob, runner: Runner) -> None:
@@ -225,7 +288,7 @@ def _refuse_uncommitted_changes(job: TpuJob, runner: Runner) -> None:
     git = ["git", "-C", str(job.code)]
     result = runner([*git, "status", "--porcelain", "--untracked-files=no", "--", "."], capture=True)
     if result.returncode:
-        raise RequestError(f"{job.code} is no git folder and no archive: {result.last_error_line}")
+        raise RequestError(f"{job.code} is no git folder and no archive: {result.error_message}")
     if runner([*git, "cat-file", "-e", f"HEAD:./{job.config}"], capture=True).returncode:
         raise RequestError(f"{job.config} is not in the last commit of {job.code}, which is what is sent: commit it")
     changed = [line[3:] for line in result.stdout.splitlines()]
@@ -254,17 +317,36 @@ def _reason(resource: dict) -> str:
     return f" ({message})" if message else ""
 
 
-def _ask_workers(tpu: Tpu, runner: Runner, remains: str = "") -> tuple[Worker, ...]:
+def _ask_workers(tpu: Tpu, runner: Runner) -> tuple[Worker, ...]:
     argv = commands.status(tpu)
     result = runner(argv, capture=True)
     if result.returncode:
-        raise RequestError(_failure(f"cannot ask the workers of {tpu.name}", argv, result) + remains)
+        raise RequestError(_failure(f"cannot ask the workers of {tpu.name}", argv, result))
     answers = [line.split("\t", 3) for line in result.stdout.splitlines() if line.startswith(commands.STATUS_MARK)]
     return tuple(sorted((Worker(*answer[1:]) for answer in answers), key=lambda worker: worker.host))
 
 
 def _failure(what: str, argv: list[str], result: Result) -> str:
-    return f"{what}: {result.last_error_line}\nrepeat it with: {commands.shell_line(argv)}"
+    """gcloud's message, what to do about it where it does not say so itself, and the command to repeat."""
+    message = result.error_message
+    remedy = next((remedy for sign, remedy in _REMEDIES.items() if sign in message or sign in result.stderr), None)
+    told = f"{message}\nremedy: {remedy}" if remedy else message
+    return f"{what}: {told}\nrepeat it with: {commands.shell_line(argv)}"
+
+
+# What a failure tells itself by, and what helps; the first that is found counts.
+_REMEDIES = {
+    "SERVICE_DISABLED": "enable the API: gcloud services enable tpu.googleapis.com (add --project)",
+    "has not been used in project": "enable the API: gcloud services enable tpu.googleapis.com (add --project)",
+    "active account": "log in: gcloud auth login",
+    "Reauthentication": "log in again: gcloud auth login",
+    "Permission denied (publickey": "gcloud compute config-ssh, then ssh-add ~/.ssh/google_compute_engine",
+    "PERMISSION_DENIED": "ask for the role TPU Admin (roles/tpu.admin) in the project, or log in as someone who has it",
+    "Quota": "ask for quota of this TPU in this zone (console: IAM & Admin, Quotas), or take another zone or --spot",
+    "RESOURCE_EXHAUSTED": "ask for quota, or take another zone, a smaller accelerator or --spot",
+    "no more capacity": "take another zone or --spot, or leave it in the queue",
+    "Connection timed out": "allow ssh (port 22) in the network's firewall, or give --internal-ips from within it",
+}
 
 
 def _how_to_delete(tpu: Tpu) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from gcp.cli import add_arguments, run
 from maxlm.errors import ConfigError
 
 WHERE = ["--name=tiny-1", "--project=my-project", "--zone=us-west4-a"]
-WHAT = ["--accelerator=v5litepod-16", "--bucket=gs://my-bucket/runs"]
+WHAT = ["--accelerator=v5litepod-16", "--bucket=gs://my-bucket/runs", "--input=runs/base=gs://my-bucket/base"]
 
 
 def call(*arguments: str) -> int:
@@ -27,6 +28,10 @@ def code(tmp_path, monkeypatch):
         "kind: train\noutput: runs/tiny\ninit_from: runs/base\nobjective: {kind: sft, train_file: chats.jsonl}\n"
     )
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "chats.jsonl").write_text("{}\n")
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *arguments], check=True)
     return tmp_path
 
 
@@ -67,6 +72,40 @@ def test_every_action_has_a_dry_run(code, capsys, action, word):
 def test_a_bad_configuration_is_told_before_a_tpu_costs_money(code):
     with pytest.raises(ConfigError, match="stepz"):
         call("train.yaml", "stepz=20", *WHERE, *WHAT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["mesh.tensor=3"],
+            "mesh: its sizes multiply to 3, which does not divide the chips",
+        ),
+        (["mesh.fsdp=32"], "mesh: needs 32 devices, and v5litepod-16 has 16 chips"),
+        (["mesh.fsdp=8"], "mesh: uses 8 devices, and v5litepod-16 has 16 chips; give one axis -1"),
+        (
+            ["--accelerator=v5p-16", "--zone=us-east5-a", "mesh.fsdp=16"],
+            "needs 16 devices, and v5p-16 has 8 chips",
+        ),
+        (
+            ["objective.valid_file=other.jsonl"],
+            "objective.valid_file: other.jsonl is not in what is sent",
+        ),
+        (["tokenizer=/data/tokenizer"], "tokenizer: /data/tokenizer is outside of the code folder"),
+        (["init_from=runs/other"], "init_from: runs/other is not in what is sent"),
+        (["--accelerator=v6e-8"], "zone: us-west4-a has v5litepod, not v6e; that is in us-central1-b, "),
+    ],
+)
+def test_what_cannot_work_is_told_before_a_tpu_costs_money(code, arguments, told):
+    settings = [argument for argument in arguments if not argument.startswith("-")]
+    options = [argument for argument in arguments if argument.startswith("-")]
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        call("train.yaml", *settings, "--dry-run", *WHERE, *WHAT, *options)
+
+
+def test_inputs_in_buckets_and_zones_that_are_not_listed_pass(code):
+    settings = ["init_from=gs://my-bucket/base/checkpoints/7", "objective.valid_file=runs/base/valid.jsonl"]
+    assert call("train.yaml", *settings, "--dry-run", *WHERE, *WHAT, "--zone=us-central1-ai1a") == 0
 
 
 def test_all_that_is_missing_is_told_at_once():

@@ -152,11 +152,87 @@ def test_delete_after_deletes_after_a_failure_too_and_reports_it(make_job):
     assert recorder.kinds[-1] == "delete"
 
 
-def test_delete_after_that_cannot_ask_the_workers_says_how_to_delete(make_job):
-    recorder = Recorder(describe=[resource("ACTIVE")], status=[Result(255, "", "no route to host")])
-    with pytest.raises(RequestError, match="no route to host") as caught:
+def test_delete_after_asks_again_for_as_long_as_the_tpu_stands(make_job, capsys):
+    unreachable = Result(255, "", "no route to host")
+    recorder = Recorder(
+        describe=[
+            resource("ACTIVE"),
+            resource("ACTIVE"),
+            Result(1, "", "ERROR: INTERNAL: later\n"),
+            resource("ACTIVE"),
+        ],
+        status=[*[unreachable] * 2, workers("exit 0")],
+        delete=[Result(1, "", "ERROR: busy\n"), OK],
+    )
+    slept = run(make_job(), recorder, delete_after=True)
+    assert recorder.kinds.count("delete") == 2
+    assert slept == [POLL_SECONDS, 2 * POLL_SECONDS, 4 * POLL_SECONDS, POLL_SECONDS]
+    said = capsys.readouterr().err
+    assert "try 3 failed; trying again for as long as it stands" in said
+    assert "THE TPU IS STILL PAID FOR" in said
+    assert said.rstrip().endswith("deleted tiny-1")
+
+
+@pytest.mark.parametrize("after", [NOT_THERE, resource("SUSPENDED", reason="taken back")])
+def test_delete_after_tells_of_a_tpu_that_was_taken_away(make_job, after):
+    recorder = Recorder(describe=[resource("ACTIVE"), resource("ACTIVE"), after], status=[Result(255, "", "reset")])
+    with pytest.raises(RequestError, match=r"will not come back.*how far training came stands in gs://my-bucket"):
         run(make_job(), recorder, delete_after=True)
-    assert "queued-resources delete tiny-1" in str(caught.value)
+    assert ("delete" in recorder.kinds) == (after is not NOT_THERE)
+
+
+def test_a_question_that_fails_in_the_queue_is_asked_again(make_job):
+    later = Result(1, "", "ERROR: UNAVAILABLE: later\n")
+    slept = run(make_job(), Recorder(describe=[NOT_THERE, later, later, resource("ACTIVE")]), create_only=True)
+    assert slept == [POLL_SECONDS, 2 * POLL_SECONDS]
+    with pytest.raises(RequestError, match=r"UNAVAILABLE: later(.|\n)*queued-resources delete tiny-1"):
+        run(make_job(), Recorder(describe=[NOT_THERE, later]), create_only=True)
+
+
+LOGGED_OUT = """\
+ERROR: (gcloud.compute.tpus.queued-resources.describe) You do not currently have an active account selected.
+Please run:
+
+  $ gcloud auth login
+
+to obtain new credentials.
+
+If you have already logged in with a different account, run:
+
+  $ gcloud config set account ACCOUNT
+
+to select an already authenticated account to use.
+"""
+DISABLED = """\
+ERROR: (gcloud.compute.tpus.queued-resources.describe) PERMISSION_DENIED: Cloud TPU API has not been used before.
+- '@type': type.googleapis.com/google.rpc.ErrorInfo
+  domain: googleapis.com
+  reason: SERVICE_DISABLED
+"""
+NO_ROUTE = """\
+Using ssh batch size of 1.
+ssh: connect to host 10.0.0.2 port 22: Connection timed out
+ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited with return code [255].
+"""
+
+
+@pytest.mark.parametrize(
+    ("stderr", "message", "remedy"),
+    [
+        (LOGGED_OUT, "You do not currently have an active account selected. Please run: $ gcloud auth login", "log in"),
+        (DISABLED, "Cloud TPU API has not been used before.\n", "gcloud services enable tpu.googleapis.com"),
+        (NO_ROUTE, "code [255]. (ssh: connect to host 10.0.0.2 port 22: Connection timed out)", "port 22"),
+        ("ERROR: PERMISSION_DENIED: no\n", "PERMISSION_DENIED: no", "roles/tpu.admin"),
+        ("ERROR: Quota limit 'TPUV5' has been exceeded.\n", "has been exceeded.", "ask for quota"),
+    ],
+)
+def test_gclouds_whole_message_is_told_with_what_helps(tpu, stderr, message, remedy):
+    with pytest.raises(RequestError) as caught:
+        status(tpu, runner=Recorder(describe=[Result(1, "", stderr)]))
+    told = str(caught.value)
+    assert message in told
+    assert "'@type'" not in told
+    assert remedy in told.partition("remedy: ")[2]
 
 
 def test_status_of_a_ready_tpu_asks_every_worker(tpu):
@@ -222,7 +298,7 @@ def test_a_missing_program_is_one_sentence(monkeypatch, tmp_path):
 
 def test_the_runner_shows_errors_as_they_come_and_keeps_the_last_line(capsys):
     result = run_command(["bash", "-c", "echo first >&2; echo last >&2; exit 3"], capture=False)
-    assert (result.returncode, result.last_error_line) == (3, "last")
+    assert (result.returncode, result.error_message) == (3, "last")
     assert capsys.readouterr().err == "first\nlast\n"
     assert run_command(["bash", "-c", "echo out; exit 4"], capture=True) == Result(4, "out\n", "")
-    assert Result(4, "", "").last_error_line == "exit code 4, and no message"
+    assert Result(4, "", "").error_message == "exit code 4, and no message"
