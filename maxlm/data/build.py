@@ -5,19 +5,22 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import xxhash
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from maxlm.config import DataConfig
 from maxlm.core.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
 from maxlm.core.output import check_output
 from maxlm.core.progress import console, progress_bar
+from maxlm.core.storage import locked, storage_path
 from maxlm.core.written import table_batches
 from maxlm.data.parallel import map_in_order, num_cores
 from maxlm.data.prepare import SPLITS, build_documents
 from maxlm.data.rows import Packer, encode_row, token_bytes_for
+from maxlm.errors import DataError
 from maxlm.tokenizer.codec import Tokenizer
 
 _BATCH_DOCUMENTS = 256
@@ -40,10 +43,19 @@ def build_data(config: DataConfig, *, stop_after: Literal["documents"] | None = 
 
     Raises:
       ConfigError: the folder cannot be written, or is another stage's.
-      DataError: if a source cannot be used or a split is left empty.
+      DataError: if a source cannot be used, a split is left empty, or another process builds there.
       TokenizerError: if the tokenizer is missing.
     """
     check_output(config.output, "data")
+    output = storage_path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    with locked(output, seconds=0) as alone:
+        if not alone:
+            raise DataError(f"{output}: another process builds there; wait until it has ended, or give another output")
+        return _build(config, stop_after)
+
+
+def _build(config: DataConfig, stop_after: Literal["documents"] | None) -> dict:
     if stop_after == "documents":
         return build_documents(config)
     tokenizer = Tokenizer.load(config.tokenizer)
@@ -94,7 +106,7 @@ def build_data(config: DataConfig, *, stop_after: Literal["documents"] | None = 
     )
 
 
-def _pack_split(config: DataConfig, tokenizer: Tokenizer, split: str, documents: dict, folder: Path) -> dict[str, int]:
+def _pack_split(config: DataConfig, tokenizer: Tokenizer, split: str, documents: dict, folder: Path) -> dict[str, Any]:
     """Write the rows of one split; a split without documents has no file."""
     num_documents = documents["metrics"]["splits"][split]["documents"]
     if num_documents == 0:
@@ -105,18 +117,24 @@ def _pack_split(config: DataConfig, tokenizer: Tokenizer, split: str, documents:
     texts = _text_batches(Path(config.output) / "documents" / f"{split}.parquet")
     encoded = map_in_order(partial(_Encoder, config.tokenizer, config.workers), texts, workers=config.workers)
     num_tokens = num_rows = 0
+    digest = xxhash.xxh3_128()
+
+    def write(row: bytes) -> None:
+        writer.write(row)
+        digest.update(row)
+
     with progress_bar(f"tokens ({split})", num_documents) as (progress, task):
         for tokens, lengths in encoded:
             num_tokens += len(tokens)
             for row in packer.add(tokens, lengths):
-                writer.write(encode_row(row, token_bytes=token_bytes))
+                write(encode_row(row, token_bytes=token_bytes))
                 num_rows += 1
             progress.advance(task, len(lengths))
         for row in packer.finish():
-            writer.write(encode_row(row, token_bytes=token_bytes))
+            write(encode_row(row, token_bytes=token_bytes))
             num_rows += 1
     writer.close()
-    return {"tokens": num_tokens, "rows": num_rows}
+    return {"tokens": num_tokens, "rows": num_rows, "hash": digest.hexdigest()}
 
 
 class _Encoder:

@@ -46,6 +46,14 @@ def read_hf(uri: str) -> Iterator[dict]:
         raise DataError(f"source {uri}: the data set cannot be read: {_first_line(error)}") from None
 
 
+def local_data_files(uri: str) -> list[Path]:
+    """The files of a data set that lies in a local folder, by whose content a change is noticed; else none."""
+    if not uri.startswith(("tfds:", "hf:")):
+        return []
+    folder = Path(_name_and_split(uri)[0])
+    return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+
+
 def _name_and_split(uri: str) -> tuple[str, str]:
     _, _, name = uri.partition(":")
     if not os.path.isdir(name) and ":" in name:

@@ -24,6 +24,7 @@ from maxlm.config import DataConfig
 from maxlm.core.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
 from maxlm.core.progress import console, track
 from maxlm.data.clean import find_abnormal, normalise
+from maxlm.data.datasets import local_data_files
 from maxlm.data.decontaminate import count_overlaps, evaluation_ngrams
 from maxlm.data.deduplicate import NearDuplicates, make_signatures
 from maxlm.data.documents import Document, Record, Reject
@@ -57,6 +58,7 @@ def build_documents(config: DataConfig) -> dict:
     folder = Path(config.output) / "documents"
     sources = find_sources(config.sources, output=Path(config.output))
     inputs = {str(file.path): file.path for source in sources for file in source.files}
+    inputs |= {str(path): path for source in config.sources for path in local_data_files(source.uri)}
     inputs |= {path: Path(path) for path in config.decontaminate.files if Path(path).is_file()}
     settings = _settings(config)
     if (folder / FILE_NAME).is_file():

@@ -10,7 +10,7 @@ from maxlm.core.storage import resolve_path, storage_path
 from maxlm.core.written import read_written_lines, table_batches
 from maxlm.data.loader import PackedRows, open_in_order, open_mixture
 from maxlm.data.prepare import REJECTS_FILE
-from maxlm.errors import DataError
+from maxlm.errors import DataError, TokenizerError
 from maxlm.tokenizer.codec import Tokenizer
 
 _SHOWN_CHARACTERS = 400
@@ -47,7 +47,13 @@ def read_rows(folder: str | Path, split: str) -> Iterator[dict]:
     """
     manifest = read_manifest(folder)
     rows = open_in_order([folder], split=split, batch_size=1)
-    tokenizer = Tokenizer.load(resolve_path(manifest["inputs"]["tokenizer"]["path"], folder))
+    tokenizer_folder = resolve_path(manifest["inputs"]["tokenizer"]["path"], folder)
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    if tokenizer.fingerprint != (made_with := manifest["metrics"]["tokenizer_fingerprint"]):
+        raise TokenizerError(
+            f"{tokenizer_folder}: is another tokenizer ({tokenizer.fingerprint[:12]}) than the rows of {folder}"
+            f" were made with ({made_with[:12]}); build the data again, or put that tokenizer back"
+        )
     for step in range(rows.num_steps):
         batch = rows.batch(step)
         tokens = batch["tokens"][0][batch["segment_ids"][0] > 0].tolist()

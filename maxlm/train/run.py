@@ -309,6 +309,8 @@ def load_model(
     if metadata["config"]["objective"]["kind"] == "reward":
         raise CheckpointError(f"{path}: holds a reward model, which generates no text")
     model, lora = trained_as(metadata, where=checkpoint)
+    # One that was trained anew in its place would decode other words.
+    check_fingerprint(metadata["fingerprint"], Tokenizer.load(run_folder / "tokenizer").fingerprint, run_folder)
     plan = Decoder(model)
     restore = restore_ema if ema else restore_weights
     if lora is None:

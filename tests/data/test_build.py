@@ -12,9 +12,12 @@ from corpora import make_text, read_jsonl, write_jsonl
 
 from maxlm.config import TokenizerConfig, dump_yaml
 from maxlm.core.manifest import manifest_chain, read_manifest
+from maxlm.core.storage import locked, storage_path
 from maxlm.data.build import build_data
+from maxlm.data.datasets import local_data_files
 from maxlm.data.loader import open_in_order
 from maxlm.data.rows import Packer
+from maxlm.data.show import read_rows
 from maxlm.errors import DataError, TokenizerError
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.tokenizer.train import train_tokenizer
@@ -93,6 +96,7 @@ def test_the_rows_hold_the_documents_and_the_manifest_counts_them(tmp_path, text
             stream += batch["tokens"][batch["segment_ids"] > 0].tolist()
         expected = [i for d in documents for i in tokenizer.encode(d["text"], bos=True, eos=True)]
         assert stream in (expected, expected[:-1])
+        assert metrics["splits"][split].pop("hash")
         assert metrics["splits"][split] == {
             "documents": len(documents),
             "characters": sum(len(d["text"]) for d in documents),
@@ -250,6 +254,7 @@ def test_a_killed_build_does_not_look_complete_and_can_be_run_again(tmp_path, da
         open_in_order([tmp_path / "data"], batch_size=1)
     assert build_data(config)["metrics"]["documents"] == 1000
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [
+        ".lock",
         "documents",
         "manifest.json",
         "packed",
@@ -290,3 +295,32 @@ def test_one_document_cannot_be_split(tmp_path, data_config):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": make_text(0)}])
     with pytest.raises(DataError, match=r"none of the 1 documents fell into the .* split .*split_on_blank_lines"):
         build_data(data_config(path))
+
+
+def test_a_second_build_in_one_folder_and_a_tokenizer_trained_anew_are_told(
+    tmp_path, texts, data_config, tokenizer_folder
+):
+    output = tmp_path / "data"
+    copy = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    config = data_config(texts, tokenizer=str(copy))
+    rows_hash = build_data(config)["metrics"]["splits"]["train"]["hash"]
+    with locked(storage_path(output), seconds=0), pytest.raises(DataError, match="another process builds there"):
+        build_data(config)
+    shutil.rmtree(output)
+    assert build_data(config)["metrics"]["splits"]["train"]["hash"] == rows_hash
+    manifest = read_manifest(output)
+    manifest["metrics"]["tokenizer_fingerprint"] = "0" * 32
+    (output / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        TokenizerError, match=r"tokenizer: is another tokenizer \([0-9a-f]{12}\) than the rows of .* were"
+    ):
+        next(read_rows(output, "train"))
+
+
+@pytest.mark.parametrize("catalogue", ["hf", "tfds"])
+def test_the_files_of_a_local_data_set_are_its_inputs(tmp_path, catalogue):
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    (tmp_path / "set" / "train" / "a.parquet").touch()
+    assert local_data_files(f"{catalogue}:{tmp_path / 'set'}:train") == [tmp_path / "set" / "train" / "a.parquet"]
+    assert local_data_files(f"{catalogue}:{tmp_path / 'set'}") == [tmp_path / "set" / "train" / "a.parquet"]
+    assert local_data_files(f"{catalogue}:imdb") == local_data_files("python:stdlib") == []
