@@ -91,6 +91,17 @@ class EpochOrder:
         return np.array([self._permutation(int(epoch))[place] for epoch, place in zip(epochs, places)])
 
 
+def training_order(path: str, num_examples: int, *, batch_size: int, seed: int) -> EpochOrder:
+    """The order in which a training file is read; tells where a batch holds an example more than once."""
+    if num_examples < batch_size:
+        console.print(
+            f"{path}: has {num_examples} rows, so that a batch of batch_size={batch_size} holds some more than once;"
+            " lower batch_size, or give more examples",
+            markup=False,
+        )
+    return EpochOrder(num_examples, seed=seed)
+
+
 class PackedChats:
     """Chats as token ids, and which of them share a row.
 

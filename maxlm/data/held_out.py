@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as parquet
+import pyarrow
 import xxhash
 
+from maxlm.core.written import table_batches
 from maxlm.data.loader import OpenedSplit, PackedRows, open_splits
 from maxlm.data.rows import Row, decode_row
 from maxlm.data.sample import even_sample
@@ -101,7 +102,9 @@ def _identity(folder: OpenedSplit) -> tuple[int, int, str]:
 def _sources_of(folder: OpenedSplit) -> tuple[list[str], np.ndarray]:
     """The sources of a folder's held-out documents, and the index of that of each document."""
     file = folder.folder / "documents" / f"{folder.split}.parquet"
-    column = parquet.read_table(file, columns=["source"]).column("source").combine_chunks().dictionary_encode()
+    batches = table_batches(file, columns=["source"])
+    column = pyarrow.chunked_array([batch.column("source") for batch in batches], pyarrow.string())
+    column = column.combine_chunks().dictionary_encode()
     return column.dictionary.to_pylist(), column.indices.to_numpy()
 
 

@@ -184,7 +184,8 @@ class _Reader:
         if line.startswith("\0"):
             return "holds zero bytes, as a file does whose writing was broken off", False
         if isinstance(error, str):
-            return f"is no JSON: {error}", False
+            problem = "it holds a number of thousands of digits" if error.startswith("Exceeds the limit") else error
+            return f"is no JSON: {problem}", False
         opens_lines = False
         try:
             _DECODER.raw_decode(line)
@@ -277,10 +278,12 @@ def _read_rows(path: Path) -> Iterator[Value | Broken]:
     """The rows of a Parquet file as objects."""
     number = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=_PARQUET_BATCH):
-            for row in batch.to_pylist():
-                yield Value(str(number), f"{path}, row {number}", row)
-                number += 1
+        # Opened here: Arrow takes no name that is not UTF-8.
+        with path.open("rb") as file:
+            for batch in parquet.ParquetFile(file).iter_batches(batch_size=_PARQUET_BATCH):
+                for row in batch.to_pylist():
+                    yield Value(str(number), f"{path}, row {number}", row)
+                    number += 1
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         problem = str(error).partition("\n")[0]
         yield Broken(str(number), f"{path}, row {number}", "broken_file", f"cannot be read as Parquet: {problem}", "")

@@ -6,6 +6,7 @@ would not be done.
 
 import difflib
 import os
+import textwrap
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,8 @@ def field(record: dict[str, Any], name: str, where: str) -> Any:
     if name in record:
         return record[name]
     near = difflib.get_close_matches(name, record, 1)
-    hint = (
-        f"; did you mean {name!r} where it has {near[0]!r}?" if near else f"; it has {', '.join(record) or 'nothing'}"
-    )
+    has = textwrap.shorten(", ".join(record), 200, placeholder=" ...") or "nothing"
+    hint = f"; did you mean {name!r} where it has {near[0]!r}?" if near else f"; it has {has}"
     raise DataError(f"{where}: lacks {name!r}{hint}")
 
 

@@ -123,7 +123,8 @@ def _read_parquet(file: SourceFile, source: SourceConfig) -> Iterator[Record]:
     """The columns of a Parquet file that hold text and id; the others are not read."""
     path = file.path
     try:
-        table = parquet.ParquetFile(path)
+        # Opened here: Arrow takes no name that is not UTF-8.
+        table = parquet.ParquetFile(path.open("rb"))
         fields = [field for field in (source.text_field, source.id_field) if field is not None]
         columns = sorted({_column(field, table.schema_arrow.names, path) for field in fields})
         batches = table.iter_batches(columns=columns, batch_size=1024)

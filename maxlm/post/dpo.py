@@ -15,7 +15,7 @@ import numpy as np
 
 from maxlm.core.batch import put_batch
 from maxlm.core.term import LossOutput, Term, add
-from maxlm.data.chat import EpochOrder, padded_batches, step_batches
+from maxlm.data.chat import EpochOrder, padded_batches, step_batches, training_order
 from maxlm.data.preference import PreferenceBatch, PreferencePairs
 from maxlm.post.sequences import (
     is_real,
@@ -119,7 +119,10 @@ class Dpo:
 
     @functools.cached_property
     def _order(self) -> EpochOrder:
-        return EpochOrder(len(self._pairs), seed=self._context.config.seed)
+        config = self._context.config
+        return training_order(
+            config.objective.train_file, len(self._pairs), batch_size=config.batch_size, seed=config.seed
+        )
 
     @functools.cached_property
     def _valid_batches(self) -> list[DpoBatch]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from maxlm.core.batch import Batch, put_batch
 from maxlm.core.term import LossOutput, Term
-from maxlm.data.chat import EpochOrder, padded_batches, share_of
+from maxlm.data.chat import EpochOrder, padded_batches, share_of, training_order
 from maxlm.data.preference import Prompt, read_prompts, round_up
 from maxlm.data.sample import even_sample
 from maxlm.post.advantages import group_advantages, has_signal
@@ -217,7 +217,10 @@ class Grpo:
 
     @cached_property
     def _order(self) -> EpochOrder:
-        return EpochOrder(len(self._prompts), seed=self._context.config.seed)
+        config = self._context.config
+        return training_order(
+            config.objective.train_file, len(self._prompts), batch_size=config.batch_size, seed=config.seed
+        )
 
     def _read(self, path: str) -> list[Prompt]:
         config = self._context.config

@@ -20,7 +20,7 @@ from maxlm.core.parameters import Parameter, abstract, initialize, zeros
 from maxlm.core.progress import track
 from maxlm.core.term import LossOutput, Term, add
 from maxlm.core.tree import flatten, unflatten
-from maxlm.data.chat import EpochOrder, padded_batches, step_batches
+from maxlm.data.chat import EpochOrder, padded_batches, step_batches, training_order
 from maxlm.data.preference import PreferenceBatch, PreferencePairs, pad, round_up
 from maxlm.errors import CheckpointError, RequestError
 from maxlm.models.adapters import declare_adapters, merge_adapters
@@ -119,7 +119,10 @@ class Reward:
 
     @functools.cached_property
     def _order(self) -> EpochOrder:
-        return EpochOrder(len(self._pairs), seed=self._context.config.seed)
+        config = self._context.config
+        return training_order(
+            config.objective.train_file, len(self._pairs), batch_size=config.batch_size, seed=config.seed
+        )
 
     @functools.cached_property
     def _valid_batches(self) -> list[PreferenceBatch]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from maxlm.core.batch import Batch
 from maxlm.core.term import LossOutput
-from maxlm.data.chat import EpochOrder, PackedChats, padded_batches, step_batches
+from maxlm.data.chat import EpochOrder, PackedChats, padded_batches, step_batches, training_order
 from maxlm.post.sequences import share_of_rows
 from maxlm.train.loss import language_model_loss
 from maxlm.train.objective import RunContext
@@ -49,7 +49,10 @@ class Sft:
 
     @functools.cached_property
     def _order(self) -> EpochOrder:
-        return EpochOrder(len(self._chats.rows), seed=self._context.config.seed)
+        config = self._context.config
+        return training_order(
+            config.objective.train_file, len(self._chats.rows), batch_size=config.batch_size, seed=config.seed
+        )
 
     @functools.cached_property
     def _valid_batches(self) -> list[Batch]:

@@ -32,8 +32,10 @@ def register(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     import json
     import os
+    import sys
 
     from maxlm.config.load import load_config
+    from maxlm.errors import CheckFailed
 
     config = load_config(args.config, args.overrides, kind="sweep")
     environment = dict(os.environ)
@@ -51,4 +53,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     summary = run_sweep(config, environment=environment)
     print(json.dumps(summary, indent=2)) if args.json else print_summary(config, summary)
+    if failed := summary["trials"].get("failed", 0):
+        log = f"{config.output}/trials/*.log"
+        print(f"maxlm: {failed} trials failed ({log} tell why); the same command runs them again", file=sys.stderr)
+        return CheckFailed.exit_code
     return 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maxlm.config import TokenizerConfig
-from maxlm.data.chat import EpochOrder, PackedChats, encode_prompt, pack, padded_batches
+from maxlm.data.chat import EpochOrder, PackedChats, encode_prompt, pack, padded_batches, training_order
 from maxlm.data.records import read_records
 from maxlm.errors import DataError
 from maxlm.tokenizer.train import train_tokenizer
@@ -160,6 +160,14 @@ def test_each_epoch_shows_every_example_once_in_an_order_of_its_own():
     seen = np.concatenate(steps)
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert list(seen[:10]) != list(seen[10:])
+
+
+def test_a_file_with_fewer_rows_than_a_batch_is_told(capsys):
+    training_order("chats.jsonl", 16, batch_size=16, seed=0)
+    assert capsys.readouterr().err == ""
+    training_order("chats.jsonl", 1, batch_size=16, seed=0)
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.startswith("chats.jsonl: has 1 rows, so that a batch of batch_size=16 holds some more than once; lower")
 
 
 def test_the_examples_of_a_step_depend_on_seed_and_step_alone_and_shards_are_cuts_of_it():

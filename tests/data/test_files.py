@@ -117,3 +117,7 @@ def test_a_name_that_is_not_utf8_still_gives_ids(tmp_path):
         file.write('{"text": "x"}\n')
     (document,) = read_sources(find_sources([SourceConfig(uri=f"{tmp_path}/*.jsonl")]))
     assert document.id == "bad\\xff.jsonl:1"
+    parquet.write_table(pyarrow.table({"text": ["y"]}), tmp_path / "good.parquet")
+    os.rename(tmp_path / "good.parquet", os.path.join(os.fsencode(tmp_path), b"bad\xff.parquet"))
+    (document,) = read_sources(find_sources([SourceConfig(uri=f"{tmp_path}/*.parquet")]))
+    assert (document.id, document.text) == ("bad\\xff.parquet:0", "y")

@@ -184,3 +184,13 @@ def test_a_metric_that_is_not_there_is_told(sweep_of, valid, metric, message):
     record = Record(id="a", scale=0, setting={}, seed=0, **size, **times, status="finished", valid=valid)
     with pytest.raises(ConfigError, match=message):
         check_metric(config, record)
+
+
+def test_failed_trials_give_exit_1_after_the_summary_of_the_others(monkeypatch, capsys):
+    summary = {"trials": {"finished": 3, "diverged": 0, "failed": 1}}
+    monkeypatch.setattr("maxlm.sweep.run.run_sweep", lambda config, environment: summary)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert main(["sweep", "configs/sweep/learning_rate.yaml", "--json"]) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == summary
+    assert printed.err.startswith("maxlm: 1 trials failed (runs/sweep/learning_rate/trials/*.log tell why); the same")
