@@ -210,7 +210,8 @@ def test_echo_rates_the_prompt_as_harnesses_ask_for_it(client, model):
         values, top = choice.logprobs.token_logprobs, choice.logprobs.top_logprobs
         assert len(values) == len(top) == len(prompt) + 1
         assert values[0] is top[0] is None
-        np.testing.assert_allclose(values[1:-1], expected[np.arange(len(prompt) - 1), prompt[1:]], atol=1e-4)
+        # Rounding to int8 digits makes a step of what differs in a last bit between batches of other lengths.
+        np.testing.assert_allclose(values[1:-1], expected[np.arange(len(prompt) - 1), prompt[1:]], atol=1e-3)
         is_greedy = [value == max(entry.values()) for value, entry in zip(values[1:], top[1:])]
         assert is_greedy == [*(expected[:-1].argmax(-1) == prompt[1:]), True]
         assert choice.text.startswith(model.tokenizer.decode(prompt))

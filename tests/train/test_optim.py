@@ -31,6 +31,10 @@ EXACT = tuple(kind for kind in KINDS if kind != "adam8bit")
 
 
 def config_of(kind, **settings):
+    if kind == "soap":
+        # Directions that have hardly had a gradient hold rounding errors, which differ from processor to processor:
+        # a small epsilon would divide them by themselves.
+        settings = {"epsilon": 1e-4, **settings}
     return OptimConfig(kind=kind, **{"learning_rate": 0.01, "precondition_every": 2, **settings})
 
 
@@ -121,9 +125,8 @@ def test_a_mesh_changes_no_update(kind, sizes, alone):
     """And a device's part of the state is as its part of the parameters."""
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
     params, state = run(config_of(kind), mesh=mesh)
-    # Where compilers order sums differently, a code of adam8bit may be rounded to its other neighbour, and soap's basis
-    # of directions that have hardly had a gradient turns by a part in a hundred.
-    assert_moved_alike(in_numpy(params), alone[kind], rtol=0.03 if kind in ("adam8bit", "soap") else 1e-3)
+    # Where compilers order sums differently, a code of adam8bit may be rounded to its other neighbour.
+    assert_moved_alike(in_numpy(params), alone[kind], rtol=0.03 if kind == "adam8bit" else 1e-3)
     assert part_of_a_device(state) < 1.15 * part_of_a_device(params)
 
 
