@@ -1,6 +1,7 @@
 # make quickstart   text to a served chat model, in minutes on a CPU
 # make test         lint and the whole test suite; the chat page is tested where there is a Chromium
-# Both do all of their own set-up in .venv. `make test PYTHON=python3.12` uses another interpreter, given by name or by
+# make test-fast    what one runs while working: lint and the tests that are not slow
+# All do all of their own set-up in .venv. `make test PYTHON=python3.12` uses another interpreter, given by name or by
 # path, in a folder of its own: .venv-3.12.
 
 SUPPORTED := python3.11 python3.12 python3.13 python3
@@ -13,7 +14,7 @@ CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),--constraint constraints.txt)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(CONSTRAINTS)
 WORKERS ?= 2
 
-.PHONY: install install-dev quickstart test verify lint format clean
+.PHONY: install install-dev quickstart test test-fast verify lint format clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +25,9 @@ quickstart: install
 
 test: install-dev lint
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-fast: install-dev lint
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 # Tables of docs/verify.md
 verify: install
