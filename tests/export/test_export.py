@@ -289,10 +289,6 @@ class TestRefuses:
 
 
 class TestCommandLine:
-    @pytest.fixture(autouse=True)
-    def _only_this_command(self, monkeypatch):
-        monkeypatch.setattr("maxlm.cli.COMMANDS", ("maxlm.export.cli",))
-
     def command(self, run, output, *more):
         return ["export", str(run.path), str(output), "--format", "int8", "--data", str(run.data), *more]
 
