@@ -10,6 +10,7 @@ import re
 import sysconfig
 import warnings
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,9 +90,21 @@ def _functions_of(path: Path, module: str) -> Iterator[Function]:
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (function := _function(node, module)):
             yield function
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """What holds statements, breadth first as by `ast.walk`, without expressions: they are most of a tree."""
+    nodes: deque[ast.AST] = deque([tree])
+    while nodes:
+        yield (node := nodes.popleft())
+        nodes.extend(
+            child
+            for child in ast.iter_child_nodes(node)
+            if isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case)
+        )
 
 
 def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, module: str) -> Function | None:
