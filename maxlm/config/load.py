@@ -96,7 +96,9 @@ def _read_yaml(path: Path) -> dict:
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError([f"{path}: there is no such file{hint}"]) from None
     except OSError as error:
-        raise ConfigError([f"{path}: cannot be read: {error.strerror.lower()}"]) from None
+        # The name itself may be what is too long.
+        name = str(path) if len(str(path)) <= 300 else f"{str(path)[:300]}..."
+        raise ConfigError([f"{name}: cannot be read: {error.strerror.lower()}"]) from None
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path}: is no UTF-8 text (byte {error.start + 1}); save it as UTF-8"]) from None
     except BadYaml as error:

@@ -121,13 +121,13 @@ class PackedChats:
 
     @classmethod
     def read(cls, path: str | Path, tokenizer: Tokenizer, *, row_length: int, form: RecordFormat | None = None) -> Self:
-        """Chats of a file; those that do not fit in a row, or have weights of 0 alone, are left out and counted.
+        """Chats of a file; those that do not fit in a row, or have no answer to learn from, are left out and counted.
 
         Raises:
-          DataError: a record is no chat or has no answer to learn from, or no chat is left.
+          DataError: a record is no chat, or no chat is left.
         """
         form = form or RecordFormat()
-        chats, places, num_too_long, num_weightless = [], [], 0, 0
+        chats, places, num_too_long, num_weightless, unanswered = [], [], 0, 0, []
         for where, record in read_records(path, form):
             prompt, answer = parse_chat(record, where, form)
             if prompt is None:
@@ -137,18 +137,26 @@ class PackedChats:
             if not any(chat.loss_weights):
                 if any("weight" in message for message in answer):
                     num_weightless += 1
-                    continue
-                raise DataError(
-                    f"{where}: has no message of role {tokenizer.template.answering_role!r},"
-                    " so there is nothing to learn from it; remove the line"
-                )
-            if len(chat.ids) - 1 > row_length:
+                else:
+                    unanswered.append(where)
+            elif len(chat.ids) - 1 > row_length:
                 num_too_long += 1
             else:
                 chats.append(chat)
                 places.append(where)
         if num_weightless:
             console.print(f"{path}: {num_weightless} chats have weights of 0 alone and are left out", markup=False)
+        if unanswered:
+            lacks = f"no message of role {tokenizer.template.answering_role!r}"
+            if not chats and not num_too_long:
+                raise DataError(
+                    f"{unanswered[0]}: has {lacks}, and nor has any other chat that could be learned from;"
+                    " objective.roles may name the role that answers"
+                )
+            console.print(
+                f"{path}: {len(unanswered)} chats have {lacks} and are left out; the first is {unanswered[0]}",
+                markup=False,
+            )
         check_some_left(path, len(chats), num_too_long, what="chats", row_length=row_length)
         packed = cls(chats, row_length=row_length, places=places)
         full = packed._lengths.sum() / (len(packed.rows) * row_length)

@@ -42,7 +42,9 @@ def check_keys(
             continue
         near = difflib.get_close_matches(key, known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)};"
-        raise DataError(f"{where}: {what} has the unknown key {key!r}; {hint} or list it in ignore_keys")
+        raise DataError(
+            f"{where}: {what} has the unknown key {key!r}; {hint} or list it in ignore_keys, for eval in --ignore-keys"
+        )
 
 
 def parse_messages(messages: Any, where: str, form: RecordFormat, *, name: str = "messages") -> Messages:

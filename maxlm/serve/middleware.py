@@ -68,7 +68,9 @@ class Observe:
                 self._counter.add(path=path, status=str(status))
             asked = f"{scope['method']} {scope['raw_path'].decode('ascii', 'backslashreplace'):.200}"
             client = scope["client"][0] if scope["client"] else "-"
-            log.info("%s %s %s %s %.3f s", id_, client, asked, status or "-", time.perf_counter() - started)
+            # The chat page has its answers rendered piece by piece.
+            level = logging.DEBUG if scope["path"] == "/render" else logging.INFO
+            log.log(level, "%s %s %s %s %.3f s", id_, client, asked, status or "-", time.perf_counter() - started)
 
 
 class LimitBody:

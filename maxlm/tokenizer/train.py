@@ -17,6 +17,7 @@ from maxlm.config import TokenizerConfig
 from maxlm.core.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
 from maxlm.core.output import check_output
 from maxlm.core.progress import console
+from maxlm.core.storage import locked, storage_path
 from maxlm.core.written import table_batches
 from maxlm.errors import DataError, TokenizerError
 from maxlm.tokenizer.chat_template import CONTROL_TOKENS, default_chat_template
@@ -35,7 +36,7 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
     Raises:
       ConfigError: the folder cannot be written, or is another stage's.
-      DataError: if the input is missing or empty.
+      DataError: if the input is missing or empty, or another process writes to the folder.
       TokenizerError: if the input is too small, or its alphabet too large, for the vocabulary.
     """
     check_output(config.output, "tokenizer")
@@ -52,26 +53,27 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if not texts:
         raise DataError(f"{config.input}: holds no text to train a tokenizer on")
     tokenizer = Tokenizer(_train_model(texts, config), default_chat_template(BOS))
-    seconds = time.perf_counter() - start
-
-    (output / FILE_NAME).unlink(missing_ok=True)
-    tokenizer.save(output)
     sample = texts[:: max(1, len(texts) // 1000)]
     characters = sum(map(len, sample))
-    write_manifest(
-        output,
-        stage="tokenizer",
-        inputs={"documents": documents},
-        config=resolved,
-        metrics={
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "trained_on_characters": sum(map(len, texts)),
-            "characters_per_token": round(characters / max(1, sum(map(len, tokenizer.encode_batch(sample)))), 3),
-            "seconds": round(seconds, 2),
-        },
-    )
+    metrics = {
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "trained_on_characters": sum(map(len, texts)),
+        "characters_per_token": round(characters / max(1, sum(map(len, tokenizer.encode_batch(sample)))), 3),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+    _write(output, tokenizer, documents, resolved, metrics)
     return tokenizer
+
+
+def _write(output: Path, tokenizer: Tokenizer, documents: Path, resolved: dict, metrics: dict) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    with locked(storage_path(output), seconds=0) as alone:
+        if not alone:
+            raise DataError(f"{output}: another process writes there; wait until it has ended, or give another output")
+        (output / FILE_NAME).unlink(missing_ok=True)
+        tokenizer.save(output)
+        write_manifest(output, stage="tokenizer", inputs={"documents": documents}, config=resolved, metrics=metrics)
 
 
 def _train_model(texts: list[str], config: TokenizerConfig) -> bytes:

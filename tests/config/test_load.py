@@ -258,6 +258,9 @@ def test_bytes_that_are_no_text_and_folders_are_told(tmp_path):
     path.write_bytes(b"\xff\xfe\x00kind")
     assert "is no UTF-8 text" in problems(path)[0]
     assert "cannot be read" in problems(tmp_path)[0]
+    [problem] = problems(tmp_path / ("x" * 5000))
+    assert problem.endswith("...: cannot be read: file name too long")
+    assert len(problem) < 400
 
 
 def test_the_wrong_kind_is_told(good):

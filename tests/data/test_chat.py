@@ -113,13 +113,24 @@ def test_a_chat_that_fills_a_row_to_the_last_token_is_kept(tokenizer, tmp_path):
         ('{"messages": "hello"}', r"chats\.jsonl:2: messages must be a list"),
         ('{"messages": [{"role": "usr", "content": "a"}]}', r"chats\.jsonl:2: chat role 'usr' is unknown.*'user'"),
         ('{"messages": [{"role": "user"}]}', r"chats\.jsonl:2: message 1 .* content"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', r"chats\.jsonl:2: has no message of role 'assistant'"),
     ],
 )
 def test_a_bad_line_is_named_with_file_and_line(tokenizer, tmp_path, line, message):
     path = write(tmp_path / "chats.jsonl", CHATS[0])
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(DataError, match=message):
+        PackedChats.read(path, tokenizer, row_length=40)
+
+
+def test_chats_without_an_answer_are_left_out_and_counted(tokenizer, tmp_path, capsys):
+    question = {"messages": [{"role": "user", "content": "a"}]}
+    path = write(tmp_path / "chats.jsonl", CHATS[0], question, question)
+    assert len(PackedChats.read(path, tokenizer, row_length=40).rows) == 1
+    assert f"2 chats have no message of role 'assistant' and are left out; the first is {path}:2" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    write(path, question)
+    with pytest.raises(DataError, match=r"chats\.jsonl:1: has no message of role 'assistant', and nor .*roles"):
         PackedChats.read(path, tokenizer, row_length=40)
 
 

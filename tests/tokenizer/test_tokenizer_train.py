@@ -6,6 +6,7 @@ import pytest
 
 from maxlm.config import DataConfig, TokenizerConfig
 from maxlm.core.manifest import manifest_chain, read_manifest
+from maxlm.core.storage import locked, storage_path
 from maxlm.data.build import build_data
 from maxlm.errors import ConfigError, DataError, TokenizerError
 from maxlm.tokenizer import cli
@@ -30,7 +31,8 @@ def test_training_is_deterministic(text_file, tmp_path, algorithm):
 def test_the_folder_says_what_it_was_made_of(text_file, tmp_path):
     tokenizer = train_tokenizer(config(text_file, tmp_path))
     manifest = read_manifest(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"tokenizer.model", "chat_template.json", "manifest.json"}
+    files = {path.name for path in tmp_path.iterdir() if path.name != ".lock"}
+    assert files == {"tokenizer.model", "chat_template.json", "manifest.json"}
     assert manifest["stage"] == "tokenizer"
     assert manifest["metrics"]["fingerprint"] == tokenizer.fingerprint
     assert manifest["metrics"]["vocab_size"] == tokenizer.vocab_size == 600
@@ -49,6 +51,12 @@ def test_a_tokenizer_is_made_again_only_when_something_changed(text_file, tmp_pa
     assert model.stat().st_mtime_ns == made
     train_tokenizer(config(text_file, tmp_path, vocab_size=610))
     assert model.stat().st_mtime_ns > made
+
+
+def test_a_folder_is_one_process_s_at_a_time(text_file, tmp_path):
+    with locked(storage_path(tmp_path), seconds=0), pytest.raises(DataError, match="another process writes there"):
+        train_tokenizer(config(text_file, tmp_path))
+    assert train_tokenizer(config(text_file, tmp_path)).vocab_size == 600
 
 
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
