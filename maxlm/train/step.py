@@ -118,9 +118,10 @@ def loss_and_gradient(
         return add(totals, gradient(trainable, microbatch, weights)), None
 
     microbatches = jax.tree.map(lambda x: _split(x, accumulate), batch)
+    # From zeros, and not from the first microbatch, whose pass would be compiled a second time outside of the loop.
     first = jax.tree.map(lambda x: x[0], microbatches)
-    rest = jax.tree.map(lambda x: x[1:], microbatches)
-    (grads, output), _ = jax.lax.scan(body, gradient(trainable, first, weights), rest)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, trainable, first, weights))
+    (grads, output), _ = jax.lax.scan(body, zeros, microbatches)
     return output, grads
 
 
