@@ -5,6 +5,7 @@ A choice is made of its events; a chunk is the same choice made of one of them.
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def usage(num_prompt_tokens: int, num_new_tokens: int) -> dict:
     }
 
 
-class Reply:
+class Reply(ABC):
     """One reply; all its chunks share an id. `seed` gives the same choices again."""
 
     prefix: str
@@ -49,15 +50,17 @@ class Reply:
     def chunk(self, choices: list[dict], usage: dict | None = None) -> dict:
         return {**self._base, "object": self.chunk_object, "choices": choices, "usage": usage, **self._seed}
 
+    @abstractmethod
     def opening(self, index: int) -> list[dict]:
         """Choices of the chunk that comes before the first event."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choice(self, index: int, events: Sequence[Event]) -> dict:
-        raise NotImplementedError
+        """A whole answer from all its events."""
 
+    @abstractmethod
     def delta(self, index: int, event: Event) -> dict:
-        raise NotImplementedError
+        """What one event adds to an answer that is streamed."""
 
 
 class CompletionReply(Reply):
