@@ -53,6 +53,8 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if not texts:
         raise DataError(f"{config.input}: holds no text to train a tokenizer on")
     tokenizer = Tokenizer(_train_model(texts, config), default_chat_template(BOS))
+    seconds = time.perf_counter() - start
+
     sample = texts[:: max(1, len(texts) // 1000)]
     characters = sum(map(len, sample))
     metrics = {
@@ -60,7 +62,7 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
         "vocab_size": tokenizer.vocab_size,
         "trained_on_characters": sum(map(len, texts)),
         "characters_per_token": round(characters / max(1, sum(map(len, tokenizer.encode_batch(sample)))), 3),
-        "seconds": round(time.perf_counter() - start, 2),
+        "seconds": round(seconds, 2),
     }
     _write(output, tokenizer, documents, resolved, metrics)
     return tokenizer
