@@ -5,9 +5,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from xla_flags import flags_of
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+if "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = flags_of(devices=8)
 cache = os.path.join(tempfile.gettempdir(), "maxlm-test-compilation-cache")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -38,16 +40,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path in slow:
             item.add_marker(pytest.mark.slow)
-
-
-@pytest.fixture(scope="module")
-def quick_compile():
-    """For modules that compile much and run little: XLA leaves most optimisations out, in half the time."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,6 @@ from maxlm.errors import ConfigError
 from maxlm.models.adapters import apply_adapters, declare_adapters, merge_adapters
 from maxlm.models.decoder import Decoder
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 PLAN = Decoder(tiny_config())
 LORA = LoraConfig(rank=3, alpha=6.0)
 TOKENS = np.random.default_rng(0).integers(0, VOCAB_SIZE, (2, 7)).astype(np.int32)

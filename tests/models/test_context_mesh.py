@@ -16,8 +16,6 @@ from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
 from maxlm.train.loss import language_model_loss
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CONFIG = tiny_config(attention_soft_cap=3.0, loss_chunk_length=5)
 DOCUMENTS = (9, 7, 12)
 

@@ -14,8 +14,6 @@ from maxlm.models.cache import KVCache
 from maxlm.models.decoder import Decoder
 from maxlm.train.loss import language_model_loss
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 VARIANTS = {
     "plain": {},
     "multi-head": {"num_kv_heads": 4},

@@ -24,8 +24,6 @@ from maxlm.train.loss import language_model_loss
 from maxlm.train.metrics import num_active_parameters
 from maxlm.train.step import loss_and_gradient
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 MOE = {
     "num_experts": 8,
     "experts_per_token": 2,

@@ -12,7 +12,6 @@ from maxlm.config import ModelConfig, TrainConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.moe import MoeConfig
 from maxlm.core.batch import Batch, put_batch
-from maxlm.core.compat import quick_compiler_options
 from maxlm.core.parameters import abstract, initialize, shardings
 from maxlm.core.sharding import make_mesh, mesh_sizes
 from maxlm.core.tree import flatten, unflatten
@@ -22,8 +21,6 @@ from maxlm.models.pipeline import Schedule
 from maxlm.train.layout import check_layout
 from maxlm.train.loss import language_model_loss
 from maxlm.train.step import loss_and_gradient
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ROWS, LENGTH = 16, 12
 
@@ -59,7 +56,7 @@ def gradient_function(config, accumulate=1):
             model, None, batch, loss_function=language_model, accumulate=accumulate, pipeline=config.pipeline
         )
 
-    return jax.jit(compute, compiler_options=quick_compiler_options())
+    return jax.jit(compute)
 
 
 @cache

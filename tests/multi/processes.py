@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from forked import ROOT, Call, Forked
+from xla_flags import one_device
 
 from maxlm.config.load import dump_yaml, parse_config
 
@@ -131,7 +132,7 @@ def run_all(configs: list[Path], **options) -> list[Ended]:
 
 @functools.cache
 def _forked() -> Forked:
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = {"XLA_FLAGS": one_device()}
     modules = ["member", "toy_run", "maxlm.cli", "maxlm.post.run", "tensorboardX"]
     return Forked(modules, paths=[HERE, HERE.parent / "train"], environment=environment)
 

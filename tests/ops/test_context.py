@@ -21,8 +21,6 @@ from maxlm.ops.flash_tpu import Kernels
 from maxlm.ops.flash_xla import Blockwise
 from maxlm.ops.ring import Ring, held_chunks, plan_ring, ring_attention
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 KERNELS = Kernels(jnp.dtype("float32"), largest_block=128, interpret=True)
 HEADS = P(("data", "fsdp", "expert"), "context", "tensor", None)
 

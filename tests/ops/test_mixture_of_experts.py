@@ -12,8 +12,6 @@ from maxlm.ops.grouped_matmul import grouped_linear
 from maxlm.ops.moe import mixture_of_experts, route, router_scores
 from maxlm.ops.moe_balance import bias_pull, choices, document_balance
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 B, L, D, F, E, K = 8, 8, 16, 12, 8, 2
 TOKENS, RESIDUAL = ("batch", "length", None), ("batch", "residual_length", None)
 RANDOM = np.random.default_rng(0)

@@ -14,8 +14,6 @@ from maxlm.post.distill import load_teacher, token_divergence
 from maxlm.post.run import train
 from maxlm.train.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SMALL = {
     "num_layers": 1,
     "embed_dim": 16,

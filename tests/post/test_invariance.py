@@ -8,7 +8,6 @@ import pytest
 from toy_task import MODEL, chat, make_config, question, write_lines
 
 from maxlm.config.model import ModelConfig
-from maxlm.core.compat import quick_compiler_options
 from maxlm.core.parameters import initialize
 from maxlm.core.sharding import make_mesh
 from maxlm.data.chat import PackedChats
@@ -51,7 +50,7 @@ def terms_and_gradient(objective, model, batch, accumulate=1):
         return loss_and_gradient(model, None, batch, loss_function=loss_function, accumulate=accumulate)
 
     # These run once: what the compiler would save is less than what it would take.
-    output, gradient = jax.jit(function, compiler_options=quick_compiler_options())(model, batch)
+    output, gradient = jax.jit(function)(model, batch)
     means = {name: float(term.mean()) for name, term in {**output.terms, **output.metrics}.items()}
     return means, gradient
 

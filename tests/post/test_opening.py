@@ -17,8 +17,6 @@ from maxlm.post.run import train
 from maxlm.train.checkpoint import find_checkpoint
 
 PAIR = {"prompt": question("sky"), "chosen": "blue", "rejected": "red"}
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 RECORDS = {
     "sft": chat("sky", "blue"),
     "dpo": PAIR,

@@ -15,8 +15,6 @@ from maxlm.post.run import recipe_of
 from maxlm.train.objective import RunContext
 from maxlm.train.step import loss_and_gradient
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 RECORDS = {
     "dpo": [{"prompt": question(f"coin {n}"), "chosen": "yes", "rejected": "no"} for n in range(4)],
     "grpo": [{"prompt": question(f"coin {n}"), "answer": "yes"} for n in range(4)],

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from xla_flags import one_device
 
 from maxlm.core.manifest import write_manifest
 from maxlm.errors import ConfigError, DataError, RequestError
@@ -52,11 +53,7 @@ sys.exit(cli.main())
 
 def quickstart(folder, *overrides):
     command = [sys.executable, "-c", FEW_QUESTIONS, "quickstart", "--output", str(folder), "--json"]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "",  # one device, as a laptop has
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    environment = {**os.environ, "XLA_FLAGS": one_device()}  # as a laptop has
     return subprocess.run([*command, *SMALL, *overrides], capture_output=True, text=True, timeout=600, env=environment)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from xla_flags import one_device
 
 from maxlm.cli import main
 from maxlm.config import load_config
@@ -33,7 +34,7 @@ def environment(folder: Path, *, kills: bool) -> dict[str, str]:
         (folder / "sitecustomize.py").write_text(SITE)
     # Where torch is installed, tensorboardX would spend seconds of each trial on importing it.
     (folder / "torch.py").write_text("raise ImportError")
-    return os.environ | {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(folder)}
+    return os.environ | {"XLA_FLAGS": one_device(), "PYTHONPATH": str(folder)}
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,6 @@ from maxlm.train.adam8bit import (
     scale_by_adam8bit,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CODES = {
     "first": {"power": FIRST_POWER, "num_codes": FIRST_CODES},
     "second": {"power": SECOND_POWER, "num_codes": SECOND_CODES},

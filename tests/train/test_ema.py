@@ -24,8 +24,6 @@ from maxlm.train.run import load_model
 from maxlm.train.state import create_state
 from maxlm.train.step import train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def test_the_mean_is_that_of_the_formula():
     values = np.random.default_rng(0).standard_normal((40, 5))

@@ -25,8 +25,6 @@ from maxlm.train.metrics import read_metrics
 from maxlm.train.pretrain import Pretrain
 from maxlm.train.run import load_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 GUARD = {"max_skipped_in_a_row": 3, "max_rollbacks": 2}
 BAD = {6, 7, 8}
 

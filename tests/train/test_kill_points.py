@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from forked import Call, Forked
 from test_checkpoint import assert_equal, make_small_state
+from xla_flags import one_device
 
 from maxlm.train.checkpoint import Checkpointer
 
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::pytest.Pytes
 
 @pytest.fixture(scope="module")
 def forked():
-    with Forked(["kill_points", "tensorboardX"], paths=[HERE], environment={"XLA_FLAGS": ""}) as forked:
+    with Forked(["kill_points", "tensorboardX"], paths=[HERE], environment={"XLA_FLAGS": one_device()}) as forked:
         yield forked
 
 

@@ -14,8 +14,6 @@ from maxlm.train.muon import orthogonalize, scale_by_muon
 from maxlm.train.soap import scale_by_soap
 from maxlm.train.spread import on_whole_matrices
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def random(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)

@@ -13,7 +13,7 @@ from maxlm.train.layout import check_layout
 from maxlm.train.metrics import read_metrics
 from maxlm.train.run import load_model, resolve_model
 
-pytestmark = [pytest.mark.usefixtures("quick_compile"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 MOE = {"num_experts": 8, "experts_per_token": 2, "mlp_dim": 16, "balance": {"loss_weight": 0.01, "bias": True}}
 

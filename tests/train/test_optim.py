@@ -21,8 +21,6 @@ from maxlm.models.adapters import declare_adapters
 from maxlm.models.decoder import Decoder
 from maxlm.train.optim import apply_updates, gradient_norm, labels, make_optimizer
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 PLAN = plan()
 DECODER = Decoder(ModelConfig(**{**MODEL, "vocab_size": 64, "qk_norm": True}))
 KINDS = ("adamw", "adam8bit", "adafactor", "lion", "sgd", "muon", "soap")

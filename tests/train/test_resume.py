@@ -19,8 +19,6 @@ from maxlm.train.checkpoint import find_checkpoint, read_metadata
 from maxlm.train.lineage import Lineage, schedule_change
 from maxlm.train.run import load_model, resolve_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 FREE = {
     *("output", "mesh.data", "mesh.stage", "mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor", "mesh.slices"),
     *("checkpoint.every", "checkpoint.keep", "checkpoint.retries", "checkpoint.retry_seconds", "checkpoint.local"),

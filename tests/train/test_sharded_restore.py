@@ -32,7 +32,7 @@ def bytes_per_device(tree) -> int:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_the_state_that_a_checkpoint_is_read_into_is_cut_over_all_devices(kind, quick_compile):
+def test_the_state_that_a_checkpoint_is_read_into_is_cut_over_all_devices(kind):
     """Weights, moments and running mean; norms and counters alone are whole everywhere."""
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     with jax.set_mesh(mesh):
@@ -47,7 +47,7 @@ def test_the_state_that_a_checkpoint_is_read_into_is_cut_over_all_devices(kind, 
     assert bytes_per_device(like) < 1.1 * whole / 8
 
 
-def test_another_mesh_reads_it_into_its_own_parts(tmp_path, quick_compile):
+def test_another_mesh_reads_it_into_its_own_parts(tmp_path):
     """Saved cut eight ways by rows, read cut four ways by rows and heads: the same values, and nothing gathered."""
     create = state_of(make_optimizer(OptimConfig()))
     plan = Decoder(MODEL_CONFIG)
@@ -65,7 +65,7 @@ def test_another_mesh_reads_it_into_its_own_parts(tmp_path, quick_compile):
     assert checksums(restored) == checksums(saved)
 
 
-def test_what_one_device_has_saved_whole_is_stored_in_pieces(tmp_path, monkeypatch, quick_compile):
+def test_what_one_device_has_saved_whole_is_stored_in_pieces(tmp_path, monkeypatch):
     """Cut along both axes, so that a process that needs a part, of either axis, need not read the rest."""
     monkeypatch.setattr("maxlm.train.checkpoint.PIECE_BYTES", 1 << 12)
     with Checkpointer(tmp_path, keep=1) as checkpointer:

@@ -25,8 +25,6 @@ from maxlm.train.schedule import schedule_factor
 from maxlm.train.state import create_state
 from maxlm.train.step import GUARD_WARMUP_STEPS, loss_and_gradient, train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CONFIG = tiny_config(num_heads=8, num_kv_heads=8, window_pattern=(6,))
 PLAN = Decoder(CONFIG)
 

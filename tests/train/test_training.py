@@ -22,8 +22,6 @@ from maxlm.train.layout import check_layout, note_idle_devices
 from maxlm.train.metrics import MetricsLog, read_metrics
 from maxlm.train.run import load_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def weights(folder):
     return flatten(jax.device_get(load_model(folder)[0]))

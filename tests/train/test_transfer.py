@@ -14,8 +14,6 @@ from maxlm.models.decoder import Decoder
 from maxlm.train.loss import language_model_loss
 from maxlm.train.optim import apply_updates, make_optimizer
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 WIDTHS = (32, 256)
 TOKENS = np.random.default_rng(0).integers(0, 64, (4, 17)).astype("int32")
 BATCH = Batch(

@@ -21,8 +21,6 @@ from maxlm.train.pretrain import Pretrain
 from maxlm.train.run import resolve_model
 from maxlm.train.validate import values_by_source
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory, tiny_tokenizer_folder) -> str:
