@@ -13,6 +13,8 @@ VENV := $(if $(filter 3.11,$(VERSION)),.venv,.venv-$(VERSION))
 CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),--constraint constraints.txt)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(CONSTRAINTS)
 WORKERS ?= 2
+# In the order of tests/conftest.py.
+SHARED_OUT := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: install install-dev quickstart test test-fast verify lint format clean
 
@@ -24,10 +26,10 @@ quickstart: install
 	$(VENV)/bin/maxlm quickstart
 
 test: install-dev lint
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+	$(VENV)/bin/python -m pytest $(SHARED_OUT)
 
 test-fast: install-dev lint
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(VENV)/bin/python -m pytest $(SHARED_OUT) -m "not slow"
 
 # Tables of docs/verify.md
 verify: install

@@ -40,6 +40,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path in slow:
             item.add_marker(pytest.mark.slow)
+    # First, so that no worker is left with a long file when the others are done.
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

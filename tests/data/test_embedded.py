@@ -2,23 +2,28 @@ import hashlib
 import subprocess
 import sys
 
-from maxlm.data.embedded import read_embedded
+import pytest
 
-DOCUMENTS = {document.id: document for document in read_embedded()}
-
-
-def test_the_corpus_is_millions_of_characters_with_source_and_licence():
-    assert sum(len(document.text) for document in DOCUMENTS.values()) > 3_000_000
-    assert {(document.source, document.licence) for document in DOCUMENTS.values()} == {("python:stdlib", "PSF-2.0")}
-    assert {name.split("/")[0] for name in DOCUMENTS} == {"module", "topic", "compiled"}
+from maxlm.data.embedded import Document, read_embedded
 
 
-def test_a_module_gives_docstrings_under_their_names_and_comments_in_order():
-    text = DOCUMENTS["module/heapq"].text
+@pytest.fixture(scope="module")
+def documents() -> dict[str, Document]:
+    return {document.id: document for document in read_embedded()}
+
+
+def test_the_corpus_is_millions_of_characters_with_source_and_licence(documents):
+    assert sum(len(document.text) for document in documents.values()) > 3_000_000
+    assert {(document.source, document.licence) for document in documents.values()} == {("python:stdlib", "PSF-2.0")}
+    assert {name.split("/")[0] for name in documents} == {"module", "topic", "compiled"}
+
+
+def test_a_module_gives_docstrings_under_their_names_and_comments_in_order(documents):
+    text = documents["module/heapq"].text
     assert text.startswith("heapq\n\nHeap queue algorithm (a.k.a. priority queue).")
     places = [text.index(part) for part in ("heapq.heappush\n\nPush item onto heap", "# 'heap' is a heap"[2:], "merge")]
     assert places == sorted(places)
-    assert "import" not in DOCUMENTS["module/this"].text
+    assert "import" not in documents["module/this"].text
 
 
 def test_a_string_that_looks_like_a_comment_is_none(tmp_path, monkeypatch):
@@ -37,14 +42,14 @@ def test_a_string_that_looks_like_a_comment_is_none(tmp_path, monkeypatch):
     }
 
 
-def test_compiled_modules_give_their_documentation_once():
-    text = DOCUMENTS["compiled/_bisect"].text
+def test_compiled_modules_give_their_documentation_once(documents):
+    text = documents["compiled/_bisect"].text
     assert "_bisect.bisect_left(a, x, lo=0, hi=None, *, key=None)" in text
-    slots = sum("See help(type(self)) for accurate signature." in d.text for d in DOCUMENTS.values())
+    slots = sum("See help(type(self)) for accurate signature." in d.text for d in documents.values())
     assert slots <= 2
 
 
-def test_every_process_reads_the_same_and_imports_no_module_that_acts():
+def test_every_process_reads_the_same_and_imports_no_module_that_acts(documents):
     code = (
         "import hashlib, sys; from maxlm.data.embedded import read_embedded\n"
         "documents = list(read_embedded())\n"
@@ -54,4 +59,4 @@ def test_every_process_reads_the_same_and_imports_no_module_that_acts():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == ""
-    assert run.stderr == hashlib.sha256(repr(list(DOCUMENTS.values())).encode()).hexdigest()
+    assert run.stderr == hashlib.sha256(repr(list(documents.values())).encode()).hexdigest()

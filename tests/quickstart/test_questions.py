@@ -21,9 +21,12 @@ def functions():
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
+def tasks(tmp_path_factory, functions):
     folder = tmp_path_factory.mktemp("tasks")
-    write_tasks(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        # Reading them takes most of the time, and is done once.
+        patch.setattr("maxlm.quickstart.tasks.read_functions", lambda: functions)
+        write_tasks(folder)
     return {path.stem: [json.loads(line) for line in path.open()] for path in folder.glob("*.jsonl")}
 
 
