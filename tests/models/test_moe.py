@@ -3,7 +3,6 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import same_gradient
@@ -13,7 +12,7 @@ from maxlm.config import ModelConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.train import LoraConfig
 from maxlm.core.batch import put_batch
-from maxlm.core.parameters import initialize
+from maxlm.core.parameters import initialize, shardings
 from maxlm.core.sharding import make_mesh
 from maxlm.models.adapters import declare_adapters
 from maxlm.models.bundle import quantize_model
@@ -43,12 +42,12 @@ def config(**changes) -> ModelConfig:
 
 def model_of(model_config, mesh=None):
     """Weights large enough to tell experts apart, and a bias that changes some choices."""
-    model = initialize(Decoder(model_config), jax.random.key(0), mesh)
-    model = jax.tree.map(lambda leaf: leaf * 1.5, model)
+    plan = Decoder(model_config)
+    model = jax.tree.map(lambda leaf: 1.5 * np.asarray(leaf), initialize(plan, jax.random.key(0)))
     if model_config.moe.balance.bias:
         bias = model.layers.mlp.router_bias
-        model.layers.mlp.router_bias = bias + jnp.linspace(-0.2, 0.2, bias.shape[1])
-    return model
+        model.layers.mlp.router_bias = bias + np.linspace(-0.2, 0.2, bias.shape[1], dtype=np.float32)
+    return jax.device_put(model, None if mesh is None else shardings(plan, mesh))
 
 
 PACKED = pack(documents(), rows=8, length=32, per_row=3)

@@ -1,6 +1,7 @@
 """Checkpoints: what was saved comes back to the bit, and nothing that is broken or foreign is taken for it."""
 
 import contextlib
+import functools
 import json
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 PLAN = Decoder(ModelConfig(**{**MODEL, "vocab_size": 64}))
 
 
+@functools.cache
 def make_state(seed: int, *, step: int = 0, plan=PLAN, mesh=None) -> TrainState:
     """A state whose every array differs from zero."""
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():

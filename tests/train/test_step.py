@@ -1,6 +1,7 @@
 """One step of training: the same on any mesh, however the batch is cut, packed or padded; and what the guard skips."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from maxlm.config.fault import GuardConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.optim import OptimConfig, ScheduleConfig
 from maxlm.core.batch import put_batch
-from maxlm.core.parameters import initialize
+from maxlm.core.parameters import initialize, shardings
 from maxlm.core.sharding import make_mesh
 from maxlm.core.term import LossOutput, Term
 from maxlm.core.tree import flatten
@@ -36,9 +37,14 @@ def loss_function(model, frozen, batch):
 PACKED = pack(documents(), rows=8, length=30, per_row=3)
 
 
+@functools.cache
+def weights():
+    """Drawn once for all meshes."""
+    return jax.tree.map(lambda leaf: 1.5 * np.asarray(leaf), initialize(PLAN, jax.random.key(0)))
+
+
 def model_of(mesh=None):
-    model = initialize(PLAN, jax.random.key(0), mesh)
-    return jax.tree.map(lambda leaf: leaf * 1.5, model)
+    return jax.device_put(weights(), None if mesh is None else shardings(PLAN, mesh))
 
 
 def terms_and_gradient(batch, *, mesh=None, accumulate=1):

@@ -1,5 +1,7 @@
 """One learning rate for all widths: what steps change in the activations does not grow with the width."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,7 @@ BATCH = Batch(
 )
 
 
+@functools.cache
 def decoder(width, base):
     config = ModelConfig(
         vocab_size=64,
