@@ -1,6 +1,7 @@
 # make quickstart   text to a served chat model, in minutes on a CPU
 # make test         lint and the whole test suite; the chat page is tested where there is a Chromium
 # make test-fast    what one runs while working: lint and the tests that are not slow
+# make test-optimized   the tests of the numerics, compiled as for users
 # All do all of their own set-up in .venv. `make test PYTHON=python3.12` uses another interpreter, given by name or by
 # path, in a folder of its own: .venv-3.12.
 
@@ -16,7 +17,7 @@ WORKERS ?= 2
 # In the order of tests/conftest.py.
 SHARED_OUT := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: install install-dev quickstart test test-fast verify lint format clean
+.PHONY: install install-dev quickstart test test-fast test-optimized verify lint format clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +31,11 @@ test: install-dev lint
 
 test-fast: install-dev lint
 	$(VENV)/bin/python -m pytest $(SHARED_OUT) -m "not slow"
+
+# Other tests are compiled without optimisation: these are what that might hide something of.
+test-optimized: install-dev
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 \
+	  $(VENV)/bin/python -m pytest $(SHARED_OUT) tests/ops tests/train/test_step.py tests/models/test_decoder.py
 
 # Tables of docs/verify.md
 verify: install
