@@ -93,12 +93,7 @@ CASES = [
     ({"stage": 2, "tensor": 2}, {"schedule": "gpipe", "microbatches": 2, "repeats": 2}, 2, TURNS),
     ({"stage": 2, "data": 2, "fsdp": 2}, {"schedule": "1f1b", "microbatches": 2, "remat": "full"}, 2, TURNS),
     ({"stage": 4, "tensor": 2}, {"schedule": "1f1b", "microbatches": 8, "remat": "dots"}, 1, SAME),
-    (
-        {"stage": 2, "context": 2},
-        {"schedule": "1f1b", "microbatches": 4, "repeats": 2, "context_attention": "all_to_all"},
-        1,
-        SAME,
-    ),
+    ({"stage": 2, "context": 2}, {"schedule": "1f1b", "microbatches": 4, "repeats": 2}, 1, SAME),
 ]
 
 
