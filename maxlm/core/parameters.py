@@ -4,6 +4,7 @@ A model class builds a tree of `Parameter`s. That tree is the model's plan: `ini
 `shardings` and `abstract` derive the rest, and the tree of arrays has the same classes and methods.
 """
 
+import functools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from maxlm.core.sharding import named_sharding
 from maxlm.core.tree import path_of
@@ -37,14 +38,11 @@ def stack(tree: Any, num_layers: int) -> Any:
     """The declarations of `num_layers` equal layers, stacked on a leading axis."""
 
     def stacked(parameter: Parameter) -> Parameter:
-        def initializer(key, shape, dtype):
-            return jax.vmap(lambda k: parameter.initializer(k, shape[1:], dtype))(jax.random.split(key, shape[0]))
-
         return replace(
             parameter,
             shape=(num_layers, *parameter.shape),
             axes=("layers", *parameter.axes),
-            initializer=initializer,
+            initializer=_Stacked(parameter.initializer),
         )
 
     return jax.tree.map(stacked, tree, is_leaf=_is_parameter)
@@ -56,15 +54,21 @@ def initialize(tree: Any, key: jax.Array, mesh: Mesh | None = None) -> Any:
     A parameter's random numbers depend on the key and on its path alone, not on its neighbours or on the mesh.
     """
 
-    def create(key):
-        def one(path, parameter):
-            own_key = jax.random.fold_in(key, zlib.crc32(path_of(path).encode()))
-            return parameter.initializer(own_key, parameter.shape, parameter.dtype)
+    def draw(path, parameter):
+        own_key = jax.random.fold_in(key, zlib.crc32(path_of(path).encode()))
+        sharding = None if mesh is None else named_sharding(mesh, parameter.axes)
+        return _draw(parameter.initializer, parameter.shape, parameter.dtype, sharding)(own_key)
 
-        return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_parameter)
+    return jax.tree_util.tree_map_with_path(draw, tree, is_leaf=_is_parameter)
 
-    # Each device draws its own part: no device ever holds a whole model.
-    return jax.jit(create, out_shardings=None if mesh is None else shardings(tree, mesh))(key)
+
+@functools.cache
+def _draw(initializer: Initializer, shape: tuple[int, ...], dtype: Any, sharding: NamedSharding | None) -> Callable:
+    """The program that draws one parameter; those that are alike share it.
+
+    Each device draws its own part: no device ever holds a whole model.
+    """
+    return jax.jit(lambda key: initializer(key, shape, dtype), out_shardings=sharding)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -82,8 +86,14 @@ def abstract(tree: Any, mesh: Mesh | None = None) -> Any:
     return jax.tree.map(one, tree, is_leaf=_is_parameter)
 
 
-def normal(stddev: float) -> Initializer:
-    return lambda key, shape, dtype: stddev * jax.random.normal(key, shape, dtype)
+@dataclass(frozen=True)
+class Normal:
+    """Draws from a normal distribution of mean zero."""
+
+    stddev: float
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return self.stddev * jax.random.normal(key, shape, dtype)
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -92,6 +102,16 @@ def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 def ones(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jnp.ones(shape, dtype)
+
+
+@dataclass(frozen=True)
+class _Stacked:
+    """Draws each layer by itself."""
+
+    initializer: Initializer
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.vmap(lambda k: self.initializer(k, shape[1:], dtype))(jax.random.split(key, shape[0]))
 
 
 def _is_parameter(leaf: Any) -> bool:

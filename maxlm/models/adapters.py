@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.config.train import LoraConfig
-from maxlm.core.parameters import Parameter, normal, zeros
+from maxlm.core.parameters import Normal, Parameter, zeros
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import ConfigError
 from maxlm.ops.linear import AdaptedWeight
@@ -36,7 +36,7 @@ def declare_adapters(plan: Any, config: LoraConfig) -> dict[str, dict[str, Param
         layer_axis, in_axis, out_axis = leaf.axes
         adapters[path] = {
             "down": Parameter(
-                (layers, in_size, config.rank), (layer_axis, in_axis, "rank"), normal(1 / math.sqrt(in_size))
+                (layers, in_size, config.rank), (layer_axis, in_axis, "rank"), Normal(1 / math.sqrt(in_size))
             ),
             "up": Parameter((layers, config.rank, out_size), (layer_axis, "rank", out_axis), zeros),
         }

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxlm.config.model import ModelConfig
-from maxlm.core.parameters import Parameter, normal, stack
+from maxlm.core.parameters import Normal, Parameter, stack
 from maxlm.core.sharding import fits, gather_layers, shard
 from maxlm.core.term import LossOutput
 from maxlm.models import pipeline
@@ -153,7 +153,7 @@ class Decoder(nnx.Module):
 
 def _table(config: ModelConfig) -> Parameter:
     shape = (config.vocab_size, config.embed_dim)
-    return nnx.data(Parameter(shape, ("vocab", "embed"), normal(0.02), jnp.dtype(config.parameter_dtype)))
+    return nnx.data(Parameter(shape, ("vocab", "embed"), Normal(0.02), jnp.dtype(config.parameter_dtype)))
 
 
 def _logits(config: ModelConfig, head: Any, hidden: jax.Array) -> jax.Array:

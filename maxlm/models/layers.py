@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from maxlm.config.model import ModelConfig
-from maxlm.core.parameters import Parameter, normal, ones
+from maxlm.core.parameters import Normal, Parameter, ones
 from maxlm.core.sharding import is_explicit, logical_to_spec, shard
 from maxlm.core.term import LossOutput
 from maxlm.models.cache import KVCache
@@ -50,7 +50,7 @@ class TokenContext:
 def weight(config: ModelConfig, inputs: tuple[int, str], outputs: tuple[int, str], scale: float = 1.0) -> Parameter:
     """A matrix [in, out], each side given as (size, logical axis), drawn with variance scale^2 / in."""
     (in_size, in_axis), (out_size, out_axis) = inputs, outputs
-    initializer = normal(scale / math.sqrt(in_size))
+    initializer = Normal(scale / math.sqrt(in_size))
     return nnx.data(Parameter((in_size, out_size), (in_axis, out_axis), initializer, jnp.dtype(config.parameter_dtype)))
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxlm.config.model import ModelConfig
-from maxlm.core.parameters import Parameter, normal, zeros
+from maxlm.core.parameters import Normal, Parameter, zeros
 from maxlm.core.term import LossOutput, Term
 from maxlm.models.layers import Mlp
 from maxlm.ops.linear import linear, operand_dtype
@@ -25,8 +25,8 @@ class MixtureOfExperts(nnx.Module):
         self.config = config
         moe = config.moe
         embed, mlp, dtype = config.embed_dim, moe.mlp_dim, jnp.dtype(config.parameter_dtype)
-        narrow = normal(1 / math.sqrt(2 * config.num_layers * mlp))
-        widen = normal(1 / math.sqrt(embed))
+        narrow = Normal(1 / math.sqrt(2 * config.num_layers * mlp))
+        widen = Normal(1 / math.sqrt(embed))
         widening, narrowing = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
         # In float32 whatever the others are: where two scores are near, rounding chooses another expert.
         self.router = _parameter((embed, moe.num_experts), ("embed", None), widen)

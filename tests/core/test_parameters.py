@@ -14,7 +14,7 @@ from tiny_decoder import tiny_config
 
 from maxlm.config.mesh import MeshConfig
 from maxlm.core import batch
-from maxlm.core.parameters import Parameter, abstract, initialize, normal, ones, shardings, stack, zeros
+from maxlm.core.parameters import Normal, Parameter, abstract, initialize, ones, shardings, stack, zeros
 from maxlm.core.sharding import (
     LOGICAL_AXES,
     MESH_AXES,
@@ -54,7 +54,7 @@ def test_values_are_the_same_on_every_mesh(sizes):
 
 def test_a_value_depends_on_the_key_and_its_own_path_alone():
     def declare(*names):
-        return {name: Parameter((4, 5), ("embed", "mlp"), normal(1.0)) for name in names}
+        return {name: Parameter((4, 5), ("embed", "mlp"), Normal(1.0)) for name in names}
 
     few, many = (arrays(initialize(declare(*names), jax.random.key(0))) for names in (("b",), ("a", "b", "c")))
     np.testing.assert_array_equal(few["b"], many["b"])
@@ -74,7 +74,7 @@ def test_initial_scales_are_those_that_are_declared():
 
 
 def test_stacked_layers_are_drawn_apart():
-    stacked = stack({"w": Parameter((3, 4), ("embed", "mlp"), normal(1.0)), "b": Parameter((4,), ("norm",), ones)}, 5)
+    stacked = stack({"w": Parameter((3, 4), ("embed", "mlp"), Normal(1.0)), "b": Parameter((4,), ("norm",), ones)}, 5)
     assert stacked["w"].shape == (5, 3, 4)
     assert stacked["w"].axes == ("layers", "embed", "mlp")
     values = arrays(initialize(stacked, jax.random.key(0)))
@@ -279,7 +279,7 @@ def test_without_a_mesh_nothing_is_laid_out():
 
 def test_a_gathered_weight_is_whole_along_fsdp_and_cut_along_tensor():
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
-    parameter = {"w": Parameter((8, 8), ("embed", "mlp"), normal(1.0))}
+    parameter = {"w": Parameter((8, 8), ("embed", "mlp"), Normal(1.0))}
     with jax.set_mesh(mesh):
         weight = initialize(parameter, jax.random.key(0), mesh)["w"]
         assert spec_of(weight) == P(("fsdp", "expert", "context"), "tensor")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.core.parameters import Parameter, normal
+from maxlm.core.parameters import Normal, Parameter
 from maxlm.core.tree import flatten
 
 
@@ -17,7 +17,7 @@ def plan(num_layers=4, embed=32, mlp=48, experts=2, vocab=64):
 
     def declare(*sizes_and_axes):
         sizes, axes = zip(*sizes_and_axes)
-        return Parameter(sizes, axes, normal(1.0))
+        return Parameter(sizes, axes, Normal(1.0))
 
     layers, width, hidden = (num_layers, "layers"), (embed, "embed"), (mlp, "mlp")
     expert, expert_width = (experts, "experts"), (embed, "expert_embed")

@@ -11,16 +11,22 @@ from tiny_run import MODEL
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.model import ModelConfig
 from maxlm.config.optim import OptimConfig
-from maxlm.core.parameters import abstract, initialize
+from maxlm.core.parameters import abstract, initialize, shardings
 from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten
 from maxlm.models.decoder import Decoder
 from maxlm.train.checkpoint import Checkpointer
-from maxlm.train.checksums import checksums, checksums_of_leaves
+from maxlm.train.checksums import checksum, checksums
 from maxlm.train.optim import make_optimizer
 from maxlm.train.state import abstract_state, create_state
 
-MODEL_CONFIG = ModelConfig(**{**MODEL, "embed_dim": 64, "vocab_size": 512})
+PLAN = Decoder(ModelConfig(**{**MODEL, "embed_dim": 64, "vocab_size": 512}))
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """Drawn once, on one device."""
+    return initialize(PLAN, jax.random.key(0))
 
 
 def state_of(optimizer):
@@ -32,13 +38,13 @@ def bytes_per_device(tree) -> int:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_the_state_that_a_checkpoint_is_read_into_is_cut_over_all_devices(kind):
+def test_the_state_that_a_checkpoint_is_read_into_is_cut_over_all_devices(kind, weights):
     """Weights, moments and running mean; norms and counters alone are whole everywhere."""
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     with jax.set_mesh(mesh):
         create = state_of(make_optimizer(OptimConfig(kind=kind)))
-        like = abstract_state(create, abstract(Decoder(MODEL_CONFIG), mesh), mesh)
-        real = jax.jit(create)(initialize(Decoder(MODEL_CONFIG), jax.random.key(0), mesh))
+        like = abstract_state(create, abstract(PLAN, mesh), mesh)
+        real = jax.jit(create)(jax.device_put(weights, shardings(PLAN, mesh)))
     for path, leaf in flatten(like).items():
         made = flatten(real)[path]
         assert (leaf.shape, leaf.dtype) == (made.shape, made.dtype), path
@@ -47,29 +53,27 @@ def test_the_state_that_a_checkpoint_is_read_into_is_cut_over_all_devices(kind):
     assert bytes_per_device(like) < 1.1 * whole / 8
 
 
-def test_another_mesh_reads_it_into_its_own_parts(tmp_path):
+def test_another_mesh_reads_it_into_its_own_parts(weights, tmp_path):
     """Saved cut eight ways by rows, read cut four ways by rows and heads: the same values, and nothing gathered."""
     create = state_of(make_optimizer(OptimConfig()))
-    plan = Decoder(MODEL_CONFIG)
     wide, other = make_mesh(MeshConfig(fsdp=8)), make_mesh(MeshConfig(fsdp=2, tensor=2, data=2))
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         with jax.set_mesh(wide):
-            saved = jax.jit(create)(initialize(plan, jax.random.key(0), wide))
+            saved = jax.jit(create)(jax.device_put(weights, shardings(PLAN, wide)))
             checkpointer.save(saved, {})
             checkpointer.wait()
         with jax.set_mesh(other):
-            restored, _ = checkpointer.restore(abstract_state(create, abstract(plan, other), other))
+            restored, _ = checkpointer.restore(abstract_state(create, abstract(PLAN, other), other))
     assert bytes_per_device(restored) < 0.3 * sum(leaf.nbytes for leaf in jax.tree.leaves(restored))
     for path, leaf in flatten(restored).items():
         np.testing.assert_array_equal(leaf, flatten(saved)[path], err_msg=path)
     assert checksums(restored) == checksums(saved)
 
 
-def test_what_one_device_has_saved_whole_is_stored_in_pieces(tmp_path, monkeypatch):
+def test_what_one_device_has_saved_whole_is_stored_in_pieces(weights, tmp_path, monkeypatch):
     """Cut along both axes, so that a process that needs a part, of either axis, need not read the rest."""
     monkeypatch.setattr("maxlm.train.checkpoint.PIECE_BYTES", 1 << 12)
     with Checkpointer(tmp_path, keep=1) as checkpointer:
-        weights = initialize(Decoder(MODEL_CONFIG), jax.random.key(0))
         checkpointer.save(create_state(weights, optimizer=make_optimizer(OptimConfig()), keep_ema=False), {}, wait=True)
     folder = tmp_path / "checkpoints" / "0" / "weights"
     kvstore = {"driver": "ocdbt", "base": f"file://{folder}/", "path": "embedding/"}
@@ -83,8 +87,8 @@ def test_what_one_device_has_saved_whole_is_stored_in_pieces(tmp_path, monkeypat
 def test_checksums_gather_nothing():
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     with jax.set_mesh(mesh):
-        weights = flatten(initialize(Decoder(MODEL_CONFIG), jax.random.key(0), mesh))
-        program = checksums_of_leaves.lower(weights).compile().as_text()
-    assert "all-reduce" in program
-    assert "all-gather" not in program
-    assert "all-to-all" not in program
+        for path, leaf in flatten(abstract(PLAN, mesh)).items():
+            program = checksum.lower(leaf).compile().as_text()
+            assert ("all-reduce" in program) != leaf.sharding.is_fully_replicated, path
+            assert "all-gather" not in program, path
+            assert "all-to-all" not in program, path
