@@ -1,6 +1,6 @@
 """A decoder with experts: loss and gradient are the same however the work is laid out, and generation agrees."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -40,14 +40,20 @@ def config(**changes) -> ModelConfig:
     return tiny_config(num_kv_heads=4, moe={**MOE, **changes})
 
 
-def model_of(model_config, mesh=None):
-    """Weights large enough to tell experts apart, and a bias that changes some choices."""
-    plan = Decoder(model_config)
-    model = jax.tree.map(lambda leaf: 1.5 * np.asarray(leaf), initialize(plan, jax.random.key(0)))
+@cache
+def weights_of(model_config):
+    """Drawn once for all meshes."""
+    model = jax.tree.map(lambda leaf: 1.5 * np.asarray(leaf), initialize(Decoder(model_config), jax.random.key(0)))
     if model_config.moe.balance.bias:
         bias = model.layers.mlp.router_bias
         model.layers.mlp.router_bias = bias + np.linspace(-0.2, 0.2, bias.shape[1], dtype=np.float32)
-    return jax.device_put(model, None if mesh is None else shardings(plan, mesh))
+    return model
+
+
+def model_of(model_config, mesh=None):
+    """Weights large enough to tell experts apart, and a bias that changes some choices."""
+    layout = None if mesh is None else shardings(Decoder(model_config), mesh)
+    return jax.device_put(weights_of(model_config), layout)
 
 
 PACKED = pack(documents(), rows=8, length=32, per_row=3)

@@ -82,11 +82,12 @@ def distill_config(output, teacher, data, *, objective=None, **settings):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory, tiny_data_folder):
-    """A run folder of a larger model that has seen the data for a few steps."""
+    """A run folder of a larger model, set to 1F1B, that has seen the data for a few steps."""
     folder = tmp_path_factory.mktemp("teacher")
     tree = distill_config(folder, "none", tiny_data_folder).model_dump()
     objective = {"kind": "pretrain", "sources": [{"path": tiny_data_folder}]}
-    train(parse_config({**tree, "model": {**LARGE, "max_length": 32}, "objective": objective, "steps": 8}))
+    model = {**LARGE, "num_layers": 2, "max_length": 32, "pipeline": {"schedule": "1f1b"}}
+    train(parse_config({**tree, "model": model, "objective": objective, "steps": 8}))
     return folder
 
 
@@ -117,28 +118,11 @@ def test_stages_that_have_no_place_for_a_teacher_are_refused(teacher, tiny_data_
         train(config)
 
 
-def test_how_the_teacher_was_trained_does_not_say_how_it_is_used(tmp_path, tiny_data_folder):
+def test_how_the_teacher_was_trained_does_not_say_how_it_is_used(teacher, tmp_path, tiny_data_folder):
     """A teacher from a run with 1F1B teaches a student on stages that has GPipe."""
-    teacher = {**LARGE, "num_layers": 2, "max_length": 32, "pipeline": {"schedule": "1f1b"}}
-    source = {"kind": "pretrain", "sources": [{"path": tiny_data_folder}]}
-    train(
-        parse_config(
-            {
-                "kind": "train",
-                "output": str(tmp_path / "teacher"),
-                "model": teacher,
-                "objective": source,
-                "mesh": {"fsdp": 1},
-                "steps": 1,
-                "batch_size": 4,
-                "row_length": 32,
-            }
-        )
-    )
     student = {**SMALL, "num_layers": 2, "max_length": 32}
-    config = distill_config(
-        tmp_path / "run", tmp_path / "teacher", tiny_data_folder, mesh={"fsdp": 1, "stage": 2}, model=student, steps=1
-    )
+    mesh = {"fsdp": 1, "stage": 2}
+    config = distill_config(tmp_path / "run", teacher, tiny_data_folder, mesh=mesh, model=student, steps=1)
     assert train(config)["metrics"]["finished"]
 
 

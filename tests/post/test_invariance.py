@@ -1,6 +1,7 @@
 """Loss and gradient depend on the examples alone: not on how they are cut into microbatches, padded or packed."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -37,20 +38,25 @@ def model_config(tokenizer):
     return ModelConfig(**MODEL, vocab_size=tokenizer.vocab_size)
 
 
+@pytest.fixture(scope="module")
+def model(model_config):
+    return initialize(Decoder(model_config), jax.random.key(1))
+
+
 def build(objective_class, settings, *, tokenizer, tmp_path, reference=None):
     config = make_config(tmp_path / "run", init_from="unused", objective=settings)
     return objective_class(RunContext(config, tokenizer, make_mesh(config.mesh), reference))
 
 
+@partial(jax.jit, static_argnames=("objective", "accumulate"))
+def compute(objective, model, batch, accumulate):
+    loss_function = lambda model, _, batch: objective.loss(model, batch)  # noqa: E731
+    return loss_and_gradient(model, None, batch, loss_function=loss_function, accumulate=accumulate)
+
+
 def terms_and_gradient(objective, model, batch, accumulate=1):
     """The means of the loss terms, and the gradient of their sum."""
-
-    def function(model, batch):
-        loss_function = lambda model, _, batch: objective.loss(model, batch)  # noqa: E731
-        return loss_and_gradient(model, None, batch, loss_function=loss_function, accumulate=accumulate)
-
-    # These run once: what the compiler would save is less than what it would take.
-    output, gradient = jax.jit(function)(model, batch)
+    output, gradient = compute(objective, model, batch, accumulate)
     means = {name: float(term.mean()) for name, term in {**output.terms, **output.metrics}.items()}
     return means, gradient
 
@@ -72,10 +78,6 @@ def padded(batch, *, rows, columns):
 
 
 class TestSft:
-    @pytest.fixture(scope="class")
-    def model(self, model_config):
-        return initialize(Decoder(model_config), jax.random.key(1))
-
     @pytest.fixture
     def objective(self, tokenizer, tmp_path):
         path = write_lines(tmp_path / "chats.jsonl", CHATS)
@@ -114,10 +116,9 @@ class TestReward:
 
 
 class TestDpo:
-    def test_padding_and_accumulation_change_nothing(self, model_config, tokenizer, tmp_path):
+    def test_padding_and_accumulation_change_nothing(self, model, tokenizer, tmp_path):
         path = write_lines(tmp_path / "pairs.jsonl", PAIRS)
         settings = {"kind": "dpo", "train_file": path, "sft_weight": 0.3, "label_smoothing": 0.1}
-        model = initialize(Decoder(model_config), jax.random.key(1))
         objective = build(Dpo, settings, tokenizer=tokenizer, tmp_path=tmp_path)
         pairs = PreferencePairs.read(path, tokenizer, row_length=32).batch(np.arange(4))
         references = np.random.default_rng(0).normal(-20, 3, (2, 4)).astype(np.float32)
@@ -128,8 +129,9 @@ class TestDpo:
 
 
 class TestGrpo:
-    @pytest.fixture
-    def objective(self, tokenizer, tmp_path):
+    @pytest.fixture(scope="class")
+    def objective(self, tokenizer, tmp_path_factory):
+        tmp_path = tmp_path_factory.mktemp("grpo")
         prompts = [{"prompt": question(text), "answer": "yes"} for text in ("sky", "coin 1")]
         settings = {
             "kind": "grpo",
@@ -140,7 +142,7 @@ class TestGrpo:
         }
         return build(Grpo, settings, tokenizer=tokenizer, tmp_path=tmp_path)
 
-    @pytest.fixture
+    @pytest.fixture(scope="class")
     def batch(self, tokenizer):
         rng = np.random.default_rng(0)
         encoded = [tokenizer.encode_chat(record["messages"]) for record in CHATS]
@@ -157,15 +159,13 @@ class TestGrpo:
             has_signal_B=np.array([1, 1, 0, 0], np.float32),
         )
 
-    def test_padding_and_accumulation_change_nothing(self, objective, batch, model_config):
-        model = initialize(Decoder(model_config), jax.random.key(1))
+    def test_padding_and_accumulation_change_nothing(self, objective, batch, model):
         expected = terms_and_gradient(objective, model, batch)
         assert_same(terms_and_gradient(objective, model, batch, accumulate=2), expected)
         assert_same(terms_and_gradient(objective, model, padded(batch, rows=0, columns=5)), expected)
 
-    def test_the_loss_divides_by_the_tokens_of_all_answers(self, objective, batch, model_config):
+    def test_the_loss_divides_by_the_tokens_of_all_answers(self, objective, batch, model):
         """A long answer's tokens count as much as a short one's."""
-        model = initialize(Decoder(model_config), jax.random.key(1))
         logits = model.logits(model(batch.rows.tokens, segment_ids_BL=batch.rows.segment_ids).hidden_BLD) / 0.7
         log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), batch.rows.targets[..., None], -1)[..., 0]
         ratio, a = np.exp((log_p - batch.sampled_BL).astype(np.float64)), batch.advantages_B[:, None]
@@ -180,8 +180,7 @@ class TestGrpo:
         np.testing.assert_allclose(means["groups_with_signal"], 0.5)
         np.testing.assert_allclose(means["completion_length"], num_tokens / 4)
 
-    def test_tokens_outside_of_answers_have_no_say(self, objective, batch, model_config):
-        model = initialize(Decoder(model_config), jax.random.key(1))
+    def test_tokens_outside_of_answers_have_no_say(self, objective, batch, model):
         expected = terms_and_gradient(objective, model, batch)
         targets = np.where(batch.rows.loss_weights > 0, batch.rows.targets, 7)
         changed = dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, targets=targets))

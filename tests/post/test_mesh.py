@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from toy_task import MODEL, chat, make_config, question, write_lines
 
 from maxlm.config.model import ModelConfig
-from maxlm.core.parameters import abstract, initialize
+from maxlm.core.parameters import abstract, initialize, shardings
 from maxlm.core.sharding import logical_to_spec, make_mesh
 from maxlm.core.tree import flatten
 from maxlm.models.adapters import apply_adapters, declare_adapters
@@ -27,20 +27,32 @@ RECORDS = {
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
+@pytest.fixture(scope="module")
+def model_config(tokenizer):
+    # Two key-value heads, so that they can be cut over two devices.
+    return {**MODEL, "num_kv_heads": 2, "vocab_size": tokenizer.vocab_size}
+
+
+@pytest.fixture(scope="module")
+def weights(model_config):
+    """Drawn once for all meshes."""
+    return jax.device_get(initialize(Decoder(ModelConfig(**model_config)), jax.random.key(0)))
+
+
 @pytest.fixture
-def build(tokenizer, tmp_path):
+def build(tokenizer, model_config, weights, tmp_path):
     """(kind, mesh sizes) -> configuration, mesh, plan, objective with an untrained reference."""
 
     def make(kind, mesh, lora=None):
         objective = {"kind": kind, "train_file": write_lines(tmp_path / f"{kind}.jsonl", RECORDS[kind])}
         if kind == "grpo":
             objective |= {"max_new_tokens": 4, "group_size": 2, "kl_beta": 0.1}
-        # Two key-value heads, so that they can be cut over two devices.
-        model = {**MODEL, "num_kv_heads": 2, "vocab_size": tokenizer.vocab_size}
-        config = make_config(tmp_path / kind, init_from="x", objective=objective, mesh=mesh, lora=lora, model=model)
+        config = make_config(
+            tmp_path / kind, init_from="x", objective=objective, mesh=mesh, lora=lora, model=model_config
+        )
         mesh = make_mesh(config.mesh)
         recipe = recipe_of(config)
-        reference = initialize(Decoder(ModelConfig(**model)), jax.random.key(0), mesh)
+        reference = jax.device_put(weights, shardings(Decoder(config.model), mesh))
         with jax.set_mesh(mesh):
             objective = recipe.build(RunContext(config, tokenizer, mesh, reference))
         return config, mesh, recipe.declare(config.model), objective, reference

@@ -24,6 +24,9 @@ SMALL = [
     "pretrain.model.mlp_dim=64",
     "pretrain.model.num_heads=2",
     "pretrain.model.head_dim=16",
+    # Muon takes longer to compile.
+    "pretrain.optim.kind=adamw",
+    "sft.optim.kind=adamw",
     "pretrain.steps=4",
     "pretrain.optim.schedule.warmup_steps=1",
     "pretrain.batch_size=4",

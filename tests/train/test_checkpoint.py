@@ -1,6 +1,5 @@
 """Checkpoints: what was saved comes back to the bit, and nothing that is broken or foreign is taken for it."""
 
-import contextlib
 import functools
 import json
 import shutil
@@ -24,7 +23,7 @@ from maxlm.errors import CheckpointError, TrainingError
 from maxlm.models.decoder import Decoder
 from maxlm.train.checkpoint import Checkpointer, find_checkpoint, read_metadata, restore_weights
 from maxlm.train.optim import make_optimizer
-from maxlm.train.state import TrainState, create_state
+from maxlm.train.state import TrainState, abstract_state, create_state
 
 # Orbax leaves reads of broken files unawaited.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -33,12 +32,17 @@ PLAN = Decoder(ModelConfig(**{**MODEL, "vocab_size": 64}))
 
 
 @functools.cache
-def make_state(seed: int, *, step: int = 0, plan=PLAN, mesh=None) -> TrainState:
+def make_state(seed: int, *, step: int = 0, plan=PLAN) -> TrainState:
     """A state whose every array differs from zero."""
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        state = create_state(initialize(plan, jax.random.key(seed), mesh), make_optimizer(OptimConfig()))
-        state = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + (seed + 1), state))(state)
-        return TrainState(jax.numpy.asarray(step, "int32"), state.trainable, state.optimizer, state.guard)
+    state = create_state(initialize(plan, jax.random.key(seed)), make_optimizer(OptimConfig()))
+    state = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf) + (seed + 1)), state)
+    return replace(state, step=jax.numpy.asarray(step, "int32"))
+
+
+def state_on(mesh) -> TrainState:
+    """What to restore on a mesh."""
+    create = functools.partial(create_state, optimizer=make_optimizer(OptimConfig()))
+    return abstract_state(create, abstract(PLAN, mesh), mesh)
 
 
 def make_small_state(step: int, *, size: int = 4) -> TrainState:
@@ -106,9 +110,10 @@ def test_what_was_saved_comes_back_to_the_bit(saved):
 def test_shapes_alone_say_what_to_restore(sizes, saved):
     """No state has to be made before one is restored; each array comes back laid out as its shape says."""
     mesh = sizes and make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding if mesh else None),
-        make_state(0, mesh=mesh),
+    like = (
+        state_on(mesh)
+        if mesh
+        else jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), make_state(0))
     )
     with Checkpointer(saved, keep=3) as checkpointer:
         restored, _ = checkpointer.restore(like)
@@ -127,7 +132,7 @@ def test_no_checkpoint_is_none(tmp_path):
 def test_it_may_be_restored_on_another_mesh(sizes, saved, tmp_path):
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
     with Checkpointer(saved, keep=3) as checkpointer:
-        restored, _ = checkpointer.restore(make_state(0, mesh=mesh))
+        restored, _ = checkpointer.restore(state_on(mesh))
     assert_equal(restored, make_state(3, step=3))
     assert len(restored.trainable.layers.mlp.gate.sharding.device_set) == 8
     # And back: saved on eight devices, read on one.

@@ -45,25 +45,34 @@ def decoder(width, base):
     return initialize(Decoder(config), jax.random.key(0))
 
 
+@jax.jit
+def gradient_and_activations(model):
+    """Compiled once for all optimizers."""
+
+    def loss(model):
+        output = language_model_loss(model, BATCH)
+        hidden = model(BATCH.tokens).hidden_BLD
+        return sum(term.mean() for term in output.terms.values()), (hidden, model.logits(hidden))
+
+    return jax.grad(loss, has_aux=True)(model)
+
+
 def change_of(width, base, config, steps):
     """Root mean square of what steps on one batch change in the final hidden states, and in the logits."""
     model = decoder(width, base)
     optimizer = make_optimizer(config, width=model.config.width)
 
-    def loss(model):
-        output = language_model_loss(model, BATCH)
-        return sum(term.mean() for term in output.terms.values()), model(BATCH.tokens).hidden_BLD
-
     @jax.jit
-    def step(model, state):
-        grads, hidden = jax.grad(loss, has_aux=True)(model)
+    def update(model, state, grads):
         updates, state = optimizer.update(grads, state, model)
-        return apply_updates(model, updates, 1.0, 0), state, (hidden, model.logits(hidden))
+        return apply_updates(model, updates, 1.0, 0), state
 
     state, seen = jax.jit(optimizer.init)(model), []
-    for _ in range(steps + 1):
-        model, state, activations = step(model, state)
+    for step in range(steps + 1):
+        grads, activations = gradient_and_activations(model)
         seen.append(activations)
+        if step < steps:
+            model, state = update(model, state, grads)
     return [float(jnp.sqrt(jnp.mean((last - first) ** 2))) for first, last in zip(seen[0], seen[-1])]
 
 
