@@ -17,6 +17,7 @@ from maxlm.generate import request as engine_request
 from maxlm.generate.engine import Engine
 from maxlm.generate.model import LoadedModel
 from maxlm.serve.access import Access, AllowBrowsers, CheckKey, CheckSource
+from maxlm.serve.body import StrictRoute
 from maxlm.serve.errors import ApiError, add_error_handlers
 from maxlm.serve.metrics import ServerMetrics
 from maxlm.serve.middleware import LimitBody, Observe
@@ -35,6 +36,7 @@ def create_app(model: LoadedModel, engine: Engine, *, name: str | None = None, a
     """
     # The pages of API documentation that FastAPI adds load scripts from elsewhere.
     app = FastAPI(title="maxlm", version=__version__, docs_url=None, redoc_url=None)
+    app.router.route_class = StrictRoute
     name = name or model.name
     access = access or Access()
     metrics = ServerMetrics(

@@ -62,6 +62,25 @@ def test_a_malformed_body_is_told_as_400(http, body):
 
 
 @pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b'{"prompt": "a", "seed": 1, "seed": 2}', "the key 'seed' stands twice in one object"),
+        (b'{"prompt": "a", "stream_options": {"include_usage": true, "include_usage": false}}', "'include_usage'"),
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "a number of thousands of digits"),
+        (b"\xff", "it is not UTF-8"),
+        (b"{", "Expecting property name"),
+    ],
+)
+def test_a_body_that_is_no_json_is_told_why(http, body, told):
+    reply = http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400
+    message = reply.json()["error"]["message"]
+    assert message.startswith("the body is not valid JSON: ")
+    assert told in message
+
+
+@pytest.mark.parametrize(
     ("prompt", "told"),
     [([], "prompt"), ([5, -1], "outside of the vocabulary"), ([10**9], "outside of the vocabulary"), ({}, "prompt")],
 )
