@@ -23,13 +23,13 @@ SLOW_FILES = """
     generate/test_model generate/test_sampling models/test_adapters models/test_context_mesh models/test_decoder
     models/test_moe models/test_pipeline_stages multi/test_elastic multi/test_lost_processes multi/test_rollback
     ops/test_attention ops/test_context ops/test_eight_bit ops/test_flash_tpu_compile ops/test_loss
-    ops/test_mixture_of_experts ops/test_qtensor post/test_distill post/test_grpo post/test_invariance
-    post/test_mesh post/test_opening post/test_preferences post/test_sft post/test_stages quickstart/test_questions
-    serve/test_http serve/test_openai_client serve/test_page_in_browser serve/test_serve_cli sweep/test_sweep
-    train/test_checkpoint train/test_checksums train/test_ema train/test_faults train/test_kill_points
-    train/test_moe_run train/test_optim train/test_resume train/test_runs train/test_sharded_restore train/test_step
-    train/test_storage_faults train/test_supervise train/test_training train/test_transfer verify/test_planted_bugs
-    verify/test_verify
+    ops/test_mixture_of_experts ops/test_qtensor optim/test_ema optim/test_optimizers optim/test_transfer
+    post/test_distill post/test_grpo post/test_invariance post/test_mesh post/test_opening post/test_preferences
+    post/test_sft post/test_stages quickstart/test_questions serve/test_http serve/test_openai_client
+    serve/test_page_in_browser serve/test_serve_cli sweep/test_sweep train/test_checkpoint train/test_checksums
+    train/test_faults train/test_kill_points train/test_moe_run train/test_resume train/test_runs
+    train/test_sharded_restore train/test_step train/test_storage_faults train/test_supervise train/test_training
+    verify/test_planted_bugs verify/test_verify
 """
 
 

@@ -26,8 +26,8 @@ from maxlm.models.bundle import quantize_model  # noqa: E402
 from maxlm.models.cache import KVCache  # noqa: E402
 from maxlm.models.decoder import Decoder  # noqa: E402
 from maxlm.ops.attention import attention  # noqa: E402
+from maxlm.optim.build import make_optimizer  # noqa: E402
 from maxlm.train.loss import language_model_loss  # noqa: E402
-from maxlm.train.optim import make_optimizer  # noqa: E402
 from maxlm.train.state import create_state  # noqa: E402
 from maxlm.train.step import train_step  # noqa: E402
 

@@ -22,12 +22,12 @@ from maxlm.config.train import PACKED_OBJECTIVES, TrainConfig
 from maxlm.core.parameters import abstract
 from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
+from maxlm.optim.schedule import schedule_factor
 from maxlm.sweep.space import Rung, Setting, draw_settings, halving_rungs
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.checkpoint import find_checkpoint
 from maxlm.train.lineage import run_folder_of, weights_hash
 from maxlm.train.run import find_tokenizer, resolve_model
-from maxlm.train.schedule import schedule_factor
 from maxlm.train.startup import data_hashes
 
 # The target's place among the sizes of a sweep: after the ladder.

@@ -22,9 +22,9 @@ from maxlm.core.manifest import content_hash, read_manifest
 from maxlm.core.progress import console
 from maxlm.core.storage import absolute_path, real_path, relative_path, storage_path
 from maxlm.errors import CheckpointError, ConfigError
+from maxlm.optim.schedule import schedule_factor
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.checkpoint import FOLDER, FORMAT, find_checkpoint, has_checkpoint, read_metadata
-from maxlm.train.schedule import schedule_factor
 from maxlm.train.supervise import local_id
 
 _SHOWN_DIGITS = 8

@@ -17,15 +17,15 @@ from maxlm.core.hardware import peak_flops
 from maxlm.core.progress import console
 from maxlm.core.storage import storage_path
 from maxlm.errors import MaxlmError
-from maxlm.train.ema import ema_as
+from maxlm.optim.build import make_optimizer
+from maxlm.optim.ema import ema_as
+from maxlm.optim.schedule import schedule_factor
 from maxlm.train.faults import BadStep, GuardWatch, Quarantine
 from maxlm.train.goodput import Goodput, GoodputLog, Stopwatch
 from maxlm.train.lineage import Lineage
 from maxlm.train.metrics import MetricsLog, StepWindow
 from maxlm.train.objective import Objective
-from maxlm.train.optim import make_optimizer
 from maxlm.train.saving import RunCheckpoints
-from maxlm.train.schedule import schedule_factor
 from maxlm.train.state import TrainState, abstract_state, create_state
 from maxlm.train.step import train_step
 

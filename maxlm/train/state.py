@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maxlm.train.ema import create_ema
+from maxlm.optim.ema import create_ema
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["norm_mean", "skipped", "skipped_in_a_row"], meta_fields=[])

@@ -14,8 +14,8 @@ from maxlm.config.pipeline import PipelineConfig
 from maxlm.core.sharding import is_explicit, spec_of
 from maxlm.core.term import LossOutput, Term, add
 from maxlm.models.pipeline import fitting_schedule
-from maxlm.train.ema import update_ema
-from maxlm.train.optim import apply_updates, gradient_norm
+from maxlm.optim.build import apply_updates, gradient_norm
+from maxlm.optim.ema import update_ema
 from maxlm.train.pipeline import one_forward_one_backward
 from maxlm.train.state import GuardState, TrainState
 

@@ -10,11 +10,11 @@ from maxlm.config import TokenizerConfig
 from maxlm.config.load import dump_yaml
 from maxlm.core.parameters import initialize
 from maxlm.models.decoder import Decoder
+from maxlm.optim.build import make_optimizer
 from maxlm.post.run import train
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.tokenizer.train import train_tokenizer
 from maxlm.train.checkpoint import Checkpointer
-from maxlm.train.optim import make_optimizer
 from maxlm.train.run import resolve_model
 from maxlm.train.state import create_state
 

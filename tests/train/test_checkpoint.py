@@ -21,8 +21,8 @@ from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckpointError, TrainingError
 from maxlm.models.decoder import Decoder
+from maxlm.optim.build import make_optimizer
 from maxlm.train.checkpoint import Checkpointer, find_checkpoint, read_metadata, restore_weights
-from maxlm.train.optim import make_optimizer
 from maxlm.train.state import TrainState, abstract_state, create_state
 
 # Orbax leaves reads of broken files unawaited.

@@ -15,9 +15,9 @@ from maxlm.core.parameters import abstract, initialize, shardings
 from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten
 from maxlm.models.decoder import Decoder
+from maxlm.optim.build import make_optimizer
 from maxlm.train.checkpoint import Checkpointer
 from maxlm.train.checksums import checksum, checksums
-from maxlm.train.optim import make_optimizer
 from maxlm.train.state import abstract_state, create_state
 
 PLAN = Decoder(ModelConfig(**{**MODEL, "embed_dim": 64, "vocab_size": 512}))

@@ -20,9 +20,9 @@ from maxlm.core.sharding import make_mesh
 from maxlm.core.term import LossOutput, Term
 from maxlm.core.tree import flatten
 from maxlm.models.decoder import Decoder
+from maxlm.optim.build import make_optimizer
+from maxlm.optim.schedule import schedule_factor
 from maxlm.train.loss import language_model_loss
-from maxlm.train.optim import make_optimizer
-from maxlm.train.schedule import schedule_factor
 from maxlm.train.state import create_state
 from maxlm.train.step import GUARD_WARMUP_STEPS, loss_and_gradient, train_step
 

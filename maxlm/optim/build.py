@@ -9,12 +9,12 @@ import optax
 
 from maxlm.config.optim import OptimConfig
 from maxlm.core.tree import flatten, path_of
-from maxlm.train.adafactor import scale_by_adafactor
-from maxlm.train.adam8bit import scale_by_adam8bit
-from maxlm.train.groups import check_groups, group_of, is_matrix, is_router_bias, is_stacked, map_with_path
-from maxlm.train.muon import scale_by_muon
-from maxlm.train.rounding import stochastic_round
-from maxlm.train.soap import scale_by_soap
+from maxlm.optim.adafactor import scale_by_adafactor
+from maxlm.optim.adam8bit import scale_by_adam8bit
+from maxlm.optim.groups import check_groups, group_of, is_matrix, is_router_bias, is_stacked, map_with_path
+from maxlm.optim.muon import scale_by_muon
+from maxlm.optim.rounding import stochastic_round
+from maxlm.optim.soap import scale_by_soap
 
 # Kinds that are for the matrices of layers alone.
 _FOR_LAYERS = ("muon", "soap")

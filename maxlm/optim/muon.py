@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maxlm.train.spread import on_whole_matrices
+from maxlm.optim.spread import on_whole_matrices
 
 # Quintic Newton-Schulz coefficients that push every singular value into about [0.7, 1.2] (Jordan et al., 2024, Muon).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

@@ -10,9 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.config.mesh import MeshConfig
 from maxlm.core.sharding import make_mesh
-from maxlm.train.muon import orthogonalize, scale_by_muon
-from maxlm.train.soap import scale_by_soap
-from maxlm.train.spread import on_whole_matrices
+from maxlm.optim.muon import orthogonalize, scale_by_muon
+from maxlm.optim.soap import scale_by_soap
+from maxlm.optim.spread import on_whole_matrices
 
 
 def random(*shape, seed=0):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.train.adam8bit import (
+from maxlm.optim.adam8bit import (
     FIRST_CODES,
     FIRST_POWER,
     SECOND_CODES,

@@ -15,11 +15,11 @@ from maxlm.core.term import LossOutput, Term
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckpointError
 from maxlm.models.decoder import Decoder
+from maxlm.optim.build import make_optimizer
+from maxlm.optim.ema import create_ema, ema_as, update_ema
 from maxlm.post.run import train
 from maxlm.train.checkpoint import Checkpointer, find_checkpoint, restore_ema
-from maxlm.train.ema import create_ema, ema_as, update_ema
 from maxlm.train.metrics import read_metrics
-from maxlm.train.optim import make_optimizer
 from maxlm.train.run import load_model
 from maxlm.train.state import create_state
 from maxlm.train.step import train_step

@@ -13,8 +13,8 @@ from maxlm.core.batch import Batch
 from maxlm.core.parameters import initialize
 from maxlm.core.tree import flatten
 from maxlm.models.decoder import Decoder
+from maxlm.optim.build import apply_updates, make_optimizer
 from maxlm.train.loss import language_model_loss
-from maxlm.train.optim import apply_updates, make_optimizer
 
 WIDTHS = (32, 256)
 TOKENS = np.random.default_rng(0).integers(0, 64, (4, 17)).astype("int32")

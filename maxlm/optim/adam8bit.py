@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.core.sharding import current_mesh, is_explicit, spec_of
 from maxlm.core.tree import flatten, unflatten
-from maxlm.train.groups import is_matrix
-from maxlm.train.spread import axis_names
+from maxlm.optim.groups import is_matrix
+from maxlm.optim.spread import axis_names
 
 # Sides of a tile. Tiles, unlike runs along one axis, fit into a part of a matrix that is cut along either axis.
 TILE = 16

@@ -8,8 +8,8 @@ from tiny_run import tiny_config
 
 from maxlm.config.optim import OptimConfig
 from maxlm.errors import ConfigError
+from maxlm.optim.build import make_optimizer
 from maxlm.post.run import train
-from maxlm.train.optim import make_optimizer
 
 PLAN = plan()
 

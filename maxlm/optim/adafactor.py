@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.core.sharding import is_explicit, spec_of
 from maxlm.core.tree import flatten, unflatten
-from maxlm.train.groups import is_matrix
+from maxlm.optim.groups import is_matrix
 
 # The largest root mean square of an update (arXiv:1804.04235, section 6).
 CLIP_RMS = 1.0

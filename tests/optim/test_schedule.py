@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from maxlm.config.optim import ScheduleConfig
-from maxlm.train.schedule import schedule_factor
+from maxlm.optim.schedule import schedule_factor
 
 
 def factor(step, *, steps=100, **settings):

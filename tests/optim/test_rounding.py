@@ -9,8 +9,8 @@ from maxlm.config.mesh import MeshConfig
 from maxlm.config.optim import OptimConfig
 from maxlm.core.sharding import make_mesh, shard
 from maxlm.core.term import LossOutput, Term
-from maxlm.train.optim import apply_updates, make_optimizer
-from maxlm.train.rounding import stochastic_round
+from maxlm.optim.build import apply_updates, make_optimizer
+from maxlm.optim.rounding import stochastic_round
 from maxlm.train.state import create_state
 from maxlm.train.step import train_step
 

@@ -19,7 +19,7 @@ from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten
 from maxlm.models.adapters import declare_adapters
 from maxlm.models.decoder import Decoder
-from maxlm.train.optim import apply_updates, gradient_norm, labels, make_optimizer
+from maxlm.optim.build import apply_updates, gradient_norm, labels, make_optimizer
 
 PLAN = plan()
 DECODER = Decoder(ModelConfig(**{**MODEL, "vocab_size": 64, "qk_norm": True}))

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.core.sharding import current_mesh, is_explicit, spec_of
 from maxlm.core.tree import flatten, unflatten
-from maxlm.train.spread import axis_names, on_whole_matrices
+from maxlm.optim.spread import axis_names, on_whole_matrices
 
 # Of the bases, at the first gradient; from then on one.
 FIRST_TURNS = 8
