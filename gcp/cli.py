@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from gcp.job import GENERATIONS, Capacity, Tpu, TpuJob
-from maxlm.core.arguments import count, count_or_zero
 from maxlm.errors import ConfigError
+from maxlm.runtime.arguments import count, count_or_zero
 
 DESCRIPTION = """\
 Train on a Cloud TPU: create it, send the last commit of this folder, install it, and start

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from gcp import commands
 from gcp.job import Tpu, TpuJob
 from gcp.runner import Result, Runner, run_command
-from maxlm.core.progress import console
 from maxlm.errors import RequestError
+from maxlm.runtime.progress import console
 
 POLL_SECONDS = 30
 # Between two tries of something that failed: doubled from POLL_SECONDS to this.

@@ -7,7 +7,7 @@ __version__ = version("maxlm")
 
 def load(path, *, ema=False):
     """Load a model for inference: see `maxlm.generate.model.load`."""
-    from maxlm.core.platform import prepare_platform
+    from maxlm.runtime.platform import prepare_platform
 
     prepare_platform()
     from maxlm.generate.model import load as load_model

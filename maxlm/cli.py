@@ -10,10 +10,10 @@ import select
 import sys
 from typing import NoReturn
 
-from maxlm.core.bug import out_of_memory, report_bug
-from maxlm.core.platform import prepare_platform
-from maxlm.core.streams import prepare_streams
 from maxlm.errors import BUG_EXIT_CODE, MaxlmError, RequestError
+from maxlm.runtime.bug import out_of_memory, report_bug
+from maxlm.runtime.platform import prepare_platform
+from maxlm.runtime.streams import prepare_streams
 
 # Modules with a `register(subparsers)`; they import nothing heavy at their top.
 COMMANDS = (

@@ -18,7 +18,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 # Files that take more than six seconds on two cores without AVX-512; `make test-fast` leaves them out.
 SLOW_FILES = """
-    core/test_parameters core/test_peers data/test_build data/test_embedded eval/test_eval_cli export/test_bundle
+    core/test_parameters runtime/test_peers data/test_build data/test_embedded eval/test_eval_cli export/test_bundle
     export/test_export fuzz/test_fuzz_values gcp/test_gcp_client gcp/test_gcp_commands generate/test_engine
     generate/test_model generate/test_sampling models/test_adapters models/test_context_mesh models/test_decoder
     models/test_moe models/test_pipeline_stages multi/test_elastic multi/test_lost_processes multi/test_rollback
@@ -28,7 +28,7 @@ SLOW_FILES = """
     post/test_sft post/test_stages quickstart/test_questions serve/test_http serve/test_openai_client
     serve/test_page_in_browser serve/test_serve_cli sweep/test_sweep train/test_checkpoint train/test_checksums
     train/test_faults train/test_kill_points train/test_moe_run train/test_resume train/test_runs
-    train/test_sharded_restore train/test_step train/test_storage_faults train/test_supervise train/test_training
+    train/test_sharded_restore train/test_step train/test_storage_faults runtime/test_supervise train/test_training
     verify/test_planted_bugs verify/test_verify
 """
 

@@ -223,7 +223,8 @@ def test_numbers_of_arguments_have_their_bounds(arguments, said, capsys):
 def test_a_tpu_library_without_a_tpu_is_left_alone():
     """And compiled programs are kept, unless the user says where."""
     script = (
-        "import os, sys\nfrom maxlm.core import platform\nfor name in ('JAX_PLATFORMS', 'JAX_COMPILATION_CACHE_DIR'):\n"
+        "import os, sys\nfrom maxlm.runtime import platform\n"
+        "for name in ('JAX_PLATFORMS', 'JAX_COMPILATION_CACHE_DIR'):\n"
         "    os.environ.pop(name, None)\n"
         "platform.find_spec = lambda name: {libtpu}\nplatform._ACCELERATORS = ({device!r},)\n"
         "platform.prepare_platform()\n"
@@ -241,7 +242,7 @@ def test_a_tpu_library_without_a_tpu_is_left_alone():
 
 def test_what_the_user_set_stays():
     script = (
-        "import os\nfrom maxlm.core.platform import prepare_platform\nprepare_platform()\n"
+        "import os\nfrom maxlm.runtime.platform import prepare_platform\nprepare_platform()\n"
         "print(os.environ['JAX_PLATFORMS'], os.environ['JAX_COMPILATION_CACHE_DIR'])"
     )
     done = python(script, JAX_PLATFORMS="cuda", JAX_COMPILATION_CACHE_DIR="/elsewhere")

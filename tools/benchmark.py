@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from maxlm.core.platform import prepare_platform
+from maxlm.runtime.platform import prepare_platform
 
 prepare_platform()
 

@@ -24,7 +24,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from maxlm.core.platform import prepare_platform, use_virtual_devices
+from maxlm.runtime.platform import prepare_platform, use_virtual_devices
 
 STEPS = 30
 # Keys of what depends on the machine and the hour, or holds a path.

@@ -9,7 +9,7 @@ before them is written by hand. Exits with 1 if any recipe differs.
 import sys
 from pathlib import Path
 
-from maxlm.core.platform import prepare_platform, use_virtual_devices
+from maxlm.runtime.platform import prepare_platform, use_virtual_devices
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "verify.md"

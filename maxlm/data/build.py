@@ -12,15 +12,15 @@ import xxhash
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from maxlm.config import DataConfig
-from maxlm.core.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
-from maxlm.core.output import check_output
-from maxlm.core.progress import console, progress_bar
-from maxlm.core.storage import locked, storage_path
-from maxlm.core.written import table_batches
 from maxlm.data.parallel import map_in_order, num_cores
 from maxlm.data.prepare import SPLITS, build_documents
 from maxlm.data.rows import Packer, encode_row, token_bytes_for
 from maxlm.errors import DataError
+from maxlm.runtime.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
+from maxlm.runtime.output import check_output
+from maxlm.runtime.progress import console, progress_bar
+from maxlm.runtime.storage import locked, storage_path
+from maxlm.runtime.written import table_batches
 from maxlm.tokenizer.codec import Tokenizer
 
 _BATCH_DOCUMENTS = 256

@@ -9,12 +9,12 @@ import numpy as np
 
 from maxlm.config.data import RecordFormat
 from maxlm.core.batch import Batch
-from maxlm.core.progress import console
 from maxlm.core.sharding import RowShard
 from maxlm.data.messages import parse_messages
 from maxlm.data.records import parse_chat, read_records
 from maxlm.data.sample import even_sample
 from maxlm.errors import DataError, TokenizerError
+from maxlm.runtime.progress import console
 from maxlm.tokenizer.codec import ChatTokens, Tokenizer
 
 

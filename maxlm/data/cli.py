@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from maxlm.core.arguments import add_config, count, seed
+from maxlm.runtime.arguments import add_config, count, seed
 
 _EPILOG = """\
 examples:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maxlm.config.data import SourceConfig
-from maxlm.core.progress import console
 from maxlm.data.embedded import URI as EMBEDDED
 from maxlm.errors import DataError
+from maxlm.runtime.progress import console
 
 _FORMATS = {
     ".txt": "text",

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow
 import xxhash
 
-from maxlm.core.written import table_batches
 from maxlm.data.loader import OpenedSplit, PackedRows, open_splits
 from maxlm.data.rows import Row, decode_row
 from maxlm.data.sample import even_sample
+from maxlm.runtime.written import table_batches
 
 
 class HeldOutRows(PackedRows):

@@ -15,11 +15,11 @@ from typing import Any
 import grain
 import numpy as np
 
-from maxlm.core.manifest import read_manifest
-from maxlm.core.written import table_batches
 from maxlm.data.open_records import open_records
 from maxlm.data.rows import Row, decode_row
 from maxlm.errors import DataError, TokenizerError
+from maxlm.runtime.manifest import read_manifest
+from maxlm.runtime.written import table_batches
 
 # More steps than any run takes; Grain's own indices end at 2**63.
 _ENDLESS = 1 << 40

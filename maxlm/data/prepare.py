@@ -21,8 +21,6 @@ import pyarrow.parquet as parquet
 import xxhash
 
 from maxlm.config import DataConfig
-from maxlm.core.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
-from maxlm.core.progress import console, track
 from maxlm.data.clean import find_abnormal, normalise
 from maxlm.data.datasets import local_data_files
 from maxlm.data.decontaminate import count_overlaps, evaluation_ngrams
@@ -34,6 +32,8 @@ from maxlm.data.parallel import map_in_order
 from maxlm.data.shingles import hash_words
 from maxlm.data.sources import read_sources
 from maxlm.errors import DataError
+from maxlm.runtime.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
+from maxlm.runtime.progress import console, track
 
 SPLITS = ("train", "valid")
 REJECTS_FILE = "rejects.jsonl"

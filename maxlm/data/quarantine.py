@@ -8,8 +8,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from maxlm.core.storage import storage_path
-from maxlm.core.written import read_written_lines
+from maxlm.runtime.storage import storage_path
+from maxlm.runtime.written import read_written_lines
 
 FILE_NAME = "quarantine.jsonl"
 # Steps whose update was left out; those that lie alone are in no quarantine.

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from maxlm.config import load_config
 from maxlm.config.train import PACKED_OBJECTIVES
-from maxlm.core.manifest import read_manifest
-from maxlm.core.storage import resolve_path, storage_path
-from maxlm.core.written import read_written_lines, table_batches
 from maxlm.data.loader import PackedRows, open_in_order, open_mixture
 from maxlm.data.prepare import REJECTS_FILE
 from maxlm.errors import DataError, TokenizerError
+from maxlm.runtime.manifest import read_manifest
+from maxlm.runtime.storage import resolve_path, storage_path
+from maxlm.runtime.written import read_written_lines, table_batches
 from maxlm.tokenizer.codec import Tokenizer
 
 _SHOWN_CHARACTERS = 400

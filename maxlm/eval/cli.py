@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from maxlm.core.arguments import at_least_zero, count, seed
+from maxlm.runtime.arguments import at_least_zero, count, seed
 
 _EVAL_EPILOG = """\
 examples:
@@ -79,10 +79,10 @@ def register(subparsers) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    from maxlm.core.manifest import write_json
     from maxlm.errors import CheckFailed, DataError
     from maxlm.eval.run import evaluate
     from maxlm.eval.tables import print_evaluation
+    from maxlm.runtime.manifest import write_json
 
     if args.output and Path(args.output).is_dir():
         raise DataError(f"--output {args.output}: is a folder; name a file in it")

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from maxlm.config.data import SourceConfig
-from maxlm.core.manifest import manifest_chain
-from maxlm.core.written import table_batches
 from maxlm.data.documents import Document
 from maxlm.data.held_out import distinct_ends
 from maxlm.data.sample import even_sample
 from maxlm.data.sources import read_source
 from maxlm.errors import DataError
+from maxlm.runtime.manifest import manifest_chain
+from maxlm.runtime.written import table_batches
 
 # Training text that the baselines count: xz takes about a second for each megabyte.
 MAX_TRAIN_BYTES = 64 << 20

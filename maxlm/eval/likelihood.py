@@ -19,11 +19,11 @@ import numpy as np
 
 from maxlm.config.model import ModelConfig
 from maxlm.core.interval import Interval, paired_difference, ratio_interval
-from maxlm.core.progress import track
 from maxlm.errors import DataError
 from maxlm.generate.decoding import bucket_length
 from maxlm.generate.model import LoadedModel, segment_positions
 from maxlm.models.decoder import Decoder
+from maxlm.runtime.progress import track
 
 # Of a batch: tokens, and bytes of the logits that live at a time.
 _BATCH_TOKENS = 8192

@@ -5,7 +5,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from maxlm.core.manifest import FILE_NAME, manifest_chain, read_manifest
 from maxlm.errors import DataError
 from maxlm.eval.html_parts import (
     duration,
@@ -31,6 +30,7 @@ from maxlm.eval.report_story import (
     samples_section,
 )
 from maxlm.eval.svg import format_number
+from maxlm.runtime.manifest import FILE_NAME, manifest_chain, read_manifest
 from maxlm.train.metrics import read_metrics
 
 SUMMARY = "summary.json"

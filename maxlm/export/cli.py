@@ -5,7 +5,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from maxlm.core.arguments import at_least_zero, count
+from maxlm.runtime.arguments import at_least_zero, count
 
 if TYPE_CHECKING:
     from maxlm.core.interval import Interval

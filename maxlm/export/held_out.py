@@ -13,13 +13,13 @@ import numpy as np
 
 from maxlm.config.train import PACKED_OBJECTIVES
 from maxlm.core.batch import Batch
-from maxlm.core.manifest import FILE_NAME, read_manifest
-from maxlm.core.storage import resolve_path
 from maxlm.data.chat import PackedChats
 from maxlm.data.held_out import open_held_out
 from maxlm.data.loader import open_splits
 from maxlm.data.sample import even_sample
 from maxlm.errors import DataError
+from maxlm.runtime.manifest import FILE_NAME, read_manifest
+from maxlm.runtime.storage import resolve_path
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.checkpoint import find_checkpoint
 from maxlm.train.lineage import run_folder_of

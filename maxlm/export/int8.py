@@ -9,14 +9,14 @@ from typing import get_args
 import jax
 from safetensors import SafetensorError
 
-from maxlm.core.manifest import write_manifest
-from maxlm.core.output import check_output
-from maxlm.core.progress import track
 from maxlm.errors import CheckFailed, CheckpointError, ConfigError
 from maxlm.export.held_out import HeldOut, find_held_out, read_held_out
 from maxlm.export.receipt import Receipt
 from maxlm.models.bundle import Tables, is_bundle, load_bundle, quantize_model, write_bundle
 from maxlm.models.decoder import Decoder
+from maxlm.runtime.manifest import write_manifest
+from maxlm.runtime.output import check_output
+from maxlm.runtime.progress import track
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.run import load_model
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import secrets
 
-from maxlm.core.arguments import at_least_zero, count, count_or_zero, seed, text_or_stdin
+from maxlm.runtime.arguments import at_least_zero, count, count_or_zero, seed, text_or_stdin
 
 
 def register(subparsers) -> None:

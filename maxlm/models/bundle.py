@@ -24,12 +24,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from maxlm.config.model import ModelConfig
-from maxlm.core.manifest import write_json
 from maxlm.core.parameters import Parameter, abstract
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckFailed, CheckpointError, TokenizerError
 from maxlm.models.decoder import Decoder
 from maxlm.ops.qtensor import QTensor, quantize
+from maxlm.runtime.manifest import write_json
 from maxlm.tokenizer.codec import Tokenizer
 
 INDEX_FILE = "bundle.json"

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from maxlm.core.arguments import add_config, count
+from maxlm.runtime.arguments import add_config, count
 
 TRAIN_EPILOG = """\
 examples:
@@ -97,15 +97,15 @@ def run_train(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides, kind="train")
     if args.supervise is not None:
-        from maxlm.train.supervise import supervise
+        from maxlm.runtime.supervise import supervise
 
         flags = {"--accept-changes": args.accept_changes, "--json": args.json}
         arguments = ["train", args.config, *args.overrides, *(flag for flag, given in flags.items() if given)]
         command = [sys.executable, "-m", "maxlm.cli", *arguments]
         return supervise(command, config, restarts=args.supervise)
 
-    from maxlm.core.distributed import is_primary
     from maxlm.post.run import train
+    from maxlm.runtime.distributed import is_primary
 
     metrics = train(config, accept_changes=args.accept_changes)["metrics"]
     if not is_primary():
@@ -142,9 +142,9 @@ def run_preview(args: argparse.Namespace) -> int:
 def run_score(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from maxlm.core.progress import console
     from maxlm.errors import DataError
     from maxlm.post.score import score_file, summarize
+    from maxlm.runtime.progress import console
 
     if args.output:
         # A mistake in it must not cost the wait for the scores.

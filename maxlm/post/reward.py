@@ -17,7 +17,6 @@ from flax import nnx
 from maxlm.config.model import ModelConfig
 from maxlm.core.batch import Batch
 from maxlm.core.parameters import Parameter, abstract, initialize, zeros
-from maxlm.core.progress import track
 from maxlm.core.term import LossOutput, Term, add
 from maxlm.core.tree import flatten, unflatten
 from maxlm.data.chat import EpochOrder, padded_batches, step_batches, training_order
@@ -26,6 +25,7 @@ from maxlm.errors import CheckpointError, RequestError
 from maxlm.models.adapters import declare_adapters, merge_adapters
 from maxlm.models.decoder import Decoder
 from maxlm.post.sequences import is_real, share_of_rows
+from maxlm.runtime.progress import track
 from maxlm.tokenizer.codec import ChatTokens, Tokenizer
 from maxlm.train.checkpoint import find_checkpoint, read_metadata, restore_weights, trained_as
 from maxlm.train.lineage import run_folder_of

@@ -7,12 +7,12 @@ import numpy as np
 
 import maxlm
 from maxlm.core.interval import paired_difference
-from maxlm.core.progress import console
 from maxlm.eval.baselines import baselines
 from maxlm.eval.inputs import read_held_out, read_training
 from maxlm.eval.likelihood import bits_per_byte
 from maxlm.eval.tasks import Example, read_examples
 from maxlm.generate.model import LoadedModel
+from maxlm.runtime.progress import console
 
 SAMPLE_PROMPTS = ("Return the ", "The default value is ", "If the file does not exist, ")
 SAMPLES_OF_A_PROMPT = 2

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config import TrainConfig, load_config
-from maxlm.core.manifest import content_hash, manifest_chain, read_manifest, write_json
-from maxlm.core.progress import console
-from maxlm.core.storage import resolve_path
 from maxlm.errors import ConfigError, DataError, MaxlmError
 from maxlm.quickstart.checks import checks
 from maxlm.quickstart.configs import config_folder, moved_paths
 from maxlm.quickstart.server import ask_server
 from maxlm.quickstart.tasks import settings, write_tasks
+from maxlm.runtime.manifest import content_hash, manifest_chain, read_manifest, write_json
+from maxlm.runtime.progress import console
+from maxlm.runtime.storage import resolve_path
 
 RECIPES = ("data", "tokenizer", "pretrain", "sft", "align")
 

@@ -5,8 +5,8 @@ import platform
 import random
 from pathlib import Path
 
-from maxlm.core.manifest import write_manifest
 from maxlm.quickstart.questions import Question, is_held_out, questions_about, read_functions
+from maxlm.runtime.manifest import write_manifest
 
 HELD_OUT_FRACTION = 0.15
 ALIGNMENT_FRACTION = 0.3  # of the functions that are not held out

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from maxlm.core.arguments import count, count_or_zero, port
+from maxlm.runtime.arguments import count, count_or_zero, port
 
 KEY_VARIABLE = "MAXLM_API_KEY"
 
@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
     import logging
 
-    from maxlm.core.progress import console
     from maxlm.generate.model import load
+    from maxlm.runtime.progress import console
     from maxlm.serve import server
     from maxlm.serve.access import Access
     from maxlm.serve.app import create_app

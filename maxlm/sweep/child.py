@@ -5,8 +5,8 @@ Whatever ends it, a crash or too little memory, ends the trial and not the sweep
 
 import sys
 
-from maxlm.core.platform import prepare_platform
 from maxlm.errors import DivergenceError, MaxlmError
+from maxlm.runtime.platform import prepare_platform
 
 # The exit code of a trial that trained, and lost its way.
 DIVERGED = 10
@@ -16,8 +16,8 @@ def main(path: str) -> int:
     """Train as `maxlm train` does; returns the exit code, DIVERGED of a run that has."""
     prepare_platform()
     from maxlm.config.load import load_config
-    from maxlm.core.distributed import stop_with_parent
     from maxlm.post.run import train
+    from maxlm.runtime.distributed import stop_with_parent
 
     # When the sweep has ended, however it did, its trial saves and stops.
     stop_with_parent()

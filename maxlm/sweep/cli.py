@@ -2,7 +2,7 @@
 
 import argparse
 
-from maxlm.core.arguments import add_config
+from maxlm.runtime.arguments import add_config
 
 EPILOG = """\
 examples:

@@ -5,8 +5,8 @@ from typing import Any
 
 from maxlm.config.load import parse_config
 from maxlm.config.sweep import SweepConfig
-from maxlm.core.manifest import read_manifest
 from maxlm.errors import MaxlmError
+from maxlm.runtime.manifest import read_manifest
 from maxlm.sweep.outcome import outcome_of, ranked
 from maxlm.sweep.records import Records
 from maxlm.sweep.trials import TARGET, Plan, Trial, size_of

@@ -12,10 +12,10 @@ from typing import Any
 
 from maxlm.config.load import dump_yaml
 from maxlm.config.sweep import SweepConfig
-from maxlm.core.manifest import write_json, write_manifest
-from maxlm.core.progress import console, progress_bar
-from maxlm.core.storage import is_remote
 from maxlm.errors import CheckFailed, ConfigError
+from maxlm.runtime.manifest import write_json, write_manifest
+from maxlm.runtime.progress import console, progress_bar
+from maxlm.runtime.storage import is_remote
 from maxlm.sweep.analysis import Analysis, analyse, best_config
 from maxlm.sweep.outcome import Outcome, outcome_of, ranked
 from maxlm.sweep.page import write_sweep_page

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config.load import dump_yaml
-from maxlm.core.manifest import read_manifest
-from maxlm.core.storage import acquire
 from maxlm.errors import DataError
+from maxlm.runtime.manifest import read_manifest
+from maxlm.runtime.storage import acquire
 from maxlm.sweep.child import DIVERGED
 from maxlm.sweep.records import Record, finite
 from maxlm.sweep.trials import Trial

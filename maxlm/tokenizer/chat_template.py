@@ -9,8 +9,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from maxlm.core.storage import storage_path
 from maxlm.errors import TokenizerError
+from maxlm.runtime.storage import storage_path
 
 FILE_NAME = "chat_template.json"
 

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from maxlm.core.arguments import add_config, text_or_stdin
+from maxlm.runtime.arguments import add_config, text_or_stdin
 
 _EPILOG = """\
 examples:
@@ -48,7 +48,7 @@ def register(subparsers) -> None:
 def run_train(args: argparse.Namespace) -> int:
     """Train, then say what came out."""
     from maxlm.config import load_config
-    from maxlm.core.manifest import read_manifest
+    from maxlm.runtime.manifest import read_manifest
     from maxlm.tokenizer.train import train_tokenizer
 
     config = load_config(args.config, args.overrides, kind="tokenizer")

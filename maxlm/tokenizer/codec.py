@@ -13,8 +13,8 @@ import numpy as np
 import sentencepiece
 import xxhash
 
-from maxlm.core.storage import storage_path
 from maxlm.errors import TokenizerError
+from maxlm.runtime.storage import storage_path
 from maxlm.tokenizer import chat_template as chat
 from maxlm.tokenizer.chat_template import ChatTemplate
 

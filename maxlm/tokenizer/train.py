@@ -14,12 +14,12 @@ import sentencepiece
 import xxhash
 
 from maxlm.config import TokenizerConfig
-from maxlm.core.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
-from maxlm.core.output import check_output
-from maxlm.core.progress import console
-from maxlm.core.storage import locked, storage_path
-from maxlm.core.written import table_batches
 from maxlm.errors import DataError, TokenizerError
+from maxlm.runtime.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
+from maxlm.runtime.output import check_output
+from maxlm.runtime.progress import console
+from maxlm.runtime.storage import locked, storage_path
+from maxlm.runtime.written import table_batches
 from maxlm.tokenizer.chat_template import CONTROL_TOKENS, default_chat_template
 from maxlm.tokenizer.codec import BOS, EOS, PAD, UNKNOWN, Tokenizer
 

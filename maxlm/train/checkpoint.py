@@ -21,15 +21,15 @@ from pydantic import ValidationError
 
 from maxlm.config.model import ModelConfig
 from maxlm.config.train import LoraConfig
-from maxlm.core.agree import any_process
-from maxlm.core.distributed import is_primary
-from maxlm.core.progress import console
-from maxlm.core.storage import absolute_path, is_remote, plain_path
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError, FaultError, MaxlmError, TrainingError
+from maxlm.runtime.agree import any_process
+from maxlm.runtime.distributed import is_primary
+from maxlm.runtime.progress import console
+from maxlm.runtime.retry import Retries, first_line, is_disk_full, is_storage_error
+from maxlm.runtime.storage import absolute_path, is_remote, plain_path
 from maxlm.train.checksums import checksums
 from maxlm.train.readback import check_written
-from maxlm.train.retry import Retries, first_line, is_disk_full, is_storage_error
 from maxlm.train.state import TrainState
 
 FOLDER = "checkpoints"

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from etils import epath
 
 from maxlm.config.fault import GuardConfig
-from maxlm.core.agree import from_primary
-from maxlm.core.distributed import is_primary
-from maxlm.core.progress import console
-from maxlm.core.storage import LineLog
 from maxlm.data.quarantine import FILE_NAME, SKIPPED_FILE_NAME, batch_of_step, read_quarantine
 from maxlm.errors import DivergenceError
+from maxlm.runtime.agree import from_primary
+from maxlm.runtime.distributed import is_primary
+from maxlm.runtime.progress import console
+from maxlm.runtime.storage import LineLog
 from maxlm.train.objective import Objective
 from maxlm.train.state import TrainState
 

@@ -17,8 +17,8 @@ from typing import Any, Self
 import jax
 from etils import epath
 
-from maxlm.core.distributed import is_primary
-from maxlm.core.storage import LineLog, read_lines
+from maxlm.runtime.distributed import is_primary
+from maxlm.runtime.storage import LineLog, read_lines
 
 FILE_NAME = "goodput.jsonl"
 # What a second may have gone to. `step` alone is productive. The last three are not what the clock counts:

@@ -8,8 +8,8 @@ import jax
 from maxlm.config.model import ModelConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.hardware import multiplies_fp8
-from maxlm.core.progress import console
 from maxlm.errors import ConfigError
+from maxlm.runtime.progress import console
 
 
 def check_layout(config: TrainConfig, sizes: Mapping[str, int]) -> None:

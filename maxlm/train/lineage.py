@@ -17,15 +17,15 @@ from pydantic import ValidationError
 
 from maxlm.config.resume import Change, change_of, differences
 from maxlm.config.train import PACKED_OBJECTIVES, TrainConfig
-from maxlm.core.distributed import is_primary
-from maxlm.core.manifest import content_hash, read_manifest
-from maxlm.core.progress import console
-from maxlm.core.storage import absolute_path, real_path, relative_path, storage_path
 from maxlm.errors import CheckpointError, ConfigError
 from maxlm.optim.schedule import schedule_factor
+from maxlm.runtime.distributed import is_primary
+from maxlm.runtime.manifest import content_hash, read_manifest
+from maxlm.runtime.progress import console
+from maxlm.runtime.storage import absolute_path, real_path, relative_path, storage_path
+from maxlm.runtime.supervise import local_id
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.checkpoint import FOLDER, FORMAT, find_checkpoint, has_checkpoint, read_metadata
-from maxlm.train.supervise import local_id
 
 _SHOWN_DIGITS = 8
 

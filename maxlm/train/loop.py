@@ -12,14 +12,14 @@ from jax.sharding import Mesh
 from maxlm.config.load import dump_yaml
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import num_tokens, put_batch
-from maxlm.core.distributed import is_primary, stop_on_signal
 from maxlm.core.hardware import peak_flops
-from maxlm.core.progress import console
-from maxlm.core.storage import storage_path
 from maxlm.errors import MaxlmError
 from maxlm.optim.build import make_optimizer
 from maxlm.optim.ema import ema_as
 from maxlm.optim.schedule import schedule_factor
+from maxlm.runtime.distributed import is_primary, stop_on_signal
+from maxlm.runtime.progress import console
+from maxlm.runtime.storage import storage_path
 from maxlm.train.faults import BadStep, GuardWatch, Quarantine
 from maxlm.train.goodput import Goodput, GoodputLog, Stopwatch
 from maxlm.train.lineage import Lineage

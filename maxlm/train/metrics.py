@@ -11,10 +11,10 @@ from etils import epath
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from maxlm.config.moe import MoeConfig
-from maxlm.core.distributed import is_primary
-from maxlm.core.progress import console
-from maxlm.core.storage import LineLog, storage_path
-from maxlm.core.written import read_written_lines
+from maxlm.runtime.distributed import is_primary
+from maxlm.runtime.progress import console
+from maxlm.runtime.storage import LineLog, storage_path
+from maxlm.runtime.written import read_written_lines
 from maxlm.train.goodput import GoodputLog
 
 _SHOWN_PARTS = 6

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from maxlm.core.batch import Batch
-from maxlm.core.manifest import read_manifest
 from maxlm.core.term import LossOutput
 from maxlm.data.held_out import HeldOutRows, open_held_out
 from maxlm.data.loader import open_mixture
+from maxlm.runtime.manifest import read_manifest
 from maxlm.train.loss import language_model_loss
 from maxlm.train.objective import RunContext
 from maxlm.train.validate import (

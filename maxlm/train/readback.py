@@ -7,7 +7,7 @@ from typing import Any
 import tensorstore
 from etils import epath
 
-from maxlm.core.storage import is_remote, plain_path
+from maxlm.runtime.storage import is_remote, plain_path
 
 # Where Orbax writes what it renames when it is whole.
 _UNDER_WAY = ".orbax-checkpoint-tmp"

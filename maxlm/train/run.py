@@ -12,17 +12,19 @@ from etils import epath
 
 from maxlm.config.model import ModelConfig
 from maxlm.config.train import PACKED_OBJECTIVES, TrainConfig
-from maxlm.core.distributed import initialize_distributed, is_primary, stop_with_parent
-from maxlm.core.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
-from maxlm.core.output import check_output
 from maxlm.core.parameters import abstract, initialize
-from maxlm.core.peers import Peers, ending_together
 from maxlm.core.sharding import make_mesh, mesh_sizes, row_shard
-from maxlm.core.storage import absolute_path, copy_folder, locked, real_path, resolve_path, storage_path
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError, ConfigError
 from maxlm.models.adapters import apply_adapters, declare_adapters, merge_adapters
 from maxlm.models.decoder import Decoder
+from maxlm.runtime.distributed import initialize_distributed, is_primary, stop_with_parent
+from maxlm.runtime.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
+from maxlm.runtime.output import check_output
+from maxlm.runtime.peers import Peers, ending_together
+from maxlm.runtime.retry import storage_faults
+from maxlm.runtime.storage import absolute_path, copy_folder, locked, real_path, resolve_path, storage_path
+from maxlm.runtime.supervise import SUPERVISED, newest_step
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.checkpoint import (
     check_fingerprint,
@@ -38,10 +40,8 @@ from maxlm.train.layout import check_layout, check_precision, note_idle_devices
 from maxlm.train.lineage import Lineage, check_not_read, run_folder_of, weights_hash
 from maxlm.train.loop import TrainResult, run
 from maxlm.train.objective import Objective, RunContext, StudentAndTeacher
-from maxlm.train.retry import storage_faults
 from maxlm.train.same_model import check_same_model
 from maxlm.train.startup import check_start, data_hashes
-from maxlm.train.supervise import SUPERVISED, newest_step
 
 # How long a run of before may take to save and end.
 _ENDING_SECONDS = 10.0

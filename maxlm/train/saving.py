@@ -9,14 +9,14 @@ import jax
 from etils import epath
 
 from maxlm.config.fault import CheckpointConfig
-from maxlm.core.agree import any_process, from_primary
-from maxlm.core.distributed import is_primary
-from maxlm.core.progress import console
-from maxlm.core.storage import absolute_path
 from maxlm.errors import ConfigError, TrainingError
+from maxlm.runtime.agree import any_process, from_primary
+from maxlm.runtime.distributed import is_primary
+from maxlm.runtime.progress import console
+from maxlm.runtime.storage import absolute_path
+from maxlm.runtime.supervise import LOCAL_ID_FILE, local_id
 from maxlm.train.checkpoint import Checkpointer, restore_newest
 from maxlm.train.state import TrainState
-from maxlm.train.supervise import LOCAL_ID_FILE, local_id
 
 
 class RunCheckpoints:

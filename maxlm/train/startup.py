@@ -9,9 +9,9 @@ from typing import Any
 import xxhash
 
 from maxlm.config.train import PACKED_OBJECTIVES, TrainConfig
-from maxlm.core.manifest import content_hash
-from maxlm.core.peers import Peers
 from maxlm.errors import ConfigError
+from maxlm.runtime.manifest import content_hash
+from maxlm.runtime.peers import Peers
 
 # What must be the same for all to compile the same program.
 _PACKAGES = ("maxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

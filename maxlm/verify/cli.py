@@ -2,7 +2,7 @@
 
 import argparse
 
-from maxlm.core.arguments import add_config
+from maxlm.runtime.arguments import add_config
 
 EPILOG = """\
 examples:
@@ -38,7 +38,7 @@ def register(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     import json
 
-    from maxlm.core.platform import use_virtual_devices
+    from maxlm.runtime.platform import use_virtual_devices
 
     use_virtual_devices(8)
 

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from maxlm.config.train import TrainConfig
-from maxlm.core.progress import progress_bar
 from maxlm.core.sharding import make_mesh
 from maxlm.errors import CheckFailed, RequestError
+from maxlm.runtime.progress import progress_bar
 from maxlm.verify import examples
 from maxlm.verify.reduce import NUM_DEVICES, NUM_ROWS, ROW_LENGTH, describe, full_model, reduced_config
 from maxlm.verify.report import Finding, Report, compare

@@ -13,8 +13,8 @@ from pydoc_data.topics import topics
 
 from maxlm.config import DataConfig, TokenizerConfig
 from maxlm.config.train import PackedSource, TrainConfig
-from maxlm.core.progress import console
 from maxlm.data.build import build_data
+from maxlm.runtime.progress import console
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.tokenizer.train import train_tokenizer
 from maxlm.verify.reduce import ROW_LENGTH

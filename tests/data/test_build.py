@@ -11,14 +11,14 @@ import pytest
 from corpora import make_text, read_jsonl, write_jsonl
 
 from maxlm.config import TokenizerConfig, dump_yaml
-from maxlm.core.manifest import manifest_chain, read_manifest
-from maxlm.core.storage import locked, storage_path
 from maxlm.data.build import build_data
 from maxlm.data.datasets import local_data_files
 from maxlm.data.loader import open_in_order
 from maxlm.data.rows import Packer
 from maxlm.data.show import read_rows
 from maxlm.errors import DataError, TokenizerError
+from maxlm.runtime.manifest import manifest_chain, read_manifest
+from maxlm.runtime.storage import locked, storage_path
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.tokenizer.train import train_tokenizer
 

@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from maxlm.core.manifest import manifest_chain, write_manifest
 from maxlm.errors import DataError
 from maxlm.eval.report import write_report
 from maxlm.eval.report_runs import Run, run_section
+from maxlm.runtime.manifest import manifest_chain, write_manifest
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 

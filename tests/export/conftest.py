@@ -9,10 +9,10 @@ import pytest
 
 from maxlm.config import ModelConfig, TokenizerConfig
 from maxlm.config.load import dump_yaml, parse_config
-from maxlm.core.manifest import write_manifest
 from maxlm.core.parameters import initialize
 from maxlm.data.build import build_data
 from maxlm.models.decoder import Decoder
+from maxlm.runtime.manifest import write_manifest
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.tokenizer.train import train_tokenizer
 from maxlm.train.checkpoint import Checkpointer, find_checkpoint

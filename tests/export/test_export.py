@@ -11,7 +11,6 @@ import pytest
 from maxlm.cli import main
 from maxlm.config.train import LoraConfig
 from maxlm.core.interval import ratio_interval
-from maxlm.core.manifest import manifest_chain, read_manifest
 from maxlm.core.parameters import initialize
 from maxlm.core.tree import flatten
 from maxlm.data.loader import open_in_order
@@ -23,6 +22,7 @@ from maxlm.generate.model import load
 from maxlm.models.adapters import declare_adapters
 from maxlm.models.bundle import load_bundle, quantize_model
 from maxlm.models.decoder import Decoder
+from maxlm.runtime.manifest import manifest_chain, read_manifest
 from tests.export.conftest import make_data, make_tokenizer, save_pretraining, save_run
 
 

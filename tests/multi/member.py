@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if args.supervise is not None:
         from maxlm.config.load import load_config
-        from maxlm.train.supervise import supervise
+        from maxlm.runtime.supervise import supervise
 
         config = load_config(args.arguments[1], [], kind="train")
         place = arguments.index("--supervise")

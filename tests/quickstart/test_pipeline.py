@@ -9,11 +9,11 @@ import sys
 import pytest
 from xla_flags import one_device
 
-from maxlm.core.manifest import write_manifest
 from maxlm.errors import ConfigError, DataError, RequestError
 from maxlm.quickstart.checks import ChecksFailed, checks
 from maxlm.quickstart.cli import run
 from maxlm.quickstart.pipeline import STAGES, Quickstart
+from maxlm.runtime.manifest import write_manifest
 
 SMALL = [
     "data.sources.0.limit=60",

@@ -14,8 +14,8 @@ from xla_flags import one_device
 
 from maxlm.cli import main
 from maxlm.config import load_config
-from maxlm.core.manifest import read_manifest
 from maxlm.errors import CheckFailed, ConfigError
+from maxlm.runtime.manifest import read_manifest
 from maxlm.sweep.records import Record
 from maxlm.sweep.run import check_metric, run_sweep
 from maxlm.train.metrics import read_metrics

@@ -5,10 +5,10 @@ import re
 import pytest
 
 from maxlm.config import DataConfig, TokenizerConfig
-from maxlm.core.manifest import manifest_chain, read_manifest
-from maxlm.core.storage import locked, storage_path
 from maxlm.data.build import build_data
 from maxlm.errors import ConfigError, DataError, TokenizerError
+from maxlm.runtime.manifest import manifest_chain, read_manifest
+from maxlm.runtime.storage import locked, storage_path
 from maxlm.tokenizer import cli
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.tokenizer.train import train_tokenizer

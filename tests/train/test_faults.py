@@ -12,12 +12,12 @@ from toy_run import ToyObjective, toy_run, weights
 
 from maxlm.cli import main
 from maxlm.config.fault import GuardConfig
-from maxlm.core.storage import read_lines, storage_path
 from maxlm.core.tree import flatten
 from maxlm.data.loader import open_mixture
 from maxlm.data.quarantine import SKIPPED_FILE_NAME, batch_of_step, read_quarantine
 from maxlm.errors import TrainingError
 from maxlm.post.run import train
+from maxlm.runtime.storage import read_lines, storage_path
 from maxlm.train import loop
 from maxlm.train.checkpoint import find_checkpoint, read_metadata
 from maxlm.train.faults import BadStep, GuardWatch, Quarantine

@@ -11,7 +11,7 @@ import pytest
 from test_faults import Crash, crash_at
 from toy_run import ToyObjective, toy_run
 
-from maxlm.core.storage import storage_path
+from maxlm.runtime.storage import storage_path
 from maxlm.train.goodput import PARTS, Goodput, GoodputLog, Stopwatch, read_goodput
 from maxlm.train.metrics import read_metrics
 

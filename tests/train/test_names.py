@@ -8,8 +8,8 @@ import orbax.checkpoint as ocp
 import pytest
 from toy_run import toy_run
 
-from maxlm.core.storage import plain_path, storage_path
 from maxlm.errors import ConfigError, TrainingError
+from maxlm.runtime.storage import plain_path, storage_path
 from maxlm.train import checkpoint
 from maxlm.train.checkpoint import find_checkpoint, restore_weights
 from maxlm.train.readback import check_arrays

@@ -11,9 +11,9 @@ from toy_run import ToyObjective, toy_run
 
 from maxlm.config.resume import _RULES, Change, change_of
 from maxlm.config.train import LoraConfig, TrainConfig
-from maxlm.core.manifest import read_manifest
 from maxlm.errors import CheckpointError, ConfigError
 from maxlm.post.run import train
+from maxlm.runtime.manifest import read_manifest
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.checkpoint import find_checkpoint, read_metadata
 from maxlm.train.lineage import Lineage, schedule_change

@@ -8,11 +8,11 @@ import pytest
 from etils import epath
 from tiny_run import tiny_config, train_process
 
-from maxlm.core.manifest import manifest_chain, read_manifest
-from maxlm.core.storage import locked
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckpointError
 from maxlm.post.run import train
+from maxlm.runtime.manifest import manifest_chain, read_manifest
+from maxlm.runtime.storage import locked
 from maxlm.train import run
 from maxlm.train.metrics import read_metrics
 from maxlm.train.run import load_model

@@ -16,11 +16,11 @@ from maxlm.cli import main
 from maxlm.config.fault import CheckpointConfig
 from maxlm.config.load import dump_yaml
 from maxlm.errors import CheckpointError, FaultError, TrainingError
+from maxlm.runtime.retry import Retries, is_disk_full, is_storage_error, storage_faults
+from maxlm.runtime.supervise import LOCAL_ID_FILE
 from maxlm.train.checkpoint import Checkpointer, find_checkpoint, restore_newest
 from maxlm.train.metrics import read_metrics
-from maxlm.train.retry import Retries, is_disk_full, is_storage_error, storage_faults
 from maxlm.train.saving import RunCheckpoints
-from maxlm.train.supervise import LOCAL_ID_FILE
 
 QUICK = {"retries": 3, "retry_seconds": 0.01}
 
@@ -58,7 +58,7 @@ def disk(tmp_path):
 def waits(monkeypatch):
     """Seconds that were slept, without sleeping."""
     slept = []
-    monkeypatch.setattr("maxlm.train.retry.time.sleep", slept.append)
+    monkeypatch.setattr("maxlm.runtime.retry.time.sleep", slept.append)
     return slept
 
 

@@ -10,12 +10,12 @@ from tiny_run import MODEL, tiny_config
 
 from maxlm.config import TokenizerConfig
 from maxlm.config.mesh import MeshConfig
-from maxlm.core.manifest import read_manifest, write_json
 from maxlm.core.sharding import mesh_sizes
-from maxlm.core.storage import storage_path
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckpointError, ConfigError, DataError, TrainingError
 from maxlm.post.run import train
+from maxlm.runtime.manifest import read_manifest, write_json
+from maxlm.runtime.storage import storage_path
 from maxlm.tokenizer.train import train_tokenizer
 from maxlm.train.checkpoint import find_checkpoint, read_metadata
 from maxlm.train.layout import check_layout, note_idle_devices

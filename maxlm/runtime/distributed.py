@@ -14,9 +14,9 @@ import jax
 from jax._src.clusters import ClusterEnv
 
 from maxlm.config.processes import ProcessesConfig
-from maxlm.core.peers import Peers, meet
-from maxlm.core.progress import console
 from maxlm.errors import ConfigError
+from maxlm.runtime.peers import Peers, meet
+from maxlm.runtime.progress import console
 
 # Each setting, as our own variable, as JAX's, and as those of the launchers that count processes.
 _COORDINATOR = ("MAXLM_COORDINATOR", "JAX_COORDINATOR_ADDRESS")

@@ -13,8 +13,8 @@ from typing import IO
 import xxhash
 from etils import epath
 
-from maxlm.core.progress import console
 from maxlm.errors import ConfigError
+from maxlm.runtime.progress import console
 
 # Names that Orbax, TensorStore and etils are known to take. Of others, some are taken for patterns (`[1]`), separators
 # (`\\`) or buckets (`gs:`), and what is written under them cannot be read.

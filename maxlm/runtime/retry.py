@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from maxlm.core.progress import console
 from maxlm.errors import FaultError
+from maxlm.runtime.progress import console
 
 Result = TypeVar("Result")
 

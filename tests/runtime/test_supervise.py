@@ -13,9 +13,9 @@ from etils import epath
 from tiny_run import tiny_config
 
 from maxlm.config.load import dump_yaml
-from maxlm.core.storage import locked
+from maxlm.runtime.storage import locked
+from maxlm.runtime.supervise import last_logged_step, newest_anywhere, newest_step, supervise
 from maxlm.train.saving import local_folder
-from maxlm.train.supervise import last_logged_step, newest_anywhere, newest_step, supervise
 
 # A stand-in for training. Each start reads and removes the first line of the file `plan`: checkpoints to make, steps
 # to log, and what to end with: an exit code, or minus the number of a signal.
@@ -94,7 +94,7 @@ def test_a_signal_without_a_name_is_told_by_its_number(run):
 
 def test_accounts_that_cannot_be_written_or_read_do_not_end_it(run, tmp_path, capfd, monkeypatch):
     (tmp_path / "run" / "restarts.jsonl.tmp").mkdir()
-    monkeypatch.setattr("maxlm.train.supervise.newest_step", lambda folder: 1 / 0)
+    monkeypatch.setattr("maxlm.runtime.supervise.newest_step", lambda folder: 1 / 0)
     assert run([[1, 1, -9], [2, 2, 3], [3, 3, 1], [4, 4, 0]], restarts=9) == (0, [], [])
     told = capfd.readouterr().err
     assert "restarts.jsonl lacks this start: IsADirectoryError" in told
@@ -104,8 +104,8 @@ def test_accounts_that_cannot_be_written_or_read_do_not_end_it(run, tmp_path, ca
 # Saves and ends on SIGTERM, as training does. os.write: a signal may come while the other line is being printed.
 TRAINER = """
 import os, signal, sys, time
-from maxlm.core.distributed import stop_with_parent
-from maxlm.train.supervise import SUPERVISED
+from maxlm.runtime.distributed import stop_with_parent
+from maxlm.runtime.supervise import SUPERVISED
 signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b"saved\\n"), os._exit(0)))
 assert os.environ.pop(SUPERVISED)
 stop_with_parent()
@@ -121,7 +121,7 @@ def test_its_end_is_passed_on(name, tmp_path):
     supervisor.write_text(
         "import sys\n"
         "from tiny_run import tiny_config\n"
-        "from maxlm.train.supervise import supervise\n"
+        "from maxlm.runtime.supervise import supervise\n"
         f"config = tiny_config({str(tmp_path / 'run')!r}, 'no-data')\n"
         f"sys.exit(supervise([sys.executable, '-c', {TRAINER!r}], config, restarts=9))\n"
     )
@@ -139,7 +139,7 @@ def test_its_end_is_passed_on(name, tmp_path):
 
 def test_a_run_folder_is_held_until_its_process_is_gone_even_killed(tmp_path):
     holder = (
-        "import sys, time; from etils import epath; from maxlm.core.storage import locked\n"
+        "import sys, time; from etils import epath; from maxlm.runtime.storage import locked\n"
         "with locked(epath.Path(sys.argv[1]), seconds=0) as alone: print(alone, flush=True); time.sleep(60)"
     )
     root = Path(__file__).parents[2]

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from maxlm.core.storage import absolute_path, is_remote, storage_path
 from maxlm.errors import ConfigError
+from maxlm.runtime.storage import absolute_path, is_remote, storage_path
 
 Stage = Literal["data", "tokenizer", "train", "export"]
 

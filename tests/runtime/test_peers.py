@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from maxlm.core.peers import meet
 from maxlm.errors import FaultError
+from maxlm.runtime.peers import meet
 
 ROOT = Path(__file__).parents[2]
 
 # Arguments: address, process, count, what to do, seconds to wait for the others, seconds between signs of life.
 SCRIPT = """
 import sys, time
-from maxlm.core.peers import meet
+from maxlm.runtime.peers import meet
 from maxlm.errors import DataError, MaxlmError
 address, process, count, action = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 try:

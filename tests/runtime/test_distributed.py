@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from maxlm.core.distributed import Cluster, find_cluster, initialize_distributed, is_primary, stop_on_signal
 from maxlm.errors import ConfigError
+from maxlm.runtime.distributed import Cluster, find_cluster, initialize_distributed, is_primary, stop_on_signal
 
 _LAUNCHERS = ("MAXLM_", "TPU_", "MEGASCALE_", "SLURM_", "OMPI_", "JOBSET_", "JOB_COMPLETION_", "KUBERNETES_")
 _OF_JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

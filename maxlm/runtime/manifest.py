@@ -14,10 +14,10 @@ from typing import Any
 import xxhash
 from etils import epath
 
-from maxlm.core.storage import absolute_path, files_in, relative_path, resolve_path, storage_path
-from maxlm.core.streams import ESCAPE
-from maxlm.core.written import parse_written
 from maxlm.errors import DataError
+from maxlm.runtime.storage import absolute_path, files_in, relative_path, resolve_path, storage_path
+from maxlm.runtime.streams import ESCAPE
+from maxlm.runtime.written import parse_written
 
 FILE_NAME = "manifest.json"
 

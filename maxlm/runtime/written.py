@@ -9,8 +9,8 @@ import pyarrow
 import pyarrow.parquet as parquet
 from etils import epath
 
-from maxlm.core.storage import read_lines
 from maxlm.errors import DataError
+from maxlm.runtime.storage import read_lines
 
 
 class _Written(dict):

@@ -27,8 +27,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from maxlm.core.progress import console
 from maxlm.errors import ConfigError, FaultError, MaxlmError
+from maxlm.runtime.progress import console
 
 _RETRY_SECONDS = 0.2
 # How long a process waits to be told what is behind an error of its own, and process 0 for all to have heard.

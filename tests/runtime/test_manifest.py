@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from maxlm.core import storage
-from maxlm.core.manifest import content_hash, manifest_chain, read_manifest, write_json, write_manifest
-from maxlm.core.storage import copy_folder, relative_path, resolve_path, storage_path
 from maxlm.errors import ConfigError, DataError
+from maxlm.runtime import storage
+from maxlm.runtime.manifest import content_hash, manifest_chain, read_manifest, write_json, write_manifest
+from maxlm.runtime.storage import copy_folder, relative_path, resolve_path, storage_path
 
 
 def make_stage(folder, inputs, **config):

@@ -16,10 +16,10 @@ from typing import Any
 from etils import epath
 
 from maxlm.config.train import TrainConfig
-from maxlm.core.distributed import find_cluster
-from maxlm.core.progress import console
-from maxlm.core.storage import LineLog, is_remote, storage_path
 from maxlm.errors import BUG_EXIT_CODE, FaultError
+from maxlm.runtime.distributed import find_cluster
+from maxlm.runtime.progress import console
+from maxlm.runtime.storage import LineLog, is_remote, storage_path
 
 FILE_NAME = "restarts.jsonl"
 # Names the run's folder among the local checkpoints: a run that is begun anew must not find those of the old one.

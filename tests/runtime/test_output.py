@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from maxlm.core.manifest import write_json
-from maxlm.core.output import check_output, stage_of
 from maxlm.errors import ConfigError
+from maxlm.runtime.manifest import write_json
+from maxlm.runtime.output import check_output, stage_of
 
 
 @pytest.fixture
