@@ -6,18 +6,21 @@ import argparse
 def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "config",
-        help="show a resolved configuration, or the schema",
+        help="show the recipes, a resolved configuration, or the schema",
         description="Look at configurations without running them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
             "examples:\n"
+            "  maxlm config list                            the recipes, whose names every command takes for CONFIG\n"
             "  maxlm config show configs/quickstart/pretrain.yaml optim.learning_rate=1e-3\n"
             "  maxlm config schema > maxlm.schema.json      for completion in editors"
         ),
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    listed = actions.add_parser("list", help="print the recipes that come with maxlm")
+    listed.set_defaults(func=run_list)
     show = actions.add_parser("show", help="print the resolved configuration as YAML, or all its mistakes")
-    show.add_argument("file", metavar="FILE", help="a YAML file with a `kind`: train, data, tokenizer or sweep")
+    show.add_argument("file", metavar="FILE", help="a YAML file with a `kind`, or a recipe's name")
     show.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.learning_rate=3e-4")
     show.add_argument("--json", action="store_true", help="print JSON instead of YAML")
     show.set_defaults(func=run_show)
@@ -30,6 +33,16 @@ def run_show(args: argparse.Namespace) -> int:
 
     config = load_config(args.file, args.overrides)
     print(config.model_dump_json(indent=2) if args.json else dump_yaml(config), end="" if not args.json else "\n")
+    return 0
+
+
+def run_list(args: argparse.Namespace) -> int:
+    from maxlm.config.recipes import describe, recipes
+
+    found = {name: describe(path) for name, path in recipes().items()}
+    width = max(map(len, found))
+    for name, (kind, sentence) in found.items():
+        print(f"{name:{width}}  {kind:9}  {sentence}")
     return 0
 
 

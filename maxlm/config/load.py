@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from maxlm.config.data import DataConfig, TokenizerConfig
 from maxlm.config.read import MAX_DEPTH, BadYaml, read_yaml
+from maxlm.config.recipes import find_config
 from maxlm.config.sweep import SweepConfig
 from maxlm.config.train import TrainConfig
 from maxlm.errors import ConfigError
@@ -33,14 +34,15 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *
     """Read, merge and validate a configuration file.
 
     Args:
-      path: a YAML file.
+      path: a YAML file, or the name of a recipe, such as `post/sft`.
       overrides: `dotted.key=value` strings; values are read as YAML.
       kind: the kind that the caller can use (`train`, `data`, `tokenizer`, `sweep`); None takes any.
 
     Raises:
       ConfigError: with one line for each mistake.
     """
-    tree = _read_with_base(Path(path))
+    path = find_config(path)
+    tree = _read_with_base(path)
     problems = [problem for override in overrides if (problem := _apply_override(tree, override))]
     if problems:
         raise ConfigError(problems)
@@ -92,9 +94,7 @@ def _read_yaml(path: Path) -> dict:
     try:
         tree = read_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError([f"{path}: there is no such file{hint}"]) from None
+        raise ConfigError([f"{path}: there is no such file"]) from None
     except OSError as error:
         # The name itself may be what is too long.
         name = str(path) if len(str(path)) <= 300 else f"{str(path)[:300]}..."

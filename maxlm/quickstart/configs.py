@@ -1,33 +1,11 @@
-"""Where the recipes lie, and their paths under another folder."""
+"""The paths of the recipes under another folder."""
 
 import json
 import os
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-from maxlm.errors import ConfigError
-
-
-def config_folder() -> Path:
-    """configs/quickstart of the checkout, or of the installed package's shared files.
-
-    Raises:
-      ConfigError: there is neither.
-    """
-    checkout = Path(__file__).resolve().parents[2] / "configs" / "quickstart"
-    if checkout.is_dir():
-        return checkout
-    try:
-        installed = files("maxlm") or []
-    except PackageNotFoundError:
-        installed = []
-    for file in installed:  # pip knows where its scheme (venv, user, system) has put them
-        if file.match("share/maxlm/configs/quickstart/*.yaml") and Path(file.locate()).is_file():
-            return Path(file.locate()).resolve().parent
-    raise ConfigError([f"there is no {checkout}, and the installed maxlm has no recipes: install it again with pip"])
 
 
 def moved_paths(text: str, folder: Path) -> list[str]:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config import TrainConfig, load_config
+from maxlm.config.recipes import recipe_folder
 from maxlm.errors import ConfigError, DataError, MaxlmError
 from maxlm.quickstart.checks import checks
-from maxlm.quickstart.configs import config_folder, moved_paths
+from maxlm.quickstart.configs import moved_paths
 from maxlm.quickstart.server import ask_server
 from maxlm.quickstart.tasks import settings, write_tasks
 from maxlm.runtime.manifest import content_hash, manifest_chain, read_manifest, write_json
@@ -99,7 +100,7 @@ class Quickstart:
 
     def config(self, name: str) -> Any:
         """A recipe of configs/quickstart with its paths moved to this output folder, and the user's overrides."""
-        recipe = config_folder() / f"{name}.yaml"
+        recipe = recipe_folder() / "quickstart" / f"{name}.yaml"
         moved = moved_paths(recipe.read_text(encoding="utf-8"), self.folder)
         return load_config(recipe, [*moved, *self._overrides[name]])
 

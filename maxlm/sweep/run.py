@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from maxlm.config.load import dump_yaml
+from maxlm.config.recipes import find_config
 from maxlm.config.sweep import SweepConfig
 from maxlm.errors import CheckFailed, ConfigError
 from maxlm.runtime.manifest import write_json, write_manifest
@@ -134,7 +135,7 @@ class _Sweep:
         write_manifest(
             self.folder,
             stage="sweep",
-            inputs={"train": self.config.train, **self.plan.inputs},
+            inputs={"train": str(find_config(self.config.train)), **self.plan.inputs},
             config=self.config.model_dump(mode="json"),
             metrics=summary,
         )

@@ -220,7 +220,8 @@ def test_a_base_has_no_base(tmp_path):
 def test_a_missing_file_is_told_with_the_nearest(good):
     missing = good.with_name("god.yaml")
     assert problems(missing) == [f"there is no such file; did you mean {good}?"]
-    assert problems(good.parent / "none" / "x.yaml") == ["there is no such file"]
+    far = problems(good.parent / "none" / "x.yaml")
+    assert far == ["there is no such file; `maxlm config list` names the recipes"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""The recipes that come with maxlm, found by name from anywhere: `post/sft` is configs/post/sft.yaml."""
+
+import difflib
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+import yaml
+
+from maxlm.errors import ConfigError
+
+# Where pip puts them, below its scheme (venv, user, system).
+_SHARED = "share/maxlm/configs"
+
+
+def recipe_folder() -> Path:
+    """configs/ of the checkout, or of the installed package's shared files.
+
+    Raises:
+      ConfigError: there is neither.
+    """
+    checkout = Path(__file__).resolve().parents[2] / "configs"
+    if checkout.is_dir():
+        return checkout
+    try:
+        installed = files("maxlm") or []
+    except PackageNotFoundError:
+        installed = []
+    for file in installed:
+        if file.match(f"{_SHARED}/*/*.yaml") and Path(file.locate()).is_file():
+            return Path(file.locate()).resolve().parents[1]
+    raise ConfigError([f"there is no {checkout}, and the installed maxlm has no recipes: install it again with pip"])
+
+
+def find_config(name: str | Path) -> Path:
+    """The file of that name; where there is none, the recipe: `post/sft`, `post/sft.yaml` or `configs/post/sft.yaml`.
+
+    Raises:
+      ConfigError: there is neither; the nearest names are told.
+    """
+    path = Path(name)
+    try:
+        if path.exists():
+            return path
+        recipe = _recipe_of(path)
+    except OSError:
+        return path  # a name that the disk cannot hold; whoever reads it says so
+    if recipe is not None:
+        return recipe
+    files_here = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+    near = [str(path.parent / found) for found in files_here]
+    near += difflib.get_close_matches(path.with_suffix("").as_posix(), recipes(), 1, cutoff=0.7)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; `maxlm config list` names the recipes"
+    raise ConfigError([f"{path}: there is no such file{hint}"])
+
+
+def recipes() -> dict[str, Path]:
+    """The file of each recipe by its name."""
+    folder = recipe_folder()
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
+
+
+def describe(path: Path) -> tuple[str, str]:
+    """Of a recipe, its kind, and the first sentence of the comment that it begins with."""
+    text = path.read_text(encoding="utf-8")
+    comment = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line.lstrip("# "))
+    sentence = " ".join(comment).partition(". ")[0].rstrip(".")
+    return yaml.safe_load(text)["kind"], sentence
+
+
+def _recipe_of(path: Path) -> Path | None:
+    parts = path.with_suffix("").parts if path.suffix in (".yaml", "") else path.parts
+    name = "/".join(parts[1:] if parts[:1] == ("configs",) else parts)
+    return recipes().get(name)
