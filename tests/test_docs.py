@@ -10,7 +10,10 @@ from maxlm.cli import COMMANDS, parse
 from maxlm.config import load_config
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "gcp" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "gcp/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 HELP = [ROOT / f"{name.replace('.', '/')}.py" for name in ("maxlm.cli", *COMMANDS)]
 LINK = re.compile(r"\]\(([^)#\s]+)")
 FILE = re.compile(r"(?<![\w/.-])(?:configs|docs|gcp|maxlm|tests|tools)/[\w/.-]*\.(?:md|py|sh|yaml)\b")
@@ -48,6 +51,12 @@ def test_commands_are_understood_and_their_settings_are_there(path, monkeypatch)
         args = parse(words)
         if hasattr(args, "config") and hasattr(args, "overrides") and Path(args.config or "").is_file():
             load_config(args.config, args.overrides)
+
+
+def test_the_index_leads_to_all_pages():
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / link).resolve() for link in LINK.findall(index.read_text(encoding="utf-8"))}
+    assert [page for page in sorted(index.parent.glob("*.md")) if page != index and page not in linked] == []
 
 
 def test_a_command_that_is_gone_is_found(tmp_path):
