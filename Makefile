@@ -37,7 +37,7 @@ test-optimized: install-dev
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 \
 	  $(VENV)/bin/python -m pytest $(SHARED_OUT) tests/ops tests/train/test_step.py tests/models/test_decoder.py
 
-# Tables of docs/verify.md
+# The summary in docs/verify.md, and every variant of every recipe in runs/verify.md
 verify: install
 	$(VENV)/bin/python tools/verify_all.py
 

@@ -1,8 +1,8 @@
-"""Verify every recipe and write the tables of docs/verify.md.
+"""Verify every recipe, and write the summary in docs/verify.md and all variants to runs/verify.md.
 
     python tools/verify_all.py [CONFIG ...]
 
-Without arguments: all files of kind train under configs/. The tables stand between two marks of the page; what stands
+Without arguments: all files of kind train under configs/. The summary stands between two marks of the page; what stands
 before them is written by hand. Exits with 1 if any recipe differs.
 """
 
@@ -13,7 +13,8 @@ from maxlm.runtime.platform import prepare_platform, use_virtual_devices
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "verify.md"
-BEGIN, END = "<!-- tables: begin -->\n", "<!-- tables: end -->\n"
+VARIANTS = ROOT / "runs" / "verify.md"
+BEGIN, END = "<!-- summary: begin -->\n", "<!-- summary: end -->\n"
 
 
 def main(paths: list[str]) -> int:
@@ -26,8 +27,9 @@ def main(paths: list[str]) -> int:
     for path in paths or recipes():
         reports.append(verify(load(path), title=path))
         head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        tables = "\n".join([summary(reports), *map(markdown, reports)])
-        PAGE.write_text(f"{head}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        PAGE.write_text(f"{head}{BEGIN}\n{summary(reports)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        VARIANTS.parent.mkdir(exist_ok=True)
+        VARIANTS.write_text("\n".join(map(markdown, reports)), encoding="utf-8")
         print(path, "passed" if reports[-1].passed else "DIFFERS", f"{reports[-1].seconds:.0f} s", flush=True)
     return 0 if all(report.passed for report in reports) else 1
 
