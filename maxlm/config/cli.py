@@ -11,7 +11,7 @@ def register(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
             "examples:\n"
-            "  maxlm config list                            the recipes, whose names every command takes for CONFIG\n"
+            "  maxlm config list                            the recipes, whose names are taken for CONFIG\n"
             "  maxlm config show configs/quickstart/pretrain.yaml optim.learning_rate=1e-3\n"
             "  maxlm config schema > maxlm.schema.json      for completion in editors"
         ),

@@ -17,6 +17,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 
 from maxlm.data.lines import BrokenFile, line_end, read_blocks
+from maxlm.runtime.json_objects import DuplicateKeyError, unique_keys
 
 # What may stand between two values.
 _GAP = re.compile(r"[\s,\ufeff]*")
@@ -140,6 +141,8 @@ class _Reader:
                 return self._skip_broken(error)
             except RecursionError:
                 return self._skip_broken("nested too deep")
+            except DuplicateKeyError as error:
+                return self._skip_broken(str(DuplicateKeyError(shown(error.key))))
             except ValueError as error:
                 return self._skip_broken(str(error))
             # A number may go on.
@@ -289,15 +292,6 @@ def _read_rows(path: Path) -> Iterator[Value | Broken]:
         yield Broken(str(number), f"{path}, row {number}", "broken_file", f"cannot be read as Parquet: {problem}", "")
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in value if keys.count(key) > 1)
-        raise ValueError(f"the key {shown(twice)!r} stands twice in one object")
-    return value
-
-
 def _holds_bytes(text: str) -> bool:
     """Whether a text has bytes in it that were no UTF-8."""
     try:
@@ -307,4 +301,4 @@ def _holds_bytes(text: str) -> bool:
     return False
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)

@@ -7,6 +7,10 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
+from maxlm.runtime.json_objects import DuplicateKeyError, unique_keys
+
+_MAX_SHOWN = 80  # characters of a key in a message
+
 
 class StrictRoute(APIRoute):
     """A route whose body is read by `parse_body`."""
@@ -33,29 +37,16 @@ def parse_body(body: bytes) -> Any:
         thousands of digits; FastAPI answers it as it does for what is not JSON.
     """
     try:
-        return json.loads(body, object_pairs_hook=_object)
+        return json.loads(body, object_pairs_hook=unique_keys)
     except json.JSONDecodeError:
         raise
     except RecursionError:
         problem = "nested too deep"
     except UnicodeDecodeError:
         problem = "it is not UTF-8"
-    except _DuplicateKeyError as error:
-        problem = str(error)
+    except DuplicateKeyError as error:
+        problem = str(DuplicateKeyError(error.key[:_MAX_SHOWN]))
     except ValueError:
         # Python's own limit, against quadratic time.
         problem = "it holds a number of thousands of digits"
     raise json.JSONDecodeError(problem, "", 0)
-
-
-class _DuplicateKeyError(ValueError):
-    pass
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in value if keys.count(key) > 1)
-        raise _DuplicateKeyError(f"the key {twice[:80]!r} stands twice in one object")
-    return value
