@@ -22,7 +22,7 @@ import jax.numpy as jnp  # noqa: E402
 from maxlm.config import load_config  # noqa: E402
 from maxlm.core.batch import Batch  # noqa: E402
 from maxlm.core.parameters import initialize  # noqa: E402
-from maxlm.models.bundle import quantize_model  # noqa: E402
+from maxlm.interop.int8 import quantize_model  # noqa: E402
 from maxlm.models.cache import KVCache  # noqa: E402
 from maxlm.models.decoder import Decoder  # noqa: E402
 from maxlm.ops.attention import attention  # noqa: E402

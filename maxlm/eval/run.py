@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from maxlm.core.interval import Interval, paired_difference
-from maxlm.errors import CheckpointError, DataError
+from maxlm.errors import DataError
 from maxlm.eval.baselines import Baselines, baselines
 from maxlm.eval.inputs import find_data_folders, read_held_out_by_source, read_training
 from maxlm.eval.likelihood import (
@@ -16,6 +16,7 @@ from maxlm.eval.likelihood import (
 )
 from maxlm.eval.tasks import Example, TaskResult, read_examples, run_task
 from maxlm.generate.model import LoadedModel, load
+from maxlm.interop.load import check_folder
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ def evaluate(
     """
     # Inputs first: a mistake in them must not cost the wait for a model.
     for path in (model_path, compare):
-        if path is not None and not Path(path).is_dir():
-            raise CheckpointError(f"{path}: there is no such folder; give a run, a checkpoint or an int8 bundle")
+        if path is not None:
+            check_folder(path)
     tasks = [(str(path), read_examples(path, ignore_keys=ignore_keys)) for path in task_files]
     if data is None and not tasks:
         folders = find_data_folders(model_path)

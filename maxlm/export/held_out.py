@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from maxlm.checkpoint.folder import find_checkpoint, run_folder_of
 from maxlm.config.train import PACKED_OBJECTIVES
 from maxlm.core.batch import Batch
 from maxlm.data.chat import PackedChats
@@ -21,8 +22,6 @@ from maxlm.errors import DataError
 from maxlm.runtime.manifest import FILE_NAME, read_manifest
 from maxlm.runtime.storage import resolve_path
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.checkpoint import find_checkpoint
-from maxlm.train.lineage import run_folder_of
 
 # Tokens of a batch, padding included.
 BATCH_TOKENS = 4096

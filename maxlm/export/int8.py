@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 from maxlm.errors import CheckFailed, CheckpointError, ConfigError
 from maxlm.export.held_out import HeldOut, find_held_out, read_held_out
 from maxlm.export.receipt import Receipt
-from maxlm.models.bundle import Tables, is_bundle, load_bundle, quantize_model, write_bundle
+from maxlm.interop.int8 import is_bundle, load_bundle, write_bundle
+from maxlm.interop.load import load_model
 from maxlm.models.decoder import Decoder
+from maxlm.models.quantized import Tables, quantize_model
 from maxlm.runtime.manifest import write_manifest
 from maxlm.runtime.output import check_output
 from maxlm.runtime.progress import track
-from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.run import load_model
 
 MAX_PERPLEXITY_CHANGE = 0.005
 MAX_MEAN_KL = 0.01
@@ -71,8 +71,9 @@ def export_int8(
     if output.exists() and not is_bundle(output) and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError([f"{output}: exists and is no int8 bundle; give a new folder"])
     paths = find_held_out(model_path) if data is None else [data]
-    model, tokenizer_folder = load_model(model_path, ema=ema)
-    tokenizer = Tokenizer.load(tokenizer_folder)
+    model, tokenizer = load_model(model_path, ema=ema)
+    if tokenizer is None:
+        raise CheckpointError(f"{model_path}: has no tokenizer, which the comparison on text needs; put it back")
     held_out = read_held_out(paths, tokenizer, max_length=model.config.max_length, max_tokens=max_tokens)
 
     bounds = {"max_perplexity_change": max_perplexity_change, "max_mean_kl": max_mean_kl}
@@ -81,13 +82,7 @@ def export_int8(
     temporary = output.with_name(_beside(output.name))
     try:
         temporary.mkdir(parents=True)
-        write_bundle(
-            temporary,
-            quantized,
-            tokenizer_folder=tokenizer_folder,
-            fingerprint=tokenizer.fingerprint,
-            receipt=asdict(receipt),
-        )
+        write_bundle(temporary, quantized, tokenizer, receipt=asdict(receipt))
         load_bundle(temporary)
         write_manifest(
             temporary,

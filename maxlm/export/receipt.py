@@ -16,8 +16,7 @@ from maxlm.core.batch import Batch
 from maxlm.core.interval import Interval, ratio_interval
 from maxlm.core.tree import flatten
 from maxlm.errors import DataError
-from maxlm.models.decoder import Decoder
-from maxlm.ops.qtensor import QTensor
+from maxlm.models.decoder import Decoder, with_config
 
 # Tokens whose logits, of both models, live at a time.
 CHUNK_LENGTH = 512
@@ -133,8 +132,7 @@ class Receipt:
 def _in_float32(model: Decoder) -> Decoder:
     """The same weights, with activations and operands of float32 where they are not of 8 bits."""
     exact = {"activation_dtype": "float32", "matmul_dtype": "float32", "eight_bit": None}
-    weights = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, QTensor))
-    return jax.tree.unflatten(jax.tree.structure(Decoder(model.config.model_copy(update=exact))), weights)
+    return with_config(model, model.config.model_copy(update=exact))
 
 
 @jax.jit

@@ -16,8 +16,8 @@ from maxlm.errors import CheckpointError, RequestError
 from maxlm.generate.decoding import bucket_length
 from maxlm.generate.engine import Engine
 from maxlm.generate.request import Request
-from maxlm.models.decoder import Decoder
-from maxlm.ops.qtensor import QTensor
+from maxlm.interop.load import load_model
+from maxlm.models.decoder import Decoder, with_config
 from maxlm.tokenizer.codec import Tokenizer
 
 # A text to continue, or the messages of a chat to answer.
@@ -29,7 +29,9 @@ _FEW_SLOTS, _MANY_SLOTS = 2, 8
 
 
 def load(path: str | Path, *, ema: bool = False) -> "LoadedModel":
-    """Load a run folder, a checkpoint folder or an int8 bundle for inference.
+    """Load a model for inference: a run folder, a checkpoint folder, or a folder of another format (an int8 bundle).
+
+    A folder without a tokenizer gives a model that takes token ids alone.
 
     Args:
       ema: the running mean of a run's weights instead of the weights.
@@ -37,20 +39,8 @@ def load(path: str | Path, *, ema: bool = False) -> "LoadedModel":
     Raises:
       CheckpointError: there is no model at `path`, or it cannot be read.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: there is no such folder; give a run, a checkpoint or an int8 bundle")
-    if (path / "bundle.json").is_file():
-        from maxlm.models.bundle import load_bundle
-
-        if ema:
-            raise CheckpointError(f"{path}: is an int8 bundle, which holds one set of weights; export it with --ema")
-        decoder, tokenizer_folder = load_bundle(path)
-    else:
-        from maxlm.train.run import load_model
-
-        decoder, tokenizer_folder = load_model(path, ema=ema)
-    return LoadedModel(for_this_backend(decoder), Tokenizer.load(tokenizer_folder), name=path.resolve().name)
+    decoder, tokenizer = load_model(path, ema=ema)
+    return LoadedModel(for_this_backend(decoder), tokenizer, name=Path(path).resolve().name)
 
 
 def for_this_backend(decoder: Decoder) -> Decoder:
@@ -61,9 +51,7 @@ def for_this_backend(decoder: Decoder) -> Decoder:
     """
     if jax.default_backend() != "cpu":
         return decoder
-    config = decoder.config.model_copy(update={"activation_dtype": "float32"})
-    weights = jax.tree.leaves(decoder, is_leaf=lambda leaf: isinstance(leaf, QTensor))
-    return jax.tree.unflatten(jax.tree.structure(Decoder(config)), weights)
+    return with_config(decoder, decoder.config.model_copy(update={"activation_dtype": "float32"}))
 
 
 @dataclass(frozen=True)
@@ -80,21 +68,33 @@ class Score:
 
 
 class LoadedModel:
-    """A decoder and its tokenizer."""
+    """A decoder and its tokenizer.
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, *, name: str = "model"):
-        if decoder.config.vocab_size != tokenizer.vocab_size:
+    Without one, what takes text raises RequestError; `logits` and `score_tokens` take token ids.
+    """
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None, *, name: str = "model"):
+        if tokenizer is not None and decoder.config.vocab_size != tokenizer.vocab_size:
             raise CheckpointError(
                 f"the model has {decoder.config.vocab_size} tokens and the tokenizer {tokenizer.vocab_size};"
                 " give the tokenizer that the model was trained with"
             )
         self.decoder = decoder
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self.name = name
 
     @property
     def config(self) -> ModelConfig:
         return self.decoder.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise RequestError(
+                f"{self.name}: has no tokenizer, and so takes token ids (`logits`, `score_tokens`) and no text; put the"
+                " tokenizer that it was trained with into its run folder as `tokenizer`"
+            )
+        return self._tokenizer
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from maxlm.ops.context import lay_out, put_in_order, row_order
 from maxlm.ops.linear import embed, unembed
 from maxlm.ops.loss import token_log_probabilities
 from maxlm.ops.norm import rms_norm
+from maxlm.ops.qtensor import QTensor
 from maxlm.ops.rope import rope_angles
 
 
@@ -149,6 +150,12 @@ class Decoder(nnx.Module):
         """Layers as [groups, layers of a group, ...], a group being one turn of the window pattern."""
         size = len(self.config.window_pattern)
         return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] // size, size, *leaf.shape[1:]), layers)
+
+
+def with_config(model: Decoder, config: ModelConfig) -> Decoder:
+    """The same weights, computed as another configuration of the same shapes says."""
+    weights = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    return jax.tree.unflatten(jax.tree.structure(type(model)(config)), weights)
 
 
 def _table(config: ModelConfig) -> Parameter:

@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from maxlm.checkpoint.folder import check_fingerprint, find_checkpoint, read_metadata, trained_as
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch, put_batch
 from maxlm.core.term import LossOutput, Term
 from maxlm.errors import CheckpointError, ConfigError
-from maxlm.models.decoder import Decoder
+from maxlm.interop.load import load_model
+from maxlm.models.decoder import Decoder, with_config
 from maxlm.ops.loss import in_chunks
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.checkpoint import check_fingerprint, find_checkpoint, read_metadata, trained_as
 from maxlm.train.layout import check_layout
 from maxlm.train.objective import StudentAndTeacher
 from maxlm.train.pretrain import Pretrain
-from maxlm.train.run import as_configured, load_model
 
 
 class Distill(Pretrain):
@@ -128,4 +128,4 @@ def load_teacher(config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Any:
     except ConfigError as error:
         raise ConfigError([f"{path} (the teacher): {problem}" for problem in error.problems]) from None
     teacher, _ = load_model(path, mesh)
-    return as_configured(teacher, model)
+    return with_config(teacher, model)

@@ -1,70 +1,29 @@
-"""The reward model: a decoder with a scalar head, trained on preferences.
+"""A reward model trained on preferences.
 
-Dimensions: B rows, L length, D embed.
+Dimensions: B pairs.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from maxlm.config.model import ModelConfig
 from maxlm.core.batch import Batch
-from maxlm.core.parameters import Parameter, abstract, initialize, zeros
 from maxlm.core.term import LossOutput, Term, add
-from maxlm.core.tree import flatten, unflatten
 from maxlm.data.chat import EpochOrder, padded_batches, step_batches, training_order
 from maxlm.data.preference import PreferenceBatch, PreferencePairs, pad, round_up
-from maxlm.errors import CheckpointError, RequestError
-from maxlm.models.adapters import declare_adapters, merge_adapters
-from maxlm.models.decoder import Decoder
+from maxlm.errors import RequestError
+from maxlm.models.reward import RewardModel
 from maxlm.post.sequences import is_real, share_of_rows
 from maxlm.runtime.progress import track
 from maxlm.tokenizer.codec import ChatTokens, Tokenizer
-from maxlm.train.checkpoint import find_checkpoint, read_metadata, restore_weights, trained_as
-from maxlm.train.lineage import run_folder_of
 from maxlm.train.objective import RunContext
-from maxlm.train.run import load_start
 from maxlm.train.validate import Evaluator
 
 _SCORED_ROWS = 8
-
-
-class RewardModel(Decoder):
-    """A decoder whose last hidden state of a sequence is read out as one number.
-
-    The head starts at zero, so that training starts from equal rewards.
-    """
-
-    trained_whole = ("value",)
-
-    def __init__(self, config: ModelConfig):
-        super().__init__(config)
-        self.value = nnx.data(Parameter((config.embed_dim,), (None,), zeros))
-
-    @classmethod
-    def from_decoder(cls, decoder: Decoder, key: jax.Array) -> "RewardModel":
-        """A decoder's weights with a new head."""
-        plan = cls(decoder.config)
-        head = initialize({"value": plan.value}, key)
-        return unflatten({**flatten(decoder), **head}, plan)
-
-    def rewards(self, batch: Batch) -> tuple[jax.Array, LossOutput]:
-        """One number for each row, read at its last token: float32 [B]; 0 for a row of padding.
-
-        Beside it, what the layers add to the loss.
-        """
-        output = self(batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids)
-        values_BL = jnp.sum(output.hidden_BLD.astype(jnp.float32) * self.value, axis=-1)
-        is_token_BL = batch.segment_ids > 0
-        is_last_BL = is_token_BL & (batch.positions == jnp.max(batch.positions, axis=1, keepdims=True))
-        return jnp.sum(jnp.where(is_last_BL, values_BL, 0.0), axis=1), output.auxiliary
 
 
 def bradley_terry_loss(chosen_B: jax.Array, rejected_B: jax.Array) -> jax.Array:
@@ -139,34 +98,6 @@ class Reward:
             parts=context.row_parts,
             form=config.objective,
         )
-
-
-def load_reward_model(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> tuple[RewardModel, Tokenizer]:
-    """A trained reward model, its adapters merged, and its tokenizer.
-
-    Args:
-      path: a run folder or a checkpoint.
-      mesh: where to lay it; None is the first device.
-
-    Raises:
-      CheckpointError: there is no whole checkpoint, or it holds no reward model.
-    """
-    checkpoint = find_checkpoint(path)
-    metadata = read_metadata(checkpoint)
-    if (kind := metadata["config"]["objective"]["kind"]) != "reward":
-        raise CheckpointError(
-            f"{path}: was trained with objective.kind={kind}, and not as a reward model; give the run folder of a"
-            " training with objective.kind=reward, as configs/post/reward.yaml is"
-        )
-    tokenizer = Tokenizer.load(run_folder_of(checkpoint) / "tokenizer")
-    model, lora = trained_as(metadata, where=checkpoint)
-    plan = RewardModel(model)
-    if lora is None:
-        return restore_weights(checkpoint, abstract(plan, mesh)), tokenizer
-    base = load_start(checkpoint, model, mesh)
-    base = RewardModel.from_decoder(base, jax.random.key(metadata["config"]["seed"]))
-    adapters = restore_weights(checkpoint, abstract(declare_adapters(plan, lora), mesh))
-    return jax.jit(partial(merge_adapters, config=lora))(base, adapters), tokenizer
 
 
 def score(model: RewardModel, tokenizer: Tokenizer, texts: Sequence[str | Sequence[dict]]) -> np.ndarray:

@@ -6,10 +6,11 @@ import jax
 
 from maxlm.config.train import TrainConfig
 from maxlm.models.decoder import Decoder
+from maxlm.models.reward import RewardModel
 from maxlm.post.distill import Distill, load_teacher
 from maxlm.post.dpo import Dpo
 from maxlm.post.grpo import Grpo
-from maxlm.post.reward import Reward, RewardModel
+from maxlm.post.reward import Reward
 from maxlm.post.sft import Sft
 from maxlm.train import run
 from maxlm.train.pretrain import Pretrain

@@ -12,8 +12,9 @@ from maxlm.core.interval import mean_interval, proportion_interval
 from maxlm.data.chat import encode_answer, encode_chat
 from maxlm.data.messages import parse_messages
 from maxlm.data.records import field, read_records
-from maxlm.errors import DataError
-from maxlm.post.reward import load_reward_model, score_sequences
+from maxlm.errors import CheckpointError, DataError
+from maxlm.interop.load import load_reward_model
+from maxlm.post.reward import score_sequences
 from maxlm.tokenizer.codec import Tokenizer
 
 _ACCEPTED = (
@@ -43,6 +44,8 @@ def score_file(model_path: str | Path, path: str | Path) -> list[Scored]:
       CheckpointError: the model is no trained reward model.
     """
     model, tokenizer = load_reward_model(model_path)
+    if tokenizer is None:
+        raise CheckpointError(f"{model_path}: has no tokenizer; put that of its training into its run folder")
     longest = model.config.max_length
     places, sequences = [], []
     for where, record in read_records(path):

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         origins=tuple(args.cors),
         api_key=_api_key(args),
     )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", force=True)
     logging.getLogger("maxlm.serve").setLevel(logging.ERROR if args.quiet else logging.INFO)
     model = load(args.model, ema=args.ema)
     name = args.served_model_name or model.name

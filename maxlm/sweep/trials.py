@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import xxhash
 
+from maxlm.checkpoint.folder import find_checkpoint, run_folder_of, weights_hash
 from maxlm.config.load import load_config
 from maxlm.config.model import ModelConfig
 from maxlm.config.sweep import Range, SweepConfig
@@ -25,8 +26,6 @@ from maxlm.models.decoder import Decoder
 from maxlm.optim.schedule import schedule_factor
 from maxlm.sweep.space import Rung, Setting, draw_settings, halving_rungs
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.checkpoint import find_checkpoint
-from maxlm.train.lineage import run_folder_of, weights_hash
 from maxlm.train.run import find_tokenizer, resolve_model
 from maxlm.train.startup import data_hashes
 

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from maxlm.checkpoint.lineage import Lineage
+from maxlm.checkpoint.saving import RunCheckpoints
 from maxlm.config.load import dump_yaml
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import num_tokens, put_batch
@@ -22,10 +24,8 @@ from maxlm.runtime.progress import console
 from maxlm.runtime.storage import storage_path
 from maxlm.train.faults import BadStep, GuardWatch, Quarantine
 from maxlm.train.goodput import Goodput, GoodputLog, Stopwatch
-from maxlm.train.lineage import Lineage
 from maxlm.train.metrics import MetricsLog, StepWindow
 from maxlm.train.objective import Objective
-from maxlm.train.saving import RunCheckpoints
 from maxlm.train.state import TrainState, abstract_state, create_state
 from maxlm.train.step import train_step
 

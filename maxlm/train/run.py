@@ -10,37 +10,37 @@ from typing import Any
 import jax
 from etils import epath
 
+from maxlm.checkpoint.folder import (
+    check_fingerprint,
+    find_checkpoint,
+    has_checkpoint,
+    read_metadata,
+    run_folder_of,
+    trained_as,
+    weights_hash,
+)
+from maxlm.checkpoint.lineage import Lineage, check_not_read
+from maxlm.checkpoint.same_model import check_same_model
 from maxlm.config.model import ModelConfig
 from maxlm.config.train import PACKED_OBJECTIVES, TrainConfig
 from maxlm.core.parameters import abstract, initialize
 from maxlm.core.sharding import make_mesh, mesh_sizes, row_shard
-from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError, ConfigError
-from maxlm.models.adapters import apply_adapters, declare_adapters, merge_adapters
-from maxlm.models.decoder import Decoder
+from maxlm.interop.load import load_model
+from maxlm.models.adapters import apply_adapters, declare_adapters
+from maxlm.models.decoder import with_config
 from maxlm.runtime.distributed import initialize_distributed, is_primary, stop_with_parent
 from maxlm.runtime.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
 from maxlm.runtime.output import check_output
 from maxlm.runtime.peers import Peers, ending_together
 from maxlm.runtime.retry import storage_faults
-from maxlm.runtime.storage import absolute_path, copy_folder, locked, real_path, resolve_path, storage_path
+from maxlm.runtime.storage import copy_folder, locked, resolve_path, storage_path
 from maxlm.runtime.supervise import SUPERVISED, newest_step
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.checkpoint import (
-    check_fingerprint,
-    find_checkpoint,
-    has_checkpoint,
-    read_metadata,
-    restore_ema,
-    restore_weights,
-    trained_as,
-)
 from maxlm.train.goodput import Stopwatch
 from maxlm.train.layout import check_layout, check_precision, note_idle_devices
-from maxlm.train.lineage import Lineage, check_not_read, run_folder_of, weights_hash
 from maxlm.train.loop import TrainResult, run
 from maxlm.train.objective import Objective, RunContext, StudentAndTeacher
-from maxlm.train.same_model import check_same_model
 from maxlm.train.startup import check_start, data_hashes
 
 # How long a run of before may take to save and end.
@@ -145,7 +145,7 @@ def _train_in(
         if config.init_from is None:
             return initialize(plan, key, mesh)
         decoder, _ = load_model(config.init_from, mesh)
-        return recipe.from_decoder(as_configured(decoder, config.model), key)
+        return recipe.from_decoder(with_config(decoder, config.model), key)
 
     with jax.set_mesh(mesh):
         if config.lora is None:
@@ -288,76 +288,3 @@ def finish(
         more={name: result.record[name] for name in ("start", "changes") if result.record.get(name)},
         metrics=metrics,
     )
-
-
-def load_model(
-    path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None, *, ema: bool = False
-) -> tuple[Decoder, epath.Path]:
-    """A trained model for inference or as a start, its adapters merged, and the folder of its tokenizer.
-
-    Args:
-      path: a run folder or a checkpoint.
-      mesh: where to lay it; None is the first device.
-      ema: the running mean of the weights instead.
-
-    Raises:
-      CheckpointError: there is no whole checkpoint, it holds no language model, or no running mean.
-    """
-    checkpoint = find_checkpoint(path)
-    run_folder = run_folder_of(checkpoint)
-    metadata = read_metadata(checkpoint)
-    if metadata["config"]["objective"]["kind"] == "reward":
-        raise CheckpointError(f"{path}: holds a reward model, which generates no text")
-    model, lora = trained_as(metadata, where=checkpoint)
-    # One that was trained anew in its place would decode other words.
-    check_fingerprint(metadata["fingerprint"], Tokenizer.load(run_folder / "tokenizer").fingerprint, run_folder)
-    plan = Decoder(model)
-    restore = restore_ema if ema else restore_weights
-    if lora is None:
-        return restore(checkpoint, abstract(plan, mesh)), run_folder / "tokenizer"
-    base = load_start(checkpoint, model, mesh)
-    adapters = restore(checkpoint, abstract(declare_adapters(plan, lora), mesh))
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        merged = jax.jit(partial(merge_adapters, config=lora), donate_argnums=0)(base, adapters)
-    return merged, run_folder / "tokenizer"
-
-
-def load_start(checkpoint: epath.Path, model: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> Decoder:
-    """The model that a checkpoint's adapters were trained on, computed as `model` says.
-
-    Raises:
-      CheckpointError: it is gone, or no longer what it was.
-    """
-    decoder, _ = load_model(find_start(checkpoint), mesh)
-    return as_configured(decoder, model)
-
-
-def find_start(checkpoint: epath.Path) -> epath.Path:
-    """Where the checkpoint that a run started from lies: as seen from the run folder, or where it lay in training.
-
-    Raises:
-      CheckpointError: there is none, or one with other weights.
-    """
-    start = read_metadata(checkpoint)["start"]
-    folder = run_folder_of(checkpoint)
-    named = [absolute_path(resolve_path(start["checkpoint"], each)) for each in (folder, real_path(folder))]
-    named += [storage_path(start["absolute"])] if "absolute" in start else []
-    places = list(dict.fromkeys(named))
-    found = [place for place in places if (place / "weights").is_dir()]
-    for place in found:
-        if weights_hash(place) == start["hash"]:
-            return place
-    if found:
-        raise CheckpointError(
-            f"{found[0]}: has changed since the adapters of {checkpoint} were trained on it; train them again"
-        )
-    raise CheckpointError(
-        f"{checkpoint}: its adapters belong to a model that is not where it was, at"
-        f" {' or '.join(map(str, places))}; put its run folder back, or a link to it:"
-        f" ln -s WHERE_IT_IS {run_folder_of(places[0])}"
-    )
-
-
-def as_configured(decoder: Decoder, config: ModelConfig) -> Decoder:
-    """The same weights, computed in the way of another configuration of that shape."""
-    return unflatten(flatten(decoder), Decoder(config))

@@ -7,13 +7,13 @@ a term that is scaled by 1e-4 would hide in the rounding of the others.
 
 import math
 
+from maxlm.checkpoint.folder import find_checkpoint, read_metadata, trained_as
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.model import ModelConfig
 from maxlm.config.moe import MoeConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.sharding import MESH_AXES
 from maxlm.errors import CheckpointError
-from maxlm.train.checkpoint import find_checkpoint, read_metadata, trained_as
 
 # Rows and tokens of a batch: rows for eight devices or four microbatches, tokens for more than one block of attention.
 NUM_ROWS = 8

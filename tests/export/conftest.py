@@ -7,6 +7,8 @@ import jax
 import optax
 import pytest
 
+from maxlm.checkpoint.checkpointer import Checkpointer
+from maxlm.checkpoint.folder import find_checkpoint, weights_hash
 from maxlm.config import ModelConfig, TokenizerConfig
 from maxlm.config.load import dump_yaml, parse_config
 from maxlm.core.parameters import initialize
@@ -15,8 +17,6 @@ from maxlm.models.decoder import Decoder
 from maxlm.runtime.manifest import write_manifest
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.tokenizer.train import train_tokenizer
-from maxlm.train.checkpoint import Checkpointer, find_checkpoint
-from maxlm.train.lineage import weights_hash
 from maxlm.train.state import create_state
 
 TEXT = "the quick brown fox jumps over a lazy dog while seven wizards quietly box five judges in the morning"

@@ -11,10 +11,11 @@ from safetensors.numpy import load_file, save_file
 
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckFailed, CheckpointError
-from maxlm.models import bundle
-from maxlm.models.bundle import check_quantized, load_bundle, quantize_model, write_bundle
+from maxlm.interop.int8 import load_bundle, write_bundle
+from maxlm.models import quantized as quantized_module
 from maxlm.models.cache import KVCache
 from maxlm.models.decoder import Decoder
+from maxlm.models.quantized import check_quantized, quantize_model
 from maxlm.ops.qtensor import QTensor
 from tests.export.conftest import draw_model, small_config
 
@@ -54,7 +55,7 @@ class TestQuantizedModel:
         model = draw_model(small_config(vocab_size=50))
         with pytest.raises(CheckFailed, match="8 matrices were not quantised, embedding first"):
             check_quantized(model)
-        monkeypatch.setattr(bundle, "_is_matrix", lambda parameter: "mlp" in parameter.axes)
+        monkeypatch.setattr(quantized_module, "_is_matrix", lambda parameter: "mlp" in parameter.axes)
         with pytest.raises(CheckFailed, match="4 matrices were not quantised"):
             quantize_model(model)
 
@@ -126,8 +127,7 @@ def written(run, tmp_path):
     write_bundle(
         folder,
         quantized,
-        tokenizer_folder=run.path / "tokenizer",
-        fingerprint=run.tokenizer.fingerprint,
+        run.tokenizer,
         receipt={"mean_kl": 0.001},
     )
     return folder, quantized
@@ -139,10 +139,10 @@ def edit_index(folder, **changes):
 
 
 class TestLoading:
-    def test_gives_back_what_was_written(self, written):
+    def test_gives_back_what_was_written(self, written, run):
         folder, quantized = written
-        loaded, tokenizer_folder = load_bundle(folder)
-        assert tokenizer_folder == folder / "tokenizer"
+        loaded, tokenizer = load_bundle(folder)
+        assert tokenizer.fingerprint == run.tokenizer.fingerprint
         assert jax.tree.structure(loaded) == jax.tree.structure(quantized)
         for got, wanted in zip(jax.tree.leaves(loaded), jax.tree.leaves(quantized)):
             assert got.dtype == wanted.dtype
@@ -150,9 +150,7 @@ class TestLoading:
 
     def test_gives_back_tables_of_16_bits(self, run, tmp_path):
         quantized = quantize_model(run.model, "float16")
-        folder = run.path / "tokenizer"
-        fingerprint = run.tokenizer.fingerprint
-        write_bundle(tmp_path, quantized, tokenizer_folder=folder, fingerprint=fingerprint, receipt={})
+        write_bundle(tmp_path, quantized, run.tokenizer, receipt={})
         loaded, _ = load_bundle(tmp_path)
         assert loaded.embedding.dtype == jnp.float16
         for got, wanted in zip(jax.tree.leaves(loaded), jax.tree.leaves(quantized)):

@@ -19,9 +19,10 @@ from maxlm.export.held_out import find_held_out, read_held_out
 from maxlm.export.int8 import ReceiptOutOfBounds, check_receipt, export_int8
 from maxlm.export.receipt import Receipt
 from maxlm.generate.model import load
+from maxlm.interop.int8 import load_bundle
 from maxlm.models.adapters import declare_adapters
-from maxlm.models.bundle import load_bundle, quantize_model
 from maxlm.models.decoder import Decoder
+from maxlm.models.quantized import quantize_model
 from maxlm.runtime.manifest import manifest_chain, read_manifest
 from tests.export.conftest import make_data, make_tokenizer, save_pretraining, save_run
 

@@ -10,17 +10,16 @@ import maxlm
 from maxlm.errors import CheckpointError, RequestError
 from maxlm.generate import cli
 from maxlm.generate.chat import Chat
-from maxlm.models.bundle import quantize_model, write_bundle
+from maxlm.interop.int8 import write_bundle
+from maxlm.models.quantized import quantize_model
 
 
 @pytest.fixture(scope="module")
 def bundle(decoder, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundle")
-    tokenizer.save(folder / "tokenizer_source")
     bundle = folder / "tiny-int8"
     bundle.mkdir()
-    source, fingerprint = folder / "tokenizer_source", tokenizer.fingerprint
-    write_bundle(bundle, quantize_model(decoder), tokenizer_folder=source, fingerprint=fingerprint, receipt={})
+    write_bundle(bundle, quantize_model(decoder), tokenizer, receipt={})
     return bundle
 
 

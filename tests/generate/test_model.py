@@ -9,8 +9,9 @@ import maxlm
 from maxlm.errors import CheckpointError, RequestError
 from maxlm.generate.model import LoadedModel, for_this_backend, segment_positions
 from maxlm.generate.request import Request
-from maxlm.models.bundle import quantize_model, write_bundle
+from maxlm.interop.int8 import write_bundle
 from maxlm.models.decoder import Decoder
+from maxlm.models.quantized import quantize_model
 
 
 @jax.jit
@@ -172,12 +173,10 @@ def test_on_a_cpu_activations_are_float32(decoder):
 
 
 def test_load_reads_an_int8_bundle(decoder, tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "tokenizer")
     folder = tmp_path / "bundle"
     folder.mkdir()
     quantized = quantize_model(with_bfloat16(decoder))
-    fingerprint = tokenizer.fingerprint
-    write_bundle(folder, quantized, tokenizer_folder=tmp_path / "tokenizer", fingerprint=fingerprint, receipt={})
+    write_bundle(folder, quantized, tokenizer, receipt={})
     loaded = maxlm.load(folder)
     assert loaded.name == "bundle"
     assert loaded.config.activation_dtype == "float32"
@@ -185,6 +184,23 @@ def test_load_reads_an_int8_bundle(decoder, tokenizer, tmp_path):
     exact = np.asarray(decoder.logits(decoder(jnp.asarray(tokens)).hidden_BLD))
     np.testing.assert_allclose(loaded.logits(tokens), exact, atol=0.05 * np.abs(exact).max())
     assert loaded.generate("The dog", max_new_tokens=5) == loaded.generate("The dog", max_new_tokens=5)
+
+
+def test_a_model_without_a_tokenizer_takes_token_ids_and_refuses_text(decoder, tmp_path):
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    write_bundle(folder, quantize_model(decoder), None, receipt={})
+    loaded = maxlm.load(folder)
+    assert loaded.logits(np.asarray([[1, 40, 50]])).shape == (1, 3, decoder.config.vocab_size)
+    assert loaded.score_tokens([[1]], [[40, 50]])[0].num_tokens == 2
+    refused = (
+        lambda: loaded.generate("The dog", max_new_tokens=5),
+        lambda: loaded.score(["The"], [" dog"]),
+        lambda: loaded.engine(num_slots=2),
+    )
+    for call in refused:
+        with pytest.raises(RequestError, match="bundle: has no tokenizer"):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from maxlm.core.batch import put_batch
 from maxlm.core.parameters import initialize, shardings
 from maxlm.core.sharding import make_mesh
 from maxlm.models.adapters import declare_adapters
-from maxlm.models.bundle import quantize_model
 from maxlm.models.cache import KVCache
 from maxlm.models.decoder import Decoder
+from maxlm.models.quantized import quantize_model
 from maxlm.ops.qtensor import QTensor
 from maxlm.train.loss import language_model_loss
 from maxlm.train.metrics import num_active_parameters

@@ -85,7 +85,7 @@ def run_together(
     """`function` with each of the arguments, in processes that find one another, each with one device.
 
     Args:
-      function: `module:name` in this folder or tests/train.
+      function: `module:name` in this folder or tests.
       folder: for what they print.
       folders: what paths are relative to.
     """
@@ -134,7 +134,7 @@ def run_all(configs: list[Path], **options) -> list[Ended]:
 def _forked() -> Forked:
     environment = {"XLA_FLAGS": one_device()}
     modules = ["member", "toy_run", "maxlm.cli", "maxlm.post.run", "tensorboardX"]
-    return Forked(modules, paths=[HERE, HERE.parent / "train"], environment=environment)
+    return Forked(modules, paths=[HERE, HERE.parent], environment=environment)
 
 
 def _free_port() -> int:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from processes import by_slurm, run_all, write_config
 
+from maxlm.checkpoint.folder import find_checkpoint
 from maxlm.core.tree import flatten
-from maxlm.train.checkpoint import find_checkpoint
+from maxlm.interop.load import load_model
 from maxlm.train.metrics import read_metrics
-from maxlm.train.run import load_model
 
 pytestmark = pytest.mark.slow
 

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from processes import run_all, run_members, write_config
 
+from maxlm.checkpoint.folder import find_checkpoint
 from maxlm.errors import FaultError
-from maxlm.train.checkpoint import find_checkpoint
 from maxlm.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow

@@ -8,19 +8,21 @@ import numpy as np
 import pytest
 from tiny_run import tiny_config
 
+from maxlm.checkpoint.checkpointer import Checkpointer
+from maxlm.checkpoint.folder import find_checkpoint
+from maxlm.checkpoint.restore import restore_ema
 from maxlm.config.fault import GuardConfig
 from maxlm.config.optim import OptimConfig
 from maxlm.core.parameters import initialize
 from maxlm.core.term import LossOutput, Term
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckpointError
+from maxlm.interop.load import load_model
 from maxlm.models.decoder import Decoder
 from maxlm.optim.build import make_optimizer
 from maxlm.optim.ema import create_ema, ema_as, update_ema
 from maxlm.post.run import train
-from maxlm.train.checkpoint import Checkpointer, find_checkpoint, restore_ema
 from maxlm.train.metrics import read_metrics
-from maxlm.train.run import load_model
 from maxlm.train.state import create_state
 from maxlm.train.step import train_step
 

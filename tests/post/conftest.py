@@ -6,6 +6,7 @@ import jax
 import pytest
 from toy_task import COLORS, MODEL, chat, make_config, write_lines
 
+from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.config import TokenizerConfig
 from maxlm.config.load import dump_yaml
 from maxlm.core.parameters import initialize
@@ -14,7 +15,6 @@ from maxlm.optim.build import make_optimizer
 from maxlm.post.run import train
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.tokenizer.train import train_tokenizer
-from maxlm.train.checkpoint import Checkpointer
 from maxlm.train.run import resolve_model
 from maxlm.train.state import create_state
 

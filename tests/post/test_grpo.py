@@ -15,12 +15,12 @@ from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten
 from maxlm.data.preference import Prompt
 from maxlm.errors import ConfigError, DataError
+from maxlm.interop.load import load_model
 from maxlm.post.grpo import policy_rows
 from maxlm.post.run import train
 from maxlm.post.sampler import Sampler
 from maxlm.post.sequences import token_log_probabilities
 from maxlm.train.metrics import read_metrics
-from maxlm.train.run import load_model
 from maxlm.train.state import create_state
 from maxlm.train.step import judge
 

@@ -14,9 +14,10 @@ from maxlm.core.sharding import make_mesh
 from maxlm.data.chat import PackedChats
 from maxlm.data.preference import PreferencePairs
 from maxlm.models.decoder import Decoder
+from maxlm.models.reward import RewardModel
 from maxlm.post.dpo import Dpo, DpoBatch
 from maxlm.post.grpo import Grpo, PolicyBatch
-from maxlm.post.reward import Reward, RewardModel
+from maxlm.post.reward import Reward
 from maxlm.post.sft import Sft
 from maxlm.train.objective import RunContext
 from maxlm.train.step import loss_and_gradient

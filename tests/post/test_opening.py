@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from toy_task import chat, make_config, question, write_lines
 
+from maxlm.checkpoint.folder import find_checkpoint
 from maxlm.data.preference import Prompt
 from maxlm.errors import ConfigError, DataError
 from maxlm.post.reward_call import CheckedReward
 from maxlm.post.rewards import find_reward
 from maxlm.post.run import train
-from maxlm.train.checkpoint import find_checkpoint
 
 PAIR = {"prompt": question("sky"), "chosen": "blue", "rejected": "red"}
 RECORDS = {

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from toy_task import COLORS, chat, make_config, question, write_lines
 
+from maxlm.checkpoint.folder import find_checkpoint
 from maxlm.core.tree import flatten
 from maxlm.generate.rollout import rollout
+from maxlm.interop.load import load_model
 from maxlm.post.run import train
-from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.checkpoint import find_checkpoint
 from maxlm.train.metrics import read_metrics
-from maxlm.train.run import load_model
 
 
 def size_of(folder):
@@ -33,8 +32,8 @@ def greedy_answers(model, tokenizer, texts):
 
 def test_it_learns_the_task(tuned):
     folder, manifest = tuned
-    model, tokenizer_folder = load_model(folder)
-    answers = greedy_answers(model, Tokenizer.load(tokenizer_folder), list(COLORS))
+    model, tokenizer = load_model(folder)
+    answers = greedy_answers(model, tokenizer, list(COLORS))
     assert answers == list(COLORS.values())
     # Ten of 22 answers are the flip of a coin: ln 2 nats over all the tokens of each answer and its end.
     assert manifest["metrics"]["valid"]["loss"] < 0.2

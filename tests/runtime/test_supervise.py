@@ -12,10 +12,10 @@ import pytest
 from etils import epath
 from tiny_run import tiny_config
 
+from maxlm.checkpoint.saving import local_folder
 from maxlm.config.load import dump_yaml
 from maxlm.runtime.storage import locked
 from maxlm.runtime.supervise import last_logged_step, newest_anywhere, newest_step, supervise
-from maxlm.train.saving import local_folder
 
 # A stand-in for training. Each start reads and removes the first line of the file `plan`: checkpoints to make, steps
 # to log, and what to end with: an exit code, or minus the number of a signal.

@@ -8,8 +8,9 @@ from running_server import serve
 import maxlm
 from maxlm.config import ModelConfig, TokenizerConfig
 from maxlm.core.parameters import initialize
-from maxlm.models.bundle import quantize_model, write_bundle
+from maxlm.interop.int8 import write_bundle
 from maxlm.models.decoder import Decoder
+from maxlm.models.quantized import quantize_model
 from maxlm.tokenizer.train import train_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. A model writes one token at a time, and then another one.\n" * 40
@@ -45,8 +46,7 @@ def bundle(tmp_path_factory):
     write_bundle(
         bundle,
         quantize_model(decoder),
-        tokenizer_folder=folder / "tokenizer",
-        fingerprint=tokenizer.fingerprint,
+        tokenizer,
         receipt={},
     )
     return bundle

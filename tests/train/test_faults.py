@@ -10,20 +10,20 @@ import pytest
 from tiny_run import poison, tiny_config
 from toy_run import ToyObjective, toy_run, weights
 
+from maxlm.checkpoint.folder import find_checkpoint, read_metadata
 from maxlm.cli import main
 from maxlm.config.fault import GuardConfig
 from maxlm.core.tree import flatten
 from maxlm.data.loader import open_mixture
 from maxlm.data.quarantine import SKIPPED_FILE_NAME, batch_of_step, read_quarantine
 from maxlm.errors import TrainingError
+from maxlm.interop.load import load_model
 from maxlm.post.run import train
 from maxlm.runtime.storage import read_lines, storage_path
 from maxlm.train import loop
-from maxlm.train.checkpoint import find_checkpoint, read_metadata
 from maxlm.train.faults import BadStep, GuardWatch, Quarantine
 from maxlm.train.metrics import read_metrics
 from maxlm.train.pretrain import Pretrain
-from maxlm.train.run import load_model
 
 GUARD = {"max_skipped_in_a_row": 3, "max_rollbacks": 2}
 BAD = {6, 7, 8}

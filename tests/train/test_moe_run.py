@@ -7,11 +7,12 @@ from tiny_run import MODEL, tiny_config
 from maxlm.cli import main
 from maxlm.core.sharding import mesh_sizes
 from maxlm.errors import CheckpointError, ConfigError
+from maxlm.interop.load import load_model
 from maxlm.post.run import train
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.layout import check_layout
 from maxlm.train.metrics import read_metrics
-from maxlm.train.run import load_model, resolve_model
+from maxlm.train.run import resolve_model
 
 pytestmark = pytest.mark.slow
 

@@ -8,11 +8,12 @@ import orbax.checkpoint as ocp
 import pytest
 from toy_run import toy_run
 
+from maxlm.checkpoint import checkpointer
+from maxlm.checkpoint.folder import find_checkpoint
+from maxlm.checkpoint.readback import check_arrays
+from maxlm.checkpoint.restore import restore_weights
 from maxlm.errors import ConfigError, TrainingError
 from maxlm.runtime.storage import plain_path, storage_path
-from maxlm.train import checkpoint
-from maxlm.train.checkpoint import find_checkpoint, restore_weights
-from maxlm.train.readback import check_arrays
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def test_a_checkpoint_that_cannot_be_read_back_never_replaces_one_that_can(tmp_p
     """As where a name splits its files: without the link, pieces and index lie in different folders."""
     folder = tmp_path / "run[1]"
     toy_run(folder, steps=2, checkpoint={"every": 2, "keep": 1})
-    monkeypatch.setattr(checkpoint, "plain_path", lambda path: path)
+    monkeypatch.setattr(checkpointer, "plain_path", lambda path: path)
     with pytest.raises(TrainingError, match=r"cannot be read back: .*; the newest whole .* is of step 2"):
         toy_run(folder, steps=4, checkpoint={"every": 2, "keep": 1, "retries": 0})
     monkeypatch.undo()

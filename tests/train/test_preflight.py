@@ -3,8 +3,8 @@
 import pytest
 from toy_run import ToyObjective, toy_run, weights
 
+from maxlm.checkpoint.folder import find_checkpoint
 from maxlm.errors import DataError
-from maxlm.train.checkpoint import find_checkpoint
 from maxlm.train.metrics import read_metrics
 
 

@@ -9,15 +9,16 @@ from pydantic import BaseModel
 from tiny_run import MODEL, tiny_config
 from toy_run import ToyObjective, toy_run
 
+from maxlm.checkpoint.folder import find_checkpoint, read_metadata
+from maxlm.checkpoint.lineage import Lineage, schedule_change
 from maxlm.config.resume import _RULES, Change, change_of
 from maxlm.config.train import LoraConfig, TrainConfig
 from maxlm.errors import CheckpointError, ConfigError
+from maxlm.interop.load import load_model
 from maxlm.post.run import train
 from maxlm.runtime.manifest import read_manifest
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.checkpoint import find_checkpoint, read_metadata
-from maxlm.train.lineage import Lineage, schedule_change
-from maxlm.train.run import load_model, resolve_model
+from maxlm.train.run import resolve_model
 
 FREE = {
     *("output", "mesh.data", "mesh.stage", "mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor", "mesh.slices"),

@@ -1,6 +1,7 @@
 """Training from Python: what a run refuses, what it tells, adapters, and metrics."""
 
 import json
+import shutil
 from pydoc_data.topics import topics
 
 import jax
@@ -8,19 +9,20 @@ import numpy as np
 import pytest
 from tiny_run import MODEL, tiny_config
 
+import maxlm
+from maxlm.checkpoint.folder import find_checkpoint, read_metadata
 from maxlm.config import TokenizerConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.core.sharding import mesh_sizes
 from maxlm.core.tree import flatten
-from maxlm.errors import CheckpointError, ConfigError, DataError, TrainingError
+from maxlm.errors import CheckpointError, ConfigError, DataError, RequestError, TrainingError
+from maxlm.interop.load import load_model
 from maxlm.post.run import train
 from maxlm.runtime.manifest import read_manifest, write_json
 from maxlm.runtime.storage import storage_path
 from maxlm.tokenizer.train import train_tokenizer
-from maxlm.train.checkpoint import find_checkpoint, read_metadata
 from maxlm.train.layout import check_layout, note_idle_devices
 from maxlm.train.metrics import MetricsLog, read_metrics
-from maxlm.train.run import load_model
 
 
 def weights(folder):
@@ -140,6 +142,14 @@ def test_settings_of_another_version_keep_no_model_from_being_loaded(tmp_path, t
     metadata.write_text(json.dumps(saved))
     with pytest.raises(CheckpointError, match="by another version of maxlm, whose gone_since this one does not"):
         load_model(tmp_path / "run")
+
+
+def test_a_checkpoint_alone_is_loaded_without_a_tokenizer(short_run, tmp_path):
+    alone = shutil.copytree(find_checkpoint(short_run), tmp_path / "alone" / "checkpoints" / "4")
+    model = maxlm.load(alone)
+    assert model.logits(np.asarray([[1, 2, 3]])).shape == (1, 3, model.config.vocab_size)
+    with pytest.raises(RequestError, match="4: has no tokenizer, and so takes token ids"):
+        model.generate("The", max_new_tokens=2)
 
 
 def test_a_manifest_that_is_lost_is_written_again(short_run, tiny_data_folder):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from test_checkpoint import make_small_state
 from toy_run import toy_run, weights
 
-from maxlm.train.checkpoint import Checkpointer
+from maxlm.checkpoint.checkpointer import Checkpointer
 
 # Operations of the file system that change something, as Python announces them before it does them.
 _CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")

@@ -3,7 +3,7 @@
     model.safetensors   int8 `values` and float32 `scales` of each matrix, layers stacked, output-first; float32 norms
                         and routers; tables of the vocabulary as int8 too, or as float16
     bundle.json         format, model, shape, type and checksum of each tensor, tokenizer fingerprint, receipt
-    tokenizer/          the tokenizer that the model was trained with
+    tokenizer/          the tokenizer that the model was trained with, if it has one
     manifest.json       what the export read
 
 Tensors are named as leaves of the model are: `layers/attention/query/values`.
@@ -13,7 +13,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,73 +24,36 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from maxlm.config.model import ModelConfig
-from maxlm.core.parameters import Parameter, abstract
+from maxlm.core.parameters import abstract
 from maxlm.core.tree import flatten, unflatten
-from maxlm.errors import CheckFailed, CheckpointError, TokenizerError
+from maxlm.errors import CheckpointError, TokenizerError
+from maxlm.interop.formats import Format
 from maxlm.models.decoder import Decoder
-from maxlm.ops.qtensor import QTensor, quantize
+from maxlm.models.quantized import Tables, quantize_model
+from maxlm.ops.qtensor import QTensor
 from maxlm.runtime.manifest import write_json
 from maxlm.tokenizer.codec import Tokenizer
 
 INDEX_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FOLDER = "tokenizer"
-FORMAT, VERSION = "maxlm/int8", 2
-
-# How the tables of the vocabulary (embedding, head) are kept.
-Tables = Literal["int8", "float16"]
+INDEX_FORMAT, INDEX_VERSION = "maxlm/int8", 2
 
 _AGAIN = "export the model again with `maxlm export`"
 
 
-def quantize_model(model: Decoder, tables: Tables = "int8") -> Decoder:
-    """The model with a QTensor in the place of each matrix; norms and routers of experts stay as they are.
-
-    Raises:
-      CheckFailed: a matrix is left in floating point: its declaration is not one that quantisation knows.
-    """
-    flat = flatten(model)
-    for path, parameter in flatten(Decoder(model.config)).items():
-        if _is_table(parameter):
-            # [vocab, embed], looked up or multiplied with, is output-first as it stands.
-            flat[path] = quantize(flat[path]) if tables == "int8" else flat[path].astype(tables)
-        elif _is_matrix(parameter):
-            flat[path] = quantize(jnp.swapaxes(flat[path], -1, -2))
-    quantized = unflatten(flat, model)
-    check_quantized(quantized)
-    return quantized
-
-
-def check_quantized(model: Decoder) -> None:
-    """Raise CheckFailed, naming it, if a matrix of the model is still in floating point.
-
-    Goes by the arrays alone, not by the declarations that `quantize_model` goes by.
-    """
-    left = [
-        path
-        for path, leaf in flatten(model).items()
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-        and leaf.ndim - path.startswith("layers/") >= 2
-        and not path.endswith(("/router", "/scales"))
-        and not (path in ("embedding", "head") and leaf.dtype == jnp.float16)
-    ]
-    if left:
-        raise CheckFailed(f"{len(left)} matrices were not quantised, {left[0]} first; quantisation must know them all")
-
-
-def write_bundle(
-    folder: Path, model: Decoder, *, tokenizer_folder: Path, fingerprint: str, receipt: dict[str, Any]
-) -> None:
+def write_bundle(folder: Path, model: Decoder, tokenizer: Tokenizer | None, *, receipt: dict[str, Any]) -> None:
     """Write a quantised model and its tokenizer into an empty folder, `bundle.json` last."""
     tensors = {path: np.asarray(leaf) for path, leaf in flatten(model).items()}
     save_file(tensors, folder / WEIGHTS_FILE)
-    shutil.copytree(tokenizer_folder, folder / TOKENIZER_FOLDER)
+    if tokenizer is not None:
+        tokenizer.save(folder / TOKENIZER_FOLDER)
     index = {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": INDEX_FORMAT,
+        "version": INDEX_VERSION,
         "model": model.config.model_dump(mode="json"),
         "tables": "int8" if isinstance(model.embedding, QTensor) else str(model.embedding.dtype),
-        "tokenizer_fingerprint": fingerprint,
+        "tokenizer_fingerprint": tokenizer and tokenizer.fingerprint,
         "receipt": receipt,
         "tensors": {path: {**_type(tensor), "xxh3": _checksum(tensor)} for path, tensor in tensors.items()},
     }
@@ -99,8 +62,8 @@ def write_bundle(
     shutil.copymode(folder / INDEX_FILE, folder / WEIGHTS_FILE)
 
 
-def load_bundle(path: str | Path) -> tuple[Decoder, Path]:
-    """A decoder whose matrices are QTensors, on the first device, and the folder of its tokenizer.
+def load_bundle(path: str | Path) -> tuple[Decoder, Tokenizer | None]:
+    """A decoder whose matrices are QTensors, on the first device, and its tokenizer; None where it has none.
 
     Raises:
       CheckpointError: the folder is no bundle, one of another version, or incomplete, or a byte of it was changed.
@@ -116,14 +79,8 @@ def load_bundle(path: str | Path) -> tuple[Decoder, Path]:
         raise CheckpointError(f"{path / INDEX_FILE}: is damaged: it has tables of {tables!r}; {_AGAIN}")
     like = jax.eval_shape(partial(quantize_model, tables=tables), abstract(Decoder(config)))
     tensors = _read_tensors(path / WEIGHTS_FILE, flatten(like), described)
-    tokenizer_folder = path / TOKENIZER_FOLDER
-    try:
-        tokenizer = Tokenizer.load(tokenizer_folder)
-    except TokenizerError as error:
-        raise CheckpointError(f"{path}: its tokenizer is damaged ({error}); {_AGAIN}") from None
-    if tokenizer.fingerprint != fingerprint:
-        raise CheckpointError(f"{path}: its tokenizer is not the one it was exported with; {_AGAIN}")
-    return unflatten(jax.tree.map(jnp.asarray, tensors), like), tokenizer_folder
+    tokenizer = None if fingerprint is None else _read_tokenizer(path, fingerprint)
+    return unflatten(jax.tree.map(jnp.asarray, tensors), like), tokenizer
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -140,25 +97,17 @@ def read_index(path: Path) -> dict[str, Any]:
     except ValueError:
         raise CheckpointError(f"{file}: is damaged: it is not valid JSON; {_AGAIN}") from None
     found = (index.get("format"), index.get("version")) if isinstance(index, dict) else (None, None)
-    if found != (FORMAT, VERSION):
+    if found != (INDEX_FORMAT, INDEX_VERSION):
         raise CheckpointError(
-            f"{file}: is of format {found[0]} version {found[1]}, and this release reads {FORMAT} version {VERSION};"
-            f" {_AGAIN} of this release"
+            f"{file}: is of format {found[0]} version {found[1]}, and this release reads {INDEX_FORMAT} version"
+            f" {INDEX_VERSION}; {_AGAIN} of this release"
         )
     return index
 
 
 def is_bundle(path: Path) -> bool:
+    """Whether a folder says that it is one, whole or damaged."""
     return (path / INDEX_FILE).is_file()
-
-
-def _is_table(parameter: Parameter) -> bool:
-    return parameter.axes[0] == "vocab"
-
-
-def _is_matrix(parameter: Parameter) -> bool:
-    # A router has an axis without a name: rounding it would choose other experts, and save next to nothing.
-    return "norm" not in parameter.axes and None not in parameter.axes
 
 
 def _read_tensors(
@@ -183,9 +132,22 @@ def _read_tensors(
     return tensors
 
 
+def _read_tokenizer(path: Path, fingerprint: str) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.load(path / TOKENIZER_FOLDER)
+    except TokenizerError as error:
+        raise CheckpointError(f"{path}: its tokenizer is damaged ({error}); {_AGAIN}") from None
+    if tokenizer.fingerprint != fingerprint:
+        raise CheckpointError(f"{path}: its tokenizer is not the one it was exported with; {_AGAIN}")
+    return tokenizer
+
+
 def _type(tensor: Any) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": str(tensor.dtype)}
 
 
 def _checksum(tensor: np.ndarray) -> str:
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(tensor).data)
+
+
+FORMAT = Format("int8", "an int8 bundle", recognizes=is_bundle, load=load_bundle)

@@ -7,9 +7,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from maxlm.checkpoint.checksums import checksums
 from maxlm.config.mesh import MeshConfig
 from maxlm.core.sharding import make_mesh
-from maxlm.train.checksums import checksums
 
 DTYPES = ("bfloat16", "float32", "int8", "uint32")
 

@@ -1,8 +1,4 @@
-"""Checkpoints: weights, optimizer state, data position, configuration and tokenizer fingerprint, in one atomic step.
-
-A checkpoint folder is `RUN/checkpoints/STEP` with three Orbax items: `weights` (the model, or its adapters), `rest`
-(what else the training state holds) and `metadata`. Inference reads the weights alone.
-"""
+"""Checkpoints: weights, optimizer state, data position, configuration and tokenizer fingerprint, in one atomic step."""
 
 import contextlib
 import itertools
@@ -10,17 +6,16 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental.multihost_utils import sync_global_devices
-from pydantic import ValidationError
 
-from maxlm.config.model import ModelConfig
-from maxlm.config.train import LoraConfig
+from maxlm.checkpoint.checksums import checksums
+from maxlm.checkpoint.folder import FOLDER, FORMAT, checkpoint_steps, load_metadata
+from maxlm.checkpoint.readback import check_written
+from maxlm.checkpoint.restore import as_abstract, check_shapes, first_difference, is_unchanged, shapes_of
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError, FaultError, MaxlmError, TrainingError
 from maxlm.runtime.agree import any_process
@@ -28,15 +23,16 @@ from maxlm.runtime.distributed import is_primary
 from maxlm.runtime.progress import console
 from maxlm.runtime.retry import Retries, first_line, is_disk_full, is_storage_error
 from maxlm.runtime.storage import absolute_path, is_remote, plain_path
-from maxlm.train.checksums import checksums
-from maxlm.train.readback import check_written
-from maxlm.train.state import TrainState
 
-FOLDER = "checkpoints"
-# Of what training needs to go on, checksums included. Weights of earlier formats can be read.
-FORMAT = 2
 # Arrays are stored in pieces of at most this size, so that whoever needs a part of one reads little else.
 PIECE_BYTES = 1 << 24
+
+
+class State(Protocol):
+    """What is saved: a dataclass with weights in `trainable`, and in its other fields what else training needs."""
+
+    step: Any
+    trainable: Any
 
 
 class Checkpointer:
@@ -66,7 +62,7 @@ class Checkpointer:
             with contextlib.suppress(Exception):
                 self._manager.close()
 
-    def save(self, state: TrainState, metadata: dict[str, Any], *, wait: bool = False) -> None:
+    def save(self, state: State, metadata: dict[str, Any], *, wait: bool = False) -> None:
         """Start to save; `metadata` must be JSON. Returns when the arrays are copied, before they are on disk.
 
         Args:
@@ -125,7 +121,7 @@ class Checkpointer:
         """Steps of the checkpoints that are not half written, the newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(self, like: State) -> tuple[State, dict[str, Any]] | None:
         """The newest whole checkpoint, laid out as `like`; None when there is none at all.
 
         A broken one is named on standard error, set aside, and the one before it is tried.
@@ -138,7 +134,7 @@ class Checkpointer:
         """
         return restore_newest([self], like)
 
-    def restore_step(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore_step(self, step: int, like: State) -> tuple[State, dict[str, Any]] | None:
         """The checkpoint of a step; None if it is broken: it is named on standard error and set aside.
 
         Raises:
@@ -175,7 +171,7 @@ class Checkpointer:
         )
         return ocp.CheckpointManager(plain_path(self.folder), options=options)
 
-    def _start(self, state: TrainState, metadata: dict[str, Any]) -> None:
+    def _start(self, state: State, metadata: dict[str, Any]) -> None:
         step = int(state.step)
         if self._manager.latest_step() == step:
             return
@@ -186,8 +182,8 @@ class Checkpointer:
             **metadata,
             "format": FORMAT,
             "checksums": checksums({"weights": weights, "rest": rest}),
-            "shapes": _shapes(weights),
-            "rest_shapes": _shapes(rest),
+            "shapes": shapes_of(weights),
+            "rest_shapes": shapes_of(rest),
         }
         # The link that a name may need has its place among temporaries, which some systems clear.
         plain_path(self.folder)
@@ -255,18 +251,18 @@ class Checkpointer:
             sync_global_devices(f"checkpoint {step} is set aside")
         self._manager.reload()
 
-    def _restore_step(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def _restore_step(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         folder = self.folder / str(step)
-        metadata = _load_metadata(folder)
+        metadata = load_metadata(folder)
         if metadata.get("format") != FORMAT:
             raise CheckpointError(
                 f"{folder}: was saved by another version of maxlm, which this one cannot go on from; give another"
                 " output and this checkpoint as init_from"
             )
         like_weights = flatten(like.trainable)
-        check_shapes(metadata["shapes"], _shapes(like_weights), where=folder)
+        check_shapes(metadata["shapes"], shapes_of(like_weights), where=folder)
         like_rest = flatten(replace(like, trainable=None))
-        if difference := _difference(metadata["rest_shapes"], _shapes(like_rest)):
+        if difference := first_difference(metadata["rest_shapes"], shapes_of(like_rest)):
             raise CheckpointError(
                 f"{folder}: was trained with another optimizer, or another choice of ema_decay: {difference};"
                 " give the optim section that it was trained with, or another output and this checkpoint as init_from"
@@ -274,11 +270,11 @@ class Checkpointer:
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                weights=ocp.args.StandardRestore(_as_abstract(like_weights)),
-                rest=ocp.args.StandardRestore(_as_abstract(like_rest)),
+                weights=ocp.args.StandardRestore(as_abstract(like_weights)),
+                rest=ocp.args.StandardRestore(as_abstract(like_rest)),
             ),
         )
-        if not _is_unchanged({"weights": restored.weights, "rest": restored.rest}, metadata):
+        if not is_unchanged({"weights": restored.weights, "rest": restored.rest}, metadata):
             raise ValueError("checksums of its arrays differ from those saved with it")
         rest = unflatten(restored.rest, replace(like, trainable=None))
         return replace(rest, trainable=unflatten(restored.weights, like.trainable)), metadata
@@ -302,11 +298,11 @@ class Checkpointer:
 
     def _newest(self) -> str:
         # On the disk: the manager has forgotten those that a save which failed was to replace.
-        steps = _steps(self.folder)
+        steps = checkpoint_steps(self.folder)
         return f"the newest whole checkpoint is of step {max(steps)}" if steps else "there is no whole checkpoint yet"
 
 
-def restore_newest(places: Sequence[Checkpointer], like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+def restore_newest(places: Sequence[Checkpointer], like: State) -> tuple[State, dict[str, Any]] | None:
     """The newest whole checkpoint of several places, the first of them where two are of one step; None without any.
 
     Raises:
@@ -324,175 +320,5 @@ def restore_newest(places: Sequence[Checkpointer], like: TrainState) -> tuple[Tr
     return None
 
 
-def has_checkpoint(run_folder: epath.Path) -> bool:
-    """Whether a run has saved anything."""
-    return bool(_steps(run_folder / FOLDER))
-
-
-def find_checkpoint(path: str | os.PathLike) -> epath.Path:
-    """The newest checkpoint folder of a run folder, or the checkpoint folder that `path` is.
-
-    Raises:
-      CheckpointError: there is none.
-    """
-    path = absolute_path(path)
-    if (path / "weights").is_dir():
-        return path
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    steps = _steps(folder)
-    if not steps:
-        what = "there is no such folder" if not path.exists() else "holds no whole checkpoint"
-        raise CheckpointError(f"{path}: {what}; give a run folder of `maxlm train` or one of its checkpoints")
-    return folder / str(max(steps))
-
-
-def _steps(folder: epath.Path) -> list[int]:
-    """Steps of the checkpoints in a folder that are not half written."""
-    if not folder.is_dir():
-        return []
-    paths = [path for path in plain_path(folder).iterdir() if path.name.isdigit() and (path / "weights").is_dir()]
-    return [int(path.name) for path in paths if ocp.utils.is_checkpoint_finalized(path)]
-
-
-def read_metadata(checkpoint: epath.Path) -> dict[str, Any]:
-    """What was saved beside the weights: config, fingerprint, step, shapes, checksums.
-
-    Raises:
-      CheckpointError: it is broken, or of a later version.
-    """
-    metadata = _readable(checkpoint, lambda: _load_metadata(checkpoint))
-    if metadata.get("format", FORMAT) > FORMAT:
-        raise CheckpointError(f"{checkpoint}: was saved by a later version of maxlm; use that version")
-    return metadata
-
-
-def trained_as(metadata: dict[str, Any], *, where: epath.Path) -> tuple[ModelConfig, LoraConfig | None]:
-    """The model and adapters in a checkpoint's metadata, whose other settings may be of any version.
-
-    Raises:
-      CheckpointError: another version of maxlm has described them.
-    """
-    config = metadata["config"]
-    try:
-        lora = config.get("lora")
-        return ModelConfig(**config["model"]), None if lora is None else LoraConfig(**lora)
-    except ValidationError as error:
-        settings = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
-        raise CheckpointError(
-            f"{where}: was saved by another version of maxlm, whose {settings} this one does not understand; use that"
-            " version"
-        ) from None
-
-
-def _load_metadata(checkpoint: epath.Path) -> dict[str, Any]:
-    return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(plain_path(checkpoint) / "metadata")
-
-
-def restore_weights(checkpoint: epath.Path, like: Any) -> Any:
-    """The weights of a checkpoint as a tree shaped, typed and sharded as `like` (arrays or ShapeDtypeStructs).
-
-    Raises:
-      CheckpointError: it is broken, or of another model.
-    """
-    metadata = read_metadata(checkpoint)
-    flat = flatten(like)
-    check_shapes(metadata["shapes"], _shapes(flat), where=checkpoint)
-    handler = ocp.StandardCheckpointer()
-    weights = _readable(checkpoint, lambda: handler.restore(plain_path(checkpoint) / "weights", _as_abstract(flat)))
-    _note_unchecked(metadata, checkpoint)
-    if not _is_unchanged({"weights": weights}, metadata):
-        raise CheckpointError(f"{checkpoint}: the weights differ from those that were saved; use another checkpoint")
-    return unflatten(weights, like)
-
-
-def restore_ema(checkpoint: epath.Path, like: Any) -> Any:
-    """The running mean of a checkpoint's weights, laid out as `like`: see `restore_weights`.
-
-    Raises:
-      CheckpointError: it keeps none, is broken, or of another model.
-    """
-    metadata = read_metadata(checkpoint)
-    flat = flatten(like)
-    check_shapes(metadata["shapes"], _shapes(flat), where=checkpoint)
-    if not any(path.startswith("rest/ema/") for path in metadata["checksums"]):
-        raise CheckpointError(
-            f"{checkpoint}: keeps no running mean of the weights; train with optim.ema_decay, or load the weights"
-        )
-    # The mean is in float32 whatever the weights are in, and lies beside the optimizer's state, which stays unread.
-    wanted = {f"ema/{path}": leaf.update(dtype=jnp.float32) for path, leaf in _as_abstract(flat).items()}
-    arguments = ocp.args.PyTreeRestore(
-        wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-    )
-    handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    mean = _readable(checkpoint, lambda: handler.restore(plain_path(checkpoint) / "rest", args=arguments))
-    _note_unchecked(metadata, checkpoint)
-    if not _is_unchanged({"rest": mean}, metadata):
-        raise CheckpointError(f"{checkpoint}: the mean differs from the one that was saved; use another checkpoint")
-    return unflatten({path: mean[f"ema/{path}"].astype(leaf.dtype) for path, leaf in flat.items()}, like)
-
-
-def _is_unchanged(read: dict[str, Any], metadata: dict[str, Any]) -> bool:
-    """Whether arrays that were read from a checkpoint are those that were saved, by the checksums in its metadata."""
-    # Checksums of before there were formats were computed in another way.
-    return "format" not in metadata or checksums(read).items() <= metadata["checksums"].items()
-
-
-def _note_unchecked(metadata: dict[str, Any], checkpoint: epath.Path) -> None:
-    if "format" not in metadata and is_primary():
-        told = f"{checkpoint}: was saved by an earlier version of maxlm; its weights are not checked"
-        console.print(told, markup=False)
-
-
-def check_shapes(saved: dict[str, list], wanted: dict[str, list], *, where: epath.Path) -> None:
-    """Raise CheckpointError naming the first weights that do not fit."""
-    if difference := _difference(saved, wanted):
-        raise CheckpointError(
-            f"{where}: is a checkpoint of another model: {difference}; give the model section, and of adapters the lora"
-            " section, that it was trained with"
-        )
-
-
-def _difference(saved: dict[str, list], wanted: dict[str, list]) -> str:
-    """The first array that does not fit, and how many more; empty where all fit."""
-    problems = [
-        f"{path} is {saved.get(path, 'not there')} and must be {shape}"
-        for path, shape in wanted.items()
-        if saved.get(path) != shape
-    ]
-    problems += [f"{path} is not wanted" for path in saved if path not in wanted]
-    more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-    return problems[0] + more if problems else ""
-
-
-def check_fingerprint(saved: str, wanted: str, folder: Any) -> None:
-    """Raise CheckpointError when a checkpoint in `folder` was trained with another tokenizer."""
-    if saved != wanted:
-        raise CheckpointError(
-            f"{folder}: its checkpoint was trained with another tokenizer ({saved[:12]} and not {wanted[:12]});"
-            " use the data and tokenizer of that run, or another output folder"
-        )
-
-
-def _readable(checkpoint: epath.Path, read):
-    try:
-        return read()
-    except Exception as error:
-        raise CheckpointError(
-            f"{checkpoint}: is broken ({first_line(error)}); use another checkpoint of the run"
-        ) from error
-
-
-def _shapes(flat: dict[str, Any]) -> dict[str, list]:
-    return {path: [*leaf.shape, str(jnp.dtype(leaf.dtype))] for path, leaf in flat.items()}
-
-
 def _in_pieces(flat: dict[str, Any]) -> dict[str, ocp.SaveArgs]:
     return {path: ocp.SaveArgs(chunk_byte_size=PIECE_BYTES) for path in flat}
-
-
-def _as_abstract(flat: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return {
-        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or default)
-        for path, x in flat.items()
-    }

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from tiny_run import tiny_config
 
+from maxlm.checkpoint.lineage import Lineage
 from maxlm.config.train import TrainConfig
 from maxlm.core.sharding import make_mesh
 from maxlm.core.term import LossOutput, Term
 from maxlm.runtime.distributed import initialize_distributed
 from maxlm.train.goodput import Stopwatch
-from maxlm.train.lineage import Lineage
 from maxlm.train.loop import TrainResult, run
 
 

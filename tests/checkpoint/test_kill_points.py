@@ -10,7 +10,7 @@ from forked import Call, Forked
 from test_checkpoint import assert_equal, make_small_state
 from xla_flags import one_device
 
-from maxlm.train.checkpoint import Checkpointer
+from maxlm.checkpoint.checkpointer import Checkpointer
 
 HERE = Path(__file__).parent
 KILLED = -9
@@ -22,7 +22,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::pytest.Pytes
 
 @pytest.fixture(scope="module")
 def forked():
-    with Forked(["kill_points", "tensorboardX"], paths=[HERE], environment={"XLA_FLAGS": one_device()}) as forked:
+    with Forked(
+        ["kill_points", "tensorboardX"], paths=[HERE, HERE.parent], environment={"XLA_FLAGS": one_device()}
+    ) as forked:
         yield forked
 
 

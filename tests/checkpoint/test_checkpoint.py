@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from tiny_run import MODEL
 
+from maxlm.checkpoint.checkpointer import Checkpointer
+from maxlm.checkpoint.folder import find_checkpoint, read_metadata
+from maxlm.checkpoint.restore import restore_weights
 from maxlm.config import ModelConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.optim import OptimConfig
@@ -22,7 +25,6 @@ from maxlm.core.tree import flatten
 from maxlm.errors import CheckpointError, TrainingError
 from maxlm.models.decoder import Decoder
 from maxlm.optim.build import make_optimizer
-from maxlm.train.checkpoint import Checkpointer, find_checkpoint, read_metadata, restore_weights
 from maxlm.train.state import TrainState, abstract_state, create_state
 
 # Orbax leaves reads of broken files unawaited.

@@ -8,6 +8,7 @@ from typing import Any, Self
 import jax
 from etils import epath
 
+from maxlm.checkpoint.checkpointer import Checkpointer, State, restore_newest
 from maxlm.config.fault import CheckpointConfig
 from maxlm.errors import ConfigError, TrainingError
 from maxlm.runtime.agree import any_process, from_primary
@@ -15,8 +16,6 @@ from maxlm.runtime.distributed import is_primary
 from maxlm.runtime.progress import console
 from maxlm.runtime.storage import absolute_path
 from maxlm.runtime.supervise import LOCAL_ID_FILE, local_id
-from maxlm.train.checkpoint import Checkpointer, restore_newest
-from maxlm.train.state import TrainState
 
 
 class RunCheckpoints:
@@ -40,7 +39,7 @@ class RunCheckpoints:
     def __exit__(self, *error) -> bool | None:
         return self._stack.__exit__(*error)
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(self, like: State) -> tuple[State, dict[str, Any]] | None:
         """The newest whole checkpoint of both places; see `restore_newest`."""
         self._main_is_due = self._local_is_due = False
         places = [self._main, *filter(None, [self._local])]
@@ -60,7 +59,7 @@ class RunCheckpoints:
         if self._local is not None:
             self._local_is_due |= self._local.has_failed()
 
-    def save(self, state: TrainState, metadata: dict[str, Any], *, is_end: bool = False) -> None:
+    def save(self, state: State, metadata: dict[str, Any], *, is_end: bool = False) -> None:
         """Start to save where one is due; see `Checkpointer.save`.
 
         Args:

@@ -5,7 +5,6 @@ A checkpoint's metadata holds the resolved `config`, hashes of what the run read
 """
 
 import contextlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,15 @@ import xxhash
 from etils import epath
 from pydantic import ValidationError
 
+from maxlm.checkpoint.folder import (
+    FOLDER,
+    FORMAT,
+    find_checkpoint,
+    has_checkpoint,
+    read_metadata,
+    run_folder_of,
+    weights_hash,
+)
 from maxlm.config.resume import Change, change_of, differences
 from maxlm.config.train import PACKED_OBJECTIVES, TrainConfig
 from maxlm.errors import CheckpointError, ConfigError
@@ -25,7 +33,6 @@ from maxlm.runtime.progress import console
 from maxlm.runtime.storage import absolute_path, real_path, relative_path, storage_path
 from maxlm.runtime.supervise import local_id
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.checkpoint import FOLDER, FORMAT, find_checkpoint, has_checkpoint, read_metadata
 
 _SHOWN_DIGITS = 8
 
@@ -191,17 +198,6 @@ def newest_checkpoint(config: TrainConfig) -> epath.Path | None:
         places.append(storage_path(config.checkpoint.local.folder) / name)
     found = [find_checkpoint(place) for place in places if has_checkpoint(place)]
     return max(found, key=lambda checkpoint: int(checkpoint.name), default=None)
-
-
-def run_folder_of(checkpoint: epath.Path) -> epath.Path:
-    """The run folder that a checkpoint lies in."""
-    return checkpoint.parent.parent
-
-
-def weights_hash(checkpoint: epath.Path) -> str:
-    """Of what a checkpoint's weights hold, wherever it lies."""
-    sums = {path: value for path, value in read_metadata(checkpoint)["checksums"].items() if path.startswith("weights")}
-    return xxhash.xxh3_128_hexdigest(json.dumps(sums, sort_keys=True).encode())
 
 
 def _data_hashes(config: TrainConfig) -> dict[str, str]:

@@ -8,6 +8,8 @@ import pytest
 import tensorstore
 from tiny_run import MODEL
 
+from maxlm.checkpoint.checkpointer import Checkpointer
+from maxlm.checkpoint.checksums import checksum, checksums
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.model import ModelConfig
 from maxlm.config.optim import OptimConfig
@@ -16,8 +18,6 @@ from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten
 from maxlm.models.decoder import Decoder
 from maxlm.optim.build import make_optimizer
-from maxlm.train.checkpoint import Checkpointer
-from maxlm.train.checksums import checksum, checksums
 from maxlm.train.state import abstract_state, create_state
 
 PLAN = Decoder(ModelConfig(**{**MODEL, "embed_dim": 64, "vocab_size": 512}))
@@ -72,7 +72,7 @@ def test_another_mesh_reads_it_into_its_own_parts(weights, tmp_path):
 
 def test_what_one_device_has_saved_whole_is_stored_in_pieces(weights, tmp_path, monkeypatch):
     """Cut along both axes, so that a process that needs a part, of either axis, need not read the rest."""
-    monkeypatch.setattr("maxlm.train.checkpoint.PIECE_BYTES", 1 << 12)
+    monkeypatch.setattr("maxlm.checkpoint.checkpointer.PIECE_BYTES", 1 << 12)
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         checkpointer.save(create_state(weights, optimizer=make_optimizer(OptimConfig()), keep_ema=False), {}, wait=True)
     folder = tmp_path / "checkpoints" / "0" / "weights"

@@ -12,15 +12,16 @@ from test_checkpoint import assert_equal, make_small_state
 from tiny_run import tiny_config
 from toy_run import ToyObjective, toy_run, weights
 
+from maxlm.checkpoint.checkpointer import Checkpointer, restore_newest
+from maxlm.checkpoint.folder import find_checkpoint
+from maxlm.checkpoint.saving import RunCheckpoints
 from maxlm.cli import main
 from maxlm.config.fault import CheckpointConfig
 from maxlm.config.load import dump_yaml
 from maxlm.errors import CheckpointError, FaultError, TrainingError
 from maxlm.runtime.retry import Retries, is_disk_full, is_storage_error, storage_faults
 from maxlm.runtime.supervise import LOCAL_ID_FILE
-from maxlm.train.checkpoint import Checkpointer, find_checkpoint, restore_newest
 from maxlm.train.metrics import read_metrics
-from maxlm.train.saving import RunCheckpoints
 
 QUICK = {"retries": 3, "retry_seconds": 0.01}
 

@@ -1,0 +1,119 @@
+"""The folders of checkpoints: where they lie, and what stands beside the weights in each.
+
+A checkpoint is `RUN/checkpoints/STEP`, with three Orbax items: `weights` (the model, or its adapters), `rest` (what
+else the training state holds) and `metadata`. Inference reads the weights alone.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import orbax.checkpoint as ocp
+import xxhash
+from etils import epath
+from pydantic import ValidationError
+
+from maxlm.config.model import ModelConfig
+from maxlm.config.train import LoraConfig
+from maxlm.errors import CheckpointError
+from maxlm.runtime.retry import first_line
+from maxlm.runtime.storage import absolute_path, plain_path
+
+FOLDER = "checkpoints"
+# Of what training needs to go on, checksums included. Weights of earlier formats can be read.
+FORMAT = 2
+
+
+def has_checkpoint(run_folder: epath.Path) -> bool:
+    """Whether a run has saved anything."""
+    return bool(checkpoint_steps(run_folder / FOLDER))
+
+
+def find_checkpoint(path: str | os.PathLike) -> epath.Path:
+    """The newest checkpoint folder of a run folder, or the checkpoint folder that `path` is.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    path = absolute_path(path)
+    if (path / "weights").is_dir():
+        return path
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    steps = checkpoint_steps(folder)
+    if not steps:
+        what = "there is no such folder" if not path.exists() else "holds no whole checkpoint"
+        raise CheckpointError(f"{path}: {what}; give a run folder of `maxlm train` or one of its checkpoints")
+    return folder / str(max(steps))
+
+
+def checkpoint_steps(folder: epath.Path) -> list[int]:
+    """Steps of the checkpoints in a folder that are not half written."""
+    if not folder.is_dir():
+        return []
+    paths = [path for path in plain_path(folder).iterdir() if path.name.isdigit() and (path / "weights").is_dir()]
+    return [int(path.name) for path in paths if ocp.utils.is_checkpoint_finalized(path)]
+
+
+def read_metadata(checkpoint: epath.Path) -> dict[str, Any]:
+    """What was saved beside the weights: config, fingerprint, step, shapes, checksums.
+
+    Raises:
+      CheckpointError: it is broken, or of a later version.
+    """
+    metadata = readable(checkpoint, lambda: load_metadata(checkpoint))
+    if metadata.get("format", FORMAT) > FORMAT:
+        raise CheckpointError(f"{checkpoint}: was saved by a later version of maxlm; use that version")
+    return metadata
+
+
+def trained_as(metadata: dict[str, Any], *, where: epath.Path) -> tuple[ModelConfig, LoraConfig | None]:
+    """The model and adapters in a checkpoint's metadata, whose other settings may be of any version.
+
+    Raises:
+      CheckpointError: another version of maxlm has described them.
+    """
+    config = metadata["config"]
+    try:
+        lora = config.get("lora")
+        return ModelConfig(**config["model"]), None if lora is None else LoraConfig(**lora)
+    except ValidationError as error:
+        settings = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
+        raise CheckpointError(
+            f"{where}: was saved by another version of maxlm, whose {settings} this one does not understand; use that"
+            " version"
+        ) from None
+
+
+def load_metadata(checkpoint: epath.Path) -> dict[str, Any]:
+    return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(plain_path(checkpoint) / "metadata")
+
+
+def run_folder_of(checkpoint: epath.Path) -> epath.Path:
+    """The run folder that a checkpoint lies in."""
+    return checkpoint.parent.parent
+
+
+def weights_hash(checkpoint: epath.Path) -> str:
+    """Of what a checkpoint's weights hold, wherever it lies."""
+    sums = {path: value for path, value in read_metadata(checkpoint)["checksums"].items() if path.startswith("weights")}
+    return xxhash.xxh3_128_hexdigest(json.dumps(sums, sort_keys=True).encode())
+
+
+def check_fingerprint(saved: str, wanted: str, folder: Any) -> None:
+    """Raise CheckpointError when a checkpoint in `folder` was trained with another tokenizer."""
+    if saved != wanted:
+        raise CheckpointError(
+            f"{folder}: its checkpoint was trained with another tokenizer ({saved[:12]} and not {wanted[:12]});"
+            " use the data and tokenizer of that run, or another output folder"
+        )
+
+
+def readable(checkpoint: epath.Path, read: Callable[[], Any]) -> Any:
+    """What `read` gives; raises CheckpointError where it fails."""
+    try:
+        return read()
+    except Exception as error:
+        raise CheckpointError(
+            f"{checkpoint}: is broken ({first_line(error)}); use another checkpoint of the run"
+        ) from error

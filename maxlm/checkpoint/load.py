@@ -1,0 +1,104 @@
+"""A trained model from its checkpoint: a language model or a reward model, its adapters merged."""
+
+import contextlib
+import os
+from functools import partial
+
+import jax
+from etils import epath
+
+from maxlm.checkpoint.folder import (
+    check_fingerprint,
+    find_checkpoint,
+    read_metadata,
+    run_folder_of,
+    trained_as,
+    weights_hash,
+)
+from maxlm.checkpoint.restore import restore_ema, restore_weights
+from maxlm.config.model import ModelConfig
+from maxlm.core.parameters import abstract
+from maxlm.errors import CheckpointError
+from maxlm.models.adapters import declare_adapters, merge_adapters
+from maxlm.models.decoder import Decoder, with_config
+from maxlm.models.reward import RewardModel
+from maxlm.runtime.storage import absolute_path, real_path, resolve_path, storage_path
+from maxlm.tokenizer.codec import Tokenizer
+
+
+def load_checkpoint(
+    path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None, *, ema: bool = False
+) -> tuple[Decoder | RewardModel, Tokenizer | None]:
+    """The model that a run trained, and its tokenizer; None where the run folder holds none.
+
+    Args:
+      path: a run folder or a checkpoint.
+      mesh: where to lay it; None is the first device.
+      ema: the running mean of the weights instead.
+
+    Raises:
+      CheckpointError: there is no whole checkpoint, or no running mean; its tokenizer, or the model that its adapters
+        were trained on, is another one.
+    """
+    checkpoint = find_checkpoint(path)
+    metadata = read_metadata(checkpoint)
+    config, lora = trained_as(metadata, where=checkpoint)
+    is_reward_model = metadata["config"]["objective"]["kind"] == "reward"
+    plan = RewardModel(config) if is_reward_model else Decoder(config)
+    tokenizer = _read_tokenizer(checkpoint, metadata["fingerprint"])
+    restore = restore_ema if ema else restore_weights
+    if lora is None:
+        return restore(checkpoint, abstract(plan, mesh)), tokenizer
+    base = load_start(checkpoint, config, mesh)
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        if is_reward_model:
+            base = RewardModel.from_decoder(base, jax.random.key(metadata["config"]["seed"]))
+        adapters = restore(checkpoint, abstract(declare_adapters(plan, lora), mesh))
+        merged = jax.jit(partial(merge_adapters, config=lora), donate_argnums=0)(base, adapters)
+    return merged, tokenizer
+
+
+def load_start(checkpoint: epath.Path, config: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> Decoder:
+    """The model that a checkpoint's adapters were trained on, computed as `config` says.
+
+    Raises:
+      CheckpointError: it is gone, or no longer what it was.
+    """
+    decoder, _ = load_checkpoint(find_start(checkpoint), mesh)
+    return with_config(decoder, config)
+
+
+def find_start(checkpoint: epath.Path) -> epath.Path:
+    """Where the checkpoint that a run started from lies: as seen from the run folder, or where it lay in training.
+
+    Raises:
+      CheckpointError: there is none, or one with other weights.
+    """
+    start = read_metadata(checkpoint)["start"]
+    folder = run_folder_of(checkpoint)
+    named = [absolute_path(resolve_path(start["checkpoint"], each)) for each in (folder, real_path(folder))]
+    named += [storage_path(start["absolute"])] if "absolute" in start else []
+    places = list(dict.fromkeys(named))
+    found = [place for place in places if (place / "weights").is_dir()]
+    for place in found:
+        if weights_hash(place) == start["hash"]:
+            return place
+    if found:
+        raise CheckpointError(
+            f"{found[0]}: has changed since the adapters of {checkpoint} were trained on it; train them again"
+        )
+    raise CheckpointError(
+        f"{checkpoint}: its adapters belong to a model that is not where it was, at"
+        f" {' or '.join(map(str, places))}; put its run folder back, or a link to it:"
+        f" ln -s WHERE_IT_IS {run_folder_of(places[0])}"
+    )
+
+
+def _read_tokenizer(checkpoint: epath.Path, fingerprint: str) -> Tokenizer | None:
+    """Raises CheckpointError where another one stands in its place: it would decode other words."""
+    run_folder = run_folder_of(checkpoint)
+    if not (run_folder / "tokenizer").exists():
+        return None
+    tokenizer = Tokenizer.load(run_folder / "tokenizer")
+    check_fingerprint(fingerprint, tokenizer.fingerprint, run_folder)
+    return tokenizer

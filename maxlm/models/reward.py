@@ -1,0 +1,43 @@
+"""A decoder with a scalar head: what a reward model is."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maxlm.config.model import ModelConfig
+from maxlm.core.batch import Batch
+from maxlm.core.parameters import Parameter, initialize, zeros
+from maxlm.core.term import LossOutput
+from maxlm.core.tree import flatten, unflatten
+from maxlm.models.decoder import Decoder
+
+
+class RewardModel(Decoder):
+    """A decoder whose last hidden state of a sequence is read out as one number.
+
+    The head starts at zero, so that training starts from equal rewards.
+    """
+
+    trained_whole = ("value",)
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.value = nnx.data(Parameter((config.embed_dim,), (None,), zeros))
+
+    @classmethod
+    def from_decoder(cls, decoder: Decoder, key: jax.Array) -> "RewardModel":
+        """A decoder's weights with a new head."""
+        plan = cls(decoder.config)
+        head = initialize({"value": plan.value}, key)
+        return unflatten({**flatten(decoder), **head}, plan)
+
+    def rewards(self, batch: Batch) -> tuple[jax.Array, LossOutput]:
+        """One number for each row, read at its last token: float32 [B]; 0 for a row of padding.
+
+        Beside it, what the layers add to the loss.
+        """
+        output = self(batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids)
+        values_BL = jnp.sum(output.hidden_BLD.astype(jnp.float32) * self.value, axis=-1)
+        is_token_BL = batch.segment_ids > 0
+        is_last_BL = is_token_BL & (batch.positions == jnp.max(batch.positions, axis=1, keepdims=True))
+        return jnp.sum(jnp.where(is_last_BL, values_BL, 0.0), axis=1), output.auxiliary
