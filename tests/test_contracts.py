@@ -54,7 +54,7 @@ def test_imports_point_down():
     ("file", "line", "contract"),
     [
         ("maxlm/ops/norm.py", "import maxlm.models.decoder", "Imports point down"),
-        ("maxlm/train/loop.py", "def late():\n    from maxlm.post import sft", "Imports point down"),
+        ("maxlm/train/loop.py", "def late():\n    from maxlm.objectives import sft", "Imports point down"),
         ("maxlm/config/load.py", "import maxlm.core.tree", "Configuration imports nothing of ours"),
         ("maxlm/data/rows.py", "import maxlm.models.decoder", "Data and tokenizer stand beside"),
         ("maxlm/tokenizer/codec.py", "import maxlm.data.rows", "Data may use the tokenizer"),

@@ -3,7 +3,7 @@
 import numpy as np
 
 from maxlm.config import ModelConfig
-from maxlm.core.batch import Batch
+from maxlm.core.batch import Stream
 
 VOCAB_SIZE = 48
 
@@ -31,9 +31,9 @@ def documents(seed=0, count=12) -> list[tuple[np.ndarray, float]]:
     return [(random.integers(0, VOCAB_SIZE, random.integers(3, 10)), random.uniform(0.2, 2)) for _ in range(count)]
 
 
-def pack(documents, *, rows, length, per_row) -> Batch:
+def pack(documents, *, rows, length, per_row) -> Stream:
     """`per_row` documents in each row, padding after them; rows that get none are padding."""
-    batch = Batch(*(np.zeros((rows, length), dtype) for dtype in ("int32", "int32", "float32", "int32", "int32")))
+    batch = Stream(*(np.zeros((rows, length), dtype) for dtype in ("int32", "int32", "float32", "int32", "int32")))
     # What stands in padding must not matter.
     batch.tokens[:], batch.targets[:] = 5, 7
     for number, (tokens, weight) in enumerate(documents):

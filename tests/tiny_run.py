@@ -66,7 +66,7 @@ def maxlm(arguments: list[str], signal_at: tuple[str, int] | None) -> int:
 
 @functools.cache
 def _forked() -> Forked:
-    modules = ["tiny_run", "maxlm.cli", "maxlm.post.run", "tensorboardX"]
+    modules = ["tiny_run", "maxlm.cli", "maxlm.train.run", "maxlm.objectives.pretrain", "tensorboardX"]
     return Forked(modules, paths=[Path(__file__).parent])
 
 
@@ -89,7 +89,6 @@ def poison(batches: set[int]):
     from itertools import count
 
     import numpy as np
-
     from maxlm.train.pretrain import Pretrain
 
     read = Pretrain.batches

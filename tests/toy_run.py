@@ -18,16 +18,13 @@ from maxlm.train.goodput import Stopwatch
 from maxlm.train.loop import TrainResult, run
 
 
-class ToyObjective:
+class ToyData:
     """A linear model that is fitted to noise; the batch is a pure function of its number."""
-
-    needs_reference = False
-    resume_multiple = 1
 
     def __init__(self, *, poison=(), leave_out=(), at_batch=lambda number: None):
         self.poison, self.leave_out, self.at_batch = set(poison), set(leave_out), at_batch
 
-    def loss(self, model, batch):
+    def compute_loss(self, model, batch, key):
         error_B = batch["x"] @ model["w"] - batch["y"]
         return LossOutput({"squares": Term(jnp.sum(error_B**2), jnp.asarray(float(error_B.size)))}, {})
 
@@ -53,16 +50,18 @@ def toy_config(folder, **settings) -> TrainConfig:
     return tiny_config(folder, "x", **{"guard": guard, "optim": optim, "eval_every": 0, **settings})
 
 
-def toy_run(folder, *, objective=None, accept_changes=False, **settings) -> TrainResult:
+def toy_run(folder, *, data=None, accept_changes=False, **settings) -> TrainResult:
     """A run of 12 steps with a checkpoint every 4; `settings` replace top-level keys of the configuration."""
     config = toy_config(folder, **settings)
     mesh = make_mesh(config.mesh)
     everywhere = jax.NamedSharding(mesh, jax.P(None))
     os.makedirs(folder, exist_ok=True)
+    data = data or ToyData()
     with jax.set_mesh(mesh), Stopwatch() as stopwatch:
         return run(
             mesh=mesh,
-            objective=objective or ToyObjective(),
+            data=data,
+            compute_loss=data.compute_loss,
             like={"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=everywhere)},
             create=lambda: {"w": jax.device_put(jnp.arange(4.0), everywhere)},
             frozen=None,
@@ -83,10 +82,10 @@ def weights(result: TrainResult) -> bytes:
 def main(folder: str, settings: str) -> None:
     """A run with these settings, as JSON, as one of several processes where the environment says so.
 
-    `objective` among them is what ToyObjective is made with.
+    `data` among them is what ToyData is made with.
     """
     initialize_distributed()
     settings = json.loads(settings)
-    objective = ToyObjective(**settings.pop("objective", {}))
-    result = toy_run(folder, objective=objective, **settings)
+    data = ToyData(**settings.pop("data", {}))
+    result = toy_run(folder, data=data, **settings)
     print(json.dumps({"weights": weights(result).hex(), "start": result.start, "steps": result.steps}))

@@ -20,14 +20,14 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 from maxlm.config import load_config  # noqa: E402
-from maxlm.core.batch import Batch  # noqa: E402
+from maxlm.core.batch import Stream  # noqa: E402
 from maxlm.core.parameters import initialize  # noqa: E402
 from maxlm.interop.int8 import quantize_model  # noqa: E402
 from maxlm.models.cache import KVCache  # noqa: E402
 from maxlm.models.decoder import Decoder  # noqa: E402
+from maxlm.objectives.language_model import language_model_loss  # noqa: E402
 from maxlm.ops.attention import attention  # noqa: E402
 from maxlm.optim.build import make_optimizer  # noqa: E402
-from maxlm.train.loss import language_model_loss  # noqa: E402
 from maxlm.train.state import create_state  # noqa: E402
 from maxlm.train.step import train_step  # noqa: E402
 
@@ -77,7 +77,7 @@ def step() -> tuple[str, Variants]:
     shape = (config.batch_size, config.row_length)
     tokens = jax.random.randint(jax.random.key(0), shape, 0, VOCAB_SIZE)
     ones = jnp.ones(shape, jnp.int32)
-    batch = Batch(tokens, tokens, jnp.ones(shape), ones, jnp.broadcast_to(jnp.arange(shape[1]), shape))
+    batch = Stream(tokens, tokens, jnp.ones(shape), ones, jnp.broadcast_to(jnp.arange(shape[1]), shape))
 
     def variant(optimizer_kind: str, **changes) -> Callable[[], object]:
         model_config = config.model.model_copy(update={"vocab_size": VOCAB_SIZE, **changes})
@@ -85,7 +85,7 @@ def step() -> tuple[str, Variants]:
         state = create_state(initialize(Decoder(model_config), jax.random.key(0)), optimizer)
         function = partial(
             train_step,
-            loss_function=lambda model, frozen, batch: language_model_loss(model, batch),
+            loss_function=lambda model, frozen, batch, key: language_model_loss(model, batch),
             optimizer=optimizer,
             schedule=lambda step: 1.0,
             guard=config.guard,

@@ -70,15 +70,20 @@ POST_TRAINING: dict[str, dict[str, Any]] = {
     "sft": {"objective": {"kind": "sft", "train_file": "chats.jsonl", "valid_file": "chats.jsonl"}},
     "sft, adapters": {"objective": {"kind": "sft", "train_file": "chats.jsonl"}, "lora": LORA},
     "reward": {"objective": {"kind": "reward", "train_file": "pairs.jsonl", "valid_file": "pairs.jsonl"}},
-    "dpo": {"objective": {"kind": "dpo", "train_file": "pairs.jsonl", "valid_file": "pairs.jsonl"}},
+    "dpo": {"objective": {"kind": "preference", "train_file": "pairs.jsonl", "valid_file": "pairs.jsonl"}},
     "dpo, all terms": {
-        "objective": {"kind": "dpo", "train_file": "pairs.jsonl", "label_smoothing": 0.1, "sft_weight": 0.3},
+        "objective": {
+            "kind": "preference",
+            "train_file": "pairs.jsonl",
+            "loss": {"kind": "dpo", "label_smoothing": 0.1},
+            "sft_weight": 0.3,
+        },
         "lora": LORA,
     },
-    "grpo": {"objective": {"kind": "grpo", "train_file": "prompts.jsonl", "group_size": 4, "max_new_tokens": 8}},
+    "grpo": {"objective": {"kind": "policy", "train_file": "prompts.jsonl", "group_size": 4, "max_new_tokens": 8}},
     "grpo, all terms": {
         "objective": {
-            "kind": "grpo",
+            "kind": "policy",
             "train_file": "prompts.jsonl",
             "valid_file": "prompts.jsonl",
             "group_size": 4,

@@ -23,8 +23,9 @@ from maxlm.checkpoint.folder import (
     run_folder_of,
     weights_hash,
 )
+from maxlm.config.objective import Input
 from maxlm.config.resume import Change, change_of, differences
-from maxlm.config.train import PACKED_OBJECTIVES, TrainConfig
+from maxlm.config.train import TrainConfig
 from maxlm.errors import CheckpointError, ConfigError
 from maxlm.optim.schedule import schedule_factor
 from maxlm.runtime.distributed import is_primary
@@ -172,15 +173,13 @@ def check_not_read(config: TrainConfig) -> None:
       ConfigError: it is.
     """
     output = real_path(config.output)
-    objective = config.objective
-    named = {"tokenizer": config.tokenizer}
-    if objective.kind in PACKED_OBJECTIVES:
-        named |= {f"objective.sources.{index}.path": source.path for index, source in enumerate(objective.sources)}
-    folders = {key: real_path(path) for key, path in named.items() if path is not None}
-    models = {"init_from": config.init_from, "objective.teacher": getattr(objective, "teacher", None)}
-    folders |= {
-        key: real_path(run_folder_of(find_checkpoint(path))) for key, path in models.items() if path is not None
-    }
+    named = [("tokenizer", config.tokenizer)] if config.tokenizer is not None else []
+    models = [("init_from", config.init_from)] if config.init_from is not None else []
+    for each in config.objective.inputs:
+        if each.content != "records":
+            (models if each.content == "weights" else named).append((f"objective.{each.key}", each.path))
+    folders = {key: real_path(path) for key, path in named}
+    folders |= {key: real_path(run_folder_of(find_checkpoint(path))) for key, path in models}
     problems = [
         f"output: {config.output} is the folder that {key} names, which the run would write over; give a new folder"
         for key, folder in folders.items()
@@ -202,13 +201,15 @@ def newest_checkpoint(config: TrainConfig) -> epath.Path | None:
 
 def _data_hashes(config: TrainConfig) -> dict[str, str]:
     """Hashes of what is read for training; of packed rows and of weights what they hold, so that they may move."""
-    objective = config.objective
-    if objective.kind not in PACKED_OBJECTIVES:
-        return {"objective.train_file": content_hash(objective.train_file)}
-    hashes = {f"objective.sources.{i}.path": rows_hash(source.path) for i, source in enumerate(objective.sources)}
-    if objective.kind == "distill":
-        hashes["objective.teacher"] = weights_hash(find_checkpoint(objective.teacher))
-    return hashes
+    return {f"objective.{each.key}": _input_hash(each) for each in config.objective.inputs if each.trains}
+
+
+def _input_hash(each: Input) -> str:
+    if each.content == "rows":
+        return rows_hash(each.path)
+    if each.content == "weights":
+        return weights_hash(find_checkpoint(each.path))
+    return content_hash(each.path)
 
 
 def rows_hash(folder: str) -> str:

@@ -43,7 +43,8 @@ def load_checkpoint(
     checkpoint = find_checkpoint(path)
     metadata = read_metadata(checkpoint)
     config, lora = trained_as(metadata, where=checkpoint)
-    is_reward_model = metadata["config"]["objective"]["kind"] == "reward"
+    # The weights say what model they are of: a reward model has a head, plain or beside adapters.
+    is_reward_model = any(path.split("/")[0] == "value" for path in metadata["shapes"])
     plan = RewardModel(config) if is_reward_model else Decoder(config)
     tokenizer = _read_tokenizer(checkpoint, metadata["fingerprint"])
     restore = restore_ema if ema else restore_weights

@@ -8,6 +8,7 @@ import difflib
 import json
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, Field, Tag, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from maxlm.config.data import DataConfig, TokenizerConfig
+from maxlm.config.objective import ObjectiveConfig, objective_classes
 from maxlm.config.read import MAX_DEPTH, BadYaml, read_yaml
 from maxlm.config.recipes import find_config
 from maxlm.config.sweep import SweepConfig
@@ -27,7 +29,6 @@ MAX_SHOWN = 60  # characters of a value in a message
 
 AnyConfig = Annotated[TrainConfig | DataConfig | TokenizerConfig | SweepConfig, Field(discriminator="kind")]
 _MODELS = {"train": TrainConfig, "data": DataConfig, "tokenizer": TokenizerConfig, "sweep": SweepConfig}
-_ADAPTER = TypeAdapter(AnyConfig)
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, kind: str | None = None) -> Any:
@@ -53,11 +54,15 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *
 
 def parse_config(tree: dict, *, where: str = "config") -> Any:
     """Validate a nested dict whose `kind` says what it configures; `where` names it in messages."""
+    kind = tree.get("kind")
+    if not isinstance(kind, str) or kind not in _MODELS:
+        raise ConfigError([f"{where}: {_bad_kind('kind', kind, _MODELS)}"])
     try:
-        return _ADAPTER.validate_python(tree)
+        return _MODELS[kind].model_validate(tree)
     except ValidationError as error:
-        items = error.errors()
-        raise ConfigError([f"{where}: {_explain(item, tree)}" for item in items if not _follows(item, items)]) from None
+        items, model = error.errors(), _MODELS[kind]
+        problems = [f"{where}: {_explain(item, model)}" for item in items if not _follows(item, items)]
+        raise ConfigError(problems) from None
 
 
 def dump_yaml(config: BaseModel) -> str:
@@ -67,7 +72,7 @@ def dump_yaml(config: BaseModel) -> str:
 
 def json_schema() -> dict:
     """The JSON schema of all configuration files, for editors."""
-    schema = _ADAPTER.json_schema()
+    schema = TypeAdapter(AnyConfig).json_schema()
     # An editor must accept the one key that is gone before validation.
     for model in _MODELS.values():
         schema["$defs"][model.__name__]["properties"]["base"] = {
@@ -157,9 +162,19 @@ def _follows(item: dict, items: list[dict]) -> bool:
     return item["type"] == "too_short" and any(len(i["loc"]) > len(loc) and i["loc"][: len(loc)] == loc for i in items)
 
 
-def _explain(item: dict, tree: dict) -> str:
+def _bad_kind(path: str, given: Any, allowed: Iterable[str]) -> str:
+    """A `kind` that is left out, or that there is not and the nearest that there is."""
+    allowed = list(allowed)
+    if given is None:
+        return f"{path}: must be given: one of {', '.join(map(repr, allowed))}"
+    near = difflib.get_close_matches(str(given), allowed, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{path}: {given!r} must be one of {', '.join(map(repr, allowed))}{hint}"
+
+
+def _explain(item: dict, root: type[BaseModel]) -> str:
     """One line for one of pydantic's errors: dotted path, value, what is allowed, nearest key."""
-    location, model = _locate(item["loc"], tree)
+    location, model = _locate(item["loc"], root)
     path = ".".join(location) or "(top)"
     if item["type"] == "extra_forbidden":
         allowed = list(model.model_fields) if model else []
@@ -169,11 +184,8 @@ def _explain(item: dict, tree: dict) -> str:
     if item["type"] == "missing":
         return f"{path}: must be given"
     if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        expected = item.get("ctx", {}).get("expected_tags", ", ".join(map(repr, _MODELS)))
-        given = item.get("ctx", {}).get("tag")
-        near = difflib.get_close_matches(str(given), expected.replace("'", "").split(", "), 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{path + '.' if location else ''}kind: {given!r} must be one of {expected}{hint}"
+        kinds = list(_by_kind(model.model_fields[location[-1]].annotation))
+        return _bad_kind(f"{path}.kind", item.get("ctx", {}).get("tag"), kinds)
     if item["type"] == "value_error":
         prefix = f"{path}: " if location else ""
         return prefix + str(item["ctx"]["error"])
@@ -224,12 +236,12 @@ def _shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
-def _locate(loc: tuple, tree: Any) -> tuple[list[str], type[BaseModel] | None]:
+def _locate(loc: tuple, root: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
     """The dotted path of pydantic's `loc`, without the tags of unions, and the model that holds its last key."""
-    model: Any = _MODELS.get(loc[0] if loc else None)
+    model: Any = root
     path: list[str] = []
     owner = model
-    for part in loc[1:] if model else loc:
+    for part in loc:
         field = model.model_fields.get(part) if _is_model(model) else None
         tagged = _tagged(model, part)
         if tagged is not None:
@@ -247,6 +259,8 @@ def _is_model(kind: Any) -> bool:
 
 
 def _members(kind: Any) -> tuple:
+    if kind is ObjectiveConfig:
+        return objective_classes()
     origin = typing.get_origin(kind)
     if origin is Annotated:
         return _members(typing.get_args(kind)[0])
@@ -260,10 +274,14 @@ def _tagged(kind: Any, tag: Any) -> Any:
             isinstance(m, Tag) and m.tag == tag for m in member.__metadata__
         ):
             return typing.get_args(member)[0]
+    models = _by_kind(kind)
+    return models.get(tag) if len(models) > 1 else None
+
+
+def _by_kind(kind: Any) -> dict[str, type[BaseModel]]:
+    """The models of a union by their `kind`."""
     models = [member for member in _members(kind) if _is_model(member) and "kind" in member.model_fields]
-    if len(models) < 2:
-        return None
-    return next((m for m in models if tag in typing.get_args(m.model_fields["kind"].annotation)), None)
+    return {tag: model for model in models for tag in typing.get_args(model.model_fields["kind"].annotation)}
 
 
 def _only_model(kind: Any) -> Any:

@@ -1,6 +1,7 @@
 """The one batch type."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Self
 
@@ -17,8 +18,8 @@ from maxlm.core.sharding import check_row_length, logical_to_spec, row_groups, r
     meta_fields=[],
 )
 @dataclass(frozen=True)
-class Batch:
-    """Rows of packed or padded sequences; every field is [batch, length].
+class Stream:
+    """Rows of packed or padded sequences of tokens; every field is [batch, length].
 
     Documents and padding are told apart by `segment_ids` (0 is padding), never by a token's value. `loss_weights` is
     float32; the others are int32.
@@ -36,13 +37,28 @@ class Batch:
         return cls(**{field.name: rows[field.name] for field in fields(cls)})
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["streams", "values"], meta_fields=[])
+@dataclass(frozen=True)
+class Batch:
+    """What a loss reads: streams of tokens by name, and numbers for each row [batch] or token [batch, length] by name.
+
+    The first axis of every array is the batch. `batch["text"]` is a stream.
+    """
+
+    streams: Mapping[str, Stream]
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Stream:
+        return self.streams[name]
+
+
 def put_batch(batch: Any, mesh: Mesh, axes: tuple[str | None, ...] = ("batch", "length")) -> Any:
-    """This process's rows as global arrays, each cut along the logical axes of its first dimensions.
+    """This process's rows as global arrays, each sharded along the logical axes of its first dimensions.
 
     A tree of host arrays [rows], or [rows, length] and more.
 
     Raises:
-      ConfigError: rows cannot be cut along their length.
+      ConfigError: rows cannot be split along their length.
     """
     rows, groups = row_shard(mesh), row_groups(mesh)
 
@@ -64,5 +80,5 @@ def put_batch(batch: Any, mesh: Mesh, axes: tuple[str | None, ...] = ("batch", "
 
 def num_tokens(batch: Any) -> int:
     """Tokens of all rows in a batch, padding included."""
-    parts = jax.tree.leaves(batch, is_leaf=lambda part: isinstance(part, Batch))
-    return sum(part.tokens.size for part in parts if isinstance(part, Batch))
+    parts = jax.tree.leaves(batch, is_leaf=lambda part: isinstance(part, Stream))
+    return sum(part.tokens.size for part in parts if isinstance(part, Stream))

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 from maxlm.config.data import RecordFormat
-from maxlm.core.batch import Batch
+from maxlm.core.batch import Batch, Stream
 from maxlm.core.sharding import RowShard
 from maxlm.data.messages import parse_messages
 from maxlm.data.records import parse_chat, read_records
@@ -107,12 +107,14 @@ class PackedChats:
 
     Several chats stand in one row, each a segment with positions from 0. A row's targets are its tokens one later in
     the same chat; loss weights are 1 where the target is the assistant's. The last token of a chat is a target only.
-    `places` holds FILE:LINE of each chat.
+
+    Args:
+      places: FILE:LINE of each chat.
     """
 
     def __init__(self, chats: Sequence[ChatTokens], *, row_length: int, places: Sequence[str] = ()):
         self.row_length = row_length
-        self.places = places
+        self._places = places
         self._lengths = np.array([len(chat.ids) - 1 for chat in chats])
         self._starts = np.concatenate([[0], np.cumsum(self._lengths + 1)[:-1]])
         self._ids = np.concatenate([np.array(chat.ids, np.int32) for chat in chats])
@@ -163,8 +165,16 @@ class PackedChats:
         console.print(f"{path}: {len(chats)} chats in {len(packed.rows)} rows, {full:.0%} full", markup=False)
         return packed
 
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.rows)
+
+    def places(self, row: int) -> list[str]:
+        """FILE:LINE of each chat in a row."""
+        return [self._places[chat] for chat in self.rows[row]]
+
     def batch(self, row_indices: np.ndarray) -> Batch:
-        """These rows, in this order; index -1 gives a row of padding."""
+        """These rows, in this order, as the stream `text`; index -1 gives a row of padding."""
         members = [self.rows[index] if index >= 0 else [] for index in row_indices]
         chats = np.array([chat for row in members for chat in row], np.int64)
         row_of_chat = np.repeat(np.arange(len(members)), [len(row) for row in members])
@@ -181,13 +191,14 @@ class PackedChats:
             flat[target] = values
             return flat.reshape(len(members), self.row_length)
 
-        return Batch(
+        text = Stream(
             tokens=rows(self._ids[source]),
             targets=rows(self._ids[source + 1]),
             loss_weights=rows(self._weights[source + 1], np.float32),
             segment_ids=rows(np.repeat(segment_of_chat, lengths)),
             positions=rows(_ranges(np.zeros_like(lengths), lengths)),
         )
+        return Batch({"text": text})
 
 
 def check_some_left(path: str | Path, num_left: int, num_too_long: int, *, what: str, row_length: int) -> None:

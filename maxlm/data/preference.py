@@ -3,15 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import jax
 import numpy as np
 
 from maxlm.config.data import RecordFormat
-from maxlm.core.batch import Batch
+from maxlm.core.batch import Batch, Stream
 from maxlm.data.chat import check_some_left, encode_answer, encode_prompt
 from maxlm.data.records import field, parse_pair, parse_prompt, read_records
 from maxlm.errors import DataError
@@ -21,21 +19,13 @@ from maxlm.tokenizer.codec import ChatTokens, Tokenizer
 _LENGTH_MULTIPLE = 16
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["chosen", "rejected"], meta_fields=[])
-@dataclass(frozen=True)
-class PreferenceBatch:
-    """Pairs of answers to one prompt; row i of `chosen` is preferred to row i of `rejected`.
-
-    One sequence stands in a row, from its left end; loss weights are 1 where the target is the answer's. A row without
-    tokens is padding.
-    """
-
-    chosen: Batch
-    rejected: Batch
-
-
 class PreferencePairs:
-    """The pairs of a file as token ids; `places` holds FILE:LINE of each."""
+    """The pairs of a file as token ids.
+
+    Args:
+      parts: equal parts that a row must be divisible into.
+      places: FILE:LINE of each pair.
+    """
 
     def __init__(
         self,
@@ -46,7 +36,7 @@ class PreferencePairs:
         parts: int = 1,
     ):
         self._pairs = pairs
-        self.places = places
+        self._places = places
         longest = max(len(answer.ids) for pair in pairs for answer in pair)
         self.row_length = min(row_length, round_up(longest, parts))
 
@@ -88,11 +78,19 @@ class PreferencePairs:
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def batch(self, indices: np.ndarray) -> PreferenceBatch:
-        """These pairs, in this order; index -1 gives padding."""
+    def places(self, pair: int) -> list[str]:
+        """FILE:LINE of a pair."""
+        return [self._places[pair]]
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """These pairs, in this order, as the streams `chosen` and `rejected`; index -1 gives padding.
+
+        One sequence stands in a row, from its left end; loss weights are 1 where the target is the answer's. A row
+        without tokens is padding.
+        """
         pairs = [self._pairs[index] if index >= 0 else (_NOTHING, _NOTHING) for index in indices]
         chosen, rejected = zip(*pairs)
-        return PreferenceBatch(pad(chosen, self.row_length), pad(rejected, self.row_length))
+        return Batch({"chosen": pad(chosen, self.row_length), "rejected": pad(rejected, self.row_length)})
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def read_prompts(
     return prompts
 
 
-def pad(sequences: Sequence[ChatTokens], length: int) -> Batch:
+def pad(sequences: Sequence[ChatTokens], length: int) -> Stream:
     """One sequence a row, all its tokens kept; the last one has no target."""
     arrays = {name: np.zeros((len(sequences), length), np.int32) for name in ("tokens", "targets", "segment_ids")}
     loss_weights = np.zeros((len(sequences), length), np.float32)
@@ -143,7 +141,7 @@ def pad(sequences: Sequence[ChatTokens], length: int) -> Batch:
         arrays["segment_ids"][row, :count] = 1
         loss_weights[row, : max(count - 1, 0)] = sequence.loss_weights[1:]
     positions = np.arange(length, dtype=np.int32) * arrays["segment_ids"]
-    return Batch(**arrays, loss_weights=loss_weights, positions=positions)
+    return Stream(**arrays, loss_weights=loss_weights, positions=positions)
 
 
 def round_up(length: int, parts: int = 1) -> int:

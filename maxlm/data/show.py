@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from maxlm.config import load_config
-from maxlm.config.train import PACKED_OBJECTIVES
+from maxlm.config.objective import PackedRowsConfig
 from maxlm.data.loader import PackedRows, open_in_order, open_mixture
 from maxlm.data.prepare import REJECTS_FILE
 from maxlm.errors import DataError, TokenizerError
@@ -73,11 +73,8 @@ def open_run(folder: str | Path) -> PackedRows:
       ConfigError: if its configuration cannot be read.
     """
     config = load_config(Path(folder) / "config.yaml", kind="train")
-    if config.objective.kind not in PACKED_OBJECTIVES:
-        raise DataError(
-            f"{folder}: is a run of objective.kind={config.objective.kind}; packed rows are read by"
-            f" {' and '.join(PACKED_OBJECTIVES)} alone"
-        )
+    if not isinstance(config.objective, PackedRowsConfig):
+        raise DataError(f"{folder}: is a run of objective.kind={config.objective.kind}, which reads no packed rows")
     return open_mixture(
         [(source.path, source.weight) for source in config.objective.sources],
         seed=config.seed,

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 from maxlm.checkpoint.folder import find_checkpoint, run_folder_of
-from maxlm.config.train import PACKED_OBJECTIVES
-from maxlm.core.batch import Batch
+from maxlm.config.objective import find_objective
+from maxlm.core.batch import Stream
 from maxlm.data.chat import PackedChats
 from maxlm.data.held_out import open_held_out
 from maxlm.data.loader import open_splits
@@ -39,10 +39,10 @@ class HeldOut:
 
     kind: Literal["documents", "chats"]
     paths: tuple[Path, ...]
-    rows: Batch
+    rows: Stream
     units: np.ndarray
 
-    def batches(self) -> Iterator[tuple[Batch, np.ndarray]]:
+    def batches(self) -> Iterator[tuple[Stream, np.ndarray]]:
         """All rows once, as batches of one shape, each with its units; what is missing in the last is padding."""
         num_rows, length = self.units.shape
         size = min(num_rows, max(1, BATCH_TOKENS // length))
@@ -53,7 +53,7 @@ class HeldOut:
                 return np.pad(part, ((0, size - len(part)), (0, 0)))
 
             fields = {name: cut(value) for name, value in vars(self.rows).items()}
-            yield Batch(**fields), cut(self.units)
+            yield Stream(**fields), cut(self.units)
 
 
 def read_held_out(paths: Sequence[str | Path], tokenizer: Tokenizer, *, max_length: int, max_tokens: int) -> HeldOut:
@@ -73,7 +73,7 @@ def read_held_out(paths: Sequence[str | Path], tokenizer: Tokenizer, *, max_leng
         return _read_documents(paths, tokenizer, max_length=max_length, max_tokens=max_tokens)
     (path,) = paths
     chats = PackedChats.read(path, tokenizer, row_length=max_length)
-    rows = chats.batch(even_sample([np.arange(len(chats.rows))], max(1, max_tokens // max_length)))
+    rows = chats.batch(even_sample([np.arange(len(chats))], max(1, max_tokens // max_length)))["text"]
     # A chat lies in one row, as one segment of it.
     units = np.arange(len(rows.tokens))[:, None] * (rows.segment_ids.max() + 1) + rows.segment_ids
     return HeldOut("chats", paths, rows, units)
@@ -91,15 +91,17 @@ def find_held_out(model_path: str | Path) -> list[Path]:
             raise DataError(f"{folder}: has no {FILE_NAME} that tells what it was validated on; {_NAME_DATA}")
         manifest = read_manifest(folder)
         objective, inputs = manifest["config"]["objective"], manifest["inputs"]
-        if objective["kind"] == "sft" and objective["valid_file"] is not None:
+        kind = find_objective(objective["kind"])
+        learns_text = kind is not None and kind.learns_text
+        if learns_text and objective.get("valid_file") is not None:
             found = [_beside(objective, resolve_path(inputs["train_file"]["path"], folder))]
             break
-        if objective["kind"] in PACKED_OBJECTIVES and not chat_model:
+        if learns_text and "sources" in objective and not chat_model:
             found = [resolve_path(item["path"], folder) for name, item in inputs.items() if name.startswith("data_")]
             # A run takes no validation rows from a source that holds none out.
             found = [path for path in found if _holds_rows_out(path)] or found
             break
-        if objective["kind"] in ("sft", *PACKED_OBJECTIVES):
+        if learns_text:
             raise DataError(f"{model_path}: leads to no file of held-out chats; {_NAME_DATA}")
         folder, chat_model = Path(resolve_path(inputs["init_from"]["path"], folder)), True
     found = [Path(os.path.relpath(path)) for path in found]
@@ -134,4 +136,4 @@ def _read_documents(paths: tuple[Path, ...], tokenizer: Tokenizer, *, max_length
         read.append(row)
         unit_rows.append(np.array([0, *numbers])[row["segment_ids"]])
     rows = {name: np.concatenate([row[name] for row in read]) for name in read[0]}
-    return HeldOut("documents", paths, Batch.from_rows(rows), np.concatenate(unit_rows))
+    return HeldOut("documents", paths, Stream.from_rows(rows), np.concatenate(unit_rows))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.core.batch import Batch
+from maxlm.core.batch import Stream
 from maxlm.core.interval import Interval, ratio_interval
 from maxlm.core.tree import flatten
 from maxlm.errors import DataError
@@ -59,7 +59,7 @@ class Receipt:
         cls,
         float_model: Decoder,
         int8_model: Decoder,
-        batches: Iterable[tuple[Batch, np.ndarray]],
+        batches: Iterable[tuple[Stream, np.ndarray]],
         *,
         kind: Literal["documents", "chats"],
     ) -> Self:
@@ -136,7 +136,7 @@ def _in_float32(model: Decoder) -> Decoder:
 
 
 @jax.jit
-def _compare(float_model: Decoder, int8_model: Decoder, batch: Batch) -> tuple[jax.Array, ...]:
+def _compare(float_model: Decoder, int8_model: Decoder, batch: Stream) -> tuple[jax.Array, ...]:
     """Each [batch, length]: -log p(target) of either model, KL(float || int8), whether the likeliest tokens agree."""
     run = partial(_hidden, batch=batch)
     length = batch.targets.shape[1]
@@ -159,7 +159,7 @@ def _compare(float_model: Decoder, int8_model: Decoder, batch: Batch) -> tuple[j
     return tuple(value.reshape(batch.targets.shape[0], -1)[:, :length] for value in values)
 
 
-def _hidden(model: Decoder, batch: Batch) -> jax.Array:
+def _hidden(model: Decoder, batch: Stream) -> jax.Array:
     return model(batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids).hidden_BLD
 
 

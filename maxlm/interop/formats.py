@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from maxlm.core.registry import collect
+from maxlm.config.registry import collect
 from maxlm.models.decoder import Decoder
 from maxlm.tokenizer.codec import Tokenizer
 

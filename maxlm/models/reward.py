@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxlm.config.model import ModelConfig
-from maxlm.core.batch import Batch
+from maxlm.core.batch import Stream
 from maxlm.core.parameters import Parameter, initialize, zeros
 from maxlm.core.term import LossOutput
 from maxlm.core.tree import flatten, unflatten
@@ -31,7 +31,7 @@ class RewardModel(Decoder):
         head = initialize({"value": plan.value}, key)
         return unflatten({**flatten(decoder), **head}, plan)
 
-    def rewards(self, batch: Batch) -> tuple[jax.Array, LossOutput]:
+    def rewards(self, batch: Stream) -> tuple[jax.Array, LossOutput]:
         """One number for each row, read at its last token: float32 [B]; 0 for a row of padding.
 
         Beside it, what the layers add to the loss.

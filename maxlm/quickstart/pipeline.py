@@ -192,7 +192,7 @@ class Quickstart:
 
     def _train(self, name: str) -> None:
         """Train, resume, or skip; what stands there with other settings or on other inputs is made anew."""
-        from maxlm.post.run import train
+        from maxlm.train.run import train
 
         config = self.config(name)
         if self._is_stale(name, config):

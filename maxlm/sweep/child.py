@@ -16,8 +16,8 @@ def main(path: str) -> int:
     """Train as `maxlm train` does; returns the exit code, DIVERGED of a run that has."""
     prepare_platform()
     from maxlm.config.load import load_config
-    from maxlm.post.run import train
     from maxlm.runtime.distributed import stop_with_parent
+    from maxlm.train.run import train
 
     # When the sweep has ended, however it did, its trial saves and stops.
     stop_with_parent()

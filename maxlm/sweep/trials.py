@@ -19,7 +19,7 @@ from maxlm.checkpoint.folder import find_checkpoint, run_folder_of, weights_hash
 from maxlm.config.load import load_config
 from maxlm.config.model import ModelConfig
 from maxlm.config.sweep import Range, SweepConfig
-from maxlm.config.train import PACKED_OBJECTIVES, TrainConfig
+from maxlm.config.train import TrainConfig
 from maxlm.core.parameters import abstract
 from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
@@ -220,12 +220,9 @@ def _num_parameters(model: ModelConfig) -> int:
 
 def _inputs(config: TrainConfig) -> dict[str, str | PathLike]:
     """What a run reads, for the manifest: name -> file or folder."""
-    objective = config.objective
-    found: dict[str, str | PathLike]
-    if objective.kind in PACKED_OBJECTIVES:
-        found = {f"data_{index}": source.path for index, source in enumerate(objective.sources)}
-    else:
-        found = {"train_file": objective.train_file}
+    found: dict[str, str | PathLike] = {
+        each.name: each.path for each in config.objective.inputs if each.trains and each.content != "weights"
+    }
     if config.init_from is not None:
         found["init_from"] = run_folder_of(find_checkpoint(config.init_from))
     return found

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from etils import epath
 
 from maxlm.config.fault import GuardConfig
+from maxlm.config.train import TrainConfig
 from maxlm.data.quarantine import FILE_NAME, SKIPPED_FILE_NAME, batch_of_step, read_quarantine
 from maxlm.errors import DivergenceError
 from maxlm.runtime.agree import from_primary
 from maxlm.runtime.distributed import is_primary
 from maxlm.runtime.progress import console
 from maxlm.runtime.storage import LineLog
-from maxlm.train.objective import Objective
+from maxlm.train.objective import TrainingData
 from maxlm.train.state import TrainState
 
 # Steps that may be under way at once: enough to hide the host's work, few enough to stop soon.
@@ -110,9 +111,10 @@ class GuardWatch:
 class Quarantine:
     """The batches that a run passes over, and how often it has gone back."""
 
-    def __init__(self, folder: epath.Path, guard: GuardConfig):
+    def __init__(self, folder: epath.Path, config: TrainConfig):
         records = from_primary(read_quarantine(folder))
-        self._guard = guard
+        self._guard, self._batch_size = config.guard, config.batch_size
+        self._resume_multiple = config.objective.resume_multiple
         self._file = LineLog(folder / FILE_NAME)
         self._skipped = LineLog(folder / SKIPPED_FILE_NAME)
         self.batches = sorted({record["batch"] for record in records})
@@ -127,20 +129,20 @@ class Quarantine:
         self.batches = sorted({*self.batches, *saved["batches"]})
         self.rollbacks = max(self.rollbacks, saved["rollbacks"])
 
-    def batches_from(self, step: int, objective: Objective, current_model: Callable[[], Any]) -> Iterator[Any]:
+    def batches_from(self, step: int, data: TrainingData, current_model: Callable[[], Any]) -> Iterator[Any]:
         """The batches of `step` and those after it."""
         first = batch_of_step(step, self.batches)
         passed_over = set(self.batches)
-        numbered = zip(count(first), objective.batches(first, current_model))
+        numbered = zip(count(first), data.batches(first, current_model))
         return (batch for number, batch in numbered if number not in passed_over)
 
-    def note(self, step: BadStep, objective: Objective, *, batch_size: int) -> None:
+    def note(self, step: BadStep, data: TrainingData) -> None:
         """Write what a step has read whose update was left out, whether or not the run goes back from it later."""
         if is_primary():
             batch = batch_of_step(step.step, self.batches)
-            self._skipped.append(json.dumps(_record(step, batch, objective, batch_size)))
+            self._skipped.append(json.dumps(self._record(step, batch, data)))
 
-    def add(self, bad: list[BadStep], objective: Objective, *, batch_size: int) -> None:
+    def add(self, bad: list[BadStep], data: TrainingData) -> None:
         """Pass over the batches of these steps from now on, and write what they hold to the file.
 
         Raises:
@@ -156,7 +158,7 @@ class Quarantine:
         self.rollbacks += 1
         by_batch = {batch_of_step(step.step, self.batches): step for step in bad}
         # Answers are sampled for several steps at once: those are passed over together.
-        multiple = objective.resume_multiple
+        multiple = self._resume_multiple
         starts = sorted({batch - batch % multiple for batch in by_batch})
         added = [start + offset for start in starts for offset in range(multiple)]
         if is_primary():
@@ -167,11 +169,22 @@ class Quarantine:
             )
             for batch in added:
                 step = by_batch.get(batch, BadStep(bad[0].step, "of the same round of sampling"))
-                record = _record(step, batch, objective, batch_size)
+                record = self._record(step, batch, data)
                 self._file.append(json.dumps({"rollback": self.rollbacks, **record}))
         # The others wait: all read the file from now on.
         from_primary(None)
         self.batches = sorted({*self.batches, *added})
+
+    def _record(self, step: BadStep, batch: int, data: TrainingData) -> dict[str, Any]:
+        return {
+            "step": step.step + 1,
+            "batch": batch,
+            "rows": [batch * self._batch_size, (batch + 1) * self._batch_size],
+            "reason": step.reason,
+            "loss": _finite(step.loss),
+            "grad_norm": _finite(step.grad_norm),
+            "documents": data.documents(batch),
+        }
 
 
 @jax.jit
@@ -179,18 +192,6 @@ def is_finite(tree: Any) -> jax.Array:
     """Whether all numbers in a tree are finite."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
-
-
-def _record(step: BadStep, batch: int, objective: Objective, batch_size: int) -> dict[str, Any]:
-    return {
-        "step": step.step + 1,
-        "batch": batch,
-        "rows": [batch * batch_size, (batch + 1) * batch_size],
-        "reason": step.reason,
-        "loss": _finite(step.loss),
-        "grad_norm": _finite(step.grad_norm),
-        "documents": objective.documents(batch),
-    }
 
 
 def _finite(value: float | None) -> float | None:

@@ -45,7 +45,8 @@ def note_idle_devices(sizes: Mapping[str, int], num_devices: int) -> None:
 
 
 def _teacher(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
-    if config.objective.kind == "distill" and sizes["stage"] > 1 and config.model.pipeline.schedule == "1f1b":
+    has_teacher = any(each.content == "weights" for each in config.objective.inputs)
+    if has_teacher and sizes["stage"] > 1 and config.model.pipeline.schedule == "1f1b":
         return ["model.pipeline.schedule: 1f1b has no place for a teacher beside the student; set gpipe"]
     return []
 

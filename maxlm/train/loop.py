@@ -15,6 +15,7 @@ from maxlm.config.load import dump_yaml
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import num_tokens, put_batch
 from maxlm.core.hardware import peak_flops
+from maxlm.core.term import LossOutput
 from maxlm.errors import MaxlmError
 from maxlm.optim.build import make_optimizer
 from maxlm.optim.ema import ema_as
@@ -25,7 +26,7 @@ from maxlm.runtime.storage import storage_path
 from maxlm.train.faults import BadStep, GuardWatch, Quarantine
 from maxlm.train.goodput import Goodput, GoodputLog, Stopwatch
 from maxlm.train.metrics import MetricsLog, StepWindow
-from maxlm.train.objective import Objective
+from maxlm.train.objective import TrainingData
 from maxlm.train.state import TrainState, abstract_state, create_state
 from maxlm.train.step import train_step
 
@@ -52,7 +53,8 @@ class TrainResult:
 def run(
     *,
     mesh: Mesh,
-    objective: Objective,
+    data: TrainingData,
+    compute_loss: Callable[..., LossOutput],
     like: Any,
     create: Callable[[], Any],
     frozen: Any,
@@ -64,7 +66,8 @@ def run(
 
     Args:
       mesh: where the arrays lie; must be set by the caller (`jax.set_mesh`).
-      objective: loss, batches, validation.
+      data: batches, validation.
+      compute_loss: (model, batch, key) -> the terms of the loss.
       like: shapes and shardings of what is trained.
       create: its initial values; called only where no checkpoint is there to go on, or back to.
       frozen: weights that do not change, or None.
@@ -84,13 +87,14 @@ def run(
     step_function = jax.jit(
         partial(
             train_step,
-            loss_function=lambda trainable, frozen, batch: objective.loss(assemble(trainable, frozen), batch),
+            loss_function=lambda trainable, frozen, batch, key: compute_loss(assemble(trainable, frozen), batch, key),
             optimizer=optimizer,
             schedule=schedule,
             guard=config.guard,
             accumulate=config.accumulate,
             pipeline=config.model.pipeline,
             ema_decay=config.optim.ema_decay,
+            seed=config.seed,
         ),
         donate_argnums=0,
     )
@@ -100,12 +104,12 @@ def run(
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(RunCheckpoints(folder, config.checkpoint))
-        quarantine = Quarantine(folder, config.guard)
+        quarantine = Quarantine(folder, config)
         goodput = GoodputLog(folder, stopwatch)
         leg = Leg(
             config=config,
             mesh=mesh,
-            objective=objective,
+            data=data,
             model=lambda trainable: assemble(trainable, frozen),
             step_function=lambda state, batch: step_function(state, frozen, batch),
             learning_rate=lambda step: config.optim.learning_rate * float(schedule(step)),
@@ -153,7 +157,7 @@ def run(
             # Those before them are done again from the last checkpoint, as after a restart.
             beginning = "rolled_back"
             with stopwatch.counting(beginning):
-                quarantine.add(end.bad_steps, objective, batch_size=config.batch_size)
+                quarantine.add(end.bad_steps, data)
         if end.step == config.steps:
             checkpoints.remove_local(end.step)
         if first_step < config.steps:
@@ -181,7 +185,7 @@ class Leg:
 
     config: TrainConfig
     mesh: Mesh
-    objective: Objective
+    data: TrainingData
     model: Callable[[Any], Any]
     step_function: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
     learning_rate: Callable[[int], float]
@@ -194,15 +198,15 @@ class Leg:
 
     def train(self, state: TrainState, log: MetricsLog, metadata: dict[str, Any]) -> LegEnd:
         """Train from `state`; what is saved gets `metadata` beside it."""
-        config, objective, counting = self.config, self.objective, self.stopwatch.counting
+        config, data, counting = self.config, self.data, self.stopwatch.counting
+        resume_multiple = config.objective.resume_multiple
         first = step = int(state.step)
         interrupted, valid = False, {}
-        note = partial(self.quarantine.note, objective=objective, batch_size=config.batch_size)
-        watch = GuardWatch(config.guard, step, note)
+        watch = GuardWatch(config.guard, step, lambda bad: self.quarantine.note(bad, data))
         self.window.reset()
         # The batch builder of an objective that samples needs the weights of the moment.
         current = {"state": state}
-        batches = self.quarantine.batches_from(step, objective, lambda: self.model(current["state"].trainable))
+        batches = self.quarantine.batches_from(step, data, lambda: self.model(current["state"].trainable))
 
         def report():
             record = self.window.close(step, learning_rate=self.learning_rate(step - 1))
@@ -230,7 +234,7 @@ class Leg:
                     yield
             except Exception:
                 # Several processes do not fail alike, and cannot save one without the others.
-                if jax.process_count() == 1 and step > first and step % objective.resume_multiple == 0:
+                if jax.process_count() == 1 and step > first and step % resume_multiple == 0:
                     with contextlib.suppress(MaxlmError):
                         keep()
                 raise
@@ -246,7 +250,7 @@ class Leg:
 
             last = step == config.steps
             is_due, stopping = self.checkpoints.is_due(step), self.stop_requested(step)
-            saves = last or ((is_due or stopping) and step % objective.resume_multiple == 0)
+            saves = last or ((is_due or stopping) and step % resume_multiple == 0)
             if saves:
                 watch.settle()
                 # Amid refused steps it would be too late to go back to before them.
@@ -263,7 +267,7 @@ class Leg:
                 save(is_end=True)
             if last or (config.eval_every and step % config.eval_every == 0):
                 with losing_no_step("validation"):
-                    valid = validate(objective, state, self.model)
+                    valid = validate(data, state, self.model)
                 log.valid(step, valid)
             if saves and not last:
                 interrupted = stopping
@@ -273,16 +277,16 @@ class Leg:
         if first == config.steps:
             # As one that ended before it was validated, its local checkpoints removed, or its manifest written.
             with counting("validation"):
-                valid = validate(objective, state, self.model)
+                valid = validate(data, state, self.model)
             if not log.has_valid(step):
                 log.valid(step, valid)
         return LegEnd(current["state"], step, interrupted, valid)
 
 
-def validate(objective: Objective, state: TrainState, model: Callable[[Any], Any]) -> dict[str, float]:
-    """The objective's numbers for the model and, named `ema_...`, for the running mean of its weights."""
-    values = objective.validate(model(state.trainable))
+def validate(data: TrainingData, state: TrainState, model: Callable[[Any], Any]) -> dict[str, float]:
+    """The numbers on held-out data for the model and, named `ema_...`, for the running mean of its weights."""
+    values = data.validate(model(state.trainable))
     if state.ema is None:
         return values
-    of_ema = objective.validate(model(ema_as(state.ema, state.trainable)))
+    of_ema = data.validate(model(ema_as(state.ema, state.trainable)))
     return {**values, **{f"ema_{name}": value for name, value in of_ema.items()}}

@@ -44,12 +44,12 @@ def one_forward_one_backward(
     frozen: Any,
     batch: Any,
     *,
-    loss_function: Callable[[Any, Any, Any], LossOutput],
+    loss_function: Callable[[Any, Any, Any, None], LossOutput],
     schedule: Schedule,
 ) -> tuple[LossOutput, Any]:
     """The loss terms of the whole batch, and the gradient, in float32, of the sum of their means."""
     # Weights depend on the batch alone, so the compiler drops the model from this pass over the whole batch.
-    whole = loss_function(jax.lax.stop_gradient(trainable), frozen, batch)
+    whole = loss_function(jax.lax.stop_gradient(trainable), frozen, batch, None)
     weights = {name: term.weight for name, term in whole.terms.items()}
     trained, kept = _Cut(trainable), _Cut(frozen)
 
@@ -57,7 +57,7 @@ def one_forward_one_backward(
         stages = _Stages(
             schedule,
             lambda chunk, shared, kept_chunk, microbatch: loss_function(
-                trained.join(chunk, shared), kept.join(kept_chunk, kept_shared), microbatch
+                trained.join(chunk, shared), kept.join(kept_chunk, kept_shared), microbatch, None
             ),
             [leaf[:, 0] for leaf in staged],
             shared,

@@ -2,8 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,8 +20,7 @@ from maxlm.checkpoint.folder import (
 )
 from maxlm.checkpoint.lineage import Lineage, check_not_read
 from maxlm.checkpoint.same_model import check_same_model
-from maxlm.config.model import ModelConfig
-from maxlm.config.train import PACKED_OBJECTIVES, TrainConfig
+from maxlm.config.train import TrainConfig
 from maxlm.core.parameters import abstract, initialize
 from maxlm.core.sharding import make_mesh, mesh_sizes, row_shard
 from maxlm.errors import CheckpointError, ConfigError
@@ -40,26 +38,14 @@ from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.goodput import Stopwatch
 from maxlm.train.layout import check_layout, check_precision, note_idle_devices
 from maxlm.train.loop import TrainResult, run
-from maxlm.train.objective import Objective, RunContext, StudentAndTeacher
+from maxlm.train.objective import RunContext, StudentAndTeacher
 from maxlm.train.startup import check_start, data_hashes
 
 # How long a run of before may take to save and end.
 _ENDING_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How an objective's model is made: its declaration, and its weights from those of a decoder to start from."""
-
-    declare: Callable[[ModelConfig], Any]
-    from_decoder: Callable[[Any, jax.Array], Any]
-    build: Callable[[RunContext], Objective]
-    needs_reference: bool = False
-    # The model that is learned from, where there is one.
-    load_teacher: Callable[[TrainConfig, Tokenizer, jax.sharding.Mesh], Any] | None = None
-
-
-def train(config: TrainConfig, recipe: Recipe, *, accept_changes: bool = False) -> dict[str, Any]:
+def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, Any]:
     """Run `config` to its end, or resume it, and return the manifest that stands in its folder.
 
     Args:
@@ -74,12 +60,10 @@ def train(config: TrainConfig, recipe: Recipe, *, accept_changes: bool = False) 
         stop_with_parent()
     peers = initialize_distributed(config.processes)
     with ending_together(peers), storage_faults(), Stopwatch() as stopwatch:
-        return _train(config, recipe, peers, stopwatch, accept_changes)
+        return _train(config, peers, stopwatch, accept_changes)
 
 
-def _train(
-    config: TrainConfig, recipe: Recipe, peers: Peers | None, stopwatch: Stopwatch, accept_changes: bool
-) -> dict[str, Any]:
+def _train(config: TrainConfig, peers: Peers | None, stopwatch: Stopwatch, accept_changes: bool) -> dict[str, Any]:
     check_output(config.output, "train")
     folder = storage_path(config.output)
     check_not_read(config)
@@ -102,7 +86,7 @@ def _train(
     lineage = Lineage.of(config, tokenizer, accept_changes=accept_changes)
     with _alone_in(folder):
         lineage.check_folder()
-        return _train_in(folder, lineage, recipe, tokenizer, tokenizer_folder, mesh, stopwatch)
+        return _train_in(folder, lineage, tokenizer, tokenizer_folder, mesh, stopwatch)
 
 
 @contextlib.contextmanager
@@ -127,7 +111,6 @@ def _alone_in(folder: epath.Path) -> Iterator[None]:
 def _train_in(
     folder: epath.Path,
     lineage: Lineage,
-    recipe: Recipe,
     tokenizer: Tokenizer,
     tokenizer_folder: epath.Path,
     mesh: jax.sharding.Mesh,
@@ -138,31 +121,33 @@ def _train_in(
     inputs = _inputs(config, tokenizer_folder)
     # Of what is read now: it may be another when the run ends.
     hashes = {name: content_hash(path) for name, path in inputs.items()} if is_primary() else {}
-    plan = recipe.declare(config.model)
+    objective = config.objective
+    plan = objective.declare(config.model)
     key = jax.random.key(config.seed)
 
     def start_model():
         if config.init_from is None:
             return initialize(plan, key, mesh)
         decoder, _ = load_model(config.init_from, mesh)
-        return recipe.from_decoder(with_config(decoder, config.model), key)
+        return objective.from_decoder(with_config(decoder, config.model), key)
 
     with jax.set_mesh(mesh):
         if config.lora is None:
             like, create, frozen = abstract(plan, mesh), start_model, {}
-            reference = start_model() if recipe.needs_reference else None
+            reference = start_model() if objective.needs_reference else None
         else:
             adapters = declare_adapters(plan, config.lora)
             like, create = abstract(adapters, mesh), lambda: initialize(adapters, key, mesh)
             reference = start_model()
             frozen = {"base": reference}
-        if recipe.load_teacher is not None:
-            frozen["teacher"] = recipe.load_teacher(config, tokenizer, mesh)
-        objective = recipe.build(RunContext(config, tokenizer, mesh, reference))
-        objective.prepare(frozen)
+        if (teacher := objective.load_teacher(config, tokenizer, mesh)) is not None:
+            frozen["teacher"] = teacher
+        data = objective.open_data(RunContext(config, tokenizer, mesh, reference))
+        data.prepare(frozen)
         result = run(
             mesh=mesh,
-            objective=objective,
+            data=data,
+            compute_loss=objective.compute_loss,
             like=like,
             create=create,
             frozen=frozen,
@@ -214,7 +199,8 @@ def find_tokenizer(config: TrainConfig) -> epath.Path:
         return storage_path(config.tokenizer)
     if config.init_from is not None:
         return run_folder_of(find_checkpoint(config.init_from)) / "tokenizer"
-    data = storage_path(config.objective.sources[0].path)
+    rows = next(each for each in config.objective.inputs if each.content == "rows")
+    data = storage_path(rows.path)
     return resolve_path(read_manifest(data)["inputs"]["tokenizer"]["path"], data)
 
 
@@ -252,13 +238,10 @@ def _inputs(config: TrainConfig, tokenizer_folder: epath.Path) -> dict[str, str 
         inputs = {"tokenizer": tokenizer_folder}
     else:
         inputs = {"init_from": run_folder_of(find_checkpoint(config.init_from))}
-    objective = config.objective
-    if objective.kind in PACKED_OBJECTIVES:
-        inputs |= {f"data_{index}": source.path for index, source in enumerate(objective.sources)}
-    else:
-        inputs |= {"train_file": objective.train_file}
-    if objective.kind == "distill":
-        inputs |= {"teacher": run_folder_of(find_checkpoint(objective.teacher))}
+    for each in config.objective.inputs:
+        if each.trains:
+            path = run_folder_of(find_checkpoint(each.path)) if each.content == "weights" else each.path
+            inputs[each.name] = path
     return inputs
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import xxhash
 
-from maxlm.config.train import PACKED_OBJECTIVES, TrainConfig
+from maxlm.config.train import TrainConfig
 from maxlm.errors import ConfigError
 from maxlm.runtime.manifest import content_hash
 from maxlm.runtime.peers import Peers
@@ -48,11 +48,7 @@ def data_hashes(config: TrainConfig) -> dict[str, str]:
     Raises:
       DataError: there is no such file or folder.
     """
-    objective = config.objective
-    if objective.kind in PACKED_OBJECTIVES:
-        paths = [source.path for source in objective.sources]
-    else:
-        paths = [path for path in (objective.train_file, objective.valid_file) if path is not None]
+    paths = [each.path for each in config.objective.inputs if each.content != "weights"]
     return {f"data {path}": content_hash(path) for path in paths}
 
 

@@ -19,8 +19,8 @@ from maxlm.optim.ema import update_ema
 from maxlm.train.pipeline import one_forward_one_backward
 from maxlm.train.state import GuardState, TrainState
 
-# (trainable, frozen, batch) -> LossOutput
-LossFunction = Callable[[Any, Any, Any], LossOutput]
+# (trainable, frozen, batch, random key or None) -> LossOutput
+LossFunction = Callable[[Any, Any, Any, jax.Array | None], LossOutput]
 
 # The running mean of the gradient norm covers about 50 steps, and judges none before it has seen 20.
 NORM_DECAY = 0.98
@@ -39,6 +39,7 @@ def train_step(
     accumulate: int,
     ema_decay: float | None = None,
     pipeline: PipelineConfig | None = None,
+    seed: int | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Loss, gradient, guard, update.
 
@@ -49,9 +50,16 @@ def train_step(
       accumulate: microbatches that the batch is cut into; changes memory, not the result.
       ema_decay: of the state's running mean, where it has one.
       pipeline: how the stages share their work, where the mesh has stages.
+      seed: of what is random in the loss; a step's key depends on it and on the step alone. None: nothing is random.
     """
     output, grads = loss_and_gradient(
-        state.trainable, frozen, batch, loss_function=loss_function, accumulate=accumulate, pipeline=pipeline
+        state.trainable,
+        frozen,
+        batch,
+        loss_function=loss_function,
+        accumulate=accumulate,
+        pipeline=pipeline,
+        key=None if seed is None else jax.random.fold_in(jax.random.key(seed), state.step),
     )
     loss = sum(term.mean() for term in output.terms.values())
     grad_norm = gradient_norm(grads)
@@ -87,8 +95,12 @@ def loss_and_gradient(
     loss_function: LossFunction,
     accumulate: int,
     pipeline: PipelineConfig | None = None,
+    key: jax.Array | None = None,
 ) -> tuple[LossOutput, Any]:
-    """The loss terms of the whole batch, and the gradient of the sum of their means."""
+    """The loss terms of the whole batch, and the gradient of the sum of their means.
+
+    Each microbatch has a random key of its own. In the 1F1B pipeline nothing is random.
+    """
     if pipeline is not None and pipeline.schedule == "1f1b":
         rows = jax.tree.leaves(batch)[0].shape[0]
         if (schedule := fitting_schedule(pipeline, rows // accumulate)) is not None:
@@ -96,32 +108,34 @@ def loss_and_gradient(
             schedule = replace(schedule, microbatches=schedule.microbatches * accumulate)
             return one_forward_one_backward(trainable, frozen, batch, loss_function=loss_function, schedule=schedule)
 
-    def scaled_loss(trainable, microbatch, weights):
-        output = loss_function(trainable, frozen, microbatch)
+    def scaled_loss(trainable, microbatch, weights, key):
+        output = loss_function(trainable, frozen, microbatch, key)
         weights = weights or {name: jax.lax.stop_gradient(term.weight) for name, term in output.terms.items()}
         return sum(Term(term.sum, weights[name]).mean() for name, term in output.terms.items()), output
 
-    def gradient(trainable, microbatch, weights):
-        grads, output = jax.grad(scaled_loss, has_aux=True)(trainable, microbatch, weights)
+    def gradient(trainable, microbatch, weights, key):
+        grads, output = jax.grad(scaled_loss, has_aux=True)(trainable, microbatch, weights, key)
         # Those of 16-bit parameters, too, are summed over microbatches in float32.
         return optax.tree.cast(grads, jnp.float32), output
 
     if accumulate == 1:
-        grads, output = gradient(trainable, batch, None)
+        grads, output = gradient(trainable, batch, None, key)
         return output, grads
 
     # Weights depend on the batch alone, so the compiler drops the model from this pass over the whole batch.
-    whole = loss_function(jax.lax.stop_gradient(trainable), frozen, batch)
+    whole = loss_function(jax.lax.stop_gradient(trainable), frozen, batch, None)
     weights = {name: term.weight for name, term in whole.terms.items()}
 
-    def body(totals, microbatch):
-        return add(totals, gradient(trainable, microbatch, weights)), None
+    def body(totals, inputs):
+        microbatch, key = inputs
+        return add(totals, gradient(trainable, microbatch, weights, key)), None
 
     microbatches = jax.tree.map(lambda x: _split(x, accumulate), batch)
+    keys = None if key is None else jax.random.split(key, accumulate)
     # From zeros, and not from the first microbatch, whose pass would be compiled a second time outside of the loop.
     first = jax.tree.map(lambda x: x[0], microbatches)
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, trainable, first, weights))
-    (grads, output), _ = jax.lax.scan(body, zeros, microbatches)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, trainable, first, weights, key))
+    (grads, output), _ = jax.lax.scan(body, zeros, (microbatches, keys))
     return output, grads
 
 

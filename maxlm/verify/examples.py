@@ -14,13 +14,54 @@ from typing import Any
 import jax
 import numpy as np
 
-from maxlm.core.batch import Batch
-from maxlm.data.preference import PreferenceBatch
-from maxlm.post.dpo import DpoBatch
-from maxlm.post.grpo import PolicyBatch
+from maxlm.core.batch import Stream
 
 # What stands in padding, where it is not the loader's zeros.
 _FILLER_TOKEN, _FILLER_TARGET = 5, 7
+
+
+class Maker:
+    """Made-up streams of one size: an `ExampleMaker` of `maxlm.train.objective`.
+
+    Args:
+      log_probabilities: of the targets of a stream under the model as it stands: [batch, length].
+      unpacked: each document in a row of its own.
+    """
+
+    def __init__(
+        self,
+        random: np.random.Generator,
+        *,
+        num_rows: int,
+        length: int,
+        vocab_size: int,
+        log_probabilities: Callable[[Stream], np.ndarray],
+        unpacked: bool = False,
+    ):
+        self._random, self._unpacked = random, unpacked
+        self._num_rows, self._length, self._vocab_size = num_rows, length, vocab_size
+        self.log_probabilities = log_probabilities
+
+    def documents(self) -> Stream:
+        """Rows of documents of uneven length, with weights of uneven size."""
+        rows = make_documents(self._random, num_rows=self._num_rows, length=self._length, vocab_size=self._vocab_size)
+        return unpack(rows, multiple=self._num_rows) if self._unpacked else pack(rows, length=self._length)
+
+    def sequences(self, *, shared: int = 0) -> Stream:
+        """One sequence a row, of which the first `shared` tokens are a prompt; the loss weights of the others are 1."""
+        rows = []
+        for row in range(self._num_rows):
+            room = self._length
+            size = shared + 2 if row % 4 == 1 else int(self._random.integers(room // 3, room - 4))
+            document = _document(self._random, size, self._vocab_size)
+            weights = (np.arange(size) >= shared).astype(np.float32)
+            weights[-1] = 0.0
+            rows.append([replace(document, weights=weights)])
+        return pack(rows, length=self._length)
+
+    def normal(self, shape: tuple[int, ...], *, scale: float = 1.0, mean: float = 0.0) -> np.ndarray:
+        """float32 noise."""
+        return self._random.normal(mean, scale, shape).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -56,7 +97,7 @@ def _document(random: np.random.Generator, length: int, vocab_size: int) -> Docu
     return Document(ids[:-1], ids[1:], weights.astype(np.float32))
 
 
-def pack(rows: Sequence[Sequence[Document]], *, length: int) -> Batch:
+def pack(rows: Sequence[Sequence[Document]], *, length: int) -> Stream:
     """Each sequence of documents in a row, zeros after them."""
     fields = {
         name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "targets", "segment_ids", "positions")
@@ -71,62 +112,14 @@ def pack(rows: Sequence[Sequence[Document]], *, length: int) -> Batch:
             fields["positions"][row, place] = np.arange(len(document.tokens))
             loss_weights[row, place] = document.weights
             begin = place.stop
-    return Batch(**fields, loss_weights=loss_weights)
+    return Stream(**fields, loss_weights=loss_weights)
 
 
-def unpack(rows: Sequence[Sequence[Document]], *, multiple: int) -> Batch:
+def unpack(rows: Sequence[Sequence[Document]], *, multiple: int) -> Stream:
     """Each document in a row of its own, and rows of padding up to a multiple."""
     alone = [[document] for documents in rows for document in documents]
     alone += [[]] * (-len(alone) % multiple)
     return pack(alone, length=max(len(document.tokens) for row in alone for document in row))
-
-
-def sequences(random: np.random.Generator, *, num_rows: int, length: int, vocab_size: int, shared: int = 0) -> Batch:
-    """One sequence a row, of which the first `shared` tokens are a prompt; the loss weights of the others are 1."""
-    rows = []
-    for row in range(num_rows):
-        size = shared + 2 if row % 4 == 1 else int(random.integers(length // 3, length - 4))
-        document = _document(random, size, vocab_size)
-        weights = (np.arange(size) >= shared).astype(np.float32)
-        weights[-1] = 0.0
-        rows.append([replace(document, weights=weights)])
-    return pack(rows, length=length)
-
-
-def preferences(random: np.random.Generator, *, num_rows: int, length: int, vocab_size: int) -> PreferenceBatch:
-    """Pairs, one of them padding."""
-    chosen, rejected = (
-        sequences(random, num_rows=num_rows, length=length, vocab_size=vocab_size, shared=5) for _ in range(2)
-    )
-    keep = np.arange(num_rows) != 2
-    return jax.tree.map(lambda x: np.where(keep[:, None], x, np.zeros_like(x)), PreferenceBatch(chosen, rejected))
-
-
-def dpo_batch(random: np.random.Generator, pairs: PreferenceBatch, scores: Callable[[Batch], np.ndarray]) -> DpoBatch:
-    """Pairs and what a reference model says of them: `scores` (token log-probabilities [B, L]), and some noise."""
-
-    def reference(batch: Batch) -> np.ndarray:
-        noise = random.normal(0, 3, len(batch.tokens)) * (batch.segment_ids > 0).any(axis=1)
-        return (scores(batch).sum(axis=1) + noise).astype(np.float32)
-
-    return DpoBatch(pairs, reference(pairs.chosen), reference(pairs.rejected))
-
-
-def policy_batch(random: np.random.Generator, rows: Batch, scores: Callable[[Batch], np.ndarray]) -> PolicyBatch:
-    """Answers whose probabilities have moved since they were drawn, by less and by more than the clip allows."""
-    log_p_BL, num_rows = scores(rows), len(rows.tokens)
-
-    def moved(scale: float) -> np.ndarray:
-        return ((log_p_BL + random.normal(0, scale, log_p_BL.shape)) * rows.loss_weights).astype(np.float32)
-
-    return PolicyBatch(
-        rows=rows,
-        sampled_BL=moved(0.3),
-        reference_BL=moved(0.5),
-        advantages_B=(random.normal(0.5, 1, num_rows)).astype(np.float32),
-        rewards_B=random.random(num_rows).astype(np.float32),
-        has_signal_B=(random.random(num_rows) < 0.7).astype(np.float32),
-    )
 
 
 def padded(batch: Any, *, rows: int, columns: int) -> Any:
@@ -137,7 +130,7 @@ def padded(batch: Any, *, rows: int, columns: int) -> Any:
 def with_filler(batch: Any) -> Any:
     """The batch with other ids than 0 in its padding."""
 
-    def fill(rows: Batch) -> Batch:
+    def fill(rows: Stream) -> Stream:
         empty = rows.segment_ids == 0
         return replace(
             rows,
@@ -153,7 +146,7 @@ def renamed(batch: Any, new_ids_V: np.ndarray) -> Any:
     return map_rows(lambda rows: replace(rows, tokens=new_ids_V[rows.tokens], targets=new_ids_V[rows.targets]), batch)
 
 
-def map_rows(function: Callable[[Batch], Batch], batch: Any) -> Any:
-    """A function of each `Batch` in a tree."""
-    is_rows = lambda part: isinstance(part, Batch)  # noqa: E731
+def map_rows(function: Callable[[Stream], Stream], batch: Any) -> Any:
+    """A function of each `Stream` in a tree."""
+    is_rows = lambda part: isinstance(part, Stream)  # noqa: E731
     return jax.tree.map(lambda part: function(part) if is_rows(part) else part, batch, is_leaf=is_rows)

@@ -22,7 +22,6 @@ ROW_LENGTH = 96
 NUM_DEVICES = 8
 
 _AUXILIARY_WEIGHT = 0.1
-_AUXILIARY_FIELDS = ("z_loss", "center", "sft_weight", "kl_beta")
 
 
 def full_model(config: TrainConfig) -> tuple[ModelConfig, str]:
@@ -99,19 +98,11 @@ def _reduced_experts(moe: MoeConfig, mesh: MeshConfig) -> MoeConfig:
 
 def reduced_config(config: TrainConfig, *, vocab_size: int) -> TrainConfig:
     """The configuration of the small model, every term of its objective on."""
-    objective = config.objective
-    weights = {
-        name: max(getattr(objective, name), _AUXILIARY_WEIGHT) for name in _AUXILIARY_FIELDS if hasattr(objective, name)
-    }
-    if objective.kind == "distill":
-        weights = {"alpha": min(max(objective.alpha, _AUXILIARY_WEIGHT), 1 - _AUXILIARY_WEIGHT)}
-    if objective.kind == "grpo":
-        weights |= {"group_size": 2, "max_new_tokens": 8, "updates_per_rollout": 1}
     lora = config.lora and config.lora.model_copy(update={"rank": 2, "alpha": 2 * config.lora.alpha / config.lora.rank})
     return config.model_copy(
         update={
             "model": reduced_model(full_model(config)[0], vocab_size=vocab_size, mesh=own_mesh(config)),
-            "objective": objective.model_copy(update=weights),
+            "objective": config.objective.for_verification(),
             "lora": lora,
             "batch_size": NUM_ROWS,
             "accumulate": 1,

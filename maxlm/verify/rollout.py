@@ -17,11 +17,12 @@ from maxlm.core.batch import put_batch
 from maxlm.core.compat import quick_compiler_options
 from maxlm.core.sharding import make_mesh
 from maxlm.errors import CheckFailed
-from maxlm.post.sequences import local_rows, token_scores
+from maxlm.objectives.sequences import local_rows, target_log_probabilities, whole_rows
 from maxlm.verify.subject import Subject, place
+from maxlm.verify.workspace import Workspace
 
 
-def compare_rollout(subject: Subject, *, model: ModelConfig, mesh: Mesh | None) -> dict[str, Any]:
+def compare_rollout(subject: Subject, workspace: Workspace, *, model: ModelConfig, mesh: Mesh | None) -> dict[str, Any]:
     """The largest difference of a sampled token's log-probability, as the numbers of a finding.
 
     Raises:
@@ -33,23 +34,24 @@ def compare_rollout(subject: Subject, *, model: ModelConfig, mesh: Mesh | None) 
     random = np.random.default_rng(1)
     updated = {path: leaf + 0.1 * random.normal(size=leaf.shape).astype(leaf.dtype) for path, leaf in trainable.items()}
     temperature = subject.config.objective.temperature
-    objective = subject.build(mesh)
+    data = subject.open_data(workspace, mesh)
     with jax.set_mesh(mesh):
         frozen = place(frozen, frozen_plan, mesh)
         before, after = (place(weights, trainable_plan, mesh) for weights in (trainable, updated))
         current = {"trainable": before}
-        batches = objective.batches(0, lambda: subject.assemble(current["trainable"], frozen))
+        batches = data.batches(0, lambda: subject.assemble(current["trainable"], frozen))
         next(batches)
         current["trainable"] = after
         batch = next(batches)
 
         def compute(trainable, frozen, rows):
-            return token_scores(subject.assemble(trainable, frozen), rows, temperature=temperature)
+            model = subject.assemble(trainable, frozen)
+            return whole_rows(target_log_probabilities(model, rows, temperature=temperature)[0])
 
         scores = jax.jit(compute, compiler_options=quick_compiler_options())
-        rows = put_batch(batch.rows, mesh)
+        rows = put_batch(batch["answers"], mesh)
         old, new = (local_rows(scores(weights, frozen, rows)) for weights in (before, after))
-    sampled = np.asarray(batch.sampled_BL)
+    sampled = np.asarray(batch.values["sampled_BL"])
     difference = float(np.abs(sampled - new).max())
     if np.abs(new - old).max() < 0.01:
         raise CheckFailed("the update of the weights changes no sampled token's log-probability: nothing is compared")

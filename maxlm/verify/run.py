@@ -1,5 +1,6 @@
 """From a configuration to a report."""
 
+import contextlib
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from maxlm.verify.report import Finding, Report, compare
 from maxlm.verify.rollout import compare_rollout
 from maxlm.verify.subject import Measured, Subject
 from maxlm.verify.variants import Variant, plain, variants_of
-from maxlm.verify.workspace import open_workspace
+from maxlm.verify.workspace import VOCAB_SIZE, Workspace, open_workspace
 
 
 def verify(config: TrainConfig, *, title: str = "", only: Sequence[str] = (), all_products: bool = False) -> Report:
@@ -35,21 +36,23 @@ def verify(config: TrainConfig, *, title: str = "", only: Sequence[str] = (), al
     began = time.perf_counter()
     model, origin = full_model(config)
     full = config.model_copy(update={"model": model})
-    with open_workspace() as workspace:
-        reduced = reduced_config(full, vocab_size=workspace.tokenizer.vocab_size)
-        subject = Subject(workspace.with_data(reduced), workspace)
-        num_devices = min(NUM_DEVICES, jax.device_count())
-        chosen = choose(variants_of(full, reduced, num_devices=num_devices, all_products=all_products), only)
-        findings = []
-        with progress_bar(f"verify {title}".strip(), len(chosen) + 1) as (progress, task):
-            progress.update(task, note="baseline")
-            baseline = subject.measure(model=plain(reduced.model))
-            check_baseline(baseline)
-            for variant in chosen:
-                progress.update(task, advance=1, note=variant.name)
-                findings.append(_find(subject, baseline, variant))
-            progress.update(task, advance=1, note="")
-        return Report(title, describe(reduced, model, origin), tuple(findings), time.perf_counter() - began)
+    reduced = reduced_config(full, vocab_size=VOCAB_SIZE)
+    subject = Subject(reduced)
+    num_devices = min(NUM_DEVICES, jax.device_count())
+    chosen = choose(variants_of(full, reduced, num_devices=num_devices, all_products=all_products), only)
+    findings = []
+    # Losses are verified without files; sampling needs a tokenizer and prompts.
+    needs_files = any(variant.group == "rollout" for variant in chosen)
+    bar = progress_bar(f"verify {title}".strip(), len(chosen) + 1)
+    with open_workspace() if needs_files else contextlib.nullcontext() as workspace, bar as (progress, task):
+        progress.update(task, note="baseline")
+        baseline = subject.measure(model=plain(reduced.model))
+        check_baseline(baseline)
+        for variant in chosen:
+            progress.update(task, advance=1, note=variant.name)
+            findings.append(_find(subject, workspace, baseline, variant))
+        progress.update(task, advance=1, note="")
+    return Report(title, describe(reduced, model, origin), tuple(findings), time.perf_counter() - began)
 
 
 def choose(variants: Iterable[Variant], only: Sequence[str]) -> list[Variant]:
@@ -74,14 +77,14 @@ def choose(variants: Iterable[Variant], only: Sequence[str]) -> list[Variant]:
     return [variant for variant in variants if variant.name in chosen]
 
 
-def _find(subject: Subject, baseline: Measured, variant: Variant) -> Finding:
+def _find(subject: Subject, workspace: Workspace | None, baseline: Measured, variant: Variant) -> Finding:
     """The numbers of one variant."""
     if variant.skipped is not None:
         return Finding(variant.group, variant.detail, skipped=variant.skipped)
     began = time.process_time()
     mesh = None if variant.mesh is None else make_mesh(variant.mesh)
     if variant.group == "rollout":
-        numbers = compare_rollout(subject, model=variant.model, mesh=mesh)
+        numbers = compare_rollout(subject, workspace, model=variant.model, mesh=mesh)
     else:
         measured = subject.measure(
             model=variant.model, mesh=mesh, accumulate=variant.accumulate, **_laid_out(subject, variant)
@@ -95,10 +98,10 @@ def _laid_out(subject: Subject, variant: Variant) -> dict[str, Any]:
     rows = 0 if variant.mesh is None else NUM_ROWS
     match variant.examples:
         case "unpacked":
-            return {"batch": examples.unpack(subject.documents, multiple=NUM_ROWS)}
+            return {"batch": subject.example(unpacked=True)}
         case "padded":
-            # A policy batch is whole: its metrics count all rows.
-            rows = 0 if subject.config.objective.kind == "grpo" else rows or 3
+            # A batch of sampled answers is whole: its metrics count all rows.
+            rows = 0 if subject.config.objective.samples else rows or 3
             columns = ROW_LENGTH if variant.mesh is not None else 7
             return {"batch": examples.with_filler(examples.padded(subject.batch, rows=rows, columns=columns))}
         case "renamed":

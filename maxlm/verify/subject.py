@@ -9,27 +9,21 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from maxlm.config.mesh import MeshConfig
 from maxlm.config.model import ModelConfig
 from maxlm.config.train import TrainConfig
-from maxlm.core.batch import Batch, put_batch
+from maxlm.core.batch import Batch, Stream, put_batch
 from maxlm.core.compat import quick_compiler_options
 from maxlm.core.parameters import initialize
-from maxlm.core.sharding import make_mesh, named_sharding
+from maxlm.core.sharding import named_sharding
 from maxlm.core.tree import flatten, unflatten
 from maxlm.models.adapters import declare_adapters
-from maxlm.models.decoder import Decoder
-from maxlm.post.run import recipe_of
-from maxlm.post.sequences import token_scores
+from maxlm.objectives.sequences import target_log_probabilities
 from maxlm.train import run, step
-from maxlm.train.objective import Objective, RunContext
+from maxlm.train.objective import RunContext, TrainingData
 from maxlm.verify import examples
-from maxlm.verify.examples import Document
+from maxlm.verify.examples import Maker
 from maxlm.verify.reduce import NUM_ROWS, ROW_LENGTH
 from maxlm.verify.workspace import Workspace, quiet
-
-# Kinds whose rows hold several documents.
-PACKED_KINDS = ("pretrain", "sft", "distill")
 
 # Where a parameter's path starts, from the model's input to its output; heads come last.
 _PARTS = ("embedding", "layers/attention_norm", "layers/attention/", "layers/mlp_norm", "layers/mlp/", "final_norm")
@@ -48,7 +42,6 @@ class Subject:
     """A reduced configuration with weights and examples."""
 
     config: TrainConfig
-    workspace: Workspace
     seed: int = 0
 
     def measure(
@@ -69,7 +62,7 @@ class Subject:
           batch: by default `self.batch`.
           new_ids_V: other ids for all tokens: rows of the vocabulary's tables are moved, and back in the gradient.
         """
-        objective, batch = self.objective, self.batch if batch is None else batch
+        objective, batch = self.config.objective, self.batch if batch is None else batch
         model = model or self.config.model
         trainable_plan, frozen_plan = self.plans(model)
         trainable, frozen = self.weights
@@ -80,8 +73,8 @@ class Subject:
                 for weights, plan in ((trainable, trainable_plan), (frozen, frozen_plan))
             )
 
-        def loss_function(trainable, frozen, batch):
-            return objective.loss(self.assemble(trainable, frozen), batch)
+        def loss_function(trainable, frozen, batch, key):
+            return objective.compute_loss(self.assemble(trainable, frozen), batch, key)
 
         def compute(trainable, frozen, batch):
             # Looked up when it is called: what is verified is what training runs.
@@ -106,9 +99,8 @@ class Subject:
 
     def plans(self, model: ModelConfig) -> tuple[Any, dict[str, Any]]:
         """Declarations of what is trained and of what is not."""
-        plan, frozen = recipe_of(self.config).declare(model), {}
-        if self.config.objective.kind == "distill":
-            frozen["teacher"] = Decoder(model.model_copy(update={"embed_dim": 2 * model.embed_dim}))
+        plan, teacher = self.config.objective.declare(model), self.config.objective.declare_teacher(model)
+        frozen = {} if teacher is None else {"teacher": teacher}
         if self.config.lora is None:
             return plan, frozen
         return declare_adapters(plan, self.config.lora), frozen | {"base": plan}
@@ -117,18 +109,14 @@ class Subject:
         """What the loss takes."""
         return run.assemble(self.config, trainable, frozen)
 
-    def build(self, mesh: Mesh) -> Objective:
-        """The objective on a mesh, the model that training starts from its reference."""
+    def open_data(self, workspace: Workspace, mesh: Mesh) -> TrainingData:
+        """The data of an objective that samples, from prompts made here; its reference is the starting model."""
         plans = self.plans(self.config.model)
         trainable, frozen = (place(weights, plan, mesh) for weights, plan in zip(self.weights, plans))
         reference = frozen.get("base", trainable)
+        config = workspace.with_prompts(self.config)
         with quiet(), jax.set_mesh(mesh):
-            context = RunContext(self.config, self.workspace.tokenizer, mesh, reference)
-            return recipe_of(self.config).build(context)
-
-    @cached_property
-    def objective(self) -> Objective:
-        return self.build(make_mesh(MeshConfig(fsdp=1)))
+            return config.objective.open_data(RunContext(config, workspace.tokenizer, mesh, reference))
 
     @cached_property
     def order(self) -> list[str]:
@@ -151,40 +139,32 @@ class Subject:
         return tuple(draw(plan) for plan in self.plans(self.config.model))
 
     @cached_property
-    def documents(self) -> list[list[Document]]:
-        """What the rows of `batch` hold, where rows hold documents."""
-        return examples.make_documents(self._random, **self._sizes)
-
-    @cached_property
-    def batch(self) -> Any:
+    def batch(self) -> Batch:
         """The examples as the objective takes them, packed where it packs."""
-        kind = self.config.objective.kind
-        if kind in PACKED_KINDS:
-            return examples.pack(self.documents, length=ROW_LENGTH)
-        if kind == "grpo":
-            rows = examples.sequences(self._random, **self._sizes, shared=5)
-            return examples.policy_batch(self._random, rows, self._scores)
-        pairs = examples.preferences(self._random, **self._sizes)
-        return examples.dpo_batch(self._random, pairs, self._scores) if kind == "dpo" else pairs
+        return self.example()
 
-    def _scores(self, rows: Batch) -> np.ndarray:
-        """Log-probabilities of the targets under these weights."""
+    def example(self, *, unpacked: bool = False) -> Batch:
+        """The examples, or, where rows hold documents, each document in a row of its own."""
+        make = Maker(
+            np.random.default_rng(self.seed),
+            num_rows=NUM_ROWS,
+            length=ROW_LENGTH,
+            vocab_size=self.config.model.vocab_size,
+            log_probabilities=self._log_probabilities,
+            unpacked=unpacked,
+        )
+        return self.config.objective.example(make)
+
+    def _log_probabilities(self, stream: Stream) -> np.ndarray:
+        """Of the targets under these weights."""
         plans = self.plans(self.config.model)
         trainable, frozen = (place(weights, plan, None) for weights, plan in zip(self.weights, plans))
         temperature = getattr(self.config.objective, "temperature", 1.0)
 
-        def compute(trainable, frozen, rows):
-            return token_scores(self.assemble(trainable, frozen), rows, temperature=temperature)
+        def compute(trainable, frozen, stream):
+            return target_log_probabilities(self.assemble(trainable, frozen), stream, temperature=temperature)[0]
 
-        return np.asarray(jax.jit(compute, compiler_options=quick_compiler_options())(trainable, frozen, rows))
-
-    @cached_property
-    def _random(self) -> np.random.Generator:
-        return np.random.default_rng(self.seed)
-
-    @property
-    def _sizes(self) -> dict[str, int]:
-        return {"num_rows": NUM_ROWS, "length": ROW_LENGTH, "vocab_size": self.config.model.vocab_size}
+        return np.asarray(jax.jit(compute, compiler_options=quick_compiler_options())(trainable, frozen, stream))
 
 
 def place(weights: Mapping[str, np.ndarray], plan: Any, mesh: Mesh | None) -> Any:

@@ -13,7 +13,6 @@ from maxlm.core.sharding import MESH_AXES, mesh_sizes
 from maxlm.errors import CheckFailed, ConfigError
 from maxlm.train.layout import check_layout
 from maxlm.verify.reduce import NUM_ROWS, ROW_LENGTH, own_mesh
-from maxlm.verify.subject import PACKED_KINDS
 
 # Six of the twenty products of three axes hold each pair of axes.
 _PRODUCTS = (
@@ -74,7 +73,7 @@ def variants_of(
       num_devices: that there are.
       all_products: of mesh axes; otherwise a few, in which each two axes meet.
     """
-    kind, own = reduced.objective.kind, reduced.model
+    objective, own = reduced.objective, reduced.model
     base = plain(own)
 
     def changed(**fields: Any) -> ModelConfig:
@@ -88,7 +87,7 @@ def variants_of(
 
     for parts in (2, 4):
         yield Variant("accumulation", str(parts), base, accumulate=parts)
-    one_each = None if kind in PACKED_KINDS else f"rows of {kind} hold one sequence each"
+    one_each = None if objective.learns_text else f"rows of {objective.kind} hold one sequence each"
     yield Variant("packing", "a row for each document", base, examples="unpacked", skipped=one_each)
     yield Variant("padding", "more rows and columns", base, examples="padded")
     yield Variant("token ids", "renamed", base, examples="renamed")
@@ -125,7 +124,7 @@ def variants_of(
     both = MeshConfig(data=2, fsdp=2)
     yield on_mesh(both, ", accumulation 2", accumulate=2)
     yield on_mesh(both, ", accumulation 2, padding", accumulate=2, examples="padded")
-    if kind == "grpo":
+    if objective.samples:
         yield Variant("rollout", "after an update, one device", own)
         for axes in (("data", "fsdp", "tensor"), ("stage", "fsdp"), ("expert", "context", "tensor")):
             mesh = MeshConfig(**({"fsdp": 1} | dict.fromkeys(axes, 2)))

@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 from test_checkpoint import assert_equal, make_small_state
 from tiny_run import tiny_config
-from toy_run import ToyObjective, toy_run, weights
+from toy_run import ToyData, toy_run, weights
 
 from maxlm.checkpoint.checkpointer import Checkpointer, restore_newest
 from maxlm.checkpoint.folder import find_checkpoint
@@ -249,7 +249,7 @@ def test_a_run_goes_on_through_a_save_that_failed_in_the_background(disk, tmp_pa
             disk.fail("os.rename", io_error(), times=1, where="4.orbax-checkpoint-tmp")
 
     checkpoint = {"every": 4, "keep": 9, **QUICK}
-    result = toy_run(tmp_path / "run", objective=ToyObjective(at_batch=slow), checkpoint=checkpoint, log_every=1)
+    result = toy_run(tmp_path / "run", data=ToyData(at_batch=slow), checkpoint=checkpoint, log_every=1)
     assert weights(result) == weights(unbroken)
     assert disk.failures == 1
     assert "saving a checkpoint failed" in capsys.readouterr().err
@@ -273,7 +273,7 @@ def run_with_local(folder, local, *, crash=None, **settings):
             raise Crash
 
     checkpoint = {**LOCAL, "local": {**LOCAL["local"], "folder": str(local)}}
-    return toy_run(folder, objective=ToyObjective(at_batch=at_batch), checkpoint=checkpoint, **settings)
+    return toy_run(folder, data=ToyData(at_batch=at_batch), checkpoint=checkpoint, **settings)
 
 
 def test_a_run_goes_on_from_the_newer_of_two_places(tmp_path, capsys):

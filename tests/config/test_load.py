@@ -77,8 +77,9 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         ("mesh.data=-1", "mesh: data and fsdp are -1, and one axis may be; fsdp is where it is not given"),
         ("kind=trian", "kind: 'trian' must be one of 'train', 'data', 'tokenizer', 'sweep'; did you mean train?"),
         (
-            "objective.kind=gpro",
-            "objective.kind: 'gpro' must be one of 'pretrain', 'distill', 'sft', 'reward', 'dpo', 'grpo'",
+            "objective.kind=polcy",
+            "objective.kind: 'polcy' must be one of 'distill', 'policy', 'preference', 'pretrain', 'reward', 'sft';"
+            " did you mean policy?",
         ),
         ("objective.sources=[]", "objective.sources: []: must be a list of at least 1 item"),
         ("optim.learning_rate=nan", "optim.learning_rate: 'nan': must be a number"),
@@ -266,7 +267,7 @@ def test_bytes_that_are_no_text_and_folders_are_told(tmp_path):
 
 def test_the_wrong_kind_is_told(good):
     good.write_text(GOOD.replace("kind: train\n", "", 1), encoding="utf-8")
-    assert problems(good) == ["kind: None must be one of 'train', 'data', 'tokenizer', 'sweep'"]
+    assert problems(good) == ["kind: must be given: one of 'train', 'data', 'tokenizer', 'sweep'"]
     good.write_text(GOOD, encoding="utf-8")
     assert problems(good, kind="data") == ["kind is 'train', and this command needs kind: data"]
 

@@ -44,7 +44,7 @@ def segments_of(batch):
 
 def test_every_chat_stands_once_and_whole_in_some_row_with_its_own_positions_and_weights(tokenizer, tmp_path):
     packed = PackedChats.read(write(tmp_path / "chats.jsonl", *CHATS), tokenizer, row_length=40)
-    batch = packed.batch(np.arange(len(packed.rows)))
+    batch = packed.batch(np.arange(len(packed.rows)))["text"]
     expected = [tokenizer.encode_chat(record["messages"]) for record in CHATS]
     assert len(packed.rows) < len(CHATS), "several chats must share a row"
 
@@ -64,17 +64,17 @@ def test_every_chat_stands_once_and_whole_in_some_row_with_its_own_positions_and
 
 def test_the_loss_is_on_the_answers_and_what_ends_them_and_on_nothing_else(tokenizer, tmp_path):
     packed = PackedChats.read(write(tmp_path / "chats.jsonl", CHATS[1]), tokenizer, row_length=40)
-    batch = packed.batch(np.array([0]))
+    batch = packed.batch(np.array([0]))["text"]
     learned = batch.targets[0][batch.loss_weights[0] > 0]
     assert tokenizer.decode(learned, skip_control=False) == "no<|end|>yes<|end|>"
 
 
 def test_a_row_of_index_minus_one_is_padding(tokenizer, tmp_path):
     packed = PackedChats.read(write(tmp_path / "chats.jsonl", *CHATS), tokenizer, row_length=40)
-    batch = packed.batch(np.array([0, -1]))
+    batch = packed.batch(np.array([0, -1]))["text"]
     assert batch.tokens.shape == (2, 40)
     assert not batch.segment_ids[1].any()
-    np.testing.assert_array_equal(batch.tokens[0], packed.batch(np.array([0])).tokens[0])
+    np.testing.assert_array_equal(batch.tokens[0], packed.batch(np.array([0]))["text"].tokens[0])
 
 
 @pytest.mark.parametrize("capacity", [8, 64, 1000])
@@ -139,7 +139,7 @@ def test_weights_of_messages_are_those_of_the_loss(tokenizer, tmp_path, capsys):
         return {"messages": [m | {"weight": w} for m, w in zip(chat("yes", "no", "no", "yes")["messages"], weights)]}
 
     path = write(tmp_path / "chats.jsonl", weighted(0, 0, 0, 2.5), weighted(0, 0, 0, 0))
-    batch = PackedChats.read(path, tokenizer, row_length=40).batch(np.array([0]))
+    batch = PackedChats.read(path, tokenizer, row_length=40).batch(np.array([0]))["text"]
     learned = batch.targets[0][batch.loss_weights[0] > 0]
     assert tokenizer.decode(learned, skip_control=False) == "yes<|end|>"
     assert {*batch.loss_weights[0].tolist()} == {0.0, 2.5}

@@ -102,7 +102,7 @@ def test_at_step_reads_the_configuration_of_a_run(built, call, tmp_path):
 
     other = tree | {"objective": {"kind": "sft", "train_file": "a.jsonl"}, "init_from": "x"}
     (tmp_path / "run" / "config.yaml").write_text(dump_yaml(parse_config(other)))
-    with pytest.raises(DataError, match="packed rows are read by pretrain and distill alone"):
+    with pytest.raises(DataError, match="sft, which reads no packed rows"):
         call("at-step", 7, "--run", tmp_path / "run")
 
 

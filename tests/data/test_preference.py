@@ -35,11 +35,11 @@ def test_the_loss_is_on_the_answers_alone(tokenizer, tmp_path):
     path = write(tmp_path / "p.jsonl", {"prompt": QUESTION, "chosen": "yes", "rejected": "no"})
     pairs = PreferencePairs.read(path, tokenizer, row_length=64)
     batch = pairs.batch(np.array([0]))
-    assert learned(tokenizer, batch.chosen, 0) == "yes<|end|>"
-    assert learned(tokenizer, batch.rejected, 0) == "no<|end|>"
+    assert learned(tokenizer, batch["chosen"], 0) == "yes<|end|>"
+    assert learned(tokenizer, batch["rejected"], 0) == "no<|end|>"
     whole = tokenizer.encode_chat([*QUESTION, {"role": "assistant", "content": "yes"}]).ids
-    np.testing.assert_array_equal(batch.chosen.tokens[0][batch.chosen.segment_ids[0] > 0], whole)
-    np.testing.assert_array_equal(batch.chosen.positions[0, : len(whole)], np.arange(len(whole)))
+    np.testing.assert_array_equal(batch["chosen"].tokens[0][batch["chosen"].segment_ids[0] > 0], whole)
+    np.testing.assert_array_equal(batch["chosen"].positions[0, : len(whole)], np.arange(len(whole)))
 
 
 def test_earlier_answers_are_part_of_the_prompt(tokenizer):
@@ -58,7 +58,10 @@ def test_a_plain_text_goes_on_to_its_end_token(tokenizer):
 
 def test_rows_are_no_longer_than_the_longest_answer_needs(tokenizer, tmp_path):
     path = write(tmp_path / "p.jsonl", {"prompt": QUESTION, "chosen": "yes", "rejected": "no"})
-    assert PreferencePairs.read(path, tokenizer, row_length=64).batch(np.array([0, -1])).chosen.tokens.shape == (2, 16)
+    assert PreferencePairs.read(path, tokenizer, row_length=64).batch(np.array([0, -1]))["chosen"].tokens.shape == (
+        2,
+        16,
+    )
     # Unless devices share a row in more parts.
     assert PreferencePairs.read(path, tokenizer, row_length=96, parts=6).row_length == 48
 

@@ -12,8 +12,8 @@ from maxlm.eval.cli import register
 from maxlm.eval.inputs import read_held_out_by_source
 from maxlm.eval.likelihood import bits_per_byte
 from maxlm.generate.model import load
-from maxlm.post.run import train
 from maxlm.tokenizer.train import train_tokenizer
+from maxlm.train.run import train
 
 
 @pytest.fixture(scope="module")

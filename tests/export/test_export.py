@@ -392,9 +392,9 @@ def chats(run, tmp_path_factory):
 
     files = {"train_file": str(folder / "train.jsonl"), "valid_file": str(folder / "valid.jsonl")}
     sft = save("sft", run.path, {"kind": "sft", **files})
-    align = save("align", sft, {"kind": "grpo", "train_file": files["train_file"], "max_new_tokens": 4})
+    align = save("align", sft, {"kind": "policy", "train_file": files["train_file"], "max_new_tokens": 4})
     save("unchecked", run.path, {"kind": "sft", "train_file": files["train_file"]})
-    save("direct", run.path, {"kind": "grpo", "train_file": files["train_file"], "max_new_tokens": 4})
+    save("direct", run.path, {"kind": "policy", "train_file": files["train_file"], "max_new_tokens": 4})
     assert sft.parent == align.parent == folder
     return folder
 

@@ -18,7 +18,9 @@ def place(tmp_path_factory, tiny_tokenizer_folder):
         "tokenizer": tiny_tokenizer_folder,
         "row_length": 64,
     }
-    objectives = {kind: {"kind": kind, "train_file": "records.jsonl"} for kind in ("sft", "dpo", "reward", "grpo")}
+    objectives = {
+        kind: {"kind": kind, "train_file": "records.jsonl"} for kind in ("sft", "preference", "reward", "policy")
+    }
     for kind, objective in objectives.items():
         (folder / f"{kind}.yaml").write_text(yaml.safe_dump({**train, "objective": objective}))
     for name, text in RECIPES.items():

@@ -65,7 +65,7 @@ def test_chats(place, content):
 
 
 @cases(75)
-@given(record_files(PAIR), st.sampled_from(["dpo", "reward"]))
+@given(record_files(PAIR), st.sampled_from(["preference", "reward"]))
 def test_preferences(place, content, kind):
     write(place / "records.jsonl", content)
     check("preview", f"{kind}.yaml", "-n", 1)
@@ -75,7 +75,7 @@ def test_preferences(place, content, kind):
 @given(record_files(QUESTION))
 def test_prompts(place, content):
     write(place / "records.jsonl", content)
-    check("preview", "grpo.yaml")
+    check("preview", "policy.yaml")
 
 
 @cases(60)
@@ -93,7 +93,7 @@ def test_documents(place, content, id_field):
 
 def test_right_records_are_taken(place):
     """Else a sentence for everything would pass."""
-    for record, kinds in ((CHAT, ["sft"]), (PAIR, ["dpo", "reward"]), (QUESTION, ["grpo"])):
+    for record, kinds in ((CHAT, ["sft"]), (PAIR, ["preference", "reward"]), (QUESTION, ["policy"])):
         write(place / "records.jsonl", json.dumps(record).encode())
         assert [check("preview", f"{kind}.yaml") for kind in kinds] == [0] * len(kinds)
     assert build(place, write(place / "right.jsonl", json.dumps(DOCUMENT).encode()), id_field="id") == 0

@@ -8,19 +8,19 @@ from tiny_decoder import VOCAB_SIZE, tiny_config
 
 from maxlm.config import ModelConfig
 from maxlm.config.mesh import MeshConfig
-from maxlm.core.batch import Batch, put_batch
+from maxlm.core.batch import Stream, put_batch
 from maxlm.core.parameters import abstract, initialize, shardings
 from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
-from maxlm.train.loss import language_model_loss
+from maxlm.objectives.language_model import language_model_loss
 
 CONFIG = tiny_config(attention_soft_cap=3.0, loss_chunk_length=5)
 DOCUMENTS = (9, 7, 12)
 
 
-def batch_of(length: int) -> Batch:
+def batch_of(length: int) -> Stream:
     """Documents one after another, every second row without the first of them, with padding behind."""
     random = np.random.default_rng(0)
     segment_ids, positions = np.zeros((2, 4, length), np.int32)
@@ -31,7 +31,7 @@ def batch_of(length: int) -> Batch:
         positions[row, :used] = np.concatenate([np.arange(count) for count in documents])
     tokens, targets = random.integers(0, VOCAB_SIZE, (2, 4, length)).astype(np.int32)
     weights = np.where(segment_ids > 0, random.uniform(0.2, 2, segment_ids.shape), 0).astype(np.float32)
-    return Batch(tokens, targets, weights, segment_ids, positions)
+    return Stream(tokens, targets, weights, segment_ids, positions)
 
 
 @jax.jit

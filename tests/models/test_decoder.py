@@ -9,12 +9,12 @@ import pytest
 from numpy_decoder import log_softmax, logits_of_row
 from tiny_decoder import VOCAB_SIZE, tiny_config
 
-from maxlm.core.batch import Batch
+from maxlm.core.batch import Stream
 from maxlm.core.parameters import initialize
 from maxlm.core.tree import flatten, unflatten
 from maxlm.models.cache import KVCache
 from maxlm.models.decoder import Decoder
-from maxlm.train.loss import language_model_loss
+from maxlm.objectives.language_model import language_model_loss
 
 VARIANTS = {
     "plain": {},
@@ -89,7 +89,7 @@ def test_the_gradient_is_that_of_finite_differences(name):
     model, tokens = make(**VARIANTS[name]), tokens_of((1, 7))
     targets, weights = tokens_of((1, 7), seed=1), np.array([[1, 1, 0, 1, 0.5, 1, 1]], np.float32)
     ones = np.ones_like(tokens)
-    batch = Batch(tokens, targets, weights, ones, np.arange(7, dtype=np.int32)[None])
+    batch = Stream(tokens, targets, weights, ones, np.arange(7, dtype=np.int32)[None])
 
     def loss(model):
         term = language_model_loss(model, batch).terms["cross_entropy"]
@@ -115,7 +115,7 @@ def test_the_gradient_is_that_of_finite_differences(name):
 
 
 @jax.jit
-def log_probabilities(model, batch: Batch):
+def log_probabilities(model, batch: Stream):
     hidden = model(batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids).hidden_BLD
     return model.log_probabilities(hidden, batch.targets)[0]
 
@@ -126,7 +126,7 @@ def test_packing_changes_nothing(name):
     model = make(**VARIANTS[name])
     lengths = (5, 8, 3)
     documents = [tokens_of(length + 1, seed) for seed, length in enumerate(lengths)]
-    packed = Batch(
+    packed = Stream(
         tokens=np.concatenate([d[:-1] for d in documents])[None],
         targets=np.concatenate([d[1:] for d in documents])[None],
         loss_weights=np.ones((1, 16), np.float32),
@@ -141,7 +141,7 @@ def test_packing_changes_nothing(name):
             targets, segments, positions = row.copy(), np.zeros_like(row), np.zeros_like(row)
             row[0, :length], targets[0, :length] = document[:-1], document[1:]
             segments[0, :length], positions[0, :length] = 1, np.arange(length)
-            alone = log_probabilities(model, Batch(row, targets, np.ones((1, 16), np.float32), segments, positions))
+            alone = log_probabilities(model, Stream(row, targets, np.ones((1, 16), np.float32), segments, positions))
             np.testing.assert_allclose(alone[0, :length], scores, rtol=1e-5, atol=2e-5)
 
 

@@ -18,8 +18,8 @@ from maxlm.models.adapters import declare_adapters
 from maxlm.models.cache import KVCache
 from maxlm.models.decoder import Decoder
 from maxlm.models.quantized import quantize_model
+from maxlm.objectives.language_model import language_model_loss
 from maxlm.ops.qtensor import QTensor
-from maxlm.train.loss import language_model_loss
 from maxlm.train.metrics import num_active_parameters
 from maxlm.train.step import loss_and_gradient
 
@@ -61,7 +61,7 @@ PACKED = pack(documents(), rows=8, length=32, per_row=3)
 
 @partial(jax.jit, static_argnames="accumulate")
 def compute(model, batch, accumulate):
-    def loss_function(model, frozen, batch):
+    def loss_function(model, frozen, batch, key):
         return language_model_loss(model, batch)
 
     return loss_and_gradient(model, None, batch, loss_function=loss_function, accumulate=accumulate)

@@ -11,21 +11,21 @@ from tiny_decoder import VOCAB_SIZE, tiny_config
 from maxlm.config import ModelConfig, TrainConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.moe import MoeConfig
-from maxlm.core.batch import Batch, put_batch
+from maxlm.core.batch import Stream, put_batch
 from maxlm.core.parameters import abstract, initialize, shardings
 from maxlm.core.sharding import make_mesh, mesh_sizes
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
 from maxlm.models.pipeline import Schedule
+from maxlm.objectives.language_model import language_model_loss
 from maxlm.train.layout import check_layout
-from maxlm.train.loss import language_model_loss
 from maxlm.train.step import loss_and_gradient
 
 ROWS, LENGTH = 16, 12
 
 
-def packed_rows(seed=0) -> Batch:
+def packed_rows(seed=0) -> Stream:
     """Two documents and some padding in each row, of which two are padding alone."""
     random = np.random.default_rng(seed)
     tokens, targets = random.integers(0, VOCAB_SIZE, (2, ROWS, LENGTH)).astype(np.int32)
@@ -35,13 +35,13 @@ def packed_rows(seed=0) -> Batch:
     segments[[3, 11]] = 0
     positions = np.where(segments == 2, place - first, place * (segments > 0)).astype(np.int32)
     weights = (random.uniform(0.2, 2, (ROWS, LENGTH)) * (segments > 0)).astype(np.float32)
-    return Batch(tokens, targets, weights, segments, positions)
+    return Stream(tokens, targets, weights, segments, positions)
 
 
 BATCH = packed_rows()
 
 
-def language_model(model, frozen, batch):
+def language_model(model, frozen, batch, key):
     return language_model_loss(model, batch, z_loss=0.1)
 
 

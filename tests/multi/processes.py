@@ -133,7 +133,7 @@ def run_all(configs: list[Path], **options) -> list[Ended]:
 @functools.cache
 def _forked() -> Forked:
     environment = {"XLA_FLAGS": one_device()}
-    modules = ["member", "toy_run", "maxlm.cli", "maxlm.post.run", "tensorboardX"]
+    modules = ["member", "toy_run", "maxlm.cli", "maxlm.train.run", "maxlm.objectives.pretrain", "tensorboardX"]
     return Forked(modules, paths=[HERE, HERE.parent], environment=environment)
 
 

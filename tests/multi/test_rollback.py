@@ -27,8 +27,8 @@ def run_two(folder: Path, **settings) -> list[dict]:
 def test_two_processes_go_back_as_one(tmp_path):
     bad = [6, 7, 8]
     local = {"folder": str(tmp_path / "disk"), "every": 2, "keep": 1}
-    went_back = run_two(tmp_path / "run", objective={"poison": bad}, checkpoint={"every": 6, "keep": 2, "local": local})
-    never_met = run_two(tmp_path / "other", objective={"leave_out": bad})
+    went_back = run_two(tmp_path / "run", data={"poison": bad}, checkpoint={"every": 6, "keep": 2, "local": local})
+    never_met = run_two(tmp_path / "other", data={"leave_out": bad})
     assert len({end["weights"] for end in went_back + never_met}) == 1
     assert [record["batch"] for record in read_quarantine(tmp_path / "run")] == bad
     assert read_goodput(tmp_path / "run").attempts == 1

@@ -21,8 +21,8 @@ from maxlm.interop.load import load_model
 from maxlm.models.decoder import Decoder
 from maxlm.optim.build import make_optimizer
 from maxlm.optim.ema import create_ema, ema_as, update_ema
-from maxlm.post.run import train
 from maxlm.train.metrics import read_metrics
+from maxlm.train.run import train
 from maxlm.train.state import create_state
 from maxlm.train.step import train_step
 
@@ -84,7 +84,7 @@ def test_a_run_without_the_mean_says_so(tmp_path):
 
 
 def test_a_step_that_is_skipped_changes_no_mean():
-    def loss(trainable, frozen, batch):
+    def loss(trainable, frozen, batch, key):
         return LossOutput({"loss": Term(jnp.sum(trainable["w"] * batch), jnp.float32(1))}, {})
 
     optimizer = make_optimizer(OptimConfig())

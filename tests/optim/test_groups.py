@@ -9,7 +9,7 @@ from tiny_run import tiny_config
 from maxlm.config.optim import OptimConfig
 from maxlm.errors import ConfigError
 from maxlm.optim.build import make_optimizer
-from maxlm.post.run import train
+from maxlm.train.run import train
 
 PLAN = plan()
 

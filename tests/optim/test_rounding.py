@@ -64,7 +64,7 @@ def test_draws_do_not_depend_on_the_mesh():
 def test_the_optimizer_works_in_float32():
     """Adam's moments of bfloat16 parameters are float32, and a run of accumulated gradients sums in float32."""
 
-    def loss(trainable, frozen, batch):
+    def loss(trainable, frozen, batch, key):
         errors = (batch @ trainable["w"].astype(jnp.float32)) ** 2
         return LossOutput({"squares": Term(jnp.sum(errors), jnp.float32(batch.shape[0]))}, {})
 

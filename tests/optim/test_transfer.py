@@ -9,16 +9,16 @@ import pytest
 
 from maxlm.config import ModelConfig
 from maxlm.config.optim import OptimConfig
-from maxlm.core.batch import Batch
+from maxlm.core.batch import Stream
 from maxlm.core.parameters import initialize
 from maxlm.core.tree import flatten
 from maxlm.models.decoder import Decoder
+from maxlm.objectives.language_model import language_model_loss
 from maxlm.optim.build import apply_updates, make_optimizer
-from maxlm.train.loss import language_model_loss
 
 WIDTHS = (32, 256)
 TOKENS = np.random.default_rng(0).integers(0, 64, (4, 17)).astype("int32")
-BATCH = Batch(
+BATCH = Stream(
     TOKENS[:, :-1],
     TOKENS[:, 1:],
     np.ones((4, 16), "float32"),

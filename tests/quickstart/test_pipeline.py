@@ -68,7 +68,7 @@ def test_a_model_that_learned_nothing_fails_its_checks_and_is_reported_all_the_s
     assert "pretraining beats a bigram model and xz" in first.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {link["stage"] for link in summary["manifest_chain"]} == {
-        "data", "tokenizer", "train/pretrain", "tasks", "train/sft", "train/grpo", "export/int8", "data/documents"
+        "data", "tokenizer", "train/pretrain", "tasks", "train/sft", "train/policy", "export/int8", "data/documents"
     }  # fmt: skip
     assert len(summary["chat"]["answers"]) >= 8
     assert all(answer["events"] > 1 for answer in summary["chat"]["answers"])

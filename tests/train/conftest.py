@@ -8,7 +8,7 @@ from tiny_run import tiny_config
 @pytest.fixture(scope="session")
 def short_run(tmp_path_factory, tiny_data_folder):
     """A finished run of four steps."""
-    from maxlm.post.run import train
+    from maxlm.train.run import train
 
     folder = tmp_path_factory.mktemp("short") / "run"
     jax.config.update("jax_disable_most_optimizations", True)

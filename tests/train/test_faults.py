@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_run import poison, tiny_config
-from toy_run import ToyObjective, toy_run, weights
+from toy_run import ToyData, toy_run, weights
 
 from maxlm.checkpoint.folder import find_checkpoint, read_metadata
 from maxlm.cli import main
@@ -18,12 +18,12 @@ from maxlm.data.loader import open_mixture
 from maxlm.data.quarantine import SKIPPED_FILE_NAME, batch_of_step, read_quarantine
 from maxlm.errors import TrainingError
 from maxlm.interop.load import load_model
-from maxlm.post.run import train
+from maxlm.objectives.packed_rows import PackedRowsData
 from maxlm.runtime.storage import read_lines, storage_path
 from maxlm.train import loop
 from maxlm.train.faults import BadStep, GuardWatch, Quarantine
 from maxlm.train.metrics import read_metrics
-from maxlm.train.pretrain import Pretrain
+from maxlm.train.run import train
 
 GUARD = {"max_skipped_in_a_row": 3, "max_rollbacks": 2}
 BAD = {6, 7, 8}
@@ -52,7 +52,7 @@ def test_steps_read_the_batches_that_are_left_in_order(passed_over):
 @pytest.fixture(scope="module")
 def without_them(tmp_path_factory, tiny_data_folder):
     """A run over data in which the bad batches do not occur at all."""
-    read = Pretrain.batches
+    read = PackedRowsData.batches
 
     def left_out(self, start_step, current_model):
         assert start_step == 0
@@ -60,13 +60,13 @@ def without_them(tmp_path_factory, tiny_data_folder):
 
     folder = tmp_path_factory.mktemp("without") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pretrain, "batches", left_out)
+        patch.setattr(PackedRowsData, "batches", left_out)
         train(config_of(folder, tiny_data_folder))
     return folder
 
 
 def test_a_run_goes_back_and_passes_over_what_went_wrong(without_them, tmp_path, tiny_data_folder, capsys, monkeypatch):
-    monkeypatch.setattr(Pretrain, "batches", poison(BAD))
+    monkeypatch.setattr(PackedRowsData, "batches", poison(BAD))
     config = config_of(tmp_path / "run", tiny_data_folder)
     manifest = train(config)
     assert manifest["metrics"]["steps"] == 12
@@ -109,7 +109,7 @@ def test_a_run_goes_back_and_passes_over_what_went_wrong(without_them, tmp_path,
 def toy_without(tmp_path_factory):
     """Weights of a toy run over data in which the bad batches do not occur."""
     folder = tmp_path_factory.mktemp("toy") / "run"
-    return weights(toy_run(folder, objective=ToyObjective(leave_out=BAD)))
+    return weights(toy_run(folder, data=ToyData(leave_out=BAD)))
 
 
 class Crash(BaseException):
@@ -130,8 +130,8 @@ def crash_at(count_of_batches: int):
 def test_a_crash_around_a_rollback_changes_nothing(crash, toy_without, tmp_path):
     """Before the bad steps, among them, right after going back, and later: the resumed run ends the same."""
     with pytest.raises(Crash):
-        toy_run(tmp_path / "run", objective=ToyObjective(poison=BAD, at_batch=crash_at(crash)))
-    result = toy_run(tmp_path / "run", objective=ToyObjective(poison=BAD))
+        toy_run(tmp_path / "run", data=ToyData(poison=BAD, at_batch=crash_at(crash)))
+    result = toy_run(tmp_path / "run", data=ToyData(poison=BAD))
     assert weights(result) == toy_without
     assert [record["batch"] for record in read_quarantine(tmp_path / "run")] == sorted(BAD)
     assert {record["rollback"] for record in read_quarantine(tmp_path / "run")} == {1}
@@ -139,47 +139,47 @@ def test_a_crash_around_a_rollback_changes_nothing(crash, toy_without, tmp_path)
 
 def test_it_may_go_back_more_than_once(tmp_path):
     bad = {1, 2, 3, 9, 10, 11}
-    result = toy_run(tmp_path / "run", objective=ToyObjective(poison=bad))
-    assert weights(result) == weights(toy_run(tmp_path / "other", objective=ToyObjective(leave_out=bad)))
+    result = toy_run(tmp_path / "run", data=ToyData(poison=bad))
+    assert weights(result) == weights(toy_run(tmp_path / "other", data=ToyData(leave_out=bad)))
     assert [record["rollback"] for record in read_quarantine(tmp_path / "run")] == [1, 1, 1, 2, 2, 2]
 
 
 def test_a_lone_bad_step_is_skipped_and_no_more(tmp_path):
     """Its update is dropped as the step is taken, and what it read is told; nothing is done again."""
-    result = toy_run(tmp_path / "run", objective=ToyObjective(poison={5, 6}))
+    result = toy_run(tmp_path / "run", data=ToyData(poison={5, 6}))
     assert int(result.state.guard.skipped) == 2
     assert read_quarantine(tmp_path / "run") == []
     skipped = [json.loads(line) for line in read_lines(storage_path(tmp_path / "run" / SKIPPED_FILE_NAME))]
     assert [(record["step"], record["batch"], record["loss"]) for record in skipped] == [(6, 5, None), (7, 6, None)]
-    assert [record["documents"] for record in skipped] == [ToyObjective().documents(5), ToyObjective().documents(6)]
+    assert [record["documents"] for record in skipped] == [ToyData().documents(5), ToyData().documents(6)]
     assert result.goodput.seconds["rolled_back"] == 0
 
 
 def test_before_the_first_checkpoint_a_run_goes_back_to_its_start(tmp_path):
     bad = {0, 1, 2}
-    result = toy_run(tmp_path / "run", objective=ToyObjective(poison=bad), steps=3)
-    assert weights(result) == weights(toy_run(tmp_path / "other", objective=ToyObjective(leave_out=bad), steps=3))
+    result = toy_run(tmp_path / "run", data=ToyData(poison=bad), steps=3)
+    assert weights(result) == weights(toy_run(tmp_path / "other", data=ToyData(leave_out=bad), steps=3))
 
 
 def test_no_checkpoint_is_saved_amid_refused_steps(tmp_path):
     """One that falls due among them waits for the first good step."""
-    toy_run(tmp_path / "run", objective=ToyObjective(poison={2, 3}), steps=6, checkpoint={"every": 4, "keep": 5})
+    toy_run(tmp_path / "run", data=ToyData(poison={2, 3}), steps=6, checkpoint={"every": 4, "keep": 5})
     steps = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
     assert steps == [5, 6]
 
 
 def test_after_as_many_times_as_allowed_it_stops(tmp_path):
     """And goes on stopping, until the user has done something."""
-    objective = ToyObjective(poison=set(range(5, 100)))
+    objective = ToyData(poison=set(range(5, 100)))
     for _ in range(2):
         with pytest.raises(TrainingError) as error:
-            toy_run(tmp_path / "run", objective=objective)
+            toy_run(tmp_path / "run", data=objective)
         assert "3 steps in a row up to step 8 were skipped (the loss is nan)" in str(error.value)
         assert "the run has gone back 2 times (guard.max_rollbacks)" in str(error.value)
         assert "lower optim.learning_rate, or look at the data" in str(error.value)
     assert [record["batch"] for record in read_quarantine(tmp_path / "run")] == [5, 6, 7, 8, 9, 10]
     guard = {"max_skipped_in_a_row": 3, "max_rollbacks": 3}
-    assert toy_run(tmp_path / "run", objective=ToyObjective(poison=set(range(5, 14))), guard=guard).steps == 12
+    assert toy_run(tmp_path / "run", data=ToyData(poison=set(range(5, 14))), guard=guard).steps == 12
 
 
 def test_a_state_that_is_not_finite_is_never_saved(monkeypatch, tmp_path):
@@ -193,7 +193,7 @@ def test_a_state_that_is_not_finite_is_never_saved(monkeypatch, tmp_path):
         )
         return replace(new, optimizer=optimizer), metrics
 
-    class Marked(ToyObjective):
+    class Marked(ToyData):
         def batches(self, start_step, current_model):
             for number, batch in zip(count(start_step), super().batches(start_step, current_model)):
                 batch["y"][0] = 999 if number == 7 else batch["y"][0]
@@ -201,7 +201,7 @@ def test_a_state_that_is_not_finite_is_never_saved(monkeypatch, tmp_path):
 
     monkeypatch.setattr(loop, "train_step", overflow)
     guard = {"spike_factor": None, **GUARD}
-    result = toy_run(tmp_path / "run", objective=Marked(), guard=guard)
+    result = toy_run(tmp_path / "run", data=Marked(), guard=guard)
     [record] = read_quarantine(tmp_path / "run")
     assert record["batch"] == 7
     assert record["reason"] == "weights or optimizer state are not finite after it"

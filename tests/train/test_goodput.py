@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from test_faults import Crash, crash_at
-from toy_run import ToyObjective, toy_run
+from toy_run import ToyData, toy_run
 
 from maxlm.runtime.storage import storage_path
 from maxlm.train.goodput import PARTS, Goodput, GoodputLog, Stopwatch, read_goodput
@@ -114,9 +114,9 @@ def test_a_run_accounts_for_all_of_its_time_over_crashes_and_rollbacks(tmp_path)
         slow(next(numbers))
 
     with pytest.raises(Crash):
-        toy_run(tmp_path / "run", objective=ToyObjective(at_batch=at_batch))
+        toy_run(tmp_path / "run", data=ToyData(at_batch=at_batch))
     time.sleep(0.3)
-    result = toy_run(tmp_path / "run", objective=ToyObjective(poison={8, 9, 10}))
+    result = toy_run(tmp_path / "run", data=ToyData(poison={8, 9, 10}))
     ended = time.time()
     goodput = result.goodput
     assert goodput.attempts == 2

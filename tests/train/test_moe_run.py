@@ -8,11 +8,10 @@ from maxlm.cli import main
 from maxlm.core.sharding import mesh_sizes
 from maxlm.errors import CheckpointError, ConfigError
 from maxlm.interop.load import load_model
-from maxlm.post.run import train
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.layout import check_layout
 from maxlm.train.metrics import read_metrics
-from maxlm.train.run import resolve_model
+from maxlm.train.run import resolve_model, train
 
 pytestmark = pytest.mark.slow
 

@@ -1,14 +1,14 @@
 """What fails after training, or amid it by no fault of the steps, finds them saved, and another start goes on."""
 
 import pytest
-from toy_run import ToyObjective, toy_run, weights
+from toy_run import ToyData, toy_run, weights
 
 from maxlm.checkpoint.folder import find_checkpoint
 from maxlm.errors import DataError
 from maxlm.train.metrics import read_metrics
 
 
-class Failing(ToyObjective):
+class Failing(ToyData):
     """Whose validation, or whose batches after so many, end the run."""
 
     def __init__(self, *, validation: int | None = None, batch: int | None = None):
@@ -42,7 +42,7 @@ def unbroken(tmp_path_factory) -> bytes:
 def test_what_fails_amid_a_run_loses_no_step(tmp_path, failing, saved, unbroken, capsys):
     settings = {"eval_every": 5, "checkpoint": {"every": 4, "keep": 1}, "log_every": 3}
     with pytest.raises(DataError):
-        toy_run(tmp_path / "run", objective=Failing(**failing), **settings)
+        toy_run(tmp_path / "run", data=Failing(**failing), **settings)
     told = capsys.readouterr().err
     if saved is None:
         assert not list((tmp_path / "run" / "checkpoints").iterdir())
@@ -51,7 +51,7 @@ def test_what_fails_amid_a_run_loses_no_step(tmp_path, failing, saved, unbroken,
     assert f"step {saved} is saved; the same command goes on from there" in told
 
     mended = Failing()
-    result = toy_run(tmp_path / "run", objective=mended, **settings)
+    result = toy_run(tmp_path / "run", data=mended, **settings)
     assert (result.start, mended.batches_read) == (saved, 12 - saved)
     assert result.metrics == {"norm": pytest.approx(result.metrics["norm"])}
     # One that fails amid a run is not made up for; that of the end is.

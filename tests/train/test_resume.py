@@ -7,18 +7,18 @@ import typing
 import pytest
 from pydantic import BaseModel
 from tiny_run import MODEL, tiny_config
-from toy_run import ToyObjective, toy_run
+from toy_run import ToyData, toy_run
 
 from maxlm.checkpoint.folder import find_checkpoint, read_metadata
 from maxlm.checkpoint.lineage import Lineage, schedule_change
+from maxlm.config.objective import ObjectiveConfig, objective_classes
 from maxlm.config.resume import _RULES, Change, change_of
 from maxlm.config.train import LoraConfig, TrainConfig
 from maxlm.errors import CheckpointError, ConfigError
 from maxlm.interop.load import load_model
-from maxlm.post.run import train
 from maxlm.runtime.manifest import read_manifest
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.run import resolve_model
+from maxlm.train.run import resolve_model, train
 
 FREE = {
     *("output", "mesh.data", "mesh.stage", "mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor", "mesh.slices"),
@@ -49,13 +49,15 @@ def leaves(model: type[BaseModel], prefix: str = "") -> set[str]:
 
 
 def _types(annotation) -> set:
+    if annotation is ObjectiveConfig:
+        return set(objective_classes())
     parts = typing.get_args(annotation)
     return {annotation}.union(*map(_types, parts)) if parts else {annotation}
 
 
 def test_every_setting_is_part_of_what_a_run_means_unless_it_is_listed_here():
     keys = leaves(TrainConfig)
-    assert {"optim.schedule.kind", "objective.beta", "lora.rank", "objective.sources.weight", "seed"} <= keys
+    assert {"optim.schedule.kind", "objective.loss.beta", "lora.rank", "objective.sources.weight", "seed"} <= keys
     assert {key for key in keys if change_of(key) is Change.FREE} == FREE
     assert {key for key in keys if change_of(key) is Change.TOLD} == TOLD
     assert all(change_of(key) is Change.ASKED for key in keys if key.startswith("optim.") and key != "optim.kind")
@@ -189,8 +191,8 @@ def test_changes_that_are_accepted_are_recorded_at_their_step(tmp_path, capsys):
     told = capsys.readouterr().err
     assert "optim.learning_rate: 0.1 -> 0.2\n" in told
     assert "the learning rate of step 5 goes from 0.01 to 0.11 (schedule cosine, 8 steps)" in told
-    objective = ToyObjective(poison={9, 10, 11})
-    result = toy_run(tmp_path / "run", steps=12, objective=objective, seed=1, accept_changes=True, **settings)
+    objective = ToyData(poison={9, 10, 11})
+    result = toy_run(tmp_path / "run", steps=12, data=objective, seed=1, accept_changes=True, **settings)
     wanted = [
         {"step": 4, "key": "optim.learning_rate", "from": 0.1, "to": 0.2},
         {"step": 4, "key": "steps", "from": 4, "to": 8},

@@ -11,11 +11,11 @@ from tiny_run import tiny_config, train_process
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckpointError
 from maxlm.interop.load import load_model
-from maxlm.post.run import train
 from maxlm.runtime.manifest import manifest_chain, read_manifest
 from maxlm.runtime.storage import locked
 from maxlm.train import run
 from maxlm.train.metrics import read_metrics
+from maxlm.train.run import train
 
 # What two equal runs may differ in.
 TIMING = ("time", "tokens_per_second", "data_wait", "goodput")

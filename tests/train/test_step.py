@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 from same_gradient import assert_same, on_host
@@ -20,9 +21,9 @@ from maxlm.core.sharding import make_mesh
 from maxlm.core.term import LossOutput, Term
 from maxlm.core.tree import flatten
 from maxlm.models.decoder import Decoder
+from maxlm.objectives.language_model import language_model_loss
 from maxlm.optim.build import make_optimizer
 from maxlm.optim.schedule import schedule_factor
-from maxlm.train.loss import language_model_loss
 from maxlm.train.state import create_state
 from maxlm.train.step import GUARD_WARMUP_STEPS, loss_and_gradient, train_step
 
@@ -30,7 +31,7 @@ CONFIG = tiny_config(num_heads=8, num_kv_heads=8, window_pattern=(6,))
 PLAN = Decoder(CONFIG)
 
 
-def loss_function(model, frozen, batch):
+def loss_function(model, frozen, batch, key):
     return language_model_loss(model, batch, z_loss=0.1)
 
 
@@ -94,7 +95,7 @@ def test_the_mesh_changes_nothing(sizes, accumulate, whole):
 
 def test_the_weight_of_a_term_does_not_depend_on_parameters():
     def weights(model):
-        output = loss_function(model, None, PACKED)
+        output = loss_function(model, None, PACKED, None)
         return sum(term.weight for term in output.terms.values())
 
     gradient = jax.jit(jax.grad(weights))(model_of())
@@ -178,7 +179,7 @@ def test_the_learning_rate_follows_the_schedule():
 # The guard
 
 
-def poisoned(model, frozen, batch):
+def poisoned(model, frozen, batch, key):
     """The loss, times the weight of the batch's first token: NaN or large at will."""
     output = language_model_loss(model, batch)
     factor = batch.loss_weights[0, 0]
@@ -235,3 +236,29 @@ def test_batches_are_cut_along_their_rows():
     batch = put_batch(PACKED, mesh)
     assert batch.tokens.sharding.spec == P(("data", "stage", "fsdp", "expert"), "context")
     np.testing.assert_array_equal(batch.loss_weights, PACKED.loss_weights)
+
+
+# Random keys
+
+
+def noisy(model, frozen, batch, key):
+    """A loss that is what was drawn, times a weight."""
+    drawn = jnp.zeros(()) if key is None else jax.random.normal(key)
+    return LossOutput({"noise": Term(drawn * model, jnp.float32(len(batch)))}, {})
+
+
+def noise_of_step(step, *, accumulate=1, seed=0):
+    optimizer = optax.sgd(1.0)
+    state = dataclasses.replace(create_state(jnp.ones(()), optimizer), step=jnp.int32(step))
+    settings = {"schedule": lambda step: 1.0, "guard": GuardConfig(), "accumulate": accumulate, "seed": seed}
+    _, metrics = train_step(state, None, jnp.ones((4, 2)), loss_function=noisy, optimizer=optimizer, **settings)
+    return float(metrics["terms"]["noise"].sum)
+
+
+def test_each_step_and_each_microbatch_has_a_random_key_of_its_own():
+    drawn = [noise_of_step(step, seed=seed) for step in (0, 1) for seed in (0, 1)]
+    assert len({*drawn, 0.0}) == 5
+    assert noise_of_step(0) == drawn[0], "a step draws the same each time"
+    assert noise_of_step(0, seed=None) == 0.0, "without a seed nothing is random"
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 2)
+    assert noise_of_step(0, accumulate=2) == pytest.approx(sum(float(jax.random.normal(key)) for key in keys))

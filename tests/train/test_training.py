@@ -17,12 +17,12 @@ from maxlm.core.sharding import mesh_sizes
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckpointError, ConfigError, DataError, RequestError, TrainingError
 from maxlm.interop.load import load_model
-from maxlm.post.run import train
 from maxlm.runtime.manifest import read_manifest, write_json
 from maxlm.runtime.storage import storage_path
 from maxlm.tokenizer.train import train_tokenizer
 from maxlm.train.layout import check_layout, note_idle_devices
 from maxlm.train.metrics import MetricsLog, read_metrics
+from maxlm.train.run import train
 
 
 def weights(folder):

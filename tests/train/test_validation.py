@@ -14,12 +14,12 @@ from maxlm.core.term import Term
 from maxlm.data.build import build_data
 from maxlm.eval.report_runs import Run, run_section
 from maxlm.models.decoder import Decoder
+from maxlm.objectives.packed_rows import PackedRowsData
+from maxlm.objectives.validation import values_by_source
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.metrics import MetricsLog
 from maxlm.train.objective import RunContext
-from maxlm.train.pretrain import Pretrain
 from maxlm.train.run import resolve_model
-from maxlm.train.validate import values_by_source
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_each_source_counts_whatever_the_order_and_the_processes(
         sources = {"kind": "pretrain", "sources": [{"path": path} for path in paths]}
         config = tiny_config(tmp_path / "run", "", objective=sources, batch_size=4, eval_batches=3)
         config = resolve_model(config, tokenizer)
-        return Pretrain(RunContext(config, tokenizer, make_mesh(config.mesh), None))
+        return PackedRowsData(RunContext(config, tokenizer, make_mesh(config.mesh), None))
 
     def part_of_one(*paths, index=0, count=1):
         part = objective(*paths)

@@ -8,8 +8,8 @@ OBJECTIVES = {
     "distill": {"teacher": "nowhere", "sources": [{"path": "nowhere"}], "temperature": 2.0},
     "sft": {"train_file": "nowhere.jsonl"},
     "reward": {"train_file": "nowhere.jsonl", "center": 0.01},
-    "dpo": {"train_file": "nowhere.jsonl"},
-    "grpo": {"train_file": "nowhere.jsonl"},
+    "preference": {"train_file": "nowhere.jsonl"},
+    "policy": {"train_file": "nowhere.jsonl"},
 }
 
 

@@ -12,9 +12,9 @@ from maxlm.config.load import dump_yaml
 from maxlm.core.sharding import current_mesh
 from maxlm.core.term import LossOutput, Term
 from maxlm.models import decoder, layers, moe
+from maxlm.objectives import sft
+from maxlm.objectives.sampler import Sampler
 from maxlm.ops.linear import AdaptedWeight
-from maxlm.post import sft
-from maxlm.post.sampler import Sampler
 from maxlm.train import step
 from maxlm.verify.run import verify
 
@@ -29,7 +29,7 @@ def failed(config, *only):
 def test_a_mean_of_means(monkeypatch):
     original = step.loss_and_gradient
 
-    def mean_of_means(trainable, frozen, batch, *, loss_function, accumulate, pipeline):
+    def mean_of_means(trainable, frozen, batch, *, loss_function, accumulate, pipeline, **settings):
         parts = jax.tree.map(lambda x: step._split(x, accumulate), batch)
         found = [
             original(
@@ -123,7 +123,7 @@ def test_adapters_that_the_rollout_does_not_see(monkeypatch):
         base = jax.tree.map(lambda leaf: leaf.base if is_adapted(leaf) else leaf, model, is_leaf=is_adapted)
         return original(self, base, *args, **settings)
 
-    config = config_of("grpo", lora={"rank": 4})
+    config = config_of("policy", lora={"rank": 4})
     only = "rollout: after an update, one device"
     assert failed(config, only) == []
     monkeypatch.setattr(Sampler, "__call__", without_adapters)
@@ -139,7 +139,7 @@ def test_a_rollout_that_keeps_its_first_weights(monkeypatch):
 
     monkeypatch.setattr(Sampler, "__call__", stale)
     only = "rollout: after an update, one device"
-    assert failed(config_of("grpo"), only) == [only]
+    assert failed(config_of("policy"), only) == [only]
 
 
 def test_a_gradient_that_one_device_keeps_to_itself(monkeypatch):

@@ -24,15 +24,15 @@ from maxlm.verify.variants import meshes, variants_of
 
 SAME = Finding("mesh", "data=2, fsdp=2", 1e-7, "policy", 3e-6, "embedding", seconds=1.0)
 WRONG = Finding(
-    "padding", "more rows", 1e-9, "dpo", 0.02, "final_norm", first="layers/mlp/up[1]", first_difference=3e-4
+    "padding", "more rows", 1e-9, "preference", 0.02, "final_norm", first="layers/mlp/up[1]", first_difference=3e-4
 )
 SKIPPED = Finding("mesh", "tensor=2", skipped="num_heads: 3 cannot be cut")
 
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [("reward", {}), ("dpo", {}), ("distill", {}), ("grpo", {"lora": {"rank": 4}})],
-    ids=["reward", "dpo", "distill", "grpo with adapters"],
+    [("reward", {}), ("preference", {}), ("distill", {}), ("policy", {"lora": {"rank": 4}})],
+    ids=["reward", "preference", "distill", "grpo with adapters"],
 )
 def test_each_objective_is_the_same_padded_and_on_three_axes(kind, settings):
     report = verify(config_of(kind, **settings), only=["padding", "mesh: data=2, fsdp=2, tensor=2"])
@@ -117,9 +117,9 @@ def test_the_mesh_of_the_configuration_is_among_them():
 
 
 def test_every_term_is_on():
-    small = reduced_config(config_of("dpo"), vocab_size=64)
+    small = reduced_config(config_of("preference"), vocab_size=64)
     assert small.objective.sft_weight >= 0.1
-    assert reduced_config(config_of("grpo"), vocab_size=64).objective.kl_beta >= 0.1
+    assert reduced_config(config_of("policy"), vocab_size=64).objective.kl_beta >= 0.1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,164 @@
+"""Distillation: learning the probabilities that a teacher gives to every token.
+
+Dimensions: B batch, L length, D embed of the student or the teacher, C tokens in a chunk, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from pydantic import Field, PositiveFloat
+
+from maxlm.checkpoint.folder import check_fingerprint, find_checkpoint, read_metadata, trained_as
+from maxlm.config.base import Fraction
+from maxlm.config.model import ModelConfig
+from maxlm.config.objective import Input, PackedRowsConfig
+from maxlm.config.train import TrainConfig
+from maxlm.core.batch import Batch, Stream, put_batch
+from maxlm.core.term import LossOutput, Term
+from maxlm.errors import CheckpointError, ConfigError
+from maxlm.interop.load import load_model
+from maxlm.models.decoder import Decoder, with_config
+from maxlm.objectives.packed_rows import PackedRowsData, as_batch, preview_rows
+from maxlm.ops.loss import in_chunks
+from maxlm.tokenizer.codec import Tokenizer
+from maxlm.train.layout import check_layout
+from maxlm.train.objective import Example, ExampleMaker, Objective, RunContext, StudentAndTeacher
+
+
+class Distillation(Objective, PackedRowsConfig):
+    """Learning the probabilities that a teacher gives to every token, on packed rows.
+
+        alpha * T^2 * KL(teacher || student) + (1 - alpha) * cross-entropy
+
+    with both softmaxes at temperature T in the divergence; T^2 keeps the size of its gradient. Validation is that of
+    pretraining.
+    """
+
+    needs_start: ClassVar[bool] = False
+    learns_text: ClassVar[bool] = True
+
+    kind: Literal["distill"] = "distill"
+    teacher: str = Field(description="A run folder or checkpoint of a model with the same tokenizer.")
+    temperature: PositiveFloat = Field(1.0, description="Divides the logits of both; above 1 small ones count more.")
+    alpha: Fraction = Field(0.5, description="Weight of the teacher's probabilities; the rest is cross-entropy's.")
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        return (*super().inputs, Input("teacher", "teacher", self.teacher, "weights"))
+
+    def compute_loss(self, model: StudentAndTeacher, batch: Batch, key: jax.Array | None = None) -> LossOutput:
+        student, teacher, text = model.student, model.teacher, batch["text"]
+        where = {"positions_BL": text.positions, "segment_ids_BL": text.segment_ids}
+        output = student(text.tokens, **where)
+        taught_BLD = teacher(text.tokens, **where).hidden_BLD
+        divergence_BL = token_divergence(student, output.hidden_BLD, teacher, taught_BLD, temperature=self.temperature)
+        log_probability_BL, _ = student.log_probabilities(output.hidden_BLD, text.targets)
+
+        weights_BL = text.loss_weights
+        weight = jnp.sum(weights_BL)
+        divergence = jnp.sum(weights_BL * divergence_BL)
+        cross_entropy = -jnp.sum(weights_BL * log_probability_BL)
+        terms = {"distillation": Term(self.alpha * self.temperature**2 * divergence, weight)}
+        if self.alpha < 1:
+            terms["cross_entropy"] = Term((1 - self.alpha) * cross_entropy, weight)
+        metrics = {"divergence": Term(divergence, weight), "student_cross_entropy": Term(cross_entropy, weight)}
+        return LossOutput(terms, metrics).joined(output.auxiliary)
+
+    def open_data(self, context: RunContext) -> "_DistillationData":
+        return _DistillationData(context)
+
+    def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[Example]:
+        return preview_rows(config, tokenizer, num_examples)
+
+    def example(self, make: ExampleMaker) -> Batch:
+        return Batch({"text": make.documents()})
+
+    def for_verification(self) -> Self:
+        return self.model_copy(update={"alpha": min(max(self.alpha, 0.1), 0.9)})
+
+    def declare_teacher(self, config: ModelConfig) -> Decoder:
+        return Decoder(config.model_copy(update={"embed_dim": 2 * config.embed_dim}))
+
+    def load_teacher(self, config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Decoder:
+        """The teacher's weights, sharded over the mesh like the student's.
+
+        Raises:
+          CheckpointError: there is no such model, or it has another tokenizer.
+          ConfigError: it does not fit the mesh or the rows.
+        """
+        path = self.teacher
+        checkpoint = find_checkpoint(path)
+        metadata = read_metadata(checkpoint)
+        check_fingerprint(metadata["fingerprint"], tokenizer.fingerprint, path)
+        # The student's step computes both: how the layers are spread over stages is its own to say.
+        model = trained_as(metadata, where=checkpoint)[0].model_copy(update={"pipeline": config.model.pipeline})
+        if model.vocab_size != tokenizer.vocab_size:
+            raise CheckpointError(
+                f"objective.teacher: {path} has {model.vocab_size} tokens, and the tokenizer {tokenizer.vocab_size};"
+                " give a teacher with the student's tokenizer"
+            )
+        if config.row_length > model.max_length:
+            raise ConfigError(
+                [f"row_length: {config.row_length} exceeds the max_length of {model.max_length} of the teacher {path}"]
+            )
+        try:
+            check_layout(config.model_copy(update={"model": model}), mesh.shape)
+        except ConfigError as error:
+            raise ConfigError([f"{path} (the teacher): {problem}" for problem in error.problems]) from None
+        teacher, _ = load_model(path, mesh)
+        return with_config(teacher, model)
+
+
+class _DistillationData(PackedRowsData):
+    """Packed rows, and a teacher that is tried on the first of them."""
+
+    def prepare(self, frozen: dict[str, Any]) -> None:
+        super().prepare(frozen)
+        mine = self._context.rows
+        rows = as_batch(self._mixture.batch(0, shard=mine.index, num_shards=mine.count))
+        if not bool(_is_finite(frozen["teacher"], put_batch(rows, self._context.mesh)["text"])):
+            raise CheckpointError(
+                f"objective.teacher: {self._context.config.objective.teacher} gives logits that are not finite for the"
+                " first rows of the data; give another checkpoint"
+            )
+
+    def validate(self, model: StudentAndTeacher) -> dict[str, float]:
+        return super().validate(model.student)
+
+
+@jax.jit
+def _is_finite(teacher: Decoder, text: Stream) -> jax.Array:
+    """Whether the teacher gives each token of the text a finite probability."""
+    hidden_BLD = teacher(text.tokens, positions_BL=text.positions, segment_ids_BL=text.segment_ids).hidden_BLD
+    log_probability_BL, _ = teacher.log_probabilities(hidden_BLD, text.targets)
+    return jnp.all(jnp.isfinite(log_probability_BL) | (text.loss_weights == 0))
+
+
+def token_divergence(
+    student: Decoder, hidden_BLD: jax.Array, teacher: Decoder, taught_BLD: jax.Array, *, temperature: float
+) -> jax.Array:
+    """KL(teacher || student) over the vocabulary for each token, in nats: float32 [B, L].
+
+        sum_v p_v (log p_v - log q_v),   p = softmax(teacher's logits / T), q = softmax(student's logits / T)
+
+    Neither model's logits are ever held whole.
+
+    Args:
+      hidden_BLD, taught_BLD: final hidden states of both; their widths may differ.
+    """
+
+    def chunk(models, hidden, taught):
+        student, teacher = models
+        log_q_BCV = jax.nn.log_softmax(student.logits(hidden) / temperature)
+        log_p_BCV = jax.nn.log_softmax(teacher.logits(taught) / temperature)
+        return (jnp.sum(jnp.exp(log_p_BCV) * (log_p_BCV - log_q_BCV), axis=-1),)
+
+    chunk_length = student.config.loss_chunk_length
+    (divergence_BL,) = in_chunks(chunk, (student, teacher), hidden_BLD, taught_BLD, chunk_length=chunk_length)
+    return divergence_BL
+
+
+OBJECTIVE = Distillation

@@ -1,0 +1,107 @@
+"""The data of objectives that read packed rows: a mixture of sources, and bits per byte of what they hold out."""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from maxlm.config.train import TrainConfig
+from maxlm.core.batch import Batch, Stream
+from maxlm.data.held_out import HeldOutRows, open_held_out
+from maxlm.data.loader import PackedRows, open_mixture
+from maxlm.objectives.validation import Evaluator, cross_entropy_by_source, target_bytes, values_by_source
+from maxlm.runtime.manifest import read_manifest
+from maxlm.tokenizer.codec import Tokenizer
+from maxlm.train.objective import Example, RunContext
+
+
+class PackedRowsData:
+    """A mixture of packed sources.
+
+    A validation reads the same rows each time, `eval_batches` batches of those held out, spread evenly over the sources
+    and over the rows of each.
+    """
+
+    def __init__(self, context: RunContext):
+        self._context = context
+        self._mixture = _open(context.config, context.tokenizer)
+
+    def prepare(self, frozen: dict[str, Any]) -> None:
+        if self._held_out is not None:
+            _ = self._valid_batches
+
+    def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[Batch]:
+        mine = self._context.rows
+        return map(as_batch, self._mixture.iterate(start_step, shard=mine.index, num_shards=mine.count))
+
+    def documents(self, batch: int) -> list[dict[str, Any]]:
+        return [asdict(document) for document in self._mixture.documents(batch)]
+
+    def validate(self, model: Any) -> dict[str, float]:
+        if self._held_out is None:
+            return {}
+        sums = self._evaluator.sums(model, self._valid_batches)
+        return values_by_source(sums, self._held_out.sources, self._valid_bytes)
+
+    @functools.cached_property
+    def _held_out(self) -> HeldOutRows | None:
+        """The held-out rows that validations read; None where no source holds any out."""
+        config = self._context.config
+        paths = [source.path for source in config.objective.sources]
+        paths = [path for path in paths if read_manifest(path)["metrics"]["splits"]["valid"]["rows"]]
+        return open_held_out(paths, batch_size=config.batch_size, num_batches=config.eval_batches) if paths else None
+
+    @functools.cached_property
+    def _evaluator(self) -> Evaluator:
+        loss = functools.partial(cross_entropy_by_source, num_sources=len(self._held_out.sources))
+        return Evaluator(loss, self._context.mesh)
+
+    @functools.cached_property
+    def _valid_batches(self) -> list[Batch]:
+        """This process's rows of the validation."""
+        mine = self._context.rows
+        return [self._valid_batch(step, shard=mine.index, num_shards=mine.count) for step in self._valid_steps]
+
+    @functools.cached_property
+    def _valid_bytes(self) -> np.ndarray:
+        """Bytes of text of each source in all processes' rows."""
+        num_bytes = np.zeros(len(self._held_out.sources), np.int64)
+        for step in self._valid_steps:
+            batch = self._valid_batch(step)
+            of_targets = target_bytes(batch["text"], self._context.tokenizer.byte_lengths)
+            np.add.at(num_bytes, batch.values["source_ids_BL"], of_targets)
+        return num_bytes
+
+    @property
+    def _valid_steps(self) -> range:
+        return range(self._held_out.num_steps)
+
+    def _valid_batch(self, step: int, **shard: int) -> Batch:
+        rows = self._held_out.batch(step, **shard)
+        return replace(as_batch(rows), values={"source_ids_BL": rows["source_ids"]})
+
+
+def preview_rows(config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[Example]:
+    """The first rows of the mixture."""
+    mixture = _open(config, tokenizer)
+    for number in range(num_examples):
+        step, row = divmod(number, config.batch_size)
+        rows = {name: values[row : row + 1] for name, values in mixture.batch(step).items()}
+        yield Example(f"row {number + 1}", Stream.from_rows(rows))
+
+
+def _open(config: TrainConfig, tokenizer: Tokenizer) -> PackedRows:
+    return open_mixture(
+        [(source.path, source.weight) for source in config.objective.sources],
+        seed=config.seed,
+        batch_size=config.batch_size,
+        expected_fingerprint=tokenizer.fingerprint,
+        expected_row_length=config.row_length,
+    )
+
+
+def as_batch(rows: dict[str, np.ndarray]) -> Batch:
+    """The stream `text`, from the arrays that the loader gives."""
+    return Batch({"text": Stream.from_rows(rows)})

@@ -1,0 +1,62 @@
+"""The data of objectives that learn from preference pairs."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxlm.config.objective import RecordsConfig
+from maxlm.config.train import TrainConfig
+from maxlm.core.batch import Batch
+from maxlm.core.term import LossOutput, Term
+from maxlm.data.preference import PreferencePairs
+from maxlm.objectives.record_data import RecordData, first_examples
+from maxlm.objectives.sequences import rows_of
+from maxlm.tokenizer.codec import Tokenizer
+from maxlm.train.objective import Example, ExampleMaker, RunContext
+
+
+def open_pairs(
+    context: RunContext,
+    loss: Callable[[Any, Batch], LossOutput],
+    *,
+    term: str,
+    complete: Callable[[Batch], Batch] = lambda batch: batch,
+) -> RecordData:
+    """Batches with the streams `chosen` and `rejected`; validation gives the mean of a loss term, and how often and by
+    how much the chosen answer is ahead."""
+    config = context.config
+
+    def read(path: str) -> PreferencePairs:
+        return PreferencePairs.read(
+            path, context.tokenizer, row_length=config.row_length, parts=context.row_parts, form=config.objective
+        )
+
+    def summarize(sums: dict[str, Term], batches: list[Batch]) -> dict[str, float]:
+        means = {name: float(np.asarray(value.mean())) for name, value in sums.items()}
+        return {"loss": means[term], "accuracy": means["accuracy"], "reward_margin": means["reward_margin"]}
+
+    return RecordData(context, read, loss=loss, summarize=summarize, complete=complete)
+
+
+def preview_pairs(
+    objective: RecordsConfig, config: TrainConfig, tokenizer: Tokenizer, num_examples: int
+) -> Iterator[Example]:
+    """The first pairs, the chosen answer first."""
+    pairs = PreferencePairs.read(objective.train_file, tokenizer, row_length=config.row_length, form=objective)
+    batch = first_examples(pairs, config, num_examples)
+    for number, (chosen, rejected) in enumerate(zip(rows_of(batch["chosen"]), rows_of(batch["rejected"])), 1):
+        yield Example(f"pair {number}, chosen", chosen)
+        yield Example(f"pair {number}, rejected", rejected)
+
+
+def example_pairs(make: ExampleMaker) -> Batch:
+    """Made-up pairs, one of them padding."""
+    streams = {name: make.sequences(shared=5) for name in ("chosen", "rejected")}
+    keep = np.arange(len(streams["chosen"].tokens)) != 2
+
+    def padded(x: np.ndarray) -> np.ndarray:
+        return np.where(keep[:, None], x, np.zeros_like(x))
+
+    return jax.tree.map(padded, Batch(streams))

@@ -1,0 +1,44 @@
+"""Next-token prediction on packed rows."""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+from pydantic import Field, NonNegativeFloat
+
+from maxlm.config.objective import PackedRowsConfig
+from maxlm.config.train import TrainConfig
+from maxlm.core.batch import Batch
+from maxlm.core.term import LossOutput
+from maxlm.objectives.language_model import language_model_loss
+from maxlm.objectives.packed_rows import PackedRowsData, preview_rows
+from maxlm.tokenizer.codec import Tokenizer
+from maxlm.train.objective import Example, ExampleMaker, Objective, RunContext
+
+
+class Pretraining(Objective, PackedRowsConfig):
+    """Next-token prediction on packed rows."""
+
+    needs_start: ClassVar[bool] = False
+    learns_text: ClassVar[bool] = True
+
+    kind: Literal["pretrain"] = "pretrain"
+    z_loss: NonNegativeFloat = Field(0.0, description="Weight of the mean squared log of the softmax's normaliser.")
+
+    def compute_loss(self, model: Any, batch: Batch, key: jax.Array | None = None) -> LossOutput:
+        return language_model_loss(model, batch["text"], z_loss=self.z_loss)
+
+    def open_data(self, context: RunContext) -> PackedRowsData:
+        return PackedRowsData(context)
+
+    def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[Example]:
+        return preview_rows(config, tokenizer, num_examples)
+
+    def example(self, make: ExampleMaker) -> Batch:
+        return Batch({"text": make.documents()})
+
+    def for_verification(self) -> Self:
+        return self.model_copy(update={"z_loss": max(self.z_loss, 0.1)})
+
+
+OBJECTIVE = Pretraining

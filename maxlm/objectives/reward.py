@@ -1,0 +1,71 @@
+"""A reward model trained on preferences.
+
+Dimensions: B pairs.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, Self
+
+import jax
+import jax.numpy as jnp
+from pydantic import Field, NonNegativeFloat
+
+from maxlm.config.model import ModelConfig
+from maxlm.config.objective import RecordsConfig
+from maxlm.config.train import TrainConfig
+from maxlm.core.batch import Batch
+from maxlm.core.term import LossOutput, Term, add
+from maxlm.models.decoder import Decoder
+from maxlm.models.reward import RewardModel
+from maxlm.objectives.pairs import example_pairs, open_pairs, preview_pairs
+from maxlm.objectives.record_data import RecordData
+from maxlm.objectives.sequences import is_real
+from maxlm.ops.preference_losses import bradley_terry_loss
+from maxlm.tokenizer.codec import Tokenizer
+from maxlm.train.objective import Example, ExampleMaker, Objective, RunContext
+
+
+class RewardModeling(Objective, RecordsConfig):
+    """A scalar head trained on preference pairs with the Bradley-Terry loss."""
+
+    kind: Literal["reward"] = "reward"
+    train_file: str = Field(
+        description="Pairs: JSON, JSONL or Parquet with `prompt` (messages or text), `chosen` and `rejected`."
+    )
+    center: NonNegativeFloat = Field(0.0, description="Weight of the squared sum of a pair's rewards.")
+
+    def declare(self, config: ModelConfig) -> RewardModel:
+        return RewardModel(config)
+
+    def from_decoder(self, decoder: Decoder, key: jax.Array) -> RewardModel:
+        return RewardModel.from_decoder(decoder, key)
+
+    def compute_loss(self, model: RewardModel, batch: Batch, key: jax.Array | None = None) -> LossOutput:
+        real_B = is_real(batch["chosen"])
+        weight = jnp.sum(real_B)
+        chosen_B, chosen_auxiliary = model.rewards(batch["chosen"])
+        rejected_B, rejected_auxiliary = model.rewards(batch["rejected"])
+        terms = {"bradley_terry": Term(jnp.sum(real_B * bradley_terry_loss(chosen_B, rejected_B)), weight)}
+        if self.center:
+            # Only differences are learned otherwise; this keeps the rewards of a pair around zero (arXiv:2312.09244).
+            terms["center"] = Term(self.center * jnp.sum(real_B * jnp.square(chosen_B + rejected_B)), weight)
+        metrics = {
+            "accuracy": Term(jnp.sum(real_B * (chosen_B > rejected_B)), weight),
+            "reward_margin": Term(jnp.sum(real_B * (chosen_B - rejected_B)), weight),
+        }
+        return LossOutput(terms, metrics).joined(add(chosen_auxiliary, rejected_auxiliary))
+
+    def open_data(self, context: RunContext) -> RecordData:
+        return open_pairs(context, self.compute_loss, term="bradley_terry")
+
+    def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[Example]:
+        return preview_pairs(self, config, tokenizer, num_examples)
+
+    def example(self, make: ExampleMaker) -> Batch:
+        return example_pairs(make)
+
+    def for_verification(self) -> Self:
+        return self.model_copy(update={"center": max(self.center, 0.1)})
+
+
+OBJECTIVE = RewardModeling

@@ -1,0 +1,51 @@
+"""What the objectives on whole answers share: log-probabilities of tokens, and results back on the host.
+
+Dimensions: B rows, L length.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxlm.core.batch import Stream
+from maxlm.core.sharding import shard
+from maxlm.core.term import LossOutput
+from maxlm.models.decoder import Decoder
+
+
+def target_log_probabilities(
+    model: Decoder, stream: Stream, *, temperature: float = 1.0
+) -> tuple[jax.Array, LossOutput]:
+    """log p(target) under softmax(logits / temperature): float32 [B, L]; 0 where the loss weight is 0.
+
+    Beside it, what the model's layers add to the loss.
+    """
+    output = model(stream.tokens, positions_BL=stream.positions, segment_ids_BL=stream.segment_ids)
+    log_probability_BL, _ = model.log_probabilities(output.hidden_BLD, stream.targets, temperature=temperature)
+    return jnp.where(stream.loss_weights > 0, log_probability_BL, 0.0), output.auxiliary
+
+
+def whole_rows(x_BL: jax.Array) -> jax.Array:
+    """The same numbers for the host to read: each device holds whole rows."""
+    return shard(x_BL, "batch", None)
+
+
+def is_real(stream: Stream) -> jax.Array:
+    """1.0 for rows that hold a sequence and 0.0 for padding: float32 [B]."""
+    return jnp.any(stream.segment_ids > 0, axis=1).astype(jnp.float32)
+
+
+def local_rows(x: Any) -> np.ndarray:
+    """This process's rows of a global array that is sharded along its first axis."""
+    # Devices along a mesh axis that does not split the rows hold the same ones.
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+def rows_of(stream: Stream) -> Iterator[Stream]:
+    """Each row as a stream of its own."""
+    for row in range(len(stream.tokens)):
+        yield jax.tree.map(lambda x, row=row: x[row : row + 1], stream)

@@ -1,0 +1,65 @@
+"""Supervised fine-tuning: next-token prediction on the assistant's tokens of packed chats."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, ClassVar, Literal, Self
+
+import jax
+from pydantic import Field, NonNegativeFloat
+
+from maxlm.config.objective import RecordsConfig
+from maxlm.config.train import TrainConfig
+from maxlm.core.batch import Batch
+from maxlm.core.term import LossOutput, Term
+from maxlm.data.chat import PackedChats
+from maxlm.objectives.language_model import language_model_loss
+from maxlm.objectives.record_data import RecordData, first_examples
+from maxlm.objectives.sequences import rows_of
+from maxlm.objectives.validation import language_model_values, target_bytes
+from maxlm.tokenizer.codec import Tokenizer
+from maxlm.train.objective import Example, ExampleMaker, Objective, RunContext
+
+
+class SupervisedFineTuning(Objective, RecordsConfig):
+    """Next-token prediction on the assistant's tokens of chats."""
+
+    learns_text: ClassVar[bool] = True
+
+    kind: Literal["sft"] = "sft"
+    train_file: str = Field(
+        description="Chats: JSON, JSONL or Parquet with `messages`, `conversations`, or instruction and output."
+    )
+    z_loss: NonNegativeFloat = 0.0
+
+    def compute_loss(self, model: Any, batch: Batch, key: jax.Array | None = None) -> LossOutput:
+        return language_model_loss(model, batch["text"], z_loss=self.z_loss)
+
+    def open_data(self, context: RunContext) -> RecordData:
+        def summarize(sums: dict[str, Term], batches: list[Batch]) -> dict[str, float]:
+            byte_lengths = context.tokenizer.byte_lengths
+            num_bytes = sum(int(target_bytes(batch["text"], byte_lengths).sum()) for batch in batches)
+            return language_model_values(sums["cross_entropy"], num_bytes)
+
+        return RecordData(
+            context,
+            partial(self._read, row_length=context.config.row_length, tokenizer=context.tokenizer),
+            loss=lambda model, batch: language_model_loss(model, batch["text"]),
+            summarize=summarize,
+        )
+
+    def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[Example]:
+        chats = self._read(self.train_file, row_length=config.row_length, tokenizer=tokenizer)
+        for number, row in enumerate(rows_of(first_examples(chats, config, num_examples)["text"]), 1):
+            yield Example(f"row {number}", row)
+
+    def example(self, make: ExampleMaker) -> Batch:
+        return Batch({"text": make.documents()})
+
+    def for_verification(self) -> Self:
+        return self.model_copy(update={"z_loss": max(self.z_loss, 0.1)})
+
+    def _read(self, path: str, *, row_length: int, tokenizer: Tokenizer) -> PackedChats:
+        return PackedChats.read(path, tokenizer, row_length=row_length, form=self)
+
+
+OBJECTIVE = SupervisedFineTuning

@@ -1,0 +1,82 @@
+"""Validation on held-out rows."""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from maxlm.core.batch import Batch, Stream, put_batch
+from maxlm.core.term import LossOutput, Term
+from maxlm.models.decoder import Decoder
+
+
+class Evaluator:
+    """Sums a loss over batches, compiled once for all validations of a run."""
+
+    def __init__(self, loss: Callable[[Any, Any], LossOutput], mesh: Mesh):
+        self._mesh = mesh
+        self._step = jax.jit(lambda model, batch: _all_terms(loss(model, batch)))
+
+    def sums(self, model: Any, batches: Iterable[Any]) -> dict[str, Term]:
+        """Each term and metric of the loss, added over the batches, as numpy numbers."""
+        outputs = [self._step(model, put_batch(batch, self._mesh)) for batch in batches]
+        return functools.reduce(lambda a, b: jax.tree.map(operator.add, a, b), jax.device_get(outputs))
+
+
+def cross_entropy_by_source(model: Decoder, batch: Batch, *, num_sources: int) -> LossOutput:
+    """Cross-entropy of the targets of each source, in nats, as metrics `0` ... `num_sources - 1`.
+
+    Its value `source_ids_BL` [batch, length] says which source each token is of.
+    """
+    rows = batch["text"]
+    output = model(rows.tokens, positions_BL=rows.positions, segment_ids_BL=rows.segment_ids)
+    log_probability_BL, _ = model.log_probabilities(output.hidden_BLD, rows.targets)
+    terms = {}
+    for source in range(num_sources):
+        weights_BL = jnp.where(batch.values["source_ids_BL"] == source, rows.loss_weights, 0.0)
+        terms[str(source)] = Term(-jnp.sum(weights_BL * log_probability_BL), jnp.sum(weights_BL))
+    return LossOutput({}, terms)
+
+
+def language_model_values(cross_entropy: Term, num_bytes: int) -> dict[str, float]:
+    """Mean loss in nats, perplexity, and bits per byte of text, from a sum of cross-entropies."""
+    loss = float(cross_entropy.sum / cross_entropy.weight)
+    values = {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+    if num_bytes:
+        values["bits_per_byte"] = float(cross_entropy.sum) / math.log(2) / num_bytes
+    return values
+
+
+def values_by_source(sums: dict[str, Term], names: list[str], num_bytes: np.ndarray) -> dict[str, float]:
+    """`language_model_values` over all sources and, where there are several, `bits_per_byte/NAME` of each.
+
+    The mean is over the tokens and bytes of all rows, so that a source counts by how much of its text is read.
+
+    Args:
+      sums: as `cross_entropy_by_source` names them.
+      num_bytes: [sources], bytes of text of the targets.
+    """
+    terms = [sums[str(source)] for source in range(len(names))]
+    # fsum rounds once, so that the order of the sources does not matter.
+    total = Term(*(math.fsum(float(getattr(term, part)) for term in terms) for part in ("sum", "weight")))
+    values = language_model_values(total, int(num_bytes.sum()))
+    if len(names) > 1:
+        for name, term, size in zip(names, terms, num_bytes):
+            if size:
+                values[f"bits_per_byte/{name}"] = float(term.sum) / math.log(2) / int(size)
+    return values
+
+
+def target_bytes(text: Stream, byte_lengths: np.ndarray) -> np.ndarray:
+    """Bytes of text that each target with a weight stands for, 0 for the others: [batch, length]."""
+    return np.where(text.loss_weights > 0, byte_lengths[text.targets], 0)
+
+
+def _all_terms(output: LossOutput) -> dict[str, Term]:
+    return {**output.terms, **output.metrics}

@@ -1,0 +1,200 @@
+"""Rewards that a program can verify: (completion, record of the training file) -> number.
+
+A configuration names one of `REWARDS`, or a function of its own as `package.module:function`. What the right answer is,
+is read from the record by `right_answer`, which refuses one that can never be met.
+"""
+
+import difflib
+import importlib
+import json
+import math
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Callable
+from typing import Any
+
+from maxlm.errors import ConfigError, DataError
+from maxlm.scoring.numerals import Number, find_numbers
+
+RewardFunction = Callable[[str, dict[str, Any]], float]
+
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+# How the references of GSM8K end (arXiv:2110.14168).
+_FINAL_LINE = re.compile(r"(?:^|\n)####[ \t]*(\S.*)\s*$")
+# Writing systems whose words are not set apart by spaces, or take endings without one, by how their characters' names
+# begin in Unicode.
+_UNSPACED = (
+    "CJK ", "IDEOGRAPHIC ", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "HANGUL", "YI ",
+    "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ", "JAVANESE ", "BALINESE ", "TAI ", "NEW TAI ",
+)  # fmt: skip
+
+
+def exact_match(completion: str, record: dict[str, Any]) -> float:
+    """1 if the completion, without space around it, is the answer."""
+    return float(_composed(completion) == right_answer(record))
+
+
+def contains(completion: str, record: dict[str, Any]) -> float:
+    """1 if the answer stands somewhere in the completion as whole words.
+
+    Where a script sets no spaces between words (Chinese, Japanese, Thai, ...), or joins endings to them (Korean), the
+    answer may stand anywhere.
+    """
+    text, answer = _composed(completion), right_answer(record)
+    starts = (match.start() for match in re.finditer(f"(?={re.escape(answer)})", text))
+    return float(any(_is_whole(text, start, start + len(answer)) for start in starts))
+
+
+def last_number(completion: str, record: dict[str, Any]) -> float:
+    """1 if the last number in the completion equals that of the answer: 1,000 is 1000.0, and 50% is 0.5 or 50."""
+    return _last_number(completion, right_number(record))
+
+
+def last_number_zh(completion: str, record: dict[str, Any]) -> float:
+    """`last_number` where Chinese numerals count too, in the completion and in the answer: 十八, 两万, 四分之三."""
+    return _last_number(completion, right_number(record, chinese=True), chinese=True)
+
+
+def tagged_answer(completion: str, record: dict[str, Any]) -> float:
+    """1 if the completion has one <answer>...</answer> with the answer in it; 0.1 if it has one with something else."""
+    answer, found = right_answer(record), _TAGGED.findall(completion)
+    if len(found) != 1:
+        return 0.0
+    return 1.0 if _composed(found[0]) == answer else 0.1
+
+
+REWARDS: dict[str, RewardFunction] = {
+    function.__name__: function for function in (exact_match, contains, last_number, last_number_zh, tagged_answer)
+}
+
+
+def right_answer(record: dict[str, Any]) -> str:
+    """The `answer` of a record as text: a text, or a number as JSON writes it (18.0 as 18).
+
+    Of a text that ends with a line `#### 18` it is what stands there.
+
+    Raises:
+      ValueError: it is neither, or empty, so that no completion could be right.
+    """
+    answer = record.get("answer")
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise ValueError(f"must be a text or a number, and is {_shown(answer)}")
+    if isinstance(answer, float):
+        if not math.isfinite(answer):
+            raise ValueError(f"is {answer}, which no completion can equal")
+        answer = int(answer) if answer.is_integer() and abs(answer) < 2**53 else answer
+    text = _composed(str(answer))
+    if final := _FINAL_LINE.search(text):
+        text = final[1].strip()
+    if not text:
+        raise ValueError("is empty")
+    return text
+
+
+def right_number(record: dict[str, Any], *, chinese: bool = False) -> Number:
+    """The one number in `right_answer`; a unit may stand beside it.
+
+    Raises:
+      ValueError: there is none or are several, or `right_answer` refuses it.
+    """
+    answer = right_answer(record)
+    numbers = find_numbers(answer, chinese=chinese)
+    if len(numbers) != 1:
+        raise ValueError(f"must hold one number, and {_shown(answer)} holds {len(numbers) or 'none'}")
+    if numbers[0].value is None:
+        raise ValueError(f"{_shown(answer)} is too large, or divides by zero")
+    return numbers[0]
+
+
+# What `check_answer` asks of each reward beside an answer that is there.
+_READERS = {"last_number": right_number, "last_number_zh": lambda record: right_number(record, chinese=True)}
+
+
+def check_answer(reward: str, record: dict[str, Any], where: str) -> None:
+    """Refuse a record whose answer the reward of this name could never find right; a function of one's own takes any.
+
+    Raises:
+      DataError: beginning with `where`, FILE:LINE.
+    """
+    if reward not in REWARDS:
+        return
+    try:
+        _READERS.get(reward, right_answer)(record)
+    except ValueError as error:
+        raise DataError(
+            f"{where}: for the reward {reward} answer {error}; mend or remove the line, or choose another reward"
+        ) from None
+
+
+def find_reward(name: str) -> RewardFunction:
+    """The reward function of this name.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    module_name, colon, function_name = name.partition(":")
+    if colon:
+        # A script's own folder is on the path, and this one's is that of the command: the user's is the current one.
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            function = getattr(importlib.import_module(module_name), function_name)
+        # A module of the user's may fail in any way.
+        except (Exception, SystemExit) as error:
+            raise ConfigError([f"objective.reward: {name!r} cannot be imported: {_first_line(error)}"]) from error
+        if not callable(function):
+            raise ConfigError([f"objective.reward: {name!r} is no function but a {type(function).__name__}"])
+        return function
+    near = difflib.get_close_matches(name, REWARDS, 1)
+    hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(REWARDS)}, or package.module:function"
+    raise ConfigError([f"objective.reward: {name!r} is no reward function; {hint}"])
+
+
+def _last_number(completion: str, wanted: Number, *, chinese: bool = False) -> float:
+    numbers = find_numbers(completion, chinese=chinese)
+    return float(bool(numbers) and numbers[-1].equals(wanted))
+
+
+def _composed(text: str) -> str:
+    """Without space around it, and each accented letter as one character however it was typed."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def _is_whole(text: str, start: int, end: int) -> bool:
+    """Whether neither end of text[start:end] lies within a word or a number."""
+    before, after = text[max(start - 2, 0) : start], text[end : end + 2]
+    first, last = text[start], text[end - 1]
+    if unicodedata.category(after[:1] or " ").startswith("M"):
+        return False  # a vowel or an accent of the last letter
+    if first.isdecimal() and re.search(r"\d[.,]$|(?:^|[^\w)])[-\u2212]$", before):
+        return False  # 18 in 1,218 or in -18
+    if last.isdecimal() and re.match(r"[.,]\d", after):
+        return False  # 18 in 18.5
+    return not (_joins(before[-1:], first) or _joins(after[:1], last))
+
+
+def _joins(neighbour: str, edge: str) -> bool:
+    """Whether a word goes on from an answer's edge to its neighbour."""
+    return _is_of_word(neighbour) and not (_is_unspaced(neighbour) or _is_unspaced(edge))
+
+
+def _is_of_word(character: str) -> bool:
+    return bool(character) and (character == "_" or unicodedata.category(character)[0] in "LMN")
+
+
+def _is_unspaced(character: str) -> bool:
+    return unicodedata.name(character, "").startswith(_UNSPACED)
+
+
+def _first_line(error: BaseException) -> str:
+    text = (str(error).strip().splitlines() or [""])[0]
+    return text if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {text}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:60] + "…"

@@ -1,0 +1,98 @@
+"""`maxlm score`: what a trained reward model gives to the answers of a file."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maxlm.config.data import RecordFormat
+from maxlm.core.interval import mean_interval, proportion_interval
+from maxlm.data.chat import encode_answer, encode_chat
+from maxlm.data.messages import parse_messages
+from maxlm.data.records import field, read_records
+from maxlm.errors import CheckpointError, DataError
+from maxlm.interop.load import load_reward_model
+from maxlm.scoring.reward_model import score_sequences
+from maxlm.tokenizer.codec import Tokenizer
+
+_ACCEPTED = (
+    "a record is {prompt, completion}, {prompt, chosen, rejected}, {messages} that end with the answer, or"
+    " {messages, completion}"
+)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """FILE:LINE of a record, and the score of its `completion`, or those of its `chosen` and `rejected`."""
+
+    place: str
+    scores: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        if "completion" in self.scores:
+            return {"id": self.place, "score": self.scores["completion"]}
+        return {"id": self.place, **{f"{name}_score": value for name, value in self.scores.items()}}
+
+
+def score_file(model_path: str | Path, path: str | Path) -> list[Scored]:
+    """The score of each record of a JSONL file, in order.
+
+    Raises:
+      DataError: a record is of no form that is read, or longer than the model's context; with file and line.
+      CheckpointError: the model is no trained reward model.
+    """
+    model, tokenizer = load_reward_model(model_path)
+    if tokenizer is None:
+        raise CheckpointError(f"{model_path}: has no tokenizer; put that of its training into its run folder")
+    longest = model.config.max_length
+    places, sequences = [], []
+    for where, record in read_records(path):
+        for name, ids in _encoded(record, tokenizer, where):
+            if len(ids) > longest:
+                raise DataError(
+                    f"{where}: its {len(ids)} tokens are more than the model's context of {longest};"
+                    " shorten or remove it"
+                )
+            places.append((where, name))
+            sequences.append(ids)
+    if not sequences:
+        raise DataError(f"{path}: holds no records; {_ACCEPTED}")
+    by_place: dict[str, dict[str, float]] = {}
+    for (where, name), value in zip(places, score_sequences(model, sequences)):
+        by_place.setdefault(where, {})[name] = float(value)
+    return [Scored(where, scores) for where, scores in by_place.items()]
+
+
+def summarize(scored: list[Scored], *, seed: int = 0) -> dict[str, Any]:
+    """Mean score and, over the pairs, how often the chosen answer is ahead and by how much; with 95 % intervals."""
+    values = [value for item in scored for value in item.scores.values()]
+    summary = {"records": len(scored), "mean": mean_interval(np.array(values), seed=seed).to_dict()}
+    margins = np.array([item.scores["chosen"] - item.scores["rejected"] for item in scored if "chosen" in item.scores])
+    if len(margins):
+        summary["pairs"] = len(margins)
+        summary["accuracy"] = proportion_interval((margins > 0).astype(np.int64), seed=seed).to_dict()
+        summary["margin"] = mean_interval(margins, seed=seed).to_dict()
+    return summary
+
+
+def _encoded(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> Iterator[tuple[str, list[int]]]:
+    """The token ids of each answer with its prompt, by the answer's name."""
+    names = [name for name in ("chosen", "rejected", "completion") if name in record]
+    if names in (["chosen", "rejected"], ["completion"]):
+        if ("prompt" in record) == ("messages" in record):
+            raise DataError(f"{where}: must have either prompt or messages beside {' and '.join(names)}; {_ACCEPTED}")
+        prompt = record["prompt"] if "prompt" in record else record["messages"]
+        for name in names:
+            yield name, encode_answer(tokenizer, prompt, record[name], where).ids
+        return
+    if names:
+        raise DataError(f"{where}: has {' and '.join(names)}; {_ACCEPTED}")
+    if "messages" not in record:
+        raise DataError(f"{where}: has {', '.join(record) or 'nothing'}; {_ACCEPTED}")
+    messages = parse_messages(field(record, "messages", where), where, RecordFormat())
+    ids = encode_chat(tokenizer, messages, where).ids
+    if messages[-1]["role"] != tokenizer.template.answering_role:
+        raise DataError(f"{where}: ends with no message of role {tokenizer.template.answering_role!r}; {_ACCEPTED}")
+    yield "completion", ids

@@ -1,0 +1,138 @@
+"""Distillation: the divergence is the formula's, its gradient too, and a student comes to say what its teacher says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.config.load import parse_config
+from maxlm.config.model import ModelConfig
+from maxlm.core.parameters import initialize
+from maxlm.errors import CheckpointError, ConfigError
+from maxlm.models.decoder import Decoder
+from maxlm.objectives.distill import Distillation, token_divergence
+from maxlm.train.metrics import read_metrics
+from maxlm.train.run import train
+
+SMALL = {
+    "num_layers": 1,
+    "embed_dim": 16,
+    "mlp_dim": 24,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 8,
+    "activation_dtype": "float32",
+    "matmul_dtype": "float32",
+}
+LARGE = {**SMALL, "embed_dim": 32, "mlp_dim": 48}
+
+
+def softmax(logits):
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("chunk_length", [3, 100])
+def test_the_divergence_and_its_gradient_are_the_formulas(chunk_length):
+    shape = {"vocab_size": 23, "tie_embeddings": False, "loss_chunk_length": chunk_length}
+    student = initialize(Decoder(ModelConfig(**SMALL, **shape)), jax.random.key(0))
+    teacher = initialize(Decoder(ModelConfig(**LARGE, **shape)), jax.random.key(1))
+    random = np.random.default_rng(0)
+    hidden, taught = (random.normal(0, 20, (2, 7, width)).astype(np.float32) for width in (16, 32))
+    weights, temperature = random.random((2, 7)).astype(np.float32), 1.7
+
+    def total(student):
+        return jnp.sum(weights * token_divergence(student, hidden, teacher, taught, temperature=temperature))
+
+    found, gradient = jax.value_and_grad(total)(student)
+
+    q = softmax(hidden.astype(np.float64) @ np.asarray(student.head, np.float64).T / temperature)
+    p = softmax(taught.astype(np.float64) @ np.asarray(teacher.head, np.float64).T / temperature)
+    expected = (weights * (p * (np.log(p) - np.log(q))).sum(axis=-1)).sum()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    expected_gradient = np.einsum("bl,blv,bld->vd", weights, (q - p) / temperature, hidden)
+    np.testing.assert_allclose(gradient.head, expected_gradient, rtol=1e-4, atol=1e-5 * np.abs(expected_gradient).max())
+
+
+def distill_config(output, teacher, data, *, objective=None, **settings):
+    tree = {
+        "kind": "train",
+        "output": str(output),
+        "model": {**SMALL, "max_length": 32},
+        "objective": {
+            "kind": "distill",
+            "teacher": str(teacher),
+            "sources": [{"path": str(data)}],
+            "temperature": 2.0,
+            "alpha": 0.8,
+            **(objective or {}),
+        },
+        "mesh": {"fsdp": 2, "tensor": 1},
+        "optim": {"learning_rate": 1e-2, "schedule": {"kind": "constant", "warmup_steps": 1}},
+        "steps": 12,
+        "batch_size": 8,
+        "row_length": 32,
+        "log_every": 4,
+        "eval_every": 0,
+        "eval_batches": 1,
+        **settings,
+    }
+    return parse_config(tree)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, tiny_data_folder):
+    """A run folder of a larger model, set to 1F1B, that has seen the data for a few steps."""
+    folder = tmp_path_factory.mktemp("teacher")
+    tree = distill_config(folder, "none", tiny_data_folder).model_dump()
+    objective = {"kind": "pretrain", "sources": [{"path": tiny_data_folder}]}
+    model = {**LARGE, "num_layers": 2, "max_length": 32, "pipeline": {"schedule": "1f1b"}}
+    train(parse_config({**tree, "model": model, "objective": objective, "steps": 8}))
+    return folder
+
+
+def test_a_student_comes_to_say_what_its_teacher_says(teacher, tiny_data_folder, tmp_path):
+    manifest = train(distill_config(tmp_path / "run", teacher, tiny_data_folder))
+    assert manifest["stage"] == "train/distill"
+    assert manifest["inputs"]["teacher"]["path"]
+    assert {"loss", "bits_per_byte"} <= set(manifest["metrics"]["valid"])
+    records = [record for record in read_metrics(tmp_path / "run") if "divergence" in record]
+    first, last = records[0], records[-1]
+    assert last["divergence"] < 0.7 * first["divergence"]
+    for record in (first, last):
+        expected = 0.8 * 4 * record["divergence"] + 0.2 * record["student_cross_entropy"]
+        # A mean over steps against one over their tokens.
+        np.testing.assert_allclose(record["loss"], expected, rtol=1e-3)
+
+
+def test_a_mesh_that_does_not_fit_is_refused(teacher, tiny_data_folder, tmp_path):
+    config = distill_config(tmp_path / "run", teacher, tiny_data_folder, mesh={"fsdp": 1, "tensor": 8})
+    with pytest.raises(ConfigError, match="num_heads: 2 cannot be cut over"):
+        train(config)
+
+
+def test_stages_that_have_no_place_for_a_teacher_are_refused(teacher, tiny_data_folder, tmp_path):
+    model = {**SMALL, "num_layers": 2, "max_length": 32, "pipeline": {"schedule": "1f1b"}}
+    config = distill_config(tmp_path / "run", teacher, tiny_data_folder, mesh={"fsdp": 1, "stage": 2}, model=model)
+    with pytest.raises(ConfigError, match="1f1b has no place for a teacher beside the student; set gpipe"):
+        train(config)
+
+
+def test_how_the_teacher_was_trained_does_not_say_how_it_is_used(teacher, tmp_path, tiny_data_folder):
+    """A teacher from a run with 1F1B teaches a student on stages that has GPipe."""
+    student = {**SMALL, "num_layers": 2, "max_length": 32}
+    mesh = {"fsdp": 1, "stage": 2}
+    config = distill_config(tmp_path / "run", teacher, tiny_data_folder, mesh=mesh, model=student, steps=1)
+    assert train(config)["metrics"]["finished"]
+
+
+def test_a_teacher_that_says_nothing_is_refused_before_the_first_step(teacher, tiny_data_folder, tmp_path, monkeypatch):
+    load_teacher = Distillation.load_teacher
+
+    def broken(*arguments):
+        return jax.tree.map(lambda leaf: leaf * jnp.nan, load_teacher(*arguments))
+
+    monkeypatch.setattr(Distillation, "load_teacher", broken)
+    with pytest.raises(CheckpointError, match=r"objective\.teacher: .* gives logits that are not finite"):
+        train(distill_config(tmp_path / "run", teacher, tiny_data_folder))
+    assert not (tmp_path / "run" / "checkpoints").exists()

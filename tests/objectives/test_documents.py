@@ -1,0 +1,53 @@
+"""What a batch holds is told by file and line, which a record too long to be used does not shift."""
+
+import pytest
+from toy_task import chat, make_config, question, write_lines
+
+from maxlm.config.mesh import MeshConfig
+from maxlm.core.sharding import make_mesh
+from maxlm.train.objective import RunContext
+from maxlm.train.run import resolve_model
+
+THINGS = ["sky", "grass", "snow", "coal", "blood", "sun", "coin"]
+TOO_LONG = " ".join(THINGS * 40)
+
+
+def record(kind: str, thing: str) -> dict:
+    if kind == "sft":
+        return chat(thing, "yes")
+    if kind == "policy":
+        return {"prompt": question(thing), "answer": "yes"}
+    return {"prompt": question(thing), "chosen": "yes", "rejected": "no"}
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "preference", "policy"])
+def test_the_lines_of_a_batch_are_those_that_its_tokens_come_from(kind, tokenizer, untrained, tmp_path):
+    records = [record(kind, TOO_LONG), *(record(kind, thing) for thing in THINGS)]
+    file = write_lines(tmp_path / "data.jsonl", records)
+    settings = {"max_new_tokens": 4, "group_size": 2} if kind == "policy" else {}
+    config = make_config(
+        tmp_path / "run",
+        init_from=str(untrained),
+        objective={"kind": kind, "train_file": file, **settings},
+        batch_size=2,
+        row_length=24,
+    )
+    config = resolve_model(config, tokenizer)
+    data = config.objective.open_data(RunContext(config, tokenizer, make_mesh(MeshConfig(fsdp=1)), None))
+    seen = set()
+    for number in range(3):
+        places = [document["id"] for document in data.documents(number)]
+        lines = [records[int(place.rsplit(":", 1)[1]) - 1] for place in places]
+        assert all(place.startswith(f"{file}:") for place in places)
+        if kind == "sft":
+            batch = next(data.batches(number, None))
+            texts = " ".join(tokenizer.decode(row.tolist()) for row in batch["text"].tokens)
+            for line in lines:
+                assert line["messages"][0]["content"] in texts
+        elif kind == "reward":
+            batch = next(data.batches(number, None))
+            for line, row in zip(lines, batch["chosen"].tokens, strict=True):
+                assert line["prompt"][0]["content"] in tokenizer.decode(row.tolist())
+        seen.update(places)
+    assert f"{file}:1" not in seen
+    assert len(seen) >= 5

@@ -1,0 +1,163 @@
+"""GRPO raises the reward of what the model samples; a run goes on exactly; sampling is the same on any mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from toy_task import make_config, question, write_lines
+
+from maxlm.config.fault import GuardConfig
+from maxlm.config.mesh import MeshConfig
+from maxlm.core.sharding import make_mesh
+from maxlm.core.tree import flatten
+from maxlm.data.preference import Prompt
+from maxlm.errors import ConfigError, DataError
+from maxlm.interop.load import load_model
+from maxlm.objectives.policy_data import policy_rows
+from maxlm.objectives.sampler import Sampler
+from maxlm.objectives.sequences import target_log_probabilities
+from maxlm.train.metrics import read_metrics
+from maxlm.train.run import train
+from maxlm.train.state import create_state
+from maxlm.train.step import judge
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prompts")
+    records = [{"prompt": question(f"coin {n}"), "answer": "yes"} for n in range(5)]
+    return write_lines(folder / "prompts.jsonl", records)
+
+
+def grpo_config(output, tuned, prompts, *, objective=None, **settings):
+    return make_config(
+        output,
+        init_from=str(tuned[0]),
+        objective={
+            "kind": "policy",
+            "train_file": prompts,
+            "max_new_tokens": 6,
+            "group_size": 4,
+            "updates_per_rollout": 2,
+            "kl_beta": 0.01,
+            **(objective or {}),
+        },
+        batch_size=4,
+        log_every=2,
+        **settings,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tuned, prompts, tmp_path_factory):
+    """One run of 16 steps, and one that was broken off after 6 and went on to 8."""
+    folder = tmp_path_factory.mktemp("policy")
+    train(grpo_config(folder / "short", tuned, prompts, steps=6))
+    train(grpo_config(folder / "short", tuned, prompts, steps=8))
+    checkpoint = {"every": 8, "keep": 9}
+    config = grpo_config(
+        folder / "long",
+        tuned,
+        prompts,
+        steps=16,
+        checkpoint=checkpoint,
+        eval_every=8,
+        objective={"valid_file": prompts},
+    )
+    return folder, train(config)
+
+
+def test_the_reward_rises(runs):
+    folder, manifest = runs
+    records = [record for record in read_metrics(folder / "long") if "reward" in record]
+    assert records[0]["reward"] < 0.75, "a coin"
+    assert np.mean([record["reward"] for record in records[-2:]]) > 0.9
+    assert manifest["metrics"]["valid"]["reward"] > 0.7
+    assert manifest["metrics"]["valid"]["greedy_reward"] == 1.0
+    assert records[0]["groups_with_signal"] > 0.3
+    assert 1 < records[0]["completion_length"] <= 6
+    assert records[-1]["kl"] > 0
+
+
+def test_a_run_that_was_broken_off_ends_where_an_unbroken_one_passes(runs):
+    folder, _ = runs
+    whole = flatten(load_model(folder / "long" / "checkpoints" / "8")[0])
+    broken_off = flatten(load_model(folder / "short")[0])
+    for path in whole:
+        np.testing.assert_array_equal(whole[path], broken_off[path], err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def sampled(tuned, tokenizer):
+    """Answers to the same prompts on one device and on eight."""
+    drawn = {}
+    prompts = [Prompt(tokenizer.encode_chat(question(f"coin {n}"), generation_prompt=True).ids, {}) for n in range(8)]
+    for name, sizes in {"one": MeshConfig(data=1, fsdp=1), "eight": MeshConfig(data=4, fsdp=2)}.items():
+        mesh = make_mesh(sizes)
+        model, _ = load_model(tuned[0], mesh)
+        sampler = Sampler(tokenizer, mesh, prompt_length=16, max_new_tokens=6, seed=0)
+        with jax.set_mesh(mesh):
+            drawn[name] = sampler(model, prompts, np.arange(8), stream=3, temperature=1.3)
+            drawn[name, "again"] = sampler(model, prompts, np.arange(8), stream=3, temperature=1.3)
+            drawn[name, "other"] = sampler(model, prompts, np.arange(8), stream=4, temperature=1.3)
+    return drawn
+
+
+def test_answers_depend_on_weights_seed_stream_and_row_and_not_on_the_mesh(sampled):
+    one, eight = sampled["one"], sampled["eight"]
+    assert one.texts == eight.texts == sampled["one", "again"].texts
+    assert one.texts != sampled["one", "other"].texts
+    np.testing.assert_array_equal(one.tokens_RN, eight.tokens_RN)
+    np.testing.assert_allclose(one.log_probabilities_RN, eight.log_probabilities_RN, atol=1e-5)
+    assert len(set(one.texts)) > 1
+
+
+def test_the_policy_that_learns_is_the_one_that_sampled(sampled, tuned):
+    """The training pass gives the sampled tokens the probability they were drawn with: the ratio starts at 1."""
+    model, _ = load_model(tuned[0])
+    rows, sampled_BL = policy_rows(sampled["one"])
+    log_p, _ = target_log_probabilities(model, rows, temperature=1.3)
+    np.testing.assert_allclose(log_p, sampled_BL, atol=2e-5)
+    assert rows.loss_weights.sum() == sampled["one"].lengths_R.sum()
+
+
+def test_rows_hold_each_prompt_with_its_answer_right_behind_it(sampled, tokenizer):
+    answers = sampled["one"]
+    rows, _ = policy_rows(answers)
+    for row in range(8):
+        prompt = answers.prompts_RP[row, : answers.prompt_lengths_R[row]].tolist()
+        answer = answers.tokens_RN[row, : answers.lengths_R[row]].tolist()
+        here = rows.segment_ids[row] > 0
+        assert rows.tokens[row][here].tolist() == prompt + answer
+        assert rows.targets[row][rows.loss_weights[row] > 0].tolist() == answer
+
+
+def test_steps_without_a_signal_do_not_make_the_first_one_with_it_look_like_a_spike():
+    guard, state = GuardConfig(spike_factor=10.0), create_state({}, optax.identity())
+    for grad_norm in [0.0] * 30 + [1.0] + [0.0] * 300 + [2.0]:
+        good, guard_state = judge(guard, state, jnp.float32(0.5), jnp.float32(grad_norm))
+        state = dataclasses.replace(state, step=state.step + 1, guard=guard_state)
+        assert good
+    good, _ = judge(guard, state, jnp.float32(0.5), jnp.float32(50.0))
+    assert not good
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 5}, r"steps \(5\) must be a multiple of updates_per_rollout \(2\)"),
+        ({"steps": 4, "checkpoint": {"every": 3}}, r"checkpoint\.every \(3\) must be a multiple"),
+        ({"steps": 4, "row_length": 6}, r"max_new_tokens \(6\) leaves no room for a prompt in row_length \(6\)"),
+    ],
+)
+def test_settings_that_do_not_fit_are_told(tuned, prompts, tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        grpo_config(tmp_path, tuned, prompts, **settings)
+
+
+def test_prompts_that_leave_no_room_are_told(tuned, prompts, tmp_path):
+    with pytest.raises(DataError, match="all 5 prompts with their answers are longer than row_length=8"):
+        train(grpo_config(tmp_path / "run", tuned, prompts, steps=2, row_length=8))

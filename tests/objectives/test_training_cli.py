@@ -1,0 +1,103 @@
+"""`maxlm train` and `maxlm preview`: what they print, and what a mistake is answered with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from toy_task import chat, make_config, question, write_lines
+
+from maxlm.cli import main
+from maxlm.config.load import dump_yaml, load_config
+from maxlm.config.objective import objective_classes
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "post").glob("*.yaml"))
+
+
+@pytest.fixture
+def write_config(tuned, tmp_path):
+    """(objective kind, records, settings) -> the path of a configuration."""
+
+    def write(kind, records, objective=None, **settings):
+        data = write_lines(tmp_path / f"{kind}.jsonl", records)
+        objective = {"kind": kind, "train_file": data, **(objective or {})}
+        config = make_config(tmp_path / "run", init_from=str(tuned[0]), objective=objective, **settings)
+        path = tmp_path / f"{kind}.yaml"
+        path.write_text(dump_yaml(config), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_preview_shows_what_is_learned_and_where_chats_begin(write_config, capsys):
+    path = write_config("sft", [chat("sky", "blue"), chat("grass", "green")])
+    assert main(["preview", path, "-n", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("⟦learned⟧")
+    assert "<|bos|><|user|>sky<|end|><|assistant|>⟦blue<|end|>⟧" in out
+    assert "<|bos|><|user|>grass<|end|><|assistant|>⟦green<|end|>⟧" in out
+    assert "│<|bos|>" in out
+    assert "padding" in out
+
+
+def test_preview_shows_both_answers_of_a_pair(write_config, capsys):
+    path = write_config("preference", [{"prompt": question("coin"), "chosen": "yes", "rejected": "no"}])
+    assert main(["preview", path, "-n", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "chosen\n<|bos|><|user|>coin<|end|><|assistant|>⟦yes<|end|>⟧" in out
+    assert "rejected\n<|bos|><|user|>coin<|end|><|assistant|>⟦no<|end|>⟧" in out
+
+
+def test_preview_shows_a_prompt_and_its_answer(write_config, capsys):
+    path = write_config("policy", [{"prompt": question("coin\none"), "answer": "yes"}], {"max_new_tokens": 6})
+    assert main(["preview", path, "-n", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "coin↵\none<|end|><|assistant|>" in out
+    assert "answer: yes   reward: exact_match" in out
+
+
+def test_preview_colours_by_loss_weight_where_there_are_colours(write_config, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    path = write_config("sft", [chat("sky", "blue")])
+    assert main(["preview", path, "-n", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b[" in out
+    assert "⟦" not in out
+
+
+def test_train_prints_where_the_run_is_and_its_final_numbers(write_config, tmp_path, capsys):
+    path = write_config("sft", [chat("sky", "blue")], {"valid_file": str(tmp_path / "sft.jsonl")}, steps=2)
+    assert main(["train", path]) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/run: 2 of 2 steps, finished" in out
+    assert "valid loss" in out
+    # The same command once more finds a run that has ended.
+    assert main(["train", path, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["output"] == f"{tmp_path}/run"
+    assert report["steps"] == 2
+
+
+def test_a_mistake_is_one_sentence_and_exit_code_2(write_config, tmp_path, capsys):
+    path = write_config("sft", [chat("sky", "blue")])
+    assert main(["train", path, "objective.train_file=nowhere.jsonl"]) == 2
+    assert "nowhere.jsonl: there is no such file" in capsys.readouterr().err
+    assert main(["train", path, "stepz=3"]) == 2
+    assert "did you mean steps?" in capsys.readouterr().err
+    assert main(["preview", path, "kind=data"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_the_examples_are_valid_short_and_of_the_kind_their_name_says(path):
+    config = load_config(path, kind="train")
+    assert config.objective.kind == {"dpo": "preference", "grpo": "policy"}.get(path.stem, path.stem)
+    assert len(path.read_text().splitlines()) < 60
+    assert set(yaml.safe_load(path.read_text())) <= set(type(config).model_fields)
+
+
+def test_there_is_an_example_for_each_objective():
+    kinds = {load_config(path, kind="train").objective.kind for path in CONFIGS}
+    assert kinds | {"pretrain"} == {found.model_fields["kind"].default for found in objective_classes()}

@@ -1,0 +1,169 @@
+"""What a completion must look like to be rewarded."""
+
+import pytest
+
+from maxlm.errors import ConfigError, DataError
+from maxlm.scoring.rewards import REWARDS, check_answer, find_reward
+
+RIGHT = [
+    # reward, completion, answer
+    ("exact_match", " yes\n", "yes"),
+    ("exact_match", "4", 4),
+    ("exact_match", "18", 18.0),
+    ("exact_match", "0.5", 0.5),
+    ("exact_match", "cafe\u0301", "caf\u00e9"),
+    ("exact_match", "18", "16 - 3 - 4 = 9 eggs\nand 9 * 2 = 18\n#### 18"),
+    ("contains", "I say yes!", "yes"),
+    ("contains", "a+b is right", "a+b"),
+    ("contains", "首都是北京。", "北京"),
+    ("contains", "我住在北京市", "北京"),
+    ("contains", "共18元", "18"),
+    ("contains", "使用GPT模型", "GPT"),
+    ("contains", "答えは東京です", "東京"),
+    ("contains", "りんごを食べた", "りんご"),
+    ("contains", "アップルパイ", "パイ"),
+    ("contains", "คำตอบคือกรุงเทพมหานคร", "กรุงเทพ"),
+    ("contains", "정답은 서울입니다", "서울"),
+    ("contains", "यह कमल है", "कमल"),
+    ("contains", "It is 18.", "18"),
+    ("contains", "so -3 it is", "-3"),
+    ("contains", "yesterday, yes", "yes"),
+    ("last_number", "2 and 2 make 4.", "4"),
+    ("last_number", "1,200 in all", "1200.0"),
+    ("last_number", "-3", "-3"),
+    ("last_number", "it is .5", "0.5"),
+    ("last_number", "0.50", ".5"),
+    ("last_number", "2e5 people", "200000"),
+    ("last_number", "2E+5", 200000),
+    ("last_number", "1e-3", "0.001"),
+    ("last_number", "2 × 10^5", "2e5"),
+    ("last_number", "10⁵", "100000"),
+    ("last_number", "50%", "50%"),
+    ("last_number", "it is 50 %", "0.5"),
+    ("last_number", "0.5", "50%"),
+    ("last_number", "that is 50%", "50"),
+    ("last_number", "50 percent", "50%"),
+    ("last_number", "$18", "18"),
+    ("last_number", "she makes $18.00 a day", "$18"),
+    ("last_number", "-$18", "$-18"),
+    ("last_number", "USD 1,000", "1000"),
+    ("last_number", "1,000,000.5", "1000000.50"),
+    ("last_number", "12,34,567", "1234567"),
+    ("last_number", "1\u202f000", "1000"),
+    ("last_number", "3/4", "0.75"),
+    ("last_number", "6 / 8 of it", "3/4"),
+    ("last_number", "1 1/2 cups", "1.5"),
+    ("last_number", "-1 1/2", "-3/2"),
+    ("last_number", "1½", "3/2"),
+    ("last_number", "１８", "18"),
+    ("last_number", "１，０００．５", "1000.5"),
+    ("last_number", "５０％", "50%"),
+    ("last_number", "٣", "3"),
+    ("last_number", "x = \u22123", "-3"),
+    ("last_number", "答案是-3", "-3"),
+    ("last_number", "共18元", "18"),
+    ("last_number", "共3万元", "30000"),
+    ("last_number", "1.5 million", "1500000"),
+    ("last_number", "Answer: 18 dollars", "18 dollars"),
+    ("last_number", "**18**", "18"),
+    ("last_number", "5-3 = 2", "2"),
+    ("last_number", "it takes 5-3", "3"),
+    ("last_number", "1, 2,3", "3"),
+    ("last_number", "18 g of CO2", "18"),
+    ("last_number", "18 m²", "18"),
+    ("last_number", "on 1/2/2024", "2024"),
+    ("last_number", "70000", "80,000*1.5=<<80000*1.5=120000>>120,000\n#### 70,000"),
+    ("last_number_zh", "答案是十八", "18"),
+    ("last_number_zh", "十八个", "十八"),
+    ("last_number_zh", "一千零五", 1005),
+    ("last_number_zh", "两万三千", "23000"),
+    ("last_number_zh", "一百二", "120"),
+    ("last_number_zh", "三点五", "3.5"),
+    ("last_number_zh", "负三", "-3"),
+    ("last_number_zh", "四分之三", "0.75"),
+    ("last_number_zh", "百分之五十", "50%"),
+    ("last_number_zh", "二〇二四", "2024"),
+    ("last_number_zh", "壹佰贰拾", "120"),
+    ("last_number_zh", "共18个", "十八"),
+    ("tagged_answer", "so <answer> 4 </answer>", "4"),
+]
+
+WRONG = [
+    ("exact_match", "yes.", "yes"),
+    ("exact_match", "", "0"),
+    ("contains", "yesterday", "yes"),
+    ("contains", "concatenate", "cat"),
+    ("contains", "snake_case", "case"),
+    ("contains", "कमी", "कम"),
+    ("contains", "218", "18"),
+    ("contains", "1,218", "218"),
+    ("contains", "18.5", "18"),
+    ("contains", "it is -18", "18"),
+    ("contains", "首都是上海。", "北京"),
+    ("last_number", "it is 4, not 5", "4"),
+    ("last_number", "none", "4"),
+    ("last_number", "", "4"),
+    ("last_number", "H2O", "2"),
+    ("last_number", "v1.5", "5"),
+    ("last_number", "1/3", "0.333"),
+    ("last_number", "5000%", "50%"),
+    ("last_number", "3/0", "3"),
+    ("last_number", "9e999999999", "9"),
+    ("last_number", "9" * 5000, "9"),
+    ("last_number", "1,2,3", "123"),
+    ("last_number", "十八", "18"),
+    ("last_number_zh", "十九", "18"),
+    ("tagged_answer", "4", "4"),
+    ("tagged_answer", "<answer>4</answer> <answer>5</answer>", "4"),
+]
+
+
+@pytest.mark.parametrize(
+    ("cases", "expected"), [(RIGHT, 1.0), (WRONG, 0.0), ([("tagged_answer", "so <answer>5</answer>", "4")], 0.1)]
+)
+def test_rewards(cases, expected):
+    for name, completion, answer in cases:
+        assert find_reward(name)(completion, {"answer": answer}) == expected, (name, completion, answer)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "sentence"),
+    [
+        ("exact_match", None, "must be a text or a number, and is null"),
+        ("exact_match", True, "must be a text or a number, and is true"),
+        ("contains", ["4"], r'must be a text or a number, and is \["4"\]'),
+        ("contains", " ", "is empty"),
+        ("exact_match", float("nan"), "is nan, which no completion can equal"),
+        ("last_number", "four", 'must hold one number, and "four" holds none'),
+        ("last_number", "十八", 'must hold one number, and "十八" holds none'),
+        ("last_number", "3 or 4", 'must hold one number, and "3 or 4" holds 2'),
+        ("last_number", "1.000,50", ".*holds 2"),
+        ("last_number", "1e99999", ".*is too large, or divides by zero"),
+        ("last_number_zh", "三个苹果和四个梨", ".*holds 2"),
+        ("tagged_answer", {}, "must be a text or a number, and is {}"),
+    ],
+)
+def test_an_answer_that_no_completion_could_meet_is_refused_where_it_stands(name, answer, sentence):
+    with pytest.raises(DataError, match=f"^prompts.jsonl:7: for the reward {name} answer {sentence}; mend or remove"):
+        check_answer(name, {"answer": answer}, "prompts.jsonl:7")
+    with pytest.raises(ValueError, match=sentence):
+        find_reward(name)("4", {"answer": answer})
+
+
+def test_a_function_of_ones_own_may_take_any_answer():
+    check_answer("my.module:reward", {"answer": None}, "prompts.jsonl:7")
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"objective\.reward: 'exact_mach' .* did you mean exact_match\?"):
+        find_reward("exact_mach")
+    with pytest.raises(ConfigError, match="allowed: exact_match"):
+        find_reward("zzz")
+
+
+def test_a_function_of_ones_own_is_named_by_its_module():
+    assert find_reward("maxlm.scoring.rewards:contains") is REWARDS["contains"]
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        find_reward("maxlm.scoring.rewards:nothing")
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        find_reward("no_such_module:reward")
