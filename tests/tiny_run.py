@@ -84,18 +84,21 @@ def _signal_after_step(name: str, step: int) -> None:
 
 
 def poison(batches: set[int]):
-    """What `Pretrain.batches` is then: these batches, counted from 0, give no finite loss."""
+    """What `PackedRowsData.batches` is then: these batches, counted from 0, give no finite loss."""
     from dataclasses import replace
     from itertools import count
 
     import numpy as np
-    from maxlm.train.pretrain import Pretrain
 
-    read = Pretrain.batches
+    from maxlm.core.batch import Batch
+    from maxlm.objectives.packed_rows import PackedRowsData
+
+    read = PackedRowsData.batches
 
     def poisoned(self, start_step, current_model):
         for number, batch in zip(count(start_step), read(self, start_step, current_model)):
-            bad = number in batches
-            yield replace(batch, loss_weights=np.full_like(batch.loss_weights, np.nan)) if bad else batch
+            text = batch["text"]
+            bad = replace(text, loss_weights=np.full_like(text.loss_weights, np.nan))
+            yield Batch({"text": bad}) if number in batches else batch
 
     return poisoned

@@ -15,7 +15,8 @@ from maxlm.core.sharding import make_mesh
 from maxlm.core.term import LossOutput, Term
 from maxlm.runtime.distributed import initialize_distributed
 from maxlm.train.goodput import Stopwatch
-from maxlm.train.loop import TrainResult, run
+from maxlm.train.loop import TrainResult, fit
+from maxlm.train.trained_model import TrainedModel
 
 
 class ToyData:
@@ -57,18 +58,15 @@ def toy_run(folder, *, data=None, accept_changes=False, **settings) -> TrainResu
     everywhere = jax.NamedSharding(mesh, jax.P(None))
     os.makedirs(folder, exist_ok=True)
     data = data or ToyData()
+    model = TrainedModel(
+        like={"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=everywhere)},
+        create=lambda: {"w": jax.device_put(jnp.arange(4.0), everywhere)},
+        frozen={},
+        assemble=lambda trainable, frozen: trainable,
+    )
+    lineage = Lineage(config, "toy", accept_changes=accept_changes)
     with jax.set_mesh(mesh), Stopwatch() as stopwatch:
-        return run(
-            mesh=mesh,
-            data=data,
-            compute_loss=data.compute_loss,
-            like={"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=everywhere)},
-            create=lambda: {"w": jax.device_put(jnp.arange(4.0), everywhere)},
-            frozen=None,
-            assemble=lambda trainable, frozen: trainable,
-            lineage=Lineage(config, "toy", accept_changes=accept_changes),
-            stopwatch=stopwatch,
-        )
+        return fit(model, data, data.compute_loss, lineage, mesh=mesh, stopwatch=stopwatch)
 
 
 def weights(result: TrainResult) -> bytes:

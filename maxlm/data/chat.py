@@ -9,6 +9,7 @@ import numpy as np
 
 from maxlm.config.data import RecordFormat
 from maxlm.core.batch import Batch, Stream
+from maxlm.core.packing import pack
 from maxlm.core.sharding import RowShard
 from maxlm.data.messages import parse_messages
 from maxlm.data.records import parse_chat, read_records
@@ -213,33 +214,6 @@ def check_some_left(path: str | Path, num_left: int, num_too_long: int, *, what:
             " tokens and are left out",
             markup=False,
         )
-
-
-def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: which items share a bin. Bins hold at most `capacity`; no item may be longer.
-
-    A bit of `free` stands for each space that some open bin has left; the lowest bit from an item's length on is the
-    tightest fit.
-    """
-    bins: list[list[int]] = []
-    open_bins: list[list[int]] = [[] for _ in range(capacity + 1)]
-    free = 0
-    for item in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        length = int(lengths[item])
-        fitting = free >> length
-        if fitting:
-            space = length + (fitting & -fitting).bit_length() - 1
-            index = open_bins[space].pop()
-            if not open_bins[space]:
-                free &= ~(1 << space)
-        else:
-            space, index = capacity, len(bins)
-            bins.append([])
-        bins[index].append(item)
-        if left := space - length:
-            open_bins[left].append(index)
-            free |= 1 << left
-    return bins
 
 
 def padded_batches(num_examples: int, batch_size: int, limit: int) -> list[np.ndarray]:

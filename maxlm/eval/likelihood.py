@@ -5,29 +5,20 @@ document longer than the model's context is read through windows: each overlaps 
 context, and scores only what that one did not. So every token but those of the first window sees at least that quarter,
 and the work is a third more than without overlap.
 
-The windows are packed into rows of one length, kept apart by segment ids: one compilation, little padding.
-
-Shapes: B rows, L length.
+Shapes: L length of a window.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
-from maxlm.config.model import ModelConfig
 from maxlm.core.interval import Interval, paired_difference, ratio_interval
 from maxlm.errors import DataError
-from maxlm.generate.decoding import bucket_length
-from maxlm.generate.model import LoadedModel, segment_positions
+from maxlm.generate.model import LoadedModel
+from maxlm.generate.scorer import score_sequences, target_scores
 from maxlm.models.decoder import Decoder
-from maxlm.runtime.progress import track
-
-# Of a batch: tokens, and bytes of the logits that live at a time.
-_BATCH_TOKENS = 8192
-_LOGIT_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -101,28 +92,14 @@ def likelihood_difference(before: Likelihood, after: Likelihood, *, seed: int = 
 def _document_nats(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> np.ndarray:
     """Minus the log-probability of each sequence given its first token, float64 [n]."""
     windows = [window for index, ids in enumerate(sequences) for window in _windows(index, len(ids), decoder)]
-    longest = max(window.end - window.start - 1 for window in windows)
-    length = bucket_length(longest, decoder.config.max_length)
-    rows = _pack(windows, length)
-    num_rows = min(_batch_rows(length, decoder.config), len(rows))
+    ids = [sequences[window.document][window.start : window.end] for window in windows]
+    scores = score_sequences(
+        target_scores, decoder, [each[:-1] for each in ids], [each[1:] for each in ids], title="likelihood"
+    )
     nats = np.zeros(len(sequences), np.float64)
-    batches = [rows[start : start + num_rows] for start in range(0, len(rows), num_rows)]
-    for batch in track(batches, "likelihood"):
-        tokens_BL, targets_BL, segment_ids_BL = (np.zeros((num_rows, length), np.int32) for _ in range(3))
-        for row, packed in enumerate(batch):
-            for segment, (offset, window) in enumerate(packed, start=1):
-                ids = sequences[window.document][window.start : window.end]
-                place = slice(offset, offset + len(ids) - 1)
-                tokens_BL[row, place], targets_BL[row, place] = ids[:-1], ids[1:]
-                segment_ids_BL[row, place] = segment
-        log_probabilities_BL = np.asarray(
-            _log_probabilities(decoder, tokens_BL, targets_BL, segment_ids_BL, segment_positions(segment_ids_BL)),
-            np.float64,
-        )
-        for row, packed in enumerate(batch):
-            for offset, window in packed:
-                first, last = offset - window.start - 1 + window.first_scored, offset - window.start - 1 + window.end
-                nats[window.document] -= log_probabilities_BL[row, first:last].sum()
+    for window, (log_p_L, _) in zip(windows, scores):
+        # Place 0 predicts the second id of the window.
+        nats[window.document] -= log_p_L[window.first_scored - window.start - 1 :].sum(dtype=np.float64)
     return nats
 
 
@@ -136,31 +113,3 @@ def _windows(document: int, length: int, decoder: Decoder) -> Iterator[_Window]:
         if end == length:
             return
         start, scored = start + context - context // 4, end
-
-
-def _pack(windows: Sequence[_Window], length: int) -> list[list[tuple[int, _Window]]]:
-    """Rows of (offset, window), filled longest first, each into the fullest row that has room."""
-    rows: list[list[tuple[int, _Window]]] = []
-    rows_with_room: list[list[int]] = [[] for _ in range(length + 1)]
-    for window in sorted(windows, key=lambda window: window.start - window.end):
-        size = window.end - window.start - 1
-        room = next((room for room in range(size, length + 1) if rows_with_room[room]), None)
-        if room is None:
-            rows.append([])
-            row, room = len(rows) - 1, length
-        else:
-            row = rows_with_room[room].pop()
-        rows[row].append((length - room, window))
-        rows_with_room[room - size].append(row)
-    return rows
-
-
-def _batch_rows(length: int, config: ModelConfig) -> int:
-    row_logits = min(length, config.loss_chunk_length) * config.vocab_size * 4
-    return max(1, min(_BATCH_TOKENS // length, _LOGIT_BYTES // row_logits))
-
-
-@jax.jit
-def _log_probabilities(decoder: Decoder, tokens_BL, targets_BL, segment_ids_BL, positions_BL) -> jax.Array:
-    output = decoder(tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL)
-    return decoder.log_probabilities(output.hidden_BLD, targets_BL)[0]

@@ -5,7 +5,6 @@ Dimensions: B batch, L length, D embed, V vocab, C tokens in a chunk.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, Self
 
 import jax
@@ -17,9 +16,10 @@ from maxlm.core.interval import Interval, ratio_interval
 from maxlm.core.tree import flatten
 from maxlm.errors import DataError
 from maxlm.models.decoder import Decoder, with_config
+from maxlm.ops.loss import in_chunks
 
 # Tokens whose logits, of both models, live at a time.
-CHUNK_LENGTH = 512
+CHUNK_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Receipt:
         for batch, units_BL in batches:
             # On a TPU and on some GPUs a float32 product is one of fewer bits unless it is asked for.
             with jax.default_matmul_precision("float32"):
-                found = np.stack(jax.device_get(_compare(float_model, int8_model, batch)))
+                found = np.stack([np.asarray(x, np.float32) for x in _compare(float_model, int8_model, batch)])
             # Elsewhere (padding) the values mean nothing, and need not be finite.
             counted_BL = np.asarray(batch.loss_weights) > 0
             values.append(found[:, counted_BL].astype(np.float64))
@@ -138,33 +138,26 @@ def _in_float32(model: Decoder) -> Decoder:
 @jax.jit
 def _compare(float_model: Decoder, int8_model: Decoder, batch: Stream) -> tuple[jax.Array, ...]:
     """Each [batch, length]: -log p(target) of either model, KL(float || int8), whether the likeliest tokens agree."""
-    run = partial(_hidden, batch=batch)
-    length = batch.targets.shape[1]
-    chunk_length = min(CHUNK_LENGTH, length)
 
-    def cut(x_BLX):
-        padding = [(0, 0)] * x_BLX.ndim
-        padding[1] = (0, -length % chunk_length)
-        return jnp.pad(x_BLX, padding).reshape(-1, chunk_length, *x_BLX.shape[2:])
+    def chunk(models, float_BCD, int8_BCD, targets_BC):
+        float_model, int8_model = models
+        log_p_BCV = jax.nn.log_softmax(float_model.logits(float_BCD))
+        log_q_BCV = jax.nn.log_softmax(int8_model.logits(int8_BCD))
+        kl_BC = jnp.sum(jnp.exp(log_p_BCV) * (log_p_BCV - log_q_BCV), axis=-1)
+        agree_BC = jnp.argmax(log_p_BCV, axis=-1) == jnp.argmax(log_q_BCV, axis=-1)
+        return _negative_at(log_p_BCV, targets_BC), _negative_at(log_q_BCV, targets_BC), kl_BC, agree_BC
 
-    def chunk(inputs):
-        float_CD, int8_CD, targets_C = inputs
-        log_p_CV = jax.nn.log_softmax(float_model.logits(float_CD))
-        log_q_CV = jax.nn.log_softmax(int8_model.logits(int8_CD))
-        kl_C = jnp.sum(jnp.exp(log_p_CV) * (log_p_CV - log_q_CV), axis=-1)
-        agree_C = jnp.argmax(log_p_CV, axis=-1) == jnp.argmax(log_q_CV, axis=-1)
-        return _negative_at(log_p_CV, targets_C), _negative_at(log_q_CV, targets_C), kl_C, agree_C.astype(jnp.float32)
-
-    values = jax.lax.map(chunk, (cut(run(float_model)), cut(run(int8_model)), cut(batch.targets)))
-    return tuple(value.reshape(batch.targets.shape[0], -1)[:, :length] for value in values)
+    hidden = [_hidden(model, batch) for model in (float_model, int8_model)]
+    chunk_length = max(1, CHUNK_TOKENS // batch.tokens.shape[0])
+    return in_chunks(chunk, (float_model, int8_model), *hidden, batch.targets, chunk_length=chunk_length)
 
 
 def _hidden(model: Decoder, batch: Stream) -> jax.Array:
     return model(batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids).hidden_BLD
 
 
-def _negative_at(log_p_CV: jax.Array, targets_C: jax.Array) -> jax.Array:
-    return -jnp.take_along_axis(log_p_CV, targets_C[:, None], axis=-1)[:, 0]
+def _negative_at(log_p_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+    return -jnp.take_along_axis(log_p_BCV, targets_BC[..., None], axis=-1)[..., 0]
 
 
 def _num_bytes(model: Decoder) -> int:

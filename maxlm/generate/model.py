@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from maxlm.config.model import ModelConfig
@@ -16,6 +15,7 @@ from maxlm.errors import CheckpointError, RequestError
 from maxlm.generate.decoding import bucket_length
 from maxlm.generate.engine import Engine
 from maxlm.generate.request import Request
+from maxlm.generate.scorer import score_sequences, target_scores
 from maxlm.interop.load import load_model
 from maxlm.models.decoder import Decoder, with_config
 from maxlm.tokenizer.codec import Tokenizer
@@ -23,7 +23,6 @@ from maxlm.tokenizer.codec import Tokenizer
 # A text to continue, or the messages of a chat to answer.
 Prompt = str | Sequence[dict]
 
-_SCORED_ROWS = 8
 # Two sizes of engine, so that no more than two are ever compiled.
 _FEW_SLOTS, _MANY_SLOTS = 2, 8
 
@@ -162,22 +161,17 @@ class LoadedModel:
             if not prompt or not continuation:
                 raise RequestError(f"pair {index}: the prompt or its continuation is empty")
             self._checked([[*prompt, *continuation]], where=f"pair {index}: ")
-        lengths = [len(prompt) + len(continuation) for prompt, continuation in zip(prompts, continuations)]
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        scores: dict[int, Score] = {}
-        for start in range(0, len(order), _SCORED_ROWS):
-            group = order[start : start + _SCORED_ROWS]
-            shape = (_SCORED_ROWS, bucket_length(lengths[group[-1]], self.config.max_length))
-            tokens_BL, targets_BL, scored_BL = (np.zeros(shape, np.int32) for _ in range(3))
-            for row, index in enumerate(group):
-                ids = [*prompts[index], *continuations[index]]
-                tokens_BL[row, : len(ids)] = ids
-                targets_BL[row, : len(ids) - 1] = ids[1:]
-                scored_BL[row, len(prompts[index]) - 1 : len(ids) - 1] = 1
-            sums_B, greedy_B = jax.device_get(_score(self.decoder, tokens_BL, targets_BL, scored_BL))
-            for row, index in enumerate(group):
-                scores[index] = Score(float(sums_B[row]), len(continuations[index]), bool(greedy_B[row]))
-        return [scores[index] for index in range(len(lengths))]
+        if not prompts:
+            return []
+        sequences = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations)]
+        tokens, targets = [ids[:-1] for ids in sequences], [ids[1:] for ids in sequences]
+        found = []
+        for continuation, (log_p_L, is_best_L) in zip(
+            continuations, score_sequences(target_scores, self.decoder, tokens, targets)
+        ):
+            count = len(continuation)
+            found.append(Score(float(log_p_L[-count:].sum()), count, bool(is_best_L[-count:].all())))
+        return found
 
     def generate(
         self,
@@ -250,22 +244,6 @@ def segment_positions(segment_ids_BL: np.ndarray) -> np.ndarray:
 @jax.jit
 def _logits(model: Decoder, tokens_BL, positions_BL, segment_ids_BL) -> jax.Array:
     return model.logits(model(tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL).hidden_BLD)
-
-
-@jax.jit
-def _score(model: Decoder, tokens_BL, targets_BL, scored_BL) -> tuple[jax.Array, jax.Array]:
-    """Sum of log p(target) over the scored places [batch], and whether the target is the likeliest at all of them."""
-
-    def row(inputs):
-        hidden_LD, targets_L, scored_L = inputs
-        logits_LV = model.logits(hidden_LD)
-        chosen_L = jnp.take_along_axis(logits_LV, targets_L[:, None], axis=-1)[:, 0]
-        log_probabilities_L = chosen_L - jax.nn.logsumexp(logits_LV, axis=-1)
-        is_best_L = jnp.argmax(logits_LV, axis=-1) == targets_L
-        return jnp.sum(log_probabilities_L * scored_L), jnp.all(is_best_L | (scored_L == 0))
-
-    # Row by row: the logits of a whole batch are the largest array by far.
-    return jax.lax.map(row, (model(tokens_BL).hidden_BLD, targets_BL, scored_BL))
 
 
 def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:

@@ -31,13 +31,17 @@ class RewardModel(Decoder):
         head = initialize({"value": plan.value}, key)
         return unflatten({**flatten(decoder), **head}, plan)
 
-    def rewards(self, batch: Stream) -> tuple[jax.Array, LossOutput]:
-        """One number for each row, read at its last token: float32 [B]; 0 for a row of padding.
+    def token_values(self, stream: Stream) -> tuple[jax.Array, LossOutput]:
+        """What the head reads at each token: float32 [B, L]. Beside it, what the layers add to the loss."""
+        output = self(stream.tokens, positions_BL=stream.positions, segment_ids_BL=stream.segment_ids)
+        return jnp.sum(output.hidden_BLD.astype(jnp.float32) * self.value, axis=-1), output.auxiliary
+
+    def rewards(self, stream: Stream) -> tuple[jax.Array, LossOutput]:
+        """One number for each row of one sequence, read at its last token: float32 [B]; 0 for a row of padding.
 
         Beside it, what the layers add to the loss.
         """
-        output = self(batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids)
-        values_BL = jnp.sum(output.hidden_BLD.astype(jnp.float32) * self.value, axis=-1)
-        is_token_BL = batch.segment_ids > 0
-        is_last_BL = is_token_BL & (batch.positions == jnp.max(batch.positions, axis=1, keepdims=True))
-        return jnp.sum(jnp.where(is_last_BL, values_BL, 0.0), axis=1), output.auxiliary
+        values_BL, auxiliary = self.token_values(stream)
+        is_token_BL = stream.segment_ids > 0
+        is_last_BL = is_token_BL & (stream.positions == jnp.max(stream.positions, axis=1, keepdims=True))
+        return jnp.sum(jnp.where(is_last_BL, values_BL, 0.0), axis=1), auxiliary

@@ -16,13 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 from maxlm.errors import ConfigError, DataError
+from maxlm.prompts.answer_formats import final_line, tagged_answers
 from maxlm.scoring.numerals import Number, find_numbers
 
 RewardFunction = Callable[[str, dict[str, Any]], float]
 
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-# How the references of GSM8K end (arXiv:2110.14168).
-_FINAL_LINE = re.compile(r"(?:^|\n)####[ \t]*(\S.*)\s*$")
 # Writing systems whose words are not set apart by spaces, or take endings without one, by how their characters' names
 # begin in Unicode.
 _UNSPACED = (
@@ -59,7 +57,7 @@ def last_number_zh(completion: str, record: dict[str, Any]) -> float:
 
 def tagged_answer(completion: str, record: dict[str, Any]) -> float:
     """1 if the completion has one <answer>...</answer> with the answer in it; 0.1 if it has one with something else."""
-    answer, found = right_answer(record), _TAGGED.findall(completion)
+    answer, found = right_answer(record), tagged_answers(completion)
     if len(found) != 1:
         return 0.0
     return 1.0 if _composed(found[0]) == answer else 0.1
@@ -85,9 +83,7 @@ def right_answer(record: dict[str, Any]) -> str:
         if not math.isfinite(answer):
             raise ValueError(f"is {answer}, which no completion can equal")
         answer = int(answer) if answer.is_integer() and abs(answer) < 2**53 else answer
-    text = _composed(str(answer))
-    if final := _FINAL_LINE.search(text):
-        text = final[1].strip()
+    text = final_line(_composed(str(answer)))
     if not text:
         raise ValueError("is empty")
     return text

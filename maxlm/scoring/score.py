@@ -14,7 +14,7 @@ from maxlm.data.messages import parse_messages
 from maxlm.data.records import field, read_records
 from maxlm.errors import CheckpointError, DataError
 from maxlm.interop.load import load_reward_model
-from maxlm.scoring.reward_model import score_sequences
+from maxlm.scoring.reward_model import reward_of_sequences
 from maxlm.tokenizer.codec import Tokenizer
 
 _ACCEPTED = (
@@ -60,7 +60,7 @@ def score_file(model_path: str | Path, path: str | Path) -> list[Scored]:
     if not sequences:
         raise DataError(f"{path}: holds no records; {_ACCEPTED}")
     by_place: dict[str, dict[str, float]] = {}
-    for (where, name), value in zip(places, score_sequences(model, sequences)):
+    for (where, name), value in zip(places, reward_of_sequences(model, sequences)):
         by_place.setdefault(where, {})[name] = float(value)
     return [Scored(where, scores) for where, scores in by_place.items()]
 

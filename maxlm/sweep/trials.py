@@ -26,7 +26,7 @@ from maxlm.models.decoder import Decoder
 from maxlm.optim.schedule import schedule_factor
 from maxlm.sweep.space import Rung, Setting, draw_settings, halving_rungs
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.run import find_tokenizer, resolve_model
+from maxlm.train.setup import find_tokenizer, resolve_model
 from maxlm.train.startup import data_hashes
 
 # The target's place among the sizes of a sweep: after the ladder.

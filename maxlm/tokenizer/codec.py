@@ -14,9 +14,9 @@ import sentencepiece
 import xxhash
 
 from maxlm.errors import TokenizerError
+from maxlm.prompts import chat_template as chat
+from maxlm.prompts.chat_template import ChatTemplate
 from maxlm.runtime.storage import storage_path
-from maxlm.tokenizer import chat_template as chat
-from maxlm.tokenizer.chat_template import ChatTemplate
 
 MODEL_FILE = "tokenizer.model"
 BOS, EOS, PAD, UNKNOWN = "<|bos|>", "<|eos|>", "<|pad|>", "<|unk|>"

@@ -15,12 +15,12 @@ import xxhash
 
 from maxlm.config import TokenizerConfig
 from maxlm.errors import DataError, TokenizerError
+from maxlm.prompts.chat_template import CONTROL_TOKENS, default_chat_template
 from maxlm.runtime.manifest import FILE_NAME, content_hash, read_manifest, write_manifest
 from maxlm.runtime.output import check_output
 from maxlm.runtime.progress import console
 from maxlm.runtime.storage import locked, storage_path
 from maxlm.runtime.written import table_batches
-from maxlm.tokenizer.chat_template import CONTROL_TOKENS, default_chat_template
 from maxlm.tokenizer.codec import BOS, EOS, PAD, UNKNOWN, Tokenizer
 
 # SentencePiece's trainer gives these a meaning of its own and skips every text that holds one.

@@ -10,7 +10,7 @@ from rich.text import Text
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Stream
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.run import find_tokenizer
+from maxlm.train.setup import find_tokenizer
 
 # Two shades each, taken in turn, so that one sees where a token ends.
 LEARNED_STYLES = ("bold black on green", "bold black on bright_green")

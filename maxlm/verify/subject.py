@@ -18,8 +18,9 @@ from maxlm.core.sharding import named_sharding
 from maxlm.core.tree import flatten, unflatten
 from maxlm.models.adapters import declare_adapters
 from maxlm.objectives.sequences import target_log_probabilities
-from maxlm.train import run, step
+from maxlm.train import step
 from maxlm.train.objective import RunContext, TrainingData
+from maxlm.train.trained_model import assemble
 from maxlm.verify import examples
 from maxlm.verify.examples import Maker
 from maxlm.verify.reduce import NUM_ROWS, ROW_LENGTH
@@ -107,7 +108,7 @@ class Subject:
 
     def assemble(self, trainable: Any, frozen: dict[str, Any]) -> Any:
         """What the loss takes."""
-        return run.assemble(self.config, trainable, frozen)
+        return assemble(self.config, trainable, frozen)
 
     def open_data(self, workspace: Workspace, mesh: Mesh) -> TrainingData:
         """The data of an objective that samples, from prompts made here; its reference is the starting model."""

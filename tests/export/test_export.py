@@ -103,7 +103,7 @@ def test_the_receipt_does_not_depend_on_how_the_rows_are_cut(run, monkeypatch):
         return asdict(Receipt.measure(run.model, quantized, found.batches(), kind="documents"))
 
     whole = measure()
-    monkeypatch.setattr(receipt, "CHUNK_LENGTH", 12)  # does not divide a row of 32
+    monkeypatch.setattr(receipt, "CHUNK_TOKENS", 36)  # 12 tokens of 3 rows at a time; a row has 32
     monkeypatch.setattr(held_out, "BATCH_TOKENS", 100)
     jax.clear_caches()
     cut = measure()

@@ -40,7 +40,7 @@ def watch() -> dict:
     """Counts into what it returns."""
     from maxlm.core import parameters
     from maxlm.data.loader import PackedRows
-    from maxlm.train import run
+    from maxlm.train import trained_model
 
     seen = {"rows": {}, "initialized": 0}
     batch, initialize = PackedRows.batch, parameters.initialize
@@ -55,7 +55,7 @@ def watch() -> dict:
         seen["initialized"] += 1
         return initialize(*args, **kwargs)
 
-    PackedRows.batch, run.initialize = recorded_batch, counted_initialize
+    PackedRows.batch, trained_model.initialize = recorded_batch, counted_initialize
     return seen
 
 

@@ -14,7 +14,8 @@ from maxlm.models.decoder import Decoder
 from maxlm.optim.build import make_optimizer
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.tokenizer.train import train_tokenizer
-from maxlm.train.run import resolve_model, train
+from maxlm.train.run import train
+from maxlm.train.setup import resolve_model
 from maxlm.train.state import create_state
 
 

@@ -6,7 +6,7 @@ from toy_task import chat, make_config, question, write_lines
 from maxlm.config.mesh import MeshConfig
 from maxlm.core.sharding import make_mesh
 from maxlm.train.objective import RunContext
-from maxlm.train.run import resolve_model
+from maxlm.train.setup import resolve_model
 
 THINGS = ["sky", "grass", "snow", "coal", "blood", "sun", "coin"]
 TOO_LONG = " ".join(THINGS * 40)

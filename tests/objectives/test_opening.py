@@ -39,7 +39,7 @@ def reward(completion, record):
 @pytest.fixture
 def no_steps(monkeypatch):
     """Fails where training begins."""
-    monkeypatch.setattr("maxlm.train.run.run", lambda *args, **kwargs: pytest.fail("training has begun"))
+    monkeypatch.setattr("maxlm.train.run.fit", lambda *args, **kwargs: pytest.fail("training has begun"))
 
 
 @pytest.mark.parametrize("kind", RECORDS)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxlm.errors import TokenizerError
-from maxlm.tokenizer.chat_template import ChatTemplate, RoleTemplate
+from maxlm.prompts.chat_template import ChatTemplate, RoleTemplate
 from maxlm.tokenizer.codec import Tokenizer
 
 # What has gone wrong in tokenizers before: the space mark, NUL, line ends, names of tokens, combining characters.

@@ -1,7 +1,7 @@
 """Steps that go wrong: the run goes back, passes over their batches, and ends as one that never had them."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count, islice
 
 import jax
@@ -208,11 +208,15 @@ def test_a_state_that_is_not_finite_is_never_saved(monkeypatch, tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(result.state)))
 
 
-@dataclass
-class FakeObjective:
-    """Counts batches; four of them are made at a time."""
+def sampling_config(folder):
+    """A run whose answers are sampled for four steps at a time."""
+    objective = {"kind": "policy", "train_file": "x", "max_new_tokens": 4, "updates_per_rollout": 4}
+    settings = {"init_from": "x", "batch_size": 2, "steps": 12, "checkpoint": {"every": 4}}
+    return tiny_config(folder, "x", objective=objective, **settings)
 
-    resume_multiple: int = 4
+
+class FakeData:
+    """Counts batches."""
 
     def batches(self, start_step, current_model):
         return count(start_step)
@@ -223,22 +227,22 @@ class FakeObjective:
 
 def test_steps_whose_answers_were_sampled_together_go_together(tmp_path):
     """A checkpoint lies between rounds of sampling, before and after."""
-    quarantine = Quarantine(storage_path(tmp_path), GuardConfig())
-    quarantine.add([BadStep(7, "the loss is nan"), BadStep(8, "the loss is nan")], FakeObjective(), batch_size=2)
+    quarantine = Quarantine(storage_path(tmp_path), sampling_config(tmp_path))
+    quarantine.add([BadStep(7, "the loss is nan"), BadStep(8, "the loss is nan")], FakeData())
     assert quarantine.batches == list(range(4, 12))
-    again = Quarantine(storage_path(tmp_path), GuardConfig())
-    assert list(islice(again.batches_from(0, FakeObjective(), None), 8)) == [0, 1, 2, 3, 12, 13, 14, 15]
+    again = Quarantine(storage_path(tmp_path), sampling_config(tmp_path))
+    assert list(islice(again.batches_from(0, FakeData(), None), 8)) == [0, 1, 2, 3, 12, 13, 14, 15]
     # Step 8 begins a round as batch 16 does.
-    assert next(again.batches_from(8, FakeObjective(), None)) == 16
+    assert next(again.batches_from(8, FakeData(), None)) == 16
     assert [r["documents"] for r in read_quarantine(tmp_path)] == [[{"id": f"document {n}"}] for n in range(4, 12)]
 
 
 def test_a_quarantine_file_that_is_lost_is_known_from_the_checkpoint(tmp_path):
-    quarantine = Quarantine(storage_path(tmp_path), GuardConfig())
+    quarantine = Quarantine(storage_path(tmp_path), sampling_config(tmp_path))
     quarantine.restore({"batches": [3, 5], "rollbacks": 2})
     assert quarantine.batches == [3, 5]
-    assert next(quarantine.batches_from(3, FakeObjective(), None)) == 4
-    assert next(quarantine.batches_from(4, FakeObjective(), None)) == 6
+    assert next(quarantine.batches_from(3, FakeData(), None)) == 4
+    assert next(quarantine.batches_from(4, FakeData(), None)) == 6
     assert quarantine.rollbacks == 2
 
 

@@ -11,7 +11,8 @@ from maxlm.interop.load import load_model
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.layout import check_layout
 from maxlm.train.metrics import read_metrics
-from maxlm.train.run import resolve_model, train
+from maxlm.train.run import train
+from maxlm.train.setup import resolve_model
 
 pytestmark = pytest.mark.slow
 

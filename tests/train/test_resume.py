@@ -18,7 +18,8 @@ from maxlm.errors import CheckpointError, ConfigError
 from maxlm.interop.load import load_model
 from maxlm.runtime.manifest import read_manifest
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.run import resolve_model, train
+from maxlm.train.run import train
+from maxlm.train.setup import resolve_model
 
 FREE = {
     *("output", "mesh.data", "mesh.stage", "mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor", "mesh.slices"),

@@ -117,7 +117,7 @@ def test_rows_that_processes_cannot_share_are_refused_before_anything_is_made(ti
     def refuse(mesh):
         raise ConfigError(["mesh: process 0 would hold 2 of 3 groups of rows"])
 
-    monkeypatch.setattr("maxlm.train.run.row_shard", refuse)
+    monkeypatch.setattr("maxlm.train.setup.row_shard", refuse)
     with pytest.raises(ConfigError, match="would hold 2 of 3"):
         train(tiny_config(tmp_path / "run", tiny_data_folder))
     assert not (tmp_path / "run").exists()

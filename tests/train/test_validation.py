@@ -19,7 +19,7 @@ from maxlm.objectives.validation import values_by_source
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.metrics import MetricsLog
 from maxlm.train.objective import RunContext
-from maxlm.train.run import resolve_model
+from maxlm.train.setup import resolve_model
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,105 @@
+"""Sequences of tokens read by a model in batches: what likelihoods, choices and rewards are computed with.
+
+Dimensions: B rows, L length.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxlm.config.model import ModelConfig
+from maxlm.core.batch import Stream
+from maxlm.core.packing import pack
+from maxlm.generate.decoding import bucket_length
+from maxlm.models.decoder import Decoder
+from maxlm.ops.loss import in_chunks
+from maxlm.runtime.progress import track
+
+# Of a batch: tokens, and bytes of the logits that live at a time.
+_BATCH_TOKENS = 8192
+_LOGIT_BYTES = 256 << 20
+
+# (model, rows) -> numbers of each token: arrays [batch, length].
+Program = Callable[[Any, Stream], tuple[jax.Array, ...]]
+
+
+@jax.jit
+def target_scores(model: Decoder, rows: Stream) -> tuple[jax.Array, jax.Array]:
+    """log p(target) of each token in nats, and whether the target is the likeliest one: [B, L]."""
+
+    def chunk(model, hidden_BCD, targets_BC):
+        logits_BCV = model.logits(hidden_BCD)
+        target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+        log_p_BC = target_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
+        return log_p_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC
+
+    hidden_BLD = model(rows.tokens, positions_BL=rows.positions, segment_ids_BL=rows.segment_ids).hidden_BLD
+    return in_chunks(chunk, model, hidden_BLD, rows.targets, chunk_length=model.config.loss_chunk_length)
+
+
+def score_sequences(
+    program: Program,
+    model: Decoder,
+    tokens: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]] | None = None,
+    *,
+    title: str | None = None,
+) -> list[tuple[np.ndarray, ...]]:
+    """What `program` says of each token of each sequence: for each sequence, arrays [its length].
+
+    Sequences share rows, kept apart by segment ids, so that few shapes are compiled and little of a row is padding.
+
+    Args:
+      tokens: ids, in each sequence at least one and no more than the model's context.
+      targets: what the program looks for behind each token; None where it looks for nothing.
+      title: of a progress bar; None shows none.
+    """
+    lengths = [len(ids) for ids in tokens]
+    row_length = bucket_length(max(lengths), model.config.max_length)
+    rows = pack(np.array(lengths), row_length)
+    num_rows = min(_rows_of_a_batch(row_length, model.config), _power_of_two(len(rows)))
+    batches = [rows[start : start + num_rows] for start in range(0, len(rows), num_rows)]
+    scores: dict[int, tuple[np.ndarray, ...]] = {}
+    for members in batches if title is None else track(batches, title):
+        stream = _lay_out(members, tokens, targets, shape=(num_rows, row_length))
+        outputs = jax.device_get(program(model, stream))
+        for row, indices in enumerate(members):
+            ends = np.cumsum([lengths[index] for index in indices])
+            for index, end in zip(indices, ends):
+                scores[index] = tuple(output[row, end - lengths[index] : end] for output in outputs)
+    return [scores[index] for index in range(len(lengths))]
+
+
+def _lay_out(
+    members: Sequence[Sequence[int]],
+    tokens: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]] | None,
+    *,
+    shape: tuple[int, int],
+) -> Stream:
+    """Rows of sequences, each of which is a segment with positions from 0."""
+    rows = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+    for row, indices in enumerate(members):
+        start = 0
+        for segment, index in enumerate(indices, start=1):
+            place = slice(start, start + len(tokens[index]))
+            rows["tokens"][row, place] = tokens[index]
+            if targets is not None:
+                rows["targets"][row, place] = targets[index]
+            rows["segment_ids"][row, place] = segment
+            rows["positions"][row, place] = np.arange(len(tokens[index]))
+            start = place.stop
+    return Stream(**rows, loss_weights=(rows["segment_ids"] > 0).astype(np.float32))
+
+
+def _rows_of_a_batch(length: int, config: ModelConfig) -> int:
+    row_logits = min(length, config.loss_chunk_length) * config.vocab_size * 4
+    return max(1, min(_BATCH_TOKENS // length, _LOGIT_BYTES // row_logits))
+
+
+def _power_of_two(count: int) -> int:
+    """At least `count`."""
+    return 1 << (count - 1).bit_length()

@@ -1,0 +1,113 @@
+"""A run before it begins: what it is made of, found possible before anything is made or waited for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from maxlm.checkpoint.folder import (
+    check_fingerprint,
+    find_checkpoint,
+    read_metadata,
+    run_folder_of,
+    trained_as,
+    weights_hash,
+)
+from maxlm.checkpoint.lineage import Lineage, check_not_read
+from maxlm.checkpoint.same_model import check_same_model
+from maxlm.config.train import TrainConfig
+from maxlm.core.sharding import make_mesh, mesh_sizes, row_shard
+from maxlm.errors import ConfigError
+from maxlm.runtime.manifest import read_manifest
+from maxlm.runtime.output import check_output
+from maxlm.runtime.peers import Peers
+from maxlm.runtime.storage import resolve_path, storage_path
+from maxlm.runtime.supervise import newest_step
+from maxlm.tokenizer.codec import Tokenizer
+from maxlm.train.layout import check_layout, check_precision, note_idle_devices
+from maxlm.train.startup import check_start, data_hashes
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is made of.
+
+    config: resolved, with the model that will be trained.
+    folder: its run folder.
+    lineage: what is asked for, to compare with what stands in the folder.
+    """
+
+    config: TrainConfig
+    folder: epath.Path
+    tokenizer: Tokenizer
+    tokenizer_folder: epath.Path
+    mesh: Mesh
+    lineage: Lineage
+
+
+def set_up(config: TrainConfig, peers: Peers | None, *, accept_changes: bool = False) -> Setup:
+    """Resolve a configuration, and check that all processes have the same one and that it fits the devices.
+
+    Raises:
+      MaxlmError: what the user can mend.
+    """
+    check_output(config.output, "train")
+    check_not_read(config)
+    tokenizer_folder = find_tokenizer(config)
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    if peers is not None:
+        hashes = _hashes(config, tokenizer) | {"--accept-changes": accept_changes}
+        check_start(peers, config, hashes, timeout=config.processes.start_timeout_seconds)
+    config = resolve_model(config, tokenizer)
+    sizes = mesh_sizes(config.mesh, jax.device_count())
+    check_layout(config, sizes)
+    check_precision(config, jax.devices()[0])
+    note_idle_devices(sizes, jax.device_count())
+    mesh = make_mesh(config.mesh)
+    # Refuses a mesh whose rows the processes cannot share, before anything is made.
+    row_shard(mesh)
+    if config.init_from is not None:
+        start_fingerprint = read_metadata(find_checkpoint(config.init_from))["fingerprint"]
+        check_fingerprint(start_fingerprint, tokenizer.fingerprint, config.init_from)
+    lineage = Lineage.of(config, tokenizer, accept_changes=accept_changes)
+    return Setup(config, storage_path(config.output), tokenizer, tokenizer_folder, mesh, lineage)
+
+
+def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
+    """The configuration with the model that will be trained: that of `init_from`, the vocabulary of the tokenizer."""
+    model = config.model
+    if config.init_from is not None:
+        checkpoint = find_checkpoint(config.init_from)
+        start, _ = trained_as(read_metadata(checkpoint), where=checkpoint)
+        if model is not None:
+            check_same_model(model, start, config.init_from)
+        model = start if model is None else model
+    if model.vocab_size not in (0, tokenizer.vocab_size):
+        raise ConfigError(
+            [f"model.vocab_size: {model.vocab_size} differs from the tokenizer's {tokenizer.vocab_size}; leave it out"]
+        )
+    if config.row_length > model.max_length:
+        raise ConfigError([f"row_length: {config.row_length} exceeds the model's max_length of {model.max_length}"])
+    model = model.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    return config.model_copy(update={"model": model})
+
+
+def find_tokenizer(config: TrainConfig) -> epath.Path:
+    """The tokenizer named in the configuration, or that of the model or data that it starts from."""
+    if config.tokenizer is not None:
+        return storage_path(config.tokenizer)
+    if config.init_from is not None:
+        return run_folder_of(find_checkpoint(config.init_from)) / "tokenizer"
+    rows = next(each for each in config.objective.inputs if each.content == "rows")
+    data = storage_path(rows.path)
+    return resolve_path(read_manifest(data)["inputs"]["tokenizer"]["path"], data)
+
+
+def _hashes(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What all processes of a run must read alike, by name."""
+    hashes = {"tokenizer": tokenizer.fingerprint, f"newest step of {config.output}": newest_step(config.output)}
+    if config.init_from is not None:
+        hashes[f"weights of {config.init_from}"] = weights_hash(find_checkpoint(config.init_from))
+    return hashes | data_hashes(config)
