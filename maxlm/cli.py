@@ -24,6 +24,7 @@ COMMANDS = (
     "maxlm.scoring.cli",
     "maxlm.verify.cli",
     "maxlm.eval.cli",
+    "maxlm.report.cli",
     "maxlm.export.cli",
     "maxlm.generate.cli",
     "maxlm.serve.cli",

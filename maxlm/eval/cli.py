@@ -1,4 +1,4 @@
-"""`maxlm eval` and `maxlm report`."""
+"""`maxlm eval`."""
 
 import argparse
 import json
@@ -22,15 +22,9 @@ With choices, the one with the highest log-probability after the prompt is taken
 give it its leading space.
 """
 
-_REPORT_EPILOG = """\
-examples:
-  maxlm report runs/small              loss curves, configuration, where its data came from: runs/small/report.html
-  maxlm report runs/quickstart         all stages of a quickstart on one page
-"""
-
 
 def register(subparsers) -> None:
-    """Add both commands to the command line."""
+    """Add the command to the command line."""
     evaluation = subparsers.add_parser(
         "eval",
         help="bits per byte, perplexity, accuracy, with intervals and baselines",
@@ -64,18 +58,6 @@ def register(subparsers) -> None:
     evaluation.add_argument("--output", metavar="FILE", help="write everything as JSON, each example included")
     evaluation.add_argument("--json", action="store_true", help="print JSON instead of tables")
     evaluation.set_defaults(func=run_eval)
-
-    report = subparsers.add_parser(
-        "report",
-        help="one HTML page about a run or a quickstart",
-        description="Write report.html into a folder: one file that needs no network.\n"
-        "A quickstart folder gives the whole story, a run folder that of the run.",
-        epilog=_REPORT_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    report.add_argument("folder", metavar="FOLDER", help="a run folder or a quickstart folder")
-    report.add_argument("--json", action="store_true", help="print the path as JSON")
-    report.set_defaults(func=run_report)
 
 
 def run_eval(args: argparse.Namespace) -> int:
@@ -113,14 +95,6 @@ def run_eval(args: argparse.Namespace) -> int:
     if failed and not args.json:
         raise CheckFailed("; ".join(failed))
     return 1 if failed else 0
-
-
-def run_report(args: argparse.Namespace) -> int:
-    from maxlm.eval.report import write_report
-
-    path = write_report(Path(args.folder))
-    print(json.dumps({"report": str(path)}) if args.json else path)
-    return 0
 
 
 def _failed_checks(result: dict, args: argparse.Namespace) -> list[str]:

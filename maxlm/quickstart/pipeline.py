@@ -85,7 +85,7 @@ class Quickstart:
                 not_done[name] = f"the stage {name} failed: {error}"
                 console.print(not_done[name], markup=False)
         summary = self.summarize(not_done)
-        from maxlm.eval.report import write_report
+        from maxlm.report.report import write_report
 
         write_report(self.folder)
         return summary

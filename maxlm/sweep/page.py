@@ -1,52 +1,48 @@
 """`index.html` of a sweep: the laws with their bands, each field's curve, and every trial."""
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 import numpy as np
 
 from maxlm.config.load import dump_yaml
 from maxlm.config.sweep import Range
-from maxlm.eval.html_parts import charts, duration, facts, figure, folded, paragraph, section, table, tiles, write_page
-from maxlm.eval.svg import Band, Bar, Line, bar_chart, format_number, line_chart
+from maxlm.report.charts import Band, Bar, Line, bar_chart, line_chart
+from maxlm.report.page import Chart, Table, write_page
+from maxlm.report.text import duration, format_number
 from maxlm.sweep.analysis import Analysis, FieldLaw, best_config
 from maxlm.sweep.outcome import Outcome, ranked
+from maxlm.sweep.records import Record
 from maxlm.sweep.trials import TARGET, Plan, describe
 
 AXES = {"flops": "FLOPs of training", "parameters": "weights", "tokens": "tokens of training"}
 # The largest size is the strongest.
-_SHADES = ("series-1", *(f"series-1 shade-{shade}" for shade in (4, 3, 2, 1)))
+_SHADES = ("series-1", "shade-1", "shade-2", "shade-3", "shade-4")
 _CURVE_POINTS = 60
 
 
 def write_sweep_page(path: Path, plan: Plan, analysis: Analysis) -> None:
     """Write the page of a sweep that has ended."""
-    title = plan.folder.resolve().name
+    name = plan.folder.resolve().name
     write_page(
         path,
-        f"{title} - maxlm sweep",
-        [
-            f"<h1>{escape(title)}</h1>",
-            _headline(plan, analysis),
-            section("Notes", *(paragraph(note) for note in analysis.notes)),
-            _law_section(plan, analysis),
-            section(
-                "The best setting at each size",
-                charts(_field_law_figure(plan, analysis, field) for field in analysis.field_laws if field.law),
-            ),
-            section("What each field does", charts(_field_figure(plan, analysis, name) for name in plan.config.fields)),
-            section("Trials", *_trials(plan, analysis)),
-            section(
-                "Configuration",
-                folded("best.yaml", dump_yaml(best_config(plan, analysis))),
-                folded("the sweep", dump_yaml(plan.config)),
-            ),
-        ],
+        "sweep.html",
+        title=f"{name} - maxlm sweep",
+        name=name,
+        subtitle=f"Trials of {plan.config.train}, by {plan.config.method.kind.replace('_', ' ')}.",
+        headline=_headline(plan, analysis),
+        notes=analysis.notes,
+        law_facts=_law_facts(analysis),
+        law=_law_chart(plan, analysis),
+        field_laws=[_field_law_chart(plan, analysis, field) for field in analysis.field_laws if field.law],
+        fields=[_field_chart(plan, analysis, name) for name in plan.config.fields],
+        trials=_trials(plan, analysis),
+        not_finished=_not_finished(plan, analysis),
+        configs=[("best.yaml", dump_yaml(best_config(plan, analysis))), ("the sweep", dump_yaml(plan.config))],
     )
 
 
-def _headline(plan: Plan, analysis: Analysis) -> str:
+def _headline(plan: Plan, analysis: Analysis) -> list[tuple[str, str]]:
     summary, metric = analysis.summary(plan), plan.config.metric.replace("_", " ")
     counts = summary["trials"]
     lost = ", ".join(f"{counts[status]} {status}" for status in ("diverged", "failed") if counts[status])
@@ -61,8 +57,7 @@ def _headline(plan: Plan, analysis: Analysis) -> str:
         if measured is not None and measured.value is not None:
             off = prediction.value / measured.value - 1
             items.append((format_number(measured.value), f"measured there: predicted {100 * off:+.1f} % off"))
-    method = plan.config.method.kind.replace("_", " ")
-    return paragraph(f"Trials of {plan.config.train}, by {method}.") + tiles(items)
+    return items
 
 
 def _where(plan: Plan, outcome: Outcome) -> str:
@@ -70,28 +65,38 @@ def _where(plan: Plan, outcome: Outcome) -> str:
     return describe(outcome.setting) + size
 
 
-def _law_section(plan: Plan, analysis: Analysis) -> str:
+def _law_facts(analysis: Analysis) -> list[tuple[str, str]]:
+    law = analysis.law
+    if law is None:
+        return []
+    told = [(name, _with_interval(getattr(law, key), law.interval(key))) for name, key in _LAW_NAMES]
+    if law.noise is not None:
+        told.append(("noise about the law", f"{100 * law.noise:.2g} %"))
+    return told
+
+
+def _law_chart(plan: Plan, analysis: Analysis) -> Chart | None:
     law, prediction = analysis.law, analysis.prediction
     if law is None:
-        return ""
+        return None
     against, metric = plan.config.scales.against, plan.config.metric.replace("_", " ")
     tops = [ranking[0] for ranking in analysis.final.values() if ranking]
     points = [(getattr(top.records[0], against), value) for top in tops for value in top.values]
     xs = [x for x, _ in points] + ([getattr(prediction.size, against)] if prediction else [])
     curve = np.geomspace(min(xs), max(xs), _CURVE_POINTS)
     lines = [
-        Line("fit", list(zip(curve.tolist(), law.loss(curve).tolist())), "series-1"),
-        Line("measured", points, "series-1", is_joined=False),
+        Line(list(zip(curve.tolist(), law.loss(curve).tolist())), "series-1"),
+        Line(points, "series-1", is_joined=False),
     ]
     bands, legend = _bands(law.band(curve), curve), [("series-1", "ladder: measured, law, 95 % band")]
     if prediction is not None:
         x = float(getattr(prediction.size, against))
         if prediction.low is not None:
             bands.append(Band([(x, prediction.low, prediction.high)], "series-2"))
-        lines.append(Line("predicted", [(x, prediction.value)], "plain"))
+        lines.append(Line([(x, prediction.value)], "plain"))
         legend.append(("plain", "target, predicted, 95 % for one run"))
         if analysis.measured is not None and analysis.measured.values:
-            lines.append(Line("measured", [(x, v) for v in analysis.measured.values], "series-2", is_joined=False))
+            lines.append(Line([(x, v) for v in analysis.measured.values], "series-2", is_joined=False))
             legend.append(("series-2", "target, measured"))
     svg = line_chart(
         f"{metric} against {AXES[against]}",
@@ -102,30 +107,27 @@ def _law_section(plan: Plan, analysis: Analysis) -> str:
         log_x=True,
         log_y=True,
     )
-    numbers = table(("size", AXES[against], "law", "measured"), analysis.law_rows(plan))
-    told = [(name, _with_interval(getattr(law, key), law.interval(key))) for name, key in _LAW_NAMES]
-    if law.noise is not None:
-        told.append(("noise about the law", f"{100 * law.noise:.2g} %"))
+    numbers = Table(("size", AXES[against], "law", "measured"), analysis.law_rows(plan))
     title = f"{metric} = E + A · x^-α, x = {AXES[against]}"
-    return section("Scaling law", facts(told), charts([figure(title, svg, numbers, legend=legend)]), numbers)
+    return Chart(title, svg, numbers, legend=legend)
 
 
 _LAW_NAMES = (("E", "irreducible"), ("A", "coefficient"), ("α", "exponent"))
 
 
-def _field_law_figure(plan: Plan, analysis: Analysis, field: FieldLaw) -> str:
+def _field_law_chart(plan: Plan, analysis: Analysis, field: FieldLaw) -> Chart:
     against, prediction = plan.config.scales.against, analysis.prediction
     points = [(x, optimum.value) for x, optimum in field.points]
     target = [float(getattr(prediction.size, against))] if prediction else []
     xs = [x for x, _ in points] + target
     curve = np.geomspace(min(xs), max(xs), _CURVE_POINTS)
     lines = [
-        Line("law", list(zip(curve.tolist(), field.law.value(curve).tolist())), "series-1"),
-        Line("best", points, "series-1", is_joined=False),
+        Line(list(zip(curve.tolist(), field.law.value(curve).tolist())), "series-1"),
+        Line(points, "series-1", is_joined=False),
     ]
     legend = [("series-1", "ladder: best, law, 95 % band")]
     if prediction is not None:
-        lines.append(Line("target", [(target[0], prediction.setting[field.name])], "series-2"))
+        lines.append(Line([(target[0], prediction.setting[field.name])], "series-2"))
         legend.append(("series-2", "target"))
     svg = line_chart(
         f"{field.name} against {AXES[against]}",
@@ -141,10 +143,10 @@ def _field_law_figure(plan: Plan, analysis: Analysis, field: FieldLaw) -> str:
         for x, optimum in field.points
     ]
     note = f"∝ x^{_with_interval(field.law.exponent, field.law.exponent_interval)}"
-    return figure(field.name, svg, table((AXES[against], "best", ""), rows), note=note, legend=legend)
+    return Chart(field.name, svg, Table((AXES[against], "best", ""), rows), note=note, legend=legend)
 
 
-def _field_figure(plan: Plan, analysis: Analysis, name: str) -> str:
+def _field_chart(plan: Plan, analysis: Analysis, name: str) -> Chart:
     rankings = _groups(plan, analysis)
     outcomes = [outcome for ranking in rankings.values() for outcome in ranking]
     values = [outcome.setting[name] for outcome in outcomes]
@@ -154,11 +156,11 @@ def _field_figure(plan: Plan, analysis: Analysis, name: str) -> str:
         for label, ranking in rankings.items()
         for outcome in ranking
     ]
-    numbers = table((name, metric), rows)
+    numbers = Table((name, metric), rows)
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         groups = [(label, _bars(ranking, name)) for label, ranking in rankings.items()]
         labels = [(f"{label}: {value}", [bar]) for label, bars in groups for value, bar in bars]
-        return figure(
+        return Chart(
             f"Best {metric} with each {name}", bar_chart(name, "the best value of each choice", labels), numbers
         )
     lines, legend = [], []
@@ -167,7 +169,7 @@ def _field_figure(plan: Plan, analysis: Analysis, name: str) -> str:
         # Settings that differ in other fields too lie off any line.
         joined = len(plan.config.fields) == 1
         style = _SHADES[min(index, len(_SHADES) - 1)]
-        lines.append(Line(label, points, style, has_marks=True, is_joined=joined))
+        lines.append(Line(points, style, has_marks=True, is_joined=joined))
         legend.append((style, label))
     dimension = plan.config.fields[name]
     spread = min(values) > 0 and max(values) / min(values) >= 4
@@ -180,7 +182,7 @@ def _field_figure(plan: Plan, analysis: Analysis, name: str) -> str:
         log_x=is_log and min(values) > 0,
         log_y=all(outcome.value > 0 for outcome in outcomes),
     )
-    return figure(f"{metric.capitalize()} against {name}", svg, numbers, legend=legend[::-1] if len(legend) > 1 else ())
+    return Chart(f"{metric.capitalize()} against {name}", svg, numbers, legend=legend[::-1] if len(legend) > 1 else ())
 
 
 def _groups(plan: Plan, analysis: Analysis) -> dict[str, list[Outcome]]:
@@ -201,29 +203,42 @@ def _bars(ranking: Sequence[Outcome], name: str) -> list[tuple[str, Bar]]:
     return [(value, Bar(number, "series-1")) for value, number in best.items()]
 
 
-def _trials(plan: Plan, analysis: Analysis) -> list[str]:
-    """A table, the largest size and its best settings first; and why trials did not finish."""
+def _trials(plan: Plan, analysis: Analysis) -> Table:
+    """The largest size and its best settings first."""
     config = plan.config
     sizes, seeds = ("size",) if config.scales else (), ("seed",) if config.seeds else ()
     names = (name.rpartition(".")[2] for name in config.fields)
     header = (*sizes, *names, *seeds, "steps", config.metric, "seconds", "trial")
-    measured = [analysis.measured] if analysis.measured else []
-    order = sorted(
-        (*analysis.outcomes, *measured),
-        key=lambda o: (o.scale != TARGET, -o.scale, -o.steps, o.value is None, _signed(plan, o)),
-    )
-    rows, losses = [], []
-    for record in (record for outcome in order for record in outcome.records):
+    rows = []
+    for record in _records(plan, analysis):
         value = record.value(config.metric)
         size = (plan.label(record.scale),) if config.scales else ()
         settings = (str(record.setting[name]) for name in config.fields)
         seed = (str(record.seed),) if config.seeds else ()
         told = f"{value:.4f}" if value is not None else record.status
         rows.append((*size, *settings, *seed, f"{record.steps:,}", told, f"{record.seconds:.0f}", record.id))
+    return Table(header, rows)
+
+
+def _not_finished(plan: Plan, analysis: Analysis) -> Table:
+    """Why trials did not finish."""
+    rows = []
+    for record in _records(plan, analysis):
         if record.error:
-            where = ", ".join((record.id, *size))
-            losses.append((f"{where}: {describe(record.setting)} {record.status}: {record.error}",))
-    return [table(header, rows), table(("not finished",), losses) if losses else ""]
+            size = (plan.label(record.scale),) if plan.config.scales else ()
+            rows.append(
+                (f"{', '.join((record.id, *size))}: {describe(record.setting)} {record.status}: {record.error}",)
+            )
+    return Table(("not finished",), rows)
+
+
+def _records(plan: Plan, analysis: Analysis) -> list[Record]:
+    measured = [analysis.measured] if analysis.measured else []
+    order = sorted(
+        (*analysis.outcomes, *measured),
+        key=lambda o: (o.scale != TARGET, -o.scale, -o.steps, o.value is None, _signed(plan, o)),
+    )
+    return [record for outcome in order for record in outcome.records]
 
 
 def _signed(plan: Plan, outcome: Outcome) -> float:

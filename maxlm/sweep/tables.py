@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from maxlm.config.sweep import SweepConfig
-from maxlm.eval.html_parts import duration
+from maxlm.report.text import duration
 from maxlm.sweep.trials import describe
 
 _MOST_ROWS = 20

@@ -167,10 +167,10 @@ def test_the_page_shows_points_law_band_target_and_every_trial(plan, analysis, t
     write_sweep_page(tmp_path / "index.html", plan, measured)
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     law = re.search(r"<svg.*?</svg>", page, re.DOTALL)[0]
-    assert law.count("<circle") == 4 + 1 + 1
-    assert law.count('class="band') == 1
-    assert law.count('class="whisker"') == 1
-    assert law.count("<polyline") == 1
+    # Four sizes, the predicted target, the measured one, the band; the target's interval.
+    assert law.count("<use") == 4 + 1 + 1 + 1
+    assert law.count("fill: var(--one); fill-opacity: 0.16") == 1
+    assert law.count("stroke: var(--text)") == 1
     for outcome in measured.outcomes:
         assert outcome.records[0].id in page
     assert "predicted" in page

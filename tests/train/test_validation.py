@@ -12,10 +12,10 @@ from maxlm.core.parameters import initialize
 from maxlm.core.sharding import RowShard, make_mesh
 from maxlm.core.term import Term
 from maxlm.data.build import build_data
-from maxlm.eval.report_runs import Run, run_section
 from maxlm.models.decoder import Decoder
 from maxlm.objectives.packed_rows import PackedRowsData
 from maxlm.objectives.validation import values_by_source
+from maxlm.report.curves import Run, view_run
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.metrics import MetricsLog
 from maxlm.train.objective import RunContext
@@ -97,6 +97,6 @@ def test_figures_by_source_are_told_in_short(tmp_path, capsys):
         in told
     )
     records = [{"step": 4, **{f"valid_{name}": value for name, value in values.items()}}]
-    page = run_section(Run("run", records, {}))
-    assert "<td>s7</td><td class=number>bits per byte</td><td class=number>7" in page
-    assert page.count("<svg") == 2, "no chart for each source"
+    view = view_run(Run("run", records, {}))
+    assert ("s7", "bits per byte", "7") in view.by_source.rows
+    assert len(view.curves) == 2, "no chart for each source"

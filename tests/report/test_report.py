@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from maxlm.errors import DataError
-from maxlm.eval.report import write_report
-from maxlm.eval.report_runs import Run, run_section
+from maxlm.errors import DataError, RequestError
+from maxlm.report.curves import Run, view_run
+from maxlm.report.report import write_comparison, write_report
 from maxlm.runtime.manifest import manifest_chain, write_manifest
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -50,7 +50,7 @@ def check(path) -> str:
     assert checker.open == []
     assert checker.scripts == 0
     assert all(link.startswith("#") for link in checker.links)
-    assert "url(" not in page
+    assert all(name.startswith("#") for name in re.findall(r"url\(([^)]*)", page))
     assert "@import" not in page
     for link in checker.links:
         assert f'id="{link[1:]}"' in page
@@ -188,10 +188,10 @@ def test_a_run_folder_is_told_on_its_own(quickstart):
 def test_a_run_tells_where_its_time_went():
     goodput = {"productive": 0.6, "seconds": {"step": 60.0, "compile": 10.0, "redone_after_restart": 30.0, "x": None}}
     run = Run("run", [{"step": 1, "loss": 2.0}], {"metrics": {"attempts": 2, "goodput": goodput}})
-    page = run_section(run)
-    assert "60.0\u00a0% of 1 min 40 s went to steps that the result stands on" in page
-    assert "<td>redone after restart</td><td class=number>30.00</td><td class=number>30.0\u00a0%</td>" in page
-    assert "Where the time went" not in run_section(Run("run", run.records, {"metrics": {"goodput": "odd"}}))
+    [chart] = view_run(run).goodput
+    assert chart.note == "60.0\u00a0% of 1 min 40 s went to steps that the result stands on"
+    assert ("redone after restart", "30.00", "30.0\u00a0%") in chart.numbers.rows
+    assert view_run(Run("run", run.records, {"metrics": {"goodput": "odd"}})).goodput == []
 
 
 def test_a_run_without_manifest_or_with_a_single_record(tmp_path):
@@ -221,3 +221,53 @@ def test_a_folder_without_anything_to_tell_is_a_mistake(tmp_path):
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(DataError, match="not valid JSON"):
         write_report(tmp_path)
+
+
+def test_an_unfinished_run_says_what_is_missing(tmp_path):
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("steps: 1000\n")
+    text = check(write_report(tmp_path / "run"))
+    assert "run: has not ended. The last record is of step 40 of 1,000." in text
+    assert "What is missing: the steps after it, the last validation, and manifest.json" in text
+    stopped = {"stage": "train/pretrain", "inputs": {}, "config": {"steps": 50}}
+    write_manifest(tmp_path / "run", **stopped, metrics={"steps": 40, "finished": False})
+    assert "run: stopped at step 40 of 50; the same command goes on" in check(write_report(tmp_path / "run"))
+    write_manifest(tmp_path / "run", **stopped, metrics={"steps": 50, "finished": True})
+    assert "stopped" not in check(write_report(tmp_path / "run"))
+
+
+def test_a_page_reloads_only_while_it_is_watched(tmp_path):
+    write_run(tmp_path / "run")
+    refresh = '<meta http-equiv="refresh" content="3">'
+    assert refresh in write_report(tmp_path / "run", refresh_seconds=3).read_text(encoding="utf-8")
+    assert "refresh" not in write_report(tmp_path / "run").read_text(encoding="utf-8")
+
+
+def test_several_runs_are_laid_over_each_other(tmp_path):
+    for name, rate in (("a", 0.1), ("b <i>", 0.2)):
+        write_run(tmp_path / name)
+        (tmp_path / name / "config.yaml").write_text(f"steps: 40\noutput: {name}\noptim: {{learning_rate: {rate}}}\n")
+    path = write_comparison([tmp_path / "a", tmp_path / "b <i>"])
+    assert path == tmp_path / "a" / "compare.html"
+    text = check(path)
+    for told in ("a and b <i>", "Loss, nats per token, validation", "optim.learning_rate 0.1 0.2", "a: has not ended"):
+        assert told in text, told
+    assert "output" not in text
+    assert "var(--one)" in path.read_text()
+    assert "var(--two)" in path.read_text()
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
+    for name in ("x", "y"):
+        write_run(tmp_path / name / "run")
+    text = check(write_comparison([tmp_path / "x" / "run", tmp_path / "y" / "run"]))
+    assert f"{tmp_path}/x/run and {tmp_path}/y/run" in text
+
+
+def test_what_cannot_be_compared_is_a_mistake(tmp_path):
+    write_run(tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(DataError, match="other: is no run"):
+        write_comparison([tmp_path / "run", tmp_path / "other"])
+    with pytest.raises(RequestError, match="give at most 4"):
+        write_comparison([tmp_path / "run"] * 5)
