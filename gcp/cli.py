@@ -5,7 +5,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from gcp.job import GENERATIONS, Capacity, Tpu, TpuJob
+from maxlm_gcp.job import GENERATIONS, Capacity, Tpu, TpuJob
+
 from maxlm.errors import ConfigError
 from maxlm.runtime.arguments import count, count_or_zero
 
@@ -49,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `maxlm submit`."""
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="training configuration, inside the code folder")
+    parser.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="training configuration, inside the code folder, or a recipe's name"
+    )
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="overrides of the configuration")
     actions = "; ".join(f"{name}: {what}" for name, what in ACTIONS.items())
     parser.add_argument("--action", choices=ACTIONS, default="all", metavar="ACTION", help=actions)
@@ -112,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         return _print_command(args, tpu)
     if args.action == "status":
         return _status(args, tpu)
-    from gcp import submit
+    from maxlm_gcp import submit
 
     if args.action == "logs":
         submit.follow_logs(tpu, worker=args.worker, tail=args.tail)
@@ -124,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _submit(args: argparse.Namespace, job: TpuJob) -> int:
-    from gcp import submit
+    from maxlm_gcp import submit
 
     create_only = args.action == "create"
     if args.dry_run:
@@ -138,7 +141,7 @@ def _submit(args: argparse.Namespace, job: TpuJob) -> int:
 
 
 def _status(args: argparse.Namespace, tpu: Tpu) -> int:
-    from gcp import submit
+    from maxlm_gcp import submit
 
     status = submit.status(tpu)
     if args.json:
@@ -151,7 +154,7 @@ def _status(args: argparse.Namespace, tpu: Tpu) -> int:
 
 
 def _print_command(args: argparse.Namespace, tpu: Tpu) -> int:
-    from gcp import commands
+    from maxlm_gcp import commands
 
     built = {
         "status": [commands.describe(tpu), commands.status(tpu)],
@@ -169,12 +172,13 @@ def _job(args: argparse.Namespace, tpu: Tpu) -> TpuJob:
     missing = [name for name, value in needed.items() if value is None]
     if missing:
         raise ConfigError([f"maxlm submit needs {name}: see maxlm submit --help" for name in missing])
+    config = _inside(args.code, args.config)
     capacity = Capacity.SPOT if args.spot else Capacity.RESERVED if args.reserved else Capacity.ON_DEMAND
     job = TpuJob(
         tpu=tpu,
         accelerator_type=args.accelerator,
         bucket=args.bucket,
-        config=args.config,
+        config=config,
         overrides=tuple(args.overrides),
         code=args.code,
         inputs=_pairs("--input", args.input),
@@ -188,13 +192,22 @@ def _job(args: argparse.Namespace, tpu: Tpu) -> TpuJob:
     )
     problems = [job.zone_problem] if job.zone_problem else []
     if args.code.is_dir():
-        from gcp.travel import misfits
+        from maxlm_gcp.travel import misfits
+
         from maxlm.config.load import load_config
 
         problems += misfits(job, load_config(args.code / job.config, job.settings, kind="train"))
     if problems:
         raise ConfigError(problems)
     return job
+
+
+def _inside(code: Path, config: str) -> str:
+    """The path of a configuration in the code folder; a recipe may be given by its name, as `post/sft`."""
+    recipe = Path("configs", config).with_suffix(".yaml")
+    if code.is_dir() and not (code / config).exists() and (code / recipe).is_file():
+        return recipe.as_posix()
+    return config
 
 
 def _pairs(option: str, texts: list[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import shlex
 import tempfile
 from pathlib import Path
 
-from gcp.job import Capacity, Tpu, TpuJob
+from maxlm_gcp.job import Capacity, Tpu, TpuJob
 
 Argv = list[str]
 

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gcp import commands
-from gcp.job import Tpu, TpuJob
-from gcp.runner import Result, Runner, run_command
+from maxlm_gcp import commands
+from maxlm_gcp.job import Tpu, TpuJob
+from maxlm_gcp.runner import Result, Runner, run_command
+
 from maxlm.errors import RequestError
 from maxlm.runtime.progress import console
 

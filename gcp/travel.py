@@ -7,7 +7,8 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from gcp.job import TpuJob
+from maxlm_gcp.job import TpuJob
+
 from maxlm.config import TrainConfig
 
 

@@ -30,7 +30,7 @@ COMMANDS = (
     "maxlm.serve.cli",
     "maxlm.quickstart.cli",
     "maxlm.sweep.cli",
-    "gcp.cli",
+    "maxlm_gcp.cli",
 )
 
 # Characters of a message that repeats what was given.

@@ -61,8 +61,8 @@ def test_imports_point_down():
     ],
 )
 def test_an_import_that_points_up_is_found(file, line, contract, tmp_path):
-    for package in ("maxlm", "gcp"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__", "static"))
+    for package, name in (("maxlm", "maxlm"), ("gcp", "maxlm_gcp")):
+        shutil.copytree(ROOT / package, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "static"))
     shutil.copy(ROOT / ".importlinter", tmp_path)
     with (tmp_path / file).open("a", encoding="utf-8") as stream:
         stream.write(f"\n{line}\n")

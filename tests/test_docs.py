@@ -14,7 +14,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "gcp/README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-HELP = [ROOT / f"{name.replace('.', '/')}.py" for name in ("maxlm.cli", *COMMANDS)]
+HELP = [ROOT / f"{name.replace('maxlm_gcp', 'gcp').replace('.', '/')}.py" for name in ("maxlm.cli", *COMMANDS)]
 LINK = re.compile(r"\]\(([^)#\s]+)")
 FILE = re.compile(r"(?<![\w/.-])(?:configs|docs|gcp|maxlm|tests|tools)/[\w/.-]*\.(?:md|py|sh|yaml)\b")
 

@@ -48,7 +48,7 @@ def find_config(name: str | Path) -> Path:
         return recipe
     files_here = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
     near = [str(path.parent / found) for found in files_here]
-    near += difflib.get_close_matches(path.with_suffix("").as_posix(), recipes(), 1, cutoff=0.7)
+    near += difflib.get_close_matches(path.with_suffix("").as_posix(), _recipes_or_none(), 1, cutoff=0.7)
     hint = f"; did you mean {' or '.join(near)}?" if near else "; `maxlm config list` names the recipes"
     raise ConfigError([f"{path}: there is no such file{hint}"])
 
@@ -74,4 +74,12 @@ def describe(path: Path) -> tuple[str, str]:
 def _recipe_of(path: Path) -> Path | None:
     parts = path.with_suffix("").parts if path.suffix in (".yaml", "") else path.parts
     name = "/".join(parts[1:] if parts[:1] == ("configs",) else parts)
-    return recipes().get(name)
+    return _recipes_or_none().get(name)
+
+
+def _recipes_or_none() -> dict[str, Path]:
+    """An installation that has lost its recipes can still read files."""
+    try:
+        return recipes()
+    except ConfigError:
+        return {}

@@ -68,8 +68,8 @@ def installed(tmp_path: Path) -> Path:
     return site
 
 
-def folder_of(site: Path) -> subprocess.CompletedProcess:
-    script = "from maxlm.config.recipes import recipe_folder; print(recipe_folder())"
+def folder_of(site: Path, call: str = "recipe_folder()") -> subprocess.CompletedProcess:
+    script = f"from maxlm.config.recipes import find_config, recipe_folder; print({call})"
     environment = os.environ | {"PYTHONPATH": str(site)}
     return subprocess.run(
         [sys.executable, "-c", script], env=environment, cwd=site, capture_output=True, text=True, timeout=60
@@ -85,6 +85,10 @@ def test_recipes_that_are_gone_are_told(installed: Path):
     (installed.parents[1] / FOLDER / "post" / "sft.yaml").unlink()
     done = folder_of(installed)
     assert "has no recipes: install it again" in done.stderr
+    # Files are read without them, and one that is not there is what is told.
+    (installed / "mine.yaml").write_text("{}")
+    assert folder_of(installed, "find_config('mine.yaml')").stdout.strip() == "mine.yaml"
+    assert "yours.yaml: there is no such file" in folder_of(installed, "find_config('yours.yaml')").stderr
 
 
 def test_a_checkout_uses_its_own():

@@ -7,11 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-# The folder of these tests is called gcp too; the package must win.
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from gcp.job import Tpu, TpuJob
+from maxlm_gcp.job import Tpu, TpuJob
 
 # Stands for `python3 -m pip`, `-m uv venv` and `-m uv pip`: makes an environment whose maxlm records how it was called.
 PYTHON_STUB = f"""#!{sys.executable}

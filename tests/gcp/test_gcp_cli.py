@@ -4,12 +4,13 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
+from maxlm_gcp.cli import add_arguments, run
 
-from gcp.cli import add_arguments, run
 from maxlm.errors import ConfigError
 
 WHERE = ["--name=tiny-1", "--project=my-project", "--zone=us-west4-a"]
@@ -52,6 +53,15 @@ def test_a_dry_run_prints_commands_and_nothing_else(code, capsys):
     assert "--spot" in out[1]
     assert "steps=20 output=gs://my-bucket/runs/tiny-1" in out[-1]
     assert subprocess.run(["bash", "-n"], input="\n".join(out), text=True).returncode == 0
+
+
+def test_a_recipe_is_taken_by_its_name(code, capsys):
+    (code / "configs" / "post").mkdir(parents=True)
+    shutil.copy(code / "train.yaml", code / "configs" / "post" / "mine.yaml")
+    for arguments in (["add", "."], ["-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "more"]):
+        subprocess.run(["git", *arguments], check=True)
+    assert call("post/mine", "--dry-run", *WHERE, *WHAT) == 0
+    assert "train configs/post/mine.yaml" in capsys.readouterr().out
 
 
 def test_a_dry_run_as_json_is_the_same_lines(code, capsys):
@@ -150,7 +160,7 @@ def test_the_help_teaches_with_commands_that_parse(capsys):
 
 def test_no_device_is_opened(code):
     program = (
-        "import sys, argparse; from gcp.cli import add_arguments, run; parser = argparse.ArgumentParser(); "
+        "import sys, argparse; from maxlm_gcp.cli import add_arguments, run; parser = argparse.ArgumentParser(); "
         "add_arguments(parser); run(parser.parse_args(sys.argv[1:]))"
     )
     subprocess.run(

@@ -11,8 +11,8 @@ import threading
 from dataclasses import dataclass, field
 
 import pytest
+from maxlm_gcp.submit import delete, status, submit
 
-from gcp.submit import delete, status, submit
 from maxlm.errors import RequestError
 
 pytestmark = [

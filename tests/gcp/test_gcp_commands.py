@@ -9,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from gcp import commands
-from gcp.job import Capacity
-from gcp.submit import dry_run
+from maxlm_gcp import commands
+from maxlm_gcp.job import Capacity
+from maxlm_gcp.submit import dry_run
 
 GOLDEN = Path(__file__).parent / "golden"
 

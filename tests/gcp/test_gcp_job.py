@@ -1,8 +1,8 @@
 """Bad values are told before any command is built, all of them at once, with what is allowed."""
 
 import pytest
+from maxlm_gcp.job import GENERATIONS, Tpu
 
-from gcp.job import GENERATIONS, Tpu
 from maxlm.errors import ConfigError
 
 

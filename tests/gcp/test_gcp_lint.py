@@ -6,9 +6,8 @@ import subprocess
 from dataclasses import replace
 
 import pytest
-
-from gcp import commands
-from gcp.job import Capacity
+from maxlm_gcp import commands
+from maxlm_gcp.job import Capacity
 
 pytestmark = pytest.mark.skipif(
     shutil.which("gcloud") is None, reason="needs the Google Cloud CLI, which pip does not install"

@@ -4,10 +4,10 @@ import json
 import subprocess
 
 import pytest
+from maxlm_gcp import commands
+from maxlm_gcp.runner import Result, run_command
+from maxlm_gcp.submit import POLL_SECONDS, Worker, delete, follow_logs, status, submit
 
-from gcp import commands
-from gcp.runner import Result, run_command
-from gcp.submit import POLL_SECONDS, Worker, delete, follow_logs, status, submit
 from maxlm.errors import RequestError
 
 NOT_THERE = Result(1, "", "ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: no such resource\n")
