@@ -35,19 +35,13 @@ class MoeConfig(Frozen):
     router_z_loss: NonNegativeFloat = Field(
         0.0, description="Weight of the mean squared log of the normaliser of the router's softmax."
     )
-    dispatch: Literal["dropless", "capacity"] = Field(
-        "dropless", description="capacity: an expert takes so many tokens of a device and drops the rest."
-    )
-    capacity_factor: PositiveFloat = Field(
-        1.25, description="For dispatch=capacity: tokens that an expert takes, as a multiple of an equal share."
-    )
     implementation: Literal["auto", "ragged", "padded", "reference"] = Field(
         "auto", description="How tokens reach their experts: see maxlm/ops/moe.py."
     )
 
     def function(self) -> dict[str, Any]:
         """Less what trains the router and how experts are reached: equal for two that the same weights fit."""
-        how = {"router_z_loss": True, "dispatch": True, "capacity_factor": True, "implementation": True}
+        how = {"router_z_loss": True, "implementation": True}
         return self.model_dump(exclude={**how, "balance": {"loss_weight"}})
 
     @model_validator(mode="after")
@@ -57,6 +51,4 @@ class MoeConfig(Frozen):
                 f"experts_per_token ({self.experts_per_token}) exceeds num_experts ({self.num_experts});"
                 f" make it {self.num_experts} or less"
             )
-        if self.dispatch == "capacity" and self.implementation != "auto":
-            raise ValueError(f"implementation={self.implementation} is for dispatch=dropless; leave it out")
         return self

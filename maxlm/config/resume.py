@@ -46,7 +46,7 @@ _RULES: tuple[tuple[Change, tuple[str, ...]], ...] = (
     (
         Change.ASKED,
         # What trains a router belongs to the run and not to the model.
-        ("model.moe.balance.loss_weight", "model.moe.router_z_loss", "model.moe.dispatch", "model.moe.capacity_factor"),
+        ("model.moe.balance.loss_weight", "model.moe.router_z_loss"),
     ),
     (
         Change.REFUSED,

@@ -41,7 +41,7 @@ def register(subparsers) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run folder or a checkpoint")
     parser.add_argument("output", metavar="OUTPUT", help="folder of the bundle; an older bundle there is replaced")
     parser.add_argument("--ema", action="store_true", help="the running mean of a run's weights (optim.ema_decay)")
-    parser.add_argument("--format", choices=("int8",), default="int8", help="what to write (int8)")
+    parser.add_argument("--format", default="int8", metavar="NAME", help="what to write (int8)")
     parser.add_argument(
         "--data",
         metavar="PATH",
@@ -71,7 +71,7 @@ def register(subparsers) -> None:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    from maxlm.export.int8 import ReceiptOutOfBounds, export_int8
+    from maxlm.export.export import ReceiptOutOfBounds, export_model
 
     given = {
         name: value
@@ -79,13 +79,16 @@ def run_export(args: argparse.Namespace) -> int:
         if (value := getattr(args, name)) is not None
     }
     try:
-        receipt = export_int8(args.model, args.output, data=args.data, ema=args.ema, **given)
+        receipt = export_model(args.model, args.output, format=args.format, data=args.data, ema=args.ema, **given)
     except ReceiptOutOfBounds as error:
         # Not left to the caller, which knows nothing of receipts.
         _print_receipt(error.receipt, args, error=str(error))
         print(f"maxlm: {error}", file=sys.stderr)
         return error.exit_code
-    _print_receipt(receipt, args)
+    if receipt is not None:
+        _print_receipt(receipt, args)
+    else:
+        print(json.dumps({"output": args.output}) if args.json else args.output)
     return 0
 
 

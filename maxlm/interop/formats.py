@@ -1,13 +1,22 @@
 """Folders in the formats of others, or for others: each is one module of this package that defines `FORMAT`."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from maxlm.config.registry import collect
 from maxlm.models.decoder import Decoder
 from maxlm.tokenizer.codec import Tokenizer
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A quantised model, and how it was quantised, in a few words."""
+
+    description: str
+    model: Decoder
 
 
 @dataclass(frozen=True)
@@ -19,12 +28,17 @@ class Format:
     recognizes: whether a folder is of this format, by what it is named or holds.
     load: the model on the first device, and its tokenizer, or None where it has none; raises CheckpointError where the
       folder is damaged.
+    write: puts a model, its tokenizer and the receipt of its quantisation (or {}) into an empty folder.
+    quantize: models to write in the place of a float one, the smallest first: that one is written whose receipt lies
+      within its bounds. None: the format holds the model as it is.
     """
 
     name: str
     title: str
     recognizes: Callable[[Path], bool]
     load: Callable[[Path], tuple[Decoder, Tokenizer | None]]
+    write: Callable[[Path, Decoder, Tokenizer | None, dict[str, Any]], None]
+    quantize: Callable[[Decoder], Iterable[Candidate]] | None = None
 
 
 @functools.cache

@@ -11,6 +11,7 @@ Tensors are named as leaves of the model are: `layers/attention/query/values`.
 
 import json
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -27,7 +28,7 @@ from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import abstract
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError, TokenizerError
-from maxlm.interop.formats import Format
+from maxlm.interop.formats import Candidate, Format
 from maxlm.models.decoder import Decoder
 from maxlm.models.quantized import Tables, quantize_model
 from maxlm.ops.qtensor import QTensor
@@ -42,7 +43,7 @@ INDEX_FORMAT, INDEX_VERSION = "maxlm/int8", 2
 _AGAIN = "export the model again with `maxlm export`"
 
 
-def write_bundle(folder: Path, model: Decoder, tokenizer: Tokenizer | None, *, receipt: dict[str, Any]) -> None:
+def write_bundle(folder: Path, model: Decoder, tokenizer: Tokenizer | None, receipt: dict[str, Any]) -> None:
     """Write a quantised model and its tokenizer into an empty folder, `bundle.json` last."""
     tensors = {path: np.asarray(leaf) for path, leaf in flatten(model).items()}
     save_file(tensors, folder / WEIGHTS_FILE)
@@ -150,4 +151,13 @@ def _checksum(tensor: np.ndarray) -> str:
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(tensor).data)
 
 
-FORMAT = Format("int8", "an int8 bundle", recognizes=is_bundle, load=load_bundle)
+def candidates(model: Decoder) -> Iterator[Candidate]:
+    """All matrices of 8 bits; then the tables of the vocabulary of 16."""
+    quantize = jax.jit(quantize_model, static_argnames="tables")
+    for tables in get_args(Tables):
+        yield Candidate(f"int8, tables of {tables}", quantize(model, tables=tables))
+
+
+FORMAT = Format(
+    "int8", "an int8 bundle", recognizes=is_bundle, load=load_bundle, write=write_bundle, quantize=candidates
+)

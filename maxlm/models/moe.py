@@ -45,8 +45,7 @@ class MixtureOfExperts(nnx.Module):
         moe = self.config.moe
         real_BL = segment_ids_BL != 0
         logits_BLE, scores_BLE, routing = self._route(x_BLD)
-        capacity_factor = moe.capacity_factor if moe.dispatch == "capacity" else None
-        y_BLD, dropped_BL = self._mix(x_BLD, routing, real_BL, capacity_factor, output_axes)
+        y_BLD = self._mix(x_BLD, routing, real_BL, output_axes)
 
         tokens = jnp.sum(real_BL, dtype=jnp.float32)
         choices_BLE = choices(routing.experts_BLK, real_BL, moe.num_experts)
@@ -63,14 +62,13 @@ class MixtureOfExperts(nnx.Module):
         metrics = {
             # Tokens of the busiest expert, as a multiple of an equal share.
             "max_expert_load": Term(moe.num_experts * jax.lax.stop_gradient(jnp.max(load_E)), tokens),
-            "dropped_tokens": Term(jnp.sum(dropped_BL) / moe.experts_per_token, tokens),
         }
         return y_BLD, LossOutput(terms, metrics)
 
     def decode(self, x_BLD: jax.Array, positions_BL: jax.Array) -> jax.Array:
-        """As in training, but no token is ever dropped: what one row gets must not depend on the others."""
+        """As in training."""
         _, _, routing = self._route(x_BLD)
-        return self._mix(x_BLD, routing, positions_BL >= 0, None, None)[0]
+        return self._mix(x_BLD, routing, positions_BL >= 0, None)
 
     def _route(self, x_BLD) -> tuple[jax.Array, jax.Array, Routing]:
         moe = self.config.moe
@@ -87,9 +85,9 @@ class MixtureOfExperts(nnx.Module):
         )
         return logits_BLE, scores_BLE, routing
 
-    def _mix(self, x_BLD, routing, real_BL, capacity_factor, output_axes):
+    def _mix(self, x_BLD, routing, real_BL, output_axes):
         moe = self.config.moe
-        y_BLD, dropped_BL = mixture_of_experts(
+        y_BLD = mixture_of_experts(
             x_BLD,
             routing,
             real_BL,
@@ -97,13 +95,12 @@ class MixtureOfExperts(nnx.Module):
             self.up,
             self.down,
             dtype=operand_dtype(self.config.matmul_dtype),
-            capacity_factor=capacity_factor,
             output_axes=output_axes,
             implementation=None if moe.implementation == "auto" else moe.implementation,
         )
         if moe.num_shared_experts:
             y_BLD = y_BLD + self.shared(x_BLD, output_axes)
-        return y_BLD, dropped_BL
+        return y_BLD
 
 
 def _parameter(*declared) -> Parameter:

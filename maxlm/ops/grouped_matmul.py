@@ -6,7 +6,6 @@ Dimensions: M rows, G groups, I input features, O output features.
 | -------------- | ------------------------------------------------------------------------------------------ |
 | `ragged`       | `jax.lax.ragged_dot`: one kernel on a TPU; elsewhere XLA multiplies all rows by all matrices |
 | `blocks`       | a loop over blocks of rows, each within one group; rows beyond the groups cost nothing     |
-| `equal`        | one batched product, for groups of M / G rows each                                         |
 """
 
 from functools import partial
@@ -36,7 +35,7 @@ def grouped_linear(
       x_MI: rows in the order of their groups.
       sizes_G: rows of each group; their sum is at most M.
       dtype: of the operands, backwards too; sums are float32.
-      implementation: `ragged`, `blocks` or `equal`.
+      implementation: `ragged` or `blocks`.
       gather_axis, gather_names: the weight is cut along this axis over these axes of the mesh (of shard_map).
     """
     whole = _gather(weight_GIO.astype(dtype), gather_axis, gather_names)
@@ -82,10 +81,6 @@ def _product(x_MI, weight_GIO, sizes_G, implementation):
             y_MO = jax.lax.ragged_dot(x_MI, weight_GIO, sizes_G, preferred_element_type=jnp.float32)
             # What stands beyond the groups is not the same on all platforms.
             return jnp.where(jnp.arange(len(y_MO))[:, None] < jnp.sum(sizes_G), y_MO, 0.0)
-        case "equal":
-            groups = x_MI.reshape(len(sizes_G), -1, x_MI.shape[-1])
-            y = jnp.einsum("gmi,gio->gmo", groups, weight_GIO, preferred_element_type=jnp.float32)
-            return y.reshape(-1, y.shape[-1])
         case "blocks":
             return _block_product(x_MI, weight_GIO, sizes_G)
     raise ValueError(f"unknown implementation {implementation!r}")
@@ -99,9 +94,6 @@ def _outer_product(x_MI, grad_MO, sizes_G, implementation):
                 dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
             )
             return jax.lax.ragged_dot_general(x_MI, grad_MO, sizes_G, rows, preferred_element_type=jnp.float32)
-        case "equal":
-            x, grad = (rows.reshape(len(sizes_G), -1, rows.shape[-1]) for rows in (x_MI, grad_MO))
-            return jnp.einsum("gmi,gmo->gio", x, grad, preferred_element_type=jnp.float32)
         case "blocks":
             return _block_outer_product(x_MI, grad_MO, sizes_G)
     raise ValueError(f"unknown implementation {implementation!r}")

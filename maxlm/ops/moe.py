@@ -6,7 +6,7 @@
 | `padded`       | a plain all-to-all, of buffers that hold the worst case: everywhere                         |
 | `reference`    | not at all: every expert works on every token, in float32, and the router's weights choose  |
 
-All are exact: no token is ever dropped, unless a capacity is asked for.
+All are exact: no token is ever dropped.
 
 Dimensions: B batch, L length, D embed, F channels of an expert, E experts, K experts of a token, S devices along the
 expert axis; on one device: T tokens, A = T * K assignments of a token to an expert, G experts, N rows sent, M received.
@@ -70,22 +70,19 @@ def mixture_of_experts(
     down_EFD: jax.Array,
     *,
     dtype: str,
-    capacity_factor: float | None = None,
     output_axes: tuple[str | None, ...] | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """The weighted sum of what a token's experts make of it, each a SwiGLU.
 
     Args:
       real_BL: bool; other tokens are padding, go to no expert and get zeros.
       dtype: of the operands of matrix products.
-      capacity_factor: an expert takes at most this multiple of an equal share of each device's tokens, the first of a
-        row first; for comparison alone, since what is dropped depends on how the batch is laid out.
       output_axes: logical axes that the result is cut along, if not those of x.
       implementation: one of `IMPLEMENTATIONS`, or None for the best that works here.
 
     Returns:
-      [batch, length, embed] in the dtype of x, and int32 [batch, length], how many of a token's experts had no room.
+      [batch, length, embed] in the dtype of x.
 
     Raises:
       ConfigError: an unknown implementation, or a named one that cannot work here.
@@ -93,10 +90,9 @@ def mixture_of_experts(
     implementation = _choose(implementation)
     if implementation == "reference":
         y_BLD = reference_mixture(x_BLD, routing, real_BL, gate_EDF, up_EDF, down_EFD)
-        y_BLD = jax.reshard(y_BLD, logical_to_spec(output_axes)) if output_axes and is_explicit() else y_BLD
-        return y_BLD, jnp.zeros_like(routing.experts_BLK[..., 0])
+        return jax.reshard(y_BLD, logical_to_spec(output_axes)) if output_axes and is_explicit() else y_BLD
     arguments = (x_BLD, routing.experts_BLK, routing.weights_BLK, real_BL, gate_EDF, up_EDF, down_EFD)
-    local = partial(_local_mixture, dtype=dtype, capacity_factor=capacity_factor, implementation=implementation)
+    local = partial(_local_mixture, dtype=dtype, implementation=implementation)
     if not is_explicit():
         return local(*arguments, num_shards=1, gather_names=(), sum_over=None, scatter=False)
     tokens, out = logical_to_spec(_TOKENS), logical_to_spec(output_axes or _TOKENS)
@@ -110,7 +106,7 @@ def mixture_of_experts(
             scatter="tensor" in (out[1] or ()),
         ),
         in_specs=(tokens, tokens, tokens, P(*tokens[:2]), widening, widening, narrowing),
-        out_specs=(out, P(*tokens[:2])),
+        out_specs=out,
         check_vma=False,
     )
     return sharded(*arguments)
@@ -157,7 +153,6 @@ def _local_mixture(
     down_GFD,
     *,
     dtype: str,
-    capacity_factor: float | None,
     implementation: str,
     num_shards: int,
     gather_names: tuple[str, ...],
@@ -165,15 +160,13 @@ def _local_mixture(
     scatter: bool,
 ):
     """One device's part: its tokens go to the devices of their experts, and come back."""
-    batch, length, embed = x_BLD.shape
+    embed = x_BLD.shape[-1]
     num_per_token = experts_BLK.shape[-1]
     x_TD = x_BLD.reshape(-1, embed)
     num_experts = num_shards * len(jax.tree.leaves(gate_GDF)[0])
     # Padding goes to an expert beyond the last.
     experts_A = jnp.where(real_BL[..., None], experts_BLK, num_experts).reshape(-1)
-    if capacity_factor is not None:
-        exchange = _exchange_within_capacity(experts_A, num_experts, num_shards, capacity_factor)
-    elif num_shards == 1:
+    if num_shards == 1:
         exchange = _sort_only(experts_A, num_experts)
     elif implementation == "ragged":
         exchange = _exchange_ragged(experts_A, num_experts, num_shards, num_per_token)
@@ -197,15 +190,13 @@ def _local_mixture(
         y_BLD = jax.lax.psum_scatter(y_BLD, sum_over, scatter_dimension=1, tiled=True)
     elif sum_over:
         y_BLD = jax.lax.psum(y_BLD, sum_over)
-    dropped_A = (experts_A < num_experts) & (row_of_A < 0)
-    dropped_BL = jnp.sum(dropped_A.reshape(batch, length, num_per_token), axis=-1, dtype=jnp.int32)
-    return y_BLD.astype(x_BLD.dtype), dropped_BL
+    return y_BLD.astype(x_BLD.dtype)
 
 
 def _grouped(x_MI, weight_GIO, embed_axis: int, *, exchange, dtype, gather_names):
     if isinstance(weight_GIO, QTensor):
         return grouped_quantized(x_MI, weight_GIO, exchange.sizes_G)
-    product = "equal" if exchange.equal_groups else "ragged" if traced_platform() == "tpu" else "blocks"
+    product = "ragged" if traced_platform() == "tpu" else "blocks"
     return grouped_linear(x_MI, weight_GIO, exchange.sizes_G, dtype, product, embed_axis, gather_names)
 
 
@@ -224,7 +215,6 @@ class _Exchange:
     send_back: Callable[[jax.Array], jax.Array]
     order_M: jax.Array
     sizes_G: jax.Array
-    equal_groups: bool = False
 
 
 def _sort_only(experts_A, num_experts):
@@ -265,19 +255,6 @@ def _exchange_ragged(experts_A, num_experts, num_shards, num_per_token):
         order_M,
         sizes_G,
     )
-
-
-def _exchange_within_capacity(experts_A, num_experts, num_shards, capacity_factor):
-    order_A, counts_E = _sorted(experts_A, num_experts)
-    num_assignments = len(experts_A)
-    capacity = max(1, min(num_assignments, -(-int(capacity_factor * num_assignments) // num_experts)))
-    taken_E = jnp.minimum(counts_E, capacity)
-    assignment_N = _take_runs(order_A, _exclusive_sum(counts_E), taken_E, capacity)
-    per_shard = num_experts // num_shards
-    received = jnp.arange(num_experts * capacity).reshape(num_shards, per_shard, capacity)
-    swap = _as_it_is if num_shards == 1 else partial(_swap, num_shards=num_shards)
-    sizes_G = jnp.full(per_shard, num_shards * capacity)
-    return _Exchange(assignment_N, swap, swap, received.swapaxes(0, 1).reshape(-1), sizes_G, equal_groups=True)
 
 
 def _sorted(experts_A, num_experts):

@@ -145,12 +145,12 @@ class Quickstart:
 
     def int8(self) -> None:
         """The bundle and its receipt; a receipt that is out of bounds is kept without a bundle, and fails its check."""
-        from maxlm.export.int8 import ReceiptOutOfBounds, export_int8
+        from maxlm.export.export import ReceiptOutOfBounds, export_model
 
         if self.served() == self.path("int8") and self.path("int8.json").exists():
             return
         try:
-            receipt = export_int8(self.path("align"), self.path("int8"), data=self.path("tasks") / "sft_valid.jsonl")
+            receipt = export_model(self.path("align"), self.path("int8"), data=self.path("tasks") / "sft_valid.jsonl")
         except ReceiptOutOfBounds as error:
             receipt = error.receipt
         write_json(self.path("int8.json"), asdict(receipt))

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
+
+# The one private name of JAX in use: how it finds processes on TPU slices, GKE, SLURM and Open MPI has no public one,
+# and is JAX's to keep up to date. tests/runtime/test_distributed.py fails when it changes.
 from jax._src.clusters import ClusterEnv
 
 from maxlm.config.processes import ProcessesConfig

@@ -90,8 +90,6 @@ def _reduced_experts(moe: MoeConfig, mesh: MeshConfig) -> MoeConfig:
         "mlp_dim": math.lcm(12, mesh.tensor),
         "balance": moe.balance.model_copy(update={"loss_weight": weight}),
         "router_z_loss": max(moe.router_z_loss, _AUXILIARY_WEIGHT),
-        # Which tokens a full expert drops depends on the layout: here none is ever full.
-        "capacity_factor": float(num_experts),
     }
     return moe.model_copy(update=changes)
 

@@ -103,10 +103,8 @@ def variants_of(
     if own.moe is not None:
         for name in _choices(own.moe, "implementation"):
             if name not in ("auto", "reference"):
-                moe = own.moe.model_copy(update={"dispatch": "dropless", "implementation": name})
+                moe = own.moe.model_copy(update={"implementation": name})
                 yield Variant("experts", name, changed(moe=moe), skipped=_NEEDS.get(name))
-        moe = own.moe.model_copy(update={"dispatch": "capacity", "implementation": "auto"})
-        yield Variant("experts", "with a capacity", changed(moe=moe))
     yield Variant("one device", "as configured", own)
     for mesh in meshes(all_products=all_products):
         yield on_mesh(mesh)
@@ -140,7 +138,7 @@ def plain(model: ModelConfig) -> ModelConfig:
         "loss_chunk_length": 4 * ROW_LENGTH,
     }
     if model.moe is not None:
-        changes["moe"] = model.moe.model_copy(update={"dispatch": "dropless", "implementation": "reference"})
+        changes["moe"] = model.moe.model_copy(update={"implementation": "reference"})
     return model.model_copy(update=changes)
 
 

@@ -15,8 +15,8 @@ from maxlm.core.parameters import initialize
 from maxlm.core.tree import flatten
 from maxlm.data.loader import open_in_order
 from maxlm.errors import CheckpointError, ConfigError, DataError, TokenizerError
+from maxlm.export.export import ReceiptOutOfBounds, check_receipt, export_model
 from maxlm.export.held_out import find_held_out, read_held_out
-from maxlm.export.int8 import ReceiptOutOfBounds, check_receipt, export_int8
 from maxlm.export.receipt import Receipt
 from maxlm.generate.model import load
 from maxlm.interop.int8 import load_bundle
@@ -30,7 +30,7 @@ from tests.export.conftest import make_data, make_tokenizer, save_pretraining, s
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory):
     output = tmp_path_factory.mktemp("bundles") / "int8 [1]\\*?#:"
-    return output, export_int8(run.path, output, data=run.data)
+    return output, export_model(run.path, output, data=run.data)
 
 
 @jax.jit
@@ -169,9 +169,9 @@ class TestBundle:
 
     def test_a_better_export_replaces_it_whole(self, run, tmp_path):
         output = tmp_path / "int8"
-        export_int8(run.path, output, data=run.data)
+        export_model(run.path, output, data=run.data)
         (output / "left-over").write_text("of the old bundle")
-        export_int8(run.path, output, data=run.data, max_tokens=100)
+        export_model(run.path, output, data=run.data, max_tokens=100)
         assert not (output / "left-over").exists()
         assert read_manifest(output)["config"]["max_tokens"] == 100
         assert [path.name for path in tmp_path.iterdir()] == ["int8"]
@@ -233,7 +233,7 @@ class TestBounds:
         """A bound between the two receipts: the weights alone cost less than the weights with the tables."""
         eight = exported[1]
         limit = eight.mean_kl_low * 0.999
-        sixteen = export_int8(run.path, tmp_path / "int8", data=run.data, max_mean_kl=limit)
+        sixteen = export_model(run.path, tmp_path / "int8", data=run.data, max_mean_kl=limit)
         assert sixteen.mean_kl < limit
         assert (eight.dtypes["embedding"], sixteen.dtypes["embedding"]) == ("int8", "float16")
         assert sixteen.dtypes["layers/mlp/up"] == "int8"
@@ -244,14 +244,14 @@ class TestBounds:
 
     def test_nothing_is_left_behind(self, run, tmp_path):
         with pytest.raises(ReceiptOutOfBounds):
-            export_int8(run.path, tmp_path / "int8", data=run.data, max_mean_kl=1e-9)
+            export_model(run.path, tmp_path / "int8", data=run.data, max_mean_kl=1e-9)
         assert not list(tmp_path.iterdir())
 
     def test_an_earlier_bundle_stays(self, run, tmp_path):
-        export_int8(run.path, tmp_path / "int8", data=run.data)
+        export_model(run.path, tmp_path / "int8", data=run.data)
         before = read_manifest(tmp_path / "int8")
         with pytest.raises(ReceiptOutOfBounds):
-            export_int8(run.path, tmp_path / "int8", data=run.data, max_mean_kl=1e-9)
+            export_model(run.path, tmp_path / "int8", data=run.data, max_mean_kl=1e-9)
         assert read_manifest(tmp_path / "int8") == before
         load_bundle(tmp_path / "int8")
 
@@ -259,34 +259,34 @@ class TestBounds:
 class TestRefuses:
     def test_a_folder_that_is_no_bundle(self, run, tmp_path):
         (tmp_path / "precious.txt").write_text("mine")
-        with pytest.raises(ConfigError, match="exists and is no int8 bundle"):
-            export_int8(run.path, tmp_path, data=run.data)
+        with pytest.raises(ConfigError, match="exists and is not an int8 bundle"):
+            export_model(run.path, tmp_path, data=run.data)
         assert (tmp_path / "precious.txt").read_text() == "mine"
 
     def test_a_bundle_as_model(self, exported, run, tmp_path):
         with pytest.raises(CheckpointError, match="is an int8 bundle already"):
-            export_int8(exported[0], tmp_path / "again", data=run.data)
+            export_model(exported[0], tmp_path / "again", data=run.data)
 
     def test_a_folder_without_a_model(self, run, tmp_path):
         with pytest.raises(CheckpointError, match="no whole checkpoint"):
-            export_int8(run.data, tmp_path / "int8", data=run.data)
+            export_model(run.data, tmp_path / "int8", data=run.data)
 
     def test_data_of_another_tokenizer(self, run, tmp_path):
         make_tokenizer(tmp_path / "tokenizer", vocab_size=330)
         data = make_data(tmp_path / "data", tmp_path / "tokenizer")
         with pytest.raises(TokenizerError, match="tokenizer"):
-            export_int8(run.path, tmp_path / "int8", data=data)
+            export_model(run.path, tmp_path / "int8", data=data)
         assert not (tmp_path / "int8").exists()
 
     def test_rows_longer_than_the_context(self, run, tmp_path):
         data = make_data(tmp_path / "data", run.path / "tokenizer", row_length=65)
         with pytest.raises(DataError, match="longer than the model's context of 64"):
-            export_int8(run.path, tmp_path / "int8", data=data)
+            export_model(run.path, tmp_path / "int8", data=data)
 
     def test_data_without_held_out_rows(self, run, tmp_path):
         data = make_data(tmp_path / "data", run.path / "tokenizer", valid_fraction=0.0)
         with pytest.raises(DataError, match="no rows of the split 'valid'"):
-            export_int8(run.path, tmp_path / "int8", data=data)
+            export_model(run.path, tmp_path / "int8", data=data)
 
 
 class TestCommandLine:
@@ -352,7 +352,7 @@ def test_an_adapted_run_is_exported_with_its_adapters_merged(run, tmp_path):
         init_from=str(run.path),
         lora=lora.model_dump(mode="json"),
     )
-    export_int8(adapted, tmp_path / "int8", data=run.data)
+    export_model(adapted, tmp_path / "int8", data=run.data)
     bundle, _ = load_bundle(tmp_path / "int8")
     base = np.asarray(run.model.layers.attention.query, np.float64)
     adapter = adapters["layers/attention/query"]
@@ -401,7 +401,7 @@ def chats(run, tmp_path_factory):
 
 class TestHeldOut:
     def test_chats_are_measured_on_what_the_assistant_says(self, chats, run, tmp_path):
-        receipt = export_int8(chats / "sft", tmp_path / "int8", data=chats / "valid.jsonl", max_perplexity_change=1.0)
+        receipt = export_model(chats / "sft", tmp_path / "int8", data=chats / "valid.jsonl", max_perplexity_change=1.0)
         encoded = [
             run.tokenizer.encode_chat(json.loads(line)["messages"])
             for line in (chats / "valid.jsonl").read_text(encoding="utf-8").splitlines()
@@ -442,7 +442,7 @@ class TestHeldOut:
     @pytest.mark.parametrize("name", ["unchecked", "direct"])
     def test_a_chat_model_is_not_judged_on_documents(self, chats, tmp_path, name):
         with pytest.raises(DataError, match=r"leads to no file of held-out chats; name held-out .* with --data"):
-            export_int8(chats / name, tmp_path / "int8")
+            export_model(chats / name, tmp_path / "int8")
 
     def test_what_is_gone_is_named(self, chats, tmp_path):
         shutil.copytree(chats, tmp_path / "moved", symlinks=True)
@@ -456,6 +456,6 @@ class TestHeldOut:
     def test_a_file_of_something_else(self, run, tmp_path):
         (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "answer": "b"}\n', encoding="utf-8")
         with pytest.raises(DataError, match=r"prompts\.jsonl:1: lacks 'messages'"):
-            export_int8(run.path, tmp_path / "int8", data=tmp_path / "prompts.jsonl")
+            export_model(run.path, tmp_path / "int8", data=tmp_path / "prompts.jsonl")
         with pytest.raises(DataError, match="there is no such file; did you mean"):
-            export_int8(run.path, tmp_path / "int8", data=tmp_path / "prompt.jsonl")
+            export_model(run.path, tmp_path / "int8", data=tmp_path / "prompt.jsonl")

@@ -110,7 +110,7 @@ def test_the_gradient_of_the_bias_is_the_error_of_the_load_and_no_loss(whole):
 
 
 def test_decoding_with_a_cache_is_the_whole_forward():
-    model_config = config(dispatch="capacity", capacity_factor=100.0)
+    model_config = config()
     model = model_of(model_config)
     tokens = np.random.default_rng(1).integers(0, VOCAB_SIZE, (3, 12)).astype(np.int32)
     expected = np.asarray(jax.jit(lambda m, t: m.logits(m(t).hidden_BLD))(model, tokens))
@@ -163,7 +163,6 @@ def test_parameters_that_work_on_a_token_are_counted():
     ("changes", "message"),
     [
         ({"experts_per_token": 9}, "experts_per_token (9) exceeds num_experts (8)"),
-        ({"dispatch": "capacity", "implementation": "padded"}, "is for dispatch=dropless"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(changes, message):

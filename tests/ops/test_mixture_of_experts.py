@@ -79,8 +79,8 @@ def test_a_bias_changes_the_choice_and_not_the_weights():
 # Dispatch
 
 
-def mixture(mesh=None, *, implementation="padded", dtype="float32", output_axes=TOKENS, capacity_factor=None):
-    """(output, dropped), and the gradients for tokens, logits and weights."""
+def mixture(mesh=None, *, implementation="padded", dtype="float32", output_axes=TOKENS):
+    """The output, and the gradients for tokens, logits and weights."""
 
     def weighted(x, logits, gate, up, down):
         real, cotangent = jnp.asarray(REAL), jnp.asarray(COTANGENT)
@@ -89,7 +89,7 @@ def mixture(mesh=None, *, implementation="padded", dtype="float32", output_axes=
         routing = route(
             router_scores(logits, "softmax"), None, experts_per_token=K, normalize_weights=True, scaling=1.0
         )
-        y, dropped = mixture_of_experts(
+        y = mixture_of_experts(
             x,
             routing,
             shard(real, "batch", "length"),
@@ -99,9 +99,8 @@ def mixture(mesh=None, *, implementation="padded", dtype="float32", output_axes=
             dtype=dtype,
             output_axes=output_axes,
             implementation=implementation,
-            capacity_factor=capacity_factor,
         )
-        return jnp.sum(y * shard(cotangent, *output_axes)), (y, dropped)
+        return jnp.sum(y * shard(cotangent, *output_axes)), y
 
     gradient = jax.jit(jax.grad(weighted, argnums=(0, 1, 2, 3, 4), has_aux=True))
     with jax.set_mesh(mesh or make_mesh(MeshConfig(fsdp=1))):
@@ -110,7 +109,7 @@ def mixture(mesh=None, *, implementation="padded", dtype="float32", output_axes=
 
 
 def assert_same(left, right, *, relative=1e-5):
-    for value, expected in zip((left[0][0], *left[1]), (right[0][0], *right[1]), strict=True):
+    for value, expected in zip((left[0], *left[1]), (right[0], *right[1]), strict=True):
         scale = np.abs(expected).max()
         assert scale > 0
         np.testing.assert_allclose(value, expected, atol=relative * scale)
@@ -134,7 +133,7 @@ def numpy_mixture():
 
 
 def test_the_reference_is_the_formula(reference):
-    np.testing.assert_allclose(reference[0][0], numpy_mixture()[0], atol=1e-5)
+    np.testing.assert_allclose(reference[0], numpy_mixture()[0], atol=1e-5)
 
 
 def test_gradients_of_the_reference_are_finite_differences(reference):
@@ -165,33 +164,13 @@ MESHES = [
 def test_tokens_reach_their_experts_on_every_mesh(sizes, reference):
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
     output_axes = RESIDUAL if sizes.get("tensor") else TOKENS
-    (y, dropped), gradients = mixture(mesh, output_axes=output_axes)
-    assert_same(((y, dropped), gradients), reference)
-    assert not dropped.any()
+    y, gradients = mixture(mesh, output_axes=output_axes)
+    assert_same((y, gradients), reference)
     assert not y[~REAL].any(), "padding goes nowhere"
 
 
 def test_bfloat16_is_near(reference):
     assert_same(mixture(dtype="bfloat16"), reference, relative=0.03)
-
-
-def test_a_capacity_that_holds_all_drops_nothing(reference):
-    mesh = make_mesh(MeshConfig(expert=2, tensor=2, fsdp=2))
-    outputs, gradients = mixture(mesh, capacity_factor=E / K)
-    assert not outputs[1].any()
-    assert_same((outputs, gradients), reference)
-
-
-def test_beyond_its_capacity_an_expert_drops_the_last_tokens():
-    (y, dropped), _ = mixture(capacity_factor=0.5)
-    room, taken, expected = 0.5 * B * L * K // E, np.zeros(E), np.zeros((B, L))
-    for b, t in np.ndindex(B, L):
-        for e in numpy_mixture()[1][b, t] if REAL[b, t] else ():
-            expected[b, t] += taken[e] >= room
-            taken[e] += 1
-    assert expected.sum() > 10
-    np.testing.assert_array_equal(dropped, expected)
-    assert not y[expected == K].any()
 
 
 def spread_by_definition(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):

@@ -33,7 +33,7 @@ def run_folder(tmp_path_factory, tiny_data_folder):
 
 def test_a_run_reports_its_experts_and_moves_their_bias_by_whole_steps(run_folder):
     record = read_metrics(run_folder)[0]
-    assert record["dropped_tokens"] == record["router_bias"] == 0
+    assert record["router_bias"] == 0
     assert 1 <= record["max_expert_load"] <= 4
     assert record["moe_balance"] >= 0.01 * 0.9
     model, _ = load_model(run_folder)
@@ -49,7 +49,7 @@ def test_it_is_generated_from_like_any_other(run_folder, capsys):
 
 def test_a_run_may_start_from_it_with_another_balance_and_not_with_other_experts(run_folder, tiny_data_folder):
     tokenizer = Tokenizer.load(run_folder / "tokenizer")
-    other = {**MOE, "balance": {"loss_weight": 0.5, "bias": True}, "router_z_loss": 0.1, "dispatch": "capacity"}
+    other = {**MOE, "balance": {"loss_weight": 0.5, "bias": True}, "router_z_loss": 0.1}
     config = moe_config("x", tiny_data_folder, moe=other, init_from=str(run_folder))
     assert resolve_model(config, tokenizer).model.moe == config.model.moe
     config = moe_config("x", tiny_data_folder, moe={**MOE, "experts_per_token": 1}, init_from=str(run_folder))

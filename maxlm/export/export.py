@@ -1,21 +1,21 @@
-"""Export to int8: quantise a trained model, measure what that costs, and write a bundle if it is little."""
+"""Export: write a trained model in another format; measure what that costs, and write nothing where it is too much."""
 
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
 
 import jax
+import numpy as np
 from safetensors import SafetensorError
 
-from maxlm.errors import CheckFailed, CheckpointError, ConfigError
+from maxlm.errors import CheckFailed, CheckpointError, ConfigError, RequestError
 from maxlm.export.held_out import HeldOut, find_held_out, read_held_out
 from maxlm.export.receipt import Receipt
-from maxlm.interop.int8 import is_bundle, load_bundle, write_bundle
+from maxlm.interop.formats import Candidate, Format, find_format, formats
 from maxlm.interop.load import load_model
 from maxlm.models.decoder import Decoder
-from maxlm.models.quantized import Tables, quantize_model
 from maxlm.runtime.manifest import write_manifest
 from maxlm.runtime.output import check_output
 from maxlm.runtime.progress import track
@@ -26,101 +26,131 @@ MAX_TOKENS = 1 << 16
 
 
 class ReceiptOutOfBounds(CheckFailed):
-    """The int8 model is too far from the float model; `receipt` says how far."""
+    """The quantised model is too far from the float model; `receipt` says how far."""
 
     def __init__(self, message: str, receipt: Receipt):
         self.receipt = receipt
         super().__init__(message)
 
 
-def export_int8(
+def export_model(
     model_path: str | Path,
     output: str | Path,
     *,
+    format: str = "int8",
     data: str | Path | None = None,
     ema: bool = False,
     max_perplexity_change: float = MAX_PERPLEXITY_CHANGE,
     max_mean_kl: float = MAX_MEAN_KL,
     max_tokens: int = MAX_TOKENS,
-) -> Receipt:
-    """Write an int8 bundle of a trained model to `output`, all at once, or nothing.
+) -> Receipt | None:
+    """Write a trained model to `output` in another format, all at once, or nothing.
+
+    A format that quantises is compared with the float model on held-out text. One that does not must give back the same
+    bits, and has no receipt.
 
     Args:
       model_path: a run folder or a checkpoint.
-      output: a new folder, or a bundle to replace once the new one has passed.
+      output: a new folder, or one of the same format to replace once the new one has passed.
+      format: the name of one of `maxlm.interop.formats.formats`.
       data: what the two models are compared on: a folder of `maxlm data build`, for its held-out documents, or a .jsonl
         file of chats, as SFT reads it. None takes what the run was validated on, or the run that it started from.
       ema: export the running mean of the run's weights instead of the weights.
       max_perplexity_change: bound on the relative change of perplexity, up or down.
-      max_mean_kl: bound on the mean of KL(float || int8), in nats a token.
+      max_mean_kl: bound on the mean of KL(float || quantised), in nats a token.
       max_tokens: at most so many tokens are read, in rows that are spread evenly over the held-out ones.
 
     Raises:
-      ReceiptOutOfBounds: a whole interval lies beyond its bound; nothing is written, an older bundle stays as it was.
-      CheckpointError: there is no float model at `model_path`, or the disk does not take the bundle.
+      ReceiptOutOfBounds: a whole interval lies beyond its bound; nothing is written, an older folder stays as it was.
+      CheckpointError: there is no float model at `model_path`, or the disk does not take the folder.
       ConfigError: `output` holds something else.
+      RequestError: there is no such format.
       TokenizerError: the data was made with another tokenizer.
       DataError: there is nothing to compare on, or nothing that the model can read.
     """
+    target = named_format(format)
     model_path = Path(model_path)
     check_output(output, "export", key="OUTPUT", suffix=len(_beside("")))
     # `.` has no name to write another beside.
     output = Path(os.path.abspath(output))
-    if is_bundle(model_path):
-        raise CheckpointError(f"{model_path}: is an int8 bundle already; give the run that it was exported from")
-    if output.exists() and not is_bundle(output) and not (output.is_dir() and not any(output.iterdir())):
-        raise ConfigError([f"{output}: exists and is no int8 bundle; give a new folder"])
-    paths = find_held_out(model_path) if data is None else [data]
-    model, tokenizer = load_model(model_path, ema=ema)
-    if tokenizer is None:
-        raise CheckpointError(f"{model_path}: has no tokenizer, which the comparison on text needs; put it back")
-    held_out = read_held_out(paths, tokenizer, max_length=model.config.max_length, max_tokens=max_tokens)
+    if (exported := find_format(model_path)) is not None:
+        raise CheckpointError(f"{model_path}: is {exported.title} already; give the run that it was exported from")
+    if output.exists() and not target.recognizes(output) and not (output.is_dir() and not any(output.iterdir())):
+        raise ConfigError([f"{output}: exists and is not {target.title}; give a new folder"])
 
+    paths = [] if target.quantize is None else find_held_out(model_path) if data is None else [data]
+    model, tokenizer = load_model(model_path, ema=ema)
     bounds = {"max_perplexity_change": max_perplexity_change, "max_mean_kl": max_mean_kl}
-    quantized, receipt = _quantize_within(model, held_out, bounds)
+    if target.quantize is None:
+        written, receipt = model, None
+    else:
+        if tokenizer is None:
+            raise CheckpointError(f"{model_path}: has no tokenizer, which the comparison on text needs; put it back")
+        held_out = read_held_out(paths, tokenizer, max_length=model.config.max_length, max_tokens=max_tokens)
+        written, receipt = _quantize_within(model, target.quantize, held_out, bounds)
 
     temporary = output.with_name(_beside(output.name))
+    measured = {} if receipt is None else asdict(receipt)
     try:
         temporary.mkdir(parents=True)
-        write_bundle(temporary, quantized, tokenizer, receipt=asdict(receipt))
-        load_bundle(temporary)
+        target.write(temporary, written, tokenizer, measured)
+        _check_same(target.load(temporary)[0], written, temporary)
         write_manifest(
             temporary,
-            stage="export/int8",
+            stage=f"export/{target.name}",
             inputs={"model": model_path, **{f"data_{index}": path for index, path in enumerate(paths)}},
             config={
                 "ema": ema,
-                **bounds,
-                "max_tokens": max_tokens,
+                **(bounds | {"max_tokens": max_tokens} if receipt else {}),
                 "model": model.config.model_dump(mode="json"),
             },
-            metrics=asdict(receipt),
+            metrics=measured,
         )
         _put_in_place(temporary, output)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{output}: the bundle could not be written: {error}; make room and run again") from error
+        raise CheckpointError(f"{output}: could not be written: {error}; make room and run again") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return receipt
 
 
-def _quantize_within(model: Decoder, held_out: HeldOut, bounds: dict[str, float]) -> tuple[Decoder, Receipt]:
-    """The first that lies within bounds: all matrices of 8 bits, or the tables of the vocabulary of 16.
+def named_format(name: str) -> Format:
+    """The format of this name.
 
     Raises:
-      ReceiptOutOfBounds: neither does; the receipt is that of the latter.
+      RequestError: there is none.
     """
-    for tables in get_args(Tables):
-        quantized = jax.jit(quantize_model, static_argnames="tables")(model, tables=tables)
-        title = f"comparing int8 with float on {held_out.kind}, tables of {tables}"
-        receipt = Receipt.measure(model, quantized, track(list(held_out.batches()), title), kind=held_out.kind)
+    found = {each.name: each for each in formats()}
+    if name not in found:
+        raise RequestError(f"--format {name!r}: there is no such format; there is {', '.join(found)}")
+    return found[name]
+
+
+def _quantize_within(
+    model: Decoder, quantize: Callable[[Decoder], Iterable[Candidate]], held_out: HeldOut, bounds: dict[str, float]
+) -> tuple[Decoder, Receipt]:
+    """The first candidate that lies within bounds.
+
+    Raises:
+      ReceiptOutOfBounds: none does; the receipt is that of the last one.
+    """
+    for candidate in quantize(model):
+        title = f"comparing with float on {held_out.kind}: {candidate.description}"
+        receipt = Receipt.measure(model, candidate.model, track(list(held_out.batches()), title), kind=held_out.kind)
         try:
             check_receipt(receipt, **bounds)
         except ReceiptOutOfBounds as error:
             refused = error
         else:
-            return quantized, receipt
+            return candidate.model, receipt
     raise refused
+
+
+def _check_same(read: Decoder, written: Decoder, folder: Path) -> None:
+    """Raise CheckpointError where what was written is not what is read: a fault of the format's module."""
+    same = jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True), read, written)
+    if not all(jax.tree.leaves(same)):
+        raise CheckpointError(f"{folder}: what was written cannot be read back; this is a fault of the format")
 
 
 def check_receipt(receipt: Receipt, *, max_perplexity_change: float, max_mean_kl: float) -> None:
