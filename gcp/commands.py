@@ -19,7 +19,7 @@ Argv = list[str]
 STATUS_MARK = "maxlm-worker"
 
 
-def pack(job: TpuJob) -> Argv | None:
+def pack_code(job: TpuJob) -> Argv | None:
     """The last commit of the code folder as one file; None where the code already is an archive."""
     if job.code.is_file():
         return None

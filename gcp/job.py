@@ -12,7 +12,7 @@ _CHIP_COUNTS = (1, 4, 8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation:
+class TpuGeneration:
     """One TPU generation: the software image it boots, and how its slices are numbered.
 
     Runtime versions: cloud.google.com/tpu/docs/runtimes (images for JAX). Zones of North America, those for single
@@ -37,8 +37,8 @@ class Generation:
 GENERATIONS = {
     generation.prefix: generation
     for generation in (
-        Generation(prefix="v4", runtime_version="tpu-ubuntu2204-base", zones=("us-central2-b",), cores_per_chip=2),
-        Generation(
+        TpuGeneration(prefix="v4", runtime_version="tpu-ubuntu2204-base", zones=("us-central2-b",), cores_per_chip=2),
+        TpuGeneration(
             prefix="v5litepod",
             runtime_version="v2-alpha-tpuv5-lite",
             zones=(
@@ -47,13 +47,13 @@ GENERATIONS = {
             ),
             sizes=_CHIP_COUNTS,
         ),
-        Generation(
+        TpuGeneration(
             prefix="v5p",
             runtime_version="v2-alpha-tpuv5",
             zones=("us-central1-a", "us-east5-a", "us-east5-b", "us-east5-c", "us-south1-a"),
             cores_per_chip=2,
         ),
-        Generation(
+        TpuGeneration(
             prefix="v6e",
             runtime_version="v2-alpha-tpuv6e",
             zones=(
@@ -165,7 +165,7 @@ class TpuJob:
             raise ConfigError(problems)
 
     @property
-    def generation(self) -> Generation:
+    def generation(self) -> TpuGeneration:
         return GENERATIONS[self.accelerator_type.rpartition("-")[0]]
 
     @property

@@ -50,7 +50,7 @@ def dry_run(job: TpuJob, *, create_only: bool = False, delete_after: bool = Fals
     wait = commands.wait_in_shell(tpu, seconds=POLL_SECONDS)
     if create_only:
         return [commands.shell_line(commands.create(job)), wait]
-    pack = commands.pack(job)
+    pack = commands.pack_code(job)
     lines = [commands.shell_line(pack)] if pack else []
     lines += [commands.shell_line(commands.create(job)), wait]
     lines += [commands.shell_line(build(job)) for build in (commands.copy_code, commands.install, commands.start)]
@@ -83,7 +83,7 @@ def submit(
     """
     steps = _Steps(job.tpu, runner, total=2 if create_only else 6)
     if not create_only:
-        pack = commands.pack(job)
+        pack = commands.pack_code(job)
         steps.begin("pack the last commit" if pack else f"send {job.code} as it is")
         if pack:
             _refuse_uncommitted_changes(job, runner)

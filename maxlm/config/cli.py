@@ -37,9 +37,9 @@ def run_show(args: argparse.Namespace) -> int:
 
 
 def run_list(args: argparse.Namespace) -> int:
-    from maxlm.config.recipes import describe, recipes
+    from maxlm.config.recipes import describe_recipe, recipes
 
-    found = {name: describe(path) for name, path in recipes().items()}
+    found = {name: describe_recipe(path) for name, path in recipes().items()}
     width = max(map(len, found))
     for name, (kind, sentence) in found.items():
         print(f"{name:{width}}  {kind:9}  {sentence}")

@@ -59,7 +59,7 @@ def recipes() -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
 
 
-def describe(path: Path) -> tuple[str, str]:
+def describe_recipe(path: Path) -> tuple[str, str]:
     """Of a recipe, its kind, and the first sentence of the comment that it begins with."""
     text = path.read_text(encoding="utf-8")
     comment = []

@@ -107,7 +107,7 @@ def run_show(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(item, ensure_ascii=False))
         else:
-            print(show.describe(item))
+            print(show.describe_item(item))
     return 0
 
 

@@ -53,7 +53,7 @@ def line_end(first_block: bytes) -> bytes:
     return b"\r" if b"\r" in first_block and b"\n" not in first_block else b"\n"
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def read_text_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines of a file, counted from 1, each with its line end and without a byte order mark.
 
     Raises:

@@ -83,7 +83,7 @@ def open_run(folder: str | Path) -> PackedRows:
     )
 
 
-def describe(item: dict) -> str:
+def describe_item(item: dict) -> str:
     """One document, row or rejected record in a few lines."""
     facts = {key: value for key, value in item.items() if key not in ("id", "text")}
     title = ", ".join(

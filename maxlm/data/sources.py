@@ -18,7 +18,7 @@ from maxlm.data.embedded import URI as EMBEDDED
 from maxlm.data.embedded import read_embedded
 from maxlm.data.files import FoundSource, SourceFile, find_sources
 from maxlm.data.json_values import Broken, lookup, read_values, shown
-from maxlm.data.lines import BrokenFile, read_lines
+from maxlm.data.lines import BrokenFile, read_text_lines
 from maxlm.errors import DataError
 
 
@@ -88,7 +88,7 @@ def _read_text(file: SourceFile, source: SourceConfig) -> Iterator[Record]:
 
     number = 0
     try:
-        for number, raw in read_lines(file.path):
+        for number, raw in read_text_lines(file.path):
             try:
                 line = raw.decode()
             except UnicodeDecodeError:

@@ -28,7 +28,7 @@ def find_data_folders(model_path: str | Path) -> list[Path]:
     return [Path(os.path.relpath(item["folder"])) for item in chain if item["stage"] == "data"]
 
 
-def read_held_out(path: str | Path, *, limit: int | None = None) -> list[str]:
+def read_held_out_texts(path: str | Path, *, limit: int | None = None) -> list[str]:
     """The texts of `read_held_out_by_source`."""
     return read_held_out_by_source(path, limit=limit)[0]
 

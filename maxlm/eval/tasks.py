@@ -102,7 +102,7 @@ def parse_example(record: dict, *, where: str, form: RecordFormat) -> Example:
     return Example(prompt, answer, tuple(choices or ()), kind)
 
 
-def exact_match(
+def answer_by_generation(
     model: LoadedModel,
     examples: Sequence[Example],
     *,
@@ -129,7 +129,7 @@ def exact_match(
     return _result(examples, right, outputs, too_long=len(examples) - len(fitting), seed=seed)
 
 
-def multiple_choice(model: LoadedModel, examples: Sequence[Example], *, seed: int = 0) -> TaskResult:
+def answer_by_choice(model: LoadedModel, examples: Sequence[Example], *, seed: int = 0) -> TaskResult:
     """Choose the continuation that the model gives the highest log-probability, as a whole and not for each token."""
     context = model.config.max_length
     fitting = [index for index, example in enumerate(examples) if _longest(model, example) <= context]
@@ -153,10 +153,12 @@ def run_task(
     seed: int = 0,
     stop: Sequence[str] = (),
 ) -> TaskResult:
-    """`multiple_choice` where the examples have choices, else `exact_match`."""
+    """`answer_by_choice` where the examples have choices, else `answer_by_generation`."""
     if examples[0].choices:
-        return multiple_choice(model, examples, seed=seed)
-    return exact_match(model, examples, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=stop)
+        return answer_by_choice(model, examples, seed=seed)
+    return answer_by_generation(
+        model, examples, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=stop
+    )
 
 
 def _result(

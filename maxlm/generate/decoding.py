@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxlm.config.model import ModelConfig
-from maxlm.generate.sampling import sample, token_log_probabilities
+from maxlm.generate.sampling import log_probabilities_of, sample
 from maxlm.models.cache import KVCache
 from maxlm.models.decoder import Decoder
 
@@ -207,4 +207,4 @@ def _sample(logits_BV: jax.Array, sampling: SamplingRow, counts_B: jax.Array) ->
         top_k_B=sampling.top_k,
         top_p_B=sampling.top_p,
     )
-    return StepOutput(tokens_B, token_log_probabilities(logits_BV, tokens_B), logits_BV)
+    return StepOutput(tokens_B, log_probabilities_of(logits_BV, tokens_B), logits_BV)

@@ -29,7 +29,7 @@ class EngineStoppedError(RuntimeError):
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
-class StreamDecoder(Protocol):
+class TextDecoder(Protocol):
     """Token ids to text, piece by piece."""
 
     def push(self, token_id: int) -> str: ...
@@ -116,9 +116,7 @@ class Event:
 class Generation:
     """A submitted request. `num_tokens` counts the tokens sampled so far."""
 
-    def __init__(
-        self, request: Request, max_new_tokens: int, decoder: StreamDecoder, on_event: Callable[[Event], None]
-    ):
+    def __init__(self, request: Request, max_new_tokens: int, decoder: TextDecoder, on_event: Callable[[Event], None]):
         self.request = request
         self.max_new_tokens = max_new_tokens
         self.num_tokens = 0

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from maxlm.generate.sampling import sample, scale, token_log_probabilities
+from maxlm.generate.sampling import log_probabilities_of, sample, scale
 from maxlm.models.cache import KVCache
 from maxlm.models.decoder import Decoder
 
@@ -68,7 +68,7 @@ def rollout(
             top_k_B=jnp.zeros(batch_size, jnp.int32),
             top_p_B=jnp.ones(batch_size),
         )
-        return tokens_B, token_log_probabilities(scale(logits_BV, temperature_B), tokens_B)
+        return tokens_B, log_probabilities_of(scale(logits_BV, temperature_B), tokens_B)
 
     def record(step, drawn, running_B, answer):
         tokens_B, log_probabilities_B = drawn

@@ -62,7 +62,7 @@ def truncate(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> ja
     return _keep_top(kept_BV, jax.nn.softmax(kept_BV, axis=-1), mass_B)
 
 
-def token_log_probabilities(logits_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
+def log_probabilities_of(logits_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
     """log softmax(logits)[token] for each row: float32 [batch], in nats."""
     chosen_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)[:, 0]
     return chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)

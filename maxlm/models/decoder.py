@@ -18,13 +18,13 @@ from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import Normal, Parameter, stack
 from maxlm.core.sharding import fits, gather_layers, shard
 from maxlm.core.term import LossOutput
-from maxlm.models import pipeline
 from maxlm.models.cache import KVCache
 from maxlm.models.layers import TOKEN_AXES, DecoderLayer, Mlp, TokenContext, norm_scale
 from maxlm.models.moe import MixtureOfExperts
+from maxlm.models.pipeline_parallelism import fitting_schedule, gpipe, replacement_of_layers
 from maxlm.ops.context import lay_out, put_in_order, row_order
 from maxlm.ops.linear import embed, unembed
-from maxlm.ops.loss import token_log_probabilities
+from maxlm.ops.loss import log_probabilities_in_chunks
 from maxlm.ops.norm import rms_norm
 from maxlm.ops.qtensor import QTensor
 from maxlm.ops.rope import rope_angles
@@ -78,10 +78,10 @@ class Decoder(nnx.Module):
         return DecoderOutput(put_in_order(shard(hidden_BLD, *TOKEN_AXES), order), auxiliary)
 
     def _apply_layers(self, x_BLD: jax.Array, context: TokenContext) -> tuple[jax.Array, LossOutput]:
-        if (replacement := pipeline.replacement_of_layers()) is not None:
+        if (replacement := replacement_of_layers()) is not None:
             return replacement(self, x_BLD, context)
-        if (schedule := pipeline.fitting_schedule(self.config.pipeline, x_BLD.shape[0])) is not None:
-            return pipeline.gpipe(self.apply_layers, self.layers, x_BLD, context, schedule)
+        if (schedule := fitting_schedule(self.config.pipeline, x_BLD.shape[0])) is not None:
+            return gpipe(self.apply_layers, self.layers, x_BLD, context, schedule)
         return self.apply_layers(jax.tree.map(gather_layers, self.layers), x_BLD, context)
 
     def apply_layers(self, layers: Any, x_BLD: jax.Array, context: TokenContext) -> tuple[jax.Array, LossOutput]:
@@ -138,7 +138,7 @@ class Decoder(nnx.Module):
         def project(head: Any, hidden: jax.Array) -> jax.Array:
             return _logits(self.config, head, hidden) / temperature
 
-        return token_log_probabilities(
+        return log_probabilities_in_chunks(
             hidden_BLD, project, self._head(), targets_BL, chunk_length=self.config.loss_chunk_length
         )
 

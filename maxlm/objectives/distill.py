@@ -25,7 +25,7 @@ from maxlm.objectives.packed_rows import PackedRowsData, as_batch, preview_rows
 from maxlm.ops.loss import in_chunks
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.layout import check_layout
-from maxlm.train.objective import Example, ExampleMaker, Objective, RunContext, StudentAndTeacher
+from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContext, StudentAndTeacher
 
 
 class Distillation(Objective, PackedRowsConfig):
@@ -70,7 +70,7 @@ class Distillation(Objective, PackedRowsConfig):
     def open_data(self, context: RunContext) -> "_DistillationData":
         return _DistillationData(context)
 
-    def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[Example]:
+    def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[PreviewRow]:
         return preview_rows(config, tokenizer, num_examples)
 
     def example(self, make: ExampleMaker) -> Batch:

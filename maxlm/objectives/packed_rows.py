@@ -14,7 +14,7 @@ from maxlm.data.loader import PackedRows, open_mixture
 from maxlm.objectives.validation import Evaluator, cross_entropy_by_source, target_bytes, values_by_source
 from maxlm.runtime.manifest import read_manifest
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.objective import Example, RunContext
+from maxlm.train.objective import PreviewRow, RunContext
 
 
 class PackedRowsData:
@@ -83,13 +83,13 @@ class PackedRowsData:
         return replace(as_batch(rows), values={"source_ids_BL": rows["source_ids"]})
 
 
-def preview_rows(config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[Example]:
+def preview_rows(config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[PreviewRow]:
     """The first rows of the mixture."""
     mixture = _open(config, tokenizer)
     for number in range(num_examples):
         step, row = divmod(number, config.batch_size)
         rows = {name: values[row : row + 1] for name, values in mixture.batch(step).items()}
-        yield Example(f"row {number + 1}", Stream.from_rows(rows))
+        yield PreviewRow(f"row {number + 1}", Stream.from_rows(rows))
 
 
 def _open(config: TrainConfig, tokenizer: Tokenizer) -> PackedRows:

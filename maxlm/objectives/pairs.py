@@ -14,7 +14,7 @@ from maxlm.data.preference import PreferencePairs
 from maxlm.objectives.record_data import RecordData, first_examples
 from maxlm.objectives.sequences import rows_of
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.objective import Example, ExampleMaker, RunContext
+from maxlm.train.objective import ExampleMaker, PreviewRow, RunContext
 
 
 def open_pairs(
@@ -42,13 +42,13 @@ def open_pairs(
 
 def preview_pairs(
     objective: RecordsConfig, config: TrainConfig, tokenizer: Tokenizer, num_examples: int
-) -> Iterator[Example]:
+) -> Iterator[PreviewRow]:
     """The first pairs, the chosen answer first."""
     pairs = PreferencePairs.read(objective.train_file, tokenizer, row_length=config.row_length, form=objective)
     batch = first_examples(pairs, config, num_examples)
     for number, (chosen, rejected) in enumerate(zip(rows_of(batch["chosen"]), rows_of(batch["rejected"])), 1):
-        yield Example(f"pair {number}, chosen", chosen)
-        yield Example(f"pair {number}, rejected", rejected)
+        yield PreviewRow(f"pair {number}, chosen", chosen)
+        yield PreviewRow(f"pair {number}, rejected", rejected)
 
 
 def example_pairs(make: ExampleMaker) -> Batch:

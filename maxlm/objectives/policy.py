@@ -23,7 +23,7 @@ from maxlm.objectives.sequences import target_log_probabilities
 from maxlm.ops.advantages import group_advantages, leave_one_out_advantages
 from maxlm.ops.policy_losses import clipped_importance_loss, clipped_surrogate, kl_to_reference
 from maxlm.tokenizer.codec import ChatTokens, Tokenizer
-from maxlm.train.objective import Example, ExampleMaker, Objective, RunContext
+from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContext
 
 
 class GroupAdvantage(Frozen):
@@ -147,12 +147,12 @@ class PolicyOptimization(Objective, RecordsConfig):
     def open_data(self, context: RunContext) -> PolicyData:
         return PolicyData(context, advantages=self.advantage, needs_reference=self.needs_reference)
 
-    def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[Example]:
+    def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[PreviewRow]:
         prompts = read_policy_prompts(self.train_file, self, tokenizer, row_length=config.row_length)
         for number, index in enumerate(first_indices(len(prompts), config, num_examples), 1):
             ids = prompts[index].ids
             note = f"answer: {prompts[index].record['answer']}   reward: {self.reward}"
-            yield Example(f"prompt {number}", pad([ChatTokens(ids, [0.0] * len(ids))], len(ids)), note)
+            yield PreviewRow(f"prompt {number}", pad([ChatTokens(ids, [0.0] * len(ids))], len(ids)), note)
 
     def example(self, make: ExampleMaker) -> Batch:
         """Answers whose probabilities have moved since they were drawn, by less and by more than the clip allows."""

@@ -21,7 +21,7 @@ from maxlm.objectives.record_data import RecordData
 from maxlm.objectives.sequences import is_real, local_rows, target_log_probabilities, whole_rows
 from maxlm.ops.preference_losses import dpo_loss, hinge_loss
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.objective import Example, ExampleMaker, Objective, RunContext
+from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContext
 
 
 class DpoLoss(Frozen):
@@ -97,7 +97,7 @@ class PreferenceOptimization(Objective, RecordsConfig):
 
         return open_pairs(context, self.compute_loss, term=self.loss.kind, complete=with_reference)
 
-    def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[Example]:
+    def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[PreviewRow]:
         return preview_pairs(self, config, tokenizer, num_examples)
 
     def example(self, make: ExampleMaker) -> Batch:

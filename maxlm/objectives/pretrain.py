@@ -13,7 +13,7 @@ from maxlm.core.term import LossOutput
 from maxlm.objectives.language_model import language_model_loss
 from maxlm.objectives.packed_rows import PackedRowsData, preview_rows
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.objective import Example, ExampleMaker, Objective, RunContext
+from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContext
 
 
 class Pretraining(Objective, PackedRowsConfig):
@@ -31,7 +31,7 @@ class Pretraining(Objective, PackedRowsConfig):
     def open_data(self, context: RunContext) -> PackedRowsData:
         return PackedRowsData(context)
 
-    def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[Example]:
+    def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[PreviewRow]:
         return preview_rows(config, tokenizer, num_examples)
 
     def example(self, make: ExampleMaker) -> Batch:

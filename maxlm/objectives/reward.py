@@ -22,7 +22,7 @@ from maxlm.objectives.record_data import RecordData
 from maxlm.objectives.sequences import is_real
 from maxlm.ops.preference_losses import bradley_terry_loss
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.objective import Example, ExampleMaker, Objective, RunContext
+from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContext
 
 
 class RewardModeling(Objective, RecordsConfig):
@@ -58,7 +58,7 @@ class RewardModeling(Objective, RecordsConfig):
     def open_data(self, context: RunContext) -> RecordData:
         return open_pairs(context, self.compute_loss, term="bradley_terry")
 
-    def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[Example]:
+    def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[PreviewRow]:
         return preview_pairs(self, config, tokenizer, num_examples)
 
     def example(self, make: ExampleMaker) -> Batch:

@@ -17,7 +17,7 @@ from maxlm.objectives.record_data import RecordData, first_examples
 from maxlm.objectives.sequences import rows_of
 from maxlm.objectives.validation import language_model_values, target_bytes
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.objective import Example, ExampleMaker, Objective, RunContext
+from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContext
 
 
 class SupervisedFineTuning(Objective, RecordsConfig):
@@ -47,10 +47,10 @@ class SupervisedFineTuning(Objective, RecordsConfig):
             summarize=summarize,
         )
 
-    def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[Example]:
+    def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[PreviewRow]:
         chats = self._read(self.train_file, row_length=config.row_length, tokenizer=tokenizer)
         for number, row in enumerate(rows_of(first_examples(chats, config, num_examples)["text"]), 1):
-            yield Example(f"row {number}", row)
+            yield PreviewRow(f"row {number}", row)
 
     def example(self, make: ExampleMaker) -> Batch:
         return Batch({"text": make.documents()})

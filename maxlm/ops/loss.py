@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from maxlm.core.sharding import current_mesh, is_explicit, spec_of
 
 
-def token_log_probabilities(
+def log_probabilities_in_chunks(
     hidden_BLD: jax.Array, project, head, targets_BL: jax.Array, *, chunk_length: int
 ) -> tuple[jax.Array, jax.Array]:
     """log p(target) and the log of the softmax's normaliser, each float32 [batch, length].
@@ -42,7 +42,7 @@ def in_chunks(function, head, *tokens: jax.Array, chunk_length: int) -> tuple[ja
       function: (head, *pieces of the arrays) -> arrays with the shape of a piece's tokens.
       head: the pytree of weights that it uses; gradients flow to it.
       tokens: arrays [batch, length, ...].
-      chunk_length: as of `token_log_probabilities`.
+      chunk_length: as of `log_probabilities_in_chunks`.
 
     Returns:
       Arrays [batch, length].

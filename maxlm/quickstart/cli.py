@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from maxlm.quickstart.checks import ChecksFailed, checks
-    from maxlm.quickstart.pipeline import Quickstart
+    from maxlm.quickstart.stages import Quickstart
     from maxlm.serve.cli import need_server
 
     need_server()  # the last stage: told before the minutes of the others

@@ -8,7 +8,7 @@ import numpy as np
 import maxlm
 from maxlm.core.interval import paired_difference
 from maxlm.eval.baselines import baselines
-from maxlm.eval.inputs import read_held_out, read_training
+from maxlm.eval.inputs import read_held_out_texts, read_training
 from maxlm.eval.likelihood import bits_per_byte
 from maxlm.eval.tasks import Example, read_examples
 from maxlm.generate.model import LoadedModel
@@ -26,7 +26,7 @@ def evaluate_stages(folder: Path) -> dict[str, Any]:
     """
     base, tuned, aligned = (maxlm.load(folder / name) for name in ("pretrain", "sft", "align"))
     console.print("measuring held-out text", markup=False)
-    valid_texts = read_held_out(folder / "data")
+    valid_texts = read_held_out_texts(folder / "data")
     simple = baselines(read_training(folder / "data"), valid_texts, base.tokenizer).to_dict()
     sizes = {name: simple.pop(name) for name in ("train_bytes", "valid_bytes")}
     likelihood = bits_per_byte(base, valid_texts)

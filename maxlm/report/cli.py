@@ -41,7 +41,7 @@ def register(subparsers) -> None:
 
 
 def run_report(args: argparse.Namespace) -> int:
-    from maxlm.report.report import is_finished, write_comparison, write_report
+    from maxlm.report.report import have_finished, write_comparison, write_report
 
     def write(refresh_seconds: int) -> Path:
         if len(args.folders) == 1:
@@ -53,7 +53,7 @@ def run_report(args: argparse.Namespace) -> int:
     if args.watch is None:
         return 0
     try:
-        while not all(is_finished(Path(folder)) for folder in args.folders):
+        while not all(have_finished(Path(folder)) for folder in args.folders):
             time.sleep(args.watch)
             write(args.watch)
     except KeyboardInterrupt:

@@ -109,7 +109,7 @@ def unfinished(run: Run) -> str:
     )
 
 
-def is_finished(folder: Path) -> bool:
+def have_finished(folder: Path) -> bool:
     """Whether all runs of a folder have ended."""
     runs = _read_runs(folder)
     return bool(runs) and not any(unfinished(run) for run in runs)

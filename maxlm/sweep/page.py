@@ -13,7 +13,7 @@ from maxlm.report.text import duration, format_number
 from maxlm.sweep.analysis import Analysis, FieldLaw, best_config
 from maxlm.sweep.outcome import Outcome, ranked
 from maxlm.sweep.records import Record
-from maxlm.sweep.trials import TARGET, Plan, describe
+from maxlm.sweep.trials import TARGET, Plan, describe_setting
 
 AXES = {"flops": "FLOPs of training", "parameters": "weights", "tokens": "tokens of training"}
 # The largest size is the strongest.
@@ -62,7 +62,7 @@ def _headline(plan: Plan, analysis: Analysis) -> list[tuple[str, str]]:
 
 def _where(plan: Plan, outcome: Outcome) -> str:
     size = f" ({plan.label(outcome.scale)})" if plan.config.scales else ""
-    return describe(outcome.setting) + size
+    return describe_setting(outcome.setting) + size
 
 
 def _law_facts(analysis: Analysis) -> list[tuple[str, str]]:
@@ -226,9 +226,8 @@ def _not_finished(plan: Plan, analysis: Analysis) -> Table:
     for record in _records(plan, analysis):
         if record.error:
             size = (plan.label(record.scale),) if plan.config.scales else ()
-            rows.append(
-                (f"{', '.join((record.id, *size))}: {describe(record.setting)} {record.status}: {record.error}",)
-            )
+            where = ", ".join((record.id, *size))
+            rows.append((f"{where}: {describe_setting(record.setting)} {record.status}: {record.error}",))
     return Table(("not finished",), rows)
 
 

@@ -21,8 +21,8 @@ from maxlm.sweep.analysis import Analysis, analyse, best_config
 from maxlm.sweep.outcome import Outcome, outcome_of, ranked
 from maxlm.sweep.page import write_sweep_page
 from maxlm.sweep.records import Record, Records
-from maxlm.sweep.runner import locked, run_trial
-from maxlm.sweep.trials import Plan, Trial, describe
+from maxlm.sweep.runner import hold_folder, run_trial
+from maxlm.sweep.trials import Plan, Trial, describe_setting
 
 BEST = "best.yaml"
 
@@ -39,14 +39,14 @@ def run_sweep(config: SweepConfig, *, environment: Mapping[str, str]) -> dict[st
       CheckFailed: every trial failed or diverged.
       MaxlmError: data or tokenizer are missing; another sweep works in the folder.
     """
-    check_output(config)
+    check_sweep_output(config)
     plan = Plan(config)
-    with locked(plan.folder) as lock:
+    with hold_folder(plan.folder) as lock:
         sweep = _Sweep(plan, environment, lock)
         return sweep.run()
 
 
-def check_output(config: SweepConfig) -> None:
+def check_sweep_output(config: SweepConfig) -> None:
     """Raise ConfigError for a folder in a bucket: records are appended, and a lock is held."""
     if is_remote(config.output):
         raise ConfigError([f"output: {config.output} must be a local folder; copy it to a bucket when it is done"])
@@ -93,7 +93,7 @@ class _Sweep:
         record = self.records.find(trial.id, trial.config.steps)
         if record is None:
             known = self.progress.tasks[0].completed
-            self.progress.update(self.task, note=describe(trial.setting))
+            self.progress.update(self.task, note=describe_setting(trial.setting))
             record = run_trial(
                 trial,
                 environment=self.environment,
@@ -113,7 +113,7 @@ class _Sweep:
         value = record.value(self.config.metric)
         told = f"{self.config.metric} {value:.4f}" if value is not None else f"{record.status}: {record.error}"
         seed = f" seed={record.seed}" if self.config.seeds else ""
-        where = f"{size}{describe(trial.setting)}{seed}, {record.steps} steps"
+        where = f"{size}{describe_setting(trial.setting)}{seed}, {record.steps} steps"
         return f"trial {record.id}  {where}  {told}  ({record.seconds:.0f} s)"
 
     def _drop_checkpoints(self, outcomes: list[Outcome], *, keep: Collection[str]) -> None:

@@ -136,7 +136,7 @@ def last_record(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[int]:
+def hold_folder(folder: Path) -> Iterator[int]:
     """Hold the folder for this sweep and its trials; the lock ends with the last process that holds it.
 
     Raises:

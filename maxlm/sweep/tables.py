@@ -8,7 +8,7 @@ from rich.table import Table
 
 from maxlm.config.sweep import SweepConfig
 from maxlm.report.text import duration
-from maxlm.sweep.trials import describe
+from maxlm.sweep.trials import describe_setting
 
 _MOST_ROWS = 20
 
@@ -50,7 +50,7 @@ def wide_console() -> Console:
 
 def brief(setting: Mapping[str, Any]) -> str:
     """Of each key its last part."""
-    return describe({name.rpartition(".")[2]: value for name, value in setting.items()})
+    return describe_setting({name.rpartition(".")[2]: value for name, value in setting.items()})
 
 
 def print_summary(config: SweepConfig, summary: Mapping[str, Any]) -> None:
@@ -84,7 +84,9 @@ def print_summary(config: SweepConfig, summary: Mapping[str, Any]) -> None:
         console.print(f"note: {note}", markup=False)
     counts = ", ".join(f"{count} {status}" for status, count in summary["trials"].items() if count)
     best = summary["best"]
-    console.print(f"best: {metric} {best['value']:.4f} with {describe(best['setting'])} ({best['size']})", markup=False)
+    console.print(
+        f"best: {metric} {best['value']:.4f} with {describe_setting(best['setting'])} ({best['size']})", markup=False
+    )
     console.print(f"trials: {counts}; {duration(summary['seconds'])}", markup=False)
     console.print(f"page:   {config.output}/index.html\ntrain:  maxlm train {config.output}/best.yaml", markup=False)
 

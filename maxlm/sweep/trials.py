@@ -187,7 +187,7 @@ class Plan:
             raise ConfigError([f"scales: must grow in {against} from one to the next, and have {told}"])
 
 
-def describe(setting: Setting) -> str:
+def describe_setting(setting: Setting) -> str:
     """`optim.learning_rate=0.003 batch_size=16`"""
     told = (f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in setting.items())
     return " ".join(told) or "as configured"

@@ -78,7 +78,7 @@ class TrainingData(Protocol):
         """Numbers by name, on held-out data."""
 
 
-class Example(NamedTuple):
+class PreviewRow(NamedTuple):
     """A training example to show: a title, a stream of one row, and perhaps a note below it."""
 
     title: str
@@ -150,7 +150,7 @@ class Objective(ObjectiveConfig):
         """
 
     @abstractmethod
-    def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[Example]:
+    def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[PreviewRow]:
         """The first examples that are trained on, in that order.
 
         Raises:

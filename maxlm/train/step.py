@@ -13,10 +13,10 @@ from maxlm.config.fault import GuardConfig
 from maxlm.config.pipeline import PipelineConfig
 from maxlm.core.sharding import is_explicit, spec_of
 from maxlm.core.term import LossOutput, Term, add
-from maxlm.models.pipeline import fitting_schedule
+from maxlm.models.pipeline_parallelism import fitting_schedule
 from maxlm.optim.build import apply_updates, gradient_norm
 from maxlm.optim.ema import update_ema
-from maxlm.train.pipeline import one_forward_one_backward
+from maxlm.train.pipeline_1f1b import one_forward_one_backward
 from maxlm.train.state import GuardState, TrainState
 
 # (trainable, frozen, batch, random key or None) -> LossOutput

@@ -45,7 +45,7 @@ class Maker:
     def documents(self) -> Stream:
         """Rows of documents of uneven length, with weights of uneven size."""
         rows = make_documents(self._random, num_rows=self._num_rows, length=self._length, vocab_size=self._vocab_size)
-        return unpack(rows, multiple=self._num_rows) if self._unpacked else pack(rows, length=self._length)
+        return unpack(rows, multiple=self._num_rows) if self._unpacked else lay_out_rows(rows, length=self._length)
 
     def sequences(self, *, shared: int = 0) -> Stream:
         """One sequence a row, of which the first `shared` tokens are a prompt; the loss weights of the others are 1."""
@@ -57,7 +57,7 @@ class Maker:
             weights = (np.arange(size) >= shared).astype(np.float32)
             weights[-1] = 0.0
             rows.append([replace(document, weights=weights)])
-        return pack(rows, length=self._length)
+        return lay_out_rows(rows, length=self._length)
 
     def normal(self, shape: tuple[int, ...], *, scale: float = 1.0, mean: float = 0.0) -> np.ndarray:
         """float32 noise."""
@@ -65,7 +65,7 @@ class Maker:
 
 
 @dataclass(frozen=True)
-class Document:
+class SyntheticDocument:
     """A sequence as a model reads it; each field [length]."""
 
     tokens: np.ndarray
@@ -73,7 +73,9 @@ class Document:
     weights: np.ndarray
 
 
-def make_documents(random: np.random.Generator, *, num_rows: int, length: int, vocab_size: int) -> list[list[Document]]:
+def make_documents(
+    random: np.random.Generator, *, num_rows: int, length: int, vocab_size: int
+) -> list[list[SyntheticDocument]]:
     """The documents of each row, which they fill by a fifth in every fourth row, and else up to the end or near it."""
     rows = []
     for row in range(num_rows):
@@ -88,16 +90,16 @@ def make_documents(random: np.random.Generator, *, num_rows: int, length: int, v
     return rows
 
 
-def _document(random: np.random.Generator, length: int, vocab_size: int) -> Document:
+def _document(random: np.random.Generator, length: int, vocab_size: int) -> SyntheticDocument:
     ids = random.integers(0, vocab_size, length + 1).astype(np.int32)
     ids[random.random(length + 1) < 0.15] = 0
     weights = random.uniform(0.2, 2.0, length).astype(np.float32) * (random.random(length) > 0.2)
     # The last token of a document has no target of its own.
     weights[-1] = 0.0
-    return Document(ids[:-1], ids[1:], weights.astype(np.float32))
+    return SyntheticDocument(ids[:-1], ids[1:], weights.astype(np.float32))
 
 
-def pack(rows: Sequence[Sequence[Document]], *, length: int) -> Stream:
+def lay_out_rows(rows: Sequence[Sequence[SyntheticDocument]], *, length: int) -> Stream:
     """Each sequence of documents in a row, zeros after them."""
     fields = {
         name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "targets", "segment_ids", "positions")
@@ -115,11 +117,11 @@ def pack(rows: Sequence[Sequence[Document]], *, length: int) -> Stream:
     return Stream(**fields, loss_weights=loss_weights)
 
 
-def unpack(rows: Sequence[Sequence[Document]], *, multiple: int) -> Stream:
+def unpack(rows: Sequence[Sequence[SyntheticDocument]], *, multiple: int) -> Stream:
     """Each document in a row of its own, and rows of padding up to a multiple."""
     alone = [[document] for documents in rows for document in documents]
     alone += [[]] * (-len(alone) % multiple)
-    return pack(alone, length=max(len(document.tokens) for row in alone for document in row))
+    return lay_out_rows(alone, length=max(len(document.tokens) for row in alone for document in row))
 
 
 def padded(batch: Any, *, rows: int, columns: int) -> Any:

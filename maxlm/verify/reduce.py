@@ -117,7 +117,7 @@ def _small_window(window: int | None, pattern: tuple[int | None, ...]) -> int | 
     return 5 + 6 * rank if window > 5 else window
 
 
-def describe(config: TrainConfig, full: ModelConfig, origin: str) -> str:
+def describe_subject(config: TrainConfig, full: ModelConfig, origin: str) -> str:
     """What was verified, in a sentence: `config`, the small one, of the model `full`."""
     model = config.model
     left_off = f", without the 8-bit rounding of model.eight_bit={full.eight_bit}" if full.eight_bit else ""

@@ -13,7 +13,7 @@ from maxlm.core.sharding import make_mesh
 from maxlm.errors import CheckFailed, RequestError
 from maxlm.runtime.progress import progress_bar
 from maxlm.verify import examples
-from maxlm.verify.reduce import NUM_DEVICES, NUM_ROWS, ROW_LENGTH, describe, full_model, reduced_config
+from maxlm.verify.reduce import NUM_DEVICES, NUM_ROWS, ROW_LENGTH, describe_subject, full_model, reduced_config
 from maxlm.verify.report import Finding, Report, compare
 from maxlm.verify.rollout import compare_rollout
 from maxlm.verify.subject import Measured, Subject
@@ -52,7 +52,7 @@ def verify(config: TrainConfig, *, title: str = "", only: Sequence[str] = (), al
             progress.update(task, advance=1, note=variant.name)
             findings.append(_find(subject, workspace, baseline, variant))
         progress.update(task, advance=1, note="")
-    return Report(title, describe(reduced, model, origin), tuple(findings), time.perf_counter() - began)
+    return Report(title, describe_subject(reduced, model, origin), tuple(findings), time.perf_counter() - began)
 
 
 def choose(variants: Iterable[Variant], only: Sequence[str]) -> list[Variant]:

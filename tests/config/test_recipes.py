@@ -9,7 +9,7 @@ import pytest
 
 from maxlm.cli import main
 from maxlm.config import load_config
-from maxlm.config.recipes import describe, find_config, recipes
+from maxlm.config.recipes import describe_recipe, find_config, recipes
 from maxlm.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def test_all_recipes_are_listed_with_kind_and_purpose(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == sorted(recipes())
     for path in recipes().values():
-        kind, sentence = describe(path)
+        kind, sentence = describe_recipe(path)
         assert kind in ("train", "data", "tokenizer", "sweep")
         assert len(sentence) > 10, path
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from maxlm.data import lines
 from maxlm.data.json_values import Broken, Value, lookup, read_values
-from maxlm.data.lines import read_lines
+from maxlm.data.lines import read_text_lines
 
 ONE, TWO, THREE = ({"text": text} for text in ("one", "two", "three"))
 
@@ -211,7 +211,7 @@ def test_no_file_is_beyond_reading(tmp_path_factory, content):
 def test_lines_end_where_their_file_ends_them(tmp_path, monkeypatch, content, expected, block):
     monkeypatch.setattr(lines, "_BLOCK", block)
     (tmp_path / "a.txt").write_bytes(content.encode())
-    assert [(n, line.decode()) for n, line in read_lines(tmp_path / "a.txt")] == list(enumerate(expected, 1))
+    assert [(n, line.decode()) for n, line in read_text_lines(tmp_path / "a.txt")] == list(enumerate(expected, 1))
 
 
 def test_lookup_follows_dots():

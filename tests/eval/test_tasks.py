@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maxlm.errors import DataError
-from maxlm.eval.tasks import Example, exact_match, multiple_choice, read_examples, run_task
+from maxlm.eval.tasks import Example, answer_by_choice, answer_by_generation, read_examples, run_task
 
 CHAT = [{"role": "user", "content": "the river and"}]
 
@@ -88,7 +88,7 @@ def test_an_answer_is_right_when_it_is_what_the_model_writes(model):
         Example(prompts[2], written[2] if written[2].strip() else "nothing", kind="as written"),
         Example(prompts[3], "never " * 9, kind="changed"),
     ]
-    result = exact_match(model, examples, max_new_tokens=6)
+    result = answer_by_generation(model, examples, max_new_tokens=6)
     expected = [1, 0, int(bool(written[2].strip())), 0]
     np.testing.assert_array_equal(result.correct, expected)
     assert result.outputs == tuple(written)
@@ -101,11 +101,11 @@ def test_an_answer_is_right_when_it_is_what_the_model_writes(model):
 def test_an_example_longer_than_the_context_counts_as_wrong(model, sentences):
     long = Example(" ".join(sentences), "x")
     short = Example("the river", "x")
-    result = exact_match(model, [long, short, long], max_new_tokens=4)
+    result = answer_by_generation(model, [long, short, long], max_new_tokens=4)
     assert result.too_long == 2
     assert result.outputs[0] == ""
     choices = ("stone", "water")
-    result = multiple_choice(model, [Example(long.prompt, "water", choices), Example("the", "water", choices)])
+    result = answer_by_choice(model, [Example(long.prompt, "water", choices), Example("the", "water", choices)])
     assert result.too_long == 1
     assert result.correct[0] == 0
 
@@ -114,7 +114,7 @@ def test_the_likeliest_choice_is_taken(model):
     choices = (" stone", " water and light", " falls")
     examples = [Example(prompt, choices[1], choices) for prompt in ("the river", "a", "under the light")]
     examples.append(Example(CHAT, choices[2], choices))
-    result = multiple_choice(model, examples)
+    result = answer_by_choice(model, examples)
     for example, output in zip(examples, result.outputs):
         assert output == choices[np.argmax([naive_log_probability(model, example.prompt, c) for c in choices])]
     np.testing.assert_array_equal(result.correct, [o == e.answer for o, e in zip(result.outputs, examples)])

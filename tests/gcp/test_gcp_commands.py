@@ -92,7 +92,7 @@ def test_a_git_folder_is_packed_from_its_last_commit(make_job, tmp_path):
         subprocess.run([*git, *arguments], check=True)
     (code / "untracked").write_text("not sent")
     job = make_job(code=code)
-    subprocess.run(commands.pack(job), check=True)
+    subprocess.run(commands.pack_code(job), check=True)
     archive = commands.archive_path(job)
     try:
         listed = subprocess.run(["tar", "-tzf", archive], check=True, capture_output=True, text=True)

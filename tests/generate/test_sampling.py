@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.generate.sampling import sample, scale, token_log_probabilities, truncate
+from maxlm.generate.sampling import log_probabilities_of, sample, scale, truncate
 
 
 def reference_distribution(logits, temperature, top_k, top_p):
@@ -135,5 +135,5 @@ def test_token_log_probabilities_are_a_log_softmax():
     logits = np.random.default_rng(1).normal(0, 4, (5, 30))
     tokens = np.asarray([0, 29, 3, 7, 7])
     expected = logits[np.arange(5), tokens] - np.log(np.exp(logits).sum(-1))
-    result = token_log_probabilities(jnp.asarray(logits, jnp.float32), jnp.asarray(tokens))
+    result = log_probabilities_of(jnp.asarray(logits, jnp.float32), jnp.asarray(tokens))
     np.testing.assert_allclose(result, expected, atol=1e-5)

@@ -17,7 +17,7 @@ from maxlm.core.sharding import make_mesh, mesh_sizes
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
-from maxlm.models.pipeline import Schedule
+from maxlm.models.pipeline_parallelism import Schedule
 from maxlm.objectives.language_model import language_model_loss
 from maxlm.train.layout import check_layout
 from maxlm.train.step import loss_and_gradient

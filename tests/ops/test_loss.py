@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.config.mesh import MeshConfig
 from maxlm.core.sharding import make_mesh
-from maxlm.ops.loss import token_log_probabilities
+from maxlm.ops.loss import log_probabilities_in_chunks
 
 B, L, D, V = 2, 12, 6, 31
 
@@ -29,7 +29,7 @@ def loss_of(chunk_length, targets, weights, squares):
     """A loss in which log p and log Z of every token have weights of their own."""
 
     def loss(hidden, head):
-        log_p, log_z = token_log_probabilities(hidden, project, head, targets, chunk_length=chunk_length)
+        log_p, log_z = log_probabilities_in_chunks(hidden, project, head, targets, chunk_length=chunk_length)
         return jnp.sum(weights * log_p) + jnp.sum(squares * log_z**2)
 
     return loss
@@ -40,7 +40,7 @@ def test_values_and_gradients_are_those_of_log_softmax(chunk_length, inputs):
     hidden, head, targets = inputs
     random = np.random.default_rng(1)
     weights, squares = random.standard_normal((2, B, L))
-    log_p, log_z = token_log_probabilities(hidden, project, head, targets, chunk_length=chunk_length)
+    log_p, log_z = log_probabilities_in_chunks(hidden, project, head, targets, chunk_length=chunk_length)
 
     x, w = hidden.astype(np.float64), head.astype(np.float64)
     logits = 3 * np.tanh(x @ w)
@@ -61,7 +61,7 @@ def test_values_and_gradients_are_those_of_log_softmax(chunk_length, inputs):
 def test_large_logits_do_not_overflow():
     hidden, head = np.full((1, 2, 1), 1.0, np.float32), np.array([[1e4, -1e4, 9e3]], np.float32)
     targets = np.array([[0, 2]], np.int32)
-    log_p, log_z = token_log_probabilities(hidden, lambda head, x: x @ head, head, targets, chunk_length=2)
+    log_p, log_z = log_probabilities_in_chunks(hidden, lambda head, x: x @ head, head, targets, chunk_length=2)
     np.testing.assert_allclose(log_p, [[0.0, -1e3]])
     np.testing.assert_allclose(log_z, [[1e4, 1e4]])
 

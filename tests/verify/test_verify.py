@@ -15,7 +15,7 @@ from maxlm.config.load import dump_yaml
 from maxlm.core.sharding import MESH_AXES
 from maxlm.errors import RequestError
 from maxlm.verify import examples
-from maxlm.verify.reduce import describe, full_model, reduced_config, reduced_model
+from maxlm.verify.reduce import describe_subject, full_model, reduced_config, reduced_model
 from maxlm.verify.report import Finding, Report, compare
 from maxlm.verify.run import choose, verify
 from maxlm.verify.show import conclusion, failure, markdown, summary, table
@@ -128,13 +128,13 @@ def test_every_term_is_on():
 )
 def test_the_subject_says_that_rounding_to_8_bits_is_left_off(eight_bit, ending):
     config = config_of("sft", model={"num_heads": 4, "num_kv_heads": 2, "eight_bit": eight_bit})
-    subject = describe(reduced_config(config, vocab_size=64), *full_model(config))
+    subject = describe_subject(reduced_config(config, vocab_size=64), *full_model(config))
     assert subject.endswith(f"8 rows of 96 tokens, {ending}")
 
 
 def test_examples_hold_what_brings_bugs_to_light():
     rows = examples.make_documents(np.random.default_rng(0), num_rows=8, length=96, vocab_size=64)
-    batch = examples.pack(rows, length=96)
+    batch = examples.lay_out_rows(rows, length=96)
     real = batch.segment_ids > 0
     assert (batch.tokens[real] == 0).any()
     assert (batch.targets[batch.loss_weights > 0] == 0).any()

@@ -12,7 +12,7 @@ from xla_flags import one_device
 from maxlm.errors import ConfigError, DataError, RequestError
 from maxlm.quickstart.checks import ChecksFailed, checks
 from maxlm.quickstart.cli import run
-from maxlm.quickstart.pipeline import STAGES, Quickstart
+from maxlm.quickstart.stages import STAGES, Quickstart
 from maxlm.runtime.manifest import write_manifest
 
 SMALL = [

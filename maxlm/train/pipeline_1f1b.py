@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.core.sharding import spec_of
 from maxlm.core.term import LossOutput, Term, add
-from maxlm.models.pipeline import (
+from maxlm.models.pipeline_parallelism import (
     STAGE,
     Schedule,
     cuts_rows,
