@@ -115,8 +115,14 @@ def _end(args: argparse.Namespace, message: str, code: int) -> int:
     """Tell why a command ended; returns the exit code."""
     if getattr(args, "json", False):
         print(json.dumps({"error": message}))
-    print(f"maxlm: {message}", file=sys.stderr)
+    print(f"maxlm: {_shortened(message)}", file=sys.stderr)
     return code
+
+
+def _shortened(message: str) -> str:
+    """A message whose lines fit a terminal, though it may name a file of thousands of characters."""
+    lines = message.split("\n")
+    return "\n".join(line if len(line) <= 900 else f"{line[:400]}...{line[-400:]}" for line in lines)
 
 
 def _is_reader_gone(error: Exception) -> bool:

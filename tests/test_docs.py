@@ -66,3 +66,8 @@ def test_a_command_that_is_gone_is_found(tmp_path):
     assert command == "train a.yaml --fast  # quick"
     with pytest.raises(SystemExit):
         parse(shlex.split(command, comments=True))
+
+
+def test_the_page_on_objectives_shows_the_real_module():
+    page = (ROOT / "docs" / "adding-an-objective.md").read_text(encoding="utf-8")
+    assert (ROOT / "maxlm" / "objectives" / "reward.py").read_text(encoding="utf-8") in page

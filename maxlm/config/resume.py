@@ -27,7 +27,7 @@ _RULES: tuple[tuple[Change, tuple[str, ...]], ...] = (
             "output",
             # How often something is measured, saved or logged, and how processes wait for each other.
             *("log_every", "eval_every", "eval_batches", "objective.valid_file", "checkpoint.*", "processes.*"),
-            # How a step is computed: agreement 5 of docs/architecture.md.
+            # How a step is computed: principle 5 of docs/architecture.md.
             *("mesh.*", "accumulate", "model.remat", "model.unroll", "model.pipeline.*", "model.loss_chunk_length"),
             *("model.attention", "model.context_attention", "model.moe.implementation", "model.max_length"),
         ),

@@ -8,10 +8,11 @@ import pytest
 from maxlm.config import DataConfig, TokenizerConfig, TrainConfig
 from maxlm.data.build import build_data
 from maxlm.errors import CheckFailed, CheckpointError, DataError
-from maxlm.eval.cli import register
+from maxlm.eval import cli as eval_cli
 from maxlm.eval.inputs import read_held_out_by_source
 from maxlm.eval.likelihood import bits_per_byte
 from maxlm.generate.model import load
+from maxlm.report import cli as report_cli
 from maxlm.tokenizer.train import train_tokenizer
 from maxlm.train.run import train
 
@@ -70,7 +71,9 @@ def run(capsys):
 
     def call(*words) -> tuple[int, str]:
         parser = argparse.ArgumentParser(prog="maxlm")
-        register(parser.add_subparsers(required=True))
+        subparsers = parser.add_subparsers(required=True)
+        for commands in (eval_cli, report_cli):
+            commands.register(subparsers)
         args = parser.parse_args([str(word) for word in words])
         capsys.readouterr()
         code = args.func(args)

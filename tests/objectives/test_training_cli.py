@@ -9,7 +9,6 @@ from toy_task import chat, make_config, question, write_lines
 
 from maxlm.cli import main
 from maxlm.config.load import dump_yaml, load_config
-from maxlm.config.objective import objective_classes
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "post").glob("*.yaml"))
 
@@ -96,8 +95,3 @@ def test_the_examples_are_valid_short_and_of_the_kind_their_name_says(path):
     assert config.objective.kind == {"dpo": "preference", "grpo": "policy"}.get(path.stem, path.stem)
     assert len(path.read_text().splitlines()) < 60
     assert set(yaml.safe_load(path.read_text())) <= set(type(config).model_fields)
-
-
-def test_there_is_an_example_for_each_objective():
-    kinds = {load_config(path, kind="train").objective.kind for path in CONFIGS}
-    assert kinds | {"pretrain"} == {found.model_fields["kind"].default for found in objective_classes()}
