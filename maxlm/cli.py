@@ -1,4 +1,4 @@
-"""The command line: one subcommand for each stage. Stages are imported when they run, so that `--help` is instant."""
+"""The command line: one subcommand per stage. Stages are imported when they run, so that `--help` is instant."""
 
 import argparse
 import errno
@@ -15,7 +15,7 @@ from maxlm.runtime.bug import out_of_memory, report_bug
 from maxlm.runtime.platform import prepare_platform
 from maxlm.runtime.streams import prepare_streams
 
-# Modules with a `register(subparsers)`; they import nothing heavy at their top.
+# Modules with a `register(subparsers)`; they import nothing heavy at module level.
 COMMANDS = (
     "maxlm.config.cli",
     "maxlm.data.cli",
@@ -33,8 +33,8 @@ COMMANDS = (
     "maxlm_gcp.cli",
 )
 
-# Characters of a message that repeats what was given.
-_MOST_TOLD = 300
+# Maximum characters of a usage error, which may quote a long argument.
+_MAX_USAGE_ERROR = 300
 
 EPILOG = """\
 examples:
@@ -47,7 +47,7 @@ examples:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        super().error(message if len(message) <= _MOST_TOLD else f"{message[: _MOST_TOLD - 3]}...")
+        super().error(message if len(message) <= _MAX_USAGE_ERROR else f"{message[: _MAX_USAGE_ERROR - 3]}...")
 
 
 @functools.cache
@@ -65,11 +65,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments of a command; settings (`key=value`) may follow its options too."""
+    """Parse the arguments of a command; settings (`key=value`) may also follow its options."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if rest and hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
-        # argparse takes settings that follow an option for something else.
+        # argparse does not recognize settings that follow an option.
         args.overrides, rest = [*args.overrides, *rest], []
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -77,7 +77,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse and run; a user's mistake becomes one sentence and exit code 2, a bug of ours one and 70."""
+    """Parse and run; a user error becomes one sentence and exit code 2, a bug one sentence and exit code 70."""
     prepare_streams()
     args = argparse.Namespace()
     try:
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         prepare_platform()
         code = args.func(args) or 0
         if sys.stdout is not None:
-            sys.stdout.flush()  # while a reader that has left can still be told from a bug
+            sys.stdout.flush()  # while a closed pipe can still be told apart from a bug
         return code
     except MaxlmError as error:
         return _end(args, str(error), error.exit_code)
@@ -95,24 +95,24 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if _is_reader_gone(error):
             return 0
-        if told := _told_by_system(error) or out_of_memory(error):
-            return _end(args, told, MaxlmError.exit_code)
+        if sentence := _system_error(error) or out_of_memory(error):
+            return _end(args, sentence, MaxlmError.exit_code)
         return _end(args, report_bug(error), BUG_EXIT_CODE)
 
 
 def check_encoding(argv: list[str]) -> None:
-    """Raise RequestError for an argument that holds bytes of another encoding: no file of ours could name it."""
+    """Raise RequestError for an argument that is not valid UTF-8: our files could not store it."""
     for word in argv:
         try:
             word.encode()
         except UnicodeEncodeError:
             raise RequestError(
-                f"argument {word!a}: is no UTF-8 text; rename the file, or use a locale whose encoding is UTF-8"
+                f"argument {word!a}: is not UTF-8 text; rename the file, or use a locale whose encoding is UTF-8"
             ) from None
 
 
 def _end(args: argparse.Namespace, message: str, code: int) -> int:
-    """Tell why a command ended; returns the exit code."""
+    """Print why a command ended; returns the exit code."""
     if getattr(args, "json", False):
         print(json.dumps({"error": message}))
     print(f"maxlm: {_shortened(message)}", file=sys.stderr)
@@ -126,7 +126,7 @@ def _shortened(message: str) -> str:
 
 
 def _is_reader_gone(error: Exception) -> bool:
-    """Whether the program that read our output has ended, such as `head`; what is left is for nobody then."""
+    """Whether the reader of our output, such as `head`, has exited, so that the rest of the output is not needed."""
     if not isinstance(error, BrokenPipeError) or sys.__stdout__ is None:
         return False
     output = sys.__stdout__.fileno()
@@ -134,13 +134,13 @@ def _is_reader_gone(error: Exception) -> bool:
     poll.register(output, 0)
     if not poll.poll(0):
         return False
-    # Python flushes once more at its end.
+    # Python flushes once more at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), output)
     return True
 
 
-def _told_by_system(error: Exception) -> str | None:
-    """The sentence for what the system refused: a folder that may not be written, a file in its place, a full disk."""
+def _system_error(error: Exception) -> str | None:
+    """The sentence for an OS error: a folder without write permission, a file in its place, a full disk."""
     of_machine = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
     if not isinstance(error, OSError) or (error.filename is None and error.errno not in of_machine):
         return None

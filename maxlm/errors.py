@@ -1,21 +1,21 @@
-"""The few exceptions that a user can cause.
+"""The exceptions that a user can cause.
 
 Each carries one sentence: what is wrong, where, and what to do. The command line prints it and exits with the class's
-code. Every other exception is a bug of ours.
+code. Any other exception is a bug in maxlm.
 """
 
-# Of a bug: what sysexits.h calls an internal software error.
+# Exit code for a bug: EX_SOFTWARE (internal software error) of sysexits.h.
 BUG_EXIT_CODE = 70
 
 
 class MaxlmError(Exception):
-    """Base of everything the command line reports as one sentence."""
+    """Base class of all errors that the command line reports as one sentence."""
 
     exit_code = 2
 
 
 class ConfigError(MaxlmError):
-    """A configuration has mistakes; `problems` holds one line for each. The first 20 are told."""
+    """A configuration is invalid; `problems` has one line per mistake, of which the message shows the first 20."""
 
     def __init__(self, problems: list[str]):
         self.problems = problems
@@ -28,7 +28,7 @@ class DataError(MaxlmError):
 
 
 class TokenizerError(MaxlmError):
-    """A tokenizer cannot be trained or loaded, or is not the one that the data or the model was made with."""
+    """A tokenizer cannot be trained or loaded, or differs from the one that the data or the model was made with."""
 
 
 class CheckpointError(MaxlmError):
@@ -36,24 +36,24 @@ class CheckpointError(MaxlmError):
 
 
 class TrainingError(MaxlmError):
-    """Training cannot go on: too many bad steps in a row, a disk that is full, a mesh that does not fit."""
+    """Training cannot continue: too many bad steps in a row, a full disk, a mesh that does not fit."""
 
 
 class DivergenceError(TrainingError):
-    """Training has lost its way: step after step has no finite loss, or jumps, and going back has not helped."""
+    """Training diverged: loss or gradients stay non-finite or keep spiking, and rollbacks have not helped."""
 
 
 class RequestError(MaxlmError):
-    """A request to the generator or server cannot be met: too long, an unknown model, a port in use."""
+    """A request to the generator or server cannot be served: too long, an unknown model, a port in use."""
 
 
 class FaultError(MaxlmError):
-    """A machine, process or storage is gone, or did not come: no setting is to blame, and another start may help."""
+    """A machine, process or storage failed or never connected: no setting is at fault, and a restart may help."""
 
     exit_code = 3
 
 
-class CheckFailed(MaxlmError):  # noqa: N818 - not an error of the command, which did its work
-    """The command ran, and a check that it makes did not pass."""
+class CheckFailed(MaxlmError):  # noqa: N818 - not an error: the command itself succeeded
+    """The command ran, but one of its checks failed."""
 
     exit_code = 1

@@ -1,4 +1,4 @@
-"""Settings that every test shares: CPU, eight virtual devices, one compilation cache for all workers, what is slow."""
+"""Shared test settings: CPU, eight virtual devices, one compilation cache for all workers, slow tests."""
 
 import os
 import tempfile
@@ -16,7 +16,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 
-# Files that take more than six seconds on two cores without AVX-512; `make test-fast` leaves them out.
+# Files that take more than six seconds on two cores without AVX-512; `make test-fast` skips them.
 SLOW_FILES = """
     checkpoint/test_checkpoint checkpoint/test_checksums checkpoint/test_kill_points checkpoint/test_sharded_restore
     checkpoint/test_storage_faults core/test_parameters data/test_build data/test_embedded eval/test_eval_cli
@@ -37,17 +37,17 @@ SLOW_FILES = """
 def pytest_collection_modifyitems(items):
     tests = Path(__file__).parent
     slow = {tests / f"{name}.py" for name in SLOW_FILES.split()}
-    assert all(path.is_file() for path in slow), "SLOW_FILES names a file that is not there"
+    assert all(path.is_file() for path in slow), "SLOW_FILES names a file that does not exist"
     for item in items:
         if item.path in slow:
             item.add_marker(pytest.mark.slow)
-    # First, so that no worker is left with a long file when the others are done.
+    # Slow files first, so that no worker still has a long one when the others are done.
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer_folder(tmp_path_factory) -> str:
-    """A tokenizer of 400 tokens, trained on help texts that every Python carries."""
+    """A tokenizer of 400 tokens, trained on the help texts of every Python installation."""
     from pydoc_data.topics import topics
 
     from maxlm.config import TokenizerConfig
@@ -62,7 +62,7 @@ def tiny_tokenizer_folder(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_data_folder(tmp_path_factory, tiny_tokenizer_folder) -> str:
-    """Packed rows of 32 tokens, with some held out, by the real build."""
+    """Packed rows of 32 tokens, some held out, from a real build."""
     from pydoc_data.topics import topics
 
     from maxlm.config import DataConfig

@@ -1,7 +1,7 @@
-"""Processes that start at once: forked from one that has loaded all modules, which takes much of a short run's time.
+"""Processes that start fast: forked from a server with all modules loaded, as imports dominate short runs.
 
-As a script: `forked.py MODULE...` loads these, reads lines of JSON, each a list of calls, makes each call in a process
-of its own, and answers with a list of how they ended. SIGINT and SIGTERM end it, and these processes with it.
+As a script: `forked.py MODULE...` loads these, reads lines of JSON, each a list of calls, makes each call in a separate
+process, and answers with a list of exit codes. SIGINT and SIGTERM end it and these processes.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Call:
-    """A function of a module, called in a process of its own, which exits with what it returns."""
+    """A call of a module's function in a separate process, which exits with its return value."""
 
     function: str
     arguments: list
@@ -40,8 +40,8 @@ class Forked:
     """Starts processes. Use as a context manager.
 
     Args:
-      modules: are loaded once for all; scripts may lie in `paths`.
-      environment: of all processes, where it differs from that of this one.
+      modules: loaded once for all; scripts may be in `paths`.
+      environment: variables of all processes that differ from this one's.
     """
 
     def __init__(self, modules: Sequence[str], *, paths: Sequence[Path], environment: dict[str, str] | None = None):
@@ -63,7 +63,7 @@ class Forked:
         self._stop()
 
     def run(self, calls: Sequence[Call]) -> list[int]:
-        """How the processes of these calls, which run at the same time, have ended: -N where signal N killed one."""
+        """Run these calls concurrently; returns the exit codes, -N for a process killed by signal N."""
         if self._server.poll() is not None:
             self._server = self._start()
         answer = ""
@@ -74,13 +74,13 @@ class Forked:
                 answer = self._server.stdout.readline()
             assert answer, "the process that forks has ended; its standard error says why"
         except BaseException:
-            # Its answer would be taken for that of the next calls.
+            # Its answer would be read as that of the next calls.
             self._stop()
             raise
         return json.loads(answer)
 
     def _stop(self) -> None:
-        """End the server, and what still runs by it."""
+        """Stop the server and its running processes."""
         self._server.terminate()
         try:
             self._server.wait(timeout=10)
@@ -93,7 +93,7 @@ class Forked:
 
 
 def _fork(call: dict) -> int:
-    """The id of a process that makes the call, and ends as any Python does."""
+    """Fork a process that makes the call and exits normally; returns its id."""
     if process := os.fork():
         return process
     os.setsid()
@@ -113,7 +113,7 @@ def _fork(call: dict) -> int:
 
 
 def _wait(processes: list[int]) -> list[int]:
-    """How they ended; what still runs after the timeout or a signal, or is left of their own children, is killed."""
+    """Wait for processes and return how they ended; after the timeout or a signal, kill them and their children."""
     deadline, ended = time.monotonic() + TIMEOUT, {}
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -131,7 +131,7 @@ def _wait(processes: list[int]) -> list[int]:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGKILL)
-            # One that has just been forked has no group yet.
+            # A process that was just forked has no group yet.
             with contextlib.suppress(ProcessLookupError):
                 if process not in ended:
                     os.kill(process, signal.SIGKILL)
@@ -139,7 +139,7 @@ def _wait(processes: list[int]) -> list[int]:
 
 
 def _end(number, frame) -> None:
-    # A second signal would keep it from killing all.
+    # A second signal would prevent it from killing all.
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     sys.exit(1)
@@ -150,10 +150,10 @@ def main() -> None:
         signal.signal(number, _end)
     for name in sys.argv[1:]:
         importlib.import_module(name)
-    # Else each process would look through all that was loaded as it ends.
+    # Otherwise each process would garbage-collect all loaded objects at exit.
     gc.freeze()
     for line in sys.stdin:
-        # Not before it is known which processes there are to end.
+        # Not before the processes to stop are known.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         print(json.dumps(_wait([_fork(call) for call in json.loads(line)])), flush=True)
 

@@ -1,4 +1,4 @@
-"""Loss terms and gradients of one computation laid out in two ways, for the tests that compare them."""
+"""Compare loss terms and gradients of one computation in two layouts."""
 
 from typing import Any
 

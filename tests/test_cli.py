@@ -1,4 +1,4 @@
-"""The command line as a whole: quick to start, and a user's mistake is one sentence."""
+"""The command line as a whole: fast start-up, and user errors in one sentence."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_every_command_has_help_with_an_example(command, capsys):
     assert f"maxlm {command}" in capsys.readouterr().out
 
 
-def test_config_show_prints_what_loads_again(tmp_path, capsys):
+def test_config_show_output_can_be_loaded_again(tmp_path, capsys):
     assert cli.main(["config", "show", "configs/quickstart/pretrain.yaml", "optim.learning_rate=1e-3"]) == 0
     shown = capsys.readouterr().out
     (tmp_path / "shown.yaml").write_text(shown, encoding="utf-8")
@@ -72,7 +72,7 @@ def test_config_show_prints_what_loads_again(tmp_path, capsys):
     assert "TrainConfig" in json.loads(capsys.readouterr().out)["$defs"]
 
 
-def test_mistakes_are_sentences_and_exit_2(tmp_path, capsys):
+def test_user_errors_are_sentences_with_exit_code_2(tmp_path, capsys):
     bad = tmp_path / "bad.yaml"
     bad.write_text("kind: train\noutput: x\nmodel: {num_layer: 2}\nobjective: {kind: pretrain, sources: [{path: a}]}\n")
     assert cli.main(["train", str(bad), "optim.lr=1"]) == 2
@@ -88,7 +88,7 @@ def test_mistakes_are_sentences_and_exit_2(tmp_path, capsys):
     ("arguments", "said"),
     [
         (["train", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
-        (["train", "configs/data/embedded.yaml"], "kind is 'data', and this command needs kind: train"),
+        (["train", "configs/data/embedded.yaml"], "kind is 'data', but this command needs kind: train"),
         (["train", "configs/quickstart/pretrain.yaml", "objective.sources.0.path={tmp}/none"], "none"),
         (["train", "configs/post/sft.yaml", "init_from={tmp}/none"], "none"),
         (["data", "build", "configs/data/embedded.yaml", "tokenizer={tmp}/none"], "none"),
@@ -96,7 +96,7 @@ def test_mistakes_are_sentences_and_exit_2(tmp_path, capsys):
         (["generate", "{tmp}/none", "Hello"], "none"),
     ],
 )
-def test_what_is_not_there_is_one_sentence(arguments, said, tmp_path, capsys, monkeypatch):
+def test_missing_inputs_are_reported_in_one_sentence(arguments, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     if arguments[0] in ("train", "data"):
@@ -108,7 +108,7 @@ def test_what_is_not_there_is_one_sentence(arguments, said, tmp_path, capsys, mo
     assert len(error.splitlines()) == 1
 
 
-def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, tiny_data_folder, capsys):
+def test_folder_that_cannot_be_created_is_reported_in_one_sentence(tmp_path, tiny_data_folder, capsys):
     (tmp_path / "file").write_text("in the way")
     arguments = ["train", "configs/quickstart/pretrain.yaml", f"objective.sources.0.path={tiny_data_folder}"]
     code = cli.main([*arguments, f"output={tmp_path}/file/run", "row_length=32", "steps=1", "accumulate=1"])
@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, tiny_data_folder
 
 @pytest.fixture
 def run_that(monkeypatch, tmp_path):
-    """`maxlm config schema` with another function behind it."""
+    """Runs `maxlm config schema` with its function replaced."""
 
     def run(function) -> int:
         monkeypatch.setattr("maxlm.config.json_schema", function)
@@ -137,10 +137,10 @@ def raising(error: Exception):
     return fail
 
 
-def test_a_bug_of_ours_is_one_sentence_and_its_traceback_a_file(run_that, capsys, monkeypatch):
+def test_bug_is_reported_in_one_sentence_with_a_traceback_file(run_that, capsys, monkeypatch):
     assert run_that(raising(ZeroDivisionError("one\ntwo"))) == 70
     said = capsys.readouterr().err
-    assert said.startswith("maxlm: this is a bug of maxlm: ZeroDivisionError: one two; please report it with ")
+    assert said.startswith("maxlm: this is a bug in maxlm: ZeroDivisionError: one two; please report it with ")
     assert said.count("\n") == 1
     trace = Path(said.partition("with ")[2].partition(" (")[0]).read_text(encoding="utf-8")
     assert "Traceback" in trace
@@ -151,31 +151,31 @@ def test_a_bug_of_ours_is_one_sentence_and_its_traceback_a_file(run_that, capsys
 
 
 class JaxRuntimeError(RuntimeError):
-    """As JAX names what XLA raises."""
+    """Has the name of JAX's exception for XLA errors."""
 
 
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (MemoryError("Unable to allocate 931. GiB"), 2, "out of memory (Unable to allocate 931. GiB); take a smaller"),
+        (MemoryError("Unable to allocate 931. GiB"), 2, "out of memory (Unable to allocate 931. GiB); use a smaller"),
         (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of\nmemory"), 2, "out of memory (RESOURCE_EXHAUSTED: Out of memory)"),
-        (JaxRuntimeError("INTERNAL"), 70, "this is a bug of maxlm: JaxRuntimeError: INTERNAL"),
+        (JaxRuntimeError("INTERNAL"), 70, "this is a bug in maxlm: JaxRuntimeError: INTERNAL"),
         (OSError(28, "No space left on device"), 2, "no space left on device"),
         (PermissionError(13, "Permission denied", "/x"), 2, "/x: permission denied"),
-        (OSError("what"), 70, "this is a bug of maxlm: OSError: what"),
-        (BrokenPipeError(32, "Broken pipe"), 70, "this is a bug of maxlm: BrokenPipeError"),
+        (OSError("what"), 70, "this is a bug in maxlm: OSError: what"),
+        (BrokenPipeError(32, "Broken pipe"), 70, "this is a bug in maxlm: BrokenPipeError"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
-def test_what_ends_a_command_is_told_by_its_kind(error, code, said, run_that, capsys):
+def test_exceptions_are_reported_by_kind(error, code, said, run_that, capsys):
     assert run_that(raising(error)) == code
     told = capsys.readouterr().err
     assert told.startswith(f"maxlm: {said}")
     assert told.count("\n") == 1
 
 
-def test_an_ascii_terminal_and_a_reader_that_leaves():
-    """What the terminal lacks is escaped as in JSON; `head` ends a command without a word."""
+def test_ascii_terminal_and_closed_pipe():
+    """Characters that the terminal lacks are escaped as in JSON; a closed pipe ends a command silently."""
     text = "é → 🙂"
     script = (
         "import sys, json\nfrom rich.console import Console\nfrom maxlm import cli, config\n"
@@ -188,7 +188,7 @@ def test_an_ascii_terminal_and_a_reader_that_leaves():
     command = [sys.executable, "-m", "maxlm.cli", "config", "show", "configs/quickstart/pretrain.yaml", "\udcff=1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "is no UTF-8 text; rename the file" in done.stderr
+    assert "is not UTF-8 text; rename the file" in done.stderr
     command = f"{sys.executable} -m maxlm.cli config schema | head -n 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
@@ -212,7 +212,7 @@ def test_an_ascii_terminal_and_a_reader_that_leaves():
         (["serve", "x", "--slots", "0"], "argument --slots: '0' must be"),
     ],
 )
-def test_numbers_of_arguments_have_their_bounds(arguments, said, capsys):
+def test_numeric_arguments_are_bounded(arguments, said, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(arguments)
     last = capsys.readouterr().err.splitlines()[-1]
@@ -220,8 +220,8 @@ def test_numbers_of_arguments_have_their_bounds(arguments, said, capsys):
     assert len(last) < 200
 
 
-def test_a_tpu_library_without_a_tpu_is_left_alone():
-    """And compiled programs are kept, unless the user says where."""
+def test_libtpu_without_a_tpu_is_not_used():
+    """Compiled programs are cached, unless the user sets the cache folder."""
     script = (
         "import os, sys\nfrom maxlm.runtime import platform\n"
         "for name in ('JAX_PLATFORMS', 'JAX_COMPILATION_CACHE_DIR'):\n"
@@ -240,7 +240,7 @@ def test_a_tpu_library_without_a_tpu_is_left_alone():
         assert done.stdout.split() == [str(platform), cache, "False"], done.stderr
 
 
-def test_what_the_user_set_stays():
+def test_user_environment_variables_are_kept():
     script = (
         "import os\nfrom maxlm.runtime.platform import prepare_platform\nprepare_platform()\n"
         "print(os.environ['JAX_PLATFORMS'], os.environ['JAX_COMPILATION_CACHE_DIR'])"

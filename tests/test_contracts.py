@@ -1,4 +1,4 @@
-"""What the code base agrees on (docs/architecture.md), held by tests that fail when it is broken."""
+"""Rules of the code base (docs/architecture.md), enforced by tests."""
 
 import ast
 import os
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "maxlm").rglob("*.py"))
 
-# Everything is transformed by jax itself; a model's modules are containers of parameters and no more.
+# Only jax's own transforms are used; a model's modules are mere containers of parameters.
 BANNED_OF_NNX = {
     *(
         "jit",
@@ -31,7 +31,7 @@ BANNED_OF_NNX = {
     *("with_partitioning", "with_metadata", "split_rngs", "state", "split", "merge", "update"),
 }
 BANNED_METHODS = {"sow", "perturb"}
-# Names that later versions of JAX have lost or renamed.
+# Names that later versions of JAX removed or renamed.
 GONE = {"jax.tree_map", "jax.lax.pvary", "jax.sharding.use_mesh", "pltpu.TPUCompilerParams", "pl.core_map", "pl.dot"}
 
 
@@ -60,7 +60,7 @@ def test_imports_point_down():
         ("maxlm/tokenizer/codec.py", "import maxlm.data.rows", "Data may use the tokenizer"),
     ],
 )
-def test_an_import_that_points_up_is_found(file, line, contract, tmp_path):
+def test_upward_import_is_detected(file, line, contract, tmp_path):
     for package, name in (("maxlm", "maxlm"), ("gcp", "maxlm_gcp")):
         shutil.copytree(ROOT / package, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "static"))
     shutil.copy(ROOT / ".importlinter", tmp_path)
@@ -72,7 +72,7 @@ def test_an_import_that_points_up_is_found(file, line, contract, tmp_path):
 
 
 def dotted(node: ast.AST) -> str:
-    """`jax.lax.scan` for the expression; empty when it is no chain of names."""
+    """The dotted name of an expression, such as `jax.lax.scan`; empty if it is not a chain of names."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute) and (owner := dotted(node.value)):
@@ -81,7 +81,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def banned_uses(source: str) -> list[str]:
-    """What a module uses of NNX's transforms and mutable state, or of names that JAX has lost."""
+    """A module's uses of NNX's transforms and mutable state, or of names removed from JAX."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flax"):
@@ -99,7 +99,7 @@ def banned_uses(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_models_are_transformed_by_jax_alone(path):
+def test_models_use_only_jax_transforms(path):
     assert banned_uses(path.read_text(encoding="utf-8")) == []
 
 
@@ -115,7 +115,7 @@ def test_models_are_transformed_by_jax_alone(path):
         "jax.tree_map(f, x)",
     ],
 )
-def test_a_banned_use_is_found(source):
+def test_banned_use_is_detected(source):
     assert banned_uses(source)
 
 

@@ -1,4 +1,4 @@
-"""What the pages name is there: files that they link to, commands, options, settings."""
+"""All that the docs name exists: linked files, commands, options, settings."""
 
 import re
 import shlex
@@ -24,7 +24,7 @@ def named(path: Path) -> str:
 
 
 def commands(path: Path) -> list[str]:
-    """Lines that begin with `maxlm `: in fenced blocks of a page, and in the examples of a command's help."""
+    """Lines that start with `maxlm `: in fenced blocks of a page, and in the examples of a command's help."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
         text = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
@@ -35,7 +35,7 @@ def commands(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_links_and_files_are_there(page):
+def test_linked_files_exist(page):
     text = page.read_text(encoding="utf-8")
     links = [link for link in LINK.findall(text) if "://" not in link]
     assert [link for link in links if not (page.parent / link).exists()] == []
@@ -43,23 +43,23 @@ def test_links_and_files_are_there(page):
 
 
 @pytest.mark.parametrize("path", [*PAGES, *HELP], ids=named)
-def test_commands_are_understood_and_their_settings_are_there(path, monkeypatch):
+def test_documented_commands_and_settings_are_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     for command in commands(path):
-        # What explains an example stands two spaces behind it.
+        # The explanation of an example is separated by two spaces.
         words = shlex.split(re.split(r"\s{2,}(?![\s-])", command)[0], comments=True)
         args = parse(words)
         if hasattr(args, "config") and hasattr(args, "overrides") and Path(args.config or "").is_file():
             load_config(args.config, args.overrides)
 
 
-def test_the_index_leads_to_all_pages():
+def test_index_links_all_pages():
     index = ROOT / "docs" / "index.md"
     linked = {(index.parent / link).resolve() for link in LINK.findall(index.read_text(encoding="utf-8"))}
     assert [page for page in sorted(index.parent.glob("*.md")) if page != index and page not in linked] == []
 
 
-def test_a_command_that_is_gone_is_found(tmp_path):
+def test_removed_command_is_detected(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("```sh\nA=1 maxlm train a.yaml \\\n    --fast  # quick\n```\nmaxlm not this\n")
     [command] = commands(page)

@@ -1,4 +1,4 @@
-"""The processes that tests fork end with them, and what goes wrong is told."""
+"""Processes forked by tests end with them, and errors are reported."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ SLEEPS = Call("time:sleep", [60])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_server_ends_what_it_has_forked(number):
+def test_signal_to_the_server_ends_its_forked_processes(number):
     with Forked([], paths=[]) as forked:
         server = forked._server.pid
         children = []
@@ -29,7 +29,7 @@ def test_a_signal_to_the_server_ends_what_it_has_forked(number):
         with pytest.raises(AssertionError, match="the process that forks has ended"):
             forked.run([SLEEPS, SLEEPS])
         sender.join()
-        # Killed, they are taken from the server by another process, which may take a moment to look at them.
+        # Killed processes are reparented, and their new parent may take a moment to reap them.
         deadline = time.monotonic() + 10
         while any(map(_runs, children)):
             assert time.monotonic() < deadline
@@ -37,7 +37,7 @@ def test_a_signal_to_the_server_ends_what_it_has_forked(number):
         assert forked.run([Call("time:sleep", [0])]) == [0], "it starts anew"
 
 
-def test_a_module_that_cannot_be_loaded_is_told(capfd):
+def test_module_that_cannot_be_imported_is_reported(capfd):
     with Forked(["no_such_module"], paths=[]) as forked, pytest.raises(AssertionError, match="has ended"):
         forked.run([SLEEPS])
     assert "No module named 'no_such_module'" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""The wheel, installed away from the checkout: recipes by name, a small training, its page and a server."""
+"""The wheel, installed outside of the checkout: recipes by name, a small training, its report and a server."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def maxlm(tmp_path_factory):
-    """Runs the installed `maxlm` in an empty folder; returns what it prints."""
+    """Runs the installed `maxlm` in an empty folder; returns its output."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for name in ("maxlm", "gcp", "configs"):
@@ -37,7 +37,7 @@ def maxlm(tmp_path_factory):
     venv.create(environment, symlinks=True)
     python = environment / "bin" / "python"
     subprocess.run([*pip, "--python", str(python), "install", *options[:2], str(wheel)], check=True, timeout=300)
-    # What maxlm needs is taken from where the tests run, without the checkout that is installed there.
+    # Dependencies come from the test environment, without the checkout that is installed there.
     [packages] = (environment / "lib").glob("*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     work = folder / "work"

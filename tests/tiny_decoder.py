@@ -1,4 +1,4 @@
-"""The small decoder that tests compute with, and rows for it."""
+"""A small decoder for tests, and rows for it."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ VOCAB_SIZE = 48
 
 
 def tiny_config(**changes) -> ModelConfig:
-    """Two layers in float32, with every size small and most of them different."""
+    """Two layers in float32, with small and mostly different sizes."""
     base = {
         "vocab_size": VOCAB_SIZE,
         "num_layers": 2,
@@ -34,7 +34,7 @@ def documents(seed=0, count=12) -> list[tuple[np.ndarray, float]]:
 def pack(documents, *, rows, length, per_row) -> Stream:
     """`per_row` documents in each row, padding after them; rows that get none are padding."""
     batch = Stream(*(np.zeros((rows, length), dtype) for dtype in ("int32", "int32", "float32", "int32", "int32")))
-    # What stands in padding must not matter.
+    # The content of padding must not matter.
     batch.tokens[:], batch.targets[:] = 5, 7
     for number, (tokens, weight) in enumerate(documents):
         row, segment = divmod(number, per_row)

@@ -45,7 +45,7 @@ def tiny_config(output, data, **settings):
 
 
 def train_process(config, *, signal_at: tuple[str, int] | None = None) -> subprocess.CompletedProcess:
-    """`maxlm train` in a process of its own, the configuration given as a file."""
+    """Run `maxlm train` in a separate process, with the configuration as a file."""
     file = Path(config.output).with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(dump_yaml(config), encoding="utf-8")
@@ -56,7 +56,7 @@ def train_process(config, *, signal_at: tuple[str, int] | None = None) -> subpro
 
 
 def maxlm(arguments: list[str], signal_at: tuple[str, int] | None) -> int:
-    """`maxlm ARGUMENTS`, with a signal sent to itself after a step, so that it is interrupted at the same place."""
+    """Run `maxlm ARGUMENTS`, with a signal to itself after a step, so that it is interrupted at the same place."""
     from maxlm.cli import main
 
     if signal_at is not None:
@@ -84,7 +84,7 @@ def _signal_after_step(name: str, step: int) -> None:
 
 
 def poison(batches: set[int]):
-    """What `PackedRowsData.batches` is then: these batches, counted from 0, give no finite loss."""
+    """A replacement of `PackedRowsData.batches`: these batches, counted from 0, have a non-finite loss."""
     from dataclasses import replace
     from itertools import count
 

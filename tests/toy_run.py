@@ -1,4 +1,4 @@
-"""The training loop on a model of a few numbers: nothing to trace or compile, so a run takes a fraction of a second."""
+"""The training loop on a tiny model: nothing to trace or compile, so a run takes a fraction of a second."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from maxlm.train.trained_model import TrainedModel
 
 
 class ToyData:
-    """A linear model that is fitted to noise; the batch is a pure function of its number."""
+    """A linear model fitted to noise; a batch is a pure function of its number."""
 
     def __init__(self, *, poison=(), leave_out=(), at_batch=lambda number: None):
         self.poison, self.leave_out, self.at_batch = set(poison), set(leave_out), at_batch
@@ -70,7 +70,7 @@ def toy_run(folder, *, data=None, accept_changes=False, **settings) -> TrainResu
 
 
 def weights(result: TrainResult) -> bytes:
-    """All numbers of the state, bit for bit, but those that count skipped steps."""
+    """All numbers of the state, bit for bit, except the counters of skipped steps."""
     state = jax.device_get(result.state)
     return b"".join(
         np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((state.step, state.trainable, state.optimizer))
@@ -78,9 +78,9 @@ def weights(result: TrainResult) -> bytes:
 
 
 def main(folder: str, settings: str) -> None:
-    """A run with these settings, as JSON, as one of several processes where the environment says so.
+    """Run with these settings, as JSON, as one of several processes if the environment says so.
 
-    `data` among them is what ToyData is made with.
+    The setting `data` has the arguments of ToyData.
     """
     initialize_distributed()
     settings = json.loads(settings)

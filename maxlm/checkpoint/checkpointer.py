@@ -1,4 +1,4 @@
-"""Checkpoints: weights, optimizer state, data position, configuration and tokenizer fingerprint, in one atomic step."""
+"""Atomic checkpoints: weights, optimizer state, data position, configuration and tokenizer fingerprint."""
 
 import contextlib
 import itertools
@@ -24,23 +24,23 @@ from maxlm.runtime.progress import console
 from maxlm.runtime.retry import Retries, first_line, is_disk_full, is_storage_error
 from maxlm.runtime.storage import absolute_path, is_remote, plain_path
 
-# Arrays are stored in pieces of at most this size, so that whoever needs a part of one reads little else.
+# Maximum chunk size of stored arrays, so that reading part of an array reads little else.
 PIECE_BYTES = 1 << 24
 
 
 class State(Protocol):
-    """What is saved: a dataclass with weights in `trainable`, and in its other fields what else training needs."""
+    """The state to save: a dataclass with weights in `trainable` and the rest of the training state in other fields."""
 
     step: Any
     trainable: Any
 
 
 class Checkpointer:
-    """Saves in the background, and restores the newest checkpoint that is whole.
+    """Saves checkpoints in the background, and restores the newest complete one.
 
-    Use as a context manager: leaving it waits for the last save. A save that failed is tried again at once, with the
-    state that is given then: one that failed in the background is noticed by `has_failed`, or by the next save. One
-    that cannot be read back has failed: it gets no name, and no older one is removed for it.
+    Use as a context manager: leaving it waits for the last save. A failed save is retried with the state passed then: a
+    failure in the background is detected by `has_failed`, or by the next save. A checkpoint that cannot be read back
+    counts as failed: it is not renamed to its final name, and no older one is removed for it.
     """
 
     def __init__(self, run_folder: str | os.PathLike, *, keep: int, retries: int = 3, retry_seconds: float = 1.0):
@@ -58,19 +58,19 @@ class Checkpointer:
             if kind is None:
                 self.wait()
         finally:
-            # What failed in the background has been told, or stands behind the error that is on its way.
+            # A background failure has been reported, or caused the error being raised.
             with contextlib.suppress(Exception):
                 self._manager.close()
 
     def save(self, state: State, metadata: dict[str, Any], *, wait: bool = False) -> None:
-        """Start to save; `metadata` must be JSON. Returns when the arrays are copied, before they are on disk.
+        """Start a save; `metadata` must be JSON. Returns when the arrays are copied, before they are on disk.
 
         Args:
-          wait: until they are on disk.
+          wait: wait until they are on disk.
 
         Raises:
-          TrainingError: there is no room on the disk, or saving failed again and again.
-          FaultError: with several processes, starting to save failed.
+          TrainingError: there is not enough disk space, or saving failed after all retries.
+          FaultError: with several processes, starting the save failed.
         """
         while True:
             try:
@@ -83,17 +83,17 @@ class Checkpointer:
                 self._after_failure(error)
 
     def wait(self) -> None:
-        """Until all saves are on disk; raises TrainingError if one failed."""
+        """Wait until all saves are on disk; raises TrainingError if one failed."""
         try:
             self._finish_last()
         except Exception as error:
             raise self._save_failed(error) from error
 
     def settle(self) -> None:
-        """Until nothing is being saved: what is listed then is on disk. A save that failed is told, and is no more.
+        """Wait until nothing is being saved: all listed checkpoints are on disk. A failed save is reported and dropped.
 
         Raises:
-          TrainingError: it failed again and again.
+          TrainingError: it failed after all retries.
         """
         try:
             self._finish_last()
@@ -101,16 +101,16 @@ class Checkpointer:
             self._after_failure(error)
 
     def has_failed(self) -> bool:
-        """Whether a save in the background has failed, so that one is due. With several processes, to any of them.
+        """Whether a background save has failed, on any process, so that a new one is due.
 
-        All of them must call it at the same step.
+        All processes must call it at the same step.
         """
         if not self._manager.is_saving_in_progress():
             self.let_finish()
         return any_process(self._failure is not None)
 
     def let_finish(self) -> None:
-        """Until nothing is being saved here. What failed is kept for `has_failed`, or the next save."""
+        """Wait until this process is not saving. A failure is kept for `has_failed` or the next save."""
         if self._failure is None:
             try:
                 self._manager.wait_until_finished()
@@ -118,24 +118,24 @@ class Checkpointer:
                 self._failure = error
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are not half written, the newest first."""
+        """Steps of the complete checkpoints, newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
     def restore(self, like: State) -> tuple[State, dict[str, Any]] | None:
-        """The newest whole checkpoint, laid out as `like`; None when there is none at all.
+        """The newest complete checkpoint, with the sharding of `like`; None if there is none at all.
 
-        A broken one is named on standard error, set aside, and the one before it is tried.
+        A corrupt one is reported on standard error and set aside, and the previous one is tried.
 
         Args:
           like: arrays or ShapeDtypeStructs.
 
         Raises:
-          CheckpointError: the checkpoint is of another model, cannot be read, or all are broken.
+          CheckpointError: the checkpoint is of another model, cannot be read, or all are corrupt.
         """
         return restore_newest([self], like)
 
     def restore_step(self, step: int, like: State) -> tuple[State, dict[str, Any]] | None:
-        """The checkpoint of a step; None if it is broken: it is named on standard error and set aside.
+        """The checkpoint of a step; None if it is corrupt: it is reported on standard error and set aside.
 
         Raises:
           CheckpointError: it is of another model, or cannot be read.
@@ -144,29 +144,29 @@ class Checkpointer:
         try:
             return self._retries.call(lambda: self._restore_step(step, like), what)
         except (CheckpointError, jax.errors.JaxRuntimeError, MemoryError):
-            # Another model, too little memory: says nothing against the checkpoint.
+            # Another model or too little memory: the checkpoint itself is fine.
             raise
         except Exception as error:
             if is_storage_error(error):
                 raise CheckpointError(
-                    f"{self.folder / str(step)}: cannot be read: {first_line(error)}; nothing is changed: run the same"
-                    " command when the storage answers again"
+                    f"{self.folder / str(step)}: cannot be read: {first_line(error)}; nothing was changed: run the same"
+                    " command when the storage is available again"
                 ) from error
             self._set_aside(step, first_line(error))
             return None
 
     def _open(self) -> ocp.CheckpointManager:
         self._failure: Exception | None = None
-        self._under_way: tuple[int, dict[str, Any]] | None = None
+        self._pending: tuple[int, dict[str, Any]] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep,
             enable_async_checkpointing=True,
-            # Where a folder cannot be made, threads that wait for it would keep a process from ending for minutes.
+            # If a folder cannot be created, threads waiting for it would keep the process alive for minutes.
             async_options=ocp.AsyncOptions(
-                create_directories_asynchronously=False, post_finalization_callback=self._look_back
+                create_directories_asynchronously=False, post_finalization_callback=self._verify
             ),
-            # What a save left that failed, or whose process was killed, is removed.
+            # Remove partial files of failed or killed saves.
             cleanup_tmp_directories=True,
         )
         return ocp.CheckpointManager(plain_path(self.folder), options=options)
@@ -185,9 +185,9 @@ class Checkpointer:
             "shapes": shapes_of(weights),
             "rest_shapes": shapes_of(rest),
         }
-        # The link that a name may need has its place among temporaries, which some systems clear.
+        # A link that the name may need is in the temporary folder, which some systems clear.
         plain_path(self.folder)
-        self._under_way = step, metadata
+        self._pending = step, metadata
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -198,17 +198,17 @@ class Checkpointer:
             force=True,
         )
 
-    def _look_back(self) -> None:
-        """Called in the background where all is written, and before it gets the name of a checkpoint."""
+    def _verify(self) -> None:
+        """Read the checkpoint back. Called in the background after writing and before the rename to its final name."""
         if not is_primary():
             return
         try:
-            check_written(self.folder, *self._under_way)
+            check_written(self.folder, *self._pending)
         except Exception as error:
-            raise ValueError(f"what was written cannot be read back: {first_line(error)}") from error
+            raise ValueError(f"the written checkpoint cannot be read back: {first_line(error)}") from error
 
     def _finish_last(self) -> None:
-        """Until the save under way is on disk; raises what it failed with."""
+        """Wait until the pending save is on disk; raises its error."""
         if self._failure is None:
             try:
                 self._manager.wait_until_finished()
@@ -218,17 +218,17 @@ class Checkpointer:
         if any_process(self._failure is not None):
             self._failure = self._failure or OSError("another process could not save its part")
             raise self._failure
-        if self._under_way is not None:
-            self._under_way, self._failures = None, 0
+        if self._pending is not None:
+            self._pending, self._failures = None, 0
 
     def _after_failure(self, error: Exception) -> None:
-        """Make ready to save again, after a while; raises TrainingError or FaultError when it is no use."""
+        """Wait and prepare to save again; raises TrainingError or FaultError if a retry cannot help."""
         if isinstance(error, MaxlmError):
             raise error
         if is_disk_full(error) or self._failures == self._retries.count:
             raise self._save_failed(error) from error
-        # In the midst of starting to save, a process cannot try again without the others, which wait for it: another
-        # start of all is how it tries again.
+        # In the middle of starting a save, a process cannot retry without the others, which wait for it: the retry is a
+        # restart of all processes.
         if self._failure is None and jax.process_count() > 1:
             raise self._save_failed(error, FaultError) from error
         self._retries.wait(self._failures, f"{self.folder}: saving a checkpoint", error)
@@ -241,12 +241,12 @@ class Checkpointer:
             self._failure = again
 
     def _set_aside(self, step: int, reason: str) -> None:
-        """Move a broken checkpoint out of the way of the one that training will save in its place."""
+        """Move a corrupt checkpoint out of the way of the one that training will save in its place."""
         if is_primary():
             targets = (self.folder.parent / f"broken-checkpoint-{step}-{number}" for number in itertools.count(1))
             target = next(path for path in targets if not path.exists())
             (self.folder / str(step)).rename(target)
-            console.print(f"checkpoint {step} is broken ({reason}) and is set aside as {target}", markup=False)
+            console.print(f"checkpoint {step} is corrupt ({reason}) and was moved to {target}", markup=False)
         if jax.process_count() > 1:
             sync_global_devices(f"checkpoint {step} is set aside")
         self._manager.reload()
@@ -256,15 +256,15 @@ class Checkpointer:
         metadata = load_metadata(folder)
         if metadata.get("format") != FORMAT:
             raise CheckpointError(
-                f"{folder}: was saved by another version of maxlm, which this one cannot go on from; give another"
-                " output and this checkpoint as init_from"
+                f"{folder}: was saved by another version of maxlm and cannot be resumed; give another output and this"
+                " checkpoint as init_from"
             )
         like_weights = flatten(like.trainable)
         check_shapes(metadata["shapes"], shapes_of(like_weights), where=folder)
         like_rest = flatten(replace(like, trainable=None))
         if difference := first_difference(metadata["rest_shapes"], shapes_of(like_rest)):
             raise CheckpointError(
-                f"{folder}: was trained with another optimizer, or another choice of ema_decay: {difference};"
+                f"{folder}: was trained with another optimizer, or with or without ema_decay: {difference};"
                 " give the optim section that it was trained with, or another output and this checkpoint as init_from"
             )
         restored = self._manager.restore(
@@ -275,7 +275,7 @@ class Checkpointer:
             ),
         )
         if not is_unchanged({"weights": restored.weights, "rest": restored.rest}, metadata):
-            raise ValueError("checksums of its arrays differ from those saved with it")
+            raise ValueError("the checksums of its arrays differ from the saved ones")
         rest = unflatten(restored.rest, replace(like, trainable=None))
         return replace(rest, trainable=unflatten(restored.weights, like.trainable)), metadata
 
@@ -286,27 +286,31 @@ class Checkpointer:
         if free < 1.1 * size:
             raise TrainingError(
                 f"{self.folder}: a checkpoint takes {size / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free;"
-                f" {self._newest()}; make room and run the same command to go on from there"
+                f" {self._newest()}; free some space and run the same command to resume from there"
             )
 
     def _save_failed(self, error: Exception, kind: type[MaxlmError] = TrainingError) -> MaxlmError:
         what = "the disk is full" if is_disk_full(error) else first_line(error)
         return kind(
             f"{self.folder}: a checkpoint could not be saved: {what};"
-            f" {self._newest()}; run the same command to go on from there"
+            f" {self._newest()}; run the same command to resume from there"
         )
 
     def _newest(self) -> str:
-        # On the disk: the manager has forgotten those that a save which failed was to replace.
+        # From the disk: the manager has dropped those that a failed save was to replace.
         steps = checkpoint_steps(self.folder)
-        return f"the newest whole checkpoint is of step {max(steps)}" if steps else "there is no whole checkpoint yet"
+        return (
+            f"the newest complete checkpoint is of step {max(steps)}"
+            if steps
+            else "there is no complete checkpoint yet"
+        )
 
 
 def restore_newest(places: Sequence[Checkpointer], like: State) -> tuple[State, dict[str, Any]] | None:
-    """The newest whole checkpoint of several places, the first of them where two are of one step; None without any.
+    """The newest complete checkpoint of several places, the first place for equal steps; None if there is none.
 
     Raises:
-      CheckpointError: the checkpoint is of another model, cannot be read, or all are broken.
+      CheckpointError: the checkpoint is of another model, cannot be read, or all are corrupt.
     """
     found = sorted(((-step, number) for number, place in enumerate(places) for step in place.steps()))
     for step, number in found:
@@ -315,7 +319,7 @@ def restore_newest(places: Sequence[Checkpointer], like: State) -> tuple[State, 
     if found:
         folders = " and ".join(str(place.folder) for place in places)
         raise CheckpointError(
-            f"{folders}: all checkpoints ({len(found)}) are broken; remove the run folder to start anew"
+            f"{folders}: all checkpoints ({len(found)}) are corrupt; remove the run folder to start from scratch"
         )
     return None
 

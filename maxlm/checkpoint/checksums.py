@@ -1,4 +1,4 @@
-"""Checksums of arrays, to tell whether what was read is what was saved."""
+"""Checksums of arrays, to verify that restored arrays equal the saved ones."""
 
 from typing import Any
 
@@ -11,19 +11,19 @@ _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """A 32-bit number for each leaf that depends on every bit of it and on where it stands, and on no mesh."""
+    """A 32-bit checksum of each leaf that depends on every bit and its position, but not on the mesh."""
     values = {path: checksum(leaf) for path, leaf in flatten(tree).items()}
     return {path: int(value) for path, value in jax.device_get(values).items()}
 
 
-# A program for each shape, which weights and their moments share, takes less to compile than one for the whole tree.
+# One program per shape, shared by weights and their moments, compiles faster than one for the whole tree.
 @jax.jit
 def checksum(x: jax.Array) -> jax.Array:
-    """One uint32: along one axis after the other, the sum of hashes of each value and its place.
+    """One uint32: reduce one axis after the other by summing hashes of each value and its position.
 
-    A sum of integers is the same in whatever order the devices add it up. Hashes of what the axes before gave make it
-    see values that have changed places, which products with a factor for each place would not: those of two axes agree
-    where a matrix is transposed, and opposite numbers cancel.
+    A sum of integers does not depend on the order in which devices add it up. Hashing the result of the previous axes
+    detects swapped values, which products with a factor per position would not: those of two axes agree if a matrix is
+    transposed, and opposite numbers cancel.
     """
     total = jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize]).astype(jnp.uint32)
     while total.ndim:
@@ -33,7 +33,7 @@ def checksum(x: jax.Array) -> jax.Array:
 
 
 def _hash(x: jax.Array) -> jax.Array:
-    """uint32 to uint32, one to one: MurmurHash3's finalizer."""
+    """MurmurHash3's finalizer: a bijection of uint32."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

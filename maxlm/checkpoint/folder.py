@@ -1,7 +1,7 @@
-"""The folders of checkpoints: where they lie, and what stands beside the weights in each.
+"""Checkpoint folders: their location, and the metadata stored next to the weights.
 
-A checkpoint is `RUN/checkpoints/STEP`, with three Orbax items: `weights` (the model, or its adapters), `rest` (what
-else the training state holds) and `metadata`. Inference reads the weights alone.
+A checkpoint is `RUN/checkpoints/STEP`, with three Orbax items: `weights` (the model, or its adapters), `rest` (the rest
+of the training state) and `metadata`. Inference reads only the weights.
 """
 
 import json
@@ -21,17 +21,17 @@ from maxlm.runtime.retry import first_line
 from maxlm.runtime.storage import absolute_path, plain_path
 
 FOLDER = "checkpoints"
-# Of what training needs to go on, checksums included. Weights of earlier formats can be read.
+# Version of the state needed to resume training, including checksums. Weights of earlier formats can be read.
 FORMAT = 2
 
 
 def has_checkpoint(run_folder: epath.Path) -> bool:
-    """Whether a run has saved anything."""
+    """Whether a run has a complete checkpoint."""
     return bool(checkpoint_steps(run_folder / FOLDER))
 
 
 def find_checkpoint(path: str | os.PathLike) -> epath.Path:
-    """The newest checkpoint folder of a run folder, or the checkpoint folder that `path` is.
+    """The newest checkpoint folder of a run folder, or `path` itself if it is a checkpoint folder.
 
     Raises:
       CheckpointError: there is none.
@@ -42,13 +42,13 @@ def find_checkpoint(path: str | os.PathLike) -> epath.Path:
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     steps = checkpoint_steps(folder)
     if not steps:
-        what = "there is no such folder" if not path.exists() else "holds no whole checkpoint"
+        what = "there is no such folder" if not path.exists() else "has no complete checkpoint"
         raise CheckpointError(f"{path}: {what}; give a run folder of `maxlm train` or one of its checkpoints")
     return folder / str(max(steps))
 
 
 def checkpoint_steps(folder: epath.Path) -> list[int]:
-    """Steps of the checkpoints in a folder that are not half written."""
+    """Steps of the complete checkpoints in a folder."""
     if not folder.is_dir():
         return []
     paths = [path for path in plain_path(folder).iterdir() if path.name.isdigit() and (path / "weights").is_dir()]
@@ -56,10 +56,10 @@ def checkpoint_steps(folder: epath.Path) -> list[int]:
 
 
 def read_metadata(checkpoint: epath.Path) -> dict[str, Any]:
-    """What was saved beside the weights: config, fingerprint, step, shapes, checksums.
+    """The metadata of a checkpoint: config, fingerprint, step, shapes, checksums.
 
     Raises:
-      CheckpointError: it is broken, or of a later version.
+      CheckpointError: it is corrupt, or of a later version.
     """
     metadata = readable(checkpoint, lambda: load_metadata(checkpoint))
     if metadata.get("format", FORMAT) > FORMAT:
@@ -68,10 +68,10 @@ def read_metadata(checkpoint: epath.Path) -> dict[str, Any]:
 
 
 def trained_as(metadata: dict[str, Any], *, where: epath.Path) -> tuple[ModelConfig, LoraConfig | None]:
-    """The model and adapters in a checkpoint's metadata, whose other settings may be of any version.
+    """The model and LoRA configuration in a checkpoint's metadata; other settings may be of any version.
 
     Raises:
-      CheckpointError: another version of maxlm has described them.
+      CheckpointError: they were written by an incompatible version of maxlm.
     """
     config = metadata["config"]
     try:
@@ -80,7 +80,7 @@ def trained_as(metadata: dict[str, Any], *, where: epath.Path) -> tuple[ModelCon
     except ValidationError as error:
         settings = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
         raise CheckpointError(
-            f"{where}: was saved by another version of maxlm, whose {settings} this one does not understand; use that"
+            f"{where}: was saved by another version of maxlm, whose {settings} this version does not support; use that"
             " version"
         ) from None
 
@@ -90,30 +90,30 @@ def load_metadata(checkpoint: epath.Path) -> dict[str, Any]:
 
 
 def run_folder_of(checkpoint: epath.Path) -> epath.Path:
-    """The run folder that a checkpoint lies in."""
+    """The run folder that contains a checkpoint."""
     return checkpoint.parent.parent
 
 
 def weights_hash(checkpoint: epath.Path) -> str:
-    """Of what a checkpoint's weights hold, wherever it lies."""
+    """Hash of the content of a checkpoint's weights, independent of its location."""
     sums = {path: value for path, value in read_metadata(checkpoint)["checksums"].items() if path.startswith("weights")}
     return xxhash.xxh3_128_hexdigest(json.dumps(sums, sort_keys=True).encode())
 
 
 def check_fingerprint(saved: str, wanted: str, folder: Any) -> None:
-    """Raise CheckpointError when a checkpoint in `folder` was trained with another tokenizer."""
+    """Raise CheckpointError if a checkpoint in `folder` was trained with another tokenizer."""
     if saved != wanted:
         raise CheckpointError(
-            f"{folder}: its checkpoint was trained with another tokenizer ({saved[:12]} and not {wanted[:12]});"
+            f"{folder}: its checkpoint was trained with another tokenizer ({saved[:12]}, not {wanted[:12]});"
             " use the data and tokenizer of that run, or another output folder"
         )
 
 
 def readable(checkpoint: epath.Path, read: Callable[[], Any]) -> Any:
-    """What `read` gives; raises CheckpointError where it fails."""
+    """Call `read`; raises CheckpointError if it fails."""
     try:
         return read()
     except Exception as error:
         raise CheckpointError(
-            f"{checkpoint}: is broken ({first_line(error)}); use another checkpoint of the run"
+            f"{checkpoint}: is corrupt ({first_line(error)}); use another checkpoint of the run"
         ) from error

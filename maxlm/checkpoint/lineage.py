@@ -1,7 +1,7 @@
-"""Whose run it is: what a run in a folder was trained with, against what it is asked to be when it is resumed.
+"""Compatibility of a resumed run: the settings and inputs that a run was trained with, against those given now.
 
-A checkpoint's metadata holds the resolved `config`, hashes of what the run read (`fingerprint` of the tokenizer,
-`start`, `data`), and `changes`: what was changed since the run began, each with the step that it was changed at.
+A checkpoint's metadata holds the resolved `config`, hashes of the run's inputs (`fingerprint` of the tokenizer,
+`start`, `data`), and `changes`: the settings changed since the run began, each with the step of the change.
 """
 
 import contextlib
@@ -40,15 +40,15 @@ _SHOWN_DIGITS = 8
 
 @dataclass(frozen=True)
 class Lineage:
-    """What a run is asked to be.
+    """Settings and inputs given for a run.
 
     Attributes:
-      config: as it is resolved.
+      config: the resolved configuration.
       fingerprint: of the tokenizer.
-      start: the checkpoint that the run starts from, as seen from the run folder, and the hash of its weights; None
-        where it starts from nothing.
-      data: hashes of what else is read for training, by the dotted key that names it.
-      accept_changes: whether what changes the meaning of the run is recorded, and not refused.
+      start: the checkpoint that the run starts from, relative to the run folder, and the hash of its weights; None if
+        it starts from scratch.
+      data: hashes of the other training inputs, by the dotted key that names them.
+      accept_changes: whether changes that alter the meaning of the run are recorded instead of refused.
     """
 
     config: TrainConfig
@@ -59,11 +59,11 @@ class Lineage:
 
     @classmethod
     def of(cls, config: TrainConfig, tokenizer: Tokenizer, *, accept_changes: bool = False) -> "Lineage":
-        """Of a run that is about to begin, or to go on; `config` as it is resolved.
+        """The lineage of a run that is about to start or resume, from its resolved `config`.
 
         Raises:
-          DataError: data that it reads is not there.
-          CheckpointError: the model that it starts from, or learns from, is not there.
+          DataError: data that it reads does not exist.
+          CheckpointError: the model that it starts from, or learns from, does not exist.
         """
         start = None
         if config.init_from is not None:
@@ -73,13 +73,13 @@ class Lineage:
         return cls(config, tokenizer.fingerprint, start, _data_hashes(config), accept_changes)
 
     def check_folder(self) -> None:
-        """Compare with the run that stands in the folder, if one does, before anything there is changed.
+        """Compare with an existing run in the folder before anything there is changed.
 
         Raises:
           ConfigError: see `changes_since`.
         """
         newest = newest_checkpoint(self.config)
-        # What is broken, or of another version, is told when it is restored.
+        # Checkpoints that are corrupt or of another version are reported when they are restored.
         with contextlib.suppress(CheckpointError):
             saved = None if newest is None else read_metadata(newest)
             if saved is not None and saved.get("format") == FORMAT:
@@ -87,7 +87,7 @@ class Lineage:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """The part that a checkpoint's metadata stores."""
         return {
             "config": self.config.model_dump(mode="json"),
             "fingerprint": self.fingerprint,
@@ -96,25 +96,25 @@ class Lineage:
         }
 
     def changes_since(self, saved: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """What is to be recorded from here on: the changes in a checkpoint's metadata, and those since it was saved.
+        """The changes to record from now on: those in a checkpoint's metadata, and those since it was saved.
 
         Raises:
-          ConfigError: the run would be another one, or mean something else and that is not accepted; or it has done
-            more steps than it is asked for.
+          ConfigError: the run would be a different one, or its meaning would change and that is not accepted; or it has
+            already done more steps than requested.
         """
         step, folder = saved["step"], self.config.output
         if step > self.config.steps:
             raise ConfigError(
-                [f"steps: {self.config.steps} is less than the {step} that the run in {folder} has done already"]
+                [f"steps: {self.config.steps} is less than the {step} steps that the run in {folder} has already done"]
             )
         found = self._differences(saved)
         refused = [key for key in found if change_of(key) in (Change.REFUSED, Change.ASKED)]
         acceptable = step < self.config.steps and all(change_of(key) is Change.ASKED for key in refused)
         if refused and not (acceptable and self.accept_changes):
-            way = ", or --accept-changes to go on with them, which records them in the manifest" if acceptable else ""
+            way = ", or --accept-changes to resume with them, which records them in the manifest" if acceptable else ""
             raise ConfigError(
                 [
-                    f"{folder}: holds a run of {step} steps that was trained with other settings:",
+                    f"{folder}: has a run of {step} steps that was trained with other settings:",
                     *(f"  {key}: {_shown(found[key][0])} -> {_shown(found[key][1])}" for key in refused),
                     f"give the settings that it was trained with, or a new folder (output=...){way}",
                 ]
@@ -127,20 +127,20 @@ class Lineage:
         return [*saved.get("changes", ()), *new]
 
     def tell_changes(self, saved: Mapping[str, Any]) -> None:
-        """Say on the console what is different from now on, and what becomes of the learning rate."""
+        """Print what changes from now on, and how the learning rate changes."""
         if not is_primary() or saved["step"] == self.config.steps:
             return
-        say = partial(console.print, markup=False, highlight=False)
+        log = partial(console.print, markup=False, highlight=False)
         for key, (before, now) in self._differences(saved).items():
             if change_of(key) is not Change.FREE:
-                say(f"  {key}: {_shown(before)} -> {_shown(now)}")
-        with contextlib.suppress(ValidationError):  # of settings of another version of maxlm
+                log(f"  {key}: {_shown(before)} -> {_shown(now)}")
+        with contextlib.suppress(ValidationError):  # settings of another version of maxlm
             before = TrainConfig.model_validate(saved["config"])
-            if told := schedule_change(before, self.config, saved["step"]):
-                say(f"  {told}")
+            if sentence := schedule_change(before, self.config, saved["step"]):
+                log(f"  {sentence}")
 
     def _differences(self, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Value before and value now, by dotted key. What is read may have moved, where its hash is known."""
+        """Values before and now, by dotted key. Inputs with a known hash may have moved."""
         config = self.config.model_dump(mode="json")
         found = {key: (before, now) for key, before, now in differences(saved["config"], config)}
         before, now = _hashes(saved), _hashes(self.metadata)
@@ -153,7 +153,7 @@ class Lineage:
 
 
 def schedule_change(before: TrainConfig, now: TrainConfig, step: int) -> str | None:
-    """What becomes of the learning rate of the step after `step`, in one sentence; None where it is as it was."""
+    """How the learning rate of the step after `step` changes, in one sentence; None if the schedule is unchanged."""
     if (before.steps, before.optim) == (now.steps, now.optim):
         return None
     old, new = (
@@ -163,11 +163,13 @@ def schedule_change(before: TrainConfig, now: TrainConfig, step: int) -> str | N
     kind = now.optim.schedule.kind
     if old == new:
         return f"the learning rate of step {step + 1} stays {new:.3g} (schedule {kind}, {now.steps} steps)"
-    return f"the learning rate of step {step + 1} goes from {old:.3g} to {new:.3g} (schedule {kind}, {now.steps} steps)"
+    return (
+        f"the learning rate of step {step + 1} changes from {old:.3g} to {new:.3g} (schedule {kind}, {now.steps} steps)"
+    )
 
 
 def check_not_read(config: TrainConfig) -> None:
-    """Refuse a run folder that is what the run reads, by whatever spelling.
+    """Refuse a run folder that is one of the run's inputs, also through links.
 
     Raises:
       ConfigError: it is.
@@ -181,7 +183,7 @@ def check_not_read(config: TrainConfig) -> None:
     folders = {key: real_path(path) for key, path in named}
     folders |= {key: real_path(run_folder_of(find_checkpoint(path))) for key, path in models}
     problems = [
-        f"output: {config.output} is the folder that {key} names, which the run would write over; give a new folder"
+        f"output: {config.output} is the folder that {key} names, which the run would overwrite; give a new folder"
         for key, folder in folders.items()
         if folder == output or folder / FOLDER in (output, *output.parents)
     ]
@@ -190,7 +192,7 @@ def check_not_read(config: TrainConfig) -> None:
 
 
 def newest_checkpoint(config: TrainConfig) -> epath.Path | None:
-    """Where a run would go on: in its folder or, where that one is newer, on its local disk; None where it begins."""
+    """The checkpoint that a run resumes from, in its folder or on its local disk if newer; None for a new run."""
     folder = storage_path(config.output)
     places = [folder]
     if config.checkpoint.local is not None and (name := local_id(folder)) is not None:
@@ -200,7 +202,7 @@ def newest_checkpoint(config: TrainConfig) -> epath.Path | None:
 
 
 def _data_hashes(config: TrainConfig) -> dict[str, str]:
-    """Hashes of what is read for training; of packed rows and of weights what they hold, so that they may move."""
+    """Hashes of the training inputs; for packed rows and weights of their content, so that they may move."""
     return {f"objective.{each.key}": _input_hash(each) for each in config.objective.inputs if each.trains}
 
 
@@ -213,7 +215,7 @@ def _input_hash(each: Input) -> str:
 
 
 def rows_hash(folder: str) -> str:
-    """Of the training rows of a folder of `maxlm data build`: one that is built again alike has the same.
+    """Hash of the training rows of a folder of `maxlm data build`; an identical rebuild has the same hash.
 
     Raises:
       DataError: the folder has not been built.
@@ -227,7 +229,7 @@ def rows_hash(folder: str) -> str:
 
 
 def _hashes(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """The hashes in a checkpoint's metadata, by the key that names what they are of."""
+    """The hashes in a checkpoint's metadata, by the key of the hashed input."""
     start = metadata.get("start")
     named = {"tokenizer": metadata["fingerprint"], **metadata.get("data", {})}
     return named if start is None else {**named, "init_from": start["hash"]}

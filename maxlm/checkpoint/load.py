@@ -1,4 +1,4 @@
-"""A trained model from its checkpoint: a language model or a reward model, its adapters merged."""
+"""Load a trained language model or reward model from its checkpoint, with adapters merged."""
 
 import contextlib
 import os
@@ -29,21 +29,21 @@ from maxlm.tokenizer.codec import Tokenizer
 def load_checkpoint(
     path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None, *, ema: bool = False
 ) -> tuple[Decoder | RewardModel, Tokenizer | None]:
-    """The model that a run trained, and its tokenizer; None where the run folder holds none.
+    """Load the model that a run trained, and its tokenizer; None if the run folder has none.
 
     Args:
       path: a run folder or a checkpoint.
-      mesh: where to lay it; None is the first device.
-      ema: the running mean of the weights instead.
+      mesh: the mesh to shard it over; None is the first device.
+      ema: load the EMA weights instead.
 
     Raises:
-      CheckpointError: there is no whole checkpoint, or no running mean; its tokenizer, or the model that its adapters
-        were trained on, is another one.
+      CheckpointError: there is no complete checkpoint, or no EMA weights; its tokenizer, or the base model of its
+        adapters, has changed.
     """
     checkpoint = find_checkpoint(path)
     metadata = read_metadata(checkpoint)
     config, lora = trained_as(metadata, where=checkpoint)
-    # The weights say what model they are of: a reward model has a head, plain or beside adapters.
+    # The weights identify the model: a reward model has a value head, with or without adapters.
     is_reward_model = any(path.split("/")[0] == "value" for path in metadata["shapes"])
     plan = RewardModel(config) if is_reward_model else Decoder(config)
     tokenizer = _read_tokenizer(checkpoint, metadata["fingerprint"])
@@ -60,17 +60,17 @@ def load_checkpoint(
 
 
 def load_start(checkpoint: epath.Path, config: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> Decoder:
-    """The model that a checkpoint's adapters were trained on, computed as `config` says.
+    """Load the base model of a checkpoint's adapters, with `config`.
 
     Raises:
-      CheckpointError: it is gone, or no longer what it was.
+      CheckpointError: it does not exist, or has changed.
     """
     decoder, _ = load_checkpoint(find_start(checkpoint), mesh)
     return with_config(decoder, config)
 
 
 def find_start(checkpoint: epath.Path) -> epath.Path:
-    """Where the checkpoint that a run started from lies: as seen from the run folder, or where it lay in training.
+    """The checkpoint that a run started from: relative to the run folder, or at its absolute path in training.
 
     Raises:
       CheckpointError: there is none, or one with other weights.
@@ -89,14 +89,14 @@ def find_start(checkpoint: epath.Path) -> epath.Path:
             f"{found[0]}: has changed since the adapters of {checkpoint} were trained on it; train them again"
         )
     raise CheckpointError(
-        f"{checkpoint}: its adapters belong to a model that is not where it was, at"
+        f"{checkpoint}: the base model of its adapters is missing, at"
         f" {' or '.join(map(str, places))}; put its run folder back, or a link to it:"
         f" ln -s WHERE_IT_IS {run_folder_of(places[0])}"
     )
 
 
 def _read_tokenizer(checkpoint: epath.Path, fingerprint: str) -> Tokenizer | None:
-    """Raises CheckpointError where another one stands in its place: it would decode other words."""
+    """Load the run's tokenizer; raises CheckpointError if it was replaced by another one."""
     run_folder = run_folder_of(checkpoint)
     if not (run_folder / "tokenizer").exists():
         return None

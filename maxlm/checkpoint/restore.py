@@ -1,4 +1,4 @@
-"""Weights of a checkpoint, read as a model is laid out, and compared with what was saved."""
+"""Restore weights of a checkpoint with a model's sharding, and verify their checksums."""
 
 from typing import Any
 
@@ -17,10 +17,10 @@ from maxlm.runtime.storage import plain_path
 
 
 def restore_weights(checkpoint: epath.Path, like: Any) -> Any:
-    """The weights of a checkpoint as a tree shaped, typed and sharded as `like` (arrays or ShapeDtypeStructs).
+    """Restore weights as a tree with the structure, dtypes and shardings of `like` (arrays or ShapeDtypeStructs).
 
     Raises:
-      CheckpointError: it is broken, or of another model.
+      CheckpointError: it is corrupt, or of another model.
     """
     metadata = read_metadata(checkpoint)
     flat = flatten(like)
@@ -29,24 +29,22 @@ def restore_weights(checkpoint: epath.Path, like: Any) -> Any:
     weights = readable(checkpoint, lambda: handler.restore(plain_path(checkpoint) / "weights", as_abstract(flat)))
     _note_unchecked(metadata, checkpoint)
     if not is_unchanged({"weights": weights}, metadata):
-        raise CheckpointError(f"{checkpoint}: the weights differ from those that were saved; use another checkpoint")
+        raise CheckpointError(f"{checkpoint}: the weights differ from the saved ones; use another checkpoint")
     return unflatten(weights, like)
 
 
 def restore_ema(checkpoint: epath.Path, like: Any) -> Any:
-    """The running mean of a checkpoint's weights, laid out as `like`: see `restore_weights`.
+    """Restore the EMA weights of a checkpoint with the structure of `like`: see `restore_weights`.
 
     Raises:
-      CheckpointError: it keeps none, is broken, or of another model.
+      CheckpointError: it has none, is corrupt, or of another model.
     """
     metadata = read_metadata(checkpoint)
     flat = flatten(like)
     check_shapes(metadata["shapes"], shapes_of(flat), where=checkpoint)
     if not any(path.startswith("rest/ema/") for path in metadata["checksums"]):
-        raise CheckpointError(
-            f"{checkpoint}: keeps no running mean of the weights; train with optim.ema_decay, or load the weights"
-        )
-    # The mean is in float32 whatever the weights are in, and lies beside the optimizer's state, which stays unread.
+        raise CheckpointError(f"{checkpoint}: has no EMA weights; train with optim.ema_decay, or load the weights")
+    # The EMA is always float32, and is stored next to the optimizer state, which is not read.
     wanted = {f"ema/{path}": leaf.update(dtype=jnp.float32) for path, leaf in as_abstract(flat).items()}
     arguments = ocp.args.PyTreeRestore(
         wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
@@ -55,39 +53,39 @@ def restore_ema(checkpoint: epath.Path, like: Any) -> Any:
     mean = readable(checkpoint, lambda: handler.restore(plain_path(checkpoint) / "rest", args=arguments))
     _note_unchecked(metadata, checkpoint)
     if not is_unchanged({"rest": mean}, metadata):
-        raise CheckpointError(f"{checkpoint}: the mean differs from the one that was saved; use another checkpoint")
+        raise CheckpointError(f"{checkpoint}: the EMA weights differ from the saved ones; use another checkpoint")
     return unflatten({path: mean[f"ema/{path}"].astype(leaf.dtype) for path, leaf in flat.items()}, like)
 
 
 def is_unchanged(read: dict[str, Any], metadata: dict[str, Any]) -> bool:
-    """Whether arrays that were read from a checkpoint are those that were saved, by the checksums in its metadata."""
-    # Checksums of before there were formats were computed in another way.
+    """Whether arrays read from a checkpoint match the checksums in its metadata."""
+    # Checkpoints without a format used another checksum.
     return "format" not in metadata or checksums(read).items() <= metadata["checksums"].items()
 
 
 def _note_unchecked(metadata: dict[str, Any], checkpoint: epath.Path) -> None:
     if "format" not in metadata and is_primary():
-        told = f"{checkpoint}: was saved by an earlier version of maxlm; its weights are not checked"
-        console.print(told, markup=False)
+        note = f"{checkpoint}: was saved by an earlier version of maxlm; its weights are not verified"
+        console.print(note, markup=False)
 
 
 def check_shapes(saved: dict[str, list], wanted: dict[str, list], *, where: epath.Path) -> None:
-    """Raise CheckpointError naming the first weights that do not fit."""
+    """Raise CheckpointError naming the first array whose shape or dtype differs."""
     if difference := first_difference(saved, wanted):
         raise CheckpointError(
-            f"{where}: is a checkpoint of another model: {difference}; give the model section, and of adapters the lora"
-            " section, that it was trained with"
+            f"{where}: is a checkpoint of another model: {difference}; give the model section, and for adapters the"
+            " lora section, that it was trained with"
         )
 
 
 def first_difference(saved: dict[str, list], wanted: dict[str, list]) -> str:
-    """The first array that does not fit, and how many more; empty where all fit."""
+    """The first array whose shape or dtype differs, and the number of others; empty if all match."""
     problems = [
-        f"{path} is {saved.get(path, 'not there')} and must be {shape}"
+        f"{path} is {saved.get(path, 'missing')} and must be {shape}"
         for path, shape in wanted.items()
         if saved.get(path) != shape
     ]
-    problems += [f"{path} is not wanted" for path in saved if path not in wanted]
+    problems += [f"{path} is unexpected" for path in saved if path not in wanted]
     more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
     return problems[0] + more if problems else ""
 

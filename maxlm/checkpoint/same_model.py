@@ -1,11 +1,11 @@
-"""Whether two configurations of a model are of the same function of the same weights."""
+"""Whether two model configurations compute the same function of the same weights."""
 
 from typing import Any
 
 from maxlm.config.model import ModelConfig
 from maxlm.errors import CheckpointError
 
-# Fields that change how a model is computed, and not what it computes.
+# Fields that change how a model is computed, but not what it computes.
 RUNTIME_FIELDS = (
     "activation_dtype",
     "matmul_dtype",
@@ -21,13 +21,13 @@ RUNTIME_FIELDS = (
 
 
 def check_same_model(wanted: ModelConfig, trained: ModelConfig, where: Any) -> None:
-    """Raise CheckpointError when weights trained as one model would be taken for another."""
+    """Raise CheckpointError if the weights of one model would be loaded as another model."""
     for name in ModelConfig.model_fields:
         if name in ("vocab_size", *RUNTIME_FIELDS) or not _differs(name, wanted, trained):
             continue
         raise CheckpointError(
-            f"{where}: is a model with {name} {getattr(trained, name)}, and model.{name} asks for"
-            f" {getattr(wanted, name)}; leave it out to take that one's"
+            f"{where}: is a model with {name} {getattr(trained, name)}, but model.{name} is"
+            f" {getattr(wanted, name)}; leave it out to use the checkpoint's value"
         )
 
 

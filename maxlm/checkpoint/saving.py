@@ -1,4 +1,4 @@
-"""When a run's checkpoints are saved, and where: in the run folder, and more often on a local disk beside it."""
+"""When and where a run saves checkpoints: in the run folder, and more often on a local disk."""
 
 import contextlib
 import os
@@ -40,7 +40,7 @@ class RunCheckpoints:
         return self._stack.__exit__(*error)
 
     def restore(self, like: State) -> tuple[State, dict[str, Any]] | None:
-        """The newest whole checkpoint of both places; see `restore_newest`."""
+        """The newest complete checkpoint of both places; see `restore_newest`."""
         self._main_is_due = self._local_is_due = False
         places = [self._main, *filter(None, [self._local])]
         for place in places:
@@ -48,62 +48,62 @@ class RunCheckpoints:
         return restore_newest(places, like)
 
     def is_due(self, step: int) -> bool:
-        """Whether one is to be saved: it stays so until one is."""
+        """Whether a checkpoint is due; it stays due until one is saved."""
         self._main_is_due |= step % self._config.every == 0
         self._local_is_due |= self._local is not None and step % self._config.local.every == 0
         return self._main_is_due or self._local_is_due
 
     def look_after(self) -> None:
-        """Notice a save that failed in the background: then one is due. All processes must call it at one step."""
+        """Check for a failed background save, after which one is due. All processes must call it at the same step."""
         self._main_is_due |= self._main.has_failed()
         if self._local is not None:
             self._local_is_due |= self._local.has_failed()
 
     def save(self, state: State, metadata: dict[str, Any], *, is_end: bool = False) -> None:
-        """Start to save where one is due; see `Checkpointer.save`.
+        """Start a save where one is due; see `Checkpointer.save`.
 
         Args:
-          is_end: nothing comes after it: save in the run folder, and wait until it is there.
+          is_end: this is the last save: save in the run folder, and wait until it is on disk.
         """
         place, other = self._main, self._local
         if not (self._main_is_due or is_end):
             place, other = other, place
-        # Orbax lets processes meet under the same names for both: saves that overlap break each other off.
+        # Orbax uses the same barrier names for both places: overlapping saves would abort each other.
         if other is not None and jax.process_count() > 1:
             other.let_finish()
         place.save(state, metadata, wait=is_end)
         self._main_is_due = self._local_is_due = False
 
     def remove_local(self, step: int) -> None:
-        """The run has ended at `step`: where the run folder has that, what is on the local disk is needed no more.
+        """Remove the local checkpoints of a run that ended at `step`, if the run folder has that step.
 
-        What goes wrong here is told, and does not undo a run that is saved.
+        Errors are only reported, because the run itself is saved.
         """
         if self._local is None:
             return
         with contextlib.suppress(TrainingError):
             self._local.wait()
         folder = self._local.folder.parent
-        # What else lies on that disk is the user's.
+        # Other files on that disk belong to the user.
         if is_primary() and step in self._main.steps() and folder.name == local_id(self._run_folder):
             try:
                 folder.rmtree()
             except Exception as error:
-                console.print(f"{folder}: cannot be removed: {error}; remove it by hand", markup=False)
+                console.print(f"{folder}: cannot be removed: {error}; remove it manually", markup=False)
 
     def _leave_local(self, *error) -> None:
         try:
             self._local.__exit__(*error)
         except TrainingError as failed:
-            # Whoever leaves in order has saved in the run folder.
-            console.print(f"{failed.args[0].partition(';')[0]}; the run folder has what is needed", markup=False)
+            # A run that ended normally has saved in the run folder.
+            console.print(f"{failed.args[0].partition(';')[0]}; the run folder has all that is needed", markup=False)
 
 
 def local_folder(run_folder: epath.Path, base: str | os.PathLike) -> epath.Path:
-    """Where a run's local checkpoints lie: `base/ID`, with an ID that the run folder keeps.
+    """The folder of a run's local checkpoints: `base/ID`, with an ID stored in the run folder.
 
     Raises:
-      ConfigError: some process does not see what the first one writes there.
+      ConfigError: some process does not see what process 0 writes there.
     """
     name = local_id(run_folder) if is_primary() else None
     if is_primary() and name is None:
@@ -120,7 +120,7 @@ def local_folder(run_folder: epath.Path, base: str | os.PathLike) -> epath.Path:
         raise ConfigError(
             [
                 f"checkpoint.local.folder: {base} is not the same folder for all processes; name one that they share,"
-                " or leave checkpoint.local out"
+                " or omit checkpoint.local"
             ]
         )
     return folder

@@ -1,4 +1,4 @@
-"""Configuration: schema, YAML, overrides, mistakes told at once. Imports no JAX."""
+"""Configuration: schema, YAML, overrides, validation that reports all mistakes at once. Does not import JAX."""
 
 from maxlm.config.data import DataConfig, TokenizerConfig
 from maxlm.config.load import dump_yaml, json_schema, load_config, parse_config

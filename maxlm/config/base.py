@@ -1,4 +1,4 @@
-"""What every configuration model shares."""
+"""Base class and number types of all configuration models."""
 
 from typing import Annotated, Any
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # JAX counts steps and sizes in 32 bits.
 MAX_COUNT = 2**31 - 1
-# What Grain shuffles with and JAX makes keys of.
+# Grain's shuffle and JAX's PRNG keys take 32-bit seeds.
 MAX_SEED = 2**32 - 1
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -14,14 +14,14 @@ Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Characters = Annotated[int, Field(ge=1, le=2**53)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
-# No clock waits longer than some centuries.
+# Timers overflow above a few centuries.
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
 
 
 class Frozen(BaseModel):
-    """An immutable section of a configuration; a key that it does not declare is a mistake.
+    """An immutable section of a configuration; unknown keys are errors.
 
-    Values are taken as they are: no number from a text, no whole number from `true` or 1.0.
+    Values are not coerced: no number from a string, no integer from `true` or 1.0.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, strict=True)
@@ -29,7 +29,7 @@ class Frozen(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _lists(cls, section: Any) -> Any:
-        """YAML has lists where fields are tuples."""
+        """Convert YAML's lists to the tuples that fields expect."""
         if not isinstance(section, dict):
             return section
         return {key: tuple(value) if isinstance(value, list) else value for key, value in section.items()}

@@ -1,4 +1,4 @@
-"""`maxlm config`: look at what a configuration resolves to."""
+"""`maxlm config`: show what a configuration resolves to."""
 
 import argparse
 
@@ -7,11 +7,11 @@ def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "config",
         help="show the recipes, a resolved configuration, or the schema",
-        description="Look at configurations without running them.",
+        description="Inspect configurations without running them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
             "examples:\n"
-            "  maxlm config list                            the recipes, whose names are taken for CONFIG\n"
+            "  maxlm config list                            the recipes, whose names can be given as CONFIG\n"
             "  maxlm config show configs/quickstart/pretrain.yaml optim.learning_rate=1e-3\n"
             "  maxlm config schema > maxlm.schema.json      for completion in editors"
         ),

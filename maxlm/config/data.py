@@ -1,4 +1,4 @@
-"""Where text comes from, how it is cleaned and packed, and how a tokenizer is trained on it."""
+"""Text sources, cleaning and packing, and tokenizer training."""
 
 from typing import Annotated, Literal, Self
 
@@ -12,65 +12,67 @@ class SourceConfig(Frozen):
 
     uri: str = Field(
         description="`python:stdlib`, a path or glob of .txt, .md, .jsonl, .json or .parquet files (also .gz, .zst),"
-        " `tfds:NAME[:SPLIT]` or `hf:NAME[:SPLIT]`. What a build wrote into its output is not read."
+        " `tfds:NAME[:SPLIT]` or `hf:NAME[:SPLIT]`. Files that the build wrote into its own output are not read."
     )
     text_field: str = Field(
-        "text", description="The field that holds the text, in formats that have fields; a dotted one is nested: `a.b`."
+        "text", description="The field that holds the text, in formats with fields; dots address nested fields: `a.b`."
     )
-    id_field: str | None = Field(None, description="The field that names a document; without it, file and position do.")
+    id_field: str | None = Field(None, description="The field with a document's id; null uses file and position.")
     document_per_line: bool = Field(False, description="Each line of a plain-text file is a document.")
     split_on_blank_lines: Characters | None = Field(
         None,
-        description="Cut a plain-text file into documents of about this many characters, at blank lines;"
+        description="Split a plain-text file at blank lines into documents of about this many characters;"
         " without it and document_per_line, each file is one document.",
     )
     licence: str = Field("unknown", description="Recorded with each document, unless the source itself states one.")
     limit: Count | None = Field(None, description="Read at most this many documents.")
 
     @model_validator(mode="after")
-    def _one_way_to_cut(self) -> Self:
+    def _one_way_to_split(self) -> Self:
         if self.document_per_line and self.split_on_blank_lines:
-            raise ValueError("document_per_line and split_on_blank_lines exclude each other")
+            raise ValueError("document_per_line and split_on_blank_lines are mutually exclusive")
         return self
 
 
 class RecordFormat(Frozen):
-    """How the records of a file of chats, preferences or prompts are read."""
+    """How to read the records of a file of chats, preferences or prompts."""
 
     fields: dict[str, str] = Field(
         {},
-        description="Where the file keeps a field under another name: `{prompt: question}`; dotted names are nested.",
+        description="Field -> its name in the file, if it differs: `{prompt: question}`; dotted names are nested.",
     )
     roles: dict[str, str] = Field(
-        {}, description="Roles of messages that mean others: `{observation: user}`; human and gpt are known."
+        {}, description="Role in the file -> standard role: `{observation: user}`; human and gpt are built in."
     )
     ignore_keys: tuple[str, ...] = Field(
-        (), description="Keys of records and messages to leave out of account; other unknown ones are refused."
+        (), description="Keys of records and messages to ignore; other unknown keys are errors."
     )
 
 
 class CleanConfig(Frozen):
-    """Normalisation, and which documents are abnormal."""
+    """Text normalization and document quality filters."""
 
     unicode_form: Literal["NFC", "NFKC", "none"] = "NFC"
     min_characters: Characters = 40
     max_characters: Characters = 2_000_000
-    min_letter_fraction: Fraction = Field(0.25, description="Letters among the characters that are not white space.")
-    max_repeated_line_fraction: Fraction = Field(0.7, description="Lines that stand in the document before.")
+    min_letter_fraction: Fraction = Field(0.25, description="Share of letters among non-whitespace characters.")
+    max_repeated_line_fraction: Fraction = Field(0.7, description="Share of lines that repeat earlier ones.")
 
 
 class DeduplicateConfig(Frozen):
-    """Removal of documents that stand in the corpus already: exact copies always, near copies by MinHash."""
+    """Removal of duplicate documents: exact duplicates always, near-duplicates by MinHash."""
 
-    near_threshold: Fraction | None = Field(0.8, description="Jaccard similarity of word shingles; null keeps them.")
+    near_threshold: Fraction | None = Field(
+        0.8, description="Jaccard similarity of word shingles; null keeps near-duplicates."
+    )
     shingle_words: Count = 5
     num_permutations: Count = 128
 
 
 class DecontaminateConfig(Frozen):
-    """Removal of documents that overlap evaluation sets."""
+    """Removal of documents that overlap with evaluation sets."""
 
-    files: tuple[str, ...] = Field((), description="JSON, JSONL or Parquet files; every string in them counts.")
+    files: tuple[str, ...] = Field((), description="JSON, JSONL or Parquet files; all their strings are compared.")
     ngram_words: Count = 13
 
 
@@ -78,15 +80,15 @@ class DataConfig(Frozen):
     """`maxlm data build`: sources to packed rows."""
 
     kind: Literal["data"]
-    output: str = Field(description="Folder of the build.")
+    output: str = Field(description="Output folder of the build.")
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     clean: CleanConfig = CleanConfig()
     deduplicate: DeduplicateConfig = DeduplicateConfig()
     decontaminate: DecontaminateConfig = DecontaminateConfig()
-    valid_fraction: Fraction = Field(0.05, description="Documents held out, chosen by a hash of their id.")
+    valid_fraction: Fraction = Field(0.05, description="Share of held-out documents, chosen by a hash of their id.")
     tokenizer: str = Field(description="Folder of the tokenizer that the rows are made with.")
     row_length: Annotated[int, Field(ge=2)] = Field(256, description="Tokens in a packed row.")
-    workers: CountOrZero = Field(0, description="Processes that clean and tokenise; 0 takes one for each core.")
+    workers: CountOrZero = Field(0, description="Processes that clean and tokenize; 0 uses one per core.")
     seed: Seed = 0
 
 
@@ -94,10 +96,10 @@ class TokenizerConfig(Frozen):
     """`maxlm tokenizer train`: text to a SentencePiece model with chat tokens."""
 
     kind: Literal["tokenizer"]
-    output: str = Field(description="Folder of the tokenizer.")
+    output: str = Field(description="Output folder of the tokenizer.")
     input: str = Field(description="A folder of `maxlm data build`, or a text file.")
     algorithm: Literal["bpe", "unigram"] = "bpe"
     vocab_size: Count = 2048
     character_coverage: Fraction = 0.9995
-    max_characters: Characters = Field(50_000_000, description="Train on at most this much text, evenly drawn.")
+    max_characters: Characters = Field(50_000_000, description="Train on at most this much text, sampled evenly.")
     seed: Seed = 0

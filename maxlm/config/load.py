@@ -1,7 +1,7 @@
-"""YAML to a validated configuration.
+"""Load YAML into a validated configuration.
 
-A file may name one `base:` file, relative to itself, whose keys it overrides. Overrides from the command line come
-last: `optim.learning_rate=3e-4`.
+A file may name one `base:` file, relative to itself, whose keys it overrides. Overrides from the command line, such as
+`optim.learning_rate=3e-4`, are applied last.
 """
 
 import difflib
@@ -25,7 +25,7 @@ from maxlm.config.sweep import SweepConfig
 from maxlm.config.train import TrainConfig
 from maxlm.errors import ConfigError
 
-MAX_SHOWN = 60  # characters of a value in a message
+MAX_SHOWN = 60  # characters of a value quoted in a message
 
 AnyConfig = Annotated[TrainConfig | DataConfig | TokenizerConfig | SweepConfig, Field(discriminator="kind")]
 _MODELS = {"train": TrainConfig, "data": DataConfig, "tokenizer": TokenizerConfig, "sweep": SweepConfig}
@@ -37,10 +37,10 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *
     Args:
       path: a YAML file, or the name of a recipe, such as `post/sft`.
       overrides: `dotted.key=value` strings; values are read as YAML.
-      kind: the kind that the caller can use (`train`, `data`, `tokenizer`, `sweep`); None takes any.
+      kind: the kind that the caller needs (`train`, `data`, `tokenizer`, `sweep`); None accepts any.
 
     Raises:
-      ConfigError: with one line for each mistake.
+      ConfigError: with one line per mistake.
     """
     path = find_config(path)
     tree = _read_with_base(path)
@@ -48,12 +48,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *
     if problems:
         raise ConfigError(problems)
     if kind is not None and tree.get("kind") != kind:
-        raise ConfigError([f"{path}: kind is {tree.get('kind')!r}, and this command needs kind: {kind}"])
+        raise ConfigError([f"{path}: kind is {tree.get('kind')!r}, but this command needs kind: {kind}"])
     return parse_config(tree, where=str(path))
 
 
 def parse_config(tree: dict, *, where: str = "config") -> Any:
-    """Validate a nested dict whose `kind` says what it configures; `where` names it in messages."""
+    """Validate a nested dict whose `kind` selects the model; `where` names it in messages."""
     kind = tree.get("kind")
     if not isinstance(kind, str) or kind not in _MODELS:
         raise ConfigError([f"{where}: {_bad_kind('kind', kind, _MODELS)}"])
@@ -66,14 +66,14 @@ def parse_config(tree: dict, *, where: str = "config") -> Any:
 
 
 def dump_yaml(config: BaseModel) -> str:
-    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    """The resolved configuration as YAML, which `load_config` reads back to an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def json_schema() -> dict:
     """The JSON schema of all configuration files, for editors."""
     schema = TypeAdapter(AnyConfig).json_schema()
-    # An editor must accept the one key that is gone before validation.
+    # An editor must accept `base`, which is removed before validation.
     for model in _MODELS.values():
         schema["$defs"][model.__name__]["properties"]["base"] = {
             "type": "string",
@@ -91,7 +91,7 @@ def _read_with_base(path: Path) -> dict:
         raise ConfigError([f"{path}: base: {base_name!r} is not the name of a file"])
     base = _read_yaml(path.parent / base_name)
     if "base" in base:
-        raise ConfigError([f"{path}: its base {base_name} has a base of its own; only one level is allowed"])
+        raise ConfigError([f"{path}: its base {base_name} has a base itself; only one level is allowed"])
     return _merge(base, tree)
 
 
@@ -101,21 +101,21 @@ def _read_yaml(path: Path) -> dict:
     except FileNotFoundError:
         raise ConfigError([f"{path}: there is no such file"]) from None
     except OSError as error:
-        # The name itself may be what is too long.
+        # The error may be that the name itself is too long.
         name = str(path) if len(str(path)) <= 300 else f"{str(path)[:300]}..."
         raise ConfigError([f"{name}: cannot be read: {error.strerror.lower()}"]) from None
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: is no UTF-8 text (byte {error.start + 1}); save it as UTF-8"]) from None
+        raise ConfigError([f"{path}: is not UTF-8 text (byte {error.start + 1}); save it as UTF-8"]) from None
     except BadYaml as error:
         line = f", line {error.line}" if error.line else ""
         raise ConfigError([f"{path}{line}: {error}"]) from None
     if not isinstance(tree, dict):
-        raise ConfigError([f"{path}: must hold keys and values, such as `kind: train`"])
+        raise ConfigError([f"{path}: must be a mapping of keys to values, such as `kind: train`"])
     return tree
 
 
 def _merge(base: dict, top: dict) -> dict:
-    """`top` over `base`. A section whose `kind` changes is replaced whole: its old keys mean nothing there."""
+    """Merge `top` over `base`. A section whose `kind` changes is replaced as a whole: its old keys do not apply."""
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)
@@ -126,7 +126,7 @@ def _merge(base: dict, top: dict) -> dict:
 
 
 def _apply_override(tree: dict, override: str) -> str | None:
-    """Set one key in place; returns what is wrong with the override, or None."""
+    """Set one key in place; returns an error message for a bad override, or None."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         return f"override {_shown(override)}: must look like section.key=value"
@@ -136,7 +136,7 @@ def _apply_override(tree: dict, override: str) -> str | None:
         return f"override {_shown(override)}: the value {error}"
     keys = dotted.split(".")
     if len(keys) > MAX_DEPTH:
-        return f"override {_shown(override)}: the key is nested too deep"
+        return f"override {_shown(override)}: the key is nested too deeply"
     node: Any = tree
     for depth, key in enumerate(keys):
         where = ".".join(keys[:depth])
@@ -157,13 +157,13 @@ def _apply_override(tree: dict, override: str) -> str | None:
 
 
 def _follows(item: dict, items: list[dict]) -> bool:
-    """Whether a mistake is but the consequence of another: a list is too short without its elements that are wrong."""
+    """Whether an error only follows from another one: a list is too short because its invalid elements are dropped."""
     loc = item["loc"]
     return item["type"] == "too_short" and any(len(i["loc"]) > len(loc) and i["loc"][: len(loc)] == loc for i in items)
 
 
 def _bad_kind(path: str, given: Any, allowed: Iterable[str]) -> str:
-    """A `kind` that is left out, or that there is not and the nearest that there is."""
+    """The message for a `kind` that is missing, or unknown, with the closest known one."""
     allowed = list(allowed)
     if given is None:
         return f"{path}: must be given: one of {', '.join(map(repr, allowed))}"
@@ -173,7 +173,7 @@ def _bad_kind(path: str, given: Any, allowed: Iterable[str]) -> str:
 
 
 def _explain(item: dict, root: type[BaseModel]) -> str:
-    """One line for one of pydantic's errors: dotted path, value, what is allowed, nearest key."""
+    """One line for one pydantic error: dotted path, value, what is allowed, closest key."""
     location, model = _locate(item["loc"], root)
     path = ".".join(location) or "(top)"
     if item["type"] == "extra_forbidden":
@@ -192,13 +192,13 @@ def _explain(item: dict, root: type[BaseModel]) -> str:
     return f"{path}: {_shown(item['input'])}: {_wanted(item, model, location)}"
 
 
-# For pydantic's words, which name types of Python.
+# Replacements for pydantic's messages, which name Python types.
 _TYPES = {
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
     "float_type": "must be a number",
     "bool_type": "must be true or false",
-    "string_type": "must be a text; write it in quotes",
+    "string_type": "must be a string; write it in quotes",
     "tuple_type": "must be a list, such as [a, b]",
     "dict_type": "must be a section of keys and values",
     "model_type": "must be a section of keys and values",
@@ -206,11 +206,11 @@ _TYPES = {
 
 
 def _wanted(item: dict, model: type[BaseModel] | None, location: list[str]) -> str:
-    """What a value must be; of a number, the whole range."""
+    """What a value must be; for a number, the full range."""
     field = model.model_fields.get(location[-1]) if model and location else None
     if item["type"] in ("int_type", "int_from_float", "greater_than_equal", "less_than_equal") and field:
-        told = [part for part in _metadata(field) if isinstance(part, annotated_types.Ge | annotated_types.Le)]
-        bounds = {type(part): getattr(part, "ge", getattr(part, "le", None)) for part in told}
+        limits = [part for part in _metadata(field) if isinstance(part, annotated_types.Ge | annotated_types.Le)]
+        bounds = {type(part): getattr(part, "ge", getattr(part, "le", None)) for part in limits}
         if len(bounds) == 2:
             whole = any(int in (member, *typing.get_args(member)) for member in _members(field.annotation))
             number = "whole number" if whole else "number"
@@ -221,14 +221,14 @@ def _wanted(item: dict, model: type[BaseModel] | None, location: list[str]) -> s
 
 
 def _metadata(field: FieldInfo) -> list:
-    """The constraints of a field's annotation; pydantic leaves those of `X | None` inside."""
+    """The constraints of a field's annotation; pydantic keeps those of `X | None` nested inside the union."""
     inner = [part for member in _members(field.annotation) for part in getattr(member, "__metadata__", ())]
     nested = [part.metadata for part in inner if isinstance(part, FieldInfo)]
     return [*field.metadata, *inner, *(part for parts in nested for part in parts)]
 
 
 def _shown(value: Any) -> str:
-    """A value as a YAML file has it, cut where it is long."""
+    """A value as written in YAML, truncated if long."""
     try:
         text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     except ValueError:
@@ -268,7 +268,7 @@ def _members(kind: Any) -> tuple:
 
 
 def _tagged(kind: Any, tag: Any) -> Any:
-    """The member of a union that has this `kind`, or this name; None if it is no such union or tag."""
+    """The member of a union with this `kind` or tag; None if there is no such union or tag."""
     for member in _members(kind):
         if typing.get_origin(member) is Annotated and any(
             isinstance(m, Tag) and m.tag == tag for m in member.__metadata__

@@ -1,4 +1,4 @@
-"""The shape of a model."""
+"""Model architecture."""
 
 from typing import Literal, Self
 
@@ -12,22 +12,20 @@ from maxlm.config.pipeline import PipelineConfig
 class ModelConfig(Frozen):
     """A Llama-style decoder: pre-norm, RMSNorm, RoPE, grouped-query attention, SwiGLU."""
 
-    vocab_size: CountOrZero = Field(0, description="Number of token ids; 0 takes the tokenizer's.")
+    vocab_size: CountOrZero = Field(0, description="Number of token ids; 0 uses the tokenizer's.")
     num_layers: Count = 4
     embed_dim: Count = 256
     base_embed_dim: Count | None = Field(
         None,
-        description="Width that the learning rate was found at: logits and learning rates are scaled so that it fits"
-        " embed_dim as well. Keep head_dim and the ratios of the widths.",
+        description="Width that the learning rate was tuned at: logits and learning rates are scaled to transfer to"
+        " embed_dim. Keep head_dim and the ratios of the widths.",
     )
     mlp_dim: Count = 704
-    moe: MoeConfig | None = Field(None, description="Experts in the place of each layer's MLP; mlp_dim is then unused.")
+    moe: MoeConfig | None = Field(None, description="Experts instead of each layer's MLP; mlp_dim is then unused.")
     num_heads: Count = 4
     num_kv_heads: Count = 2
     head_dim: Count = 64
-    max_length: Count = Field(
-        256, description="Longest sequence, in tokens, that the model is trained and served with."
-    )
+    max_length: Count = Field(256, description="Longest sequence, in tokens, for training and serving.")
     rope_theta: PositiveFloat = 10_000.0
     norm_epsilon: PositiveFloat = 1e-6
     tie_embeddings: bool = True
@@ -37,44 +35,44 @@ class ModelConfig(Frozen):
     window_pattern: tuple[Count | None, ...] = Field(
         (None,),
         min_length=1,
-        description="Sliding window of each layer, in tokens, repeated over the layers; null sees everything before.",
+        description="Sliding window of each layer, in tokens, repeated over the layers; null is full causal attention.",
     )
     activation_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     matmul_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "bfloat16",
         description="Operands of matrix products; they always accumulate in float32. auto: bfloat16 where the hardware"
-        " multiplies it (TPUs, GPUs, CPUs with AVX512-BF16 or AMX), else float32.",
+        " multiplies it natively (TPUs, GPUs, CPUs with AVX512-BF16 or AMX), else float32.",
     )
     eight_bit: Literal["int8", "fp8"] | None = Field(
         None,
-        description="Round both operands of products with the layers' weights to 8 bits; gradients pass the rounding."
-        " Routed experts and the tables of the vocabulary keep matmul_dtype, adapters take bfloat16.",
+        description="Quantize both operands of products with the layers' weights to 8 bits; straight-through gradients."
+        " Routed experts, embedding and output head keep matmul_dtype, adapters use bfloat16.",
     )
     parameter_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="What matrices are stored in; updates of bfloat16 ones are rounded stochastically."
+        "float32", description="Storage dtype of matrices; bfloat16 updates use stochastic rounding."
     )
     remat: Literal["none", "dots", "full"] = Field(
-        "none", description="What the backward pass computes again: nothing, all but matrix products, whole layers."
+        "none", description="What the backward pass recomputes: nothing, all but matrix products, whole layers."
     )
-    unroll: bool = Field(False, description="Compile each layer by itself and not one loop over all: slow to compile.")
+    unroll: bool = Field(False, description="Compile each layer separately, not one loop over all: slow to compile.")
     pipeline: PipelineConfig = Field(PipelineConfig(), description="How the stages of `mesh.stage` share their work.")
     loss_chunk_length: Count = Field(
-        512, description="Tokens of a row whose logits live at a time; a whole batch's are a step's largest array."
+        512, description="Tokens of a row whose logits are in memory at a time; a whole batch's are the largest array."
     )
     attention: Literal["auto", "pallas_tpu", "cudnn", "xla", "reference"] = "auto"
     context_attention: Literal["ring", "all_to_all"] = Field(
         "ring",
-        description="Where mesh.context cuts rows: keys go round the devices, or heads are exchanged for whole rows.",
+        description="With mesh.context > 1: pass keys around a ring, or exchange heads for whole rows.",
     )
 
     @property
     def width(self) -> float:
-        """How many times wider this model is than the one that its learning rate was found for."""
+        """How many times wider this model is than the one that its learning rate was tuned for."""
         return self.embed_dim / (self.base_embed_dim or self.embed_dim)
 
     @property
     def layer_matmul_dtype(self) -> str:
-        """Operands of the matrix products within the layers."""
+        """Dtype of the operands of matrix products within the layers."""
         return self.eight_bit or self.matmul_dtype
 
     @model_validator(mode="after")
@@ -87,5 +85,5 @@ class ModelConfig(Frozen):
                 f" ({len(self.window_pattern)})"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs of channels")
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs of channels")
         return self

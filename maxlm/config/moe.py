@@ -1,4 +1,4 @@
-"""A layer of experts in the place of the MLP."""
+"""Mixture-of-experts layers instead of the MLP."""
 
 from typing import Any, Literal, Self
 
@@ -8,14 +8,15 @@ from maxlm.config.base import Count, CountOrZero, Frozen
 
 
 class BalanceConfig(Frozen):
-    """What keeps the experts equally busy."""
+    """Load balancing of the experts."""
 
     loss_weight: NonNegativeFloat = Field(
-        0.01, description="Weight of the loss that is lowest when the tokens of each document spread over all experts."
+        0.01,
+        description="Weight of the load-balancing loss, lowest if each document's tokens use all experts.",
     )
     bias: bool = Field(
         False,
-        description="Learn a bias for each expert that counts in the choice of experts alone (arXiv:2408.15664).",
+        description="Learn a bias per expert that only affects which experts are chosen (arXiv:2408.15664).",
     )
 
 
@@ -26,21 +27,21 @@ class MoeConfig(Frozen):
     experts_per_token: Count = 2
     mlp_dim: Count = Field(description="Channels of one expert.")
     num_shared_experts: CountOrZero = Field(
-        0, description="Experts that every token passes; computed as one MLP that is so many times as wide."
+        0, description="Experts that every token passes through; computed as one MLP that is this many times as wide."
     )
-    scoring: Literal["softmax", "sigmoid"] = Field("softmax", description="What makes scores of the router's logits.")
-    normalize_weights: bool = Field(True, description="Scale the scores of a token's experts so that they add up to 1.")
-    routed_scaling: PositiveFloat = Field(1.0, description="Factor on what the routed experts add.")
+    scoring: Literal["softmax", "sigmoid"] = Field("softmax", description="Function from router logits to scores.")
+    normalize_weights: bool = Field(True, description="Scale the scores of a token's experts to sum to 1.")
+    routed_scaling: PositiveFloat = Field(1.0, description="Factor on the output of the routed experts.")
     balance: BalanceConfig = BalanceConfig()
     router_z_loss: NonNegativeFloat = Field(
-        0.0, description="Weight of the mean squared log of the normaliser of the router's softmax."
+        0.0, description="Weight of the router z-loss: mean squared log-sum-exp of the router logits."
     )
     implementation: Literal["auto", "ragged", "padded", "reference"] = Field(
-        "auto", description="How tokens reach their experts: see maxlm/ops/moe.py."
+        "auto", description="How tokens are dispatched to experts: see maxlm/ops/moe.py."
     )
 
     def function(self) -> dict[str, Any]:
-        """Less what trains the router and how experts are reached: equal for two that the same weights fit."""
+        """Settings without router losses and dispatch: equal for two configurations that the same weights fit."""
         how = {"router_z_loss": True, "implementation": True}
         return self.model_dump(exclude={**how, "balance": {"loss_weight"}})
 

@@ -1,4 +1,4 @@
-"""The section that says what a run trains for. Its kinds are the modules of `maxlm/objectives`."""
+"""The objective section of a run. Its kinds are the modules of `maxlm/objectives`."""
 
 import functools
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class Input:
     """A file or folder that an objective reads.
 
     key: below `objective`, dotted; name: in a run's manifest.
-    content: a folder of packed rows, a file of records, or a run folder whose weights are read.
-    trains: whether what is trained depends on it; held-out data is only measured on.
+    content: a folder of packed rows, a file of records, or a run folder whose weights are loaded.
+    trains: whether the trained weights depend on it; held-out data is only evaluated.
     """
 
     key: str
@@ -31,25 +31,25 @@ class Input:
 
 
 class ObjectiveConfig(Frozen):
-    """What every objective tells of its settings."""
+    """Base class of the settings of every objective."""
 
-    # Whether it only ever goes on from another model, which init_from must name.
+    # Whether it always starts from another model, which init_from must name.
     needs_start: ClassVar[bool] = True
 
     kind: str
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        """What it reads beside the model that the run starts from."""
+        """What it reads besides the model that the run starts from."""
         return ()
 
     @property
     def resume_multiple(self) -> int:
-        """A checkpoint may be taken at multiples of this many steps."""
+        """Checkpoints are allowed at multiples of this many steps."""
         return 1
 
     def problems(self, config: "TrainConfig") -> list[str]:
-        """What is wrong with the other settings of its run, a sentence each."""
+        """Problems with the other settings of its run, one sentence each."""
         del config
         return []
 
@@ -75,7 +75,7 @@ class PackedRowsConfig(ObjectiveConfig):
 
 
 class RecordsConfig(ObjectiveConfig, RecordFormat):
-    """An objective that reads a file of records, and perhaps another one to validate on."""
+    """An objective that reads a file of records, and optionally one for validation."""
 
     train_file: str
     valid_file: str | None = None
@@ -90,12 +90,12 @@ class RecordsConfig(ObjectiveConfig, RecordFormat):
 
 @functools.cache
 def objective_classes() -> tuple[type[ObjectiveConfig], ...]:
-    """All objectives. Their modules import jax, so that this room asks for them when the first run is configured."""
+    """All objectives. Their modules import jax, so they are imported only when the first run is configured."""
     return tuple(collect("maxlm.objectives", "OBJECTIVE"))
 
 
 def find_objective(kind: str) -> type[ObjectiveConfig] | None:
-    """The objective of a kind; None where this version has none, as of a run of another one."""
+    """The objective of a kind; None if this version has none, as for a run of another version."""
     return next((found for found in objective_classes() if found.model_fields["kind"].default == kind), None)
 
 

@@ -1,4 +1,4 @@
-"""How pipeline stages share their work."""
+"""Pipeline schedule."""
 
 from typing import Literal
 
@@ -16,8 +16,8 @@ class PipelineConfig(Frozen):
         " soon as it leaves the last stage, so that activations do not grow with the microbatches.",
     )
     microbatches: Count | None = Field(
-        None, description="Parts that a (micro)batch of a step is cut into; null takes twice the stages, or once."
+        None, description="Pipeline microbatches per (micro)batch of a step; null uses twice the stages, or once."
     )
     repeats: Count = Field(
-        1, description="Groups of layers on each stage, a microbatch going around so often: divides the idle time."
+        1, description="Groups of layers per stage; a microbatch goes around this many times: divides the bubble."
     )

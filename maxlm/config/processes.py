@@ -1,4 +1,4 @@
-"""Several processes, on several machines, that train as one."""
+"""Training with several processes, on several machines."""
 
 from pydantic import Field
 
@@ -6,15 +6,16 @@ from maxlm.config.base import Count, Frozen, Seconds
 
 
 class ProcessesConfig(Frozen):
-    """How long they wait for each other, and when a supervisor starts them again."""
+    """Timeouts between processes, and when a supervisor restarts them."""
 
-    start_timeout_seconds: Seconds = Field(300.0, description="Until all must have come.")
+    start_timeout_seconds: Seconds = Field(300.0, description="How long to wait for all processes to connect.")
     heartbeat_seconds: Seconds = Field(
-        30.0, description="A process that says nothing for so long is given up, and the others stop."
+        30.0,
+        description="Heartbeat timeout: a process silent for this long counts as lost, and the others stop.",
     )
     restart_seconds: Seconds = Field(
-        2.0, description="A supervisor's first wait before it starts training again; each further one is twice as long."
+        2.0, description="A supervisor's first wait before it restarts training; each further wait is twice as long."
     )
     restarts_without_progress: Count = Field(
-        3, description="A supervisor gives up after so many starts that saved no further checkpoint."
+        3, description="A supervisor gives up after this many consecutive starts without a new checkpoint."
     )

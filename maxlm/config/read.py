@@ -1,6 +1,6 @@
-"""Text of YAML to a tree of dicts, lists and plain values that nothing later can stumble over.
+"""Parse YAML text into a tree of dicts, lists and plain values that are safe to use.
 
-Numbers are those of YAML 1.2 (`3e-4` is one, `1:30` and `010` are not base 60 and 8), and dates are texts.
+Numbers follow YAML 1.2 (`3e-4` is a number, `1:30` and `010` are not base 60 and 8), and dates are strings.
 """
 
 import re
@@ -19,8 +19,8 @@ _FLOAT = (
 )
 
 
-class BadYaml(Exception):  # noqa: N818 - always caught and told with the name of the file
-    """What is wrong with a text; `line` counts from 1, None where it is not known."""
+class BadYaml(Exception):  # noqa: N818 - always caught and reported with the name of the file
+    """A YAML text is invalid; `line` counts from 1 and is None if unknown."""
 
     def __init__(self, message: str, line: int | None = None):
         self.line = line
@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node:
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise BadYaml("is nested too deep", self.peek_event().start_mark.line + 1)
+            raise BadYaml("is nested too deeply", self.peek_event().start_mark.line + 1)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -60,10 +60,10 @@ class _Loader(yaml.SafeLoader):
                 else float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
             )
         except ValueError:
-            raise BadYaml(f"{_short(text)} is no number", node.start_mark.line + 1) from None
+            raise BadYaml(f"{_short(text)} is not a number", node.start_mark.line + 1) from None
 
 
-# The first that matches counts, so those that are replaced must go.
+# The first matching resolver wins, so the ones to replace are removed.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -75,11 +75,11 @@ for _name, _pattern in (("int", rf"[-+]?{_DIGITS}"), ("float", _FLOAT)):
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a YAML text, with nothing shared between its parts.
+    """Parse a YAML text into a value without shared parts.
 
     Raises:
-      BadYaml: it is no YAML, gives a key twice, is too deep or too large, or holds what is neither a text, a number, a
-        truth value, null, a list nor a section.
+      BadYaml: it is not YAML, has a duplicate key, is too deep or too large, or holds a value that is not a string,
+        number, boolean, null, list or section.
     """
     try:
         tree = yaml.load(text, _Loader)
@@ -94,15 +94,15 @@ def read_yaml(text: str) -> Any:
     except BadYaml:
         raise
     except Exception as error:
-        # What stands behind a tag of YAML's own, such as !!binary, may raise anything that its parser raises.
+        # The parser of a built-in YAML tag, such as !!binary, may raise anything.
         raise BadYaml(f"holds a value that cannot be read: {_short(str(error))}") from None
     return _plain(tree, 0, iter(range(_MAX_VALUES)))
 
 
 def _plain(value: Any, depth: int, left: Iterator[int]) -> Any:
-    """A copy in which aliases are written out."""
+    """A copy with aliases expanded."""
     if depth > MAX_DEPTH:
-        raise BadYaml("is nested too deep")
+        raise BadYaml("is nested too deeply")
     if next(left, None) is None:
         raise BadYaml(f"holds more than {_MAX_VALUES:,} values")
     match value:
@@ -114,19 +114,19 @@ def _plain(value: Any, depth: int, left: Iterator[int]) -> Any:
             return _text(value)
         case None | bool() | int() | float():
             return value
-    raise BadYaml(f"holds {_short(repr(value))}, which is neither a text, a number, a list nor a section")
+    raise BadYaml(f"holds {_short(repr(value))}, which is not a string, number, list or section")
 
 
 def _key(key: Any) -> str:
     if not isinstance(key, str):
-        raise BadYaml(f"the key {_short(str(key))} must be a text; write it in quotes")
+        raise BadYaml(f"the key {_short(str(key))} must be a string; write it in quotes")
     return _text(key)
 
 
 def _text(text: str) -> str:
-    """File systems take no NUL, and encodings no half of a surrogate pair."""
+    """Reject NUL, which file systems refuse, and lone surrogates, which cannot be encoded."""
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise BadYaml(f"{_short(text)!a} holds a character that no name or text can have")
+        raise BadYaml(f"{_short(text)!a} holds a NUL or a lone surrogate, which no name or text can contain")
     return text
 
 

@@ -8,12 +8,12 @@ import yaml
 
 from maxlm.errors import ConfigError
 
-# Where pip puts them, below its scheme (venv, user, system).
+# Where pip installs them, relative to its scheme (venv, user, system).
 _SHARED = "share/maxlm/configs"
 
 
 def recipe_folder() -> Path:
-    """configs/ of the checkout, or of the installed package's shared files.
+    """Locate configs/ in the checkout, or in the installed package's shared files.
 
     Raises:
       ConfigError: there is neither.
@@ -28,14 +28,14 @@ def recipe_folder() -> Path:
     for file in installed:
         if file.match(f"{_SHARED}/*/*.yaml") and Path(file.locate()).is_file():
             return Path(file.locate()).resolve().parents[1]
-    raise ConfigError([f"there is no {checkout}, and the installed maxlm has no recipes: install it again with pip"])
+    raise ConfigError([f"there is no {checkout}, and the installed maxlm has no recipes; reinstall it with pip"])
 
 
 def find_config(name: str | Path) -> Path:
-    """The file of that name; where there is none, the recipe: `post/sft`, `post/sft.yaml` or `configs/post/sft.yaml`.
+    """The file of that name, else the recipe: `post/sft`, `post/sft.yaml` or `configs/post/sft.yaml`.
 
     Raises:
-      ConfigError: there is neither; the nearest names are told.
+      ConfigError: there is neither; the message suggests the closest names.
     """
     path = Path(name)
     try:
@@ -43,13 +43,13 @@ def find_config(name: str | Path) -> Path:
             return path
         recipe = _recipe_of(path)
     except OSError:
-        return path  # a name that the disk cannot hold; whoever reads it says so
+        return path  # a name that the file system rejects; reading it reports the error
     if recipe is not None:
         return recipe
     files_here = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
     near = [str(path.parent / found) for found in files_here]
     near += difflib.get_close_matches(path.with_suffix("").as_posix(), _recipes_or_none(), 1, cutoff=0.7)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "; `maxlm config list` names the recipes"
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; `maxlm config list` lists the recipes"
     raise ConfigError([f"{path}: there is no such file{hint}"])
 
 
@@ -60,7 +60,7 @@ def recipes() -> dict[str, Path]:
 
 
 def describe_recipe(path: Path) -> tuple[str, str]:
-    """Of a recipe, its kind, and the first sentence of the comment that it begins with."""
+    """The kind of a recipe, and the first sentence of its leading comment."""
     text = path.read_text(encoding="utf-8")
     comment = []
     for line in text.splitlines():
@@ -78,7 +78,7 @@ def _recipe_of(path: Path) -> Path | None:
 
 
 def _recipes_or_none() -> dict[str, Path]:
-    """An installation that has lost its recipes can still read files."""
+    """All recipes; none in an installation that lacks them, which can still read files."""
     try:
         return recipes()
     except ConfigError:

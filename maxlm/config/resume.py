@@ -1,6 +1,6 @@
-"""Which settings of a training run may change when it is resumed: the one table of it.
+"""The table of which settings of a training run may change when it is resumed.
 
-A setting that no pattern names is part of what the run means, so a new field is compared until it is listed here.
+A setting that no pattern matches is part of what the run means, so a new field is compared until it is listed here.
 """
 
 import enum
@@ -10,20 +10,20 @@ from typing import Any
 
 
 class Change(enum.Enum):
-    """What becomes of a setting that differs from the one that a run was trained with."""
+    """How to treat a setting that differs from the one that a run was trained with."""
 
-    REFUSED = "the run would be another one: a new folder is needed"
+    REFUSED = "the run would be a different one: a new folder is needed"
     ASKED = "the run would mean something else: refused unless the user accepts it, and then recorded"
-    TOLD = "allowed; told, and recorded"
-    FREE = "allowed: what is trained does not depend on it"
+    TOLD = "allowed; reported, and recorded"
+    FREE = "allowed: the trained weights do not depend on it"
 
 
-# The first pattern that fits a dotted key counts; * stands for anything.
+# The first pattern that matches a dotted key applies; * matches anything.
 _RULES: tuple[tuple[Change, tuple[str, ...]], ...] = (
     (
         Change.FREE,
         (
-            # Names of folders: what lies in those that are read is compared by its hash.
+            # Names of folders: the content of input folders is compared by its hash.
             "output",
             # How often something is measured, saved or logged, and how processes wait for each other.
             *("log_every", "eval_every", "eval_batches", "objective.valid_file", "checkpoint.*", "processes.*"),
@@ -37,15 +37,15 @@ _RULES: tuple[tuple[Change, tuple[str, ...]], ...] = (
         (
             # How precisely it is computed.
             *("model.activation_dtype", "model.matmul_dtype", "model.eight_bit"),
-            # Which steps are left out, each of which is recorded.
+            # Which steps are skipped, each of which is recorded.
             "guard.*",
-            # How long it trains, and with that where a schedule stands.
+            # How long it trains, and thus the position in the schedule.
             "steps",
         ),
     ),
     (
         Change.ASKED,
-        # What trains a router belongs to the run and not to the model.
+        # Router losses belong to the run and not to the model.
         ("model.moe.balance.loss_weight", "model.moe.router_z_loss"),
     ),
     (
@@ -57,15 +57,15 @@ _RULES: tuple[tuple[Change, tuple[str, ...]], ...] = (
 
 
 def change_of(key: str) -> Change:
-    """What may become of the setting with this dotted key, such as `optim.schedule.kind`."""
+    """How to treat a change of the setting with this dotted key, such as `optim.schedule.kind`."""
     return next(change for change, patterns in _RULES if any(fnmatch.fnmatchcase(key, each) for each in patterns))
 
 
 def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Where two configurations (nested dicts) differ: dotted key, value before, value now.
 
-    A section that one of them lacks, and a list of another length, are one difference. A key that only one of them
-    knows is that of another `kind`, or of another version of maxlm, and none.
+    A section that one of them lacks, and a list of another length, count as one difference. A key that only one of them
+    has belongs to another `kind` or another version of maxlm, and is not a difference.
     """
     if isinstance(before, dict) and isinstance(now, dict):
         for name in before:

@@ -14,7 +14,7 @@ from maxlm.config.processes import ProcessesConfig
 
 
 class LoraConfig(Frozen):
-    """Low-rank adapters: only they are trained."""
+    """Low-rank adapters (LoRA): only they are trained."""
 
     rank: Count = 8
     alpha: PositiveFloat = 16.0
@@ -30,10 +30,10 @@ class TrainConfig(Frozen):
     model_config = ConfigDict(defer_build=True)
 
     kind: Literal["train"]
-    output: str = Field(description="The run folder; a run that stands there already is resumed.")
-    init_from: str | None = Field(None, description="A run folder or checkpoint whose weights are the start.")
-    tokenizer: str | None = Field(None, description="Tokenizer folder; null takes that of the data or of init_from.")
-    model: ModelConfig | None = Field(None, description="null takes the model of init_from.")
+    output: str = Field(description="The run folder; an existing run there is resumed.")
+    init_from: str | None = Field(None, description="A run folder or checkpoint with the initial weights.")
+    tokenizer: str | None = Field(None, description="Tokenizer folder; null uses that of the data or of init_from.")
+    model: ModelConfig | None = Field(None, description="null uses the model of init_from.")
     objective: AnyObjective
     lora: LoraConfig | None = None
     optim: OptimConfig = OptimConfig()
@@ -43,13 +43,13 @@ class TrainConfig(Frozen):
     processes: ProcessesConfig = ProcessesConfig()
     steps: Count = 1000
     batch_size: Count = Field(
-        16, description="Rows in a step, over all devices; for preferences pairs, for GRPO prompts."
+        16, description="Global batch size: rows per step; pairs for preferences, prompts for GRPO."
     )
-    accumulate: Count = Field(1, description="Microbatches that a step is cut into.")
+    accumulate: Count = Field(1, description="Gradient accumulation: microbatches that a step is split into.")
     row_length: Count = Field(256, description="Tokens in a row.")
     log_every: Count = 10
-    eval_every: CountOrZero = Field(200, description="Steps between validations; 0 validates at the end alone.")
-    eval_batches: Count = Field(16, description="Batches of a validation.")
+    eval_every: CountOrZero = Field(200, description="Steps between validations; 0 validates only at the end.")
+    eval_batches: Count = Field(16, description="Batches per validation.")
     seed: Seed = 0
 
     @model_validator(mode="after")

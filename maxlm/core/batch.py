@@ -1,4 +1,4 @@
-"""The one batch type."""
+"""The batch type."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -21,7 +21,7 @@ from maxlm.core.sharding import check_row_length, logical_to_spec, row_groups, r
 class Stream:
     """Rows of packed or padded sequences of tokens; every field is [batch, length].
 
-    Documents and padding are told apart by `segment_ids` (0 is padding), never by a token's value. `loss_weights` is
+    Documents and padding are identified by `segment_ids` (0 is padding), never by a token's value. `loss_weights` is
     float32; the others are int32.
     """
 
@@ -33,14 +33,14 @@ class Stream:
 
     @classmethod
     def from_rows(cls, rows: dict[str, np.ndarray]) -> Self:
-        """From the arrays that the data loader gives, by name."""
+        """From the data loader's arrays by name."""
         return cls(**{field.name: rows[field.name] for field in fields(cls)})
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["streams", "values"], meta_fields=[])
 @dataclass(frozen=True)
 class Batch:
-    """What a loss reads: streams of tokens by name, and numbers for each row [batch] or token [batch, length] by name.
+    """Input of a loss: token streams by name, and values per row [batch] or per token [batch, length] by name.
 
     The first axis of every array is the batch. `batch["text"]` is a stream.
     """
@@ -53,9 +53,10 @@ class Batch:
 
 
 def put_batch(batch: Any, mesh: Mesh, axes: tuple[str | None, ...] = ("batch", "length")) -> Any:
-    """This process's rows as global arrays, each sharded along the logical axes of its first dimensions.
+    """Turn this process's rows into global arrays, sharded along the logical axes of their first dimensions.
 
-    A tree of host arrays [rows], or [rows, length] and more.
+    Args:
+      batch: a tree of host arrays [rows] or [rows, length, ...].
 
     Raises:
       ConfigError: rows cannot be split along their length.
@@ -79,6 +80,6 @@ def put_batch(batch: Any, mesh: Mesh, axes: tuple[str | None, ...] = ("batch", "
 
 
 def num_tokens(batch: Any) -> int:
-    """Tokens of all rows in a batch, padding included."""
+    """Number of tokens in a batch, including padding."""
     parts = jax.tree.leaves(batch, is_leaf=lambda part: isinstance(part, Stream))
     return sum(part.tokens.size for part in parts if isinstance(part, Stream))

@@ -1,4 +1,4 @@
-"""Which accelerator there is, and what it can do."""
+"""Accelerator detection and capabilities."""
 
 import functools
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-# Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets.
+# Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -24,7 +24,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Of one device; None where it is not known, as for CPUs."""
+    """Peak FLOP/s of one device; None if unknown, as for CPUs."""
     matches = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
@@ -37,7 +37,7 @@ def multiplies_fp8(device: jax.Device) -> bool:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether matrix products of bfloat16 operands are the fast ones on the platform that is traced for.
+    """Whether bfloat16 matrix products are fast on the platform that is being traced for.
 
     A CPU without AVX512-BF16 or AMX converts the operands first: a training step then takes a third more time.
     """
@@ -57,7 +57,7 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 
 def traced_platform() -> str:
-    """The platform that is traced for, cpu, tpu, cuda or rocm: that of the mesh, which may be another than this one."""
+    """The platform being traced for (cpu, tpu, cuda, rocm): that of the mesh, which may differ from this machine's."""
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     if device.platform == "gpu":
         return "rocm" if "AMD" in device.device_kind else "cuda"

@@ -1,13 +1,13 @@
-"""Which sequences share a row."""
+"""Packing of sequences into rows."""
 
 import numpy as np
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: which items share a bin. Bins hold at most `capacity`; no item may be longer.
+    """Best-fit-decreasing bin packing: the items of each bin. Bins hold at most `capacity`; no item may be longer.
 
-    A bit of `free` stands for each space that some open bin has left; the lowest bit from an item's length on is the
-    tightest fit.
+    Bit n of `free` is set if some open bin has n left; the lowest set bit at or above an item's length is the tightest
+    fit.
     """
     bins: list[list[int]] = []
     open_bins: list[list[int]] = [[] for _ in range(capacity + 1)]

@@ -1,4 +1,4 @@
-"""Parameter declarations: shape, dtype, logical axes and initializer, together and once.
+"""Parameter declarations: shape, dtype, logical axes and initializer in one place.
 
 A model class builds a tree of `Parameter`s. That tree is the model's plan: `initialize` turns it into arrays,
 `shardings` and `abstract` derive the rest, and the tree of arrays has the same classes and methods.
@@ -35,7 +35,7 @@ class Parameter:
 
 
 def stack(tree: Any, num_layers: int) -> Any:
-    """The declarations of `num_layers` equal layers, stacked on a leading axis."""
+    """The declarations of `num_layers` identical layers, stacked on a leading axis."""
 
     def stacked(parameter: Parameter) -> Parameter:
         return replace(
@@ -51,7 +51,7 @@ def stack(tree: Any, num_layers: int) -> Any:
 def initialize(tree: Any, key: jax.Array, mesh: Mesh | None = None) -> Any:
     """Arrays for a tree of declarations.
 
-    A parameter's random numbers depend on the key and on its path alone, not on its neighbours or on the mesh.
+    A parameter's random numbers depend only on the key and its path, not on other parameters or the mesh.
     """
 
     def draw(path, parameter):
@@ -64,7 +64,7 @@ def initialize(tree: Any, key: jax.Array, mesh: Mesh | None = None) -> Any:
 
 @functools.cache
 def _draw(initializer: Initializer, shape: tuple[int, ...], dtype: Any, sharding: NamedSharding | None) -> Callable:
-    """The program that draws one parameter; those that are alike share it.
+    """The compiled initializer of one parameter, shared by parameters with the same arguments.
 
     Each device draws its own part: no device ever holds a whole model.
     """
@@ -77,7 +77,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def abstract(tree: Any, mesh: Mesh | None = None) -> Any:
-    """A ShapeDtypeStruct for each declared parameter, with its sharding when there is a mesh."""
+    """A ShapeDtypeStruct for each declared parameter, with its sharding if there is a mesh."""
 
     def one(parameter: Parameter) -> jax.ShapeDtypeStruct:
         sharding = None if mesh is None else named_sharding(mesh, parameter.axes)
@@ -88,7 +88,7 @@ def abstract(tree: Any, mesh: Mesh | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Normal:
-    """Draws from a normal distribution of mean zero."""
+    """Draws from a normal distribution with mean zero."""
 
     stddev: float
 
@@ -106,7 +106,7 @@ def ones(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 @dataclass(frozen=True)
 class _Stacked:
-    """Draws each layer by itself."""
+    """Draws each layer separately."""
 
     initializer: Initializer
 

@@ -1,7 +1,7 @@
-"""Logical axes, the one table that maps them to mesh axes, and the mesh itself.
+"""Logical axes, the table that maps them to mesh axes, and the mesh itself.
 
 Meshes have explicit axis types: an array's sharding is part of its type, so a sharding mistake surfaces when a
-function is traced, on virtual CPU devices too. Without a mesh every helper here does nothing.
+function is traced, also on virtual CPU devices. Without a mesh every helper here does nothing.
 """
 
 import math
@@ -17,15 +17,15 @@ from jax.sharding import PartitionSpec as P
 from maxlm.config.mesh import MeshConfig
 from maxlm.errors import ConfigError
 
-# From the outermost to the innermost: neighbours along the last axis are the nearest.
+# From outermost to innermost: neighbors along the last axis are physically closest.
 MESH_AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 
-# Logical axis -> the mesh axes that cut it. `None` is replicated.
+# Logical axis -> the mesh axes that shard it. `None` is replicated.
 LOGICAL_AXES: dict[str, tuple[str, ...] | None] = {
-    # Stages share the rows of what is outside of the pipeline: embedding, head and loss.
+    # Outside of the pipeline (embedding, head and loss), stages shard the rows.
     "batch": ("data", "stage", "fsdp", "expert"),
     "length": ("context",),
-    # Tokens between the layers: norms and sums need no other token, so the tensor axis cuts them too.
+    # Tokens between the layers: norms and sums work per token, so the tensor axis shards them too.
     "residual_length": ("context", "tensor"),
     "layers": ("stage",),
     "embed": ("fsdp", "expert", "context"),
@@ -40,15 +40,15 @@ LOGICAL_AXES: dict[str, tuple[str, ...] | None] = {
     "rank": None,
 }
 
-# The mesh axes that cut weights apart and along which they are gathered where they are used.
+# The mesh axes that shard weights and along which they are all-gathered before use.
 _GATHERED = ("fsdp", "expert", "context")
 
 
 def logical_to_spec(axes: Sequence[str | None]) -> P:
-    """The PartitionSpec of an array with these logical axes, less the mesh axes that a shard_map around has taken.
+    """The PartitionSpec of an array with these logical axes, without the manual axes of an enclosing shard_map.
 
     Raises:
-      ValueError: an axis is not in the table, or two axes want the same mesh axis.
+      ValueError: an axis is not in the table, or two axes use the same mesh axis.
     """
     entries, used = [], set()
     for axis in axes:
@@ -63,10 +63,10 @@ def logical_to_spec(axes: Sequence[str | None]) -> P:
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
-    """Devices along each mesh axis, `data` over all slices.
+    """Devices along each mesh axis, with `data` counted over all slices.
 
     Raises:
-      ConfigError: the sizes need more devices than there are, or the free axis would leave some without work.
+      ConfigError: the sizes need more devices than there are, or the free axis would leave some idle.
     """
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
     fixed = config.slices * math.prod(max(size, 1) for size in sizes.values())
@@ -78,8 +78,8 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
         nearest = " ".join(f"mesh.{axis}={size}" for axis, size in _nearest_that_fits(wide, num_devices).items())
         raise ConfigError(
             [
-                f"mesh: {described} needs {fixed} devices, and there are {num_devices};"
-                f" the nearest that fits is {nearest}"
+                f"mesh: {described} needs {fixed} devices, but there are {num_devices};"
+                f" the closest mesh that fits is {nearest}"
             ]
         )
     for axis, size in sizes.items():
@@ -88,20 +88,20 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
             if num_devices % fixed:
                 raise ConfigError(
                     [
-                        f"mesh: {described} leaves {num_devices % fixed} of {num_devices} devices without work;"
-                        f" name every size, mesh.{axis}={sizes[axis]} for one"
+                        f"mesh: {described} leaves {num_devices % fixed} of {num_devices} devices idle;"
+                        f" set every size explicitly, such as mesh.{axis}={sizes[axis]}"
                     ]
                 )
     return {**sizes, "data": sizes["data"] * config.slices}
 
 
 def _nearest_that_fits(wide: dict[str, int], num_devices: int) -> dict[str, int]:
-    """What to change in a mesh that needs too many devices: the largest axis where one is enough, else every one.
+    """The change to a mesh that needs too many devices: the largest axis if that is enough, else every axis.
 
-    Then the slices and the inner axes keep their sizes as far as they go, and the outer ones get what is left.
+    In the latter case slices and inner axes keep their sizes as far as possible, and outer ones get the rest.
 
     Args:
-      wide: sizes of the axes that cut anything, and of the slices; -1 is the axis that takes what the others leave.
+      wide: sizes of the axes that are not 1, and of the slices; -1 is the axis that takes the remaining devices.
     """
     named, is_free = {axis: size for axis, size in wide.items() if size > 1}, -1 in wide.values()
     for axis in sorted(named, key=named.__getitem__, reverse=True):
@@ -123,13 +123,13 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all), its axes explicit.
+    """A mesh over `devices` (default: all) with explicit axes.
 
-    Where there are several slices, the data axis goes from slice to slice, and all others stay within one: gradients
-    are all that crosses the slow network.
+    With several slices, the data axis spans slices, and all others stay within one: only gradients cross the slow
+    network.
 
     Raises:
-      ConfigError: the sizes do not fit the number of devices, or the slices are not equal.
+      ConfigError: the sizes do not fit the number of devices, or the slices differ in size.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(config, len(devices))
@@ -144,7 +144,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _slices(devices: list[jax.Device], num_slices: int, size: int) -> list[list[jax.Device]]:
-    """The devices of each slice; devices that do not tell theirs are cut into equal runs."""
+    """The devices of each slice; devices without a slice index are split into equal consecutive groups."""
     by_slice: dict[int, list[jax.Device]] = {}
     per_run = len(devices) // num_slices
     for place, device in enumerate(devices):
@@ -153,27 +153,27 @@ def _slices(devices: list[jax.Device], num_slices: int, size: int) -> list[list[
     if len(groups) < num_slices or any(len(group) < size for group in groups[:num_slices]):
         found = ", ".join(str(len(group)) for group in by_slice.values())
         raise ConfigError(
-            [f"mesh.slices: {num_slices} slices of {size} devices are asked for, and there are slices of {found}"]
+            [f"mesh.slices: {num_slices} slices of {size} devices are requested, but there are slices of {found}"]
         )
     return groups[:num_slices]
 
 
 @dataclass(frozen=True)
 class RowShard:
-    """Which part of a batch's rows a process reads: part `index` of `count` equal ones."""
+    """The part of a batch's rows that a process reads: part `index` of `count` equal ones."""
 
     index: int
     count: int
 
 
 def row_shard(mesh: Mesh) -> RowShard:
-    """The part of a batch's rows that this process's devices hold. Processes that an axis within a row joins share one.
+    """The part of a batch's rows that this process's devices hold. Processes that shard the same rows share a part.
 
-    On a TPU slice a process's devices need not be neighbours along the mesh's axes. Its rows then are not neighbours in
-    the global batch either: a step has the same rows as on one process, in another order.
+    On a TPU slice a process's devices need not be adjacent along the mesh's axes. Its rows then are not adjacent in the
+    global batch either: a step has the same rows as on one process, in another order.
 
     Raises:
-      ConfigError: two processes hold rows that are neither the same nor all different, or some process holds none.
+      ConfigError: the rows of two processes overlap only partly, or some process holds none.
     """
     held = _held_groups(mesh)
     parts, mine = sorted(set(held.values())), held.get(jax.process_index(), ())
@@ -181,16 +181,16 @@ def row_shard(mesh: Mesh) -> RowShard:
     if not mine or any(len(part) != len(mine) for part in parts) or len(parts) * len(mine) != num_groups:
         raise ConfigError(
             [
-                f"mesh: process {jax.process_index()} would hold {len(mine)} of {num_groups} groups of rows, in part"
-                " those of others; make mesh.data * mesh.stage * mesh.fsdp * mesh.expert a multiple of the number of"
-                " processes, or a divisor of it"
+                f"mesh: process {jax.process_index()} would hold {len(mine)} of {num_groups} groups of rows, which"
+                " overlap partly with those of others; make mesh.data * mesh.stage * mesh.fsdp * mesh.expert a multiple"
+                " or a divisor of the number of processes"
             ]
         )
     return RowShard(parts.index(mine), len(parts))
 
 
 def row_groups(mesh: Mesh) -> tuple[int, ...]:
-    """Which of the equal groups of rows that the batch is cut into this process's devices hold, in order."""
+    """The groups of rows that this process's devices hold, in order; a batch is split into equal groups."""
     return _held_groups(mesh)[jax.process_index()]
 
 
@@ -213,30 +213,30 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
 
 
 def is_explicit() -> bool:
-    """Whether shardings are part of types here: under a mesh, and not in a shard_map that takes all of its axes."""
+    """Whether shardings are part of types here: under a mesh, outside of a shard_map over all of its axes."""
     mesh = current_mesh()
     return mesh is not None and AxisType.Explicit in mesh.axis_types
 
 
 def _mesh_axes(axis: str | None) -> tuple[str, ...]:
-    """The mesh axes that cut a logical axis, less those that a shard_map around has taken."""
+    """The mesh axes that shard a logical axis, without the manual axes of an enclosing shard_map."""
     mesh = current_mesh()
     taken = () if mesh is None else mesh.manual_axes
     return tuple(name for name in (axis and LOGICAL_AXES[axis]) or () if name not in taken)
 
 
 def spec_of(x: jax.Array) -> P:
-    """The sharding in an array's type, one entry for each dimension."""
+    """The sharding in an array's type, one entry per dimension."""
     return jax.typeof(x).sharding.spec
 
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` laid out by its logical axes."""
+    """Shard `x` along its logical axes."""
     return jax.reshard(x, logical_to_spec(axes)) if is_explicit() else x
 
 
 def fits(shape: Sequence[int], axes: Sequence[str | None]) -> bool:
-    """Whether the current mesh cuts an array of this shape evenly along its logical axes."""
+    """Whether the current mesh evenly shards an array of this shape along its logical axes."""
     if not is_explicit():
         return True
     sizes = current_mesh().shape
@@ -245,16 +245,18 @@ def fits(shape: Sequence[int], axes: Sequence[str | None]) -> bool:
 
 
 def check_row_length(length: int, context: int) -> None:
-    """Raises ConfigError where rows of `length` tokens cannot be cut over `context` devices."""
+    """Raise ConfigError if rows of `length` tokens cannot be split evenly over `context` devices."""
     if length % context:
         longer = -(-length // context) * context
-        raise ConfigError([f"rows of {length} tokens cannot be cut over mesh.context = {context}; make them {longer}"])
+        raise ConfigError(
+            [f"rows of {length} tokens are not divisible by mesh.context = {context}; make them {longer}"]
+        )
 
 
 def gather_weight(weight: jax.Array) -> jax.Array:
-    """The all-gather of fully sharded data parallelism: `weight` is still cut along `tensor` and nothing else.
+    """The all-gather of fully sharded data parallelism: `weight` stays sharded along `tensor` only.
 
-    The gather is explicit, because a compiler left to choose may turn it into many small collectives.
+    The gather is explicit, because otherwise the compiler may turn it into many small collectives.
     """
     if not is_explicit():
         return weight
@@ -262,7 +264,7 @@ def gather_weight(weight: jax.Array) -> jax.Array:
 
 
 def gathered_spec(spec: P) -> P:
-    """Where a weight that lies so is laid by `gather_weight`."""
+    """The sharding after `gather_weight` of a weight with sharding `spec`."""
     return P(*(without(entry, _GATHERED) for entry in spec))
 
 
@@ -272,7 +274,7 @@ def gather_layers(stacked: jax.Array) -> jax.Array:
 
 
 def without(entry: str | tuple[str, ...] | None, axes: Sequence[str]) -> str | tuple[str, ...] | None:
-    """An entry of a PartitionSpec less some mesh axes."""
+    """An entry of a PartitionSpec without some mesh axes."""
     names = tuple(name for name in (entry if isinstance(entry, tuple) else (entry,)) if name not in (*axes, None))
     return names[0] if len(names) == 1 else names or None
 

@@ -14,7 +14,7 @@ class Term:
     """A weighted sum and the sum of its weights.
 
     Sums and weights are added over microbatches, devices and hosts, and divided once, so that the result depends on
-    none of them. The weight is a function of the batch alone, never of the parameters.
+    none of them. The weight is a function of the batch only, never of the parameters.
     """
 
     sum: jax.Array
@@ -24,20 +24,20 @@ class Term:
         return Term(self.sum + other.sum, self.weight + other.weight)
 
     def mean(self):
-        """sum / weight; 0 where there is no weight."""
+        """sum / weight; 0 if the weight is 0."""
         return self.sum / jnp.where(self.weight > 0, self.weight, 1.0)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["terms", "metrics"], meta_fields=[])
 @dataclass(frozen=True)
 class LossOutput:
-    """terms: what is minimised, the total being the sum of their means; metrics: what is only reported."""
+    """Terms to minimize, whose means are summed to the total, and metrics that are only reported."""
 
     terms: dict[str, Term]
     metrics: dict[str, Term]
 
     def joined(self, other: "LossOutput") -> "LossOutput":
-        """Both, of different names."""
+        """Merge both, which have different names."""
         return LossOutput({**self.terms, **other.terms}, {**self.metrics, **other.metrics})
 
 

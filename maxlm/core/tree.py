@@ -1,4 +1,4 @@
-"""Paths of pytree leaves as text, and trees as flat dicts from path to leaf."""
+"""Pytree paths as strings, and trees as flat dicts from path to leaf."""
 
 from typing import Any
 
@@ -11,19 +11,19 @@ def path_of(key_path: tuple) -> str:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Leaves by path."""
+    """Flatten a tree to its leaves by path."""
     return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def unflatten(flat: dict[str, Any], like: Any) -> Any:
-    """A tree shaped as `like` with the leaves of `flat`.
+    """A tree with the structure of `like` and the leaves of `flat`.
 
     Raises:
-      KeyError: the paths differ; the message names the first few that are missing or not wanted.
+      KeyError: the paths differ; the message names the first few that are missing or unexpected.
     """
     paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(like)]
     missing = [path for path in paths if path not in flat]
     extra = sorted(set(flat).difference(paths))
     if missing or extra:
-        raise KeyError(f"missing {missing[:3]}, not wanted {extra[:3]}")
+        raise KeyError(f"missing {missing[:3]}, unexpected {extra[:3]}")
     return jax.tree.unflatten(jax.tree.structure(like), [flat[path] for path in paths])

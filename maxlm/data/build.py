@@ -24,26 +24,26 @@ from maxlm.runtime.written import table_batches
 from maxlm.tokenizer.codec import Tokenizer
 
 _BATCH_DOCUMENTS = 256
-# One row per group: rows are read one by one, in random order.
+# One row per group: rows are read individually, in random order.
 _WRITER_OPTIONS = "group_size:1"
 
 
 def build_data(config: DataConfig, *, stop_after: Literal["documents"] | None = None) -> dict:
-    """Build the folder `config.output`: documents, rejects and packed rows.
+    """Build the folder `config.output`: documents, rejected records and packed rows.
 
-    What stands there already and was made from the same input with the same settings is not made again; a change of the
-    tokenizer alone keeps the documents. The folder's manifest is written last: without it, the build is not complete.
+    Existing outputs of the same inputs and settings are reused; if only the tokenizer changes, the documents are kept.
+    The folder's manifest is written last: without it, the build is incomplete.
 
     Args:
       config: what to build.
-      stop_after: "documents" ends before tokenisation, so that a tokenizer can be trained on the documents.
+      stop_after: "documents" stops before tokenization, so that a tokenizer can be trained on the documents.
 
     Returns:
-      The manifest of the folder, or of its documents after `stop_after`.
+      The manifest of the folder, or of its documents with `stop_after`.
 
     Raises:
       ConfigError: the folder cannot be written, or is another stage's.
-      DataError: if a source cannot be used, a split is left empty, or another process builds there.
+      DataError: if a source cannot be used, a split is empty, or another process builds there.
       TokenizerError: if the tokenizer is missing.
     """
     check_output(config.output, "data")
@@ -51,7 +51,7 @@ def build_data(config: DataConfig, *, stop_after: Literal["documents"] | None = 
     output.mkdir(parents=True, exist_ok=True)
     with locked(output, seconds=0) as alone:
         if not alone:
-            raise DataError(f"{output}: another process builds there; wait until it has ended, or give another output")
+            raise DataError(f"{output}: another process builds there; wait until it ends, or give another output")
         return _build(config, stop_after)
 
 
@@ -138,7 +138,7 @@ def _pack_split(config: DataConfig, tokenizer: Tokenizer, split: str, documents:
 
 
 class _Encoder:
-    """Texts to tokens in a worker process. Where there is only one process, SentencePiece's threads share the work."""
+    """Tokenizes texts in a worker process. With a single process, SentencePiece's threads share the work."""
 
     def __init__(self, folder: str, workers: int):
         self._tokenizer = Tokenizer.load(folder)

@@ -1,4 +1,4 @@
-"""Chats for fine-tuning: encoding, packing into rows, and the rows of each step."""
+"""Chats for fine-tuning: tokenization, packing into rows, and the rows of each step."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -20,35 +20,35 @@ from maxlm.tokenizer.codec import ChatTokens, Tokenizer
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Any, where: str, *, generation_prompt: bool = False) -> ChatTokens:
-    """`Tokenizer.encode_chat` of messages that come from a file.
+    """`Tokenizer.encode_chat` for messages from a file.
 
     Raises:
-      DataError: they are no list of messages, a role is unknown, or a message is to be learned that is no answer.
+      DataError: they are not a list of messages, a role is unknown, or a message with a weight is not an answer.
     """
     template = tokenizer.template
     messages = parse_messages(messages, where, RecordFormat())
     for number, message in enumerate(messages, 1):
         if message.get("weight") and message["role"] in {*template.roles} - {template.answering_role}:
             raise DataError(
-                f"{where}: message {number} is to be learned and is of role {message['role']!r}, but only what the"
-                f" {template.answering_role} says is; remove its weight, or set it to 0"
+                f"{where}: message {number} of role {message['role']!r} has a weight, but only messages of the"
+                f" {template.answering_role} are trained on; remove its weight, or set it to 0"
             )
     try:
         return tokenizer.encode_chat(messages, generation_prompt=generation_prompt)
     except TokenizerError as error:
-        remedy = "; objective.roles may name one that it means" if str(error).startswith("chat role") else ""
+        remedy = "; objective.roles may map it to a known one" if str(error).startswith("chat role") else ""
         raise DataError(f"{where}: {error}{remedy}") from None
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Any, where: str) -> list[int]:
-    """What a model goes on from: messages up to the next answer, or a plain text after the start token."""
+    """Token ids of a prompt: messages up to the next answer, or a plain text after the bos token."""
     if isinstance(prompt, str):
         return encode_text(tokenizer, prompt, where, bos=True)
     return encode_chat(tokenizer, prompt, where, generation_prompt=True).ids
 
 
 def encode_text(tokenizer: Tokenizer, text: str, where: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-    """`Tokenizer.encode` of a text that comes from a file; raises DataError."""
+    """`Tokenizer.encode` for a text from a file; raises DataError."""
     try:
         return tokenizer.encode(text, bos=bos, eos=eos)
     except TokenizerError as error:
@@ -56,17 +56,17 @@ def encode_text(tokenizer: Tokenizer, text: str, where: str, *, bos: bool = Fals
 
 
 def encode_answer(tokenizer: Tokenizer, prompt: Any, answer: Any, where: str) -> ChatTokens:
-    """A prompt and an answer as one sequence, with weight 1 on the answer alone: earlier answers count as prompt."""
+    """Tokenize a prompt and an answer as one sequence, with weight 1 only on the answer, not on earlier ones."""
     if isinstance(prompt, str):
         if not isinstance(answer, str):
-            raise DataError(f"{where}: after a prompt that is a text, the answers must be texts")
+            raise DataError(f"{where}: if the prompt is a string, the answers must be strings")
         prompt_ids = encode_text(tokenizer, prompt, where, bos=True)
         ids = prompt_ids + encode_text(tokenizer, answer, where, eos=True)
         return ChatTokens(ids, [0.0] * len(prompt_ids) + [1.0] * (len(ids) - len(prompt_ids)))
     if isinstance(answer, str):
         answer = [{"role": tokenizer.template.answering_role, "content": answer}]
     if not isinstance(answer, list):
-        raise DataError(f"{where}: an answer must be a text or a list of messages")
+        raise DataError(f"{where}: an answer must be a string or a list of messages")
     num_prompt = len(encode_chat(tokenizer, prompt, where).ids)
     whole = encode_chat(tokenizer, [*prompt, *answer], where)
     weights = [0.0] * num_prompt + whole.loss_weights[num_prompt:]
@@ -76,7 +76,7 @@ def encode_answer(tokenizer: Tokenizer, prompt: Any, answer: Any, where: str) ->
 
 
 class EpochOrder:
-    """An endless sequence of examples: each epoch a permutation of its own, by seed and epoch alone."""
+    """An endless sequence of examples: each epoch is a permutation that depends only on seed and epoch."""
 
     def __init__(self, num_examples: int, *, seed: int):
         self._num_examples = num_examples
@@ -85,7 +85,7 @@ class EpochOrder:
         )
 
     def indices(self, step: int, *, batch_size: int, shard: int = 0, num_shards: int = 1) -> np.ndarray:
-        """The examples of a step that are this shard's: [batch_size / num_shards]."""
+        """This shard's examples of a step: [batch_size / num_shards]."""
         share = batch_size // num_shards
         start = step * batch_size + shard * share
         epochs, places = np.divmod(np.arange(start, start + share), self._num_examples)
@@ -93,10 +93,10 @@ class EpochOrder:
 
 
 def training_order(path: str, num_examples: int, *, batch_size: int, seed: int) -> EpochOrder:
-    """The order in which a training file is read; tells where a batch holds an example more than once."""
+    """The order in which a training file is read; prints a warning if a batch repeats examples."""
     if num_examples < batch_size:
         console.print(
-            f"{path}: has {num_examples} rows, so that a batch of batch_size={batch_size} holds some more than once;"
+            f"{path}: has {num_examples} rows, so that a batch of batch_size={batch_size} repeats some;"
             " lower batch_size, or give more examples",
             markup=False,
         )
@@ -104,10 +104,10 @@ def training_order(path: str, num_examples: int, *, batch_size: int, seed: int) 
 
 
 class PackedChats:
-    """Chats as token ids, and which of them share a row.
+    """Chats as token ids, packed into rows.
 
-    Several chats stand in one row, each a segment with positions from 0. A row's targets are its tokens one later in
-    the same chat; loss weights are 1 where the target is the assistant's. The last token of a chat is a target only.
+    A row has several chats, each a segment with positions from 0. Targets are the next tokens of the same chat; loss
+    weights are 1 where the target is the assistant's. The last token of a chat is only a target.
 
     Args:
       places: FILE:LINE of each chat.
@@ -124,10 +124,10 @@ class PackedChats:
 
     @classmethod
     def read(cls, path: str | Path, tokenizer: Tokenizer, *, row_length: int, form: RecordFormat | None = None) -> Self:
-        """Chats of a file; those that do not fit in a row, or have no answer to learn from, are left out and counted.
+        """Read the chats of a file; those too long for a row, or with no answer to train on, are skipped and counted.
 
         Raises:
-          DataError: a record is no chat, or no chat is left.
+          DataError: a record is not a chat, or no chat is left.
         """
         form = form or RecordFormat()
         chats, places, num_too_long, num_weightless, unanswered = [], [], 0, 0, []
@@ -148,16 +148,16 @@ class PackedChats:
                 chats.append(chat)
                 places.append(where)
         if num_weightless:
-            console.print(f"{path}: {num_weightless} chats have weights of 0 alone and are left out", markup=False)
+            console.print(f"{path}: {num_weightless} chats have only weights of 0 and are skipped", markup=False)
         if unanswered:
             lacks = f"no message of role {tokenizer.template.answering_role!r}"
             if not chats and not num_too_long:
                 raise DataError(
-                    f"{unanswered[0]}: has {lacks}, and nor has any other chat that could be learned from;"
+                    f"{unanswered[0]}: has {lacks}, like every other chat that could be trained on;"
                     " objective.roles may name the role that answers"
                 )
             console.print(
-                f"{path}: {len(unanswered)} chats have {lacks} and are left out; the first is {unanswered[0]}",
+                f"{path}: {len(unanswered)} chats have {lacks} and are skipped; the first is {unanswered[0]}",
                 markup=False,
             )
         check_some_left(path, len(chats), num_too_long, what="chats", row_length=row_length)
@@ -175,7 +175,7 @@ class PackedChats:
         return [self._places[chat] for chat in self.rows[row]]
 
     def batch(self, row_indices: np.ndarray) -> Batch:
-        """These rows, in this order, as the stream `text`; index -1 gives a row of padding."""
+        """These rows, in order, as the stream `text`; index -1 gives a row of padding."""
         members = [self.rows[index] if index >= 0 else [] for index in row_indices]
         chats = np.array([chat for row in members for chat in row], np.int64)
         row_of_chat = np.repeat(np.arange(len(members)), [len(row) for row in members])
@@ -203,23 +203,23 @@ class PackedChats:
 
 
 def check_some_left(path: str | Path, num_left: int, num_too_long: int, *, what: str, row_length: int) -> None:
-    """Tell how many examples were too long; raise DataError when none is left."""
+    """Print how many examples were too long; raise DataError if none is left."""
     if num_left == 0:
-        reason = f"all {num_too_long} {what} are longer than" if num_too_long else f"holds no {what} to fit in"
+        reason = f"all {num_too_long} {what} are longer than" if num_too_long else f"has no {what} to fit in"
         remedy = "raise row_length" if num_too_long else "give a JSONL file with at least one line"
         raise DataError(f"{path}: {reason} row_length={row_length} tokens; {remedy}")
     if num_too_long:
         console.print(
             f"{path}: {num_too_long} of {num_too_long + num_left} {what} are longer than row_length={row_length}"
-            " tokens and are left out",
+            " tokens and are skipped",
             markup=False,
         )
 
 
 def padded_batches(num_examples: int, batch_size: int, limit: int) -> list[np.ndarray]:
-    """Index arrays [batch_size] of examples, each at most once and ascending, -1 filling the last.
+    """Index arrays [batch_size] of examples, each at most once and ascending; the last one is padded with -1.
 
-    Where the examples are more than `limit` batches hold, those are taken that `even_sample` gives.
+    If there are more examples than `limit` batches hold, `even_sample` selects them.
     """
     sample = even_sample([np.arange(num_examples)], limit * batch_size)
     padded = np.full(-(-len(sample) // batch_size) * batch_size, -1)
@@ -228,7 +228,7 @@ def padded_batches(num_examples: int, batch_size: int, limit: int) -> list[np.nd
 
 
 def share_of(indices: np.ndarray, shard: int, num_shards: int) -> np.ndarray:
-    """The part of a batch's indices that one of `num_shards` processes reads."""
+    """The part of a batch's indices that shard `shard` of `num_shards` reads."""
     return np.split(indices, num_shards)[shard]
 
 
@@ -240,7 +240,7 @@ def step_batches(
     batch_size: int,
     rows: RowShard,
 ) -> Iterator[Any]:
-    """`build` of the examples of each step from `start_step` on, without end."""
+    """Endless batches: `build` of the examples of each step from `start_step` on."""
     step = start_step
     while True:
         yield build(order.indices(step, batch_size=batch_size, shard=rows.index, num_shards=rows.count))
@@ -248,6 +248,6 @@ def step_batches(
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start, start + 1, ... of each range, one after another."""
+    """Concatenated ranges: start, start + 1, ... of each."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)

@@ -1,4 +1,4 @@
-"""Normalisation of text, and the rules by which a document is abnormal."""
+"""Text normalization and document quality rules."""
 
 import re
 import unicodedata
@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 from maxlm.config.data import CleanConfig
 
-# Control characters but for tab and newline; byte order marks inside of a text.
+# Control characters except tab and newline; byte order marks inside of a text.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f\ufeff]")
 _TRAILING_SPACE = re.compile(r"[ \t]+$", re.MULTILINE)
 _MANY_NEWLINES = re.compile(r"\n{4,}")
 
 
 def normalise(text: str, unicode_form: str) -> str:
-    """One form of line ends and of Unicode; no control characters, trailing blanks, or runs of empty lines."""
+    """Normalize line ends and Unicode; remove control characters, trailing whitespace and runs of empty lines."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\f", "\n")
     text = _CONTROLS.sub("", text)
     if unicode_form != "none":
@@ -23,7 +23,7 @@ def normalise(text: str, unicode_form: str) -> str:
 
 
 def find_abnormal(text: str, config: CleanConfig) -> tuple[str, str] | None:
-    """The first rule that a text breaks, as (reason, detail); None for a normal text."""
+    """The first quality rule that a text fails, as (reason, detail); None if it passes all."""
     for reason, rule in _RULES.items():
         if detail := rule(text, config):
             return reason, detail
@@ -31,18 +31,18 @@ def find_abnormal(text: str, config: CleanConfig) -> tuple[str, str] | None:
 
 
 def _empty(text: str, config: CleanConfig) -> str | None:
-    return None if text.strip() else "nothing is left after normalisation"
+    return None if text.strip() else "nothing is left after normalization"
 
 
 def _too_short(text: str, config: CleanConfig) -> str | None:
     if len(text) < config.min_characters:
-        return f"{len(text)} characters, and clean.min_characters is {config.min_characters}"
+        return f"{len(text)} characters, but clean.min_characters is {config.min_characters}"
     return None
 
 
 def _too_long(text: str, config: CleanConfig) -> str | None:
     if len(text) > config.max_characters:
-        return f"{len(text)} characters, and clean.max_characters is {config.max_characters}"
+        return f"{len(text)} characters, but clean.max_characters is {config.max_characters}"
     return None
 
 
@@ -50,7 +50,7 @@ def _few_letters(text: str, config: CleanConfig) -> str | None:
     visible = "".join(text.split())
     fraction = sum(map(str.isalpha, visible)) / len(visible)
     if fraction < config.min_letter_fraction:
-        return f"{fraction:.0%} letters, and clean.min_letter_fraction is {config.min_letter_fraction:.0%}"
+        return f"{fraction:.0%} letters, but clean.min_letter_fraction is {config.min_letter_fraction:.0%}"
     return None
 
 
@@ -59,8 +59,8 @@ def _repeated_lines(text: str, config: CleanConfig) -> str | None:
     fraction = 1 - len(set(lines)) / len(lines)
     if fraction > config.max_repeated_line_fraction:
         return (
-            f"{fraction:.0%} of its lines stand in it before,"
-            f" and clean.max_repeated_line_fraction is {config.max_repeated_line_fraction:.0%}"
+            f"{fraction:.0%} of its lines repeat earlier ones,"
+            f" but clean.max_repeated_line_fraction is {config.max_repeated_line_fraction:.0%}"
         )
     return None
 

@@ -1,4 +1,4 @@
-"""Data sets of two catalogues, as mappings of fields: TFDS (without TensorFlow) and Hugging Face (streamed)."""
+"""Examples of TFDS (without TensorFlow) and Hugging Face (streamed) datasets, as mappings of fields."""
 
 import os
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ from maxlm.errors import DataError
 
 
 def read_tfds(uri: str) -> Iterator[dict]:
-    """The examples of `tfds:NAME[:SPLIT]`; NAME may be a folder that TFDS has prepared.
+    """Read the examples of `tfds:NAME[:SPLIT]`; NAME may be a folder prepared by TFDS.
 
     Raises:
-      DataError: if there is no such data set or split, or it is not of a kind that is read without TensorFlow.
+      DataError: if there is no such dataset or split, or it cannot be read without TensorFlow.
     """
     import tensorflow_datasets as tfds
 
@@ -20,17 +20,17 @@ def read_tfds(uri: str) -> Iterator[dict]:
         builder = tfds.builder_from_directory(name) if Path(name).is_dir() else tfds.builder(name, try_gcs=False)
         builder.download_and_prepare(file_format="array_record")
         examples = builder.as_data_source(split)
-    except Exception as error:  # TFDS raises errors of many kinds, network errors among them
-        raise DataError(f"source {uri}: TFDS cannot give it: {_first_line(error)}") from None
+    except Exception as error:  # TFDS raises many kinds of errors, including network errors
+        raise DataError(f"source {uri}: TFDS cannot load it: {_first_line(error)}") from None
     for index in range(len(examples)):
         yield examples[index]
 
 
 def read_hf(uri: str) -> Iterator[dict]:
-    """The examples of `hf:NAME[:SPLIT]`, streamed; NAME may be a local folder of data files.
+    """Stream the examples of `hf:NAME[:SPLIT]`; NAME may be a local folder of data files.
 
     Raises:
-      DataError: if the extra `hf` is not installed, or there is no such data set or split.
+      DataError: if the extra `hf` is not installed, or there is no such dataset or split.
     """
     try:
         import datasets
@@ -42,12 +42,12 @@ def read_hf(uri: str) -> Iterator[dict]:
     name, split = _name_and_split(uri)
     try:
         yield from datasets.load_dataset(name, split=split, streaming=True)
-    except Exception as error:  # network errors among them; a generator that is closed raises GeneratorExit instead
-        raise DataError(f"source {uri}: the data set cannot be read: {_first_line(error)}") from None
+    except Exception as error:  # includes network errors; closing the generator raises GeneratorExit instead
+        raise DataError(f"source {uri}: the dataset cannot be read: {_first_line(error)}") from None
 
 
 def local_data_files(uri: str) -> list[Path]:
-    """The files of a data set that lies in a local folder, by whose content a change is noticed; else none."""
+    """The files of a dataset in a local folder, whose content reveals changes; [] for a remote one."""
     if not uri.startswith(("tfds:", "hf:")):
         return []
     folder = Path(_name_and_split(uri)[0])

@@ -1,4 +1,4 @@
-"""Overlap with evaluation sets: documents that share a run of words with one are left out."""
+"""Decontamination: documents that share a word n-gram with an evaluation set are rejected."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,26 +12,24 @@ from maxlm.errors import DataError
 
 
 def evaluation_ngrams(files: Sequence[str], ngram_words: int) -> np.ndarray:
-    """`[num_ngrams]` uint64, sorted: a hash of each run of words in the strings of JSON, JSONL or Parquet files.
+    """`[num_ngrams]` uint64, sorted: hashes of the word n-grams in the strings of JSON, JSONL or Parquet files.
 
-    Strings shorter than a run are left out: a few common words do not make a document a copy.
+    Strings shorter than an n-gram are ignored: a few common words do not make a document a copy.
 
     Raises:
-      DataError: if a file is missing, broken, or holds no run of words: removing nothing would go unnoticed.
+      DataError: if a file is missing or malformed, or has no n-gram, so that nothing would be removed silently.
     """
     ngrams = [np.empty(0, np.uint64)]
     for file in files:
         found = [hash_ngrams(hash_words(text), ngram_words) for text in _strings(Path(file).expanduser())]
         if not sum(map(len, found)):
-            raise DataError(
-                f"decontaminate.files: {file} holds no string of {ngram_words} words, so nothing can overlap"
-            )
+            raise DataError(f"decontaminate.files: {file} has no string of {ngram_words} words, so nothing can overlap")
         ngrams += found
     return np.unique(np.concatenate(ngrams))
 
 
 def count_overlaps(words: np.ndarray, ngrams: np.ndarray, ngram_words: int) -> int:
-    """How many runs of words of a document stand in evaluation sets."""
+    """The number of a document's word n-grams that are in evaluation sets."""
     own = hash_ngrams(words, ngram_words)
     places = np.searchsorted(ngrams, own)
     return int((ngrams[np.minimum(places, len(ngrams) - 1)] == own).sum()) if len(ngrams) else 0

@@ -1,4 +1,4 @@
-"""Near-duplicates: MinHash signatures (Broder, 1997) in bands that put similar documents into one bucket (LSH)."""
+"""Near-duplicates: MinHash signatures (Broder, 1997), split into bands that hash similar documents together (LSH)."""
 
 import math
 
@@ -8,14 +8,14 @@ import rensa
 from maxlm.data.shingles import hash_ngrams
 
 _SIGNATURE_SEED = 20
-_WANTED_RECALL = 0.99
+_TARGET_RECALL = 0.99
 
 
 def make_signatures(words: list[np.ndarray], *, shingle_words: int, num_permutations: int) -> np.ndarray:
     """MinHash signatures of documents.
 
     Args:
-      words: for each document the hashes of its words. One that is shorter than a shingle is a shingle as a whole.
+      words: the word hashes of each document. A document shorter than a shingle is a single shingle.
 
     Returns:
       `[num_documents, num_permutations]` uint32. The fraction of equal entries estimates the Jaccard similarity of two
@@ -32,12 +32,12 @@ def make_signatures(words: list[np.ndarray], *, shingle_words: int, num_permutat
 
 
 class NearDuplicates:
-    """The signatures of the documents that are kept, found by similarity.
+    """An LSH index of the signatures of the kept documents.
 
-    Documents of similarity `threshold` share a bucket with probability 0.99 or more; whether they are near-duplicates
-    is then decided by comparing whole signatures. These only estimate the similarity, so two standard deviations less
-    than the threshold are enough: of copies just at the threshold, about 2 in 100 are missed.
-    Memory: about 4 KB a document with 128 permutations.
+    Documents with similarity `threshold` share a bucket with probability 0.99 or more; comparing full signatures then
+    decides whether they are near-duplicates. Signatures only estimate the similarity, so the threshold is lowered by
+    two standard deviations: about 2 in 100 copies just at the threshold are missed.
+    Memory: about 4 KB per document with 128 permutations.
     """
 
     def __init__(self, *, threshold: float, num_permutations: int):
@@ -49,14 +49,14 @@ class NearDuplicates:
         self._num_kept = 0
 
     def add(self, signature: np.ndarray) -> tuple[int, float] | None:
-        """Keep a document, unless one that is kept is, as far as signatures tell, as similar as the threshold.
+        """Keep a document, unless its estimated similarity to a kept one reaches the threshold.
 
         Args:
           signature: `[num_permutations]` uint32.
 
         Returns:
-          None if the document is kept; its number is the count of those kept before. Otherwise the number of the kept
-          document that is most similar, and the similarity.
+          None if the document is kept; its number is the count of those kept before. Otherwise the number of the most
+          similar kept document, and the similarity.
         """
         width = self._rows_per_band
         keys = [signature[band * width : (band + 1) * width].tobytes() for band in range(self._num_bands)]
@@ -76,8 +76,8 @@ class NearDuplicates:
 
 
 def _rows_per_band(threshold: float, num_permutations: int) -> int:
-    """The longest bands that documents at the threshold still share one of with the wanted probability."""
+    """The longest bands for which documents at the threshold share at least one with the target recall."""
     for rows in range(num_permutations, 1, -1):
-        if 1 - (1 - threshold**rows) ** (num_permutations // rows) >= _WANTED_RECALL:
+        if 1 - (1 - threshold**rows) ** (num_permutations // rows) >= _TARGET_RECALL:
             return rows
     return 1

@@ -1,11 +1,11 @@
-"""Documents, and records that cannot be documents."""
+"""Documents and rejected records."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, and where it is from."""
+    """One text and its origin."""
 
     id: str
     source: str
@@ -15,13 +15,13 @@ class Document:
 
 @dataclass(frozen=True)
 class Reject:
-    """A record that was left out: kept aside with a reason, so that nothing is lost silently.
+    """A rejected record, kept with a reason so that nothing is lost silently.
 
     Attributes:
-      id: the record's id, or `file:line` where it has none.
+      id: the record's id, or `file:line` if it has none.
       source: the source's uri.
-      reason: one of a few words, to count by.
-      detail: what exactly is wrong with this record.
+      reason: a category for counting.
+      detail: the specific problem of this record.
       text: the record as far as it could be read.
     """
 

@@ -1,8 +1,8 @@
-"""The embedded corpus: text that every Python installation carries. A first model needs no download.
+"""The embedded corpus: text that every Python installation contains, so that a first model needs no download.
 
 One document per module of the standard library (docstrings and comment blocks, in the order of its source), one per
 topic of Python's built-in help, one per compiled module (its `__doc__` strings). Modules are read as source and never
-imported: some of them act when imported. Compiled modules that only define things are the exception.
+imported, because some have side effects. Compiled modules without side effects are the exception.
 """
 
 import ast
@@ -23,7 +23,7 @@ LICENCE = "PSF-2.0"
 _SKIPPED_FOLDERS = frozenset(
     ("test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__", "pydoc_data")
 )
-# Compiled modules that do nothing but define things when imported; one that this Python lacks is passed over.
+# Compiled modules without side effects on import; those that this Python lacks are skipped.
 _COMPILED_MODULES = (
     "builtins", "sys", "_abc", "_asyncio", "_bisect", "_blake2", "_bz2", "_codecs", "_collections", "_contextvars",
     "_csv", "_ctypes", "_datetime", "_decimal", "_elementtree", "_functools", "_hashlib", "_heapq", "_imp", "_io",
@@ -34,22 +34,22 @@ _COMPILED_MODULES = (
     "math", "mmap", "posix", "pwd", "pyexpat", "resource", "select", "syslog", "termios", "time", "unicodedata", "zlib",
 )  # fmt: skip
 _COMMENT = re.compile(r"[ \t]*#+!?[ ]?(.*)")
-# Settings for editors and tools, and rulers.
+# Editor and tool directives, and separator lines.
 _NO_PROSE = re.compile(r"[-=*#~+ ]*|.*coding[:=].*|[ /]*(usr|bin)/.*|(type|noqa|pragma|pylint|fmt|XXX)\b.{0,30}")
 
 _HIDDEN_ARGUMENT = re.compile(r"\$(module|self|type|cls)(, )?(/(, )?)?")
 
 
 def read_embedded() -> Iterator[Document]:
-    """All documents of the running Python, in one fixed order.
+    """All documents of the running Python, in a fixed order.
 
     Raises:
-      DataError: if this Python carries no source of its standard library.
+      DataError: if this Python has no source of its standard library.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(path for path in library.rglob("*.py") if is_wanted(path.relative_to(library)))
     if not paths:
-        raise DataError(f"{URI}: this Python has no source files in {library}; give text of your own as a source")
+        raise DataError(f"{URI}: this Python has no source files in {library}; give your own text as a source")
     for path in paths:
         module = ".".join(path.relative_to(library).with_suffix("").parts).removesuffix(".__init__")
         yield _document(f"module/{module}", _module_text(module, path))
@@ -64,7 +64,7 @@ def _document(name: str, text: str) -> Document:
 
 
 def is_wanted(path: Path) -> bool:
-    """Whether a file, named relative to the standard library, is part of the library proper."""
+    """Whether a file, relative to the standard library, is part of the library proper."""
     return not _SKIPPED_FOLDERS & {*path.parts} and not path.parts[0].startswith(("config-", "_sysconfigdata"))
 
 
@@ -78,7 +78,7 @@ def _topics() -> Iterator[Document]:
 
 
 def _module_text(module: str, path: Path) -> str:
-    """Docstrings, each under the name of what it documents, and comment blocks, in the order of the source."""
+    """Docstrings, each under the name of its object, and comment blocks, in source order."""
     source = path.read_bytes().decode("utf-8", errors="replace")
     try:
         with warnings.catch_warnings():
@@ -104,12 +104,12 @@ def _module_text(module: str, path: Path) -> str:
 
 
 def _spans_lines(node: ast.AST) -> bool:
-    """What stands on one line holds neither a docstring nor a string of several lines."""
+    """Whether a node spans several lines, as docstrings and multi-line strings do."""
     return getattr(node, "lineno", 0) != getattr(node, "end_lineno", 1)
 
 
 def _comment_blocks(source: str, string_lines: set[int]) -> Iterator[tuple[int, str]]:
-    """Runs of lines that hold a comment alone, with the line that each starts at."""
+    """Blocks of comment-only lines, each with its first line number."""
     start, lines = 0, []
     for number, line in enumerate([*source.split("\n"), ""], start=1):
         match = _COMMENT.fullmatch(line) if number not in string_lines else None
@@ -124,7 +124,7 @@ def _comment_blocks(source: str, string_lines: set[int]) -> Iterator[tuple[int, 
 
 
 def _compiled_text(name: str, seen: set[str]) -> str:
-    """The `__doc__` strings of a compiled module; one that has been seen, such as a slot's, is left out."""
+    """The `__doc__` strings of a compiled module; repeated ones, such as those of slots, are skipped."""
     try:
         module = importlib.import_module(name)
     except ImportError:

@@ -1,4 +1,4 @@
-"""Which files a source names, and what the ids of their documents begin with."""
+"""The files that a source names, and the prefixes of their documents' ids."""
 
 import difflib
 import glob
@@ -21,13 +21,13 @@ _FORMATS = {
     ".ndjson": "json",
 }
 _COMPRESSIONS = (".gz", ".zst")
-# What a build writes into its folder, under these names or, while it is being made, with .tmp after them.
+# Outputs of a build in its folder; with suffix .tmp while they are being written.
 _BUILT = ("documents", "packed", "rejects.jsonl", "manifest.json")
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file to read; `name` is unlike that of every other file of a build, and begins its documents' ids."""
+    """A file to read; `name` is unique among the files of a build, and the prefix of its documents' ids."""
 
     path: Path
     name: str
@@ -36,7 +36,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class FoundSource:
-    """A source and its files; `name` begins the ids of a data set that has no files."""
+    """A source and its files; `name` is the id prefix of a dataset without files."""
 
     config: SourceConfig
     name: str
@@ -44,16 +44,16 @@ class FoundSource:
 
 
 def find_sources(sources: Iterable[SourceConfig], *, output: Path | None = None) -> list[FoundSource]:
-    """The files that each source names, in the order of their paths.
+    """Find the files that each source names, in the order of their paths.
 
-    A file's name is its path from the part of the source that has no patterns, so it does not depend on where a folder
-    lies. If an earlier file has that name, as many folders come before it as tell the two apart.
+    A file's name is its path relative to the source's part without patterns, so it does not depend on the location of a
+    folder. If an earlier file has that name, parent folders are prepended until it is unique.
 
     Args:
-      output: the folder of a build. What a build wrote there is not read.
+      output: the folder of a build. Files that a build wrote there are not read.
 
     Raises:
-      DataError: if a source names nothing, or something that is no file, or has a format that is not read.
+      DataError: if a source matches nothing, or something that is not a file, or has an unknown format.
     """
     taken: set[str] = set()
     found = []
@@ -68,12 +68,12 @@ def find_sources(sources: Iterable[SourceConfig], *, output: Path | None = None)
 
 
 def is_catalogue(uri: str) -> bool:
-    """Whether a source is no file: the embedded corpus, or a data set of TFDS or Hugging Face."""
+    """Whether a source is the embedded corpus, or a dataset of TFDS or Hugging Face, instead of files."""
     return uri == EMBEDDED or uri.startswith(("tfds:", "hf:"))
 
 
 def no_such_file(path: str | Path) -> str:
-    """The end of a sentence about a file that is not there: the nearest one that is."""
+    """The end of a message about a missing file, with the closest existing name."""
     path = Path(path)
     names = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, 1)
@@ -81,35 +81,35 @@ def no_such_file(path: str | Path) -> str:
 
 
 def unreadable(path: Path) -> str | None:
-    """Why a path is no file to read; None where it is one."""
+    """Why a path is not a readable file; None if it is one."""
     if path.is_symlink() and not path.exists():
-        return f"is a link to {os.readlink(path)}, which is not there; mend or remove the link"
+        return f"is a link to {os.readlink(path)}, which does not exist; fix or remove the link"
     if not path.exists():
         return no_such_file(path)
     if path.is_dir():
-        return f"is a folder; give the files in it, as {path}/*.jsonl"
+        return f"is a folder; give the files in it, such as {path}/*.jsonl"
     if not path.is_file():
-        return "is a pipe or device, and not a file that can be read more than once; write its content to a file first"
+        return "is a pipe or device, which cannot be read more than once; write its content to a file first"
     if not os.access(path, os.R_OK):
-        return "may not be read: permission denied"
+        return "cannot be read: permission denied"
     return None
 
 
 def _named_files(uri: str, output: Path | None) -> list[tuple[Path, str]]:
-    """Each file of a source with its path from the source's fixed part."""
+    """Each file of a source, with its path relative to the source's fixed part."""
     fixed, rest = _fixed_part(os.path.expanduser(uri))
     if rest is None:
         found = [(fixed, fixed.name)] if os.path.lexists(fixed) else []
     else:
         names = sorted({Path(name) for name in glob.glob(str(rest), root_dir=fixed, recursive=True)})
-        # A pattern may match folders, as a shell's does; one that is named like a file was meant to be read.
+        # A pattern may match folders, as in a shell; one that is named like a file is an error of the user.
         found = [(fixed / name, str(name)) for name in names if not (fixed / name).is_dir() or _format_of(name)]
     if not found:
         raise DataError(f"source {uri}: {_nothing_there(uri)}")
     wanted = [(path, name) for path, name in found if not _is_built(path, output)]
     if num_built := len(found) - len(wanted):
         if not wanted:
-            raise DataError(f"source {uri}: names only files that a build wrote into {output}, which is output itself")
+            raise DataError(f"source {uri}: matches only files that a build wrote into {output}, its own output")
         console.print(f"source {uri}: {num_built} files that a build wrote into {output} are not read", markup=False)
     for path, _ in wanted:
         if problem := unreadable(path):
@@ -118,7 +118,7 @@ def _named_files(uri: str, output: Path | None) -> list[tuple[Path, str]]:
 
 
 def _fixed_part(pattern: str) -> tuple[Path, Path | None]:
-    """The longest beginning that is there as it is written, brackets and all, and the pattern behind it."""
+    """The longest prefix that exists literally, including any brackets, and the remaining pattern."""
     parts = Path(pattern).parts
     fixed = Path(*parts[:1]) if Path(pattern).is_absolute() else Path()
     parts = parts[len(fixed.parts) :]
@@ -135,7 +135,7 @@ def _free_name(name: str, path: Path | None, taken: set[str]) -> str:
     while free in taken and folders:
         free = os.fsencode(f"{folders.pop()}/{free}").decode(errors="backslashreplace")
     number = 2
-    while free in taken:  # one file is read in two ways
+    while free in taken:  # one file is read in two formats
         free, number = f"{plain}#{number}", number + 1
     taken.add(free)
     return free
@@ -158,7 +158,7 @@ def _format(path: Path) -> str:
     if found := _format_of(path):
         return found
     raise DataError(
-        f"source {path}: its format is not known; it must end in {', '.join(_FORMATS)}, or that and .gz or .zst"
+        f"source {path}: its format is unknown; it must end in {', '.join(_FORMATS)}, optionally with .gz or .zst"
     )
 
 

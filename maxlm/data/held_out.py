@@ -1,6 +1,6 @@
-"""The rows of data folders that a validation reads: the same ones each time, spread evenly over sources and rows.
+"""Held-out rows for validation: the same ones each time, spread evenly over sources and rows.
 
-A source is what `source` names in a folder's documents; two folders have sources of their own.
+A source is a value of the column `source` in a folder's documents; sources of different folders are distinct.
 """
 
 import os
@@ -18,10 +18,10 @@ from maxlm.runtime.written import table_batches
 
 
 class HeldOutRows(PackedRows):
-    """A sample of held-out rows, in batches. Made by `open_held_out`.
+    """A sample of held-out rows, in batches. Created by `open_held_out`.
 
     Attributes:
-      sources: names of the sources, short ones that tell them apart.
+      sources: short, unique names of the sources.
     """
 
     def __init__(self, opened: list[OpenedSplit], sources: list[str], document_sources: list[np.ndarray], **settings):
@@ -30,7 +30,7 @@ class HeldOutRows(PackedRows):
         self._document_sources = document_sources
 
     def batch(self, step: int, *, shard: int = 0, num_shards: int = 1) -> dict[str, np.ndarray]:
-        """As `PackedRows.batch`, and `source_ids`: `[B, L]` int32, each token's among `sources`; padding has 0."""
+        """Like `PackedRows.batch`, plus `source_ids`: `[B, L]` int32, indices into `sources`; 0 for padding."""
         rows = self._read(step, shard, num_shards)
         source_ids = np.stack([self._source_ids(number, row) for number, row in rows])
         return {**super().batch(step, shard=shard, num_shards=num_shards), "source_ids": source_ids}
@@ -46,17 +46,17 @@ class HeldOutRows(PackedRows):
 def open_held_out(paths: Sequence[str | Path], *, batch_size: int, num_batches: int) -> HeldOutRows:
     """At most `num_batches` batches of the held-out rows of data folders.
 
-    Which rows these are depends on the folders' content and on the number of rows alone: not on the order in which the
-    folders are given. Each source has at least one row while there are as many places as sources, and beyond that in
-    proportion to its rows. More batches read the same rows and others.
+    The selection depends only on the folders' content and the number of rows, not on the order of the folders. Each
+    source has at least one row if there are as many rows as sources, and beyond that in proportion to its size. More
+    batches read the same rows plus others.
 
     Raises:
-      DataError: a folder is no complete build, or holds no rows out; or rows differ in length.
+      DataError: a folder is not a complete build, has no held-out rows, or rows differ in length.
       TokenizerError: the folders were made with different tokenizers.
     """
     paths = list({os.path.realpath(path): path for path in paths}.values())
     opened, row_length = open_splits(paths, "valid")
-    # What decides ties, and which rows share a batch, is the same in each order of the folders.
+    # Ties and the rows of a batch do not depend on the order of the folders.
     in_order = sorted(range(len(opened)), key=lambda number: _identity(opened[number]))
 
     names: list[tuple[str, str]] = []
@@ -100,7 +100,7 @@ def _identity(folder: OpenedSplit) -> tuple[int, int, str]:
 
 
 def _sources_of(folder: OpenedSplit) -> tuple[list[str], np.ndarray]:
-    """The sources of a folder's held-out documents, and the index of that of each document."""
+    """The sources of a folder's held-out documents, and each document's source index."""
     file = folder.folder / "documents" / f"{folder.split}.parquet"
     batches = table_batches(file, columns=["source"])
     column = pyarrow.chunked_array([batch.column("source") for batch in batches], pyarrow.string())
@@ -109,9 +109,9 @@ def _sources_of(folder: OpenedSplit) -> tuple[list[str], np.ndarray]:
 
 
 def _rows_by_source(folder: OpenedSplit, of_document: np.ndarray, num_sources: int) -> list[np.ndarray]:
-    """The rows that hold text of each source; a row where one ends and the next begins is of both.
+    """The rows with text of each source; a row at the boundary of two sources belongs to both.
 
-    Documents stand in the order of the sources, so a search finds where each begins; no row between is read.
+    Documents are ordered by source, so a binary search finds where each begins, without reading the rows between.
     """
     num_rows = len(folder.records)
     if num_sources == 1:
@@ -127,7 +127,7 @@ def _rows_by_source(folder: OpenedSplit, of_document: np.ndarray, num_sources: i
 
 
 def _first_row(folder: OpenedSplit, is_reached: Callable[[Row], bool]) -> int:
-    """The first row for which this holds; it holds for all after it."""
+    """Binary search for the first row with `is_reached`, which holds for all later rows."""
     low, high = 0, len(folder.records)
     while low < high:
         middle = (low + high) // 2
@@ -139,7 +139,7 @@ def _first_row(folder: OpenedSplit, is_reached: Callable[[Row], bool]) -> int:
 
 
 def _short_names(names: list[tuple[str, str]]) -> list[str]:
-    """Of each (folder, source): the folder where it has one source, the source where there is one folder, else both."""
+    """For each (folder, source): the source if there is one folder, the folder if it has one source, else both."""
     folders, uris = [folder for folder, _ in names], [uri for _, uri in names]
     short_folders, short_uris = distinct_ends(folders), distinct_ends(uris)
     if len(set(folders)) == 1:
@@ -151,7 +151,7 @@ def _short_names(names: list[tuple[str, str]]) -> list[str]:
 
 
 def distinct_ends(paths: list[str]) -> dict[str, str]:
-    """Each path's last parts, as few as tell all of them apart: short names to show."""
+    """The shortest unique suffixes of paths, for display."""
     parts = {path: [part for part in path.split("/") if part] or [path] for path in paths}
     for count in range(1, max(map(len, parts.values())) + 1):
         short = {path: "/".join(found[-count:]) for path, found in parts.items()}

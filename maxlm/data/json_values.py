@@ -1,8 +1,8 @@
-"""The JSON values of a file: one a line, a list of them, objects over several lines, or rows of Parquet.
+"""The JSON values of a file: one per line, a list, objects over several lines, or rows of Parquet.
 
-Values are read one after another wherever they stand, so it does not matter how a file was laid out or joined from
-others: line ends of any kind, empty lines, byte order marks and commas between values are passed over. A value that is
-broken is told with its place, and reading goes on behind it.
+Values are parsed one after another at any position, so the layout of a file, or how it was concatenated, does not
+matter: line ends of any kind, empty lines, byte order marks and commas between values are skipped. A malformed value is
+reported with its location, and reading continues after it.
 """
 
 import codecs
@@ -19,17 +19,17 @@ import pyarrow.parquet as parquet
 from maxlm.data.lines import BrokenFile, line_end, read_blocks
 from maxlm.runtime.json_objects import DuplicateKeyError, unique_keys
 
-# What may stand between two values.
+# Separators between two values.
 _GAP = re.compile(r"[\s,\ufeff]*")
 _LIST_OF_RECORDS = re.compile(r"\[[\s\ufeff]*([{\]]|\Z)")
-# An error this near to the end of what has been read may come from the end: the longest name in JSON is "-Infinity".
+# An error this close to the end of the buffer may be due to truncation: the longest name in JSON is "-Infinity".
 _LONGEST_NAME = 16
 _PARQUET_BATCH = 1024
 
 
 @dataclass(frozen=True)
 class Value:
-    """A JSON value; `place` tells it from the others of its file, `where` is FILE:LINE for a message."""
+    """A JSON value; `place` is unique within its file, `where` is FILE:LINE for messages."""
 
     place: str
     where: str
@@ -38,7 +38,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Broken:
-    """What stands where a value should; `reason` is a word to count by, `detail` a sentence, `text` what was read."""
+    """A malformed value; `reason` is a category for counting, `detail` a sentence, `text` the raw text."""
 
     place: str
     where: str
@@ -48,7 +48,7 @@ class Broken:
 
 
 def read_values(path: Path) -> Iterator[Value | Broken]:
-    """The values of a file, in order; the items of a list that starts the file have their index as place.
+    """The values of a file, in order; items of a list at the start of the file have their index as `place`.
 
     Compressed files are read too. Memory is bounded by the largest value.
     """
@@ -59,7 +59,7 @@ def read_values(path: Path) -> Iterator[Value | Broken]:
 
 
 def is_parquet(path: Path) -> bool:
-    """Whether a file is named, or begins, as Parquet does."""
+    """Whether a file has Parquet's extension or magic bytes."""
     if path.suffix.lower() == ".parquet":
         return True
     try:
@@ -70,9 +70,9 @@ def is_parquet(path: Path) -> bool:
 
 
 def lookup(value: Any, path: str) -> Any:
-    """What stands in nested objects and lists at a dotted path, such as `a.b.0`; None where nothing does.
+    """The value at a dotted path in nested objects and lists, such as `a.b.0`; None if there is none.
 
-    A key that holds dots itself comes first.
+    A key that contains dots itself takes precedence.
     """
     if isinstance(value, dict) and path in value:
         return value[path]
@@ -87,7 +87,7 @@ def lookup(value: Any, path: str) -> Any:
 
 
 def shown(raw: bytes | str) -> str:
-    """What can be shown, and written as UTF-8, of something broken."""
+    """Malformed text made printable and encodable as UTF-8."""
     return re.sub("[\ud800-\udfff]", "\ufffd", raw) if isinstance(raw, str) else raw.decode(errors="replace")
 
 
@@ -97,16 +97,16 @@ class _Reader:
     def __init__(self, path: Path):
         self.path = path
         self.blocks = read_blocks(path)
-        # Bytes that are no UTF-8 become lone surrogates, which valid UTF-8 cannot hold.
+        # Bytes that are not UTF-8 become lone surrogates, which valid UTF-8 cannot contain.
         self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self.text, self.pos = "", 0
-        self.is_whole = False  # all that can be read has been read
-        self.problem: str | None = None  # why the file cannot be read to its end
+        self.is_whole = False  # the whole readable part of the file has been read
+        self.problem: str | None = None  # why the file cannot be read to the end
         self.newline = ""
         self.line, self.line_start = 1, 0
-        self.indent: str | None = ""  # what stands before the value in its line; None if that is another value
+        self.indent: str | None = ""  # whitespace before the value in its line; None if another value precedes it
         self.in_list = self.began_with_list = False
-        self.index: int | None = None  # of the next item, in a list that starts the file
+        self.index: int | None = None  # of the next item, in a list at the start of the file
 
     def values(self) -> Iterator[Value | Broken]:
         is_start = True
@@ -136,16 +136,16 @@ class _Reader:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.pos)
             except json.JSONDecodeError as error:
-                if self._may_be_cut(error) and self._read_more():
+                if self._may_be_truncated(error) and self._read_more():
                     continue
                 return self._skip_broken(error)
             except RecursionError:
-                return self._skip_broken("nested too deep")
+                return self._skip_broken("nested too deeply")
             except DuplicateKeyError as error:
                 return self._skip_broken(str(DuplicateKeyError(shown(error.key))))
             except ValueError as error:
                 return self._skip_broken(str(error))
-            # A number may go on.
+            # A number may continue in the next block.
             if end == len(self.text) and isinstance(value, int | float) and self._read_more():
                 continue
             place, where, raw = self._place(), self._where(), self.text[self.pos : end]
@@ -155,12 +155,12 @@ class _Reader:
                 return Broken(place, where, "broken_text", "is not valid UTF-8", shown(raw))
             return Value(place, where, value)
 
-    def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
-        # Strings end in their line: one without an end has met the end of what has been read.
+    def _may_be_truncated(self, error: json.JSONDecodeError) -> bool:
+        # Strings end in their line: an unterminated one has reached the end of the buffer.
         return error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - _LONGEST_NAME
 
     def _skip_broken(self, error: json.JSONDecodeError | str) -> Broken:
-        """Pass over what is no JSON: to the next line, or to where the next value begins as this one did."""
+        """Skip malformed JSON: to the next line, or to the next value with the same indentation."""
         while (line_end := self.text.find(self.newline, self.pos)) < 0 and self._read_more():
             pass
         next_line = line_end + 1 if line_end >= 0 else len(self.text)
@@ -177,18 +177,18 @@ class _Reader:
         self._advance(target)
         self.indent = ""
         if is_last:
-            self.in_list = False  # that the list has no end is known
+            self.in_list = False  # the missing end of the list is already reported
         return broken
 
     def _explain(self, error: json.JSONDecodeError | str, line: str) -> tuple[str, bool]:
-        """What is wrong with the value that begins with `line`, and whether the line leaves it open."""
+        """The problem of the value that begins with `line`, and whether it continues past the line."""
         if _holds_bytes(line):
             return "is not valid UTF-8", False
         if line.startswith("\0"):
-            return "holds zero bytes, as a file does whose writing was broken off", False
+            return "contains zero bytes, as after an interrupted write", False
         if isinstance(error, str):
-            problem = "it holds a number of thousands of digits" if error.startswith("Exceeds the limit") else error
-            return f"is no JSON: {problem}", False
+            problem = "it has a number of thousands of digits" if error.startswith("Exceeds the limit") else error
+            return f"is not JSON: {problem}", False
         opens_lines = False
         try:
             _DECODER.raw_decode(line)
@@ -196,17 +196,17 @@ class _Reader:
             opens_lines = alone.pos >= len(line)
             if not opens_lines or error.pos >= len(self.text.rstrip()):
                 return (
-                    f"is no JSON: {alone.msg.removesuffix(' at')} at column {self._column() + alone.pos}",
+                    f"is not JSON: {alone.msg.removesuffix(' at')} at column {self._column() + alone.pos}",
                     opens_lines,
                 )
         except (ValueError, RecursionError):
             pass
         number = self.line + self.text.count(self.newline, self.pos, error.pos)
         column = error.pos - self.text.rfind(self.newline, 0, error.pos)
-        return f"is no JSON: {error.msg.removesuffix(' at')} at line {number}, column {column}", opens_lines
+        return f"is not JSON: {error.msg.removesuffix(' at')} at line {number}, column {column}", opens_lines
 
     def _next_alike(self) -> int:
-        """Where the next line begins with a value, indented as this one is; else the end of the file."""
+        """The start of the next line with a value of the same indentation; else the end of the file."""
         start = None if self.indent is None else re.compile(f"{self.newline}{re.escape(self.indent)}[{{\\[]")
         while not (found := start and start.search(self.text, self.pos)):
             if not self._read_more():
@@ -214,7 +214,7 @@ class _Reader:
         return found.start() + 1
 
     def _skip_gap(self) -> bool:
-        """Go to the next value; whether there is one."""
+        """Advance to the next value; returns whether there is one."""
         while True:
             end = _GAP.match(self.text, self.pos).end()
             gap = self.text[self.pos : end].replace("\ufeff", "")
@@ -235,7 +235,7 @@ class _Reader:
         return found is not None
 
     def _read_more(self) -> bool:
-        """Read at least as much again as is held: what is tried again and again then costs linear time in all."""
+        """At least double the buffer, so that repeated parsing attempts take linear time in total."""
         parts = [self.text[self.pos :]]
         self.line_start -= self.pos
         self.pos = 0
@@ -281,7 +281,7 @@ def _read_rows(path: Path) -> Iterator[Value | Broken]:
     """The rows of a Parquet file as objects."""
     number = 0
     try:
-        # Opened here: Arrow takes no name that is not UTF-8.
+        # Opened here, because Arrow rejects file names that are not UTF-8.
         with path.open("rb") as file:
             for batch in parquet.ParquetFile(file).iter_batches(batch_size=_PARQUET_BATCH):
                 for row in batch.to_pylist():
@@ -293,7 +293,7 @@ def _read_rows(path: Path) -> Iterator[Value | Broken]:
 
 
 def _holds_bytes(text: str) -> bool:
-    """Whether a text has bytes in it that were no UTF-8."""
+    """Whether a text contains bytes that were not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:

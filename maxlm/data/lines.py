@@ -1,4 +1,4 @@
-"""The content of a file in blocks or lines, compressed or not. What stands before a break is still read."""
+"""Read a file in blocks or lines, compressed or not. The part before a corruption is still read."""
 
 import zlib
 from collections.abc import Iterator
@@ -7,11 +7,11 @@ from pathlib import Path
 import zstandard
 
 _BLOCK = 1 << 16
-_COMPRESSED_BLOCK = 1 << 14  # small: where data is damaged, the rest of a block is lost
+_COMPRESSED_BLOCK = 1 << 14  # small, because the rest of a block is lost after a corruption
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
-# What a compressed file begins with, whatever its name, and who reads it. A zstd window is at most 2 GB (--long=31).
+# Magic bytes of compressed files, and their decompressors. A zstd window is at most 2 GB (--long=31).
 _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 _DECOMPRESSORS = {
     ".gz": lambda: zlib.decompressobj(31),
@@ -20,7 +20,7 @@ _DECOMPRESSORS = {
 
 
 class BrokenFile(Exception):  # noqa: N818 - it ends an iteration and is always caught
-    """A file that cannot be read to its end; `rest` is the line that was cut."""
+    """A file cannot be read to the end; `rest` is the truncated last line."""
 
     def __init__(self, message: str, rest: bytes = b""):
         self.rest = rest
@@ -28,7 +28,7 @@ class BrokenFile(Exception):  # noqa: N818 - it ends an iteration and is always 
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:
-    """The content of a file, decompressed, in blocks of no fixed size; none of them is empty.
+    """Read the decompressed content of a file in non-empty blocks of varying size.
 
     Raises:
       BrokenFile: after the last block that can be read.
@@ -43,24 +43,24 @@ def read_blocks(path: Path) -> Iterator[bytes]:
     except (zlib.error, zstandard.ZstdError, EOFError) as error:
         raise BrokenFile(f"its compressed data cannot be read to the end: {error}") from None
     except MemoryError:
-        raise BrokenFile("its compressed data needs more memory than there is") from None
+        raise BrokenFile("its compressed data needs more memory than available") from None
     except OSError as error:
         raise BrokenFile(f"cannot be read: {error.strerror}") from None
 
 
 def line_end(first_block: bytes) -> bytes:
-    """What ends the lines of a file: a newline, or a carriage return where the file's beginning has no newline."""
+    """The line end of a file: a newline, or a carriage return if the first block has no newline."""
     return b"\r" if b"\r" in first_block and b"\n" not in first_block else b"\n"
 
 
 def read_text_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, counted from 1, each with its line end and without a byte order mark.
+    """Read the lines of a file, numbered from 1, each with its line end and without a byte order mark.
 
     Raises:
-      BrokenFile: after the last whole line that can be read.
+      BrokenFile: after the last complete line that can be read.
     """
     number, end = 0, b""
-    parts: list[bytes] = []  # of the line that is not whole yet
+    parts: list[bytes] = []  # of the line that is not complete yet
     problem = None
     blocks = read_blocks(path)
     while True:
@@ -85,7 +85,7 @@ def read_text_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _decompressed(path: Path) -> Iterator[bytes]:
-    """gzip and zstd files may hold several members, and zeros after them."""
+    """Decompress a file; gzip and zstd files may have several members, and zeros after them."""
     with path.open("rb") as file:
         start = file.read(4)
         file.seek(0)
@@ -102,4 +102,4 @@ def _decompressed(path: Path) -> Iterator[bytes]:
                     yield data
                 block, member = (member.unused_data, None) if member.eof else (b"", member)
     if member is not None:
-        raise EOFError("it breaks off")
+        raise EOFError("it is truncated")

@@ -1,7 +1,7 @@
-"""Packed rows to batches. Which rows a step reads is a pure function of the seed and the step.
+"""Batches of packed rows. The rows of a step are a pure function of the seed and the step.
 
-Grain shuffles each source anew in each epoch and mixes sources by weight; all of it is random access, so a run that
-goes on at step s reads what an unbroken one would have read, on any number of hosts and with any number of threads.
+Grain reshuffles each source in each epoch and mixes sources by weight, with random access: a run resumed at step s
+reads the same rows as an uninterrupted one, on any number of hosts and with any number of threads.
 
 Letters in names: B rows of a batch on one shard, L row length.
 """
@@ -21,13 +21,13 @@ from maxlm.errors import DataError, TokenizerError
 from maxlm.runtime.manifest import read_manifest
 from maxlm.runtime.written import table_batches
 
-# More steps than any run takes; Grain's own indices end at 2**63.
+# More steps than any run has; Grain's own indices end at 2**63.
 _ENDLESS = 1 << 40
 
 
 @dataclass(frozen=True)
 class StepDocument:
-    """A document that a step reads: the data folder, its place among the split's documents, and its id."""
+    """A document that a step reads: the data folder, its ordinal among the split's documents, and its id."""
 
     folder: str
     ordinal: int
@@ -37,7 +37,7 @@ class StepDocument:
 
 @dataclass(frozen=True)
 class OpenedSplit:
-    """A split of a data folder, its rows open for reading."""
+    """A split of a data folder, opened for reading."""
 
     folder: Path
     split: str
@@ -54,9 +54,9 @@ class OpenedSplit:
 
 
 class PackedRows:
-    """Batches by step. Made by `open_mixture` (endless, shuffled, mixed) and `open_in_order` (each row once).
+    """Batches by step. Created by `open_mixture` (endless, shuffled, mixed) and `open_in_order` (each row once).
 
-    `maxlm.data.held_out` has those of a validation.
+    `maxlm.data.held_out` has the batches for validation.
 
     Attributes:
       batch_size: rows of a step, over all shards.
@@ -75,11 +75,11 @@ class PackedRows:
         self.num_steps = None if num_rows is None else -(-num_rows // batch_size)
 
     def batch(self, step: int, *, shard: int = 0, num_shards: int = 1) -> dict[str, np.ndarray]:
-        """What one shard reads in a step; the shards' batches, end to end, are the whole one.
+        """One shard's batch of a step; concatenating those of all shards gives the whole batch.
 
         Returns:
           `tokens`, `targets`, `segment_ids`, `positions`: `[B, L]` int32, and `loss_weights`: `[B, L]` float32. In the
-          last step of `open_in_order`, rows that are not there are padding: weight and segment 0.
+          last step of `open_in_order`, missing rows are padding: weight and segment 0.
 
         Raises:
           DataError: if the shards do not divide the batch, or the step is past the end.
@@ -88,7 +88,7 @@ class PackedRows:
         return {name: np.stack([row[name] for row in arrays]) for name in arrays[0]}
 
     def documents(self, step: int) -> list[StepDocument]:
-        """The documents that a step reads, over all shards, in the order of its rows, each once."""
+        """The documents that a step reads, over all shards, in row order, each once."""
         found: dict[StepDocument, None] = {}
         for number, row in self._read(step, 0, 1):
             if row is not None:
@@ -101,9 +101,9 @@ class PackedRows:
     def iterate(
         self, start_step: int = 0, *, shard: int = 0, num_shards: int = 1, num_threads: int = 2, prefetch: int = 4
     ) -> Iterator[dict[str, np.ndarray]]:
-        """The batches from `start_step` on, read ahead by `num_threads` threads, at most `prefetch` batches of them.
+        """The batches from `start_step` on, with at most `prefetch` of them read ahead by `num_threads` threads.
 
-        The same batches as `batch(start_step)`, `batch(start_step + 1)`, ...; 0 threads reads without any.
+        The same batches as `batch(start_step)`, `batch(start_step + 1)`, ...; 0 threads reads synchronously.
         """
         self._check(start_step, shard, num_shards)
         end = start_step + _ENDLESS if self.num_steps is None else self.num_steps
@@ -121,7 +121,7 @@ class PackedRows:
             raise DataError(f"step {step} is outside of the data's {self.num_steps} steps, counted from 0")
 
     def _read(self, step: int, shard: int, num_shards: int) -> Iterator[tuple[int, Row | None]]:
-        """The rows of a step's shard, each with the number of its source; None past the last row."""
+        """The rows of one shard of a step, each with its source number; None past the last row."""
         self._check(step, shard, num_shards)
         size = self.batch_size // num_shards
         begin = step * self.batch_size + shard * size
@@ -155,20 +155,20 @@ def open_mixture(
     """An endless, shuffled mixture of data folders for training.
 
     Args:
-      sources: folders of `maxlm data build`, each with its weight: its share of the rows over the sum of weights. Each
+      sources: folders of `maxlm data build`, each with its weight, relative to the sum of weights. Each
         epoch of a source visits each of its rows once, in a new order.
       seed: of the order.
       batch_size: rows of a step, over all shards.
       split: of the folders.
-      expected_fingerprint: the tokenizer that the model is made for; None takes any, if the sources agree.
-      expected_row_length: tokens of a row; None takes any, if the sources agree.
+      expected_fingerprint: the model's tokenizer; None accepts any, if the sources agree.
+      expected_row_length: tokens of a row; None accepts any, if the sources agree.
 
     Raises:
-      DataError: if a folder is no complete build, or its rows have another length.
+      DataError: if a folder is not a complete build, or its rows have another length.
       TokenizerError: if a folder's rows were made with another tokenizer.
     """
     opened, row_length = open_splits([path for path, _ in sources], split, expected_fingerprint, expected_row_length)
-    # Every source repeats for ever: a mixture ends with the first of its sources that ends.
+    # Every source repeats forever: a mixture ends when its first source ends.
     endless = [
         _numbered(source, number).shuffle(seed=_source_seed(seed, number)).repeat()
         for number, source in enumerate(opened)
@@ -185,7 +185,7 @@ def open_in_order(
     expected_fingerprint: str | None = None,
     expected_row_length: int | None = None,
 ) -> PackedRows:
-    """Every row of data folders once and in order. Arguments and errors: `open_mixture`."""
+    """Every row of data folders, once and in order. Arguments and errors: `open_mixture`."""
     opened, row_length = open_splits(paths, split, expected_fingerprint, expected_row_length)
     rows = grain.MapDataset.concatenate([_numbered(source, number) for number, source in enumerate(opened)])
     num_rows = sum(len(source.records) for source in opened)
@@ -210,17 +210,17 @@ def open_splits(
         expected_fingerprint = expected_fingerprint or metrics["tokenizer_fingerprint"]
         if metrics["tokenizer_fingerprint"] != expected_fingerprint:
             raise TokenizerError(
-                f"{path}: its rows were made with the tokenizer {metrics['tokenizer_fingerprint'][:12]}, and"
-                f" {expected_fingerprint[:12]} is needed; build the data again with that tokenizer"
+                f"{path}: its rows were made with the tokenizer {metrics['tokenizer_fingerprint'][:12]}, but"
+                f" {expected_fingerprint[:12]} is needed; rebuild the data with that tokenizer"
             )
         expected_row_length = expected_row_length or metrics["row_length"]
         if metrics["row_length"] != expected_row_length:
             raise DataError(
-                f"{path}: its rows hold {metrics['row_length']} tokens, and {expected_row_length} are needed;"
+                f"{path}: its rows have {metrics['row_length']} tokens, but {expected_row_length} are needed;"
                 f" build the data with row_length={expected_row_length}, or set row_length to {metrics['row_length']}"
             )
         if not metrics["splits"].get(split, {}).get("rows"):
-            raise DataError(f"{path}: holds no rows of the split {split!r}; build it with a larger valid_fraction")
+            raise DataError(f"{path}: has no rows of the split {split!r}; build it with a larger valid_fraction")
         opened.append(OpenedSplit(path, split, open_records(path, split, metrics)))
     return opened, expected_row_length
 
@@ -230,5 +230,5 @@ def _numbered(source: OpenedSplit, number: int) -> grain.MapDataset:
 
 
 def _source_seed(seed: int, number: int) -> int:
-    """One seed for each source, so that equal sources are not shuffled alike; Grain takes 32 bits."""
+    """A separate 32-bit seed for each source, so that equal sources are shuffled differently."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""A map over processes that keeps order and holds only a few items at a time."""
+"""An ordered map over processes with a bounded number of pending items."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from maxlm.errors import DataError
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-# Fewer batches than this are done before processes have started.
+# With fewer batches than this, starting processes takes longer than the work.
 _BATCHES_WORTH_PROCESSES = 32
 _PENDING_PER_WORKER = 4
 
@@ -28,12 +28,12 @@ def map_in_order(make: Callable[[], Callable[[In], Out]], items: Iterable[In], *
     """`make()(item)` for each item, in order.
 
     Args:
-      make: picklable; called once in each process, so that what the function needs is loaded once.
-      items: read only a little ahead of what has been taken.
-      workers: processes. 0 takes one for each core if there are many items, and otherwise does without; 1 does without.
+      make: picklable; called once per process, so that its resources are loaded once.
+      items: read only slightly ahead of the consumed results.
+      workers: number of processes. 0 uses one per core if there are many items, else none; 1 uses none.
 
     Raises:
-      DataError: if a process dies, as it does when memory runs out.
+      DataError: if a process dies, for example out of memory.
     """
     items = iter(items)
     if workers == 0:
@@ -44,7 +44,7 @@ def map_in_order(make: Callable[[], Callable[[In], Out]], items: Iterable[In], *
         yield from map(make(), items)
         return
     pending: deque = deque()
-    # "spawn": a fork of a process that has threads, as JAX starts them, may hang.
+    # "spawn", because forking a process with threads, which JAX starts, may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(make,)) as pool:
         try:
@@ -56,7 +56,7 @@ def map_in_order(make: Callable[[], Callable[[In], Out]], items: Iterable[In], *
                 yield pending.popleft().result()
         except BrokenProcessPool:
             raise DataError(
-                f"one of {workers} worker processes died, which mostly means that memory ran out; set workers lower"
+                f"one of {workers} worker processes died, most likely out of memory; set workers lower"
             ) from None
         finally:
             for future in pending:

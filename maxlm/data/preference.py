@@ -1,4 +1,4 @@
-"""Preference pairs and prompts: reading, encoding, and padding to batches."""
+"""Preference pairs and prompts: reading, tokenization, and padding to batches."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class PreferencePairs:
     """The pairs of a file as token ids.
 
     Args:
-      parts: equal parts that a row must be divisible into.
+      parts: row_length must be divisible by this.
       places: FILE:LINE of each pair.
     """
 
@@ -50,13 +50,13 @@ class PreferencePairs:
         parts: int = 1,
         form: RecordFormat | None = None,
     ) -> Self:
-        """Pairs of a file with `prompt`, `chosen` and `rejected`; those too long are left out and counted.
+        """Read pairs of a file with `prompt`, `chosen` and `rejected`; those too long are skipped and counted.
 
-        Rows are as long as the longest answer needs, up to `row_length`, and can be cut into `parts`.
-        `prompt` is a list of messages or a plain text; an answer is a text, or, after messages, a list of messages.
+        Rows are as long as the longest answer, up to `row_length`, and divisible by `parts`.
+        `prompt` is a list of messages or a plain string; an answer is a string, or, after messages, a list of messages.
 
         Raises:
-          DataError: a line is no pair, or no pair is left.
+          DataError: a line is not a pair, or no pair is left.
         """
         form = form or RecordFormat()
         pairs, places, num_too_long = [], [], 0
@@ -64,7 +64,7 @@ class PreferencePairs:
             prompt, *answers = parse_pair(record, where, form)
             if answers[0] == answers[1]:
                 raise DataError(
-                    f"{where}: chosen and rejected are the same, so the pair prefers nothing; remove the line"
+                    f"{where}: chosen and rejected are the same, so there is no preference; remove the line"
                 )
             pair = tuple(encode_answer(tokenizer, prompt, answer, where) for answer in answers)
             if max(len(answer.ids) for answer in pair) > row_length:
@@ -83,10 +83,10 @@ class PreferencePairs:
         return [self._places[pair]]
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """These pairs, in this order, as the streams `chosen` and `rejected`; index -1 gives padding.
+        """These pairs, in order, as the streams `chosen` and `rejected`; index -1 gives padding.
 
-        One sequence stands in a row, from its left end; loss weights are 1 where the target is the answer's. A row
-        without tokens is padding.
+        Each row has one sequence, left-aligned; loss weights are 1 where the target is the answer's. A row without
+        tokens is padding.
         """
         pairs = [self._pairs[index] if index >= 0 else (_NOTHING, _NOTHING) for index in indices]
         chosen, rejected = zip(*pairs)
@@ -95,7 +95,7 @@ class PreferencePairs:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is sampled from: token ids, the record that a reward function sees, and its FILE:LINE."""
+    """A prompt to sample from: token ids, the record for the reward function, and its FILE:LINE."""
 
     ids: list[int]
     record: dict[str, Any]
@@ -110,12 +110,12 @@ def read_prompts(
     row_length: int,
     form: RecordFormat | None = None,
 ) -> list[Prompt]:
-    """Prompts of a file with `prompt` and `answer`; those longer than `max_prompt_length` are left out.
+    """Read prompts of a file with `prompt` and `answer`; those longer than `max_prompt_length` are skipped.
 
-    All other keys of a record are its reward function's.
+    All other keys of a record are for its reward function.
 
     Raises:
-      DataError: a line is no such record, or no prompt is left.
+      DataError: a line is not such a record, or no prompt is left.
     """
     form = form or RecordFormat()
     prompts, num_too_long = [], 0
@@ -131,7 +131,7 @@ def read_prompts(
 
 
 def pad(sequences: Sequence[ChatTokens], length: int) -> Stream:
-    """One sequence a row, all its tokens kept; the last one has no target."""
+    """Pad sequences to one per row, keeping all tokens; the last one has no target."""
     arrays = {name: np.zeros((len(sequences), length), np.int32) for name in ("tokens", "targets", "segment_ids")}
     loss_weights = np.zeros((len(sequences), length), np.float32)
     for row, sequence in enumerate(sequences):
@@ -145,7 +145,7 @@ def pad(sequences: Sequence[ChatTokens], length: int) -> Stream:
 
 
 def round_up(length: int, parts: int = 1) -> int:
-    """To a length at which few shapes are compiled, and that can be cut into so many equal parts."""
+    """Round up to a length that keeps the number of compiled shapes low and is divisible by `parts`."""
     multiple = math.lcm(_LENGTH_MULTIPLE, parts)
     return -(-length // multiple) * multiple
 

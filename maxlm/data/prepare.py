@@ -1,7 +1,7 @@
-"""The first stage of a build: sources to clean documents that are unlike each other, split into train and valid.
+"""The first stage of a build: sources to clean, deduplicated documents, split into train and valid.
 
-Cleaning and signatures run in worker processes, a batch at a time; what needs to know all documents (have we seen this
-one?) runs here, in the order of the sources, so the result does not depend on the number of workers.
+Cleaning and MinHash signatures run in worker processes, a batch at a time; deduplication, which needs all documents,
+runs here in source order, so the result does not depend on the number of workers.
 """
 
 import json
@@ -46,14 +46,14 @@ _BATCH_DOCUMENTS = 1000
 def build_documents(config: DataConfig) -> dict:
     """Write `documents/{train,valid}.parquet` and `rejects.jsonl` into the build's folder.
 
-    Documents that were made from the same sources with the same settings are left as they are.
+    Existing documents of the same sources and settings are reused.
 
     Returns:
       The manifest of the folder `documents`. Its metrics count every record: `records_in` is the number of documents
       kept plus the sum of `rejected`.
 
     Raises:
-      DataError: if a source cannot be used, or a split is left without documents.
+      DataError: if a source cannot be used, or a split has no documents.
     """
     folder = Path(config.output) / "documents"
     sources = find_sources(config.sources, output=Path(config.output))
@@ -70,7 +70,7 @@ def build_documents(config: DataConfig) -> dict:
 
     ngrams = evaluation_ngrams(config.decontaminate.files, config.decontaminate.ngram_words)
 
-    # From here on, what was built from the old documents is complete no more.
+    # From here on, outputs built from the old documents are incomplete.
     (folder.parent / FILE_NAME).unlink(missing_ok=True)
     (folder / FILE_NAME).unlink(missing_ok=True)
     temporary = folder.with_name("documents.tmp")
@@ -92,7 +92,7 @@ def build_documents(config: DataConfig) -> dict:
 
 
 def _settings(config: DataConfig) -> dict:
-    """All that the documents depend on, but for the files that are read."""
+    """All that the documents depend on, except for input files."""
     settings = config.model_dump(mode="json", exclude={"kind", "output", "tokenizer", "row_length", "workers"})
     if any(source.uri == EMBEDDED for source in config.sources):
         settings["python"] = platform.python_version()
@@ -150,7 +150,7 @@ def _write_documents(config: DataConfig, sources: list[FoundSource], ngrams: np.
 
 
 def _select_documents(config: DataConfig, sources: list[FoundSource], ngrams: np.ndarray) -> Iterator[Record]:
-    """Every record of the sources, in order: as a clean document, or rejected with the first reason that applies."""
+    """Every record of the sources, in order: a clean document, or a reject with the first reason that applies."""
     records = _batches(read_sources(sources))
     prepared = map_in_order(partial(_Preparer, config, ngrams), records, workers=config.workers)
     near = config.deduplicate.near_threshold
@@ -166,7 +166,7 @@ def _select_documents(config: DataConfig, sources: list[FoundSource], ngrams: np
                     record = _reject(record, "exact_duplicate", f"the same text as {original}")
                 elif item.signature is not None and (found := near_duplicates.add(item.signature)):
                     number, similarity = found
-                    detail = f"about {similarity:.0%} of its runs of words are shared with {kept_ids[number]}"
+                    detail = f"about {similarity:.0%} of its word n-grams are shared with {kept_ids[number]}"
                     record = _reject(record, "near_duplicate", detail)
                 else:
                     kept_hashes[item.text_hash] = record.id
@@ -176,12 +176,12 @@ def _select_documents(config: DataConfig, sources: list[FoundSource], ngrams: np
 
 
 def _split_number(document_id: str, config: DataConfig) -> float:
-    """A pure function of id and seed, even over 0 to 1. Documents below `valid_fraction` are held out."""
+    """A pure function of id and seed, uniform over 0 to 1. Documents below `valid_fraction` are held out."""
     return xxhash.xxh3_64_intdigest(f"{config.seed}/{document_id}".encode()) / 2**64
 
 
 def _hold_one_out(pending: dict[str, list[Document]], config: DataConfig) -> None:
-    """Of a few documents none may lie below the fraction: the lowest is held out."""
+    """Hold out the document with the lowest number, if among few documents none is below the fraction."""
     if len(pending["train"]) > 1:
         lowest = min(pending["train"], key=lambda document: _split_number(document.id, config))
         pending["train"].remove(lowest)
@@ -190,7 +190,7 @@ def _hold_one_out(pending: dict[str, list[Document]], config: DataConfig) -> Non
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A record after cleaning; a document's hash, and its MinHash signature where near-duplicates are looked for."""
+    """A record after cleaning; a document's hash, and its MinHash signature if near-duplicates are removed."""
 
     record: Record
     text_hash: bytes = b""
@@ -198,7 +198,7 @@ class _Prepared:
 
 
 class _Preparer:
-    """What is done to each batch on its own, in a worker process."""
+    """Cleans a batch and computes signatures, in a worker process."""
 
     def __init__(self, config: DataConfig, ngrams: np.ndarray):
         self._config = config
@@ -233,9 +233,7 @@ class _Preparer:
         words = hash_words(text)
         size = self._config.decontaminate.ngram_words
         if overlaps := count_overlaps(words, self._ngrams, size):
-            return _reject(
-                document, "contaminated", f"{overlaps} runs of {size} words stand in an evaluation set"
-            ), None
+            return _reject(document, "contaminated", f"{overlaps} {size}-grams of words are in an evaluation set"), None
         return replace(document, text=text), words
 
 
@@ -259,11 +257,11 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
 def _check_splits(counts: dict[str, Counter], config: DataConfig) -> None:
     total = sum(counter["documents"] for counter in counts.values())
     if total == 0:
-        raise DataError("no document is left: all were rejected; loosen clean, or look at the sources")
+        raise DataError("no document is left: all were rejected; loosen clean, or check the sources")
     for split, wanted in (("train", config.valid_fraction < 1), ("valid", config.valid_fraction > 0)):
         if wanted and counts[split]["documents"] == 0:
             raise DataError(
                 f"none of the {total} documents fell into the {split} split (valid_fraction is"
-                f" {config.valid_fraction}); cut the text into more documents with split_on_blank_lines or"
+                f" {config.valid_fraction}); split the text into more documents with split_on_blank_lines or"
                 " document_per_line, or change valid_fraction or seed"
             )

@@ -1,7 +1,7 @@
-"""Records of a user's own file: chats, preferences, prompts and tasks, in the forms that are common.
+"""Records of a user's file: chats, preferences, prompts and tasks, in common formats.
 
-Such a file's first mistake ends the run, with file and line. A key that is not known is a mistake too: what it says
-would not be done.
+The first error in such a file stops the run, with file and line. An unknown key is an error too, because it would be
+ignored silently.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from maxlm.data.json_values import Broken, lookup, read_values
 from maxlm.data.messages import Messages, check_keys, parse_messages
 from maxlm.errors import DataError
 
-# A chat is messages, or a prompt and what follows it; each is a text or messages.
+# A chat is messages, or a prompt and its completion; each is a string or messages.
 Text = str | Messages
 
 _CHAT_KEYS = ("messages", "conversations")
@@ -31,21 +31,21 @@ _CHAT_FORMS = (
 def read_records(path: str | Path, form: RecordFormat | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """`FILE:LINE` and object of each record of a JSON, JSONL or Parquet file, compressed or not.
 
-    What `form.fields` names is found under its standard name too.
+    Fields named by `form.fields` are also stored under their standard name.
 
     Raises:
-      DataError: there is no such file, something in it is no JSON object, or lacks a field that `form` names.
+      DataError: there is no such file, or something in it is not a JSON object or lacks a field that `form` names.
     """
     path = Path(os.path.expanduser(path))
     if problem := unreadable(path):
         raise DataError(f"{path}: {problem}")
     for item in read_values(path):
         if isinstance(item, Broken):
-            if item.reason == "empty_file":  # what is missing is told by who wants records
+            if item.reason == "empty_file":  # the caller reports missing records
                 return
             raise DataError(f"{item.where}: {item.detail}")
         if not isinstance(item.value, dict):
-            raise DataError(f"{item.where}: must be a JSON object {{...}}, and is {str(item.value)[:40]!r}")
+            raise DataError(f"{item.where}: must be a JSON object {{...}}, not {str(item.value)[:40]!r}")
         record = dict(item.value)
         for name, source in (form.fields if form else {}).items():
             if (value := lookup(item.value, source)) is None:
@@ -55,24 +55,24 @@ def read_records(path: str | Path, form: RecordFormat | None = None) -> Iterator
 
 
 def field(record: dict[str, Any], name: str, where: str) -> Any:
-    """A field that a record must have.
+    """A required field of a record.
 
     Raises:
-      DataError: it lacks the field; with the nearest one that it has.
+      DataError: it lacks the field; the message suggests the closest existing one.
     """
     if name in record:
         return record[name]
     near = difflib.get_close_matches(name, record, 1)
     has = textwrap.shorten(", ".join(record), 200, placeholder=" ...") or "nothing"
-    hint = f"; did you mean {name!r} where it has {near[0]!r}?" if near else f"; it has {has}"
+    hint = f"; did you mean {name!r} instead of {near[0]!r}?" if near else f"; it has {has}"
     raise DataError(f"{where}: lacks {name!r}{hint}")
 
 
 def parse_chat(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[Text | None, Text]:
-    """A record to learn from: messages after no prompt, or a prompt and its completion.
+    """Parse a record to train on: messages without a prompt, or a prompt and its completion.
 
     Raises:
-      DataError: it is in none of the forms that are read, or has an unknown key.
+      DataError: its format is not supported, or it has an unknown key.
     """
     if (found := _prompt(record, where, form)) is not None:
         prompt, known = found
@@ -80,7 +80,7 @@ def parse_chat(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[
             check_keys(record, (*known, "output"), where, form)
             answer = field(record, "output", where)
             if not isinstance(answer, str):
-                raise DataError(f"{where}: output must be a text")
+                raise DataError(f"{where}: output must be a string")
             return None, [*prompt, {"role": "assistant", "content": answer}]
         if "prompt" not in known:
             check_keys(record, known, where, form)
@@ -98,10 +98,10 @@ def parse_chat(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[
 
 
 def parse_pair(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[Text, Text, Text]:
-    """Prompt, chosen and rejected answer. Without a prompt it is what both answers begin with.
+    """Parse prompt, chosen and rejected answer. Without a prompt, it is the common beginning of both answers.
 
     Raises:
-      DataError: it is no pair, or has an unknown key.
+      DataError: it is not a pair, or has an unknown key.
     """
     if "preferred_output" in record:
         given = record.get("input")
@@ -124,7 +124,7 @@ def parse_pair(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[
     if prompt is None:
         count = _num_common(chosen, rejected)
         if count == 0 or type(chosen) is not type(rejected):
-            raise DataError(f"{where}: lacks 'prompt', and chosen and rejected have no beginning in common")
+            raise DataError(f"{where}: lacks 'prompt', and chosen and rejected have no common beginning")
         return chosen[:count], chosen[count:], rejected[count:]
     if isinstance(prompt, list) and are_chats and chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
         return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
@@ -132,10 +132,10 @@ def parse_pair(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[
 
 
 def parse_prompt(record: dict[str, Any], where: str, form: RecordFormat) -> Text:
-    """What a model is to go on from.
+    """Parse the prompt of a record.
 
     Raises:
-      DataError: the record has none, or its messages are broken.
+      DataError: the record has none, or its messages are malformed.
     """
     if (found := _prompt(record, where, form)) is not None:
         return found[0]
@@ -143,10 +143,10 @@ def parse_prompt(record: dict[str, Any], where: str, form: RecordFormat) -> Text
 
 
 def _prompt(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[Text, tuple[str, ...]] | None:
-    """The prompt, or chat, of a record, and the keys that it is made of; None where there is none."""
+    """The prompt, or chat, of a record, and the keys that it uses; None if there is none."""
     system = record.get("system")
     if system is not None and not isinstance(system, str):
-        raise DataError(f"{where}: system must be a text")
+        raise DataError(f"{where}: system must be a string")
     before = [{"role": "system", "content": system}] if system else []
     for key in _CHAT_KEYS:
         if record.get(key) is not None:
@@ -168,19 +168,19 @@ def _alpaca(record: dict[str, Any], where: str) -> Messages:
     texts = [text for turn in history for text in turn]
     texts.append("\n".join(text for text in (record["instruction"], record.get("input")) if text))
     if not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{where}: instruction, input and history must hold texts")
+        raise DataError(f"{where}: instruction, input and history must be strings")
     return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
 
 
 def _answer(answer: Any, where: str, form: RecordFormat) -> Any:
-    """An answer's messages; one that is no list or object is left as it is."""
+    """Parse an answer's messages; one that is not a list or object is returned as it is."""
     if isinstance(answer, dict):
         answer = [answer]
     return parse_messages(answer, where, form, name="an answer") if isinstance(answer, list) else answer
 
 
 def _num_common(first: Any, second: Any) -> int:
-    """How many messages, or characters up to a space between words, two answers have in common at their beginning."""
+    """The number of messages, or of characters up to a word boundary, in the common beginning of two answers."""
     if not isinstance(first, Collection) or not isinstance(second, Collection):
         return 0
     count = next((index for index, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))

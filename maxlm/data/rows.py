@@ -1,20 +1,20 @@
-"""Packed rows: token streams cut into rows of one length, and the record that stores a row.
+"""Packed rows: token streams split into rows of one length, and the record format of a row.
 
-The documents of a split form one stream, `[bos document eos][bos document eos]...`. A row holds `row_length + 1` tokens
-of it and shares one token with the next row, so that every token but the very first is a target exactly once. Only
+The documents of a split form one stream, `[bos document eos][bos document eos]...`. A row has `row_length + 1` tokens
+of it and shares one token with the next row, so that every token except the very first is a target exactly once. Only
 the last row is padded.
 
 A record, little-endian:
 
-    bytes       what
+    bytes       content
     0..1        b"PR"
     2           version of this layout: 1
     3           bytes of a token: 2 or 4
     4..7        row_length L
-    8..11       number of tokens that are no padding, 2 to L + 1
-    12..15      number S of documents that begin in the row or go on from the row before
-    16..23      ordinal of the first of them; the others follow it in order
-    24..        S uint32: where each begins among the row's tokens; the first always at 0
+    8..11       number of tokens without padding, 2 to L + 1
+    12..15      number S of documents that begin in the row or continue from the previous row
+    16..23      ordinal of the first of them; the others follow in order
+    24..        S uint32: start of each among the row's tokens; the first is always 0
     then        L + 1 unsigned integers: the tokens
 """
 
@@ -36,8 +36,8 @@ class Row:
 
     Attributes:
       tokens: `[row_length + 1]` int32, padded at the end.
-      num_tokens: tokens that are no padding.
-      starts: `[num_documents]`: where each document begins among the tokens; one begun in the row before, at 0.
+      num_tokens: number of tokens without padding.
+      starts: `[num_documents]`: start of each document among the tokens; 0 if it began in the previous row.
       first_document: ordinal of the first document in the split's documents; the others follow in order.
     """
 
@@ -48,7 +48,7 @@ class Row:
 
     @property
     def row_length(self) -> int:
-        """Tokens that a model reads."""
+        """Number of tokens that a model reads."""
         return len(self.tokens) - 1
 
     @property
@@ -58,10 +58,10 @@ class Row:
         return range(self.first_document, self.first_document + num_read)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What a batch holds of this row, each `[row_length]`: int32, the weights float32.
+        """The arrays of this row in a batch, each `[row_length]`: int32, loss weights float32.
 
-        `segment_ids` counts the documents of the row from 1 and is 0 for padding. `positions` restarts with each.
-        `loss_weights` is 0 where the target belongs to another document than the token, or is padding.
+        `segment_ids` numbers the documents of the row from 1 and is 0 for padding. `positions` restarts with each.
+        `loss_weights` is 0 if the target belongs to another document than the token, or is padding.
         """
         length = self.row_length
         ends = np.append(self.starts[1:], self.num_tokens)
@@ -79,7 +79,7 @@ class Row:
 
 
 def encode_row(row: Row, *, token_bytes: int) -> bytes:
-    """The record of a row."""
+    """Encode a row as a record."""
     header = _HEADER.pack(
         _MAGIC, _VERSION, token_bytes, row.row_length, row.num_tokens, len(row.starts), row.first_document
     )
@@ -87,13 +87,13 @@ def encode_row(row: Row, *, token_bytes: int) -> bytes:
 
 
 def decode_row(record: bytes) -> Row:
-    """The row of a record.
+    """Decode a record to a row.
 
     Raises:
-      DataError: if the record is none of this layout.
+      DataError: if the record has another format.
     """
     if record[:3] != _MAGIC + bytes([_VERSION]):
-        raise DataError("a packed row is not of the layout that this version reads; run `maxlm data build` again")
+        raise DataError("a packed row has a format that this version cannot read; run `maxlm data build` again")
     _, _, token_bytes, length, num_tokens, num_segments, first_document = _HEADER.unpack_from(record)
     starts = np.frombuffer(record, "<u4", num_segments, _HEADER.size)
     tokens = np.frombuffer(record, f"<u{token_bytes}", length + 1, _HEADER.size + 4 * num_segments)
@@ -101,25 +101,25 @@ def decode_row(record: bytes) -> Row:
 
 
 def token_bytes_for(vocab_size: int) -> int:
-    """Bytes that a stored token takes."""
+    """Bytes per stored token."""
     return 2 if vocab_size <= 1 << 16 else 4
 
 
 class Packer:
-    """Cuts a stream of documents into rows. Feed it batches with `add`, then take the last row from `finish`."""
+    """Splits a stream of documents into rows. Pass batches to `add`, then get the last row from `finish`."""
 
     def __init__(self, *, row_length: int, pad_id: int):
         self._length = row_length
         self._pad_id = pad_id
-        self._tokens = np.empty(0, np.int32)  # not yet in a row, but for the one that rows share
-        self._starts = np.empty(0, np.int64)  # of documents, in `_tokens`; the first may be negative: begun before
+        self._tokens = np.empty(0, np.int32)  # not yet in a row, except for the shared one
+        self._starts = np.empty(0, np.int64)  # of documents, in `_tokens`; negative if the first began before
         self._first_document = 0  # ordinal of the first of `_starts`
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> Iterator[Row]:
-        """The rows that are full after these documents.
+        """Add documents; yields the rows that they complete.
 
         Args:
-          tokens: the documents' tokens end to end, bos and eos with them.
+          tokens: the documents' concatenated tokens, including bos and eos.
           lengths: `[num_documents]` tokens of each.
         """
         starts = len(self._tokens) + np.cumsum(lengths) - lengths
@@ -136,7 +136,7 @@ class Packer:
         self._first_document += num_past
 
     def finish(self) -> Iterator[Row]:
-        """The last row, padded, if there are tokens that have not been a target."""
+        """The last, padded row, if there are tokens that have not been a target."""
         if len(self._tokens) > 1:
             yield self._row(0)
         self._tokens = np.empty(0, np.int32)

@@ -1,4 +1,4 @@
-"""A data folder for the eye: documents, packed rows, rejected records, and what a run reads in a step."""
+"""Inspect a data folder: documents, packed rows, rejected records, and the documents of a training step."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,11 +39,11 @@ def read_rejects(folder: str | Path) -> Iterator[dict]:
 
 
 def read_rows(folder: str | Path, split: str) -> Iterator[dict]:
-    """The packed rows of a split, each with the ids of its documents and, control tokens written out, its text.
+    """The packed rows of a split, each with its document ids and its text including control tokens.
 
     Raises:
       DataError: if the folder has not been built.
-      TokenizerError: if the tokenizer that the rows were made with is not where the manifest names it.
+      TokenizerError: if the tokenizer of the rows is not at the location in the manifest.
     """
     manifest = read_manifest(folder)
     rows = open_in_order([folder], split=split, batch_size=1)
@@ -51,8 +51,8 @@ def read_rows(folder: str | Path, split: str) -> Iterator[dict]:
     tokenizer = Tokenizer.load(tokenizer_folder)
     if tokenizer.fingerprint != (made_with := manifest["metrics"]["tokenizer_fingerprint"]):
         raise TokenizerError(
-            f"{tokenizer_folder}: is another tokenizer ({tokenizer.fingerprint[:12]}) than the rows of {folder}"
-            f" were made with ({made_with[:12]}); build the data again, or put that tokenizer back"
+            f"{tokenizer_folder}: is not the tokenizer ({tokenizer.fingerprint[:12]}) that the rows of {folder}"
+            f" were made with ({made_with[:12]}); rebuild the data, or restore that tokenizer"
         )
     for step in range(rows.num_steps):
         batch = rows.batch(step)
@@ -66,7 +66,7 @@ def read_rows(folder: str | Path, split: str) -> Iterator[dict]:
 
 
 def open_run(folder: str | Path) -> PackedRows:
-    """The rows that a pretraining run reads, as its configuration says.
+    """Open the rows that a pretraining run reads, by its configuration.
 
     Raises:
       DataError: if the run reads no packed rows.

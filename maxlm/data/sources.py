@@ -1,6 +1,6 @@
-"""Sources to documents: the embedded corpus, files and globs of them, TFDS and Hugging Face data sets.
+"""Read documents from sources: the embedded corpus, files and globs, TFDS and Hugging Face datasets.
 
-A broken record is yielded as a `Reject` and the run goes on; a source of which nothing can be read is an error.
+A malformed record is yielded as a `Reject` and reading continues; a source without any readable record is an error.
 """
 
 import difflib
@@ -23,7 +23,7 @@ from maxlm.errors import DataError
 
 
 def read_source(source: SourceConfig) -> Iterator[Record]:
-    """`read_sources` of one source alone."""
+    """`read_sources` for a single source."""
     yield from read_sources(find_sources([source]))
 
 
@@ -31,7 +31,7 @@ def read_sources(sources: Iterable[FoundSource]) -> Iterator[Record]:
     """Every record of each source, in a fixed order.
 
     Raises:
-      DataError: if a source is missing, empty, of a format that is not read, or if all of its records are broken.
+      DataError: if a source is missing, empty, of an unknown format, or if all its records are malformed.
     """
     for source in sources:
         yield from _checked(_records(source), source.config)
@@ -50,7 +50,7 @@ def _checked(records: Iterator[Record], source: SourceConfig) -> Iterator[Record
             return
     if num_documents == 0:
         if first_reject is None:
-            raise DataError(f"source {source.uri}: holds no documents")
+            raise DataError(f"source {source.uri}: has no documents")
         raise DataError(
             f"source {source.uri}: no record of it can be used; the first, {first_reject.id}: {first_reject.detail}"
         )
@@ -73,17 +73,17 @@ def _records(source: FoundSource) -> Iterator[Record]:
 
 
 def _read_text(file: SourceFile, source: SourceConfig) -> Iterator[Record]:
-    """One document for the file, or for each line, or for about `split_on_blank_lines` characters."""
-    is_cut = source.document_per_line or source.split_on_blank_lines is not None
+    """One document for the file, for each line, or for about `split_on_blank_lines` characters."""
+    is_split = source.document_per_line or source.split_on_blank_lines is not None
     lines: list[str] = []
     size, first_line, problem = 0, 1, ""
 
     def take() -> Iterator[Record]:
-        name = f"{file.name}:{first_line}" if is_cut else file.name
+        name = f"{file.name}:{first_line}" if is_split else file.name
         text = "".join(lines)
         if problem:
             yield Reject(name, source.uri, "broken_text", f"{file.path}: {problem}", text)
-        elif text.strip() or not is_cut:
+        elif text.strip() or not is_split:
             yield Document(name, source.uri, source.licence, text)
 
     number = 0
@@ -105,7 +105,7 @@ def _read_text(file: SourceFile, source: SourceConfig) -> Iterator[Record]:
         problem = str(error)
     if number == 0 and not problem:
         yield Reject(file.name, source.uri, "empty_file", f"{file.path}: is empty", "")
-    elif lines or not is_cut:
+    elif lines or not is_split:
         yield from take()
 
 
@@ -120,16 +120,16 @@ def _read_json(file: SourceFile, source: SourceConfig) -> Iterator[Record]:
 
 
 def _read_parquet(file: SourceFile, source: SourceConfig) -> Iterator[Record]:
-    """The columns of a Parquet file that hold text and id; the others are not read."""
+    """Read the columns of a Parquet file that hold text and id; the others are not read."""
     path = file.path
     try:
-        # Opened here: Arrow takes no name that is not UTF-8.
+        # Opened here, because Arrow rejects file names that are not UTF-8.
         table = parquet.ParquetFile(path.open("rb"))
         fields = [field for field in (source.text_field, source.id_field) if field is not None]
         columns = sorted({_column(field, table.schema_arrow.names, path) for field in fields})
         batches = table.iter_batches(columns=columns, batch_size=1024)
     except (pyarrow.ArrowException, OSError) as error:
-        yield Reject(file.name, source.uri, "broken_file", f"{path}: is no Parquet file: {_first_line(error)}", "")
+        yield Reject(file.name, source.uri, "broken_file", f"{path}: is not a Parquet file: {_first_line(error)}", "")
         return
     position = 0
     while True:
@@ -148,7 +148,7 @@ def _read_parquet(file: SourceFile, source: SourceConfig) -> Iterator[Record]:
             except UnicodeDecodeError as error:
                 detail = f"{where}: is not valid UTF-8"
                 yield Reject(place, source.uri, "broken_text", detail, shown(error.object))
-            # Some times and decimals are beyond what Python can hold.
+            # Some times and decimals are out of Python's range.
             except (ValueError, OverflowError, pyarrow.ArrowException) as error:
                 detail = f"{where}: holds a value that cannot be read: {_first_line(error)}"
                 yield Reject(place, source.uri, "broken_value", detail, "")
@@ -158,7 +158,7 @@ def _read_parquet(file: SourceFile, source: SourceConfig) -> Iterator[Record]:
 
 
 def _column(field: str, names: list[str], path: Path) -> str:
-    """The column that holds a field, which may be nested in it."""
+    """The column of a field, which may be nested in the column."""
     column = field if field in names else field.partition(".")[0]
     if names.count(column) == 1:
         return column
@@ -182,16 +182,14 @@ def _from_rows(rows: Iterable[dict], source: FoundSource) -> Iterator[Record]:
 
 
 def _from_row(row: object, source: SourceConfig, *, place: str, where: str) -> Record:
-    """A document of a mapping with a text field; `place` is its id where it has none of its own."""
+    """Make a document of a mapping with a text field; `place` is its id if it has none."""
 
     def reject(reason: str, detail: str) -> Reject:
         text = json.dumps(row, ensure_ascii=False, default=str)
         return Reject(place, source.uri, reason, f"{where}: {shown(detail)}", shown(text))
 
     if not isinstance(row, dict):
-        return reject(
-            "no_text", f"must be an object with the field {source.text_field!r}, and is no object with fields"
-        )
+        return reject("no_text", f"must be an object with the field {source.text_field!r}, but is not an object")
     values = {}
     for field in (source.text_field, source.id_field):
         value = lookup(row, field) if field else None
@@ -205,11 +203,11 @@ def _from_row(row: object, source: SourceConfig, *, place: str, where: str) -> R
     if not isinstance(text, str):
         near = difflib.get_close_matches(source.text_field, [key for key in row if isinstance(row[key], str)], 1)
         hint = f"; did you mean text_field: {near[0]}?" if near else ""
-        return reject("no_text", f"field {source.text_field!r} holds no text{hint}")
+        return reject("no_text", f"field {source.text_field!r} is not a string{hint}")
     given_id = values[source.id_field] if source.id_field else None
     document = Document(place if given_id is None else str(given_id), source.uri, source.licence, text)
     if shown(document.id + document.text) != document.id + document.text:
-        return reject("broken_text", "holds half of a surrogate pair")
+        return reject("broken_text", "contains a lone surrogate")
     return document
 
 

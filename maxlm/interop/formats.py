@@ -1,4 +1,4 @@
-"""Folders in the formats of others, or for others: each is one module of this package that defines `FORMAT`."""
+"""Model folder formats other than run folders: each is a module of this package that defines `FORMAT`."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ from maxlm.tokenizer.codec import Tokenizer
 
 @dataclass(frozen=True)
 class Candidate:
-    """A quantised model, and how it was quantised, in a few words."""
+    """A quantized model, and a short description of the quantization."""
 
     description: str
     model: Decoder
@@ -21,16 +21,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Format:
-    """How a model lies in a folder that is no run of `maxlm train`.
+    """A format of a model folder that is not a run of `maxlm train`.
 
-    name: as `maxlm export --format` takes it.
-    title: what a folder of it is, such as "an int8 bundle".
-    recognizes: whether a folder is of this format, by what it is named or holds.
-    load: the model on the first device, and its tokenizer, or None where it has none; raises CheckpointError where the
-      folder is damaged.
-    write: puts a model, its tokenizer and the receipt of its quantisation (or {}) into an empty folder.
-    quantize: models to write in the place of a float one, the smallest first: that one is written whose receipt lies
-      within its bounds. None: the format holds the model as it is.
+    name: the value of `maxlm export --format`.
+    title: description of a folder, such as "an int8 bundle".
+    recognizes: whether a folder is of this format, by its name or content.
+    load: the model on the first device, and its tokenizer or None; raises CheckpointError if the folder is corrupt.
+    write: writes a model, its tokenizer and the receipt of its quantization (or {}) into an empty folder.
+    quantize: quantized models to try, smallest first: the first one whose receipt is within its bounds is written.
+      None: the format stores the model as it is.
     """
 
     name: str
@@ -43,10 +42,10 @@ class Format:
 
 @functools.cache
 def formats() -> tuple[Format, ...]:
-    """All formats, by name."""
+    """All formats, sorted by name."""
     return tuple(sorted(collect("maxlm.interop", "FORMAT"), key=lambda found: found.name))
 
 
 def find_format(path: Path) -> Format | None:
-    """The format of a folder; None for a run, a checkpoint, or what is nothing of the kind."""
+    """The format of a folder; None for a run, a checkpoint, or anything else."""
     return next((found for found in formats() if found.recognizes(path)), None)

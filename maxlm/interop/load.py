@@ -1,4 +1,4 @@
-"""A trained model, whatever its folder is: a run, a checkpoint, or a folder of one of the formats here."""
+"""Load a trained model from a run, a checkpoint, or a folder of one of the formats here."""
 
 import os
 from pathlib import Path
@@ -16,39 +16,39 @@ from maxlm.tokenizer.codec import Tokenizer
 def load_model(
     path: str | os.PathLike, mesh: Mesh | None = None, *, ema: bool = False
 ) -> tuple[Decoder, Tokenizer | None]:
-    """A language model with its adapters merged, and its tokenizer; None where it has none.
+    """Load a language model with its adapters merged, and its tokenizer; None if it has none.
 
     Args:
       path: a run folder, a checkpoint, or a folder of another format.
-      mesh: where to lay it; None is the first device.
-      ema: the running mean of a run's weights instead of the weights.
+      mesh: the mesh to shard it over; None is the first device.
+      ema: load the EMA weights of a run instead of the weights.
 
     Raises:
-      CheckpointError: there is no such model, or it cannot be read, laid over a mesh, or generate text.
+      CheckpointError: there is no such model, or it cannot be read, sharded over a mesh, or generate text.
     """
     model, tokenizer = _load(path, mesh, ema=ema)
     if isinstance(model, RewardModel):
-        raise CheckpointError(f"{path}: holds a reward model, which generates no text")
+        raise CheckpointError(f"{path}: is a reward model, which cannot generate text")
     return model, tokenizer
 
 
 def load_reward_model(path: str | os.PathLike, mesh: Mesh | None = None) -> tuple[RewardModel, Tokenizer | None]:
-    """A reward model with its adapters merged, and its tokenizer; see `load_model`.
+    """Load a reward model with its adapters merged, and its tokenizer; see `load_model`.
 
     Raises:
-      CheckpointError: there is no such model, or it cannot be read, or it is no reward model.
+      CheckpointError: there is no such model, it cannot be read, or it is not a reward model.
     """
     model, tokenizer = _load(path, mesh)
     if not isinstance(model, RewardModel):
         raise CheckpointError(
-            f"{path}: holds a language model, and no reward model; give the run folder of a training with"
-            " objective.kind=reward, as configs/post/reward.yaml is"
+            f"{path}: is a language model, not a reward model; give the run folder of a training with"
+            " objective.kind=reward, such as configs/post/reward.yaml"
         )
     return model, tokenizer
 
 
 def check_folder(path: str | os.PathLike) -> None:
-    """Raise CheckpointError where there is no folder at all, before anything is waited for."""
+    """Raise CheckpointError early if there is no folder at all."""
     if not storage_path(path).is_dir():
         *others, last = ["a run", "a checkpoint", *(found.title for found in formats())]
         raise CheckpointError(f"{path}: there is no such folder; give {', '.join(others)} or {last}")
@@ -60,12 +60,12 @@ def _load(
     check_folder(path)
     found = find_format(Path(path))
     if found is None:
-        # Orbax takes half a second to import, which a server of a bundle can do without.
+        # Orbax takes half a second to import, which a server of a bundle does not need.
         from maxlm.checkpoint.load import load_checkpoint
 
         return load_checkpoint(path, mesh, ema=ema)
     if ema:
-        raise CheckpointError(f"{path}: is {found.title}, which holds one set of weights; export it with --ema")
+        raise CheckpointError(f"{path}: is {found.title}, which has one set of weights; export it with --ema")
     if mesh is not None:
-        raise CheckpointError(f"{path}: is {found.title}, and training needs the run that it was exported from")
+        raise CheckpointError(f"{path}: is {found.title}, but training needs the run that it was exported from")
     return found.load(Path(path))

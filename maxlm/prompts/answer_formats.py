@@ -1,4 +1,4 @@
-"""Where the answer stands in a text that reasons first."""
+"""Extract the final answer of a text that reasons first."""
 
 import re
 
@@ -8,11 +8,11 @@ _FINAL_LINE = re.compile(r"(?:^|\n)####[ \t]*(\S.*)\s*$")
 
 
 def tagged_answers(text: str) -> list[str]:
-    """What stands in each <answer>...</answer>."""
+    """The content of each <answer>...</answer>."""
     return _TAGGED.findall(text)
 
 
 def final_line(text: str) -> str:
-    """What a last line `#### 18` says; the whole text where it has none."""
+    """The answer in a last line such as `#### 18`; the whole text if there is none."""
     found = _FINAL_LINE.search(text)
     return found[1].strip() if found else text

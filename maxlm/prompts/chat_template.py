@@ -1,7 +1,7 @@
-"""How messages become tokens: for each role, what stands before and after its content.
+"""Chat templates: the tokens before and after the content of each role.
 
-The template is data, not code: lists of control tokens and of literal text. Control tokens are inserted by id, so
-nothing that a message says can be taken for one.
+The template is data, not code: lists of control tokens and literal text. Control tokens are inserted by id, so message
+text can never be parsed as one.
 """
 
 import difflib
@@ -20,7 +20,7 @@ CONTROL_TOKENS = (SYSTEM, USER, ASSISTANT, END)
 
 @dataclass(frozen=True)
 class RoleTemplate:
-    """What stands around a role's content. A part is `{"control": TOKEN}` or `{"text": TEXT}`."""
+    """Prefix and suffix of a role's content. A part is `{"control": TOKEN}` or `{"text": TEXT}`."""
 
     prefix: tuple[dict[str, str], ...]
     suffix: tuple[dict[str, str], ...]
@@ -28,7 +28,7 @@ class RoleTemplate:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Roles, and the role that answers: its content and suffix are what a model learns to write."""
+    """Roles, and the answering role, whose content and suffix the model learns to generate."""
 
     roles: dict[str, RoleTemplate]
     answering_role: str
@@ -43,24 +43,24 @@ class ChatTemplate:
         if isinstance(name, str) and name in self.roles:
             return self.roles[name]
         near = difflib.get_close_matches(str(name), self.roles, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"this tokenizer knows {', '.join(self.roles)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"this tokenizer has {', '.join(self.roles)}"
         raise TokenizerError(f"chat role {name!r} is unknown; {hint}")
 
     def control_tokens(self) -> set[str]:
-        """Every control token that the template names."""
+        """Every control token of the template."""
         parts = [*self.begin, *(part for role in self.roles.values() for part in (*role.prefix, *role.suffix))]
         return {part["control"] for part in parts if "control" in part}
 
     def to_json(self) -> str:
-        """The template's file: the same template gives the same bytes."""
+        """Serialize the template; equal templates give equal bytes."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> "ChatTemplate":
-        """Read a template's file.
+        """Read a template file.
 
         Raises:
-          TokenizerError: if it is missing or is no template.
+          TokenizerError: if it is missing or not a template.
         """
         try:
             tree = json.loads(storage_path(path).read_text(encoding="utf-8"))
@@ -72,14 +72,14 @@ class ChatTemplate:
         except OSError as error:
             raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise TokenizerError(f"{path}: is no chat template: {type(error).__name__}: {error}") from None
+            raise TokenizerError(f"{path}: is not a chat template: {type(error).__name__}: {error}") from None
         if template.answering_role not in roles:
-            raise TokenizerError(f"{path}: answering_role {template.answering_role!r} is none of its roles")
+            raise TokenizerError(f"{path}: answering_role {template.answering_role!r} is not one of its roles")
         return template
 
 
 def default_chat_template(bos_token: str) -> ChatTemplate:
-    """`<|bos|><|user|>question<|end|><|assistant|>answer<|end|>`, with a system message where one is wanted."""
+    """`<|bos|><|user|>question<|end|><|assistant|>answer<|end|>`, with an optional system message."""
 
     def role(token: str) -> RoleTemplate:
         return RoleTemplate(prefix=({"control": token},), suffix=({"control": END},))

@@ -1,4 +1,4 @@
-"""What several processes must decide alike."""
+"""Decisions that all processes must agree on."""
 
 import json
 from typing import Any
@@ -9,14 +9,14 @@ from jax.experimental import multihost_utils
 
 
 def any_process(flag: bool) -> bool:
-    """Whether it is true of any process. All of them must call it."""
+    """Whether `flag` is true on any process. All processes must call it."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag, np.int32))))
 
 
 def from_primary(value: Any) -> Any:
-    """What the first process gives, as JSON can hold it. All of them must call it."""
+    """Broadcast the JSON-serializable value of process 0. All processes must call it."""
     if jax.process_count() == 1:
         return value
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)

@@ -1,4 +1,4 @@
-"""What the commands' arguments have in common. Imports nothing heavy: `maxlm --help` reads all of them."""
+"""Shared command-line argument types. Imports nothing heavy: `maxlm --help` loads all commands."""
 
 import argparse
 import math
@@ -10,10 +10,10 @@ from maxlm.errors import RequestError
 
 
 def add_config(parser: argparse.ArgumentParser, kind: str) -> None:
-    """Add `config`, a file of this kind, and `overrides` for `load_config`."""
+    """Add `config`, a file of this kind, and `overrides`, for `load_config`."""
     parser.add_argument("config", metavar="CONFIG", help=f"a YAML file with kind: {kind}")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="settings that differ from the file's"
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that override the file's"
     )
 
 
@@ -34,7 +34,7 @@ port = _whole(0, 65535)
 
 
 def at_least_zero(text: str) -> float:
-    """For `type=`: a finite number of at least 0."""
+    """For `type=`: a finite non-negative number."""
     try:
         value = float(text)
     except ValueError:
@@ -48,14 +48,14 @@ def text_or_stdin(text: str) -> str:
     """The text of an argument for which `-` reads standard input.
 
     Raises:
-      RequestError: standard input is no text.
+      RequestError: standard input is not text.
     """
     if text != "-":
         return text
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise RequestError(f"standard input is no {error.encoding.upper()} text; give it as UTF-8") from None
+        raise RequestError(f"standard input is not {error.encoding.upper()} text; give it as UTF-8") from None
 
 
 def _short(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Several processes that train as one: start-up, and stopping together."""
+"""Multi-process training: start-up, and stopping together."""
 
 import atexit
 import contextlib
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import jax
 
-# The one private name of JAX in use: how it finds processes on TPU slices, GKE, SLURM and Open MPI has no public one,
-# and is JAX's to keep up to date. tests/runtime/test_distributed.py fails when it changes.
+# The only private JAX API in use: cluster detection on TPU slices, GKE, SLURM and Open MPI has no public API, and JAX
+# keeps it up to date. tests/runtime/test_distributed.py fails when it changes.
 from jax._src.clusters import ClusterEnv
 
 from maxlm.config.processes import ProcessesConfig
@@ -21,20 +21,20 @@ from maxlm.errors import ConfigError
 from maxlm.runtime.peers import Peers, meet
 from maxlm.runtime.progress import console
 
-# Each setting, as our own variable, as JAX's, and as those of the launchers that count processes.
+# Environment variables of each setting: our own, JAX's, and those of the launchers that count processes.
 _COORDINATOR = ("MAXLM_COORDINATOR", "JAX_COORDINATOR_ADDRESS")
 _NUM_PROCESSES = ("MAXLM_NUM_PROCESSES", "JAX_NUM_PROCESSES", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
 _PROCESS_ID = ("MAXLM_PROCESS_ID", "JAX_PROCESS_ID", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
-# How much longer JAX's own watch waits than ours, which says more.
-_JAX_IS_SLOWER = 60
+# How much longer JAX's own heartbeat timeout is than ours, which gives better messages.
+_JAX_EXTRA_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A run of several processes: where process 0 is (host:port), how many there are, and which one this is.
+    """A multi-process run: the address of process 0 (host:port), the number of processes, and this process's id.
 
-    local_devices: the devices of the machine that are this process's; None is all.
+    local_devices: the devices of the machine that belong to this process; None is all.
     """
 
     address: str
@@ -47,16 +47,16 @@ _peers: Peers | None = None
 
 
 def initialize_distributed(settings: ProcessesConfig = ProcessesConfig()) -> Peers | None:  # noqa: B008 - immutable
-    """Join the other processes of this run, when the environment says that there are others; else do nothing.
+    """Connect to the other processes of this run, if the environment names any; else do nothing.
 
-    Must be called before JAX looks at its devices.
+    Must be called before JAX initializes its devices.
 
     Returns:
-      What keeps this process in touch with the others; None where there are none.
+      The connection to the other processes; None if there are none.
 
     Raises:
-      ConfigError: the environment says half of what is needed, or the processes are numbered wrongly.
-      FaultError: not all of them came within `settings.start_timeout_seconds`.
+      ConfigError: the environment is incomplete, or the processes are numbered wrongly.
+      FaultError: not all of them connected within `settings.start_timeout_seconds`.
     """
     global _peers
     if _peers is not None or (cluster := find_cluster(settings.start_timeout_seconds)) is None:
@@ -68,7 +68,7 @@ def initialize_distributed(settings: ProcessesConfig = ProcessesConfig()) -> Pee
         timeout=settings.start_timeout_seconds,
         heartbeat_seconds=settings.heartbeat_seconds,
     )
-    slower = int(settings.heartbeat_seconds) + _JAX_IS_SLOWER
+    slower = int(settings.heartbeat_seconds) + _JAX_EXTRA_SECONDS
     jax.distributed.initialize(
         cluster.address,
         cluster.num_processes,
@@ -79,10 +79,10 @@ def initialize_distributed(settings: ProcessesConfig = ProcessesConfig()) -> Pee
         heartbeat_timeout_seconds=slower,
         shutdown_timeout_seconds=slower,
     )
-    # Registered after JAX's own, so that it runs before that one waits for the others.
+    # Registered after JAX's own handler, so that it runs before that one waits for the others.
     atexit.register(_peers.leave)
     if cluster.process:
-        # What one prints is enough; an error still is told.
+        # Only process 0 prints progress; errors are still printed.
         console.quiet = True
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
@@ -90,12 +90,12 @@ def initialize_distributed(settings: ProcessesConfig = ProcessesConfig()) -> Pee
 
 
 def find_cluster(timeout: float) -> Cluster | None:
-    """The run of several processes that the environment speaks of; None where it speaks of none, or of one process.
+    """The multi-process run that the environment describes; None if it describes none, or a single process.
 
-    JAX_COORDINATOR_ADDRESS names process 0 by host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID say the rest (also
-    with MAXLM_ in place of JAX_, and without COORDINATOR's _ADDRESS). Where it is not set, JAX finds them in what
-    Cloud TPU, GKE, SLURM and Open MPI tell. MAXLM_DISTRIBUTED=auto, which `maxlm submit` sets, makes JAX look where
-    nothing else gives a sign; JAX_NUM_PROCESSES=1 lets a process be alone whatever its launcher says.
+    JAX_COORDINATOR_ADDRESS is the host:port of process 0; JAX_NUM_PROCESSES and JAX_PROCESS_ID give the rest (also
+    as MAXLM_COORDINATOR, MAXLM_NUM_PROCESSES and MAXLM_PROCESS_ID). If it is not set, JAX detects them from Cloud TPU,
+    GKE, SLURM and Open MPI. MAXLM_DISTRIBUTED=auto, which `maxlm submit` sets, forces this detection;
+    JAX_NUM_PROCESSES=1 makes a process run alone under any launcher.
 
     Raises:
       ConfigError: some of these variables are missing or are not numbers.
@@ -108,7 +108,7 @@ def find_cluster(timeout: float) -> Cluster | None:
             raise ConfigError([f"{_COORDINATOR[1]}: {address!r} must be host:port, such as 10.0.0.2:8476"])
         cluster = Cluster(address, _number(_NUM_PROCESSES), _number(_PROCESS_ID))
     elif (launcher := _launcher()) is not None:
-        cluster = _ask_jax(launcher, timeout)
+        cluster = _detect_with_jax(launcher, timeout)
     else:
         return None
     if not 0 <= cluster.process < cluster.num_processes:
@@ -118,10 +118,10 @@ def find_cluster(timeout: float) -> Cluster | None:
 
 
 def _launcher() -> str | None:
-    """What has started several processes here, by the variables that it sets.
+    """The launcher that started several processes here, detected by the variables that it sets.
 
     Raises:
-      ConfigError: it has not told this process how to find the others.
+      ConfigError: its variables do not say how to find the other processes.
     """
     variables = os.environ
     if variables.get("MAXLM_DISTRIBUTED") == "auto":
@@ -134,15 +134,15 @@ def _launcher() -> str | None:
     by_hand = "or set JAX_COORDINATOR_ADDRESS to the host:port of process 0"
     if variables.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
         if "OMPI_MCA_orte_hnp_uri" not in variables:
-            raise ConfigError([f"Open MPI 5 does not tell where process 0 is: use version 4, {by_hand}"])
+            raise ConfigError([f"Open MPI 5 does not give the address of process 0: use version 4, {by_hand}"])
         return "Open MPI"
     if variables.get("SLURM_NTASKS", "1") != "1":
         if "SLURM_STEP_NODELIST" not in variables:
             tasks = variables["SLURM_NTASKS"]
             raise ConfigError(
                 [
-                    f"SLURM_NTASKS: this job has {tasks} tasks, and this process was not started as one of them; start"
-                    " it with `srun maxlm train ...`, or with JAX_NUM_PROCESSES=1 where it shall be alone"
+                    f"SLURM_NTASKS: this job has {tasks} tasks, but this process was not started as one of them; start"
+                    " it with `srun maxlm train ...`, or with JAX_NUM_PROCESSES=1 to run it alone"
                 ]
             )
         return "SLURM"
@@ -153,16 +153,16 @@ def _launcher() -> str | None:
             raise ConfigError(
                 [
                     "JOB_COMPLETION_INDEX: this is a pod of a Kubernetes job, and JAX asks the cluster for the others"
-                    f" with a package that is missing: pip install 'jax[k8s]', {by_hand}, or JAX_NUM_PROCESSES=1 where"
-                    " it shall be alone"
+                    f" with a package that is missing: pip install 'jax[k8s]', {by_hand}, or JAX_NUM_PROCESSES=1 to"
+                    " run it alone"
                 ]
             ) from None
         return "Kubernetes"
     return None
 
 
-def _ask_jax(launcher: str, timeout: float) -> Cluster:
-    """What JAX makes of the launcher's variables or of the machine's metadata."""
+def _detect_with_jax(launcher: str, timeout: float) -> Cluster:
+    """Let JAX detect the cluster from the launcher's variables or the machine's metadata."""
     try:
         found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(timeout))
     except Exception as error:
@@ -172,7 +172,7 @@ def _ask_jax(launcher: str, timeout: float) -> Cluster:
     if None in found[:3]:
         raise ConfigError(
             [
-                f"{launcher}: JAX cannot tell the other processes from it{why}; set JAX_COORDINATOR_ADDRESS,"
+                f"{launcher}: JAX cannot detect the other processes from it{why}; set JAX_COORDINATOR_ADDRESS,"
                 " JAX_NUM_PROCESSES and JAX_PROCESS_ID"
             ]
         )
@@ -181,22 +181,22 @@ def _ask_jax(launcher: str, timeout: float) -> Cluster:
 
 
 def is_primary() -> bool:
-    """Whether this process writes what is written once: logs, configuration, manifest."""
+    """Whether this process writes the shared files: logs, configuration, manifest."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Callable[[int], bool]]:
-    """Gives a function of the step: whether SIGTERM (or, once, Ctrl-C) has come, to this or any other process.
+    """Yield a function of the step: whether this or any other process got SIGTERM (or a first Ctrl-C).
 
-    With several processes it must be called at every step by all of them, and all stop at the same step.
+    With several processes, all of them must call it at every step, and all stop at the same step.
     """
     if jax.process_count() > 1:
-        # JAX listens for SIGTERM itself, tells the other processes, and agrees with them on the step.
+        # JAX handles SIGTERM itself, notifies the other processes, and agrees with them on the step.
         from jax.experimental.multihost_utils import reached_preemption_sync_point
 
         reached = []
-        # Ctrl-C asks in the same way, once; a second one interrupts.
+        # The first Ctrl-C acts like SIGTERM; a second one interrupts.
         previous = signal.signal(signal.SIGINT, lambda number, frame: _terminate_self())
 
         def agreed(step: int) -> bool:
@@ -231,17 +231,17 @@ def _terminate_self() -> None:
 
 
 def stop_with_parent() -> None:
-    """Stop as on SIGTERM when standard input, a pipe from the process that started this one, ends.
+    """Stop as on SIGTERM when standard input, a pipe from the parent process, reaches end of file.
 
-    It does so however that process ends. One that had ended before this call is noticed too.
+    This works however the parent ends, also if it ended before this call.
     """
 
-    def watch():
+    def watch_stdin():
         while os.read(0, 1):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch_stdin, daemon=True).start()
 
 
 def _first_of(names: tuple[str, ...]) -> str | None:
@@ -251,5 +251,5 @@ def _first_of(names: tuple[str, ...]) -> str | None:
 def _number(names: tuple[str, ...]) -> int:
     text = _first_of(names)
     if text is None or not text.isdigit():
-        raise ConfigError([f"{names[1]}: {text!r} must be a number, because a coordinator is named in the environment"])
+        raise ConfigError([f"{names[1]}: {text!r} must be a number, because the environment names a coordinator"])
     return int(text)

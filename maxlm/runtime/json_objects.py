@@ -1,21 +1,21 @@
-"""JSON objects in which each key stands once."""
+"""JSON objects without duplicate keys."""
 
 from typing import Any
 
 
 class DuplicateKeyError(ValueError):
-    """A key that stands twice."""
+    """A JSON object has a duplicate key."""
 
     def __init__(self, key: str):
-        super().__init__(f"the key {key!r} stands twice in one object")
+        super().__init__(f"the key {key!r} is given twice in one object")
         self.key = key
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The `object_pairs_hook` of a JSON decoder that refuses what the standard one takes in silence.
+    """An `object_pairs_hook` for a JSON decoder that rejects duplicate keys, which the standard one accepts silently.
 
     Raises:
-      DuplicateKeyError: naming the first such key.
+      DuplicateKeyError: with the first such key.
     """
     value = dict(pairs)
     if len(value) < len(pairs):

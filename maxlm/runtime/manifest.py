@@ -1,6 +1,6 @@
-"""`manifest.json`: what a stage read, its resolved configuration, versions, and what it measured.
+"""`manifest.json`: a stage's inputs, resolved configuration, versions and metrics.
 
-The manifests of a pipeline form a chain: each names the manifests of the folders it read, by content hash.
+The manifests of a pipeline form a chain: each names its input folders' manifests by content hash.
 """
 
 import json
@@ -32,15 +32,15 @@ def write_manifest(
     hashes: Mapping[str, str] | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> dict:
-    """Write `folder/manifest.json` in one atomic step and return it.
+    """Write `folder/manifest.json` atomically and return it.
 
     Args:
       folder: the stage's output.
-      stage: what ran: "data", "tokenizer", "train/pretrain", "export/int8", ...
+      stage: the stage that ran: "data", "tokenizer", "train/pretrain", "export/int8", ...
       inputs: name -> file or folder that was read. A folder that has a manifest is hashed by it.
       config: the resolved configuration.
-      metrics: what was measured; numbers, strings, lists, dicts.
-      hashes: of inputs as they were when they were read, where that is known.
+      metrics: measured values; numbers, strings, lists, dicts.
+      hashes: of inputs at the time they were read, if known.
       more: further entries, such as the `changes` of a run.
     """
     manifest = {
@@ -63,16 +63,16 @@ def read_manifest(folder: str | Path) -> dict:
     """The manifest of a stage's folder.
 
     Raises:
-      DataError: if there is none, because the stage has not run or has not ended, or if it is damaged.
+      DataError: there is none, because the stage has not run or not finished, or it is corrupt.
     """
     path = storage_path(folder) / FILE_NAME
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{folder}: holds no {FILE_NAME}; the stage that makes it has not run to its end") from None
+        raise DataError(f"{folder}: has no {FILE_NAME}; the stage that writes it has not finished") from None
     manifest = parse_written(content, path)
     if not _is_manifest(manifest):
-        raise DataError(f"{path}: is no manifest of maxlm, or was changed; run its stage again")
+        raise DataError(f"{path}: is not a maxlm manifest, or was edited; run its stage again")
     return manifest
 
 
@@ -89,11 +89,11 @@ def _is_manifest(value: Any) -> bool:
 
 
 def manifest_chain(folder: str | Path) -> list[dict]:
-    """All manifests that `folder` stands on, the first stage first, each with its `folder` and `hash`."""
+    """All manifests that `folder` depends on, the first stage first, each with its `folder` and `hash`."""
     chain: dict[epath.Path, dict] = {}
 
     def visit(path: epath.Path) -> None:
-        # A file that a stage made stands in the stage's folder.
+        # An output file is in its stage's folder.
         path = path.parent if path.is_file() else path
         if path in chain or not (path / FILE_NAME).is_file():
             return
@@ -107,7 +107,7 @@ def manifest_chain(folder: str | Path) -> list[dict]:
 
 
 def content_hash(path: str | Path) -> str:
-    """xxh3-128 of a file, or of a folder's manifest, or of all files in a folder without one."""
+    """xxh3-128 of a file, of a folder's manifest, or of all files in a folder without a manifest."""
     path = storage_path(path)
     if path.is_dir():
         manifest = path / FILE_NAME
@@ -126,11 +126,11 @@ def content_hash(path: str | Path) -> str:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one, never a part."""
+    """Write JSON by atomic rename: a reader sees the old file or the complete new one."""
     path = storage_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    # A name on this machine may hold bytes that are no UTF-8: escaped, it is the same name when it is read again.
+    # File names may contain bytes that are not UTF-8; escaping them round-trips.
     temporary.write_bytes((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", ESCAPE))
     temporary.replace(path)
 

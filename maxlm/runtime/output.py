@@ -1,4 +1,4 @@
-"""Whether a stage can write its folder, and whoever comes next find it there: asked before anything is done for it."""
+"""Check, before any work is done, that a stage can write its output folder and that later stages can read it."""
 
 import json
 import os
@@ -11,30 +11,30 @@ from maxlm.runtime.storage import absolute_path, is_remote, storage_path
 
 Stage = Literal["data", "tokenizer", "train", "export"]
 
-# What tells a folder of each stage before its manifest is written, which comes last.
+# A file that identifies each stage's folder before its manifest is written, which happens last.
 _SIGNS = {
     "data": "documents/manifest.json",
     "export": "bundle.json",
     "train": "goodput.jsonl",
     "tokenizer": "tokenizer.model",
 }
-# Folders within those of a stage that it makes and removes as it likes.
+# Subfolders that a stage creates and removes.
 _INNER: dict[str, tuple[str, ...]] = {
     "data": ("documents", "documents.tmp", "packed", "packed.tmp"),
     "export": ("tokenizer",),
     "train": ("checkpoints", "tokenizer", "tokenizer.tmp", "tensorboard"),
 }
-# Bytes of a path: the longest that Linux takes, and what stages write below their folder, such as a piece of an array.
+# Bytes of a path: the Linux limit, and the room for files that stages write below their folder, such as array chunks.
 _LONGEST_PATH, _ROOM = 4096, 256
 
 
 def check_output(output: str | os.PathLike, stage: Stage, *, key: str = "output", suffix: int = 0) -> None:
-    """Raise ConfigError, naming `key`, where a stage could not write its folder, or would write into another's.
+    """Raise ConfigError, naming `key`, if a stage cannot write its folder, or would write into another stage's.
 
     Args:
-      output: the folder, which need not be there.
-      stage: that writes it; a folder that the same stage has made is its own to update.
-      suffix: bytes that it puts to the folder's name, to write beside it and rename; 0 where it writes into the folder.
+      output: the folder, which need not exist.
+      stage: the stage that writes it; it may update a folder that the same stage has made.
+      suffix: bytes appended to the folder's name to write next to it and rename; 0 if it writes into the folder.
     """
     given = os.fspath(output)
     if (problem := _name_problem(given)) is None:
@@ -47,7 +47,7 @@ def check_output(output: str | os.PathLike, stage: Stage, *, key: str = "output"
 
 
 def stage_of(folder: str | os.PathLike) -> str | None:
-    """The stage that has made a folder, or has begun to, by its manifest or what else it writes; None for no stage."""
+    """The stage that made or began to make a folder, by its manifest or other files; None for no stage."""
     folder = storage_path(folder)
     try:
         made_by = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["stage"]
@@ -60,24 +60,24 @@ def _name_problem(given: str) -> str | None:
     if not given:
         return "is empty; give a folder"
     if "\0" in given:
-        return "holds a NUL character, which no folder's name can; give another"
+        return "contains a NUL character, which folder names cannot; give another"
     try:
         given.encode()
     except UnicodeEncodeError:
-        return "is no UTF-8 text, which manifests could not name; rename the folder"
+        return "is not UTF-8 text, which manifests cannot store; rename the folder"
     if given.startswith("~"):
-        return f"would be a folder that is named {given.partition('/')[0]!r}; write your home folder out, or ./{given}"
+        return f"would be a folder named {given.partition('/')[0]!r}; write your home folder in full, or ./{given}"
     return None
 
 
 def _place_problem(path: Path, suffix: int) -> str | None:
-    """Why a folder cannot be made at a path, or nothing be written into it."""
+    """Why a folder cannot be created or written at a path."""
     if (size := len(os.fsencode(path))) > _LONGEST_PATH - _ROOM:
-        return f"is a path of {size} bytes, and at most {_LONGEST_PATH - _ROOM} can be used; give a shorter one"
+        return f"is a path of {size} bytes, but at most {_LONGEST_PATH - _ROOM} can be used; give a shorter one"
     parent = next(parent for parent in _upwards(path) if os.path.lexists(parent))
     if os.path.islink(parent) and not parent.exists():
         target = os.readlink(parent)
-        return f"leads to {parent}, a link to {target}, which is not there; make that folder, or remove the link"
+        return f"leads to {parent}, a link to {target}, which does not exist; create that folder, or remove the link"
     if not parent.is_dir():
         return (
             "is a file; give a folder" if parent == path else f"leads through {parent}, which is a file; give a folder"
@@ -85,23 +85,23 @@ def _place_problem(path: Path, suffix: int) -> str | None:
     longest = os.pathconf(parent, "PC_NAME_MAX") - suffix
     for name in path.relative_to(parent).parts or (path.name,):
         if (size := len(name.encode())) > longest:
-            return f"has a name of {size} bytes, and at most {longest} can be used; give a shorter one"
-    # What stands there is replaced by what was written beside it.
+            return f"has a name of {size} bytes, but at most {longest} can be used; give a shorter one"
+    # An existing folder is replaced by one that was written next to it.
     written = parent.parent if suffix and parent == path else parent
     if not os.access(written, os.W_OK | os.X_OK):
-        return f"cannot be written: {written} is read-only for you; give another folder, or change its rights"
+        return f"cannot be written: {written} is read-only for you; give another folder, or change its permissions"
     return None
 
 
 def _owner_problem(path: Path, stage: Stage) -> str | None:
-    """Which other stage's folder a path is, or lies in among what that stage makes and removes."""
+    """Why a path is another stage's folder, or is inside one among files that the stage creates and removes."""
     made_by = stage_of(path) if path.is_dir() else None
     if made_by not in (None, stage):
-        return f"is a folder of the stage {made_by!r}, which this one must not write into; give a new folder"
+        return f"is a folder of the stage {made_by!r}, which this stage must not write into; give a new folder"
     for parent in path.parents:
         made_by = stage_of(parent)
         if made_by in _INNER and path.relative_to(parent).parts[0] in _INNER[made_by]:
-            return f"lies in {parent}, a folder of the stage {made_by!r}, among its own files; give a new folder"
+            return f"is in {parent}, a folder of the stage {made_by!r}, among its own files; give a new folder"
     return None
 
 

@@ -1,14 +1,14 @@
-"""The processes of a run keep in touch: they meet before JAX starts, and each knows at once when one of them is gone.
+"""Heartbeats between the processes of a run: they connect before JAX starts, and detect at once when one is lost.
 
 All connect to process 0, at the address where JAX's own service listens afterwards: no other port is needed. A process
-that ends closes its connection, so the others know within milliseconds; one that is cut off or hangs is given up after
-`heartbeat_seconds`. JAX has a watch of its own, which is slower, names nobody and aborts.
+that ends closes its connection, so the others know within milliseconds; one that is unreachable or hangs counts as lost
+after `heartbeat_seconds`. JAX has its own heartbeat, which is slower, does not name the lost process, and aborts.
 
-Messages are JSON, one a line, with a `kind`:
-  hello     to process 0: who I am                 welcome   from it: all have come
-  beat      still here                             record    to process 0: what `compare` was given
-  left      about to end, and well                 answer    from it: what `compare` returns
-  failed    to process 0: my error                 verdict   from it: what ended the run
+Messages are JSON, one per line, with a `kind`:
+  hello     to process 0: who I am                 welcome   from process 0: all are connected
+  beat      heartbeat                              record    to process 0: the argument of `compare`
+  left      about to exit normally                 answer    from process 0: the result of `compare`
+  failed    to process 0: my error                 verdict   from process 0: what ended the run
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from maxlm.errors import ConfigError, FaultError, MaxlmError
 from maxlm.runtime.progress import console
 
 _RETRY_SECONDS = 0.2
-# How long a process waits to be told what is behind an error of its own, and process 0 for all to have heard.
+# How long a process waits to learn the cause of its own error, and process 0 for all to receive the verdict.
 _GRACE_SECONDS = 2.0
 
 INTERRUPTED = 130
@@ -39,7 +39,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Verdict:
-    """What ended the run: the process that is gone or failed, and whether its error is the user's to mend."""
+    """What ended the run: the process that was lost or failed, and the exit code, which marks user errors."""
 
     process: int
     host: str
@@ -48,7 +48,7 @@ class Verdict:
 
 
 class _Link:
-    """A connection that carries messages."""
+    """A connection that sends and receives messages."""
 
     def __init__(self, connection: socket.socket, process: int, host: str):
         self.connection, self.process, self.host = connection, process, host
@@ -58,12 +58,12 @@ class _Link:
         self._sending = threading.Lock()
 
     def send(self, kind: str, **content: Any) -> None:
-        """Send a message; that the other is gone is noticed where messages are received."""
+        """Send a message; a lost connection is detected when receiving."""
         with self._sending, contextlib.suppress(OSError):
             self.connection.sendall(_line({"kind": kind, **content}))
 
     def receive(self) -> list[dict] | None:
-        """The messages that have come; waits for a part of one at least. None: the connection has ended."""
+        """The messages that have arrived; waits for at least part of one. None: the connection is closed."""
         try:
             data = self.connection.recv(1 << 16)
         except TimeoutError:
@@ -77,7 +77,7 @@ class _Link:
         return [json.loads(line) for line in lines]
 
     def receive_one(self, deadline: float) -> dict | None:
-        """The next message, later ones being kept; None: none came in time, or what came is no message."""
+        """The next message, keeping later ones; None: none arrived in time, or the data is not a message."""
         with contextlib.suppress(ValueError):
             while time.monotonic() < deadline:
                 self.connection.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -91,7 +91,7 @@ class _Link:
         return None
 
     def is_closed(self) -> bool:
-        """Whether the other has ended."""
+        """Whether the other side has closed the connection."""
         try:
             return self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
         except BlockingIOError:
@@ -101,7 +101,7 @@ class _Link:
 
 
 class Peers:
-    """This process's place among the processes of a run. Made by `meet`."""
+    """This process's connections to the other processes of a run. Created by `meet`."""
 
     def __init__(self, process: int, count: int, links: list[_Link], heartbeat_seconds: float):
         self.process, self.count = process, count
@@ -113,19 +113,19 @@ class Peers:
         self._closed = threading.Event()
         for link in links:
             link.heard = time.monotonic()
-        _wait_before_an_abort()
+        _delay_jax_abort()
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
     def compare(self, record: Any, decide: Callable[[list[Any]], Any], *, timeout: float) -> Any:
-        """Give all processes' records, in their order, to `decide` on process 0, and its result to all.
+        """Gather all processes' records, call `decide` on them in process order on process 0, and broadcast the result.
 
         Raises:
-          FaultError: some process has sent no record in time.
+          FaultError: some process sent no record in time.
         """
         if self.process:
             self._links[0].send("record", value=record)
             try:
-                # Process 0 waits that long for the records, and then says so.
+                # Process 0 waits for the records for `timeout`, and then reports who is late.
                 return self._answers.get(timeout=timeout + _GRACE_SECONDS)
             except queue.Empty:
                 raise FaultError(f"process 0 ({self._links[0].host}) has not answered within {timeout:g} s") from None
@@ -143,11 +143,11 @@ class Peers:
         return answer
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others that this process cannot go on, say so here, and end it. Does not return.
+        """Report to the others that this process cannot continue, print why, and exit. Does not return.
 
-        Where the error is only what another's end looks like from here, that one is named instead.
+        If the error only follows from the loss of another process, that process is named instead.
         """
-        # A collective, or a save, breaks a moment before the news of why arrives, which ends this process.
+        # A collective or a save fails just before the verdict with the cause arrives, which ends this process.
         time.sleep(_GRACE_SECONDS)
         if isinstance(error, MaxlmError):
             sentence, exit_code = str(error), error.exit_code
@@ -163,7 +163,7 @@ class Peers:
         self._end(verdict)
 
     def leave(self) -> None:
-        """Say goodbye at the end of a run: what comes now is no fault."""
+        """Announce a normal exit at the end of a run: a closed connection is no longer a fault."""
         for link in self._links.values():
             link.left = True
             link.send("left")
@@ -181,7 +181,7 @@ class Peers:
                     messages = link.receive()
                     if messages is None:
                         selector.unregister(link.connection)
-                        self._lost(link, "its connection broke, so it was killed or its machine is down")
+                        self._lost(link, "its connection closed, so it was killed or its machine is down")
                     for message in messages or []:
                         self._take(link, message)
                 now = time.monotonic()
@@ -190,14 +190,14 @@ class Peers:
                     for link in self._links.values():
                         link.send("beat")
                         if now - link.heard > self.heartbeat_seconds:
-                            self._lost(link, f"it has said nothing for {self.heartbeat_seconds:g} s")
+                            self._lost(link, f"it sent no heartbeat for {self.heartbeat_seconds:g} s")
 
     def _lost(self, link: _Link, why: str) -> None:
         if link.left or self._closed.is_set():
-            # It owes no further sign of life.
+            # No further heartbeats are expected.
             link.heard = float("inf")
             return
-        self._end(Verdict(link.process, link.host, f"gone: {why}", FaultError.exit_code))
+        self._end(Verdict(link.process, link.host, f"lost: {why}", FaultError.exit_code))
 
     def _take(self, link: _Link, message: dict) -> None:
         match message["kind"]:
@@ -208,19 +208,19 @@ class Peers:
             case "answer":
                 self._answers.put(message["value"])
             case "failed":
-                # What all find wrong is told by process 0, which may be about to find it too.
+                # An error on all processes is reported by process 0, which may be about to find it too.
                 verdict = Verdict(link.process, link.host, message["sentence"], message["exit_code"])
                 threading.Timer(_GRACE_SECONDS / 2, self._end, [verdict]).start()
             case "verdict":
                 self._end(Verdict(**message["verdict"]))
 
     def _end(self, verdict: Verdict) -> None:
-        """End this process; process 0 tells the others first, and waits until they have ended."""
+        """Exit this process; process 0 first sends the verdict to the others, and waits until they have exited."""
         with self._ending:
             if self.process == 0:
                 for link in self._links.values():
                     link.send("verdict", verdict=asdict(verdict))
-            self._say(verdict)
+            self._print(verdict)
             if self.process == 0:
                 deadline = time.monotonic() + _GRACE_SECONDS
                 for link in self._links.values():
@@ -229,11 +229,11 @@ class Peers:
                         pass
             sys.stdout.flush()
             sys.stderr.flush()
-            # Not sys.exit: at the end of a process JAX waits for the others, which will never come.
+            # Not sys.exit: at exit JAX would wait forever for the others.
             os._exit(verdict.exit_code)
 
-    def _say(self, verdict: Verdict) -> None:
-        """A user's mistake is told once, and what happened to a machine on every other."""
+    def _print(self, verdict: Verdict) -> None:
+        """Print a user error once, and a fault on every process."""
         if verdict.exit_code != FaultError.exit_code and self.process not in (0, verdict.process):
             return
         who = "" if verdict.process == self.process == 0 else f"process {verdict.process} ({verdict.host}): "
@@ -243,7 +243,7 @@ class Peers:
 
 @contextlib.contextmanager
 def ending_together(peers: Peers | None) -> Iterator[None]:
-    """An error in here ends all processes of the run, where there are others."""
+    """An error in this context ends all processes of the run."""
     try:
         yield
     except BaseException as error:
@@ -253,17 +253,17 @@ def ending_together(peers: Peers | None) -> Iterator[None]:
 
 
 def meet(address: str, *, process: int, count: int, timeout: float, heartbeat_seconds: float) -> Peers:
-    """Wait until all `count` processes have come to `address` (host:port of process 0).
+    """Connect all `count` processes at `address` (host:port of process 0), and wait until all are connected.
 
     Raises:
-      FaultError: some have not come in time; process 0 names them.
-      ConfigError: two processes have one number, or count the processes differently.
+      FaultError: some did not connect in time; process 0 names them.
+      ConfigError: two processes have the same number, or different process counts.
     """
-    place = _hear(address, count, timeout) if process == 0 else _call(address, process, count, timeout)
-    return Peers(process, count, place, heartbeat_seconds)
+    links = _accept_all(address, count, timeout) if process == 0 else _connect(address, process, count, timeout)
+    return Peers(process, count, links, heartbeat_seconds)
 
 
-def _hear(address: str, count: int, timeout: float) -> list[_Link]:
+def _accept_all(address: str, count: int, timeout: float) -> list[_Link]:
     """Process 0: a link to each other process."""
     deadline = time.monotonic() + timeout
     links: dict[int, _Link] = {}
@@ -275,7 +275,7 @@ def _hear(address: str, count: int, timeout: float) -> list[_Link]:
                     connection, _ = listener.accept()
                 except TimeoutError:
                     raise _missing([n for n in range(1, count) if n not in links], count, address, timeout) from None
-                _greet(connection, links, count)
+                _handshake(connection, links, count)
     except MaxlmError as error:
         for link in links.values():
             _refuse(link, error)
@@ -289,13 +289,13 @@ def _missing(missing: list[int], count: int, address: str, timeout: float) -> Fa
     numbers = ", ".join(map(str, missing))
     process, it = ("processes", "they") if len(missing) > 1 else ("process", "it")
     return FaultError(
-        f"{process} {numbers} of {count} did not come to {address} within {timeout:g} s; look at what {it} printed, and"
-        " whether that address can be reached from there"
+        f"{process} {numbers} of {count} did not connect to {address} within {timeout:g} s; see what {it} printed, and"
+        " whether that address is reachable from there"
     )
 
 
 def _listen(port: int, deadline: float) -> socket.socket:
-    """The port, which a run that is just ending may hold still. JAX's own variable can bind it to one interface."""
+    """Listen on the port, retrying while a previous run still holds it. JAX's variable can bind it to one interface."""
     host = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", "").rpartition(":")[0]
     while True:
         try:
@@ -312,11 +312,11 @@ def _listen(port: int, deadline: float) -> socket.socket:
             time.sleep(_RETRY_SECONDS)
 
 
-def _greet(connection: socket.socket, links: dict[int, _Link], count: int) -> None:
-    """Add a process that says hello to `links`; whatever else connects is sent away.
+def _handshake(connection: socket.socket, links: dict[int, _Link], count: int) -> None:
+    """Add a process that sends `hello` to `links`; other connections are closed.
 
     Raises:
-      ConfigError: it counts the processes differently, or there is one with its number.
+      ConfigError: its process count differs, or another process has its number.
     """
     link = _Link(connection, -1, "")
     hello = link.receive_one(time.monotonic() + _GRACE_SECONDS)
@@ -345,10 +345,10 @@ def _refuse(link: _Link, error: MaxlmError) -> None:
     link.send("verdict", verdict=asdict(Verdict(0, socket.gethostname(), str(error), error.exit_code)))
 
 
-def _call(address: str, process: int, count: int, timeout: float) -> list[_Link]:
-    """Any other process: its link to process 0, once all have come.
+def _connect(address: str, process: int, count: int, timeout: float) -> list[_Link]:
+    """Any other process: its link to process 0, once all are connected.
 
-    Tries again until the time is over: process 0 may start later, or another run may be ending at that address.
+    Retries until the timeout: process 0 may start later, or another run may be ending at that address.
     """
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + timeout
@@ -357,7 +357,7 @@ def _call(address: str, process: int, count: int, timeout: float) -> list[_Link]
             connection = socket.create_connection((host.strip("[]"), int(port)), timeout=min(left, 5))
             link = _Link(connection, 0, host)
             link.send("hello", process=process, count=count, host=socket.gethostname())
-            # Process 0 may have begun to wait later than this one.
+            # Process 0 may have started waiting later than this one.
             answer = link.receive_one(time.monotonic() + timeout + _GRACE_SECONDS) or {}
             if answer.get("kind") == "welcome":
                 link.host = answer["host"]
@@ -368,8 +368,8 @@ def _call(address: str, process: int, count: int, timeout: float) -> list[_Link]
                 raise ConfigError([verdict.sentence]) if verdict.exit_code == 2 else FaultError(verdict.sentence)
         time.sleep(_RETRY_SECONDS)
     raise FaultError(
-        f"process {process} of {count} found no process 0 at {address} within {timeout:g} s; start it, and see that the"
-        " address can be reached from here"
+        f"process {process} of {count} could not connect to process 0 at {address} within {timeout:g} s; start it, and"
+        " check that the address is reachable from here"
     )
 
 
@@ -377,8 +377,8 @@ def _line(message: dict) -> bytes:
     return json.dumps(message).encode() + b"\n"
 
 
-def _wait_before_an_abort() -> None:
-    """Let the watch speak first where JAX aborts because process 0 is gone: both learn of it in the same moment.
+def _delay_jax_abort() -> None:
+    """Delay JAX's abort when process 0 is lost, so that our verdict prints first: both detect the loss together.
 
     SIGABRT calls the C library's `sleep` with its own number, six seconds, on the thread that aborts. A handler in
     Python would not do: it runs on the main thread, which may never return from a collective.

@@ -1,4 +1,4 @@
-"""One progress bar for every long step."""
+"""Progress bars for long steps."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,14 +18,14 @@ from rich.progress import (
 
 Item = TypeVar("Item")
 
-# Results go to standard output; what is for the eye alone goes to standard error. Sentences are not broken into lines:
-# a path or a step that is cut in two cannot be copied or searched for.
+# Results go to standard output, progress and messages to standard error. Sentences are not wrapped: a path or a step
+# that is broken over two lines cannot be copied or searched for.
 console = Console(stderr=True, soft_wrap=True)
 
 
 @contextmanager
 def progress_bar(label: str, total: float | None) -> Iterator[tuple[Progress, TaskID]]:
-    """A bar with count, elapsed and remaining time; where standard error is no terminal, one line at the end."""
+    """A bar with count, elapsed and remaining time; one line at the end if standard error is not a terminal."""
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""Storage that fails for a while: tried again, or told from a mistake so that another start may help."""
+"""Retries of transient storage errors, which are told apart from user errors so that a restart may help."""
 
 import contextlib
 import errno
@@ -15,8 +15,8 @@ from maxlm.runtime.progress import console
 Result = TypeVar("Result")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# Storage that does not answer, or not soundly. Others are about a path, its rights or a full disk: the user's to mend.
-_OUT_OF_REACH = (
+# Unreachable or failing storage. Other errors concern a path, its permissions or a full disk: for the user to fix.
+_UNREACHABLE = (
     errno.EIO,
     errno.ENXIO,
     errno.ENODEV,
@@ -35,7 +35,7 @@ _OUT_OF_REACH = (
     errno.ENOLINK,
     errno.ESHUTDOWN,
 )
-# What says that a file is missing or of another kind, and nothing of the storage that it lies in.
+# Errors about a missing file or the wrong file type, not about the storage.
 _ABOUT_THE_FILE = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 # TensorStore reports these as text.
 _STATUS = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|PERMISSION_DENIED|UNAUTHENTICATED)\b")
@@ -43,25 +43,25 @@ _STATUS = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|PERMIS
 
 @dataclass(frozen=True)
 class Retries:
-    """Try again `count` times; before the n-th, counted from 0, wait `seconds` * 2^n, up to half less or more.
+    """Retry `count` times; wait `seconds` * 2^n, times a random 0.5 to 1.5, before the n-th, counted from 0.
 
-    The waits differ at random, so that many processes do not come back at the same moment.
+    The jitter keeps many processes from retrying at the same moment.
     """
 
     count: int
     seconds: float
 
     def wait(self, attempt: int, what: str, error: BaseException) -> None:
-        """Tell that `what` failed, and sleep."""
+        """Report that `what` failed, and sleep."""
         delay = self.seconds * 2**attempt * random.uniform(0.5, 1.5)
         console.print(
-            f"{what} failed ({first_line(error)}); trying again in {delay:.1f} s ({attempt + 1} of {self.count})",
+            f"{what} failed ({first_line(error)}); retrying in {delay:.1f} s ({attempt + 1} of {self.count})",
             markup=False,
         )
         time.sleep(delay)
 
     def call(self, action: Callable[[], Result], what: str) -> Result:
-        """`action()`, tried again while the storage fails; raises what the last try has raised."""
+        """Call `action()`, retrying on storage errors; raises the error of the last try."""
         for attempt in range(self.count):
             try:
                 return action()
@@ -74,20 +74,20 @@ class Retries:
 
 @contextlib.contextmanager
 def storage_faults() -> Iterator[None]:
-    """A file that the storage fails to read or write in here raises FaultError: no path or setting is to blame."""
+    """Raise FaultError for storage errors in this context: no path or setting is at fault."""
     try:
         yield
     except OSError as error:
-        if error.filename is None or error.errno not in _OUT_OF_REACH:
+        if error.filename is None or error.errno not in _UNREACHABLE:
             raise
         raise FaultError(
-            f"{error.filename}: cannot be read or written: {error.strerror}; run the same command to go on when the"
-            " storage answers again"
+            f"{error.filename}: cannot be read or written: {error.strerror}; run the same command to resume when the"
+            " storage is available again"
         ) from error
 
 
 def is_storage_error(error: BaseException) -> bool:
-    """Whether the storage failed, which says nothing against the files in it."""
+    """Whether the storage failed, as opposed to the files in it."""
     return any(
         (isinstance(link, OSError) and not isinstance(link, _ABOUT_THE_FILE)) or _STATUS.search(str(link))
         for link in _chain(error)
@@ -99,7 +99,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in at most 200 characters; its type where it says nothing."""
+    """The first line of an exception's message, at most 200 characters; its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 

@@ -1,4 +1,4 @@
-"""Standard output and error that take every character, whatever the terminal knows."""
+"""Make standard output and error accept every character, in any terminal encoding."""
 
 import codecs
 import io
@@ -10,7 +10,7 @@ ESCAPE = "maxlm.escape"
 
 
 def _escape(error: UnicodeError) -> tuple[str, int]:
-    """As JSON writes it, so that what is printed as JSON stays JSON."""
+    """Escape as JSON does, so that printed JSON stays valid."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return json.dumps(error.object[error.start : error.end])[1:-1], error.end
@@ -20,7 +20,7 @@ codecs.register_error(ESCAPE, _escape)
 
 
 def prepare_streams() -> None:
-    """Write what a terminal's encoding lacks, or what is half a surrogate pair, as `\\uXXXX`."""
+    """Write characters that the terminal's encoding lacks, and lone surrogates, as `\\uXXXX`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=ESCAPE)

@@ -1,7 +1,7 @@
-"""Start training again when it dies, from its last whole checkpoint: `maxlm train --supervise N`.
+"""Restart training from its last complete checkpoint when it dies: `maxlm train --supervise N`.
 
-Each machine of a run has a supervisor of its own. A process that dies takes the others down within seconds, all
-supervisors start theirs again, and these meet as they did the first time.
+Each machine of a run has its own supervisor. A process that dies takes the others down within seconds, all supervisors
+restart theirs, and these connect as they did the first time.
 """
 
 import json
@@ -22,28 +22,27 @@ from maxlm.runtime.progress import console
 from maxlm.runtime.storage import LineLog, is_remote, storage_path
 
 FILE_NAME = "restarts.jsonl"
-# Names the run's folder among the local checkpoints: a run that is begun anew must not find those of the old one.
+# Names the run's folder among the local checkpoints: a run started from scratch must not find those of an old one.
 LOCAL_ID_FILE = "local_checkpoints.txt"
-# Set for a child, whose standard input is then a pipe that ends with the supervisor.
+# Set for a child process, whose standard input is then a pipe that closes when the supervisor ends.
 SUPERVISED = "MAXLM_SUPERVISED"
 _UNCAUGHT = 1
 _LONGEST_WAIT = 60.0
 
 
 def supervise(command: Sequence[str], config: TrainConfig, *, restarts: int) -> int:
-    """Run `command`, which trains as `config` says, and run it again when it dies.
+    """Run `command`, which trains with `config`, and restart it when it dies.
 
-    It dies by a signal, by an error of ours, or because another process, a machine or the storage is gone. A user's
-    mistake (2) and an interrupt (130) end the supervisor too. SIGTERM and Ctrl-C are passed on as SIGTERM: training
-    saves and ends.
+    It dies by a signal, by a bug, or because another process, a machine or the storage is lost. A user error (2) and an
+    interrupt (130) end the supervisor too. SIGTERM and Ctrl-C are passed on as SIGTERM: training saves and ends.
 
     Args:
       command: program and arguments.
-      config: its run folder gets a line in `restarts.jsonl` for each new start.
-      restarts: at most so many times.
+      config: its run folder gets a line in `restarts.jsonl` for each restart.
+      restarts: maximum number of restarts.
 
     Returns:
-      The exit code of the last run; 128 + N where signal N ended it.
+      The exit code of the last run; 128 + N if signal N ended it.
     """
     settings, run_folder = config.processes, storage_path(config.output)
     cluster = find_cluster(settings.start_timeout_seconds)
@@ -59,10 +58,10 @@ def supervise(command: Sequence[str], config: TrainConfig, *, restarts: int) -> 
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     started, idle = 0, 0
-    newest = _despite_errors("the newest checkpoint cannot be told", newest_anywhere, config) or 0
+    newest = _ignore_errors("the newest checkpoint cannot be determined", newest_anywhere, config) or 0
     try:
         while True:
-            # Its input ends with this process, however that ends: then it saves and stops, as nobody watches it.
+            # Its input closes when this process ends in any way: then it saves and stops.
             with subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, SUPERVISED: "1"}) as child:
                 if stopping:
                     child.send_signal(signal.SIGTERM)
@@ -70,24 +69,24 @@ def supervise(command: Sequence[str], config: TrainConfig, *, restarts: int) -> 
             ended = time.time()
             if stopping or (code >= 0 and code not in (FaultError.exit_code, BUG_EXIT_CODE, _UNCAUGHT)):
                 return _exit_code(code)
-            seen = _despite_errors("the newest checkpoint cannot be told", newest_anywhere, config)
-            if seen is not None:
-                idle = 0 if seen > newest else idle + 1
-                newest = seen
+            found = _ignore_errors("the newest checkpoint cannot be determined", newest_anywhere, config)
+            if found is not None:
+                idle = 0 if found > newest else idle + 1
+                newest = found
             why = f"training ended by {_reason(code)}"
             if started == restarts:
-                _say(f"{why}, after {started} restarts: not started again")
+                _print(f"{why}, after {started} restarts: not restarting")
                 return _exit_code(code)
             if idle == settings.restarts_without_progress:
-                _say(f"{why}, and {idle} starts in a row got no further than step {newest}: not started again")
+                _print(f"{why}, and {idle} starts in a row got no further than step {newest}: not restarting")
                 return _exit_code(code)
             started += 1
             wait = min(settings.restart_seconds * 2 ** max(idle - 1, 0), _LONGEST_WAIT)
             if writes or code < 0:
-                _say(f"{why}; restart {started} of {restarts}, from step {newest}, in {wait:g} s")
+                _print(f"{why}; restart {started} of {restarts}, from step {newest}, in {wait:g} s")
             if writes:
                 record = {"time": ended, "exit_code": code, "reason": _reason(code), "step_resumed": newest}
-                _despite_errors(f"{run_folder / FILE_NAME} lacks this start", _append, run_folder, record)
+                _ignore_errors(f"{run_folder / FILE_NAME} lacks this restart", _append, run_folder, record)
             _sleep(wait, lambda: stopping)
             if stopping:
                 return _exit_code(code)
@@ -97,13 +96,13 @@ def supervise(command: Sequence[str], config: TrainConfig, *, restarts: int) -> 
 
 
 def newest_step(run_folder: str | os.PathLike) -> int:
-    """The step of the newest whole checkpoint, by the names of their folders alone; 0 where there is none."""
+    """The step of the newest complete checkpoint, by folder names alone; 0 if there is none."""
     checkpoints = storage_path(run_folder) / "checkpoints"
     if not checkpoints.is_dir():
         return 0
     whole = [path for path in checkpoints.iterdir() if path.name.isdigit()]
     if is_remote(run_folder):
-        # A bucket has no atomic renames; Orbax marks what is whole.
+        # A bucket has no atomic rename; Orbax marks complete checkpoints.
         whole = [path for path in whole if (path / "commit_success.txt").exists()]
     return max((int(path.name) for path in whole), default=0)
 
@@ -118,18 +117,18 @@ def newest_anywhere(config: TrainConfig) -> int:
 
 
 def local_id(run_folder: epath.Path) -> str | None:
-    """The name of the run's folder among the local checkpoints; None where there is no whole one."""
+    """The name of the run's folder among the local checkpoints; None if there is no complete one."""
     file = run_folder / LOCAL_ID_FILE
     name = file.read_bytes().decode("utf-8", "replace").strip() if file.exists() else ""
-    # An empty one would name the folder that the user's other files may lie in.
+    # An empty name would be the parent folder, which may contain other files of the user.
     return name if re.fullmatch(r"[^/\\\n]*-[0-9a-f]{16}", name) else None
 
 
 def last_logged_step(run_folder: epath.Path) -> int:
-    """The last step in `metrics.jsonl`; 0 where there is none."""
+    """The last step in `metrics.jsonl`; 0 if there is none."""
     path = run_folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    # The last line may be cut off.
+    # The last line may be truncated.
     return max((json.loads(line)["step"] for line in lines[-2:] if line.endswith("}")), default=0)
 
 
@@ -139,13 +138,13 @@ def _append(run_folder: epath.Path, record: dict) -> None:
     LineLog(run_folder / FILE_NAME).append(json.dumps(record))
 
 
-def _despite_errors(what: str, action: Callable[..., Any], *arguments) -> Any:
-    """What `action(*arguments)` gives; None, and a line on the console, where it fails: training does not need it."""
+def _ignore_errors(what: str, action: Callable[..., Any], *arguments) -> Any:
+    """`action(*arguments)`; None, and a line on the console, if it fails: training does not need it."""
     try:
         return action(*arguments)
-    # Each kind of storage has errors of its own.
+    # Each kind of storage has its own errors.
     except Exception as error:
-        _say(f"{what}: {type(error).__name__}: {error}")
+        _print(f"{what}: {type(error).__name__}: {error}")
         return None
 
 
@@ -166,5 +165,5 @@ def _exit_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     console.print(f"maxlm: {text}", markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""Files that a stage wrote, read again: one that was cut short or edited since is told as such."""
+"""Read files that a stage wrote; truncated or edited ones are reported as such."""
 
 import json
 import os
@@ -14,19 +14,21 @@ from maxlm.runtime.storage import read_lines
 
 
 class _Written(dict):
-    """An object of such a file; a key that it lacks is no bug of the code that asks for it."""
+    """A JSON object of such a file; a missing key means a bad file, not a bug in the reading code."""
 
     where = ""
 
     def __missing__(self, key: str) -> Any:
-        raise DataError(f"{self.where}: lacks {key!r}, so it was changed or is of another version; run its stage again")
+        raise DataError(
+            f"{self.where}: lacks {key!r}, so it was edited or is from another version; run its stage again"
+        )
 
 
 def parse_written(content: bytes | str, where: str | os.PathLike) -> Any:
-    """The value of JSON that maxlm wrote; `where` names it in messages.
+    """Parse JSON that maxlm wrote; `where` names it in messages.
 
     Raises:
-      DataError: it is no JSON; or, when a key is asked for, the key is not there.
+      DataError: it is not valid JSON; or later, when a missing key is accessed.
     """
 
     def section(pairs: list[tuple[str, Any]]) -> _Written:
@@ -43,18 +45,18 @@ def parse_written(content: bytes | str, where: str | os.PathLike) -> Any:
 
 
 def read_written_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The objects of a file of lines, without a last one that was cut.
+    """The objects of a JSONL file, without a truncated last line.
 
     Raises:
-      DataError: naming the first that is none.
+      DataError: naming the first line that is not an object.
     """
     try:
         lines = read_lines(path)
     except UnicodeDecodeError:
-        raise DataError(f"{path}: is no UTF-8 text, so it was changed; remove it") from None
+        raise DataError(f"{path}: is not UTF-8 text, so it was edited; remove it") from None
     found = [parse_written(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
     if wrong := next((number for number, item in enumerate(found, start=1) if not isinstance(item, dict)), None):
-        raise DataError(f"{path}:{wrong}: is no JSON object, so it was changed; take the line out")
+        raise DataError(f"{path}:{wrong}: is not a JSON object, so it was edited; remove the line")
     return found
 
 
@@ -64,16 +66,16 @@ def table_batches(
     """The batches of a Parquet file that maxlm wrote.
 
     Raises:
-      DataError: it is not there, or is damaged, or lacks a column.
+      DataError: it does not exist, is corrupt, or lacks a column.
     """
     try:
         with parquet.ParquetFile(path) as file:
             missing = [name for name in columns or () if name not in file.schema_arrow.names]
             if missing:
-                raise DataError(f"{path}: has no column {missing[0]!r}; run the stage that makes it again")
+                raise DataError(f"{path}: has no column {missing[0]!r}; rerun the stage that writes it")
             yield from file.iter_batches(columns=columns and list(columns), batch_size=batch_size)
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file; run the stage that makes it again") from None
+        raise DataError(f"{path}: there is no such file; rerun the stage that writes it") from None
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: cannot be read ({reason}); run the stage that makes it again") from None
+        raise DataError(f"{path}: cannot be read ({reason}); rerun the stage that writes it") from None

@@ -16,8 +16,8 @@ def register(subparsers) -> None:
     """Add the command to the command line."""
     parser = subparsers.add_parser(
         "tokenizer",
-        help="train a tokenizer; look at how it cuts text",
-        description="Train a SentencePiece tokenizer with chat tokens, and look at how it cuts text.",
+        help="train a tokenizer; show how it splits text",
+        description="Train a SentencePiece tokenizer with chat tokens, and show how it splits text.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -26,7 +26,7 @@ def register(subparsers) -> None:
     train = actions.add_parser(
         "train",
         help="train on documents of `maxlm data build` or on a text file",
-        description="Train a tokenizer. Made again only if the text or the configuration has changed.",
+        description="Train a tokenizer. Retrained only if the text or the configuration has changed.",
         epilog="example: maxlm tokenizer train configs/tokenizer/embedded.yaml vocab_size=4096 algorithm=unigram",
     )
     add_config(train, "tokenizer")
@@ -35,18 +35,18 @@ def register(subparsers) -> None:
 
     show = actions.add_parser(
         "show",
-        help="its size and tokens, and how it cuts a text",
-        description="Print a tokenizer's size and control tokens, or how it cuts a text.",
+        help="its size and tokens, and how it splits a text",
+        description="Print a tokenizer's size and control tokens, or how it splits a text.",
         epilog="example: maxlm tokenizer show runs/embedded/tokenizer --text 'def main():'",
     )
     show.add_argument("folder", metavar="FOLDER", help="a folder of `maxlm tokenizer train`")
-    show.add_argument("--text", metavar="TEXT", help="the text to cut; - reads standard input")
+    show.add_argument("--text", metavar="TEXT", help="the text to split; - reads standard input")
     show.add_argument("--json", action="store_true", help="print one JSON object")
     show.set_defaults(func=run_show)
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """Train, then say what came out."""
+    """Train, then print a summary."""
     from maxlm.config import load_config
     from maxlm.runtime.manifest import read_manifest
     from maxlm.tokenizer.train import train_tokenizer
@@ -60,7 +60,7 @@ def run_train(args: argparse.Namespace) -> int:
     metrics = manifest["metrics"]
     print(
         f"{config.output}: {metrics['vocab_size']:,} tokens from {metrics['trained_on_characters']:,} characters"
-        f" in {metrics['seconds']} s; {metrics['characters_per_token']} characters a token;"
+        f" in {metrics['seconds']} s; {metrics['characters_per_token']} characters per token;"
         f" fingerprint {metrics['fingerprint'][:12]}"
     )
     return 0
@@ -88,7 +88,7 @@ def run_show(args: argparse.Namespace) -> int:
         print(json.dumps(facts, ensure_ascii=False))
     elif text is not None:
         print(" ".join(repr(token)[1:-1].replace(" ", "·") for token in facts["tokens"]))
-        print(f"{len(text)} characters, {len(ids)} tokens, {facts['characters_per_token']} characters a token")
+        print(f"{len(text)} characters, {len(ids)} tokens, {facts['characters_per_token']} characters per token")
     else:
         print(f"{args.folder}: {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint}")
         print("control tokens: " + ", ".join(f"{name} {id_}" for name, id_ in tokenizer.control_tokens.items()))

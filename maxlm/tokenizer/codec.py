@@ -1,7 +1,7 @@
-"""Text to token ids and back: a SentencePiece model with a chat template beside it.
+"""Text to token ids and back: a SentencePiece model with a chat template.
 
-SentencePiece writes a space as U+2581, so a text that holds U+2581 itself would come back with a space in its place.
-That character is therefore encoded as its three bytes, and decoding is done here, from a table of each id's bytes.
+SentencePiece writes a space as U+2581, so U+2581 itself in a text would be decoded as a space. That character is
+therefore encoded as its three bytes, and decoding is done here, from a table of each id's bytes.
 """
 
 import codecs
@@ -25,29 +25,29 @@ _SPACE_MARK = "\u2581"
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """A chat as ids, and for each id 1.0 where the model is to learn to write it, else 0.0."""
+    """A chat as token ids, with a loss weight for each id: 1.0 if the model learns to generate it, else 0.0."""
 
     ids: list[int]
     loss_weights: list[float]
 
 
 class Tokenizer:
-    """Encodes and decodes without loss: `decode(encode(text)) == text` for every valid Unicode text.
+    """A lossless tokenizer: `decode(encode(text)) == text` for every valid Unicode text.
 
     Attributes:
       vocab_size: number of ids.
       bos_id, eos_id, pad_id, unk_id: ids of the control tokens.
-      control_tokens: token -> id of every control token, the chat tokens among them.
-      fingerprint: hash of the model's bytes, the template and the control tokens; equal tokenizers have equal ones.
-      byte_lengths: `[vocab_size]` int32: how many UTF-8 bytes each id stands for; 0 for control tokens.
-      template: how a chat is laid out.
+      control_tokens: token -> id of every control token, including the chat tokens.
+      fingerprint: hash of the model's bytes, the template and the control tokens; equal for equal tokenizers.
+      byte_lengths: `[vocab_size]` int32: the number of UTF-8 bytes of each id; 0 for control tokens.
+      template: the chat template.
     """
 
     def __init__(self, model: bytes, template: ChatTemplate):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, TypeError):
-            raise TokenizerError("the tokenizer's model is no SentencePiece model") from None
+            raise TokenizerError("the tokenizer's model is not a SentencePiece model") from None
         processor = self._processor
         self.model_bytes = model
         self.template = template
@@ -60,13 +60,13 @@ class Tokenizer:
         self._bytes = [self._bytes_of(id_) for id_ in range(self.vocab_size)]
         self._byte_ids = {self._bytes[i][0]: i for i in range(self.vocab_size) if processor.is_byte(i)}
         if len(self._byte_ids) != 256:
-            raise TokenizerError("the tokenizer's model has no byte fallback, so it cannot write every text")
+            raise TokenizerError("the tokenizer's model has no byte fallback, so it cannot encode every text")
         self.byte_lengths = np.array([len(b) for b in self._bytes], np.int32)
         self.control_tokens = {
             processor.id_to_piece(i): i for i in range(self.vocab_size) if processor.is_control(i) or i == self.unk_id
         }
         if missing := sorted(template.control_tokens() - {*self.control_tokens}):
-            raise TokenizerError(f"the chat template names {missing[0]!r}, which is no control token of the model")
+            raise TokenizerError(f"the chat template names {missing[0]!r}, which is not a control token of the model")
         identity = xxhash.xxh3_128(model)
         identity.update(template.to_json().encode())
         identity.update(repr(sorted(self.control_tokens.items())).encode())
@@ -77,14 +77,14 @@ class Tokenizer:
         """Read a folder of `maxlm tokenizer train`.
 
         Raises:
-          TokenizerError: if the folder or a file in it is missing or broken.
+          TokenizerError: if the folder or a file in it is missing or corrupt.
         """
         folder = storage_path(folder)
         try:
             model = (folder / MODEL_FILE).read_bytes()
         except OSError:
             raise TokenizerError(
-                f"{folder}: holds no {MODEL_FILE}; make a tokenizer there with `maxlm tokenizer train`"
+                f"{folder}: has no {MODEL_FILE}; train a tokenizer there with `maxlm tokenizer train`"
             ) from None
         try:
             return cls(model, ChatTemplate.load(folder / chat.FILE_NAME))
@@ -97,7 +97,7 @@ class Tokenizer:
         """The ids of a text.
 
         Raises:
-          TokenizerError: if the text holds half of a surrogate pair, which no encoding can write.
+          TokenizerError: if the text contains a lone surrogate, which cannot be encoded.
         """
         return self._framed(self.encode_batch([text])[0], bos=bos, eos=eos)
 
@@ -107,11 +107,11 @@ class Tokenizer:
         """The ids of each text; SentencePiece runs on `num_threads` threads."""
         for text in texts:
             _check_encodable(text)
-        # Most texts hold no U+2581 and are one part.
+        # Most texts contain no U+2581 and are one part.
         parts = [text.split(_SPACE_MARK) for text in texts]
         flat = [part for split in parts for part in split]
         if num_threads == 1:
-            # A list starts a thread at each call, which costs twenty times what a short text does.
+            # Encoding a list starts a thread per call, which costs twenty times as much as encoding a short text.
             encoded = map(self._processor.encode, flat)
         else:
             encoded = iter(self._processor.encode(flat, num_threads=num_threads))
@@ -126,7 +126,7 @@ class Tokenizer:
         return results
 
     def decode(self, ids: Iterable[int], *, skip_control: bool = True) -> str:
-        """The text of ids. Bytes that are no UTF-8 become U+FFFD; `skip_control=False` writes control tokens out.
+        """Decode ids. Bytes that are not UTF-8 become U+FFFD; `skip_control=False` includes control tokens.
 
         Raises:
           TokenizerError: if an id is outside the vocabulary.
@@ -134,46 +134,45 @@ class Tokenizer:
         return b"".join(self._pieces(ids, skip_control=skip_control)).decode("utf-8", errors="replace")
 
     def stream_decoder(self, *, skip_control: bool = True) -> "StreamDecoder":
-        """A decoder that takes ids one by one and gives text as soon as its characters are complete."""
+        """A decoder that takes ids one by one and returns text as soon as its characters are complete."""
         return StreamDecoder(self, skip_control=skip_control)
 
     def token_text(self, id_: int) -> str:
-        """One id for the eye: its text, a control token's name, or `<0xNN>` for a byte."""
+        """Human-readable form of an id: its text, a control token's name, or `<0xNN>` for a byte."""
         self._check_id(id_)
         if self.is_control(id_) or self._processor.is_byte(id_):
             return self._processor.id_to_piece(int(id_))
         return self._bytes[id_].decode()
 
     def token_bytes(self, id_: int) -> bytes:
-        """The UTF-8 bytes that one id stands for, a part of a character perhaps; none for a control token."""
+        """The UTF-8 bytes of an id, possibly part of a character; empty for a control token."""
         self._check_id(id_)
         return self._bytes[id_]
 
     def is_control(self, id_: int) -> bool:
-        """Whether an id is a control token: it stands for no text."""
+        """Whether an id is a control token, which has no text."""
         return self._processor.is_control(int(id_)) or id_ == self.unk_id
 
     # Chat
 
     def encode_chat(self, messages: Sequence[dict], *, generation_prompt: bool = False) -> ChatTokens:
-        """A chat in the template's layout.
+        """Encode a chat with the chat template.
 
         Args:
           messages: `{"role": ..., "content": ...}` each; a `weight` multiplies the loss on an answer.
-          generation_prompt: end with the prefix of the answering role, for a model to go on from.
+          generation_prompt: end with the prefix of the answering role, for generation.
 
         Returns:
-          The ids, with loss weight 1, or the message's own, exactly on the answering role's content and what ends its
-          turn.
+          The ids, with loss weight 1, or the message's `weight`, exactly on the answering role's content and suffix.
 
         Raises:
-          TokenizerError: for a role that the template does not know, or content that is no text.
+          TokenizerError: for an unknown role, or content that is not a string.
         """
         ids = self._control_and_text(self.template.begin)
         weights = [0.0] * len(ids)
         for position, message in enumerate(messages):
             if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-                raise TokenizerError(f"message {position + 1} of the chat must have a role and, as text, a content")
+                raise TokenizerError(f"message {position + 1} of the chat must have a role and a string content")
             role = self.template.role(message.get("role"))
             prefix = self._control_and_text(role.prefix)
             answer = self.encode(message["content"]) + self._control_and_text(role.suffix)
@@ -189,7 +188,7 @@ class Tokenizer:
 
     @property
     def end_of_turn_id(self) -> int:
-        """The id that ends an answer: where generation in a chat stops."""
+        """The id that ends an answer: the stop token of chat generation."""
         suffix = self.template.role(self.template.answering_role).suffix
         controls = [self.control_tokens[part["control"]] for part in suffix if "control" in part]
         return controls[0] if controls else self.eos_id
@@ -197,7 +196,7 @@ class Tokenizer:
     # Inside
 
     def save(self, folder: str | Path) -> None:
-        """Write the model and the template; the manifest is the caller's, and comes last."""
+        """Write the model and the template; the caller writes the manifest last."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MODEL_FILE).write_bytes(self.model_bytes)
@@ -234,7 +233,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Ids in, text out; bytes of a character that is not complete are kept until it is."""
+    """Incremental decoder of ids to text; bytes of an incomplete character are buffered."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_control: bool):
         self._tokenizer = tokenizer
@@ -242,11 +241,11 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, *ids: int) -> str:
-        """The text that these ids complete; may be empty."""
+        """The text completed by these ids; may be empty."""
         return self._decoder.decode(b"".join(self._tokenizer._pieces(ids, skip_control=self._skip_control)))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD where a character was cut short, else nothing."""
+        """The remaining text at the end: U+FFFD for a truncated character, else empty."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -255,6 +254,5 @@ def _check_encodable(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise TokenizerError(
-            f"the text cannot be encoded: its character {error.start + 1}, {text[error.start]!r}, is half of a pair"
-            " of surrogates"
+            f"the text cannot be encoded: its character {error.start + 1}, {text[error.start]!r}, is a lone surrogate"
         ) from None

@@ -1,7 +1,7 @@
 """Train a SentencePiece model on documents.
 
-The settings suit prose and code alike: text is taken as it stands, runs of spaces and newlines may become pieces, each
-digit is a token, and a character outside the vocabulary is written as its bytes.
+The settings suit both prose and code: text is not normalized, runs of spaces and newlines may become pieces, each digit
+is a token, and a character outside the vocabulary is encoded as its bytes.
 """
 
 import io
@@ -23,16 +23,16 @@ from maxlm.runtime.storage import locked, storage_path
 from maxlm.runtime.written import table_batches
 from maxlm.tokenizer.codec import BOS, EOS, PAD, UNKNOWN, Tokenizer
 
-# SentencePiece's trainer gives these a meaning of its own and skips every text that holds one.
+# SentencePiece's trainer reserves these and skips every text that contains one.
 _RESERVED = re.compile("[\0\t\u2581\u2585]+")
 _CHUNK_CHARACTERS = 10_000
-_NO_PLAIN_TEXT = (".jsonl", ".json", ".parquet", ".gz", ".zst", ".xz", ".bz2", ".zip")
+_NOT_PLAIN_TEXT = (".jsonl", ".json", ".parquet", ".gz", ".zst", ".xz", ".bz2", ".zip")
 
 
 def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """Train, and write `tokenizer.model`, `chat_template.json` and `manifest.json`.
+    """Train a tokenizer, and write `tokenizer.model`, `chat_template.json` and `manifest.json`.
 
-    A folder that was made from the same input with the same configuration is loaded instead.
+    An existing folder of the same input and configuration is loaded instead.
 
     Raises:
       ConfigError: the folder cannot be written, or is another stage's.
@@ -51,7 +51,7 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
     share = config.max_characters / max(1, _num_characters(documents))
     texts = [text for number, text in enumerate(_read_texts(documents)) if _is_drawn(number, share, config.seed)]
     if not texts:
-        raise DataError(f"{config.input}: holds no text to train a tokenizer on")
+        raise DataError(f"{config.input}: has no text to train a tokenizer on")
     tokenizer = Tokenizer(_train_model(texts, config), default_chat_template(BOS))
     seconds = time.perf_counter() - start
 
@@ -72,7 +72,7 @@ def _write(output: Path, tokenizer: Tokenizer, documents: Path, resolved: dict, 
     output.mkdir(parents=True, exist_ok=True)
     with locked(storage_path(output), seconds=0) as alone:
         if not alone:
-            raise DataError(f"{output}: another process writes there; wait until it has ended, or give another output")
+            raise DataError(f"{output}: another process writes there; wait until it ends, or give another output")
         (output / FILE_NAME).unlink(missing_ok=True)
         tokenizer.save(output)
         write_manifest(output, stage="tokenizer", inputs={"documents": documents}, config=resolved, metrics=metrics)
@@ -98,7 +98,7 @@ def _train_model(texts: list[str], config: TokenizerConfig) -> bytes:
             pad_id=0, bos_id=1, eos_id=2, unk_id=3,
             pad_piece=PAD, bos_piece=BOS, eos_piece=EOS, unk_piece=UNKNOWN,
             max_sentence_length=1 << 24,
-            num_threads=4,  # part of the result for unigram: sums are taken thread by thread
+            num_threads=4,  # affects the result for unigram: sums are computed per thread
             minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
@@ -109,7 +109,7 @@ def _train_model(texts: list[str], config: TokenizerConfig) -> bytes:
 def _explain(message: str, config: TokenizerConfig) -> str:
     if match := re.search(r"Please set it to a value <= (\d+)", message):
         return (
-            f"vocab_size {config.vocab_size} is more than {config.input} can fill:"
+            f"vocab_size {config.vocab_size} is too large for {config.input}:"
             f" set vocab_size to at most {match[1]}, or give more text"
         )
     if match := re.search(r"\d+ vs (\d+)\. Increase vocab_size", message):
@@ -123,9 +123,9 @@ def _explain(message: str, config: TokenizerConfig) -> str:
 def _input_path(given: str) -> Path:
     """The documents stage of a data folder, or a text file."""
     path = Path(given)
-    if path.is_file() and path.suffix.lower() in _NO_PLAIN_TEXT:
+    if path.is_file() and path.suffix.lower() in _NOT_PLAIN_TEXT:
         raise DataError(
-            f"{given}: is no plain text, and a tokenizer would learn its markup; make it documents with"
+            f"{given}: is not plain text, so a tokenizer would learn its markup; convert it to documents with"
             " `maxlm data build CONFIG --stop-after documents`, and give the folder of that build"
         )
     if path.is_file():
@@ -134,7 +134,7 @@ def _input_path(given: str) -> Path:
         read_manifest(path / "documents")
         return path / "documents"
     raise DataError(
-        f"{given}: there is no such file or folder; `maxlm data build CONFIG --stop-after documents` makes one"
+        f"{given}: there is no such file or folder; create one with `maxlm data build CONFIG --stop-after documents`"
     )
 
 
@@ -146,7 +146,7 @@ def _read_texts(path: Path) -> Iterator[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is no UTF-8 text (byte {error.start + 1})") from None
+        raise DataError(f"{path}: is not UTF-8 text (byte {error.start + 1})") from None
     for start in range(0, len(text), _CHUNK_CHARACTERS):
         yield text[start : start + _CHUNK_CHARACTERS]
 
@@ -158,7 +158,7 @@ def _num_characters(path: Path) -> int:
 
 
 def _is_drawn(number: int, share: float, seed: int) -> bool:
-    """Spreads what is drawn evenly: each text stays or goes by a hash of its place."""
+    """Even sampling: a hash of a text's index decides whether it is drawn."""
     return xxhash.xxh3_64_intdigest(f"{seed}/{number}".encode()) < share * 2**64
 
 

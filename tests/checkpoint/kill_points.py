@@ -1,4 +1,4 @@
-"""What a process does that is killed while it saves."""
+"""Processes that are killed while they save a checkpoint."""
 
 import contextlib
 import json
@@ -14,12 +14,12 @@ from toy_run import toy_run, weights
 
 from maxlm.checkpoint.checkpointer import Checkpointer
 
-# Operations of the file system that change something, as Python announces them before it does them.
+# Audit events of file-system operations that change something, raised before the operation.
 _CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 
 
 class Operations:
-    """Calls `before(number, name, path)` before each operation that changes files, while it is watching."""
+    """Calls `before(number, name, path)` before each operation that changes files, while active."""
 
     def __init__(self):
         self._before: Callable[[int, str, str], None] | None = None
@@ -50,14 +50,14 @@ def kill_before(number: int) -> Callable[[int, str, str], None]:
     def before(n, name, path):
         if n == number:
             os.kill(os.getpid(), signal.SIGKILL)
-            # Until the signal has arrived.
+            # Wait for the signal to arrive.
             time.sleep(60)
 
     return before
 
 
 def save(folder: str, step: int, number: int, report: str) -> None:
-    """Save a step on top of what is there, and be killed before an operation; 0 counts them to `report` instead."""
+    """Save a step on top of existing ones; be killed before an operation, or with 0 write their names to `report`."""
     state, names = make_small_state(step), []
     before = kill_before(number) if number else lambda n, name, path: names.append(f"{name} {path}")
     operations = Operations()
@@ -69,7 +69,7 @@ def save(folder: str, step: int, number: int, report: str) -> None:
 
 
 def save_until_killed(folder: str, seconds: float) -> None:
-    """Save one step after another, of arrays that take a while to write, and be killed at some moment."""
+    """Save consecutive steps of arrays that take a while to write, and be killed at some moment."""
     with Checkpointer(folder, keep=2) as checkpointer:
         first = max(checkpointer.steps(), default=0) + 1
         for step in range(first, first + 10_000):
@@ -79,7 +79,7 @@ def save_until_killed(folder: str, seconds: float) -> None:
 
 
 def train(folder: str, number: int, report: str) -> None:
-    """The whole trainer, with its other files; killed before an operation."""
+    """Run the whole trainer, with its other files; killed before an operation."""
     names = []
     before = kill_before(number) if number else lambda n, name, path: names.append(f"{name} {path}")
     with Operations().watching(before):

@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved comes back to the bit, and nothing that is broken or foreign is taken for it."""
+"""Checkpoints: restored state is bit-identical, and corrupt or foreign checkpoints are rejected."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ from maxlm.models.decoder import Decoder
 from maxlm.optim.build import make_optimizer
 from maxlm.train.state import TrainState, abstract_state, create_state
 
-# Orbax leaves reads of broken files unawaited.
+# Orbax leaves reads of corrupt files unawaited.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 PLAN = Decoder(ModelConfig(**{**MODEL, "vocab_size": 64}))
@@ -35,20 +35,20 @@ PLAN = Decoder(ModelConfig(**{**MODEL, "vocab_size": 64}))
 
 @functools.cache
 def make_state(seed: int, *, step: int = 0, plan=PLAN) -> TrainState:
-    """A state whose every array differs from zero."""
+    """A state without all-zero arrays."""
     state = create_state(initialize(plan, jax.random.key(seed)), make_optimizer(OptimConfig()))
     state = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf) + (seed + 1)), state)
     return replace(state, step=jax.numpy.asarray(step, "int32"))
 
 
 def state_on(mesh) -> TrainState:
-    """What to restore on a mesh."""
+    """Abstract state to restore on a mesh."""
     create = functools.partial(create_state, optimizer=make_optimizer(OptimConfig()))
     return abstract_state(create, abstract(PLAN, mesh), mesh)
 
 
 def make_small_state(step: int, *, size: int = 4) -> TrainState:
-    """A few numbers, of a step, on one device."""
+    """A small state of a step, on one device."""
     state = create_state({"w": jax.numpy.arange(float(size)) + step}, make_optimizer(OptimConfig()))
     return replace(state, step=jax.numpy.asarray(step, "int32"))
 
@@ -72,12 +72,12 @@ def saved_once(tmp_path_factory):
 
 @pytest.fixture
 def saved(saved_once, tmp_path):
-    """A copy that a test may damage."""
+    """A copy that a test may corrupt."""
     return Path(shutil.copytree(saved_once, tmp_path / "run"))
 
 
 def array_files(checkpoint: Path) -> list[Path]:
-    """Files that hold the arrays' bytes, the largest first."""
+    """Files with the arrays' bytes, largest first."""
     return sorted((path for path in checkpoint.rglob("d/*") if path.is_file()), key=lambda path: -path.stat().st_size)
 
 
@@ -96,12 +96,12 @@ def damage_metadata(checkpoint):
 
 
 def damage_values(checkpoint):
-    """Sound arrays, but not those that were saved: only their checksums tell."""
+    """Replace arrays by valid but different ones, which only their checksums reveal."""
     shutil.rmtree(checkpoint / "weights")
     shutil.copytree(checkpoint.parent / "1" / "weights", checkpoint / "weights")
 
 
-def test_what_was_saved_comes_back_to_the_bit(saved):
+def test_restore_is_bit_identical_to_saved_state(saved):
     with Checkpointer(saved, keep=3) as checkpointer:
         restored, metadata = checkpointer.restore(make_state(0))
     assert_equal(restored, make_state(3, step=3))
@@ -109,8 +109,8 @@ def test_what_was_saved_comes_back_to_the_bit(saved):
 
 
 @pytest.mark.parametrize("sizes", [None, {"fsdp": 4, "tensor": 2}])
-def test_shapes_alone_say_what_to_restore(sizes, saved):
-    """No state has to be made before one is restored; each array comes back laid out as its shape says."""
+def test_restore_needs_only_shapes(sizes, saved):
+    """No state has to be created before restoring; each array gets the sharding of its abstract shape."""
     mesh = sizes and make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
     like = (
         state_on(mesh)
@@ -125,36 +125,36 @@ def test_shapes_alone_say_what_to_restore(sizes, saved):
         assert shardings == {path: leaf.sharding for path, leaf in flatten(like).items()}
 
 
-def test_no_checkpoint_is_none(tmp_path):
+def test_restore_without_checkpoint_returns_none(tmp_path):
     with Checkpointer(tmp_path, keep=3) as checkpointer:
         assert checkpointer.restore(make_state(0)) is None
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_it_may_be_restored_on_another_mesh(sizes, saved, tmp_path):
+def test_checkpoint_restores_on_another_mesh(sizes, saved, tmp_path):
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
     with Checkpointer(saved, keep=3) as checkpointer:
         restored, _ = checkpointer.restore(state_on(mesh))
     assert_equal(restored, make_state(3, step=3))
     assert len(restored.trainable.layers.mlp.gate.sharding.device_set) == 8
-    # And back: saved on eight devices, read on one.
+    # And back: saved on eight devices, restored on one.
     with jax.set_mesh(mesh), Checkpointer(tmp_path / "back", keep=1) as checkpointer:
         checkpointer.save(restored, {})
     assert_equal(restore_weights(find_checkpoint(tmp_path / "back"), abstract(PLAN)), make_state(3, step=3).trainable)
 
 
 @pytest.mark.parametrize("damage", [damage_cut, damage_missing, damage_metadata, damage_values])
-def test_a_broken_checkpoint_is_set_aside_and_named(damage, saved, capfd):
+def test_corrupt_checkpoint_is_set_aside_and_reported(damage, saved, capfd):
     damage(saved / "checkpoints" / "3")
     with Checkpointer(saved, keep=3) as checkpointer:
         restored, _ = checkpointer.restore(make_state(0))
         assert_equal(restored, make_state(2, step=2))
-        assert "checkpoint 3 is broken" in capfd.readouterr().err
+        assert "checkpoint 3 is corrupt" in capfd.readouterr().err
         assert (saved / "broken-checkpoint-3-1").is_dir()
-        # Training goes on from step 2, and step 3 is saved anew.
+        # Training resumes from step 2, and step 3 is saved again.
         checkpointer.save(make_state(5, step=3), {"note": "anew"})
     assert_equal(restore_weights(find_checkpoint(saved), abstract(PLAN)), make_state(5).trainable)
-    # It may break again: nothing of what was set aside is lost.
+    # It may be corrupted again: nothing that was set aside is lost.
     damage(saved / "checkpoints" / "3")
     with Checkpointer(saved, keep=3) as checkpointer:
         assert int(checkpointer.restore(make_state(0))[0].step) == 2
@@ -162,8 +162,8 @@ def test_a_broken_checkpoint_is_set_aside_and_named(damage, saved, capfd):
     assert (saved / "broken-checkpoint-3-2").is_dir()
 
 
-def test_changed_bytes_of_an_array_are_noticed(saved):
-    """Wherever in the largest file of the arrays the bits turn."""
+def test_changed_array_bytes_are_detected(saved):
+    """At any position in the largest file of the arrays."""
     [largest, *_] = array_files(saved / "checkpoints" / "3")
     content = bytearray(largest.read_bytes())
     for place in range(0, len(content), max(1, len(content) // 7)):
@@ -174,8 +174,8 @@ def test_changed_bytes_of_an_array_are_noticed(saved):
     assert_equal(restored, make_state(2, step=2))
 
 
-def test_a_half_written_checkpoint_is_no_checkpoint(saved):
-    """What a process leaves that is killed while it saves."""
+def test_partially_written_checkpoint_is_ignored(saved):
+    """Such as one left by a process killed while saving."""
     folder = saved / "checkpoints"
     (folder / "3").rename(folder / "3.orbax-checkpoint-tmp-7")
     shutil.rmtree(folder / "3.orbax-checkpoint-tmp-7" / "metadata")
@@ -187,26 +187,26 @@ def test_a_half_written_checkpoint_is_no_checkpoint(saved):
     assert find_checkpoint(saved).name == "3"
 
 
-def test_when_all_are_broken_it_says_so(saved):
+def test_all_checkpoints_corrupt_is_an_error(saved):
     for step in (1, 2, 3):
         damage_cut(saved / "checkpoints" / str(step))
     with Checkpointer(saved, keep=3) as checkpointer, pytest.raises(CheckpointError, match=r"all checkpoints \(3\)"):
         checkpointer.restore(make_state(0))
 
 
-def test_inference_refuses_broken_weights(saved):
+def test_inference_rejects_corrupt_weights(saved):
     damage_values(saved / "checkpoints" / "3")
-    with pytest.raises(CheckpointError, match="weights differ from those that were saved"):
+    with pytest.raises(CheckpointError, match="weights differ from the saved ones"):
         restore_weights(find_checkpoint(saved), abstract(PLAN))
     damage_cut(saved / "checkpoints" / "2")
-    with pytest.raises(CheckpointError, match="is broken"):
+    with pytest.raises(CheckpointError, match="is corrupt"):
         restore_weights(find_checkpoint(saved / "checkpoints" / "2"), abstract(PLAN))
     damage_metadata(saved / "checkpoints" / "1")
-    with pytest.raises(CheckpointError, match="is broken"):
+    with pytest.raises(CheckpointError, match="is corrupt"):
         read_metadata(find_checkpoint(saved / "checkpoints" / "1"))
 
 
-def test_another_model_is_refused_in_one_sentence(saved):
+def test_checkpoint_of_another_model_is_rejected_with_one_sentence(saved):
     wider = Decoder(ModelConfig(**{**MODEL, "vocab_size": 64, "mlp_dim": 56}))
     with Checkpointer(saved, keep=3) as checkpointer, pytest.raises(CheckpointError) as error:
         checkpointer.restore(make_state(0, plan=wider))
@@ -218,27 +218,27 @@ def test_another_model_is_refused_in_one_sentence(saved):
 
 
 @pytest.mark.parametrize("changed", [{"kind": "lion"}, {"ema_decay": 0.9}])
-def test_another_optimizer_is_refused_in_one_sentence(changed, tmp_path):
-    """The state that it would need is not there; what is there is not broken."""
+def test_checkpoint_of_another_optimizer_is_rejected_with_one_sentence(changed, tmp_path):
+    """The needed state is missing, but the checkpoint is not corrupt."""
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         checkpointer.save(make_small_state(3), {}, wait=True)
         config = OptimConfig(**changed)
         keep_ema = config.ema_decay is not None
         like = create_state(make_small_state(0).trainable, make_optimizer(config), keep_ema=keep_ema)
-        with pytest.raises(CheckpointError, match="was trained with another optimizer, or another choice of ema_decay"):
+        with pytest.raises(CheckpointError, match="was trained with another optimizer, or with or without ema_decay"):
             checkpointer.restore(like)
         assert int(checkpointer.restore(make_small_state(0))[0].step) == 3
 
 
-def test_a_checkpoint_of_an_earlier_format_serves_for_inference_and_is_not_gone_on_from(saved, capfd):
-    """Its checksums may be computed in another way: they say nothing against it, and it is told."""
+def test_checkpoint_of_an_earlier_format_loads_for_inference_but_cannot_be_resumed(saved, capfd):
+    """Its checksums may be computed differently, so they are not verified, which is reported."""
     metadata = saved / "checkpoints" / "3" / "metadata" / "metadata"
     tree = json.loads(metadata.read_text())
     del tree["format"], tree["rest_shapes"]
     tree["checksums"] = {path: value + 1 for path, value in tree["checksums"].items()}
     metadata.write_text(json.dumps(tree))
     assert_equal(restore_weights(find_checkpoint(saved), abstract(PLAN)), make_state(3).trainable)
-    assert "its weights are not checked" in " ".join(capfd.readouterr().err.split())
+    assert "its weights are not verified" in " ".join(capfd.readouterr().err.split())
     with Checkpointer(saved, keep=3) as checkpointer:
         with pytest.raises(CheckpointError, match="was saved by another version of maxlm"):
             checkpointer.restore(make_state(0))
@@ -248,25 +248,25 @@ def test_a_checkpoint_of_an_earlier_format_serves_for_inference_and_is_not_gone_
         restore_weights(find_checkpoint(saved), abstract(PLAN))
 
 
-def test_only_the_newest_are_kept(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
     with Checkpointer(tmp_path, keep=2) as checkpointer:
         for step in (1, 2, 3):
             checkpointer.save(make_state(step, step=step), {})
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
 
 
-def test_a_folder_without_checkpoints_is_named(tmp_path):
+def test_error_names_the_folder_without_checkpoints(tmp_path):
     with pytest.raises(CheckpointError, match="there is no such folder"):
         find_checkpoint(tmp_path / "missing")
-    with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="has no complete checkpoint"):
         find_checkpoint(tmp_path)
 
 
-def test_too_little_room_is_told_before_anything_is_written(saved, monkeypatch):
+def test_too_little_disk_space_is_reported_before_writing(saved, monkeypatch):
     usage = shutil.disk_usage(saved)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
     with Checkpointer(saved, keep=3) as checkpointer:
-        with pytest.raises(TrainingError, match="make room") as error:
+        with pytest.raises(TrainingError, match="free some space") as error:
             checkpointer.save(make_state(4, step=4), {})
         assert "newest whole checkpoint is of step 3" in str(error.value)
     assert find_checkpoint(saved).name == "3"
@@ -290,13 +290,13 @@ except TrainingError as error:
 
 
 @pytest.mark.slow
-def test_a_write_that_fails_is_told_and_leaves_the_last_checkpoint(saved):
-    """The operating system refuses to write more, in the middle of a save."""
+def test_failed_write_is_reported_and_keeps_the_last_checkpoint(saved):
+    """The operating system refuses further writes in the middle of a save."""
     script = FULL_DISK.format(paths=[str(path) for path in Path(__file__).parents[:2]], folder=str(saved))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "a checkpoint could not be saved" in done.stdout
-    assert "newest whole checkpoint is of step 3; run the same command to go on from there" in done.stdout
+    assert "newest complete checkpoint is of step 3; run the same command to resume from there" in done.stdout
     assert len(done.stdout.splitlines()) == 1
     with Checkpointer(saved, keep=3) as checkpointer:
         restored, _ = checkpointer.restore(make_state(0))

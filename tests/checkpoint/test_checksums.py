@@ -1,4 +1,4 @@
-"""Checksums see every change of an array, and depend on nothing but its values."""
+"""Checksums detect every change of an array, and depend only on its values."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def swapped(x: np.ndarray, one: tuple[int, ...], other: tuple[int, ...]) -> np.n
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_moved_values_are_seen(dtype):
+def test_moved_values_change_the_checksum(dtype):
     square = random_array((24, 24), dtype)
     stack = random_array((3, 8, 8), dtype)
     moved = {
@@ -45,7 +45,7 @@ def test_moved_values_are_seen(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_any_two_entries_that_change_places_are_seen(dtype):
+def test_swapping_any_two_entries_changes_the_checksum(dtype):
     x = random_array((4, 4), dtype)
     places = list(np.ndindex(x.shape))
     expected = checksum(x)
@@ -55,8 +55,8 @@ def test_any_two_entries_that_change_places_are_seen(dtype):
                 assert checksum(swapped(x, one, other)) != expected, (one, other)
 
 
-def test_swapped_values_that_differ_in_few_bits_are_seen():
-    """Opposite numbers differ in the highest bit alone, and powers of two in the exponent's: most sums lose those."""
+def test_swapping_values_that_differ_in_few_bits_changes_the_checksum():
+    """Opposite numbers differ only in the highest bit, and powers of two in the exponent: most sums miss those."""
     x = np.ones((8, 8), np.float32)
     x[0, 1], x[3, 2], x[5, 5] = -1, 2, 4
     places = list(np.ndindex(x.shape))
@@ -65,7 +65,7 @@ def test_swapped_values_that_differ_in_few_bits_are_seen():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_flipped_bit_is_seen(dtype):
+def test_every_flipped_bit_changes_the_checksum(dtype):
     x = random_array((5, 7), dtype)
     found = {checksum(x)}
     for bit in range(8 * x.nbytes):
@@ -76,7 +76,7 @@ def test_every_flipped_bit_is_seen(dtype):
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_every_mesh_gives_the_same(sizes):
+def test_checksum_is_the_same_on_every_mesh(sizes):
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
     specs = {
         "matrix": ((16, 32), P("fsdp", "tensor")),

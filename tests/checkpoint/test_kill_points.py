@@ -1,4 +1,4 @@
-"""A process that is killed at any moment of a save leaves a run that can go on, to the same end to the bit."""
+"""A process killed at any moment of a save leaves a run that resumes to a bit-identical result."""
 
 import json
 import random
@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 KILLED = -9
 AT_ONCE = 8
 
-# Orbax leaves reads of broken files unawaited.
+# Orbax leaves reads of corrupt files unawaited.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 
 
@@ -30,7 +30,7 @@ def forked():
 
 @pytest.fixture
 def call(forked):
-    """Calls a function of kill_points.py in a process of its own; returns its exit status."""
+    """Calls a function of kill_points.py in a separate process; returns its exit status."""
 
     def in_a_process(name: str, *arguments) -> int:
         return forked.run([call_of(name, *arguments)])[0]
@@ -43,7 +43,7 @@ def call_of(name: str, *arguments) -> Call:
 
 
 def assert_goes_on(folder, *, saved: set[int], following: int) -> int:
-    """What is restored is one of the steps, whole; another is saved on top of it. Returns the step restored."""
+    """Check that one of the steps is restored completely, and save another on top; returns the restored step."""
     with Checkpointer(folder, keep=1) as checkpointer:
         state, metadata = checkpointer.restore(make_small_state(0))
         step = int(state.step)
@@ -52,41 +52,41 @@ def assert_goes_on(folder, *, saved: set[int], following: int) -> int:
         assert metadata["note"] == f"of step {step}"
         checkpointer.save(make_small_state(following), {"note": f"of step {following}"}, wait=True)
         assert_equal(checkpointer.restore(make_small_state(0))[0], make_small_state(following))
-    # Nothing is left of what was half written or half removed, and nothing was taken for broken.
+    # No partially written or removed files are left, and nothing was treated as corrupt.
     assert [path.name for path in (Path(folder) / "checkpoints").iterdir()] == [str(following)]
     assert not list(Path(folder).glob("broken*"))
     return step
 
 
-def test_killed_before_every_operation_of_a_save(call, forked, tmp_path):
-    """From the first folder made to the last file of the old checkpoint removed."""
+def test_process_killed_before_every_operation_of_a_save(call, forked, tmp_path):
+    """From creating the first folder to removing the last file of the old checkpoint."""
     assert call("save", tmp_path / "first", 1, 0, "") == 0
     shutil.copytree(tmp_path / "first", tmp_path / "counted")
     assert call("save", tmp_path / "counted", 2, 0, tmp_path / "names") == 0
     names = json.loads((tmp_path / "names").read_text())
     valid_from = max(n for n, name in enumerate(names, 1) if name.startswith("os.rename"))
     assert len(names) > valid_from > 20
-    # Every fourth of those that remove the old one, which are many and alike.
+    # Only every fourth of the many similar operations that remove the old checkpoint.
     numbers = [*range(1, valid_from + 3), *range(valid_from + 3, len(names) + 1, 4)]
     restored, num_killed = [], 0
     folders = [Path(shutil.copytree(tmp_path / "first", tmp_path / f"run-{number}")) for number in numbers]
     calls = [call_of("save", folder, 2, number, "") for folder, number in zip(folders, numbers)]
     for start in range(0, len(calls), AT_ONCE):
         for status, folder in zip(forked.run(calls[start : start + AT_ONCE]), folders[start : start + AT_ONCE]):
-            # Files of arrays vary in number, so that the last operations may not be reached.
+            # The number of array files varies, so that the last operations may not be reached.
             assert status in (0, KILLED)
             num_killed += status == KILLED
             restored.append(assert_goes_on(folder, saved={1, 2}, following=3))
     assert num_killed > len(numbers) - 3
-    # Neither always the old one nor always the new one: one operation makes it valid.
+    # Both the old and the new one occur: a single operation makes the new one valid.
     assert restored[0] == 1
     assert restored[-1] == 2
     assert len(set(restored)) == 2
     print(f"killed at {num_killed} points, went on from {len(restored)}")
 
 
-def test_killed_at_random_moments(call, tmp_path):
-    """Among them those when TensorStore writes arrays, in C++."""
+def test_process_killed_at_random_moments_of_a_save(call, tmp_path):
+    """Including moments when TensorStore writes arrays in C++."""
     delays = random.Random(0)
     newest = 0
     assert call("save", tmp_path, 1, 0, "") == 0
@@ -106,13 +106,13 @@ def test_killed_at_random_moments(call, tmp_path):
     assert not list(tmp_path.glob("broken*"))
 
 
-def test_a_run_killed_while_it_writes_goes_on_to_the_same_end(call, tmp_path):
-    """The whole trainer, with metrics, accounts and configuration, at some of the operations of three saves."""
+def test_run_killed_while_saving_resumes_to_the_same_result(call, tmp_path):
+    """The whole trainer, with metrics, logs and configuration, at some of the operations of three saves."""
     assert call("train", tmp_path / "unbroken", 0, tmp_path / "unbroken.json") == 0
     unbroken = json.loads((tmp_path / "unbroken.json").read_text())
     num_operations = len(unbroken["names"])
     assert num_operations > 100
-    # Not the very last ones: how many there are differs by a few, with what the background has come to do.
+    # Without the very last ones: their number varies slightly with the progress of background work.
     for number in (6, num_operations // 2, num_operations * 3 // 4):
         folder = tmp_path / f"run-{number}"
         assert call("train", folder, number, "") == KILLED

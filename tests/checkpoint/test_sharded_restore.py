@@ -1,4 +1,4 @@
-"""What a checkpoint is restored into is cut over the mesh: no device, and so no machine, ever holds the whole model."""
+"""Restored state is sharded over the mesh: no device, and so no machine, ever holds the whole model."""
 
 from functools import partial
 
@@ -38,8 +38,8 @@ def bytes_per_device(tree) -> int:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_the_state_that_a_checkpoint_is_read_into_is_cut_over_all_devices(kind, weights):
-    """Weights, moments and running mean; norms and counters alone are whole everywhere."""
+def test_restored_state_is_sharded_over_all_devices(kind, weights):
+    """Weights, moments and EMA are sharded; only norms and counters are replicated."""
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     with jax.set_mesh(mesh):
         create = state_of(make_optimizer(OptimConfig(kind=kind)))
@@ -53,8 +53,8 @@ def test_the_state_that_a_checkpoint_is_read_into_is_cut_over_all_devices(kind, 
     assert bytes_per_device(like) < 1.1 * whole / 8
 
 
-def test_another_mesh_reads_it_into_its_own_parts(weights, tmp_path):
-    """Saved cut eight ways by rows, read cut four ways by rows and heads: the same values, and nothing gathered."""
+def test_checkpoint_restores_into_the_shards_of_another_mesh(weights, tmp_path):
+    """Saved in eight shards of rows, restored in shards of rows and heads: the same values without an all-gather."""
     create = state_of(make_optimizer(OptimConfig()))
     wide, other = make_mesh(MeshConfig(fsdp=8)), make_mesh(MeshConfig(fsdp=2, tensor=2, data=2))
     with Checkpointer(tmp_path, keep=1) as checkpointer:
@@ -70,8 +70,8 @@ def test_another_mesh_reads_it_into_its_own_parts(weights, tmp_path):
     assert checksums(restored) == checksums(saved)
 
 
-def test_what_one_device_has_saved_whole_is_stored_in_pieces(weights, tmp_path, monkeypatch):
-    """Cut along both axes, so that a process that needs a part, of either axis, need not read the rest."""
+def test_unsharded_arrays_are_stored_in_chunks(weights, tmp_path, monkeypatch):
+    """Chunked along both axes, so that a process that needs a part along either axis need not read the rest."""
     monkeypatch.setattr("maxlm.checkpoint.checkpointer.PIECE_BYTES", 1 << 12)
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         checkpointer.save(create_state(weights, optimizer=make_optimizer(OptimConfig()), keep_ema=False), {}, wait=True)
@@ -84,7 +84,7 @@ def test_what_one_device_has_saved_whole_is_stored_in_pieces(weights, tmp_path, 
     assert all(part <= size // 2 for part, size in zip(piece, weights.embedding.shape))
 
 
-def test_checksums_gather_nothing():
+def test_checksums_need_no_all_gather():
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     with jax.set_mesh(mesh):
         for path, leaf in flatten(abstract(PLAN, mesh)).items():

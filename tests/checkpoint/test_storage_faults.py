@@ -1,4 +1,4 @@
-"""Storage that fails for a while, and checkpoints in two places."""
+"""Transient storage errors, and checkpoints in two places."""
 
 import errno
 import os
@@ -27,13 +27,13 @@ QUICK = {"retries": 3, "retry_seconds": 0.01}
 
 
 class FailingDisk:
-    """Operations on files under a folder fail with real errors, whoever asks for them, a few times or for ever."""
+    """Makes file operations under a folder fail with real errors, for any caller, a few times or forever."""
 
     def __init__(self, folder):
         self._folder = str(folder)
         self._operation, self._where, self._error, self._left = "", "", None, 0
         self.failures = 0
-        # As Python announces an operation; there is no way to take a hook back.
+        # Audit hooks run before an operation and cannot be removed.
         sys.addaudithook(self._before)
 
     def fail(self, operation: str, error: Exception, *, times: int, where: str = ""):
@@ -57,7 +57,7 @@ def disk(tmp_path):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Seconds that were slept, without sleeping."""
+    """Records sleep durations without sleeping."""
     slept = []
     monkeypatch.setattr("maxlm.runtime.retry.time.sleep", slept.append)
     return slept
@@ -67,7 +67,7 @@ def io_error():
     return OSError(errno.EIO, "Input/output error")
 
 
-def test_waits_double_and_differ(waits):
+def test_retry_waits_double_with_jitter(waits):
     def fails():
         raise io_error()
 
@@ -98,7 +98,7 @@ def test_waits_double_and_differ(waits):
         (ValueError("RESOURCE_EXHAUSTED: write: No space left on device"), False, True),
     ],
 )
-def test_errors_are_told_apart(error, is_storage, is_full):
+def test_errors_are_classified(error, is_storage, is_full):
     assert is_storage_error(error) == is_storage
     assert is_disk_full(error) == is_full
     wrapped = RuntimeError("saving failed")
@@ -108,7 +108,7 @@ def test_errors_are_told_apart(error, is_storage, is_full):
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET])
-def test_storage_that_does_not_answer_is_a_fault(number):
+def test_unreachable_storage_is_a_fault(number):
     told = r"^/disk/metrics\.jsonl: cannot be read or written: .*; run the same command"
     with pytest.raises(FaultError, match=told), storage_faults():
         raise OSError(number, os.strerror(number), "/disk/metrics.jsonl")
@@ -117,14 +117,14 @@ def test_storage_that_does_not_answer_is_a_fault(number):
 @pytest.mark.parametrize(
     "number", [errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT]
 )
-def test_a_path_its_rights_and_a_full_disk_are_the_users(number):
+def test_bad_path_permissions_and_full_disk_are_user_errors(number):
     error = OSError(number, os.strerror(number), "/disk/metrics.jsonl")
     with pytest.raises(OSError, match=r"metrics\.jsonl") as raised, storage_faults():
         raise error
     assert raised.value is error
 
 
-def test_a_line_that_cannot_be_written_once_asks_for_another_start(disk, tmp_path, tiny_data_folder, capsys):
+def test_failed_append_to_a_log_asks_for_a_restart(disk, tmp_path, tiny_data_folder, capsys):
     run, config = tmp_path / "run", tmp_path / "train.yaml"
     config.write_text(dump_yaml(tiny_config(run, tiny_data_folder, eval_every=0, log_every=2)), encoding="utf-8")
     disk.fail(
@@ -133,15 +133,15 @@ def test_a_line_that_cannot_be_written_once_asks_for_another_start(disk, tmp_pat
     assert main(["train", str(config)]) == FaultError.exit_code
     assert capsys.readouterr().err.endswith(
         f"maxlm: {run}/metrics.jsonl: cannot be read or written: Input/output error;"
-        " run the same command to go on when the storage answers again\n"
+        " run the same command to resume when the storage is available again\n"
     )
     assert disk.failures == 1
     assert main(["train", str(config)]) == 0
     assert [record["step"] for record in read_metrics(run) if "loss" in record][-1] == 12
 
 
-# In the order of a save: as it starts, as it writes in the background, as it makes valid what is written, as it
-# removes the checkpoint before it.
+# In the order of a save: at its start, while writing in the background, when finalizing, when removing the previous
+# checkpoint.
 PLACES = [
     ("os.mkdir", "2.orbax-checkpoint-tmp"),
     ("open", "_METADATA"),
@@ -153,17 +153,17 @@ PLACES = [
 
 
 @pytest.mark.parametrize(("operation", "where"), PLACES)
-def test_a_save_that_fails_for_a_while_is_told_and_tried_again(operation, where, disk, tmp_path, capsys):
+def test_failing_save_is_reported_and_retried(operation, where, disk, tmp_path, capsys):
     with Checkpointer(tmp_path, keep=1, **QUICK) as checkpointer:
         checkpointer.save(make_small_state(1), {}, wait=True)
         disk.fail(operation, io_error(), times=2, where=where)
         checkpointer.save(make_small_state(2), {"note": "two"}, wait=True)
-    # What could not be removed stays until the next save, and the new one is sound.
+    # Files that could not be removed stay until the next save, and the new checkpoint is valid.
     assert disk.failures == (1 if operation == "shutil.rmtree" else 2)
     told = capsys.readouterr().err
     assert "saving a checkpoint failed (" in told
     assert "Input/output error" in told
-    assert "trying again in" in told
+    assert "retrying in" in told
     assert "(1 of 3)" in told
     with Checkpointer(tmp_path, keep=1, **QUICK) as checkpointer:
         restored, metadata = checkpointer.restore(make_small_state(0))
@@ -171,51 +171,51 @@ def test_a_save_that_fails_for_a_while_is_told_and_tried_again(operation, where,
     assert metadata["note"] == "two"
 
 
-def test_a_save_that_goes_on_failing_is_reported(disk, tmp_path, capsys):
+def test_save_that_fails_after_all_retries_is_an_error(disk, tmp_path, capsys):
     with Checkpointer(tmp_path, keep=2, **QUICK) as checkpointer:
         checkpointer.save(make_small_state(1), {}, wait=True)
         disk.fail("os.mkdir", io_error(), times=10**6)
         with pytest.raises(TrainingError) as error:
             checkpointer.save(make_small_state(2), {}, wait=True)
     assert "a checkpoint could not be saved: [Errno 5] Input/output error" in str(error.value)
-    assert "the newest whole checkpoint is of step 1; run the same command to go on from there" in str(error.value)
-    assert capsys.readouterr().err.count("trying again") == 3
+    assert "the newest complete checkpoint is of step 1; run the same command to resume from there" in str(error.value)
+    assert capsys.readouterr().err.count("retrying") == 3
 
 
-def test_a_full_disk_is_not_tried_again(disk, tmp_path, capsys):
+def test_full_disk_is_not_retried(disk, tmp_path, capsys):
     with Checkpointer(tmp_path, keep=2, **QUICK) as checkpointer:
         disk.fail("os.mkdir", OSError(errno.ENOSPC, "No space left on device"), times=10**6)
         with pytest.raises(
-            TrainingError, match="could not be saved: the disk is full; there is no whole checkpoint yet"
+            TrainingError, match="could not be saved: the disk is full; there is no complete checkpoint yet"
         ):
             checkpointer.save(make_small_state(1), {}, wait=True)
-    assert "trying again" not in capsys.readouterr().err
+    assert "retrying" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("error", "raised"),
     [(io_error(), FaultError), (OSError(errno.ENOSPC, "No space left on device"), TrainingError)],
 )
-def test_a_process_that_cannot_start_to_save_with_others_asks_for_another_start(
+def test_failure_to_start_a_save_with_several_processes_asks_for_a_restart(
     error, raised, tmp_path, monkeypatch, capsys
 ):
-    """They wait for it, so it cannot try again. What a supervisor starts again is told by the exit code."""
+    """The others wait for it, so it cannot retry. The exit code makes a supervisor restart it."""
 
     def start(self, state, metadata):
-        # Not before: nobody else is there to agree with.
+        # Not earlier, because there is no other process to agree with.
         patch.setattr("jax.process_count", lambda: 2)
         raise error
 
     with Checkpointer(tmp_path, keep=2, **QUICK) as checkpointer, monkeypatch.context() as patch:
         checkpointer.save(make_small_state(1), {}, wait=True)
         patch.setattr(Checkpointer, "_start", start)
-        with pytest.raises(raised, match=r"could not be saved: .*; the newest whole checkpoint is of step 1;"):
+        with pytest.raises(raised, match=r"could not be saved: .*; the newest complete checkpoint is of step 1;"):
             checkpointer.save(make_small_state(2), {})
     assert (FaultError.exit_code, TrainingError.exit_code) == (3, 2)
-    assert "trying again" not in capsys.readouterr().err
+    assert "retrying" not in capsys.readouterr().err
 
 
-def test_reading_that_fails_for_a_while_is_tried_again(disk, tmp_path, capsys):
+def test_failing_restore_is_retried(disk, tmp_path, capsys):
     with Checkpointer(tmp_path, keep=2, **QUICK) as checkpointer:
         checkpointer.save(make_small_state(1), {}, wait=True)
     with Checkpointer(tmp_path, keep=2, **QUICK) as checkpointer:
@@ -223,34 +223,36 @@ def test_reading_that_fails_for_a_while_is_tried_again(disk, tmp_path, capsys):
         restored, _ = checkpointer.restore(make_small_state(0))
     assert disk.failures == 2
     assert_equal(restored, make_small_state(1))
-    assert "reading it failed ([Errno 13] Permission denied); trying again in" in capsys.readouterr().err
+    assert "reading it failed ([Errno 13] Permission denied); retrying in" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_broken(disk, tmp_path):
+def test_unreadable_checkpoint_is_not_treated_as_corrupt(disk, tmp_path):
     with Checkpointer(tmp_path, keep=2, **QUICK) as checkpointer:
         for step in (1, 2):
             checkpointer.save(make_small_state(step), {}, wait=True)
     with Checkpointer(tmp_path, keep=2, **QUICK) as checkpointer:
         disk.fail("open", io_error(), times=10**6, where="metadata")
-        with pytest.raises(CheckpointError, match=r"cannot be read: .*; nothing is changed: run the same command when"):
+        with pytest.raises(
+            CheckpointError, match=r"cannot be read: .*; nothing was changed: run the same command when"
+        ):
             checkpointer.restore(make_small_state(0))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
     assert not list(tmp_path.glob("broken*"))
 
 
-def test_a_run_goes_on_through_a_save_that_failed_in_the_background(disk, tmp_path, capsys):
-    """And saves again at once, not when the next checkpoint would have been due."""
-    unbroken = toy_run(tmp_path / "unbroken")
+def test_run_continues_after_a_failed_background_save(disk, tmp_path, capsys):
+    """It saves again at once, not when the next checkpoint is due."""
+    uninterrupted = toy_run(tmp_path / "uninterrupted")
 
     def slow(number):
-        # Saves in the background get the time to end.
+        # Give background saves time to finish.
         time.sleep(0.1)
         if number == 2:
             disk.fail("os.rename", io_error(), times=1, where="4.orbax-checkpoint-tmp")
 
     checkpoint = {"every": 4, "keep": 9, **QUICK}
     result = toy_run(tmp_path / "run", data=ToyData(at_batch=slow), checkpoint=checkpoint, log_every=1)
-    assert weights(result) == weights(unbroken)
+    assert weights(result) == weights(uninterrupted)
     assert disk.failures == 1
     assert "saving a checkpoint failed" in capsys.readouterr().err
     steps = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
@@ -267,7 +269,7 @@ class Crash(BaseException):
 
 def run_with_local(folder, local, *, crash=None, **settings):
     def at_batch(number):
-        # Saves in the background get the time to end.
+        # Give background saves time to finish.
         time.sleep(0.1)
         if number == crash:
             raise Crash
@@ -276,48 +278,48 @@ def run_with_local(folder, local, *, crash=None, **settings):
     return toy_run(folder, data=ToyData(at_batch=at_batch), checkpoint=checkpoint, **settings)
 
 
-def test_a_run_goes_on_from_the_newer_of_two_places(tmp_path, capsys):
-    unbroken = toy_run(tmp_path / "unbroken")
+def test_run_resumes_from_the_newer_of_two_places(tmp_path, capsys):
+    uninterrupted = toy_run(tmp_path / "uninterrupted")
     with pytest.raises(Crash):
         run_with_local(tmp_path / "run", tmp_path / "disk", crash=11)
     assert find_checkpoint(tmp_path / "run").name == "6"
     assert [path.name for path in (tmp_path / "disk").glob("*/checkpoints/*")] == ["10"]
     result = run_with_local(tmp_path / "run", tmp_path / "disk")
     assert result.start == 10
-    assert weights(result) == weights(unbroken)
+    assert weights(result) == weights(uninterrupted)
     assert [record["step"] for record in read_metrics(tmp_path / "run") if "loss" in record][-1] == 12
-    # The end is saved in the run folder, and the local disk is free again.
+    # The last step is saved in the run folder, and the local checkpoints are removed.
     assert find_checkpoint(tmp_path / "run").name == "12"
     assert list((tmp_path / "disk").iterdir()) == []
 
 
-def test_a_local_disk_that_is_lost_costs_steps_and_no_more(tmp_path):
+def test_losing_the_local_disk_only_costs_steps(tmp_path):
     with pytest.raises(Crash):
         run_with_local(tmp_path / "run", tmp_path / "disk", crash=11)
     shutil.rmtree(tmp_path / "disk")
     result = run_with_local(tmp_path / "run", tmp_path / "disk")
     assert result.start == 6
-    assert weights(result) == weights(toy_run(tmp_path / "unbroken"))
+    assert weights(result) == weights(toy_run(tmp_path / "uninterrupted"))
 
 
-def test_a_broken_local_checkpoint_gives_way_to_the_other(tmp_path, capsys):
+def test_corrupt_local_checkpoint_falls_back_to_the_run_folder(tmp_path, capsys):
     with pytest.raises(Crash):
         run_with_local(tmp_path / "run", tmp_path / "disk", crash=11)
     [checkpoint] = (tmp_path / "disk").glob("*/checkpoints/10")
     shutil.rmtree(checkpoint / "rest")
     result = run_with_local(tmp_path / "run", tmp_path / "disk")
-    assert "checkpoint 10 is broken" in capsys.readouterr().err
+    assert "checkpoint 10 is corrupt" in capsys.readouterr().err
     assert result.start == 6
 
 
-def test_a_run_begun_anew_does_not_find_the_local_checkpoints_of_the_old_one(tmp_path):
+def test_run_started_from_scratch_ignores_old_local_checkpoints(tmp_path):
     with pytest.raises(Crash):
         run_with_local(tmp_path / "run", tmp_path / "disk", crash=11)
     shutil.rmtree(tmp_path / "run")
     assert run_with_local(tmp_path / "run", tmp_path / "disk").start == 0
 
 
-def test_a_run_that_was_killed_at_its_end_removes_its_local_checkpoints_the_next_time(tmp_path, monkeypatch):
+def test_run_killed_at_its_end_removes_local_checkpoints_on_restart(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(RunCheckpoints, "remove_local", lambda self, step: None)
         run_with_local(tmp_path / "run", tmp_path / "disk")
@@ -326,15 +328,15 @@ def test_a_run_that_was_killed_at_its_end_removes_its_local_checkpoints_the_next
     assert list((tmp_path / "disk").iterdir()) == []
 
 
-def test_local_checkpoints_stay_where_the_run_folder_has_none_of_that_step(tmp_path):
-    """As in a run that was killed, and whose end was then moved to where it had got."""
+def test_local_checkpoints_are_kept_if_the_run_folder_lacks_their_step(tmp_path):
+    """Such as a run that was killed, and whose `steps` was then reduced to the steps it had done."""
     with pytest.raises(Crash):
         run_with_local(tmp_path / "run", tmp_path / "disk", crash=11)
     assert run_with_local(tmp_path / "run", tmp_path / "disk", steps=10).start == 10
     assert [path.name for path in (tmp_path / "disk").glob("*/checkpoints/*")] == ["10"]
 
 
-def test_a_local_save_that_fails_does_not_undo_a_run_that_is_saved(disk, tmp_path, capsys):
+def test_failed_local_save_does_not_fail_a_saved_run(disk, tmp_path, capsys):
     disk.fail("os.rename", io_error(), times=10**6, where="10.orbax-checkpoint-tmp")
     result = run_with_local(tmp_path / "run", tmp_path / "disk")
     assert (result.steps, find_checkpoint(tmp_path / "run").name) == (12, "12")
@@ -343,8 +345,8 @@ def test_a_local_save_that_fails_does_not_undo_a_run_that_is_saved(disk, tmp_pat
 
 
 @pytest.mark.parametrize("text", ["", "\n", "..", "run-0123", "a/run-0123456789abcdef"])
-def test_a_name_of_local_checkpoints_that_was_cut_off_is_none(text, tmp_path):
-    """It would name the folder above, where other files of the user lie: those stay."""
+def test_truncated_local_checkpoint_id_is_ignored(text, tmp_path):
+    """An empty id would name the parent folder, where the user has other files: those stay."""
     run, disk = tmp_path / "run", tmp_path / "disk"
     for folder in (run, disk):
         folder.mkdir()
@@ -363,7 +365,7 @@ def test_a_name_of_local_checkpoints_that_was_cut_off_is_none(text, tmp_path):
     assert len(list(disk.iterdir())) == 2
 
 
-def test_newest_wins_and_the_run_folder_where_both_are_of_one_step(tmp_path):
+def test_newest_checkpoint_wins_and_ties_go_to_the_run_folder(tmp_path):
     with Checkpointer(tmp_path / "a", keep=3, **QUICK) as a, Checkpointer(tmp_path / "b", keep=3, **QUICK) as b:
         for place, name, steps in ((a, "a", (1, 3)), (b, "b", (2, 3))):
             for step in steps:

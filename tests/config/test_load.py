@@ -1,4 +1,4 @@
-"""Configurations: what is merged, what is refused, and what a user is told."""
+"""Configurations: merging, validation and error messages."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ objective:
   kind: pretrain
   sources: [{path: a}, {path: b, weight: 2}]
 """
-# Each list holds the one before it ten times.
+# Each list contains the previous one ten times.
 ALIASES = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdef", "bcdefg"))
 
 
@@ -42,7 +42,7 @@ def problems(path, overrides=(), **arguments) -> list[str]:
     return [problem.removeprefix(f"{path}: ") for problem in error.value.problems]
 
 
-def test_all_mistakes_are_told_at_once(tmp_path):
+def test_all_mistakes_are_reported_at_once(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text(
         "kind: train\n"
@@ -63,18 +63,18 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         "model.nam_heads: unknown key; did you mean num_heads?",
         "objective.sources.0.path: must be given",
         "objective.sources.0.pth: unknown key; did you mean path?",
-        "objective.sources.1.path: 3: must be a text; write it in quotes",
+        "objective.sources.1.path: 3: must be a string; write it in quotes",
         "optim.lerning_rate: unknown key; did you mean learning_rate?",
         "optim.schedule.kind: 'cosin': must be 'cosine', 'linear', 'wsd', 'inverse_sqrt', 'cosine_restarts' or"
         " 'constant'",
-        "mesh: an axis has at least one device, so none may be 0; -1 takes those that are left",
+        "mesh: an axis has at least one device, so none may be 0; -1 takes the remaining devices",
     }
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("mesh.data=-1", "mesh: data and fsdp are -1, and one axis may be; fsdp is where it is not given"),
+        ("mesh.data=-1", "mesh: data and fsdp are -1, but only one axis may be; fsdp is -1 by default"),
         ("kind=trian", "kind: 'trian' must be one of 'train', 'data', 'tokenizer', 'sweep'; did you mean train?"),
         (
             "objective.kind=polcy",
@@ -84,7 +84,7 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         ("optim.learning_rate=nan", "optim.learning_rate: 'nan': must be a number"),
         ("optim.learning_rate=.inf", "optim.learning_rate: Infinity: must be a finite number"),
         ("optim.beta2=1", "optim.beta2: 1: must be less than 1"),
-        ("output=5", "output: 5: must be a text; write it in quotes"),
+        ("output=5", "output: 5: must be a string; write it in quotes"),
         ("steps=", "steps: null: must be a whole number from 1 to 2147483647"),
         ("seed=-1", "seed: -1: must be a whole number from 0 to 4294967295"),
         (f"seed={2**70}", f"seed: {2**70}: must be a whole number from 0 to 4294967295"),
@@ -113,7 +113,7 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         ("objective={kind: sft, train_file: x}", "init_from must name the model that objective.kind=sft starts from"),
     ],
 )
-def test_what_does_not_fit_is_told_with_path_and_value(good, override, message):
+def test_invalid_values_are_reported_with_path_and_value(good, override, message):
     if message is None:
         load_config(good, [override])
     else:
@@ -121,12 +121,12 @@ def test_what_does_not_fit_is_told_with_path_and_value(good, override, message):
         assert any(message in problem for problem in problems(good, overrides)), problems(good, overrides)
 
 
-def test_a_key_far_from_all_others_is_told_what_is_allowed(good):
+def test_unknown_key_without_a_close_match_lists_the_allowed_keys(good):
     [problem] = problems(good, ["lora={zzz: 1}"])
     assert problem == f"lora.zzz: unknown key; allowed here: {', '.join(LoraConfig.model_fields)}"
 
 
-def test_overrides_reach_sections_lists_and_what_is_not_there(good):
+def test_overrides_reach_sections_lists_and_missing_keys(good):
     config = load_config(
         good,
         [
@@ -150,14 +150,14 @@ def test_overrides_reach_sections_lists_and_what_is_not_there(good):
     assert config.steps == 7
 
 
-def test_numbers_are_those_of_yaml_1_2_and_the_default_warmup_fits_a_short_run(good):
+def test_numbers_follow_yaml_1_2_and_the_default_warmup_fits_a_short_run(good):
     config = load_config(good, ["optim.learning_rate=3e-4", "seed=010", "steps=1_000", "guard.spike_factor=1e3"])
     assert (config.optim.learning_rate, config.seed, config.steps) == (3e-4, 10, 1000)
     assert [config.optim.schedule.warmup(steps) for steps in (1, 20, 1000)] == [1, 20, 20]
     load_config(good, ["steps=5"])
 
 
-def test_many_mistakes_are_cut_and_aliases_do_not_share(good):
+def test_many_mistakes_are_truncated_and_aliases_are_not_shared(good):
     with pytest.raises(ConfigError) as error:
         load_config(good, [f"x{i}=1" for i in range(50)])
     lines = str(error.value).splitlines()
@@ -184,11 +184,11 @@ def test_many_mistakes_are_cut_and_aliases_do_not_share(good):
         ("objective.sources.-1.path=x", "objective.sources is a list of 2, counted from 0, and has no -1"),
     ],
 )
-def test_an_override_that_reaches_nothing_is_told(good, override, message):
+def test_override_of_an_invalid_path_is_reported(good, override, message):
     assert problems(good, [override, "steps=3"]) == [f"override {override!r}: {message}"]
 
 
-def test_a_base_is_merged_and_its_file_is_relative(tmp_path):
+def test_base_is_merged_and_its_path_is_relative(tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "base.yaml").write_text(GOOD + "optim: {kind: muon, weight_decay: 0.3}\n")
     top = tmp_path / "top.yaml"
@@ -200,36 +200,36 @@ def test_a_base_is_merged_and_its_file_is_relative(tmp_path):
     assert [source.path for source in config.objective.sources] == ["a", "b"]
 
 
-def test_a_section_of_another_kind_replaces_that_of_the_base(tmp_path):
+def test_section_of_another_kind_replaces_the_base_section(tmp_path):
     (tmp_path / "base.yaml").write_text(GOOD)
     top = tmp_path / "top.yaml"
     top.write_text("base: base.yaml\ninit_from: runs/a\nobjective: {kind: sft, train_file: t.jsonl}\n")
     assert load_config(top).objective.train_file == "t.jsonl"
 
 
-def test_a_base_has_no_base(tmp_path):
+def test_base_of_a_base_is_rejected(tmp_path):
     (tmp_path / "a.yaml").write_text(GOOD)
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")
     (tmp_path / "c.yaml").write_text("base: b.yaml\n")
     load_config(tmp_path / "b.yaml")
-    assert problems(tmp_path / "c.yaml") == ["its base b.yaml has a base of its own; only one level is allowed"]
+    assert problems(tmp_path / "c.yaml") == ["its base b.yaml has a base itself; only one level is allowed"]
     (tmp_path / "d.yaml").write_text("base: [a.yaml]\n")
     assert problems(tmp_path / "d.yaml") == ["base: ['a.yaml'] is not the name of a file"]
 
 
-def test_a_missing_file_is_told_with_the_nearest(good):
+def test_missing_file_suggests_the_closest_name(good):
     missing = good.with_name("god.yaml")
     assert problems(missing) == [f"there is no such file; did you mean {good}?"]
     far = problems(good.parent / "none" / "x.yaml")
-    assert far == ["there is no such file; `maxlm config list` names the recipes"]
+    assert far == ["there is no such file; `maxlm config list` lists the recipes"]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("kind: train\nmodel: {a: 1\nsteps: 3\n", ", line 3: is not valid YAML"),
-        ("- 1\n", "must hold keys and values"),
-        ("", "must hold keys and values"),
+        ("- 1\n", "must be a mapping of keys to values"),
+        ("", "must be a mapping of keys to values"),
         (GOOD + "kind: data\n", ", line 7: kind is given twice, first in line 1"),
         (GOOD + "optim: {beta1: 0.5,\n beta1: 0.6}\n", ", line 8: beta1 is given twice, first in line 7"),
         (GOOD + f"seed: {'9' * 5000}\n", ", line 7: a number of 5,000 characters is too long"),
@@ -237,38 +237,38 @@ def test_a_missing_file_is_told_with_the_nearest(good):
         (GOOD + f"seed: {'[' * 60 + ']' * 60}\n", "is nested too deep"),
         (GOOD + "seed: &a [*a]\n", "is nested too deep"),
         ("a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + ALIASES, "holds more than 100,000 values"),
-        (GOOD + "1: 2\n", "the key 1 must be a text; write it in quotes"),
-        (GOOD + 'lora: "a\\0b"\n', "holds a character that no name or text can have"),
-        (GOOD + 'lora: "\\ud800"\n', "holds a character that no name or text can have"),
+        (GOOD + "1: 2\n", "the key 1 must be a string; write it in quotes"),
+        (GOOD + 'lora: "a\\0b"\n', "holds a NUL or a lone surrogate"),
+        (GOOD + 'lora: "\\ud800"\n', "holds a NUL or a lone surrogate"),
         (GOOD + "lora: \x01\n", ", line 7: holds the character '\\x01', which YAML does not allow"),
         (GOOD + "lora: !!binary x\n", "line 7: is not valid YAML: failed to decode base64 data"),
         (GOOD + "lora: !!bool x\n", "holds a value that cannot be read"),
-        (GOOD + "lora: !!set {x}\n", "holds {'x'}, which is neither a text, a number, a list nor a section"),
-        (GOOD + "lora: !!int x\n", "line 7: x is no number"),
+        (GOOD + "lora: !!set {x}\n", "holds {'x'}, which is not a string, number, list or section"),
+        (GOOD + "lora: !!int x\n", "line 7: x is not a number"),
     ],
 )
-def test_what_is_no_configuration_is_told_with_its_line(tmp_path, text, message):
+def test_invalid_yaml_is_reported_with_its_line(tmp_path, text, message):
     path = tmp_path / "x.yaml"
     path.write_text(text)
     [problem] = problems(path)
     assert message in problem
 
 
-def test_bytes_that_are_no_text_and_folders_are_told(tmp_path):
+def test_binary_files_and_folders_are_reported(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_bytes(b"\xff\xfe\x00kind")
-    assert "is no UTF-8 text" in problems(path)[0]
+    assert "is not UTF-8 text" in problems(path)[0]
     assert "cannot be read" in problems(tmp_path)[0]
     [problem] = problems(tmp_path / ("x" * 5000))
     assert problem.endswith("...: cannot be read: file name too long")
     assert len(problem) < 400
 
 
-def test_the_wrong_kind_is_told(good):
+def test_wrong_kind_is_reported(good):
     good.write_text(GOOD.replace("kind: train\n", "", 1), encoding="utf-8")
     assert problems(good) == ["kind: must be given: one of 'train', 'data', 'tokenizer', 'sweep'"]
     good.write_text(GOOD, encoding="utf-8")
-    assert problems(good, kind="data") == ["kind is 'train', and this command needs kind: data"]
+    assert problems(good, kind="data") == ["kind is 'train', but this command needs kind: data"]
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -284,7 +284,7 @@ def test_the_repository_has_configurations():
     assert len(CONFIG_FILES) >= 5
 
 
-def test_the_schema_is_one_and_names_every_key():
+def test_schema_is_valid_and_names_every_key():
     schema = json.loads(json.dumps(json_schema()))
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
@@ -296,13 +296,13 @@ def test_the_schema_is_one_and_names_every_key():
     assert set(schema["$defs"]["ModelConfig"]["properties"]) == set(ModelConfig.model_fields)
 
 
-def test_configurations_do_not_change():
+def test_configurations_are_immutable():
     config = parse_config({"kind": "tokenizer", "output": "a", "input": "b"})
     with pytest.raises(ValueError, match="frozen"):
         config.output = "c"
 
 
-def test_configuration_needs_no_jax():
+def test_configuration_does_not_import_jax():
     heavy = ("jax", "numpy", "flax", "grain")
     script = f"import sys, maxlm.config; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)

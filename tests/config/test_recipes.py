@@ -1,4 +1,4 @@
-"""Recipes are found by name, wherever pip has put them, not in a checkout alone."""
+"""Recipes are found by name, in a checkout and wherever pip has installed them."""
 
 import os
 import subprocess
@@ -17,13 +17,13 @@ FOLDER = "share/maxlm/configs"
 
 
 @pytest.mark.parametrize("name", ["post/sft", "post/sft.yaml", "configs/post/sft.yaml", "configs/post/sft"])
-def test_a_recipe_is_found_by_its_name_from_anywhere(name, tmp_path, monkeypatch):
+def test_recipe_is_found_by_name_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_config(name) == ROOT / "configs" / "post" / "sft.yaml"
     assert load_config(name, ["steps=7"], kind="train").steps == 7
 
 
-def test_a_file_of_the_users_goes_first(tmp_path, monkeypatch):
+def test_user_file_takes_precedence_over_a_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "post").mkdir()
     (tmp_path / "post" / "sft.yaml").write_text("kind: tokenizer\ninput: a\noutput: b\n")
@@ -32,9 +32,9 @@ def test_a_file_of_the_users_goes_first(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("post/stf", "did you mean post/sft?"), ("x/y/z", "`maxlm config list` names the recipes")],
+    [("post/stf", "did you mean post/sft?"), ("x/y/z", "`maxlm config list` lists the recipes")],
 )
-def test_a_name_of_nothing_is_told_with_the_nearest(name, told, tmp_path, monkeypatch):
+def test_unknown_name_suggests_the_closest(name, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="there is no such file") as error:
         find_config(name)
@@ -53,7 +53,7 @@ def test_all_recipes_are_listed_with_kind_and_purpose(capsys):
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """Site-packages of an installed copy, its recipes two folders above, as `pip install --user` puts them."""
+    """Site-packages of an installed copy, with recipes two folders above, as with `pip install --user`."""
     site = tmp_path / "lib" / "site-packages"
     for name in ("maxlm/__init__.py", "maxlm/errors.py", "maxlm/config/recipes.py"):
         (site / name).parent.mkdir(parents=True, exist_ok=True)
@@ -81,15 +81,15 @@ def test_an_installed_package_finds_its_recipes(installed: Path):
     assert done.stdout.strip() == str((installed.parents[1] / FOLDER).resolve()), done.stderr
 
 
-def test_recipes_that_are_gone_are_told(installed: Path):
+def test_missing_recipes_are_reported(installed: Path):
     (installed.parents[1] / FOLDER / "post" / "sft.yaml").unlink()
     done = folder_of(installed)
-    assert "has no recipes: install it again" in done.stderr
-    # Files are read without them, and one that is not there is what is told.
+    assert "has no recipes; reinstall it" in done.stderr
+    # Files can still be read without recipes, and a missing file is reported as such.
     (installed / "mine.yaml").write_text("{}")
     assert folder_of(installed, "find_config('mine.yaml')").stdout.strip() == "mine.yaml"
     assert "yours.yaml: there is no such file" in folder_of(installed, "find_config('yours.yaml')").stderr
 
 
-def test_a_checkout_uses_its_own():
+def test_checkout_uses_its_own_recipes():
     assert folder_of(ROOT).stdout.strip() == str(ROOT / "configs")

@@ -1,4 +1,4 @@
-"""Parameters: what is declared once gives values, shardings and shapes."""
+"""Parameter declarations give values, shardings and shapes."""
 
 import itertools
 import re
@@ -44,15 +44,15 @@ def arrays(tree) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_values_are_the_same_on_every_mesh(sizes):
+def test_initial_values_are_the_same_on_every_mesh(sizes):
     plan, key = Decoder(CONFIG), jax.random.key(3)
     alone, cut = arrays(initialize(plan, key)), arrays(initialize(plan, key, mesh_of(**sizes)))
     for path, value in alone.items():
-        # The same random bits; what is computed of them may differ in the last place, as compilers cut loops by shape.
+        # The same random bits; derived values may differ in the last digit, as compilers tile loops by shape.
         np.testing.assert_allclose(cut[path], value, rtol=1e-6, err_msg=path)
 
 
-def test_a_value_depends_on_the_key_and_its_own_path_alone():
+def test_initial_value_depends_only_on_key_and_path():
     def declare(*names):
         return {name: Parameter((4, 5), ("embed", "mlp"), Normal(1.0)) for name in names}
 
@@ -63,17 +63,17 @@ def test_a_value_depends_on_the_key_and_its_own_path_alone():
     assert not np.array_equal(few["b"], other_key["b"])
 
 
-def test_initial_scales_are_those_that_are_declared():
+def test_initial_scales_match_the_declaration():
     config = CONFIG.model_copy(update={"embed_dim": 128, "mlp_dim": 256, "vocab_size": 512})
     values = arrays(initialize(Decoder(config), jax.random.key(0)))
     assert values["embedding"].std() == pytest.approx(0.02, rel=0.05)
     assert values["layers/mlp/gate"].std() == pytest.approx(128**-0.5, rel=0.05)
-    # What is added to the residual stream is smaller by the number of additions.
+    # Projections into the residual stream are scaled down by their number.
     assert values["layers/mlp/down"].std() == pytest.approx(256**-0.5 / 2, rel=0.05)
     np.testing.assert_array_equal(values["layers/attention_norm"], np.ones((2, 128)))
 
 
-def test_stacked_layers_are_drawn_apart():
+def test_stacked_layers_are_drawn_independently():
     stacked = stack({"w": Parameter((3, 4), ("embed", "mlp"), Normal(1.0)), "b": Parameter((4,), ("norm",), ones)}, 5)
     assert stacked["w"].shape == (5, 3, 4)
     assert stacked["w"].axes == ("layers", "embed", "mlp")
@@ -130,7 +130,7 @@ def test_the_table_names_axes_of_the_mesh():
         ({"slices": 2, "data": 2, "fsdp": 2}, (4, 1, 2, 1, 1, 1)),
     ],
 )
-def test_a_mesh_has_the_sizes_that_are_asked_for(sizes, shape):
+def test_mesh_has_the_requested_sizes(sizes, shape):
     mesh = make_mesh(MeshConfig(**sizes))
     assert (mesh.axis_names, mesh.devices.shape) == (MESH_AXES, shape)
     assert mesh.axis_types == (AxisType.Explicit,) * 6
@@ -143,23 +143,23 @@ def test_a_mesh_has_the_sizes_that_are_asked_for(sizes, shape):
         ({"data": 3, "fsdp": 3}, "data=2"),
         ({"data": 9, "fsdp": -1}, "data=8"),
         ({"slices": 4, "fsdp": 1, "tensor": 4}, "tensor=2"),
-        # With three along data, nothing along tensor would leave the free axis a whole number.
+        # With data=3, no tensor size would leave an integer for the free axis.
         ({"data": 3, "fsdp": -1, "tensor": 4}, "data=2"),
-        # No one axis is enough: inner axes keep what they can.
+        # Changing one axis is not enough: inner axes keep their sizes as far as possible.
         ({"data": 4, "fsdp": 4, "tensor": 4}, "data=1 mesh.fsdp=2 mesh.tensor=4"),
         ({"data": 16, "fsdp": 1, "tensor": 16}, "data=1 mesh.tensor=8"),
         ({"slices": 2, "data": 4, "fsdp": 4, "tensor": 4}, "data=1 mesh.fsdp=1 mesh.tensor=4 mesh.slices=2"),
     ],
 )
-def test_a_mesh_that_is_too_large_is_told(sizes, nearest):
+def test_too_large_mesh_is_reported_with_the_closest_that_fits(sizes, nearest):
     with pytest.raises(
-        ConfigError, match=rf"needs \d+ devices, and there are 8; the nearest that fits is mesh.{nearest}$"
+        ConfigError, match=rf"needs \d+ devices, but there are 8; the closest mesh that fits is mesh.{nearest}$"
     ):
         make_mesh(MeshConfig(**sizes))
 
 
 @pytest.mark.parametrize("num_devices", [1, 6, 8, 12])
-def test_the_mesh_that_is_advised_is_accepted(num_devices):
+def test_suggested_mesh_is_accepted(num_devices):
     refused = 0
     for data, fsdp, tensor, slices in itertools.product((1, 2, 5, 16), (-1, 1, 3, 4), (1, 2, 3, 8), (1, 2, 3)):
         sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "slices": slices}
@@ -173,14 +173,14 @@ def test_the_mesh_that_is_advised_is_accepted(num_devices):
 
 
 def test_slices_are_the_outermost_part_of_the_data_axis():
-    """Devices that tell no slice are cut into runs: all axes but data stay within one."""
+    """Devices without a slice index are split into consecutive groups: all axes but data stay within one."""
     mesh = make_mesh(MeshConfig(slices=2, data=1, fsdp=2, tensor=2))
     assert sorted(device.id for device in mesh.devices[0].flat) == [0, 1, 2, 3]
     assert sorted(device.id for device in mesh.devices[1].flat) == [4, 5, 6, 7]
 
 
 class SliceDevice:
-    """A device that tells its slice."""
+    """A device with a slice index."""
 
     platform = device_kind = "cpu"
 
@@ -188,8 +188,8 @@ class SliceDevice:
         self.id, self.process_index, self.slice_index = number, slice_index, slice_index
 
 
-def test_devices_go_where_they_tell_that_their_slice_is():
-    """The slices are named 7 and 3, and their devices are listed in turn: cut into runs, each part would hold both."""
+def test_devices_are_grouped_by_their_slice_index():
+    """Slices have indices 7 and 3, with interleaved devices: consecutive groups would mix them."""
     devices = [SliceDevice(number, (7, 3)[number % 2]) for number in range(8)]
     mesh = make_mesh(MeshConfig(slices=2, fsdp=2, tensor=2), devices)
     assert mesh.devices.shape == (2, 1, 2, 1, 1, 2)
@@ -201,10 +201,10 @@ def test_devices_go_where_they_tell_that_their_slice_is():
     [([0, 0, 0, 0, 0, 1, 1, 1], "5, 3"), ([0] * 8, "8")],
     ids=["slices of five and three", "one slice"],
 )
-def test_slices_that_are_too_few_or_too_small_are_told(slice_of_each, found):
+def test_too_few_or_too_small_slices_are_reported(slice_of_each, found):
     devices = [SliceDevice(number, slice_index) for number, slice_index in enumerate(slice_of_each)]
     with pytest.raises(
-        ConfigError, match=rf"mesh.slices: 2 slices of 4 devices are asked for, and there are slices of {found}$"
+        ConfigError, match=rf"mesh.slices: 2 slices of 4 devices are requested, but there are slices of {found}$"
     ):
         make_mesh(MeshConfig(slices=2, fsdp=4), devices)
 
@@ -223,7 +223,7 @@ class FakeDevice:
 @pytest.mark.parametrize(
     ("sizes", "processes", "shards"),
     [
-        # Neighbours; two processes within a row; and devices of a process that are apart, as those of a TPU host are.
+        # Adjacent devices; two processes within a row; and non-adjacent devices of a process, as of a TPU host.
         ({"fsdp": 4}, [0, 0, 1, 1], {0: (0, 2), 1: (1, 2)}),
         ({"data": 2, "tensor": 2}, [0, 1, 2, 3], {0: (0, 2), 1: (0, 2), 2: (1, 2), 3: (1, 2)}),
         ({"tensor": 4}, [0, 0, 1, 1], {0: (0, 1), 1: (0, 1)}),
@@ -240,8 +240,8 @@ def test_each_process_reads_the_rows_that_its_devices_hold(sizes, processes, sha
         assert row_shard(mesh) == RowShard(index, count)
 
 
-def test_rows_go_to_the_devices_of_the_groups_that_they_were_read_for(monkeypatch):
-    """Process 0 holds the first and the third of four groups: its rows go there, in order."""
+def test_rows_go_to_the_devices_of_their_groups(monkeypatch):
+    """Process 0 holds the first and third of four groups: its rows go there, in order."""
     mesh = mesh_of(fsdp=4, tensor=2)
     monkeypatch.setattr(batch, "row_shard", lambda mesh: RowShard(0, 2))
     monkeypatch.setattr(batch, "row_groups", lambda mesh: (0, 2))
@@ -258,26 +258,26 @@ def test_rows_go_to_the_devices_of_the_groups_that_they_were_read_for(monkeypatc
     }
 
 
-def test_rows_that_processes_share_in_part_are_refused(monkeypatch):
+def test_partly_overlapping_rows_of_processes_are_rejected(monkeypatch):
     mesh = SimpleNamespace(devices=np.array([FakeDevice(n) for n in (0, 0, 1, 1, 2, 2)]).reshape(3, 1, 1, 1, 1, 2))
     assert row_shard(mesh) == RowShard(0, 3)
     mesh = SimpleNamespace(devices=np.array([FakeDevice(n) for n in (0, 0, 0, 1, 1, 1)]).reshape(3, 1, 1, 1, 1, 2))
-    with pytest.raises(ConfigError, match="process 0 would hold 2 of 3 groups of rows, in part those of others"):
+    with pytest.raises(ConfigError, match="process 0 would hold 2 of 3 groups of rows, which overlap partly"):
         row_shard(mesh)
 
 
-def test_a_mesh_that_would_leave_devices_without_work_is_told():
-    with pytest.raises(ConfigError, match="leaves 2 of 8 devices without work"):
+def test_mesh_that_leaves_devices_idle_is_reported():
+    with pytest.raises(ConfigError, match="leaves 2 of 8 devices idle"):
         make_mesh(MeshConfig(data=3, fsdp=-1))
 
 
-def test_without_a_mesh_nothing_is_laid_out():
+def test_without_a_mesh_nothing_is_sharded():
     x = jnp.ones((4, 4))
     assert shard(x, "batch", None) is x
     assert gather_weight(x) is x
 
 
-def test_a_gathered_weight_is_whole_along_fsdp_and_cut_along_tensor():
+def test_gathered_weight_is_replicated_over_fsdp_and_sharded_over_tensor():
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
     parameter = {"w": Parameter((8, 8), ("embed", "mlp"), Normal(1.0))}
     with jax.set_mesh(mesh):
@@ -286,12 +286,12 @@ def test_a_gathered_weight_is_whole_along_fsdp_and_cut_along_tensor():
         assert spec_of(gather_weight(weight)) == P(None, "tensor")
 
 
-def test_paths_name_leaves_and_trees_come_back():
+def test_flatten_and_unflatten_round_trip():
     tree = {"a": [jnp.ones(1), jnp.zeros(2)], "b": {"c": jnp.ones(3)}}
     flat = flatten(tree)
     assert list(flat) == ["a/0", "a/1", "b/c"]
     assert jax.tree.structure(unflatten(flat, tree)) == jax.tree.structure(tree)
     [(path, _), *_] = jax.tree_util.tree_leaves_with_path(Decoder(CONFIG), is_leaf=lambda x: isinstance(x, Parameter))
     assert path_of(path) == "embedding"
-    with pytest.raises(KeyError, match=r"missing \['b/c'\], not wanted \['d'\]"):
+    with pytest.raises(KeyError, match=r"missing \['b/c'\], unexpected \['d'\]"):
         unflatten({"a/0": 1, "a/1": 2, "d": 3}, tree)

@@ -20,7 +20,7 @@ def tokenizer_folder(tmp_path_factory) -> str:
 
 @pytest.fixture
 def data_config(tmp_path, tokenizer_folder):
-    """Makes a configuration of a build in this test's folder."""
+    """Creates a build configuration in the test's folder."""
 
     def make(*uris: str, **changes) -> DataConfig:
         defaults = {

@@ -28,7 +28,7 @@ def read_documents(output, split) -> list[dict]:
 
 
 def contents(output) -> dict[str, bytes]:
-    """Every file of a build but the manifests, which hold times."""
+    """Every file of a build except the manifests, which contain times."""
     return {
         str(path.relative_to(output)): path.read_bytes()
         for path in sorted(output.rglob("*"))
@@ -41,10 +41,10 @@ def texts(tmp_path) -> str:
     return write_jsonl(tmp_path / "texts.jsonl", [{"text": make_text(n), "id": f"doc{n}"} for n in range(60)])
 
 
-# What comes out
+# Outputs
 
 
-def test_every_record_is_kept_or_rejected_with_its_reason(tmp_path, data_config):
+def test_every_record_is_kept_or_rejected_with_a_reason(tmp_path, data_config):
     texts = [make_text(n, 120) for n in range(40)]
     copy = texts[0].split()
     copy[7] = "otherwise"
@@ -82,7 +82,7 @@ def test_every_record_is_kept_or_rejected_with_its_reason(tmp_path, data_config)
     assert sorted(document["text"] for document in kept) == sorted(texts)
 
 
-def test_the_rows_hold_the_documents_and_the_manifest_counts_them(tmp_path, texts, data_config, tokenizer_folder):
+def test_rows_contain_the_documents_and_the_manifest_counts_them(tmp_path, texts, data_config, tokenizer_folder):
     build_data(data_config(texts))
     output = tmp_path / "data"
     tokenizer = Tokenizer.load(tokenizer_folder)
@@ -110,7 +110,7 @@ def test_the_rows_hold_the_documents_and_the_manifest_counts_them(tmp_path, text
     assert list(read_manifest(output / "documents")["inputs"]) == [texts]
 
 
-def test_documents_carry_id_source_and_licence(tmp_path, texts, data_config):
+def test_documents_have_id_source_and_licence(tmp_path, texts, data_config):
     build_data(
         data_config(
             sources=[{"uri": texts, "id_field": "id", "licence": "CC0-1.0"}, {"uri": "python:stdlib", "limit": 20}]
@@ -130,7 +130,7 @@ def test_workers_do_not_change_the_result(tmp_path, texts, data_config):
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
-def test_a_build_into_the_folder_that_it_reads_gives_the_same_again(tmp_path, data_config):
+def test_build_into_its_input_folder_is_reproducible(tmp_path, data_config):
     write_jsonl(tmp_path / "raw.jsonl", [{"text": make_text(n)} for n in range(30)] + [{"text": "short"}])
     config = data_config(f"{tmp_path}/**/*.jsonl", output=str(tmp_path / "out"))
     first = build_data(config, stop_after="documents")["metrics"]
@@ -146,7 +146,7 @@ def test_a_build_into_the_folder_that_it_reads_gives_the_same_again(tmp_path, da
 # Splits
 
 
-def test_the_split_depends_on_id_and_seed_alone(tmp_path, data_config):
+def test_split_depends_only_on_id_and_seed(tmp_path, data_config):
     rows = [{"text": make_text(n), "id": f"doc{n}"} for n in range(200)]
 
     def valid_ids(rows, seed=0):
@@ -162,7 +162,7 @@ def test_the_split_depends_on_id_and_seed_alone(tmp_path, data_config):
     assert valid_ids(rows, seed=1) != valid
 
 
-def test_valid_shares_no_near_copy_with_train(tmp_path, data_config):
+def test_valid_has_no_near_duplicates_of_train(tmp_path, data_config):
     rows = []
     for n in range(60):
         words = make_text(n, 100).split()
@@ -179,20 +179,20 @@ def test_valid_shares_no_near_copy_with_train(tmp_path, data_config):
         assert len(first & second) / len(first | second) < 0.8
 
 
-def test_a_few_documents_still_leave_one_to_validate_on(tmp_path, data_config):
+def test_few_documents_still_leave_one_held_out(tmp_path, data_config):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": make_text(n)} for n in range(4)])
     metrics = build_data(data_config(path, valid_fraction=0.001))["metrics"]
     assert [metrics["splits"][split]["documents"] for split in ("train", "valid")] == [3, 1]
 
 
-def test_nothing_may_be_held_out(tmp_path, texts, data_config):
+def test_valid_fraction_may_be_zero(tmp_path, texts, data_config):
     metrics = build_data(data_config(texts, valid_fraction=0.0))["metrics"]
     assert metrics["splits"]["valid"] == {"documents": 0, "characters": 0, "bytes": 0, "tokens": 0, "rows": 0}
-    with pytest.raises(DataError, match="holds no rows of the split 'valid'"):
+    with pytest.raises(DataError, match="has no rows of the split 'valid'"):
         open_in_order([tmp_path / "data"], batch_size=1)
 
 
-# Building again
+# Rebuilding
 
 
 def made_at(output) -> dict[str, int]:
@@ -200,7 +200,7 @@ def made_at(output) -> dict[str, int]:
     return {name.split("/")[0]: (output / name).stat().st_mtime_ns for name in names}
 
 
-def test_only_what_has_changed_is_made_again(tmp_path, texts, data_config, tokenizer_folder, capsys):
+def test_only_changed_outputs_are_rebuilt(tmp_path, texts, data_config, tokenizer_folder, capsys):
     output = tmp_path / "data"
     first = build_data(data_config(texts))
     before = made_at(output)
@@ -224,7 +224,7 @@ def test_only_what_has_changed_is_made_again(tmp_path, texts, data_config, token
     assert made_at(output)["documents"] > after["documents"]
 
 
-def test_a_tokenizer_trained_anew_on_the_same_text_keeps_the_rows(tmp_path, texts, data_config, tokenizer_folder):
+def test_tokenizer_retrained_on_the_same_text_keeps_the_rows(tmp_path, texts, data_config, tokenizer_folder):
     copy = tmp_path / "tokenizer"
     shutil.copytree(tokenizer_folder, copy)
     build_data(data_config(texts, tokenizer=str(copy)))
@@ -235,7 +235,7 @@ def test_a_tokenizer_trained_anew_on_the_same_text_keeps_the_rows(tmp_path, text
     assert made_at(tmp_path / "data") == before
 
 
-def test_a_killed_build_does_not_look_complete_and_can_be_run_again(tmp_path, data_config):
+def test_killed_build_is_incomplete_and_can_be_rerun(tmp_path, data_config):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": make_text(n, 300)} for n in range(1000)])
     config = data_config(path)
     (tmp_path / "data.yaml").write_text(dump_yaml(config))
@@ -250,7 +250,7 @@ def test_a_killed_build_does_not_look_complete_and_can_be_run_again(tmp_path, da
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list((tmp_path / "data").rglob("manifest.json"))
-    with pytest.raises(DataError, match="has not run to its end"):
+    with pytest.raises(DataError, match="has not finished"):
         open_in_order([tmp_path / "data"], batch_size=1)
     assert build_data(config)["metrics"]["documents"] == 1000
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [
@@ -262,7 +262,7 @@ def test_a_killed_build_does_not_look_complete_and_can_be_run_again(tmp_path, da
     ]
 
 
-def test_a_build_that_fails_while_packing_keeps_its_documents_alone(tmp_path, texts, data_config, monkeypatch):
+def test_build_that_fails_while_packing_keeps_only_its_documents(tmp_path, texts, data_config, monkeypatch):
     build_data(data_config(texts))
     with monkeypatch.context() as patch:
         patch.setattr(Packer, "finish", lambda packer: (_ for _ in ()).throw(OSError("disk full")))
@@ -273,33 +273,31 @@ def test_a_build_that_fails_while_packing_keeps_its_documents_alone(tmp_path, te
     assert build_data(data_config(texts, row_length=16))["metrics"]["row_length"] == 16
 
 
-# Mistakes
+# Errors
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "sentence"),
     [
-        ({"tokenizer": "/nowhere"}, TokenizerError, "make a tokenizer there with `maxlm tokenizer train`"),
+        ({"tokenizer": "/nowhere"}, TokenizerError, "train a tokenizer there with `maxlm tokenizer train`"),
         ({"clean": {"min_characters": 10**6}}, DataError, "no document is left"),
         ({"decontaminate": {"files": ["/nowhere.jsonl"]}}, DataError, "decontaminate.files: /nowhere.jsonl"),
     ],
 )
-def test_mistakes_are_one_clear_sentence(texts, data_config, changes, error, sentence):
+def test_build_errors_are_one_clear_sentence(texts, data_config, changes, error, sentence):
     with pytest.raises(error) as caught:
         build_data(data_config(texts, **changes))
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_one_document_cannot_be_split(tmp_path, data_config):
+def test_single_document_cannot_be_split(tmp_path, data_config):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": make_text(0)}])
     with pytest.raises(DataError, match=r"none of the 1 documents fell into the .* split .*split_on_blank_lines"):
         build_data(data_config(path))
 
 
-def test_a_second_build_in_one_folder_and_a_tokenizer_trained_anew_are_told(
-    tmp_path, texts, data_config, tokenizer_folder
-):
+def test_concurrent_build_and_retrained_tokenizer_are_reported(tmp_path, texts, data_config, tokenizer_folder):
     output = tmp_path / "data"
     copy = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
     config = data_config(texts, tokenizer=str(copy))
@@ -312,13 +310,13 @@ def test_a_second_build_in_one_folder_and_a_tokenizer_trained_anew_are_told(
     manifest["metrics"]["tokenizer_fingerprint"] = "0" * 32
     (output / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(
-        TokenizerError, match=r"tokenizer: is another tokenizer \([0-9a-f]{12}\) than the rows of .* were"
+        TokenizerError, match=r"tokenizer: is not the tokenizer \([0-9a-f]{12}\) that the rows of .* were"
     ):
         next(read_rows(output, "train"))
 
 
 @pytest.mark.parametrize("catalogue", ["hf", "tfds"])
-def test_the_files_of_a_local_data_set_are_its_inputs(tmp_path, catalogue):
+def test_files_of_a_local_dataset_are_its_inputs(tmp_path, catalogue):
     (tmp_path / "set" / "train").mkdir(parents=True)
     (tmp_path / "set" / "train" / "a.parquet").touch()
     assert local_data_files(f"{catalogue}:{tmp_path / 'set'}:train") == [tmp_path / "set" / "train" / "a.parquet"]

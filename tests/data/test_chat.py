@@ -1,4 +1,4 @@
-"""Chats from a file to packed rows: what is learned, what is refused, and which rows a step reads."""
+"""Chats from a file to packed rows: loss weights, validation errors, and the rows of a step."""
 
 import json
 
@@ -42,7 +42,7 @@ def segments_of(batch):
             yield tuple(x[row][here] for x in (batch.tokens, batch.targets, batch.loss_weights, batch.positions))
 
 
-def test_every_chat_stands_once_and_whole_in_some_row_with_its_own_positions_and_weights(tokenizer, tmp_path):
+def test_every_chat_is_packed_once_and_whole_with_its_own_positions_and_weights(tokenizer, tmp_path):
     packed = PackedChats.read(write(tmp_path / "chats.jsonl", *CHATS), tokenizer, row_length=40)
     batch = packed.batch(np.arange(len(packed.rows)))["text"]
     expected = [tokenizer.encode_chat(record["messages"]) for record in CHATS]
@@ -62,14 +62,14 @@ def test_every_chat_stands_once_and_whole_in_some_row_with_its_own_positions_and
     assert not batch.loss_weights[padding].any()
 
 
-def test_the_loss_is_on_the_answers_and_what_ends_them_and_on_nothing_else(tokenizer, tmp_path):
+def test_loss_is_only_on_answers_and_their_end_tokens(tokenizer, tmp_path):
     packed = PackedChats.read(write(tmp_path / "chats.jsonl", CHATS[1]), tokenizer, row_length=40)
     batch = packed.batch(np.array([0]))["text"]
     learned = batch.targets[0][batch.loss_weights[0] > 0]
     assert tokenizer.decode(learned, skip_control=False) == "no<|end|>yes<|end|>"
 
 
-def test_a_row_of_index_minus_one_is_padding(tokenizer, tmp_path):
+def test_row_index_minus_one_is_padding(tokenizer, tmp_path):
     packed = PackedChats.read(write(tmp_path / "chats.jsonl", *CHATS), tokenizer, row_length=40)
     batch = packed.batch(np.array([0, -1]))["text"]
     assert batch.tokens.shape == (2, 40)
@@ -88,14 +88,14 @@ def test_packing_places_every_item_once_within_capacity_and_tightly(capacity):
     assert len(bins) <= 11 / 9 * np.ceil(lengths.sum() / capacity) + 1
 
 
-def test_chats_that_are_too_long_are_counted_and_left_out(tokenizer, tmp_path, capsys):
+def test_too_long_chats_are_counted_and_skipped(tokenizer, tmp_path, capsys):
     path = write(tmp_path / "chats.jsonl", CHATS[0], chat("one", "two " * 100))
     packed = PackedChats.read(path, tokenizer, row_length=40)
     assert len(packed.rows) == 1
     assert "1 of 2 chats are longer than row_length=40" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_chat_that_fills_a_row_to_the_last_token_is_kept(tokenizer, tmp_path):
+def test_chat_that_exactly_fills_a_row_is_kept(tokenizer, tmp_path):
     length = len(tokenizer.encode_chat(CHATS[0]["messages"]).ids)
     path = write(tmp_path / "chats.jsonl", CHATS[0])
     assert len(PackedChats.read(path, tokenizer, row_length=length - 1).rows) == 1
@@ -106,7 +106,7 @@ def test_a_chat_that_fills_a_row_to_the_last_token_is_kept(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{not json", r"chats\.jsonl:2: is no JSON"),
+        ("{not json", r"chats\.jsonl:2: is not JSON"),
         ("[1, 2]", r"chats\.jsonl:2: must be a JSON object"),
         ('{"mesages": []}', r"chats\.jsonl:2: lacks 'messages'; did you mean"),
         ('{"messages": []}', r"chats\.jsonl:2: messages must be a list"),
@@ -115,26 +115,26 @@ def test_a_chat_that_fills_a_row_to_the_last_token_is_kept(tokenizer, tmp_path):
         ('{"messages": [{"role": "user"}]}', r"chats\.jsonl:2: message 1 .* content"),
     ],
 )
-def test_a_bad_line_is_named_with_file_and_line(tokenizer, tmp_path, line, message):
+def test_bad_line_is_reported_with_file_and_line(tokenizer, tmp_path, line, message):
     path = write(tmp_path / "chats.jsonl", CHATS[0])
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(DataError, match=message):
         PackedChats.read(path, tokenizer, row_length=40)
 
 
-def test_chats_without_an_answer_are_left_out_and_counted(tokenizer, tmp_path, capsys):
+def test_chats_without_an_answer_are_skipped_and_counted(tokenizer, tmp_path, capsys):
     question = {"messages": [{"role": "user", "content": "a"}]}
     path = write(tmp_path / "chats.jsonl", CHATS[0], question, question)
     assert len(PackedChats.read(path, tokenizer, row_length=40).rows) == 1
-    assert f"2 chats have no message of role 'assistant' and are left out; the first is {path}:2" in " ".join(
+    assert f"2 chats have no message of role 'assistant' and are skipped; the first is {path}:2" in " ".join(
         capsys.readouterr().err.split()
     )
     write(path, question)
-    with pytest.raises(DataError, match=r"chats\.jsonl:1: has no message of role 'assistant', and nor .*roles"):
+    with pytest.raises(DataError, match=r"chats\.jsonl:1: has no message of role 'assistant', like .*roles"):
         PackedChats.read(path, tokenizer, row_length=40)
 
 
-def test_weights_of_messages_are_those_of_the_loss(tokenizer, tmp_path, capsys):
+def test_message_weights_become_loss_weights(tokenizer, tmp_path, capsys):
     def weighted(*weights):
         return {"messages": [m | {"weight": w} for m, w in zip(chat("yes", "no", "no", "yes")["messages"], weights)]}
 
@@ -143,20 +143,18 @@ def test_weights_of_messages_are_those_of_the_loss(tokenizer, tmp_path, capsys):
     learned = batch.targets[0][batch.loss_weights[0] > 0]
     assert tokenizer.decode(learned, skip_control=False) == "yes<|end|>"
     assert {*batch.loss_weights[0].tolist()} == {0.0, 2.5}
-    assert "1 chats have weights of 0 alone and are left out" in " ".join(capsys.readouterr().err.split())
+    assert "1 chats have only weights of 0 and are skipped" in " ".join(capsys.readouterr().err.split())
     write(path, weighted(1, 1, 0, 1))
-    with pytest.raises(
-        DataError, match="message 1 is to be learned and is of role 'user', but only what the assistant"
-    ):
+    with pytest.raises(DataError, match="message 1 of role 'user' has a weight, but only messages of the assistant"):
         PackedChats.read(path, tokenizer, row_length=40)
 
 
-def test_missing_and_empty_files_are_one_sentence(tokenizer, tmp_path):
+def test_missing_and_empty_files_are_reported_in_one_sentence(tokenizer, tmp_path):
     write(tmp_path / "chats.jsonl", CHATS[0])
     with pytest.raises(DataError, match=r"no such file; did you mean .*chats\.jsonl"):
         PackedChats.read(tmp_path / "chat.jsonl", tokenizer, row_length=40)
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(DataError, match="holds no chats"):
+    with pytest.raises(DataError, match="has no chats"):
         PackedChats.read(tmp_path / "empty.jsonl", tokenizer, row_length=40)
 
 
@@ -165,7 +163,7 @@ def test_line_numbers_count_empty_lines(tmp_path):
     assert [where.rsplit(":", 1)[1] for where, _ in read_records(tmp_path / "a.jsonl")] == ["2", "4"]
 
 
-def test_each_epoch_shows_every_example_once_in_an_order_of_its_own():
+def test_each_epoch_has_every_example_once_in_a_new_order():
     order = EpochOrder(10, seed=3)
     steps = [order.indices(step, batch_size=4) for step in range(5)]
     seen = np.concatenate(steps)
@@ -173,15 +171,15 @@ def test_each_epoch_shows_every_example_once_in_an_order_of_its_own():
     assert list(seen[:10]) != list(seen[10:])
 
 
-def test_a_file_with_fewer_rows_than_a_batch_is_told(capsys):
+def test_file_with_fewer_rows_than_a_batch_prints_a_warning(capsys):
     training_order("chats.jsonl", 16, batch_size=16, seed=0)
     assert capsys.readouterr().err == ""
     training_order("chats.jsonl", 1, batch_size=16, seed=0)
     told = " ".join(capsys.readouterr().err.split())
-    assert told.startswith("chats.jsonl: has 1 rows, so that a batch of batch_size=16 holds some more than once; lower")
+    assert told.startswith("chats.jsonl: has 1 rows, so that a batch of batch_size=16 repeats some; lower")
 
 
-def test_the_examples_of_a_step_depend_on_seed_and_step_alone_and_shards_are_cuts_of_it():
+def test_examples_of_a_step_depend_only_on_seed_and_step_and_shards_partition_them():
     whole = EpochOrder(10, seed=3).indices(7, batch_size=4)
     np.testing.assert_array_equal(whole, EpochOrder(10, seed=3).indices(7, batch_size=4))
     parts = [EpochOrder(10, seed=3).indices(7, batch_size=4, shard=shard, num_shards=2) for shard in range(2)]
@@ -190,16 +188,16 @@ def test_the_examples_of_a_step_depend_on_seed_and_step_alone_and_shards_are_cut
     assert len(set(map(tuple, others))) > 1
 
 
-def test_validation_goes_over_all_examples_once():
+def test_validation_reads_every_example_once():
     assert [batch.tolist() for batch in padded_batches(5, 2, limit=10)] == [[0, 1], [2, 3], [4, -1]]
     assert len(padded_batches(5, 2, limit=2)) == 2
-    # Not the beginning of the file, but some of each part of it.
+    # A sample of the whole file, not its beginning.
     taken = np.concatenate(padded_batches(1000, 8, limit=4))
     assert np.histogram(taken, bins=8, range=(0, 1000))[0].min() >= 2
     assert {*taken} < {*np.concatenate(padded_batches(1000, 8, limit=5))}
 
 
-def test_a_prompt_is_a_text_or_messages_up_to_the_answer(tokenizer):
+def test_prompt_is_a_string_or_messages_up_to_the_answer(tokenizer):
     assert encode_prompt(tokenizer, "say", "here") == [tokenizer.bos_id, *tokenizer.encode("say")]
     ids = encode_prompt(tokenizer, [{"role": "user", "content": "say"}], "here")
     assert tokenizer.decode(ids, skip_control=False) == "<|bos|><|user|>say<|end|><|assistant|>"

@@ -22,17 +22,17 @@ LOOSE = CleanConfig(min_characters=1)
         ("ﬁ ▁ 你好", "ﬁ ▁ 你好"),
     ],
 )
-def test_normalisation(text, clean):
+def test_normalization(text, clean):
     assert normalise(text, "NFC") == clean
 
 
-def test_the_form_of_unicode_can_be_chosen():
+def test_unicode_form_is_configurable():
     assert normalise("ﬁ ①", "NFKC") == "fi 1"
     assert normalise("cafe\u0301", "none") == "cafe\u0301"
 
 
 @given(st.text())
-def test_normalisation_is_idempotent_and_keeps_every_visible_character(text):
+def test_normalization_is_idempotent_and_keeps_every_visible_character(text):
     once = normalise(text, "NFC")
     assert normalise(once, "NFC") == once
     letters = [c for c in unicodedata.normalize("NFC", text) if c.isalnum()]
@@ -50,14 +50,14 @@ def test_normalisation_is_idempotent_and_keeps_every_visible_character(text):
         ("same\nline\n" * 20, LOOSE, "repeated_lines"),
     ],
 )
-def test_abnormal_texts_have_a_reason(text, config, reason):
+def test_abnormal_texts_are_rejected_with_a_reason(text, config, reason):
     found, detail = find_abnormal(text, config)
     assert found == reason
     assert detail
 
 
 @pytest.mark.parametrize("text", ["short!", "one\ntwo\nthree\none\n", "床前明月光,疑是地上霜。", "x = 1\ny = 2"])
-def test_normal_texts_stay(text):
+def test_normal_texts_are_kept(text):
     assert find_abnormal(text, LOOSE) is None
 
 

@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 @pytest.fixture
 def call(capsys):
-    """Runs `maxlm data WORDS...` and gives what it printed."""
+    """Runs `maxlm data WORDS...` and returns its output."""
 
     def run(*words) -> str:
         parser = argparse.ArgumentParser()
@@ -40,12 +40,12 @@ def built(tmp_path, data_config, call):
     return tmp_path / "data", path
 
 
-def test_build_says_what_came_out(built, call):
+def test_build_prints_a_summary(built, call):
     folder, path = built
     said = call("build", path)
     assert "30 documents of 32 records" in said
-    assert "left out: 1 exact_duplicate, 1 no_text" in said
-    assert "characters a token, rows of 32 tokens" in said
+    assert "rejected: 1 exact_duplicate, 1 no_text" in said
+    assert "characters per token, rows of 32 tokens" in said
     assert json.loads(call("build", path, "--json"))["stage"] == "data"
     assert json.loads(call("build", path, "--stop-after", "documents", "--json"))["stage"] == "data/documents"
     said = call("build", path, f"output={folder}2", "row_length=8")
@@ -69,7 +69,7 @@ def test_show_prints_documents_rows_and_rejects(built, call):
     assert "reason: exact_duplicate" in call("show", folder, "--rejects")
 
 
-def test_at_step_names_the_documents_of_a_step(built, call):
+def test_at_step_prints_the_documents_of_a_step(built, call):
     folder, _ = built
     expected = [d.id for d in open_mixture([(folder, 1.0)], seed=5, batch_size=4).documents(6)]
     said = call("at-step", 7, "--data", folder, "--seed", 5, "--batch-size", 4, "--json")
@@ -109,8 +109,8 @@ def test_at_step_reads_the_configuration_of_a_run(built, call, tmp_path):
 @pytest.mark.parametrize(
     "words", [("show", "nowhere"), ("show", "nowhere", "--rows"), ("at-step", "1", "--data", "nowhere")]
 )
-def test_a_folder_that_was_not_built_is_one_clear_sentence(call, words):
-    with pytest.raises(DataError, match=r"holds no manifest.json; the stage that makes it has not run"):
+def test_incomplete_folder_is_reported_in_one_sentence(call, words):
+    with pytest.raises(DataError, match=r"has no manifest.json; the stage that writes it has not finished"):
         call(*words)
 
 
@@ -121,7 +121,7 @@ def test_the_example_configurations_are_valid(path):
     assert load_config(path).kind == path.parent.name
 
 
-def test_mistakes_in_a_configuration_are_told_at_once(tmp_path, call):
+def test_all_configuration_mistakes_are_reported_at_once(tmp_path, call):
     path = tmp_path / "data.yaml"
     path.write_text("kind: data\noutput: x\ntokenzer: y\nsources: []\n")
     with pytest.raises(ConfigError) as error:

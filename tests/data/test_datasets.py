@@ -50,7 +50,7 @@ def test_tfds_is_read_without_tensorflow(fables):
     assert "tensorflow" not in sys.modules
 
 
-def test_tfds_mistakes_are_one_clear_sentence(fables):
+def test_tfds_errors_are_one_clear_sentence(fables):
     for uri in (f"tfds:{fables}:validation", "tfds:there_is_no_such_dataset"):
         with pytest.raises(DataError) as error:
             read(uri)
@@ -58,8 +58,8 @@ def test_tfds_mistakes_are_one_clear_sentence(fables):
         assert "\n" not in str(error.value)
 
 
-def test_a_field_that_holds_no_text_is_named(fables):
-    with pytest.raises(DataError, match="field 'number' holds no text"):
+def test_field_without_text_is_named(fables):
+    with pytest.raises(DataError, match="field 'number' is not a string"):
         read(f"tfds:{fables}", text_field="number")
 
 

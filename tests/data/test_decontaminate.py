@@ -13,7 +13,7 @@ def overlaps(text: str, ngrams: np.ndarray, size: int) -> int:
     return count_overlaps(hash_words(text), ngrams, size)
 
 
-def test_overlaps_are_counted_as_a_plain_search_counts_them(tmp_path):
+def test_overlap_counts_match_a_brute_force_search(tmp_path):
     tests = [make_text(seed, 40) for seed in range(20)]
     rows = [{"question": tests[0], "choices": tests[1:10], "nested": [{"answer": tests[10]}, 5, None]}]
     ngrams = evaluation_ngrams([write_jsonl(tmp_path / "eval.jsonl", rows)], 8)
@@ -28,7 +28,7 @@ def test_overlaps_are_counted_as_a_plain_search_counts_them(tmp_path):
         assert (expected > 0) == (seed <= 10)
 
 
-def test_case_and_punctuation_do_not_hide_an_overlap(tmp_path):
+def test_overlaps_ignore_case_and_punctuation(tmp_path):
     ngrams = evaluation_ngrams([write_jsonl(tmp_path / "a.jsonl", [{"q": "What is the capital of France?"}])], 6)
     assert overlaps("so: WHAT is, the -- capital... of France", ngrams, 6) == 1
     assert overlaps("what is the capital of Spain", ngrams, 6) == 0
@@ -42,11 +42,11 @@ def test_without_files_nothing_overlaps():
     ("content", "sentence"),
     [
         (None, "there is no such file"),
-        ("{broken", "a.jsonl:1: is no JSON"),
-        (json.dumps({"q": "too short"}), "holds no string of 13 words"),
+        ("{broken", "a.jsonl:1: is not JSON"),
+        (json.dumps({"q": "too short"}), "has no string of 13 words"),
     ],
 )
-def test_a_file_that_would_remove_nothing_is_an_error(tmp_path, content, sentence):
+def test_evaluation_file_without_ngrams_is_an_error(tmp_path, content, sentence):
     path = tmp_path / "a.jsonl"
     if content is not None:
         path.write_text(content)

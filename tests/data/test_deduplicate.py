@@ -29,7 +29,7 @@ def signatures(*texts: str) -> np.ndarray:
 # Shingles
 
 
-def test_equal_runs_of_words_and_only_they_have_equal_hashes():
+def test_hashes_are_equal_only_for_equal_ngrams():
     texts = [make_text(seed, 300) for seed in range(3)]
     texts.append(" ".join(texts[0].split()[100:200]))
     by_hash, by_words = {}, {}
@@ -46,11 +46,11 @@ def test_words_are_compared_without_case_and_punctuation():
     assert len(hash_words("snake_case x1 naïve")) == 3
 
 
-def test_scripts_without_spaces_have_a_word_for_each_character():
+def test_scripts_without_spaces_have_one_word_per_character():
     assert len(hash_words("床前明月光 in English です")) == 5 + 2 + 2
 
 
-def test_order_matters_and_short_texts_have_no_runs():
+def test_order_matters_and_short_texts_have_no_ngrams():
     assert hash_ngrams(hash_words("a b c"), 3) != hash_ngrams(hash_words("c b a"), 3)
     assert hash_ngrams(hash_words("a b c"), 4).size == 0
     assert hash_ngrams(hash_words(""), 1).size == 0
@@ -79,7 +79,7 @@ def near(threshold: float = 0.8) -> NearDuplicates:
     return NearDuplicates(threshold=threshold, num_permutations=128)
 
 
-def test_near_copies_are_found_and_name_their_original():
+def test_near_duplicates_are_found_with_their_original():
     originals = [make_text(seed, 200) for seed in range(300)]
     index = near()
     assert [index.add(signature) for signature in signatures(*originals)] == [None] * 300
@@ -90,7 +90,7 @@ def test_near_copies_are_found_and_name_their_original():
     assert sum(right) >= 297, "recall at a similarity of 0.9 and a threshold of 0.8"
 
 
-def test_texts_that_share_half_are_kept():
+def test_half_overlapping_texts_are_kept():
     originals = [make_text(seed, 200) for seed in range(300)]
     halves = [edited(text, 40, seed) for seed, text in enumerate(originals)]
     assert 0.2 < np.mean(list(map(jaccard, originals, halves))) < 0.6
@@ -113,7 +113,7 @@ def test_buckets_miss_few_pairs_at_any_threshold(threshold):
     assert missed <= 6
 
 
-def test_more_documents_than_the_first_block_are_kept():
+def test_index_grows_beyond_its_initial_capacity():
     index = near()
     batch = np.random.default_rng(0).integers(0, 2**32, (2500, 128), dtype=np.uint32)
     assert not any(index.add(signature) for signature in batch)

@@ -12,13 +12,13 @@ def documents() -> dict[str, Document]:
     return {document.id: document for document in read_embedded()}
 
 
-def test_the_corpus_is_millions_of_characters_with_source_and_licence(documents):
+def test_corpus_has_millions_of_characters_with_source_and_licence(documents):
     assert sum(len(document.text) for document in documents.values()) > 3_000_000
     assert {(document.source, document.licence) for document in documents.values()} == {("python:stdlib", "PSF-2.0")}
     assert {name.split("/")[0] for name in documents} == {"module", "topic", "compiled"}
 
 
-def test_a_module_gives_docstrings_under_their_names_and_comments_in_order(documents):
+def test_module_text_has_named_docstrings_and_comments_in_order(documents):
     text = documents["module/heapq"].text
     assert text.startswith("heapq\n\nHeap queue algorithm (a.k.a. priority queue).")
     places = [text.index(part) for part in ("heapq.heappush\n\nPush item onto heap", "# 'heap' is a heap"[2:], "merge")]
@@ -26,7 +26,7 @@ def test_a_module_gives_docstrings_under_their_names_and_comments_in_order(docum
     assert "import" not in documents["module/this"].text
 
 
-def test_a_string_that_looks_like_a_comment_is_none(tmp_path, monkeypatch):
+def test_string_that_looks_like_a_comment_is_ignored(tmp_path, monkeypatch):
     (tmp_path / "sample.py").write_text(
         '"""Doc."""\n# first\n# second\nx = """\n# no comment\n"""\n\n\n'
         'def f():\n    "What f does."\n    # -----\n    # third\n'
@@ -42,14 +42,14 @@ def test_a_string_that_looks_like_a_comment_is_none(tmp_path, monkeypatch):
     }
 
 
-def test_compiled_modules_give_their_documentation_once(documents):
+def test_compiled_modules_yield_their_docstrings_once(documents):
     text = documents["compiled/_bisect"].text
     assert "_bisect.bisect_left(a, x, lo=0, hi=None, *, key=None)" in text
     slots = sum("See help(type(self)) for accurate signature." in d.text for d in documents.values())
     assert slots <= 2
 
 
-def test_every_process_reads_the_same_and_imports_no_module_that_acts(documents):
+def test_corpus_is_deterministic_and_imports_no_module_with_side_effects(documents):
     code = (
         "import hashlib, sys; from maxlm.data.embedded import read_embedded\n"
         "documents = list(read_embedded())\n"

@@ -1,4 +1,4 @@
-"""Which files a source names, and what they are called."""
+"""The files that a source matches, and their names."""
 
 import os
 
@@ -24,14 +24,14 @@ def make(folder, *paths):
     return folder
 
 
-def test_a_name_is_the_path_from_the_part_without_patterns(tmp_path):
+def test_name_is_the_path_relative_to_the_part_without_patterns(tmp_path):
     make(tmp_path, "x/a/part.jsonl", "x/b/part.jsonl", "x/b/c/part.jsonl")
     assert names(tmp_path / "x" / "*" / "part.jsonl") == ["a/part.jsonl", "b/part.jsonl"]
     assert names(tmp_path / "x" / "**" / "*.jsonl") == ["a/part.jsonl", "b/c/part.jsonl", "b/part.jsonl"]
     assert names(tmp_path / "x/a/part.jsonl") == names(tmp_path / "x/a/*.jsonl") == ["part.jsonl"]
 
 
-def test_names_of_several_sources_are_told_apart_and_earlier_ones_stay(tmp_path, monkeypatch):
+def test_names_of_several_sources_are_unique_and_earlier_ones_stay(tmp_path, monkeypatch):
     make(tmp_path, "a/part.jsonl", "b/part.jsonl", "b/a/part.jsonl")
     uris = [tmp_path / "a" / "*.jsonl", tmp_path / "b" / "part.jsonl", tmp_path / "b" / "a" / "part.jsonl"]
     assert names(*uris) == ["part.jsonl", "b/part.jsonl", "a/part.jsonl"]
@@ -43,21 +43,21 @@ def test_names_of_several_sources_are_told_apart_and_earlier_ones_stay(tmp_path,
 
 
 @pytest.mark.parametrize("folder", ["x[1]", "a*b", "what?", "back\\slash", "[!a]", "ü 漢"])
-def test_names_with_the_characters_of_patterns_mean_themselves(tmp_path, folder):
+def test_existing_names_with_glob_characters_are_literal(tmp_path, folder):
     make(tmp_path, f"{folder}/a[0].jsonl", f"{folder}/b.jsonl", "x1/b.jsonl", "aXb/b.jsonl")
     assert names(tmp_path / folder / "a[0].jsonl") == ["a[0].jsonl"]
     assert names(tmp_path / folder / "*.jsonl") == ["a[0].jsonl", "b.jsonl"]
     assert names(f"{tmp_path}/*/b.jsonl")[-1] == "x1/b.jsonl" or folder > "x1"
 
 
-def test_the_home_folder_and_endings_in_capitals(tmp_path, monkeypatch):
+def test_home_folder_and_uppercase_extensions(tmp_path, monkeypatch):
     make(tmp_path, "data/A.JSONL", "data/b.Json", "data/c.TXT", "data/d.ndjson")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert names("~/data/*") == ["A.JSONL", "b.Json", "c.TXT", "d.ndjson"]
     assert names("~/data/A.JSONL") == ["A.JSONL"]
 
 
-def test_folders_in_a_glob_are_passed_over(tmp_path):
+def test_folders_in_a_glob_are_skipped(tmp_path):
     make(tmp_path, "a.jsonl", "folder/b.jsonl")
     assert names(tmp_path / "*") == ["a.jsonl"]
 
@@ -66,12 +66,12 @@ def test_folders_in_a_glob_are_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
-        ("link", r"is a link to nowhere\.jsonl, which is not there; mend or remove the link"),
-        ("folder", r"is a folder; give the files in it, as .*bad\.jsonl/\*\.jsonl"),
-        ("pipe", "is a pipe or device, and not a file that can be read more than once; write its content"),
+        ("link", r"is a link to nowhere\.jsonl, which does not exist; fix or remove the link"),
+        ("folder", r"is a folder; give the files in it, such as .*bad\.jsonl/\*\.jsonl"),
+        ("pipe", "is a pipe or device, which cannot be read more than once; write its content"),
     ],
 )
-def test_what_is_no_file_is_told_before_anything_is_read(tmp_path, kind, sentence, uri):
+def test_non_files_are_reported_before_reading(tmp_path, kind, sentence, uri):
     make(tmp_path, "a.jsonl")
     bad = tmp_path / "bad.jsonl"
     {"link": lambda: bad.symlink_to("nowhere.jsonl"), "folder": bad.mkdir, "pipe": lambda: os.mkfifo(bad)}[kind]()
@@ -79,14 +79,14 @@ def test_what_is_no_file_is_told_before_anything_is_read(tmp_path, kind, sentenc
         names(tmp_path / uri)
 
 
-def test_what_a_build_wrote_is_not_read(tmp_path, capsys):
+def test_build_outputs_are_not_read(tmp_path, capsys):
     make(tmp_path, "raw.jsonl", "out/mine.jsonl", "out/rejects.jsonl", "out/documents/a.jsonl", "out/manifest.json.tmp")
     make(tmp_path, "out/documents.tmp/rejects.jsonl", "elsewhere/rejects.jsonl")
     (tmp_path / "link.jsonl").symlink_to("out/rejects.jsonl")
     found = names(tmp_path / "**" / "*.jsonl", output=tmp_path / "elsewhere" / ".." / "out")
     assert found == ["elsewhere/rejects.jsonl", "out/mine.jsonl", "raw.jsonl"]
     assert "4 files that a build wrote into" in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(DataError, match="names only files that a build wrote into"):
+    with pytest.raises(DataError, match="matches only files that a build wrote into"):
         names(tmp_path / "out" / "rejects.jsonl", output=tmp_path / "out")
 
 
@@ -96,7 +96,7 @@ def test_fields_may_be_nested(tmp_path):
     source = SourceConfig(uri=str(tmp_path / "*"), text_field="doc.body", id_field="meta.id")
     one, reject, three = read_sources(find_sources([source]))
     assert [(d.id, d.text) for d in (one, three)] == [("7", "one"), ("x", "three")]
-    assert "a.jsonl:2: field 'doc.body' holds no text" in reject.detail
+    assert "a.jsonl:2: field 'doc.body' is not a string" in reject.detail
 
 
 def test_columns_that_cannot_be_read(tmp_path):
@@ -111,7 +111,7 @@ def test_columns_that_cannot_be_read(tmp_path):
     assert document.text == "two"
 
 
-def test_a_name_that_is_not_utf8_still_gives_ids(tmp_path):
+def test_non_utf8_file_name_still_gives_ids(tmp_path):
     path = os.path.join(os.fsencode(tmp_path), b"bad\xff.jsonl")
     with open(path, "w") as file:
         file.write('{"text": "x"}\n')

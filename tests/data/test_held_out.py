@@ -1,4 +1,4 @@
-"""Which held-out rows a validation reads: some of each source, spread evenly, the same ones each time."""
+"""Held-out rows of a validation: some of each source, spread evenly, the same ones each time."""
 
 import itertools
 
@@ -15,7 +15,7 @@ from maxlm.tokenizer.codec import Tokenizer
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 37, 1000])
-def test_each_beginning_of_the_order_is_spread_evenly(count):
+def test_every_prefix_of_the_order_is_spread_evenly(count):
     order = spread_order(count)
     assert sorted(order) == list(range(count))
     for taken in (8, 64, 512):
@@ -23,7 +23,7 @@ def test_each_beginning_of_the_order_is_spread_evenly(count):
         assert parts.max() - parts.min() <= 3
 
 
-def test_a_sample_has_some_of_each_group_and_grows():
+def test_sample_covers_each_group_and_grows_monotonically():
     groups = [np.arange(1000), np.arange(1000, 1002), np.arange(1001, 1501)]
     limits = [1, 2, 3, 10, 150, 151, 1500, 1501, 2000]
     samples = [even_sample(groups, limit) for limit in limits]
@@ -39,7 +39,7 @@ def test_a_sample_has_some_of_each_group_and_grows():
 
 
 def build(folder, tokenizer_folder, name, **files) -> str:
-    """A folder with most documents held out; each file is a source of so many."""
+    """A folder with most documents held out; each file is a source with the given number of documents."""
     number, uris = 0, []
     for file, num_documents in files.items():
         texts = [{"text": make_text(number + n)} for n in range(num_documents)]
@@ -62,7 +62,7 @@ def folders(tmp_path_factory, tokenizer_folder) -> dict[str, str]:
 
 
 def rows_of(held_out) -> dict[bytes, np.ndarray]:
-    """Source names of each row that is read, by its tokens."""
+    """Source names of each row read, by its tokens."""
     found = {}
     for step in range(held_out.num_steps):
         batch = held_out.batch(step)
@@ -72,7 +72,7 @@ def rows_of(held_out) -> dict[bytes, np.ndarray]:
     return found
 
 
-def test_the_order_of_the_folders_and_the_shards_change_nothing(folders):
+def test_folder_order_and_shards_do_not_change_the_sample(folders):
     paths = [folders["large"], folders["small"], folders["large"]]
     one, other = (open_held_out(p, batch_size=4, num_batches=2) for p in (paths, paths[::-1]))
     assert sorted(one.sources) == sorted(other.sources) == ["large", "small"]
@@ -93,7 +93,7 @@ def test_the_order_of_the_folders_and_the_shards_change_nothing(folders):
     assert {*rows_of(one)} < {*rows_of(more)}
 
 
-def test_each_token_is_of_the_source_of_its_document(folders, tokenizer_folder):
+def test_each_token_has_the_source_of_its_document(folders, tokenizer_folder):
     tokenizer = Tokenizer.load(tokenizer_folder)
     table = parquet.read_table(f"{folders['three']}/documents/valid.parquet")
     texts = {f"three-{name}.jsonl": "" for name in ("first", "second", "third")}

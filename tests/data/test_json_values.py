@@ -1,4 +1,4 @@
-"""Values are read from files however these are laid out, joined or compressed, and what is broken is told in place."""
+"""JSON values are read from files of any layout, concatenation or compression; malformed ones are reported in place."""
 
 import gzip
 import json
@@ -49,7 +49,7 @@ def test_every_layout_gives_the_same_values(tmp_path, monkeypatch, layout, block
     assert len({item.place for item in items}) == 3
 
 
-def test_places_are_lines_or_the_items_of_a_list(tmp_path):
+def test_places_are_lines_or_list_items(tmp_path):
     path = tmp_path / "a.jsonl"
     assert [item.where for item in read(path, LAYOUTS["empty lines"])] == [f"{path}:{n}" for n in (3, 5, 7)]
     assert [item.place for item in read(path, LAYOUTS["joined without an end of line"])] == ["1", "1:15", "2"]
@@ -65,15 +65,15 @@ def test_only_line_ends_end_a_line(tmp_path, text):
 
 
 BROKEN = {
-    '{"text": "cut': "is no JSON: Unterminated string starting at column ",
-    '{"text": "two", ': "is no JSON: Expecting property name",
-    '{"text": [': "is no JSON: Expecting",
-    "no JSON": "is no JSON: Expecting value at column ",
-    '{"text": "a", "text": "b"}': "is no JSON: the key 'text' stands twice in one object",
-    "9" * 5000: "is no JSON: it holds a number of thousands of digits",
-    '{"a":' * 5000: "is no JSON: nested too deep",
-    "\0" * 40: "holds zero bytes, as a file does whose writing was broken off",
-    '{"text": "a\x00b"}': "is no JSON: Invalid control character at column ",
+    '{"text": "cut': "is not JSON: Unterminated string starting at column ",
+    '{"text": "two", ': "is not JSON: Expecting property name",
+    '{"text": [': "is not JSON: Expecting",
+    "no JSON": "is not JSON: Expecting value at column ",
+    '{"text": "a", "text": "b"}': "is not JSON: the key 'text' is given twice in one object",
+    "9" * 5000: "is not JSON: it has a number of thousands of digits",
+    '{"a":' * 5000: "is not JSON: nested too deep",
+    "\0" * 40: "contains zero bytes, as after an interrupted write",
+    '{"text": "a\x00b"}': "is not JSON: Invalid control character at column ",
     b'{"text": "\xff"}': "is not valid UTF-8",
     b"\xff\xfe": "is not valid UTF-8",
 }
@@ -81,7 +81,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("layout", ["lines", "last line", "list of lines", "indented list"])
 @pytest.mark.parametrize("bad", BROKEN, ids=[str(text)[:20] for text in BROKEN])
-def test_what_is_broken_is_told_and_what_follows_is_read(tmp_path, bad, layout):
+def test_malformed_values_are_reported_and_later_ones_are_read(tmp_path, bad, layout):
     before, after = {
         "lines": ('{"text":"one"}\n', '\n{"text":"three"}\n'),
         "last line": ('{"text":"one"}\n{"text":"three"}\n', ""),
@@ -97,7 +97,7 @@ def test_what_is_broken_is_told_and_what_follows_is_read(tmp_path, bad, layout):
     json.dumps(broken.text, ensure_ascii=False).encode()
 
 
-def test_lists_that_break(tmp_path):
+def test_truncated_and_malformed_lists(tmp_path):
     path = tmp_path / "a.json"
     *good, broken = read(path, '[{"text":"one"},{"text":"two"}')
     assert [item.value for item in good] == [ONE, TWO]
@@ -110,7 +110,7 @@ def test_lists_that_break(tmp_path):
     assert (broken.reason, broken.detail) == ("empty_file", "is empty")
 
 
-def test_text_that_is_not_utf8_is_named(tmp_path):
+def test_non_utf8_text_is_reported(tmp_path):
     (broken,) = read(tmp_path / "a.jsonl", '{"text": "one"}\n'.encode("utf-16"))
     assert "is UTF-16 text; convert it with: iconv" in broken.detail
 
@@ -149,7 +149,7 @@ def test_a_list_on_one_line_is_read_in_linear_time(tmp_path):
         assert sum(1 for _ in read_values(tmp_path / "a.json")) == count
         return time.process_time() - start
 
-    # Reading all that came before again for each block took 16 times as long, and more.
+    # Reparsing everything for each block took at least 16 times as long.
     assert min(seconds(8_000) for _ in range(2)) < 10 * min(seconds(2_000) for _ in range(3))
 
 
@@ -175,7 +175,7 @@ GAPS = st.sampled_from(["\n", "\r\n", "", "\n\n", "\n\ufeff", " ", ",\n", "\n  "
 
 @settings(max_examples=60, deadline=None)
 @given(records=RECORDS, data=st.data())
-def test_whatever_stands_between_them_all_values_come_back(tmp_path_factory, records, data):
+def test_all_values_are_read_with_any_separators(tmp_path_factory, records, data):
     path = tmp_path_factory.getbasetemp() / "values.jsonl"
     content = "".join(
         json.dumps(record, ensure_ascii=data.draw(st.booleans()), indent=data.draw(st.sampled_from([None, 0, 2])))
@@ -191,7 +191,7 @@ def test_whatever_stands_between_them_all_values_come_back(tmp_path_factory, rec
 
 @settings(max_examples=100, deadline=None)
 @given(content=st.binary(max_size=80) | st.text('{}[]",: \n\r\ufeffa1\\', max_size=80).map(str.encode))
-def test_no_file_is_beyond_reading(tmp_path_factory, content):
+def test_any_file_content_can_be_read(tmp_path_factory, content):
     items = read(tmp_path_factory.getbasetemp() / "any.jsonl", content)
     assert len({item.place for item in items}) == len(items)
     assert items or not content.decode().strip(", \t\r\n\v\f\x1c\x1d\x1e\x1f[]\ufeff")
@@ -208,7 +208,7 @@ def test_no_file_is_beyond_reading(tmp_path_factory, content):
     ],
 )
 @pytest.mark.parametrize("block", [7, 1 << 16])
-def test_lines_end_where_their_file_ends_them(tmp_path, monkeypatch, content, expected, block):
+def test_lines_end_at_the_line_ends_of_their_file(tmp_path, monkeypatch, content, expected, block):
     monkeypatch.setattr(lines, "_BLOCK", block)
     (tmp_path / "a.txt").write_bytes(content.encode())
     assert [(n, line.decode()) for n, line in read_text_lines(tmp_path / "a.txt")] == list(enumerate(expected, 1))

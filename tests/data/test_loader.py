@@ -56,7 +56,7 @@ def all_row_keys(folder) -> list[bytes]:
     return [key for step in range(rows.num_steps) for key in row_keys(rows.batch(step))]
 
 
-def test_a_batch_has_the_shape_and_types_of_a_batch(folders):
+def test_batch_has_the_documented_shapes_and_dtypes(folders):
     batch = mixture(folders).batch(0)
     assert tuple(batch) == KEYS
     for name, array in batch.items():
@@ -65,11 +65,11 @@ def test_a_batch_has_the_shape_and_types_of_a_batch(folders):
     assert batch["loss_weights"].any()
 
 
-# A step's rows are a pure function of seed and step
+# The rows of a step are a pure function of seed and step
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 4, 8])
-def test_shards_end_to_end_are_the_whole_batch(folders, num_shards):
+def test_concatenated_shards_are_the_whole_batch(folders, num_shards):
     rows = mixture(folders)
     for step in (0, 3, 1000):
         shards = [rows.batch(step, shard=shard, num_shards=num_shards) for shard in range(num_shards)]
@@ -83,7 +83,7 @@ def test_threads_do_not_change_the_order(folders, num_threads):
     assert all(equal(batch, rows.batch(step)) for step, batch in enumerate(batches))
 
 
-def test_going_on_at_a_step_reads_what_an_unbroken_run_reads(folders):
+def test_resuming_at_a_step_reads_the_same_rows_as_an_uninterrupted_run(folders):
     unbroken = list(itertools.islice(mixture(folders).iterate(shard=1, num_shards=2), 30))
     resumed = itertools.islice(mixture(folders).iterate(17, shard=1, num_shards=2), 13)
     assert all(equal(*pair) for pair in zip(unbroken[17:], resumed, strict=True))
@@ -93,7 +93,7 @@ def test_the_seed_changes_the_order(folders):
     assert not equal(mixture(folders, seed=0).batch(0), mixture(folders, seed=1).batch(0))
 
 
-# What is read
+# Rows read
 
 
 def test_each_epoch_visits_each_row_once_in_a_new_order(folders):
@@ -105,19 +105,19 @@ def test_each_epoch_visits_each_row_once_in_a_new_order(folders):
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_weights_are_shares_of_the_rows_far_beyond_the_shortest_source(folders):
+def test_weights_are_shares_of_rows_far_beyond_the_shortest_source(folders):
     rows = mixture(folders, weights=(3.0, 1.0))
     first = {*all_row_keys(folders[0])}
     keys = [key for step in range(500, 600) for key in row_keys(rows.batch(step))]
     assert np.mean([key in first for key in keys]) == pytest.approx(0.75, abs=0.01)
 
 
-def test_equal_folders_are_not_shuffled_alike(folders):
+def test_equal_folders_are_shuffled_differently(folders):
     rows = open_mixture([(folders[0], 1.0), (folders[0], 1.0)], seed=0, batch_size=2)
     assert sum(len({*row_keys(rows.batch(step))}) == 2 for step in range(20)) > 10
 
 
-def test_a_step_names_the_documents_it_reads(folders, tokenizer_folder):
+def test_step_lists_the_documents_it_reads(folders, tokenizer_folder):
     rows = mixture(folders)
     tokenizer = Tokenizer.load(tokenizer_folder)
     texts = {}
@@ -132,7 +132,7 @@ def test_a_step_names_the_documents_it_reads(folders, tokenizer_folder):
         read = set()
         for tokens, segments in zip(batch["tokens"], batch["segment_ids"]):
             for segment in range(1, segments.max() + 1):
-                # A piece may begin or end inside of a character's bytes; what is between them must stand in a document.
+                # A row may begin or end inside of a character's bytes; the text between must be in a document.
                 part = tokenizer.decode(tokens[segments == segment].tolist()).strip("\ufffd")
                 holders = [text for text in named if part in text]
                 assert holders
@@ -158,7 +158,7 @@ def test_in_order_reads_every_row_once_and_pads_the_last_batch(folders):
     assert rows.documents(rows.num_steps - 1)
 
 
-def test_in_order_shards_and_resumes(folders):
+def test_in_order_rows_support_shards_and_resuming(folders):
     rows = open_in_order(folders, batch_size=4)
     shards = [list(rows.iterate(1, shard=shard, num_shards=2)) for shard in range(2)]
     for step, pair in enumerate(zip(*shards, strict=True), start=1):
@@ -167,22 +167,22 @@ def test_in_order_shards_and_resumes(folders):
         rows.batch(rows.num_steps)
 
 
-# Mistakes
+# Errors
 
 
-def test_folders_that_do_not_fit_are_refused(folders, tmp_path, tokenizer_folder):
+def test_incompatible_folders_are_rejected(folders, tmp_path, tokenizer_folder):
     fingerprint = Tokenizer.load(tokenizer_folder).fingerprint
     fits = {"seed": 0, "batch_size": 4, "expected_fingerprint": fingerprint, "expected_row_length": 16}
     sources = [(folders[0], 1.0)]
     open_mixture(sources, **fits)
-    with pytest.raises(TokenizerError, match=r"its rows were made with the tokenizer .*, and ffff is needed"):
+    with pytest.raises(TokenizerError, match=r"its rows were made with the tokenizer .*, but ffff is needed"):
         open_mixture(sources, **fits | {"expected_fingerprint": "ffff"})
-    with pytest.raises(DataError, match="its rows hold 16 tokens, and 32 are needed"):
+    with pytest.raises(DataError, match="its rows have 16 tokens, but 32 are needed"):
         open_mixture(sources, **fits | {"expected_row_length": 32})
     longer = build(tmp_path, tokenizer_folder, num_documents=4, row_length=24)
-    with pytest.raises(DataError, match="its rows hold 24 tokens, and 16 are needed"):
+    with pytest.raises(DataError, match="its rows have 24 tokens, but 16 are needed"):
         open_mixture([*sources, (longer, 1.0)], seed=0, batch_size=4)
-    with pytest.raises(DataError, match="holds no manifest"):
+    with pytest.raises(DataError, match="has no manifest"):
         open_mixture([(tmp_path / "nothing", 1.0)], **fits)
     with pytest.raises(DataError, match="is a folder of the stage 'tokenizer'"):
         open_mixture([(tokenizer_folder, 1.0)], **fits)
@@ -197,12 +197,12 @@ def test_folders_that_do_not_fit_are_refused(folders, tmp_path, tokenizer_folder
         (lambda folder: _cut(folder / "packed/train.array_record"), "train.array_record: cannot be read"),
         (lambda folder: (folder / "documents/train.parquet").unlink(), "train.parquet: cannot be read"),
         (lambda folder: _cut(folder / "documents/train.parquet"), "train.parquet: cannot be read"),
-        (lambda folder: _edit(folder, rows=1), r"holds \d+ rows, and its manifest says 1;"),
-        (lambda folder: _edit(folder, documents=1), r"holds \d+ documents, and its manifest says 1;"),
-        (lambda folder: _edit(folder, vocab_size=3), "its first row is not of this build, or damaged"),
+        (lambda folder: _edit(folder, rows=1), r"has \d+ rows, but its manifest says 1;"),
+        (lambda folder: _edit(folder, documents=1), r"has \d+ documents, but its manifest says 1;"),
+        (lambda folder: _edit(folder, vocab_size=3), "its first row is of another build, or corrupt"),
     ],
 )
-def test_a_split_is_looked_at_from_both_ends_when_it_is_opened(folders, tmp_path, damage, sentence):
+def test_first_and_last_row_are_checked_when_a_split_is_opened(folders, tmp_path, damage, sentence):
     copy = tmp_path / "data"
     shutil.copytree(folders[0], copy)
     damage(copy)
@@ -237,7 +237,7 @@ def _edit(folder, **values):
         (-1, 2, "shard -1 is not among"),
     ],
 )
-def test_shards_that_do_not_divide_a_batch_are_refused(folders, shard, num_shards, sentence):
+def test_shards_that_do_not_divide_a_batch_are_rejected(folders, shard, num_shards, sentence):
     with pytest.raises(DataError, match=sentence):
         mixture(folders).batch(0, shard=shard, num_shards=num_shards)
     with pytest.raises(DataError, match=sentence):

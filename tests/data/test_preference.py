@@ -31,7 +31,7 @@ def learned(tokenizer, batch, row):
     return tokenizer.decode(batch.targets[row][batch.loss_weights[row] > 0], skip_control=False)
 
 
-def test_the_loss_is_on_the_answers_alone(tokenizer, tmp_path):
+def test_loss_is_only_on_the_answers(tokenizer, tmp_path):
     path = write(tmp_path / "p.jsonl", {"prompt": QUESTION, "chosen": "yes", "rejected": "no"})
     pairs = PreferencePairs.read(path, tokenizer, row_length=64)
     batch = pairs.batch(np.array([0]))
@@ -50,23 +50,23 @@ def test_earlier_answers_are_part_of_the_prompt(tokenizer):
     assert sequence == encode_answer(tokenizer, prompt, [{"role": "assistant", "content": "yes"}], "here")
 
 
-def test_a_plain_text_goes_on_to_its_end_token(tokenizer):
+def test_plain_text_answer_ends_with_eos(tokenizer):
     sequence = encode_answer(tokenizer, "say", " yes", "here")
     assert sequence.ids == [tokenizer.bos_id, *tokenizer.encode("say"), *tokenizer.encode(" yes"), tokenizer.eos_id]
     assert sum(sequence.loss_weights) == len(tokenizer.encode(" yes")) + 1
 
 
-def test_rows_are_no_longer_than_the_longest_answer_needs(tokenizer, tmp_path):
+def test_rows_are_no_longer_than_the_longest_answer(tokenizer, tmp_path):
     path = write(tmp_path / "p.jsonl", {"prompt": QUESTION, "chosen": "yes", "rejected": "no"})
     assert PreferencePairs.read(path, tokenizer, row_length=64).batch(np.array([0, -1]))["chosen"].tokens.shape == (
         2,
         16,
     )
-    # Unless devices share a row in more parts.
+    # Unless rows are sharded into more parts.
     assert PreferencePairs.read(path, tokenizer, row_length=96, parts=6).row_length == 48
 
 
-def test_pairs_that_are_too_long_are_counted_and_left_out(tokenizer, tmp_path, capsys):
+def test_too_long_pairs_are_counted_and_skipped(tokenizer, tmp_path, capsys):
     short = {"prompt": QUESTION, "chosen": "yes", "rejected": "no"}
     long = {"prompt": QUESTION, "chosen": "yes", "rejected": "no " * 50}
     assert len(PreferencePairs.read(write(tmp_path / "p.jsonl", short, long), tokenizer, row_length=32)) == 1
@@ -81,13 +81,13 @@ def test_pairs_that_are_too_long_are_counted_and_left_out(tokenizer, tmp_path, c
         ({"chosen": "a", "rejected": "b"}, r"p\.jsonl:1: lacks 'prompt'"),
         ({"prompt": "a", "chosen": "b", "reject": "c"}, r"p\.jsonl:1: lacks 'rejected'; did you mean"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, r"p\.jsonl:1: chosen and rejected are the same"),
-        ({"prompt": "a", "chosen": "b", "rejected": 3}, r"p\.jsonl:1: after a prompt that is a text"),
-        ({"prompt": QUESTION, "chosen": "b", "rejected": 3}, r"p\.jsonl:1: an answer must be a text or a list"),
+        ({"prompt": "a", "chosen": "b", "rejected": 3}, r"p\.jsonl:1: if the prompt is a string"),
+        ({"prompt": QUESTION, "chosen": "b", "rejected": 3}, r"p\.jsonl:1: an answer must be a string or a list"),
         ({"prompt": QUESTION, "chosen": "b", "rejected": QUESTION}, r"p\.jsonl:1: an answer has no message of role"),
         ({"prompt": [{"role": "x"}], "chosen": "b", "rejected": "c"}, r"p\.jsonl:1: "),
     ],
 )
-def test_a_bad_pair_is_named_with_file_and_line(tokenizer, tmp_path, record, message):
+def test_bad_pair_is_reported_with_file_and_line(tokenizer, tmp_path, record, message):
     with pytest.raises(DataError, match=message):
         PreferencePairs.read(write(tmp_path / "p.jsonl", record), tokenizer, row_length=32)
 

@@ -1,4 +1,4 @@
-"""Records in the forms that other programs write; what they say is done, or they are refused with file and line."""
+"""Records in common formats; unsupported content is rejected with file and line."""
 
 import json
 
@@ -74,13 +74,13 @@ def test_pairs_in_common_forms(kind):
     assert parsed(parse_pair, PAIRS[kind]) == ([Q], [A], [NO])
 
 
-def test_pairs_of_texts_may_leave_out_what_they_share():
+def test_pairs_of_strings_may_omit_their_common_prompt():
     record = {"chosen": "The sky is blue.", "rejected": "The sky is black."}
     assert parsed(parse_pair, record) == ("The sky is ", "blue.", "black.")
     assert parsed(parse_pair, {"instruction": "why?", "chosen": "so.", "rejected": "no."}) == ([Q], "so.", "no.")
 
 
-def test_fields_and_roles_may_have_other_names(tmp_path):
+def test_fields_and_roles_can_be_renamed(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"question": "why?", "reward": {"truth": "so."}}))
     form = RecordFormat(fields={"prompt": "question", "answer": "reward.truth"})
@@ -101,7 +101,7 @@ def test_parquet_files_are_read(tmp_path):
     assert parsed(parse_chat, record)[1] == [Q, A | {"weight": 0.5}]
 
 
-def test_two_records_on_a_line_have_two_places(tmp_path):
+def test_two_records_on_a_line_have_different_places(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a":1}{"a":2}')
     assert [where for where, _ in read_records(tmp_path / "a.jsonl")] == [
         f"{tmp_path}/a.jsonl:{n}" for n in ("1", "1:8")
@@ -119,14 +119,12 @@ REFUSED = {
         "messages": [Q, {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]
     },
     r"message 2 must be an object with role and content": {"messages": [Q, {"role": "assistant"}]},
-    r"message 1 must have role and content, or from and value, and not both": {"messages": [Q | {"from": "gpt"}]},
-    r"part 2 of message 1 is of type 'image_url', and only text is read": {
+    r"message 1 must have either role and content, or from and value, not both": {"messages": [Q | {"from": "gpt"}]},
+    r"part 2 of message 1 is of type 'image_url', but only text is supported": {
         "messages": [Q | {"content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]}]
     },
-    r"message 2: weight must be a number of at least 0, true or false, and is -1": {
-        "messages": [Q, A | {"weight": -1}]
-    },
-    r"message 2: weight must be .* and is 'high'": {"messages": [Q, A | {"weight": "high"}]},
+    r"message 2: weight must be a number of at least 0, true or false, not -1": {"messages": [Q, A | {"weight": -1}]},
+    r"message 2: weight must be .* not 'high'": {"messages": [Q, A | {"weight": "high"}]},
     r"message 2: weight and train contradict each other": {"messages": [Q, A | {"weight": 1, "train": False}]},
     r"is one message; give all of a chat as one object": Q,
     r"lacks 'messages'; it has text; a chat has messages or conversations \(.*\), instruction and": {"text": "a"},
@@ -136,13 +134,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("sentence", REFUSED)
-def test_what_a_chat_says_and_is_not_done_is_refused(sentence):
+def test_unsupported_content_of_a_chat_is_rejected(sentence):
     with pytest.raises(DataError, match=rf"^f\.jsonl:3: {sentence}") as error:
         parsed(parse_chat, REFUSED[sentence])
     assert "\n" not in str(error.value)
 
 
-def test_keys_may_be_ignored_but_leave_no_empty_answer():
+def test_ignored_keys_must_not_leave_an_empty_answer():
     record = {"messages": [Q | {"name": "Ann"}, A | {"tool_calls": [1]}], "label": True}
     assert parsed(parse_chat, record, ignore_keys=["name", "label", "tool_calls"]) == (None, [Q, A])
     form = RecordFormat(ignore_keys=["tool_calls"])
@@ -150,9 +148,12 @@ def test_keys_may_be_ignored_but_leave_no_empty_answer():
         parse_messages([{"role": "assistant", "content": "", "tool_calls": [1]}], "f", form)
 
 
-def test_pairs_that_are_none():
+def test_invalid_pairs_are_rejected():
     for record, sentence in (
-        ({"chosen": [Q, A], "rejected": [OTHER, NO]}, "lacks 'prompt', and chosen and rejected have no beginning"),
+        (
+            {"chosen": [Q, A], "rejected": [OTHER, NO]},
+            "lacks 'prompt', and chosen and rejected have no common beginning",
+        ),
         ({"messages": [Q, A], "label": True}, "lacks 'chosen'"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 3}, "the unknown key 'score_chosen'"),
     ):

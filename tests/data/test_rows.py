@@ -23,7 +23,7 @@ def pack(documents, row_length, batch_size=3):
 
 
 def expected_rows(documents, row_length):
-    """The definition, written out token by token."""
+    """The reference definition, token by token."""
     stream = [
         (token, number, place) for number, d in enumerate(documents) for place, token in enumerate([BOS, *d, EOS])
     ]
@@ -46,7 +46,7 @@ def expected_rows(documents, row_length):
 
 @settings(max_examples=150, deadline=None)
 @given(documents=documents_strategy, row_length=st.integers(2, 12), batch_size=st.integers(1, 7))
-def test_rows_are_what_their_definition_says(documents, row_length, batch_size):
+def test_rows_match_the_reference_definition(documents, row_length, batch_size):
     rows = pack(documents, row_length, batch_size)
     expected = list(expected_rows(documents, row_length))
     assert len(rows) == len(expected)
@@ -77,14 +77,14 @@ def test_only_the_last_row_is_padded_and_no_row_is_without_a_target(documents, r
     assert all(row["loss_weights"].any() for row in rows)
 
 
-def test_the_types_are_those_of_a_batch():
+def test_dtypes_are_those_of_a_batch():
     arrays = pack([[3, 4, 5]], 8)[0].arrays()
     assert {name: array.dtype.name for name, array in arrays.items()} == {
         "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32",
     }  # fmt: skip
 
 
-def test_the_record_has_the_documented_layout():
+def test_record_has_the_documented_layout():
     row = pack([[300], [7, 8]], 4)[1]
     record = encode_row(row, token_bytes=2)
     assert record.hex(" ", 4) == bytes.fromhex(
@@ -96,13 +96,13 @@ def test_the_record_has_the_documented_layout():
     ).hex(" ", 4)
 
 
-def test_tokens_take_two_bytes_where_they_fit():
+def test_tokens_are_stored_in_two_bytes_if_they_fit():
     assert (token_bytes_for(65536), token_bytes_for(65537)) == (2, 4)
     row = pack([[65535]], 4)[0]
     assert (decode_row(encode_row(row, token_bytes=2)).tokens == row.tokens).all()
 
 
 @pytest.mark.parametrize("record", [b"", b"PR\x02\x02" + bytes(40), b"other"])
-def test_a_record_of_another_layout_is_refused(record):
+def test_record_of_another_format_is_rejected(record):
     with pytest.raises(DataError, match="run `maxlm data build` again"):
         decode_row(record)

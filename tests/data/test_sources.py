@@ -42,7 +42,7 @@ def test_a_json_list(tmp_path):
     assert [(d.id, d.text) for d in read(path, text_field="body")[0]] == [("a.json:0", "one"), ("a.json:1", "two")]
 
 
-def test_objects_a_line_in_a_json_file(tmp_path):
+def test_json_file_with_one_object_per_line(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{"text": "one"}\n\n{"text": "two"}')
     assert [(d.id, d.text) for d in read(path)[0]] == [("a.json:1", "one"), ("a.json:3", "two")]
@@ -65,7 +65,7 @@ def test_a_text_file_is_one_document(tmp_path, ending):
     assert [(d.id, d.text) for d in documents] == [(f"a.txt{ending}", text[1:])]
 
 
-def test_a_text_file_is_cut_at_blank_lines(tmp_path):
+def test_text_file_is_split_at_blank_lines(tmp_path):
     paragraphs = [f"{'x' * 30} {n}\nmore" for n in range(10)]
     path = tmp_path / "a.md"
     path.write_text("\n\n".join(paragraphs) + "\n")
@@ -82,8 +82,8 @@ def test_each_line_can_be_a_document(tmp_path):
     assert (reject.id, reject.text) == ("a.txt:3", "bad \ufffd\n")
 
 
-def test_there_is_one_way_to_cut_a_file():
-    with pytest.raises(ValidationError, match="exclude each other"):
+def test_split_modes_are_mutually_exclusive():
+    with pytest.raises(ValidationError, match="mutually exclusive"):
         SourceConfig(uri="a.txt", document_per_line=True, split_on_blank_lines=9)
 
 
@@ -100,24 +100,24 @@ def test_a_limit_reads_that_many_documents(tmp_path):
     assert (len(documents), len(rejects)) == (3, 1)
 
 
-# Records that are broken are kept aside, and the run goes on
+# Malformed records are rejected, and reading continues
 
 
 @pytest.mark.parametrize(
     ("line", "reason", "detail"),
     [
-        (b'{"text": "cut', "no_json", "a.jsonl:2: is no JSON: Unterminated string"),
+        (b'{"text": "cut', "no_json", "a.jsonl:2: is not JSON: Unterminated string"),
         (b'{"body": "x", "texts": "y"}', "no_text", "did you mean text_field: texts?"),
-        (b'{"text": 7}', "no_text", "a.jsonl:2: field 'text' holds no text"),
-        (b'["text"]', "no_text", "is no object with fields"),
+        (b'{"text": 7}', "no_text", "a.jsonl:2: field 'text' is not a string"),
+        (b'["text"]', "no_text", "is not an object"),
         (b'{"text": "\xff\xfe"}', "broken_text", "a.jsonl:2: is not valid UTF-8"),
-        (b'{"text": "\\ud800"}', "broken_text", "half of a surrogate pair"),
+        (b'{"text": "\\ud800"}', "broken_text", "contains a lone surrogate"),
         (b'{"texts": "\\ud800"}', "no_text", "did you mean"),
-        (b"9" * 5000, "no_json", "a.jsonl:2: is no JSON"),
-        (b"[" * 100_000, "no_json", "a.jsonl:2: is no JSON"),
+        (b"9" * 5000, "no_json", "a.jsonl:2: is not JSON"),
+        (b"[" * 100_000, "no_json", "a.jsonl:2: is not JSON"),
     ],
 )
-def test_a_bad_line_is_rejected_with_its_place(tmp_path, line, reason, detail):
+def test_bad_line_is_rejected_with_its_location(tmp_path, line, reason, detail):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n' + line + b'\n{"text": "three"}\n')
     documents, (reject,) = read(path)
@@ -129,7 +129,7 @@ def test_a_bad_line_is_rejected_with_its_place(tmp_path, line, reason, detail):
     json.dumps(reject.text, ensure_ascii=False).encode()
 
 
-def test_a_paragraph_that_is_not_utf8_is_rejected_alone(tmp_path):
+def test_only_the_non_utf8_paragraph_is_rejected(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"good one\n\nbad \xff\n\ngood two\n")
     documents, (reject,) = read(path, split_on_blank_lines=1)
@@ -140,7 +140,7 @@ def test_a_paragraph_that_is_not_utf8_is_rejected_alone(tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
-def test_a_compressed_file_that_breaks_off_is_read_as_far_as_it_goes(tmp_path, ending):
+def test_truncated_compressed_file_is_read_up_to_the_truncation(tmp_path, ending):
     noise = np.random.default_rng(0).integers(0, 10**9, (4000, 12))
     lines = [json.dumps({"text": " ".join(map(str, row))}) for row in noise]
     path = tmp_path / f"a.jsonl{ending}"
@@ -150,12 +150,12 @@ def test_a_compressed_file_that_breaks_off_is_read_as_far_as_it_goes(tmp_path, e
     assert 1000 < len(documents) < 3100
     assert [d.text for d in documents] == [json.loads(line)["text"] for line in lines[: len(documents)]]
     assert reject.reason == "broken_text"
-    assert "breaks off" in reject.detail
+    assert "is truncated" in reject.detail
     assert lines[len(documents)].startswith(reject.text)
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
-def test_damage_inside_of_a_compressed_file(tmp_path, ending):
+def test_corruption_inside_of_a_compressed_file(tmp_path, ending):
     noise = np.random.default_rng(0).integers(0, 10**9, (8000, 12))
     lines = [json.dumps({"text": " ".join(map(str, row))}) for row in noise]
     compress = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress}[ending]
@@ -176,7 +176,7 @@ def test_compressed_files_of_several_members(tmp_path):
         assert [d.text for d in read(path)[0]] == ["one", "two"]
 
 
-def test_parquet_values_that_are_not_utf8_are_rejected_alone(tmp_path):
+def test_only_non_utf8_parquet_values_are_rejected(tmp_path):
     path = tmp_path / "a.parquet"
     values = pyarrow.array([b"one", b"\xff", b"three"], pyarrow.binary())
     text = pyarrow.Array.from_buffers(pyarrow.string(), 3, values.buffers())
@@ -186,7 +186,7 @@ def test_parquet_values_that_are_not_utf8_are_rejected_alone(tmp_path):
     assert (reject.id, reject.reason) == ("a.parquet:1", "broken_text")
 
 
-def test_an_empty_or_broken_file_among_others_is_rejected(tmp_path):
+def test_empty_or_corrupt_file_among_others_is_rejected(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}')
     (tmp_path / "b.jsonl").write_text("")
     (tmp_path / "c.txt").write_text("")
@@ -200,7 +200,7 @@ def test_an_empty_or_broken_file_among_others_is_rejected(tmp_path):
     ]
 
 
-# Sources that cannot be used at all
+# Unusable sources
 
 
 @pytest.mark.parametrize(
@@ -209,15 +209,15 @@ def test_an_empty_or_broken_file_among_others_is_rejected(tmp_path):
         ("a.jsonl", b"", "a.jsonl: is empty"),
         ("a.txt", b"", "a.txt: is empty"),
         ("a.jsonl.gz", b"", "no record of it can be used"),
-        ("a.jsonl", b"\n\n", "holds no documents"),
+        ("a.jsonl", b"\n\n", "has no documents"),
         ("a.jsonl", b"x\ny\n", "the first, a.jsonl:1: "),
-        ("a.json", b'[{"text": "x"', "a.json:1, item 0: is no JSON: Expecting ',' delimiter"),
+        ("a.json", b'[{"text": "x"', "a.json:1, item 0: is not JSON: Expecting ',' delimiter"),
         ("a.jsonl.gz", b"no gzip", "cannot be read to the end"),
-        ("a.parquet", b"no parquet", "is no Parquet file"),
-        ("a.csv", b"a,b", "its format is not known; it must end in .txt, .md, .jsonl, .json, .parquet"),
+        ("a.parquet", b"no parquet", "is not a Parquet file"),
+        ("a.csv", b"a,b", "its format is unknown; it must end in .txt, .md, .jsonl, .json, .parquet"),
     ],
 )
-def test_a_source_without_a_good_record_is_one_clear_sentence(tmp_path, name, content, sentence):
+def test_source_without_a_valid_record_is_one_clear_sentence(tmp_path, name, content, sentence):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError) as error:
@@ -226,7 +226,7 @@ def test_a_source_without_a_good_record_is_one_clear_sentence(tmp_path, name, co
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_file_names_the_nearest(tmp_path):
+def test_missing_file_suggests_the_closest_name(tmp_path):
     (tmp_path / "wiki_en.txt").write_text("x")
     with pytest.raises(DataError, match=r"wiki_n.txt: there is no such file; did you mean .*wiki_en.txt\?"):
         read(tmp_path / "wiki_n.txt")
@@ -236,7 +236,7 @@ def test_a_missing_file_names_the_nearest(tmp_path):
         read("python:stdlb")
 
 
-def test_a_missing_parquet_column_names_the_nearest(tmp_path):
+def test_missing_parquet_column_suggests_the_closest_name(tmp_path):
     parquet.write_table(pyarrow.table({"texts": ["one"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"has no column 'text'; did you mean texts\?"):
         read(tmp_path / "a.parquet")

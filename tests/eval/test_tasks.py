@@ -70,7 +70,7 @@ def test_files_that_are_no_task_files(tmp_path):
     with pytest.raises(DataError, match="holds no examples"):
         read_examples(tmp_path / "empty.jsonl")
     (tmp_path / "text.jsonl").write_text("hello\n")
-    with pytest.raises(DataError, match=r"text\.jsonl:1: is no JSON"):
+    with pytest.raises(DataError, match=r"text\.jsonl:1: is not JSON"):
         read_examples(tmp_path / "text.jsonl")
     mixed = write(
         tmp_path / "m.jsonl", {"prompt": "a", "answer": "b"}, {"prompt": "a", "choices": ["b", "c"], "answer": 0}

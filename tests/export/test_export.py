@@ -268,7 +268,7 @@ class TestRefuses:
             export_model(exported[0], tmp_path / "again", data=run.data)
 
     def test_a_folder_without_a_model(self, run, tmp_path):
-        with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        with pytest.raises(CheckpointError, match="no complete checkpoint"):
             export_model(run.data, tmp_path / "int8", data=run.data)
 
     def test_data_of_another_tokenizer(self, run, tmp_path):

@@ -1,4 +1,4 @@
-"""A folder to work in, with the recipes, a configuration for every kind of record, and no model."""
+"""A working folder with the recipes, a configuration for every kind of record, and no model."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""Values that a user may write by mistake, and trees with one in them."""
+"""Values that a user may write by mistake, and trees that contain one."""
 
 import copy
 import json
@@ -69,7 +69,7 @@ def places(tree: Any, above: tuple = ()) -> list[tuple]:
 
 @st.composite
 def changed(draw, tree: Any, most: int = 2) -> Any:
-    """A tree with one or more places dropped, named otherwise, moved, doubled or given an odd value."""
+    """A tree with one or more entries dropped, renamed, moved, duplicated or given an odd value."""
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, most))):
         paths = places(tree)
@@ -100,7 +100,7 @@ def changed(draw, tree: Any, most: int = 2) -> Any:
 
 @st.composite
 def broken_text(draw, text: str) -> bytes:
-    """The text as bytes, with something taken out, put in, or repeated."""
+    """The text as bytes, with something removed, inserted or repeated."""
     raw = text.encode("utf-8", "surrogatepass")
     for _ in range(draw(st.integers(1, 2))):
         at = draw(st.integers(0, len(raw)))

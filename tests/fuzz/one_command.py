@@ -1,4 +1,4 @@
-"""A command in this process, and what every one of them keeps to."""
+"""Run a command in this process, and check the rules that every command follows."""
 
 import contextlib
 import io
@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, settings
 
 from maxlm import cli
 
-# More cases, and others, by hand: MAXLM_FUZZ=10000 python -m pytest tests/fuzz
+# To run more and different cases: MAXLM_FUZZ=10000 python -m pytest tests/fuzz
 _BY_HAND = int(os.environ.get("MAXLM_FUZZ", "0"))
 
 
 def cases(number: int) -> settings:
-    """So many cases, the same in every run of the suite."""
+    """Settings for a number of cases, the same in every run of the suite."""
     return settings(
         max_examples=_BY_HAND or number,
         derandomize=not _BY_HAND,
@@ -37,7 +37,7 @@ def run(*words: object) -> tuple[int, str, str]:
 
 
 def check(*words: object) -> int:
-    """Run a command that may do its work or tell a mistake of its user, and nothing else; returns the exit code."""
+    """Run a command that must either succeed or report a user error; returns the exit code."""
     code, _, err = run(*words)
     told = f"maxlm {' '.join(map(repr, words))}\nexit code {code}\n{err[-4000:]}"
     assert code in (0, 1, 2, 3), told
@@ -56,7 +56,7 @@ def write(path: Path, content: bytes) -> Path:
 
 
 def build(place: Path, uri: Path, **source: object) -> int:
-    """Build documents of a source and look at them; returns the exit code."""
+    """Build documents of a source and show them; returns the exit code."""
     config = {
         "kind": "data",
         "output": str(place / "built"),

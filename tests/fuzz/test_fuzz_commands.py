@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from odd_values import NUMBERS, TEXTS, overrides, scalars
 from one_command import cases, check
 
-# Commands that come to an end before they do much: there is no model and no data.
+# Commands that end early: there is no model and no data.
 COMMANDS = [
     "config show configs/quickstart/pretrain.yaml",
     "config schema",

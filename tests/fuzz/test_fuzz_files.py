@@ -1,4 +1,4 @@
-"""Files of every kind, whole and broken, where commands read them."""
+"""Files of every kind, valid and corrupt, wherever commands read them."""
 
 import gzip
 import io
@@ -102,7 +102,7 @@ CONTENTS += [
 
 @st.composite
 def files(draw) -> tuple[str, bytes]:
-    """A name and what it holds, whole or broken."""
+    """A file name and its content, valid or corrupt."""
     content = draw(st.sampled_from(CONTENTS))
     name = draw(st.sampled_from(["file", *NAMES])) + draw(st.sampled_from(SUFFIXES))
     for _ in range(draw(st.integers(0, 2))):
@@ -206,8 +206,8 @@ LOOKS = [
     st.sampled_from(sorted(STAGES)).flatmap(lambda name: st.tuples(st.just(name), stage_file(name))),
     st.sampled_from(LOOKS),
 )
-def test_folders_of_stages(place, case, look):
-    """A file in the folder of a stage that somebody edited, or that a full disk cut short."""
+def test_corrupted_stage_folders(place, case, look):
+    """A file in a stage's folder that was edited, or truncated by a full disk."""
     changed_name, content = case
     for name, text in STAGES.items():
         path = place / "stage" / name
@@ -223,7 +223,7 @@ def stage_file(name: str) -> st.SearchStrategy[bytes]:
     return st.one_of(broken, changed(json.loads(STAGES[name])).map(lambda tree: json.dumps(tree).encode()))
 
 
-def test_right_files_are_taken(place):
+def test_valid_files_are_accepted(place):
     for name, content in (
         (".jsonl.gz", gzip.compress(lines)),
         (".parquet", parquet_bytes(pyarrow.table({"text": [TEXT]}))),

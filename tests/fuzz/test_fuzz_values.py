@@ -1,4 +1,4 @@
-"""Whatever is given to the command line, it does its work or says in a sentence what is wrong: exit codes 0 to 3.
+"""For any input, the command line succeeds or reports the problem in one sentence: exit codes 0 to 3.
 
 The cases are the same in every run; `MAXLM_FUZZ=10000 python -m pytest tests/fuzz` tries others.
 """
@@ -35,7 +35,7 @@ def test_configurations(place, text, settings):
     path = write(place / "case.yaml", text)
     code = check("config", "show", path, *settings)
     if code == 0:
-        # What is shown loads again, and says the same.
+        # The output loads again and resolves to the same.
         shown = run("config", "show", path, *settings)[1]
         write(path, shown.encode())
         assert run("config", "show", path) == (0, shown, "")
@@ -43,7 +43,7 @@ def test_configurations(place, text, settings):
 
 @st.composite
 def record_files(draw, record: dict) -> bytes:
-    """Lines of records, one of them odd."""
+    """Lines of records, one of them invalid."""
     good = json.dumps(record)
     odd = draw(
         st.one_of(
@@ -91,8 +91,8 @@ def test_documents(place, content, id_field):
     build(place, write(place / "documents.jsonl", content), id_field=id_field)
 
 
-def test_right_records_are_taken(place):
-    """Else a sentence for everything would pass."""
+def test_valid_records_are_accepted(place):
+    """Otherwise, rejecting everything would pass."""
     for record, kinds in ((CHAT, ["sft"]), (PAIR, ["preference", "reward"]), (QUESTION, ["policy"])):
         write(place / "records.jsonl", json.dumps(record).encode())
         assert [check("preview", f"{kind}.yaml") for kind in kinds] == [0] * len(kinds)

@@ -64,7 +64,7 @@ def test_generate_tells_mistakes(bundle, tmp_path):
         run("generate", bundle, "The", "--top-p", 7)
     with pytest.raises(CheckpointError, match="no such folder"):
         run("generate", tmp_path / "none", "The")
-    with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="has no complete checkpoint"):
         run("generate", tmp_path, "The")
 
 

@@ -83,5 +83,5 @@ def test_devices_that_share_rows_change_nothing(sizes, method, alone):
 
 def test_rows_that_cannot_be_cut_are_refused():
     mesh = make_mesh(MeshConfig(context=8, fsdp=1))
-    with pytest.raises(ConfigError, match=r"rows of 36 tokens cannot be cut over mesh.context = 8; make them 40"):
+    with pytest.raises(ConfigError, match=r"rows of 36 tokens are not divisible by mesh.context = 8; make them 40"):
         put_batch(batch_of(36), mesh)

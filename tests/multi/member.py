@@ -1,13 +1,13 @@
-"""One process of a test's run: `maxlm ARGUMENTS`, with something done to it and a report of what it did.
+"""One process of a test's run: `maxlm ARGUMENTS`, with an injected fault and a report.
 
   member.py [--at STEP ACTION] [--once FILE] [--supervise N] REPORT train CONFIG ...
 
 --at: after that many steps of this process, a signal (SIGTERM, SIGKILL) to itself, or `raise`.
---once: only where FILE is not there; makes it.
---supervise: as of `maxlm train`, with this script as what is supervised.
+--once: only if FILE does not exist; creates it.
+--supervise: as for `maxlm train`, with this script as the child.
 
-The report, where the process ends by itself, is JSON: the rows that it has read in each step, the bytes that it has
-read from checkpoints, how often it has drawn initial values, and the bytes of its part of all arrays.
+The report of a process that ends by itself is JSON: the rows read in each step, the bytes read from checkpoints, how
+often initial values were drawn, and the bytes of its part of all arrays.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def act_after(step: int, action: str, once: Path | None) -> None:
 
 
 def watch() -> dict:
-    """Counts into what it returns."""
+    """Installs counters; returns the counts."""
     from maxlm.core import parameters
     from maxlm.data.loader import PackedRows
     from maxlm.train import trained_model

@@ -1,4 +1,4 @@
-"""Starting the processes of a run: real ones, on loopback."""
+"""Start the real processes of a run, on loopback."""
 
 import functools
 import json
@@ -51,7 +51,7 @@ def write_config(path: Path, run: Path, data: str, *, mesh: dict[str, int], **se
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended, and its report where it wrote one."""
+    """How a process ended, and its report if it wrote one."""
 
     code: int
     output: str
@@ -60,7 +60,7 @@ class Ended:
 
 
 def by_address(number: int, count: int, port: int) -> dict[str, str]:
-    """The variables that somebody sets by hand."""
+    """The variables that a user sets manually."""
     return {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(count),
@@ -82,12 +82,12 @@ def by_slurm(number: int, count: int, port: int) -> dict[str, str]:
 def run_together(
     function: str, arguments: list[list], folder: Path, *, launcher=by_address, folders: list[Path] | None = None
 ) -> list[Ended]:
-    """`function` with each of the arguments, in processes that find one another, each with one device.
+    """Run `function` with each of the arguments, in connected processes with one device each.
 
     Args:
       function: `module:name` in this folder or tests.
-      folder: for what they print.
-      folders: what paths are relative to.
+      folder: for their output.
+      folders: their working directories.
     """
     port, count = _free_port(), len(arguments)
     address = f"127.0.0.1:{port}"
@@ -123,7 +123,7 @@ def run_members(configs: list[Path], *, actions: dict[int, list[str]] | None = N
 
 
 def run_all(configs: list[Path], **options) -> list[Ended]:
-    """As `run_members`, and expect that all end well."""
+    """Like `run_members`, and expect that all succeed."""
     ended = run_members(configs, **options)
     for one in ended:
         assert one.code == 0, one.errors[-4000:]
@@ -138,7 +138,7 @@ def _forked() -> Forked:
 
 
 def _free_port() -> int:
-    """One that JAX could derive from a SLURM job, out of those of this worker of pytest-xdist alone."""
+    """A port that JAX could derive from a SLURM job, from the range of this pytest-xdist worker."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % workers
     width = 4096 // workers

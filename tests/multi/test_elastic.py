@@ -1,4 +1,4 @@
-"""A run goes on where it was, on any number of processes and any mesh: the same rows, the same losses."""
+"""A run resumes on any number of processes and any mesh with the same rows and losses."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ from maxlm.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
-# Enough for a signal to be agreed on while there are steps left, however quick they are.
+# Enough steps for processes to agree on a signal before the end, however fast the steps are.
 STEPS = 14
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory, tiny_data_folder):
-    """An unbroken run of one process, and what it reports."""
+    """An uninterrupted run of one process, and its report."""
     folder = tmp_path_factory.mktemp("one")
     [ended] = run_all([write_config(folder / "one.yaml", folder / "run", tiny_data_folder, mesh={}, steps=STEPS)])
     return folder / "run", ended.report
@@ -38,7 +38,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 def rows_by_step(reports: list[dict]) -> dict[int, list[int]]:
-    """The rows of each step that all processes have read, each part in its place."""
+    """The rows of each step that all processes have read, with each part in its place."""
     steps: dict[int, dict] = {}
     for report in reports:
         for step, (shard, num_shards, rows) in report["rows"].items():
@@ -47,14 +47,14 @@ def rows_by_step(reports: list[dict]) -> dict[int, list[int]]:
     whole = {}
     for step, parts in steps.items():
         num_shards = parts[0][0]
-        # Data is read ahead: a step that some process has not come to is none that was trained on.
+        # Data is prefetched: a step that some process has not reached was not trained on.
         if len(parts) == num_shards:
             whole[step] = [row for shard in range(num_shards) for row in parts[shard][1]]
     return whole
 
 
-def test_four_processes_then_two_then_one_train_as_one(one, tmp_path, tiny_data_folder):
-    """Four are stopped by a signal to the third, two by one to the second; each on a mesh of its own."""
+def test_run_on_four_then_two_then_one_process_matches_a_single_process_run(one, tmp_path, tiny_data_folder):
+    """Four are stopped by a signal to the third, two by one to the second; each run has its own mesh."""
     unbroken, alone = one
     run = tmp_path / "run"
 
@@ -70,7 +70,7 @@ def test_four_processes_then_two_then_one_train_as_one(one, tmp_path, tiny_data_
     [last] = run_all([config("last")])
     assert_same_run(run, unbroken)
 
-    # The first alone writes and tells.
+    # Only process 0 writes and prints.
     for ended in (four, two):
         assert "stopped by a signal" in ended[0].errors
         for other in ended[1:]:
@@ -79,7 +79,7 @@ def test_four_processes_then_two_then_one_train_as_one(one, tmp_path, tiny_data_
     names = {path.name for path in run.iterdir()}
     assert {"config.yaml", "manifest.json", "metrics.jsonl", "checkpoints", "tokenizer"} <= names
 
-    # Each process has read its part of each step's rows and no other, and all together the rows of the unbroken run.
+    # Each process has read only its part of each step's rows, together the rows of the uninterrupted run.
     expected = rows_by_step([alone])
     for reports, share in (([e.report for e in four], 4), ([e.report for e in two], 8), ([last.report], 8)):
         assert {len(rows) for report in reports for _, _, rows in report["rows"].values()} == {share}
@@ -87,7 +87,7 @@ def test_four_processes_then_two_then_one_train_as_one(one, tmp_path, tiny_data_
             assert rows == expected.get(step, rows), step
     assert {report["rows"]["1"][0] for report in (e.report for e in four)} == {0, 1}
 
-    # Only the first start draws initial values. Later ones read the checkpoint into place: of two processes with half
+    # Only the first start draws initial values. Later ones restore into shards: of two processes with half
     # of each weight, each reads half of what one process reads.
     assert [ended.report["initialized"] for ended in [*four, *two, last]] == [1, 1, 1, 1, 0, 0, 0]
     whole = last.report["bytes_read"]

@@ -1,4 +1,4 @@
-"""What happens when a process of a run dies, and when not all of them want the same."""
+"""A process of a run dies, or processes have different settings."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from maxlm.train.metrics import read_metrics
 pytestmark = pytest.mark.slow
 
 
-def test_a_killed_process_takes_the_others_down_and_the_supervisors_start_all_again(tmp_path, tiny_data_folder):
+def test_killed_process_stops_the_others_and_supervisors_restart_all(tmp_path, tiny_data_folder):
     run = tmp_path / "run"
     config = write_config(tmp_path / "two.yaml", run, tiny_data_folder, mesh={"data": 2})
     supervised = ["--supervise", "3"]
@@ -22,13 +22,13 @@ def test_a_killed_process_takes_the_others_down_and_the_supervisors_start_all_ag
 
     [restart] = [json.loads(line) for line in (run / "restarts.jsonl").read_text().splitlines()]
     assert restart["exit_code"] == FaultError.exit_code
-    # The save of step 6 begins when that of step 3 is whole, and may be cut off itself.
+    # The save of step 6 begins when that of step 3 is complete, and may be interrupted itself.
     resumed = restart["step_resumed"]
     assert resumed in (3, 6)
     assert restart["step_reached"] in (7, 8)
 
     assert "process 1 (" in first.errors
-    assert "gone: its connection broke" in first.errors
+    assert "lost: its connection closed" in first.errors
     told = f"restart 1 of 3, from step {resumed}, in 0.1 s"
     assert f"training ended by the loss of a process, machine or storage; {told}" in first.errors
     assert f"resuming {run} at step {resumed}" in first.errors
@@ -37,7 +37,7 @@ def test_a_killed_process_takes_the_others_down_and_the_supervisors_start_all_ag
     assert read_metrics(run)[-1]["step"] == 10
 
 
-def test_an_error_in_one_process_ends_all(tmp_path, tiny_data_folder):
+def test_error_in_one_process_ends_all(tmp_path, tiny_data_folder):
     config = write_config(tmp_path / "two.yaml", tmp_path / "run", tiny_data_folder, mesh={"data": 2})
     first, second = run_members([config] * 2, actions={1: ["--at", "2", "raise"]})
     assert (first.code, second.code) == (FaultError.exit_code, FaultError.exit_code), first.errors
@@ -47,7 +47,7 @@ def test_an_error_in_one_process_ends_all(tmp_path, tiny_data_folder):
     assert "Traceback" not in first.errors
 
 
-def test_processes_that_differ_are_named_before_anything_is_trained(tmp_path, tiny_data_folder, tiny_tokenizer_folder):
+def test_differing_processes_are_named_before_training(tmp_path, tiny_data_folder, tiny_tokenizer_folder):
     """Two machines: one has another setting, and other data at the same path."""
     run = tmp_path / "run"
     machines = [tmp_path / "machine0", tmp_path / "machine1"]

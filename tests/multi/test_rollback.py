@@ -1,4 +1,4 @@
-"""Two processes go back together, pass over the same batches, and share local checkpoints."""
+"""Two processes roll back together, skip the same batches, and share local checkpoints."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def run_two(folder: Path, **settings) -> list[dict]:
-    """What both print at the end: the weights that they hold, and where they began."""
+    """The final output of both: their weights, and the step that they started from."""
     folder.mkdir()
     arguments = [str(folder), json.dumps({"mesh": MESH, **settings})]
     ended = run_together("toy_run:main", [arguments] * 2, folder)
@@ -24,7 +24,7 @@ def run_two(folder: Path, **settings) -> list[dict]:
     return [json.loads(one.output.splitlines()[-1]) for one in ended]
 
 
-def test_two_processes_go_back_as_one(tmp_path):
+def test_two_processes_roll_back_together(tmp_path):
     bad = [6, 7, 8]
     local = {"folder": str(tmp_path / "disk"), "every": 2, "keep": 1}
     went_back = run_two(tmp_path / "run", data={"poison": bad}, checkpoint={"every": 6, "keep": 2, "local": local})
@@ -33,5 +33,5 @@ def test_two_processes_go_back_as_one(tmp_path):
     assert [record["batch"] for record in read_quarantine(tmp_path / "run")] == bad
     assert read_goodput(tmp_path / "run").attempts == 1
     assert read_goodput(tmp_path / "run").seconds["rolled_back"] > 0
-    # It went on from the local checkpoint of step 6 or 4, and has no use for one at its end.
+    # It resumed from the local checkpoint of step 6 or 4, and needs none at its end.
     assert list((tmp_path / "disk").iterdir()) == []

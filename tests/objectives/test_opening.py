@@ -47,8 +47,8 @@ def no_steps(monkeypatch):
     ("valid", "told"),
     [
         (None, r"valid\.jsonl: there is no such file"),
-        ("", r"valid\.jsonl: holds no "),
-        ("GOOD\n{bad", r"valid\.jsonl:2: is no JSON"),
+        ("", r"valid\.jsonl: has no "),
+        ("GOOD\n{bad", r"valid\.jsonl:2: is not JSON"),
         ('GOOD\n{"text": 1}', r"valid\.jsonl:2: "),
     ],
     ids=["missing", "empty", "no JSON", "another record"],

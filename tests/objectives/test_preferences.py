@@ -114,7 +114,7 @@ def test_score_gives_a_line_for_each_record_and_a_summary(reward_run, pairs, tun
         ({"prompt": "a", "chosen": "b"}, r":2: has chosen; a record is"),
         ({"completion": "b"}, ":2: must have either prompt or messages beside completion"),
         ({"messages": question("sky")}, ":2: ends with no message of role 'assistant'"),
-        ({"prompt": "a", "completion": None}, ":2: after a prompt that is a text, the answers must be texts"),
+        ({"prompt": "a", "completion": None}, ":2: if the prompt is a string, the answers must be strings"),
         ({"prompt": "sky", "completion": "sky " * 90}, "tokens are more than the model's context of 64; shorten"),
     ]
     for record, sentence in mistakes:
@@ -127,7 +127,7 @@ def test_score_gives_a_line_for_each_record_and_a_summary(reward_run, pairs, tun
         ([str(folder), path], "holds no records; a record is"),
         ([str(folder), path, "--output", path], "is the file that is scored"),
         ([str(folder), path, "--output", str(tmp_path)], "must be a file in a folder that exists"),
-        ([str(tuned[0]), path], "holds a language model, and no reward model; give the run folder"),
+        ([str(tuned[0]), path], "is a language model, not a reward model; give the run folder"),
     ]:
         assert main(["score", *arguments]) == 2
         assert sentence in capsys.readouterr().err
@@ -154,7 +154,7 @@ def test_a_reward_model_with_adapters_trains_its_head_and_keeps_its_base(reward_
 
 
 def test_models_of_the_wrong_kind_are_refused(reward_run, tuned):
-    with pytest.raises(CheckpointError, match="holds a reward model, which generates no text"):
+    with pytest.raises(CheckpointError, match="is a reward model, which cannot generate text"):
         load_model(reward_run[0])
     with pytest.raises(CheckpointError, match="holds a language model"):
         load_reward_model(tuned[0])

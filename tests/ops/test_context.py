@@ -283,7 +283,7 @@ def test_the_order_follows_from_length_and_method():
         assert row_order(32, "ring") == "zigzag"
         assert row_order(36, "ring") == "plain"
         assert row_order(32, "all_to_all") == "plain"
-        with pytest.raises(ConfigError, match=r"rows of 30 tokens cannot be cut over mesh.context = 4; make them 32"):
+        with pytest.raises(ConfigError, match=r"rows of 30 tokens are not divisible by mesh.context = 4; make them 32"):
             row_order(30, "ring")
 
 

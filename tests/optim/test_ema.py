@@ -79,7 +79,7 @@ def test_a_run_without_the_mean_says_so(tmp_path):
     weights = {"w": jnp.ones(3)}
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         checkpointer.save(create_state(weights, make_optimizer(OptimConfig())), {})
-    with pytest.raises(CheckpointError, match=r"keeps no running mean of the weights; train with optim\.ema_decay"):
+    with pytest.raises(CheckpointError, match=r"has no EMA weights; train with optim\.ema_decay"):
         restore_ema(find_checkpoint(tmp_path), weights)
 
 

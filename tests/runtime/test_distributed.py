@@ -1,4 +1,4 @@
-"""Which environments say that several processes train as one, and what a signal asks for."""
+"""Detection of multi-process runs from the environment, and handling of signals."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ _OF_JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT", "JAX_NUM_PROCESSES
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Sets variables, where none of those that the machine has says that there are other processes."""
+    """Sets variables, after removing the machine's own variables about other processes."""
     for name in list(os.environ):
         if name.startswith(_LAUNCHERS) or name in _OF_JAX:
             monkeypatch.delenv(name)
@@ -47,7 +47,7 @@ OPEN_MPI = {
         {**SLURM, "JAX_NUM_PROCESSES": "1"},
     ],
 )
-def test_one_process_joins_nobody(variables, environment):
+def test_single_process_does_not_connect(variables, environment):
     environment(variables)
     assert initialize_distributed() is None
     assert is_primary()
@@ -64,7 +64,7 @@ def test_one_process_joins_nobody(variables, environment):
             {"MAXLM_COORDINATOR": "host:1234", "MAXLM_NUM_PROCESSES": "4", "MAXLM_PROCESS_ID": "3"},
             Cluster("host:1234", 4, 3),
         ),
-        # The first node is process 0's; the port follows from the job's number.
+        # The first node runs process 0; the port is derived from the job number.
         (SLURM, Cluster("node007:61447", 4, 2, [0])),
         ({**SLURM, "JAX_COORDINATOR_ADDRESS": "10.0.0.1:99"}, Cluster("10.0.0.1:99", 4, 2)),
         (OPEN_MPI, Cluster(f"10.96.0.1:{1531576320 // 2**12 % 2**12 + 61440}", 8, 5, [1])),
@@ -74,13 +74,13 @@ def test_one_process_joins_nobody(variables, environment):
         ),
     ],
 )
-def test_the_environment_names_the_others(variables, cluster, environment):
+def test_cluster_is_found_from_the_environment(variables, cluster, environment):
     environment(variables)
     assert find_cluster(1) == cluster
 
 
 def test_slices_of_a_tpu_on_gke(environment, monkeypatch):
-    """The second host of the second of two slices: JAX's own detection, told that it runs on a TPU's machine."""
+    """The second host of the second of two slices: JAX's own detection, made to assume a TPU machine."""
     monkeypatch.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
     environment(
         {
@@ -109,18 +109,18 @@ def test_slices_of_a_tpu_on_gke(environment, monkeypatch):
             "JAX_PROCESS_ID: 2 is not among 2 processes",
         ),
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "start it with `srun maxlm train"),
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, "Open MPI 5 does not tell"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "Open MPI 5 does not give"),
         ({"JOB_COMPLETION_INDEX": "1"}, "pip install 'jax\\[k8s\\]'"),
-        ({"MAXLM_DISTRIBUTED": "auto"}, "JAX cannot tell the other processes from it"),
+        ({"MAXLM_DISTRIBUTED": "auto"}, "JAX cannot detect the other processes from it"),
     ],
 )
-def test_half_an_environment_is_told(variables, message, environment):
+def test_incomplete_environment_is_reported(variables, message, environment):
     environment(variables)
     with pytest.raises(ConfigError, match=message):
         initialize_distributed()
 
 
-def test_a_signal_asks_to_stop_and_a_second_interrupt_stops():
+def test_signal_requests_a_stop_and_a_second_interrupt_raises():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with stop_on_signal() as stop:
         assert not stop(1)

@@ -1,4 +1,4 @@
-"""Manifests: what a stage read, by content, and the chain that they form."""
+"""Manifests: inputs by content hash, and the chain that they form."""
 
 import json
 import sys
@@ -42,7 +42,7 @@ def test_a_folder_of_stages_can_be_moved(tmp_path):
     assert [link["stage"] for link in manifest_chain(tmp_path / "b" / "model")] == ["data", "model"]
 
 
-def test_hashes_tell_contents_and_names_apart(tmp_path):
+def test_hashes_depend_on_contents_and_names(tmp_path):
     def folder(name, files):
         for file, text in files.items():
             (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
@@ -53,15 +53,15 @@ def test_hashes_tell_contents_and_names_apart(tmp_path):
     assert folder("b", {"sub/y": "2", "x": "1"}) == first
     assert folder("c", {"x": "1", "sub/y": "3"}) != first
     assert folder("d", {"x": "1", "sub/z": "2"}) != first
-    # A folder with a manifest stands for all that its stage wrote.
+    # The manifest of a folder represents all that its stage wrote.
     make_stage(tmp_path / "a", {})
     by_manifest = content_hash(tmp_path / "a")
     (tmp_path / "a" / "log").write_text("later")
     assert content_hash(tmp_path / "a") == by_manifest
 
 
-def test_what_is_missing_or_broken_is_told(tmp_path):
-    with pytest.raises(DataError, match="has not run to its end"):
+def test_missing_or_corrupt_manifest_is_reported(tmp_path):
+    with pytest.raises(DataError, match="has not finished"):
         read_manifest(tmp_path)
     with pytest.raises(DataError, match="there is no such file or folder"):
         content_hash(tmp_path / "none")
@@ -70,7 +70,7 @@ def test_what_is_missing_or_broken_is_told(tmp_path):
         read_manifest(tmp_path)
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path):
+def test_json_is_written_atomically(tmp_path):
     path = tmp_path / "deep" / "x.json"
     write_json(path, {"a": "é"})
     before = path.read_text(encoding="utf-8")
@@ -81,7 +81,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
 
 
-def test_a_copied_folder_replaces_what_stood_there(tmp_path):
+def test_copied_folder_replaces_the_existing_one(tmp_path):
     (tmp_path / "new" / "sub").mkdir(parents=True)
     (tmp_path / "new" / "sub" / "x").write_bytes(b"\0new")
     (tmp_path / "old").mkdir()
@@ -92,17 +92,17 @@ def test_a_copied_folder_replaces_what_stood_there(tmp_path):
     assert not (tmp_path / "old.tmp").exists()
 
 
-def test_a_bucket_out_of_reach_is_told_and_no_local_folder_is_made(tmp_path, monkeypatch):
+def test_unreachable_bucket_is_reported_and_no_local_folder_is_created(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(ConfigError, match=r"gs://bucket/run: cannot be reached: .*gcsfs.*; or name a local folder"):
+    with pytest.raises(ConfigError, match=r"gs://bucket/run: cannot be reached: .*gcsfs.*; or give a local folder"):
         storage_path("gs://bucket/run")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """A bucket in memory, behind the path that Google's would have."""
+    """An in-memory bucket at a gs:// path."""
     from etils.epath import backend
 
     monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: MemoryFileSystem())
@@ -111,7 +111,7 @@ def bucket(monkeypatch):
     MemoryFileSystem.store.clear()
 
 
-def test_manifests_lie_in_buckets_too(bucket, tmp_path, monkeypatch):
+def test_manifests_in_buckets(bucket, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_stage(tmp_path / "data", {})
     write_manifest(f"{bucket}/a", stage="a", inputs={"data": "data"}, config={}, metrics={})
@@ -123,7 +123,7 @@ def test_manifests_lie_in_buckets_too(bucket, tmp_path, monkeypatch):
     assert content_hash(f"{bucket}/copy/manifest.json") == content_hash("data/manifest.json")
 
 
-def test_paths_are_relative_where_they_can_be(tmp_path, monkeypatch):
+def test_paths_are_relative_if_possible(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert relative_path("a/b", "a/c") == "../b"
     assert relative_path("gs://x/y", "a") == "gs://x/y"
@@ -134,7 +134,7 @@ def test_paths_are_relative_where_they_can_be(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("start", ["runs/a", "/disk/runs/a", "gs://bucket/runs/a"])
 @pytest.mark.parametrize("path", ["runs/data", "/disk/data", "gs://bucket/data"])
-def test_a_path_that_a_manifest_names_is_found_again(path, start, bucket, tmp_path, monkeypatch):
+def test_manifest_path_resolves_to_the_original(path, start, bucket, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = resolve_path(relative_path(path, start), start)
     assert str(found if "://" in path else found.resolve()) == (path if "://" in path else str(Path(path).resolve()))

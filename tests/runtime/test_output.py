@@ -1,4 +1,4 @@
-"""Where a stage may write: asked at its start, and told in one sentence."""
+"""Output folders: checked at the start of a stage, and reported in one sentence."""
 
 import os
 
@@ -11,7 +11,7 @@ from maxlm.runtime.output import check_output, stage_of
 
 @pytest.fixture
 def folder(tmp_path):
-    """Folders of every stage, whole and begun, and what lies in the way."""
+    """Folders of every stage, complete and incomplete, and obstacles."""
     for name, stage in (("data", "data"), ("sft", "train/sft"), ("tokenizer", "tokenizer"), ("int8", "export/int8")):
         write_json(tmp_path / name / "manifest.json", {"stage": stage})
     write_json(tmp_path / "begun data" / "documents" / "manifest.json", {"stage": "data/documents"})
@@ -30,27 +30,27 @@ def folder(tmp_path):
     [
         ("file", "is a file; give a folder"),
         ("file/run", "leads through .*/file, which is a file"),
-        ("dangling", r"leads to .*/dangling, a link to .*/nowhere, which is not there"),
-        ("dangling/run", "a link to .*/nowhere, which is not there"),
-        ("loop/run", "which is not there"),
+        ("dangling", r"leads to .*/dangling, a link to .*/nowhere, which does not exist"),
+        ("dangling/run", "a link to .*/nowhere, which does not exist"),
+        ("loop/run", "which does not exist"),
         ("data", "is a folder of the stage 'data'"),
         ("link", "is a folder of the stage 'data'"),
         ("begun data", "is a folder of the stage 'data'"),
         ("tokenizer", "is a folder of the stage 'tokenizer'"),
         ("begun tokenizer", "is a folder of the stage 'tokenizer'"),
         ("int8", "is a folder of the stage 'export'"),
-        ("data/packed/run", "lies in .*/data, a folder of the stage 'data', among its own files"),
+        ("data/packed/run", "is in .*/data, a folder of the stage 'data', among its own files"),
         ("begun data/documents", "among its own files|is a folder of the stage 'data'"),
-        ("sft/checkpoints/run", "lies in .*/sft, a folder of the stage 'train', among its own files"),
+        ("sft/checkpoints/run", "is in .*/sft, a folder of the stage 'train', among its own files"),
         ("begun run/tokenizer", "among its own files"),
-        ("a" * 256, r"has a name of 256 bytes, and at most 255 can be used"),
-        ("é" * 128 + "/run", r"has a name of 256 bytes, and at most 255"),
-        ("/".join(["abcdefgh"] * 450), r"is a path of \d+ bytes, and at most 3840"),
-        ("nul\0", "holds a NUL character"),
-        ("\udcff", "is no UTF-8 text"),
+        ("a" * 256, r"has a name of 256 bytes, but at most 255 can be used"),
+        ("é" * 128 + "/run", r"has a name of 256 bytes, but at most 255"),
+        ("/".join(["abcdefgh"] * 450), r"is a path of \d+ bytes, but at most 3840"),
+        ("nul\0", "contains a NUL character"),
+        ("\udcff", "is not UTF-8 text"),
     ],
 )
-def test_a_folder_that_could_not_be_used_is_refused(folder, output, told):
+def test_unusable_output_folder_is_rejected(folder, output, told):
     before = sorted(folder.rglob("*"))
     with pytest.raises(ConfigError, match=f"^output: .*{told}"):
         check_output(f"{folder}/{output}", "train")
@@ -61,27 +61,25 @@ def test_a_folder_that_could_not_be_used_is_refused(folder, output, told):
     "output",
     ["new", "a/b/c", "sft", "begun run", "mine", "project/checkpoints/run", "data/run", "a" * 255, ".", "x..", "-x"],
 )
-def test_other_folders_are_taken(folder, output, monkeypatch):
+def test_usable_output_folders_are_accepted(folder, output, monkeypatch):
     check_output(f"{folder}/{output}", "train")
     monkeypatch.chdir(folder)
     check_output(output, "train")
 
 
-@pytest.mark.parametrize(
-    ("output", "told"), [("", "is empty"), ("~/run", "a folder that is named '~'"), ("~", "named '~'")]
-)
-def test_names_that_mean_another_folder_are_refused(output, told):
+@pytest.mark.parametrize(("output", "told"), [("", "is empty"), ("~/run", "a folder named '~'"), ("~", "named '~'")])
+def test_names_that_mean_another_folder_are_rejected(output, told):
     with pytest.raises(ConfigError, match=told):
         check_output(output, "train")
 
 
-def test_a_folder_without_rights_is_refused(folder, monkeypatch):
-    """Root may write anywhere, so the answer of the system is stood in for."""
+def test_folder_without_write_permission_is_rejected(folder, monkeypatch):
+    """Root may write anywhere, so the system's answer is mocked."""
     monkeypatch.setattr(os, "access", lambda path, mode: path != folder)
     with pytest.raises(ConfigError, match=f"^output: .* cannot be written: {folder} is read-only for you"):
         check_output(folder / "new" / "run", "train")
     check_output(folder / "sft", "train")
-    # One that is replaced by what is written beside it needs the rights there.
+    # A folder that is replaced by a rename needs write permission in its parent.
     with pytest.raises(ConfigError, match=r"^OUTPUT: .* read-only"):
         check_output(folder / "int8", "export", key="OUTPUT", suffix=20)
     monkeypatch.undo()
@@ -89,7 +87,7 @@ def test_a_folder_without_rights_is_refused(folder, monkeypatch):
         check_output(folder / ("a" * 240), "export", suffix=20)
 
 
-def test_a_stage_is_known_by_what_it_writes(folder):
+def test_stage_is_identified_by_its_files(folder):
     stages = {name: stage_of(folder / name) for name in ("data", "sft", "begun run", "int8", "mine", "nothing")}
     assert stages == {
         "data": "data", "sft": "train", "begun run": "train", "int8": "export", "mine": None, "nothing": None

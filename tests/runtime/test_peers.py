@@ -1,4 +1,4 @@
-"""Processes meet, compare, and know who is gone: real processes and connections, without JAX."""
+"""Processes connect, compare, and detect lost ones: real processes and connections, without JAX."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from maxlm.runtime.peers import meet
 
 ROOT = Path(__file__).parents[2]
 
-# Arguments: address, process, count, what to do, seconds to wait for the others, seconds between signs of life.
+# Arguments: address, process, count, action, start timeout in seconds, heartbeat timeout in seconds.
 SCRIPT = """
 import sys, time
 from maxlm.runtime.peers import meet
@@ -58,7 +58,7 @@ def address(monkeypatch):
 
 @pytest.fixture
 def start(address):
-    """Starts a process, and kills what is left at the end."""
+    """Starts processes, and kills those still running at the end."""
     started = []
 
     def start(process: int, count: int, action: str, *, timeout: float = 60, heartbeat: float = 30) -> subprocess.Popen:
@@ -78,14 +78,14 @@ def ends(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     return [(process.returncode, *output) for process, output in zip(processes, outputs)]
 
 
-def test_all_meet_compare_and_leave(start):
+def test_processes_connect_compare_and_leave(start):
     ended = ends([start(n, 3, "leave") for n in (2, 0, 1)])
     for code, output, errors in ended:
         assert (code, output) == (0, "['record 0', 'record 1', 'record 2']\n"), errors
 
 
 @pytest.mark.parametrize("gone", [0, 1])
-def test_a_killed_process_is_named_at_once(gone, start):
+def test_killed_process_is_reported_at_once(gone, start):
     processes = [start(n, 3, "wait") for n in range(3)]
     for process in processes:
         assert "record 2" in process.stdout.readline()
@@ -98,11 +98,11 @@ def test_a_killed_process_is_named_at_once(gone, start):
             assert code == -signal.SIGKILL
         else:
             assert code == FaultError.exit_code
-            assert f"maxlm: process {gone} ({socket.gethostname()}): gone: its connection broke" in errors
+            assert f"maxlm: process {gone} ({socket.gethostname()}): lost: its connection closed" in errors
 
 
 @pytest.mark.parametrize("silent", [0, 1])
-def test_a_process_that_hangs_is_given_up(silent, start):
+def test_hanging_process_counts_as_lost(silent, start):
     processes = [start(n, 2, "wait", heartbeat=3) for n in range(2)]
     for process in processes:
         process.stdout.readline()
@@ -111,11 +111,11 @@ def test_a_process_that_hangs_is_given_up(silent, start):
     [(code, _, errors)] = ends([processes[1 - silent]])
     assert 2 < time.monotonic() - began < 15
     assert code == FaultError.exit_code
-    assert f"process {silent} ({socket.gethostname()}): gone: it has said nothing for 3 s" in errors
+    assert f"process {silent} ({socket.gethostname()}): lost: it sent no heartbeat for 3 s" in errors
 
 
 @pytest.mark.parametrize("process", [0, 1])
-def test_a_users_mistake_on_one_ends_all_and_is_told_by_it_and_the_first(process, start):
+def test_user_error_on_one_process_ends_all_and_is_reported_by_it_and_process_0(process, start):
     ended = ends([start(n, 3, "mistake" if n == process else "wait") for n in range(3)])
     assert [code for code, _, _ in ended] == [2, 2, 2]
     for n, (_, _, errors) in enumerate(ended):
@@ -123,14 +123,14 @@ def test_a_users_mistake_on_one_ends_all_and_is_told_by_it_and_the_first(process
         assert "Traceback" not in errors
 
 
-def test_a_bug_in_one_ends_all_and_only_it_shows_the_traceback(start):
+def test_bug_in_one_process_ends_all_and_only_it_prints_the_traceback(start):
     ended = ends([start(n, 3, "bug" if n == 2 else "wait") for n in range(3)])
     assert [code for code, _, _ in ended] == [FaultError.exit_code] * 3
     assert ["Traceback" in errors for _, _, errors in ended] == [False, False, True]
     assert all("KeyError: 'planted'" in errors for _, _, errors in ended)
 
 
-def test_an_abort_of_jax_leaves_time_to_say_who_is_gone(start):
+def test_jax_abort_leaves_time_to_report_the_lost_process(start):
     processes = [start(0, 2, "wait"), start(1, 2, "abort")]
     for process in processes:
         process.stdout.readline()
@@ -141,14 +141,14 @@ def test_an_abort_of_jax_leaves_time_to_say_who_is_gone(start):
     assert "process 0" in errors
 
 
-def test_who_does_not_come_is_named(start):
+def test_processes_that_do_not_connect_are_named(start):
     ended = ends([start(n, 4, "wait", timeout=6) for n in (0, 2)])
     assert [code for code, _, _ in ended] == [FaultError.exit_code] * 2
     for _, _, errors in ended:
-        assert "processes 1, 3 of 4 did not come to 127.0.0.1:" in errors
+        assert "processes 1, 3 of 4 did not connect to 127.0.0.1:" in errors
 
 
-def test_a_number_or_count_that_differs_is_told(start):
+def test_conflicting_process_number_or_count_is_reported(start):
     ended = ends([start(0, 2, "wait"), start(1, 3, "wait")])
     assert [code for code, _, _ in ended] == [2, 2]
     assert all("is one of 3, and process 0" in errors for _, _, errors in ended)
@@ -157,13 +157,13 @@ def test_a_number_or_count_that_differs_is_told(start):
     assert "two processes have the number 1" in ended[0][2]
 
 
-def test_no_process_0(address):
-    with pytest.raises(FaultError, match=r"found no process 0 at .* within 0\.5 s"):
+def test_missing_process_0_is_reported(address):
+    with pytest.raises(FaultError, match=r"could not connect to process 0 at .* within 0\.5 s"):
         meet(address, process=1, count=2, timeout=0.5, heartbeat_seconds=1)
 
 
-def test_strangers_are_sent_away(address, start):
-    """Another program that looks at the port, and process 0's port still in the hands of another server."""
+def test_foreign_connections_are_closed(address, start):
+    """Another program connects to the port, and another server still holds process 0's port."""
     place, _, port = address.rpartition(":")
     with socket.create_server((place, int(port))) as server:
         caller = start(1, 3, "leave")
@@ -186,8 +186,8 @@ def test_strangers_are_sent_away(address, start):
 
 
 @pytest.mark.parametrize("process", [0, 1])
-def test_an_error_that_anothers_end_has_caused_is_not_what_is_told(process, start):
-    """A save that breaks because a process was killed looks like a mistake from here, after which nothing restarts."""
+def test_error_caused_by_a_lost_process_is_not_reported_as_the_cause(process, start):
+    """A save that fails because a process was killed looks like a user error here, which would prevent a restart."""
     others = [start(n, 3, "mistake" if n == process else "wait") for n in range(2)]
     dying = start(2, 3, "wait")
     for one in [*others, dying]:

@@ -1,4 +1,4 @@
-"""A supervisor starts training again when a machine is to blame, and only then. Its child here is a script."""
+"""A supervisor restarts training only after faults, not user errors. Its child here is a script."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from maxlm.config.load import dump_yaml
 from maxlm.runtime.storage import locked
 from maxlm.runtime.supervise import last_logged_step, newest_anywhere, newest_step, supervise
 
-# A stand-in for training. Each start reads and removes the first line of the file `plan`: checkpoints to make, steps
-# to log, and what to end with: an exit code, or minus the number of a signal.
+# A fake trainer. Each start reads and removes the first line of the file `plan`: checkpoints to create, steps to log,
+# and how to end: an exit code, or minus a signal number.
 CHILD = """
 import json, os, sys
 from pathlib import Path
@@ -39,7 +39,7 @@ sys.exit(code)
 
 @pytest.fixture
 def run(tmp_path):
-    """Supervises a child that goes by a plan; gives the exit code, what was logged, and what is left of the plan."""
+    """Supervises a child that follows a plan; returns the exit code, the log, and the rest of the plan."""
     settings = {"processes": {"restart_seconds": 0.01, "restarts_without_progress": 2}}
     folder = tmp_path / "run"
     folder.mkdir()
@@ -55,7 +55,7 @@ def run(tmp_path):
     return run
 
 
-def test_it_goes_on_after_a_signal_a_fault_and_an_error_until_training_ends(run):
+def test_supervisor_restarts_after_signal_fault_and_error_until_training_ends(run):
     code, records, left = run([[4, 6, -9], [8, 9, 3], [12, 12, 1], [0, 12, 0]], restarts=5)
     assert (code, left) == (0, [])
     told = [(r["exit_code"], r["step_reached"], r["step_resumed"]) for r in records]
@@ -71,37 +71,37 @@ def test_it_goes_on_after_a_signal_a_fault_and_an_error_until_training_ends(run)
 
 
 @pytest.mark.parametrize("code", [0, 2, 130])
-def test_an_end_a_mistake_and_an_interrupt_end_it(run, code):
+def test_success_user_error_and_interrupt_end_the_supervisor(run, code):
     assert run([[4, 4, code], [8, 8, 0]], restarts=5) == (code, [], ["[8, 8, 0]"])
 
 
-def test_it_starts_again_so_many_times_and_no_more(run, capfd):
+def test_number_of_restarts_is_limited(run, capfd):
     code, records, left = run([[1, 1, -9], [2, 2, -9], [3, 3, -15], [4, 4, 0]], restarts=2)
     assert (code, len(records), len(left)) == (128 + 15, 2, 1)
     assert "training ended by signal SIGTERM, after 2 restarts: not started again" in capfd.readouterr().err
 
 
-def test_it_gives_up_where_no_start_gets_further(run, capfd):
+def test_supervisor_gives_up_without_progress(run, capfd):
     code, records, left = run([[4, 6, -9], [0, 6, 1], [0, 7, 1], [8, 8, 0]], restarts=9)
     assert (code, len(records), len(left)) == (1, 2, 1)
-    assert "2 starts in a row got no further than step 4: not started again" in capfd.readouterr().err
+    assert "2 starts in a row got no further than step 4: not restarting" in capfd.readouterr().err
 
 
-def test_a_signal_without_a_name_is_told_by_its_number(run):
+def test_unnamed_signal_is_reported_by_number(run):
     code, records, _ = run([[4, 4, -signal.SIGRTMIN - 1], [8, 8, 0]], restarts=5)
     assert (code, records[0]["reason"]) == (0, f"signal {signal.SIGRTMIN + 1}")
 
 
-def test_accounts_that_cannot_be_written_or_read_do_not_end_it(run, tmp_path, capfd, monkeypatch):
+def test_unwritable_or_unreadable_logs_do_not_end_the_supervisor(run, tmp_path, capfd, monkeypatch):
     (tmp_path / "run" / "restarts.jsonl.tmp").mkdir()
     monkeypatch.setattr("maxlm.runtime.supervise.newest_step", lambda folder: 1 / 0)
     assert run([[1, 1, -9], [2, 2, 3], [3, 3, 1], [4, 4, 0]], restarts=9) == (0, [], [])
     told = capfd.readouterr().err
-    assert "restarts.jsonl lacks this start: IsADirectoryError" in told
-    assert "the newest checkpoint cannot be told: ZeroDivisionError" in told
+    assert "restarts.jsonl lacks this restart: IsADirectoryError" in told
+    assert "the newest checkpoint cannot be determined: ZeroDivisionError" in told
 
 
-# Saves and ends on SIGTERM, as training does. os.write: a signal may come while the other line is being printed.
+# Saves and ends on SIGTERM, as training does. os.write, because a signal may arrive during the other print.
 TRAINER = """
 import os, signal, sys, time
 from maxlm.runtime.distributed import stop_with_parent
@@ -115,8 +115,8 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
-def test_its_end_is_passed_on(name, tmp_path):
-    """As a machine that is taken away sends it: the child saves, ends with 0, and is not started again."""
+def test_sigterm_is_passed_on_to_the_child(name, tmp_path):
+    """As on preemption of a machine: the child saves, exits with 0, and is not restarted."""
     supervisor = tmp_path / "supervisor.py"
     supervisor.write_text(
         "import sys\n"
@@ -132,12 +132,12 @@ def test_its_end_is_passed_on(name, tmp_path):
     ) as process:
         assert process.stdout.readline() == "training\n"
         process.send_signal(getattr(signal, name))
-        # The child has this pipe too: it ends with the last of both.
+        # The child has this pipe too: it closes when both have ended.
         output, _ = process.communicate(timeout=30)
     assert (process.returncode, output) == (0 if name == "SIGTERM" else -9, "saved\n")
 
 
-def test_a_run_folder_is_held_until_its_process_is_gone_even_killed(tmp_path):
+def test_run_folder_is_locked_until_its_process_ends_even_if_killed(tmp_path):
     holder = (
         "import sys, time; from etils import epath; from maxlm.runtime.storage import locked\n"
         "with locked(epath.Path(sys.argv[1]), seconds=0) as alone: print(alone, flush=True); time.sleep(60)"
@@ -154,7 +154,7 @@ def test_a_run_folder_is_held_until_its_process_is_gone_even_killed(tmp_path):
             assert alone
 
 
-def test_steps_are_read_from_names_and_whole_lines(tmp_path):
+def test_steps_are_read_from_folder_names_and_complete_lines(tmp_path):
     assert (newest_step(tmp_path), last_logged_step(tmp_path)) == (0, 0)
     for name in ("100", "20", "300.orbax-checkpoint-tmp-1", "notes"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
@@ -162,7 +162,7 @@ def test_steps_are_read_from_names_and_whole_lines(tmp_path):
     assert (newest_step(tmp_path), last_logged_step(tmp_path)) == (100, 110)
 
 
-def test_checkpoints_on_the_local_disk_are_progress_too(tmp_path):
+def test_local_checkpoints_count_as_progress(tmp_path):
     base = tmp_path / "local"
     config = tiny_config(tmp_path / "run", "no-data", checkpoint={"every": 10, "local": {"folder": str(base)}})
     assert newest_anywhere(config) == 0
@@ -171,8 +171,8 @@ def test_checkpoints_on_the_local_disk_are_progress_too(tmp_path):
     assert newest_anywhere(config) == 15
 
 
-def test_from_the_command_line_a_mistake_is_told_once_and_ends_it(tmp_path):
-    """The child is the same command without `--supervise`, settings included."""
+def test_user_error_on_the_command_line_is_reported_once_and_ends_the_supervisor(tmp_path):
+    """The child is the same command without `--supervise`, including settings."""
     root = Path(__file__).parents[2]
     file = tmp_path / "train.yaml"
     file.write_text(dump_yaml(tiny_config(tmp_path / "run", tmp_path / "none")), encoding="utf-8")

@@ -64,7 +64,7 @@ def test_a_malformed_body_is_told_as_400(http, body):
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        (b'{"prompt": "a", "seed": 1, "seed": 2}', "the key 'seed' stands twice in one object"),
+        (b'{"prompt": "a", "seed": 1, "seed": 2}', "the key 'seed' is given twice in one object"),
         (b'{"prompt": "a", "stream_options": {"include_usage": true, "include_usage": false}}', "'include_usage'"),
         (b"[" * 100_000, "nested too deep"),
         (b'{"seed": ' + b"9" * 5000 + b"}", "a number of thousands of digits"),

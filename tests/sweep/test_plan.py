@@ -44,12 +44,12 @@ def test_values_that_are_right_together_alone_are_taken(sweep_of):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "fields must name what is varied"),
-        ({"fields": RATES, "overrides": {"optim": {"learning_rate": 1}}}, "learning_rate: is varied by fields too"),
+        ({}, "fields must name the settings to vary"),
+        ({"fields": RATES, "overrides": {"optim": {"learning_rate": 1}}}, "learning_rate: is also varied by fields"),
         ({"fields": {"output": ["a"]}}, "fields.output: is set by the sweep itself"),
         ({"fields": {"seed": [1]}, "seeds": [1]}, "fields.seed: is set by the sweep itself"),
         ({"fields": {"x": {"low": 2, "high": 1}}}, r"low \(2.0\) must be less than high \(1.0\)"),
-        ({"fields": {"x": {"low": 0, "high": 1, "log": True}}}, "must be above 0 where log is true"),
+        ({"fields": {"x": {"low": 0, "high": 1, "log": True}}}, "must be above 0 if log is true"),
         ({"fields": {"x": {"hgh": 1, "low": 0}}}, "fields.x.hgh: unknown key; did you mean high"),
         ({"fields": {"x": []}}, "fields.x: .*at least 1 item"),
         ({"fields": RATES, "goal": "maximize", "scales": {"ladder": [{}, {}, {}]}}, "scales need goal: minimize"),

@@ -1,4 +1,4 @@
-"""Small tokenizers, trained on the help topics that every Python carries."""
+"""Small tokenizers, trained on the help topics of every Python installation."""
 
 from pydoc_data.topics import topics
 

@@ -9,7 +9,7 @@ from maxlm.errors import TokenizerError
 from maxlm.prompts.chat_template import ChatTemplate, RoleTemplate
 from maxlm.tokenizer.codec import Tokenizer
 
-# What has gone wrong in tokenizers before: the space mark, NUL, line ends, names of tokens, combining characters.
+# Common tokenizer pitfalls: the space mark, NUL, line ends, names of tokens, combining characters.
 PITFALLS = [
     "▁", " ▁", "▁▁ ", "\0", "\r\n", "\n\n\n", "\t", "   ", " ", "<|user|>", "<|end|>", "<|bos|>", "<|unk|>", "<0x41>",
     "▅", "⁇", "\ufeff", "\ufffd", "e\u0301", "👩‍👩‍👧", "你好", "مرحبا", "\u2028", "\x7f", "\U0010ffff",
@@ -19,7 +19,7 @@ any_text = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(PITFALLS)), 
 
 @settings(max_examples=200, deadline=None)
 @given(text=any_text)
-def test_every_text_comes_back(tokenizer, text):
+def test_every_text_round_trips(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert int(tokenizer.byte_lengths[ids].sum()) == len(text.encode())
@@ -33,14 +33,14 @@ def test_text_never_becomes_a_control_token(tokenizer, text):
 
 @settings(max_examples=100, deadline=None)
 @given(text=any_text)
-def test_streamed_text_is_the_whole_text_and_only_complete_characters(tokenizer, text):
+def test_streamed_text_is_complete_and_has_only_whole_characters(tokenizer, text):
     decoder = tokenizer.stream_decoder()
     parts = [decoder.push(id_) for id_ in tokenizer.encode(text)]
     assert decoder.flush() == ""
     assert "".join(parts) == text
 
 
-def test_stream_waits_for_a_whole_character_and_flushes_a_cut_one(tokenizer):
+def test_stream_buffers_incomplete_characters_and_flushes_a_truncated_one(tokenizer):
     ids = tokenizer.encode("🙂")
     assert len(ids) == 4
     decoder = tokenizer.stream_decoder()
@@ -49,14 +49,14 @@ def test_stream_waits_for_a_whole_character_and_flushes_a_cut_one(tokenizer):
     assert decoder.flush() == "\ufffd"
 
 
-def test_batches_equal_single_texts(tokenizer):
+def test_batch_encoding_equals_single_encoding(tokenizer):
     texts = ["", "a b", "▁ marks ▁", "x = 1\n", *PITFALLS]
     batch = tokenizer.encode_batch(texts, num_threads=3, bos=True, eos=True)
     assert batch == [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
 
 
-def test_half_a_surrogate_pair_is_one_clear_sentence(tokenizer):
-    with pytest.raises(TokenizerError, match=r"its character 3, '\\ud800', is half of a pair"):
+def test_lone_surrogate_is_reported_in_one_sentence(tokenizer):
+    with pytest.raises(TokenizerError, match=r"its character 3, '\\ud800', is a lone surrogate"):
         tokenizer.encode("ab\ud800")
 
 
@@ -65,7 +65,7 @@ def test_digits_are_single_and_indentation_is_compact(tokenizer):
     assert len(tokenizer.encode("\n        ")) <= 4
 
 
-def test_control_tokens_stand_for_no_text(tokenizer):
+def test_control_tokens_have_no_text(tokenizer):
     controls = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id]
     assert len({*controls}) == 4
     assert {*controls} < {*tokenizer.control_tokens.values()}
@@ -76,7 +76,7 @@ def test_control_tokens_stand_for_no_text(tokenizer):
     assert tokenizer.byte_lengths.shape == (tokenizer.vocab_size,)
 
 
-def test_every_id_has_a_text_for_the_eye(tokenizer):
+def test_every_id_has_a_human_readable_form(tokenizer):
     texts = [tokenizer.token_text(id_) for id_ in range(tokenizer.vocab_size)]
     assert len({*texts}) == len(texts)
     assert texts[tokenizer.bos_id] == "<|bos|>"
@@ -84,7 +84,7 @@ def test_every_id_has_a_text_for_the_eye(tokenizer):
 
 
 @pytest.mark.parametrize("id_", [-1, 600])
-def test_an_id_outside_of_the_vocabulary_is_an_error(tokenizer, id_):
+def test_id_outside_the_vocabulary_is_an_error(tokenizer, id_):
     with pytest.raises(TokenizerError, match="outside the vocabulary of 600"):
         tokenizer.decode([id_])
 
@@ -100,7 +100,7 @@ CHAT = [
 ]
 
 
-def test_a_chat_is_laid_out_as_its_template_says_and_only_answers_are_learnt(tokenizer):
+def test_chat_follows_its_template_and_only_answers_have_loss_weight(tokenizer):
     control, text = tokenizer.control_tokens, tokenizer.encode
     expected, weights = [tokenizer.bos_id], [0.0]
     for message in CHAT:
@@ -115,7 +115,7 @@ def test_a_chat_is_laid_out_as_its_template_says_and_only_answers_are_learnt(tok
     assert tokenizer.end_of_turn_id == control["<|end|>"]
 
 
-def test_a_generation_prompt_is_how_the_answer_would_begin(tokenizer):
+def test_generation_prompt_is_the_prefix_of_the_answer(tokenizer):
     prompt = tokenizer.encode_chat(CHAT[:2], generation_prompt=True)
     assert tokenizer.encode_chat(CHAT[:3]).ids[: len(prompt.ids)] == prompt.ids
     assert prompt.ids[-1] == tokenizer.control_tokens["<|assistant|>"]
@@ -140,12 +140,12 @@ def test_a_message_cannot_forge_a_turn(tokenizer):
         ("user: x", "message 1 of the chat"),
     ],
 )
-def test_a_bad_message_is_one_clear_sentence(tokenizer, message, sentence):
+def test_bad_message_is_reported_in_one_sentence(tokenizer, message, sentence):
     with pytest.raises(TokenizerError, match=sentence):
         tokenizer.encode_chat([message])
 
 
-def test_templates_are_data(tokenizer, tmp_path):
+def test_templates_are_loaded_from_data(tokenizer, tmp_path):
     part = {"text": "Q: "}, {"control": "<|user|>"}
     template = dataclasses.replace(
         tokenizer.template, roles={**tokenizer.template.roles, "user": RoleTemplate(prefix=part, suffix=())}
@@ -169,15 +169,15 @@ def test_saving_and_loading_keeps_the_fingerprint(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda folder: (folder / "tokenizer.model").unlink(), "holds no tokenizer.model"),
-        (lambda folder: (folder / "tokenizer.model").write_bytes(b"no model"), "no SentencePiece model"),
+        (lambda folder: (folder / "tokenizer.model").unlink(), "has no tokenizer.model"),
+        (lambda folder: (folder / "tokenizer.model").write_bytes(b"no model"), "not a SentencePiece model"),
         (lambda folder: (folder / "chat_template.json").unlink(), "cannot be read"),
-        (lambda folder: (folder / "chat_template.json").write_text("[]"), "is no chat template"),
-        (lambda folder: (folder / "chat_template.json").write_text('{"roles": 3}'), "is no chat template"),
+        (lambda folder: (folder / "chat_template.json").write_text("[]"), "is not a chat template"),
+        (lambda folder: (folder / "chat_template.json").write_text('{"roles": 3}'), "is not a chat template"),
         (lambda folder: _rename_control(folder), "names '<|nobody|>'"),
     ],
 )
-def test_a_broken_folder_is_one_clear_sentence(tokenizer, tmp_path, change, sentence):
+def test_corrupt_tokenizer_folder_is_reported_in_one_sentence(tokenizer, tmp_path, change, sentence):
     tokenizer.save(tmp_path)
     change(tmp_path)
     with pytest.raises(TokenizerError) as error:
@@ -194,8 +194,8 @@ def _rename_control(folder):
     path.write_text(json.dumps(tree))
 
 
-def test_a_template_must_know_who_answers(tokenizer, tmp_path):
+def test_template_must_define_its_answering_role(tokenizer, tmp_path):
     template = dataclasses.replace(tokenizer.template, answering_role="oracle")
     (tmp_path / "t.json").write_text(template.to_json())
-    with pytest.raises(TokenizerError, match="'oracle' is none of its roles"):
+    with pytest.raises(TokenizerError, match="'oracle' is not one of its roles"):
         ChatTemplate.load(tmp_path / "t.json")

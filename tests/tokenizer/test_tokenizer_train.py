@@ -28,7 +28,7 @@ def test_training_is_deterministic(text_file, tmp_path, algorithm):
     assert first == second
 
 
-def test_the_folder_says_what_it_was_made_of(text_file, tmp_path):
+def test_manifest_records_the_inputs(text_file, tmp_path):
     tokenizer = train_tokenizer(config(text_file, tmp_path))
     manifest = read_manifest(tmp_path)
     files = {path.name for path in tmp_path.iterdir() if path.name != ".lock"}
@@ -43,7 +43,7 @@ def test_the_folder_says_what_it_was_made_of(text_file, tmp_path):
     )
 
 
-def test_a_tokenizer_is_made_again_only_when_something_changed(text_file, tmp_path):
+def test_tokenizer_is_retrained_only_after_changes(text_file, tmp_path):
     train_tokenizer(config(text_file, tmp_path))
     model = tmp_path / "tokenizer.model"
     made = model.stat().st_mtime_ns
@@ -53,14 +53,14 @@ def test_a_tokenizer_is_made_again_only_when_something_changed(text_file, tmp_pa
     assert model.stat().st_mtime_ns > made
 
 
-def test_a_folder_is_one_process_s_at_a_time(text_file, tmp_path):
+def test_folder_is_locked_by_one_process_at_a_time(text_file, tmp_path):
     with locked(storage_path(tmp_path), seconds=0), pytest.raises(DataError, match="another process writes there"):
         train_tokenizer(config(text_file, tmp_path))
     assert train_tokenizer(config(text_file, tmp_path)).vocab_size == 600
 
 
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
-def test_too_large_a_vocabulary_names_the_largest(text_file, tmp_path, algorithm):
+def test_too_large_vocabulary_reports_the_maximum(text_file, tmp_path, algorithm):
     short = tmp_path / "short.txt"
     short.write_text(text_file.read_text(encoding="utf-8")[:6000], encoding="utf-8")
     with pytest.raises(TokenizerError, match=r"set vocab_size to at most \d+") as error:
@@ -72,21 +72,21 @@ def test_too_large_a_vocabulary_names_the_largest(text_file, tmp_path, algorithm
     )
 
 
-def test_too_small_a_vocabulary_names_the_smallest(text_file, tmp_path):
+def test_too_small_vocabulary_reports_the_minimum(text_file, tmp_path):
     with pytest.raises(TokenizerError, match=r"set vocab_size to at least \d+") as error:
         train_tokenizer(config(text_file, tmp_path, vocab_size=100))
     smallest = int(re.search(r"at least (\d+)", str(error.value))[1])
     assert train_tokenizer(config(text_file, tmp_path, vocab_size=smallest)).vocab_size == smallest
 
 
-def test_a_text_with_reserved_characters_still_teaches(tmp_path):
+def test_text_with_reserved_characters_is_still_used_for_training(tmp_path):
     path = tmp_path / "marks.txt"
     path.write_text("zebra ▁ zebra\0zebra ▅ zebra\tzebra\n" * 50, encoding="utf-8")
     tokenizer = train_tokenizer(config(path, tmp_path / "out", vocab_size=280))
     assert "zebra" in [tokenizer.token_text(id_).strip() for id_ in range(tokenizer.vocab_size)]
 
 
-def test_max_characters_draws_evenly(text_file, tmp_path):
+def test_max_characters_samples_evenly(text_file, tmp_path):
     train_tokenizer(config(text_file, tmp_path, max_characters=60_000))
     drawn = read_manifest(tmp_path)["metrics"]["trained_on_characters"]
     assert 20_000 <= drawn <= 100_000
@@ -94,9 +94,9 @@ def test_max_characters_draws_evenly(text_file, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [(None, "there is no such file"), (b"", "holds no text"), (b"ab\xff\xfe", r"is no UTF-8 text \(byte 3\)")],
+    [(None, "there is no such file"), (b"", "has no text"), (b"ab\xff\xfe", r"is not UTF-8 text \(byte 3\)")],
 )
-def test_bad_input_is_one_clear_sentence(tmp_path, content, sentence):
+def test_bad_input_is_reported_in_one_sentence(tmp_path, content, sentence):
     path = tmp_path / "input.txt"
     if content is not None:
         path.write_bytes(content)
@@ -104,7 +104,7 @@ def test_bad_input_is_one_clear_sentence(tmp_path, content, sentence):
         train_tokenizer(config(path, tmp_path / "out"))
 
 
-def test_documents_lead_to_tokenizer_lead_to_rows(text_file, tmp_path):
+def test_documents_to_tokenizer_to_rows(text_file, tmp_path):
     data = DataConfig(
         kind="data",
         output=str(tmp_path / "data"),
@@ -144,16 +144,16 @@ def test_train_and_show_on_the_command_line(text_file, tmp_path, capsys):
     assert "6 characters" in call(capsys, "show", tmp_path / "out", "--text", "a = 1\n")
 
 
-def test_a_config_of_another_kind_is_refused(tmp_path, capsys):
+def test_config_of_another_kind_is_rejected(tmp_path, capsys):
     path = tmp_path / "data.yaml"
     path.write_text("kind: data\n")
     with pytest.raises(ConfigError, match="needs kind: tokenizer"):
         call(capsys, "train", path)
 
 
-def test_records_are_not_taken_for_plain_text(tmp_path):
+def test_record_files_are_not_accepted_as_plain_text(tmp_path):
     for name in ("a.jsonl", "a.JSON", "a.parquet", "a.txt.gz"):
         (tmp_path / name).write_text('{"text": "words"}\n')
         config = TokenizerConfig(kind="tokenizer", input=str(tmp_path / name), output=str(tmp_path / "out"))
-        with pytest.raises(DataError, match=r"is no plain text, .* `maxlm data build CONFIG --stop-after documents`"):
+        with pytest.raises(DataError, match=r"is not plain text, .* `maxlm data build CONFIG --stop-after documents`"):
             train_tokenizer(config)

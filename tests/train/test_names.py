@@ -45,7 +45,9 @@ def test_a_run_goes_on_and_is_read_whatever_its_folder_is_called(tmp_path, name)
 def test_a_name_that_needs_a_link_is_refused_where_none_can_be_made(tmp_path, monkeypatch):
     (tmp_path / "a file").write_text("")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "a file"))
-    with pytest.raises(ConfigError, match=r"cannot be stored under a name with \[ \], nor a link be made to it"):
+    with pytest.raises(
+        ConfigError, match=r"cannot be stored under a name with \[ \], and no link to it can be created"
+    ):
         toy_run(tmp_path / "run[1]")
     assert plain_path(tmp_path / "run 1") == tmp_path / "run 1"
 
@@ -53,9 +55,9 @@ def test_a_name_that_needs_a_link_is_refused_where_none_can_be_made(tmp_path, mo
 @pytest.mark.parametrize(
     ("path", "told"),
     [
-        ("http://x/y", "begins with no known kind of storage"),
-        ("runs/a://b", "begins with no known kind of storage"),
-        ("/hf/run", "is taken for the bucket hf://run; give another folder"),
+        ("http://x/y", "starts with an unknown kind of storage"),
+        ("runs/a://b", "starts with an unknown kind of storage"),
+        ("/hf/run", "would be read as the bucket hf://run; give another folder"),
     ],
 )
 def test_a_folder_that_is_taken_for_a_bucket_is_refused(path, told):
@@ -68,7 +70,7 @@ def test_a_checkpoint_that_cannot_be_read_back_never_replaces_one_that_can(tmp_p
     folder = tmp_path / "run[1]"
     toy_run(folder, steps=2, checkpoint={"every": 2, "keep": 1})
     monkeypatch.setattr(checkpointer, "plain_path", lambda path: path)
-    with pytest.raises(TrainingError, match=r"cannot be read back: .*; the newest whole .* is of step 2"):
+    with pytest.raises(TrainingError, match=r"cannot be read back: .*; the newest complete .* is of step 2"):
         toy_run(folder, steps=4, checkpoint={"every": 2, "keep": 1, "retries": 0})
     monkeypatch.undo()
     assert "2" in steps_in(folder)
@@ -79,7 +81,7 @@ def test_a_checkpoint_that_cannot_be_read_back_never_replaces_one_that_can(tmp_p
 @pytest.mark.parametrize(
     ("damaged", "told"),
     [
-        ("ocdbt.process_0/d/*", "weights/ocdbt.process_0/d/.* is cut short: 1 of at least "),
+        ("ocdbt.process_0/d/*", "weights/ocdbt.process_0/d/.* is truncated: 1 of at least "),
         ("d/*", "OUT_OF_RANGE|DATA_LOSS|NOT_FOUND"),
         ("manifest.ocdbt", "OUT_OF_RANGE|DATA_LOSS|NOT_FOUND"),
     ],
@@ -90,7 +92,7 @@ def test_what_a_reader_would_miss_is_noticed_without_reading_arrays(tmp_path, da
     with ocp.StandardCheckpointer() as handler:
         handler.save(tmp_path / "weights", values)
     check_arrays(storage_path(tmp_path / "weights"), shapes)
-    with pytest.raises(ValueError, match=r"weights/c is not there with its shape \[1\]"):
+    with pytest.raises(ValueError, match=r"weights/c is missing or does not have the shape \[1\]"):
         check_arrays(storage_path(tmp_path / "weights"), {"c": [1, "float32"]})
     for file in (tmp_path / "weights").glob(damaged):
         file.write_bytes(b"x")

@@ -25,7 +25,7 @@ class Failing(ToyData):
         if self._validations is not None:
             self._validations -= 1
             if self._validations == 0:
-                raise DataError("valid.jsonl:2: is no JSON")
+                raise DataError("valid.jsonl:2: is not JSON")
         return super().validate(model)
 
 

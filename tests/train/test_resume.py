@@ -120,10 +120,10 @@ def test_what_changes_the_meaning_of_a_run_is_refused_and_leaves_it_as_it_was(
     with pytest.raises(ConfigError) as error:
         train(tiny_config(short_run, tiny_data_folder, steps=8, **settings), accept_changes=not acceptable)
     first, *differences, last = error.value.problems
-    assert first == f"{short_run}: holds a run of 4 steps that was trained with other settings:"
+    assert first == f"{short_run}: has a run of 4 steps that was trained with other settings:"
     assert any(line.startswith(f"  {told}") for line in differences), differences
     assert last.startswith("give the settings that it was trained with, or a new folder (output=...)")
-    assert last.endswith("or --accept-changes to go on with them, which records them in the manifest") == acceptable
+    assert last.endswith("or --accept-changes to resume with them, which records them in the manifest") == acceptable
     assert contents(short_run) == before
 
 
@@ -191,7 +191,7 @@ def test_changes_that_are_accepted_are_recorded_at_their_step(tmp_path, capsys):
     toy_run(tmp_path / "run", steps=8, accept_changes=True, **settings)
     told = capsys.readouterr().err
     assert "optim.learning_rate: 0.1 -> 0.2\n" in told
-    assert "the learning rate of step 5 goes from 0.01 to 0.11 (schedule cosine, 8 steps)" in told
+    assert "the learning rate of step 5 changes from 0.01 to 0.11 (schedule cosine, 8 steps)" in told
     objective = ToyData(poison={9, 10, 11})
     result = toy_run(tmp_path / "run", steps=12, data=objective, seed=1, accept_changes=True, **settings)
     wanted = [
@@ -209,8 +209,8 @@ def test_changes_that_are_accepted_are_recorded_at_their_step(tmp_path, capsys):
     [
         ({"kind": "constant"}, "stays 0.0003 (schedule constant, 200 steps)"),
         ({"kind": "inverse_sqrt"}, "stays 0.000133 (schedule inverse_sqrt, 200 steps)"),
-        ({"kind": "cosine"}, "goes from 3e-05 to 0.000188 (schedule cosine, 200 steps)"),
-        ({"kind": "wsd"}, "goes from 3e-05 to 0.0003 (schedule wsd, 200 steps)"),
+        ({"kind": "cosine"}, "changes from 3e-05 to 0.000188 (schedule cosine, 200 steps)"),
+        ({"kind": "wsd"}, "changes from 3e-05 to 0.0003 (schedule wsd, 200 steps)"),
     ],
 )
 def test_more_steps_say_what_becomes_of_the_learning_rate(schedule, told):
@@ -273,7 +273,7 @@ def test_adapters_find_their_base_wherever_both_have_moved(adapters, tiny_data_f
             load_model(alone)
         checkpoint = find_checkpoint(alone)
         assert str(error.value) == (
-            f"{checkpoint}: its adapters belong to a model that is not where it was, at {moved}/base/checkpoints/4 or"
+            f"{checkpoint}: the base model of its adapters is missing, at {moved}/base/checkpoints/4 or"
             f" {adapters}/base/checkpoints/4; put its run folder back, or a link to it: ln -s WHERE_IT_IS {moved}/base"
         )
         manifest = train(adapters_config(moved, tiny_data_folder, base, steps=3))

@@ -67,7 +67,7 @@ def test_a_run_that_never_saved_takes_the_tokenizer_it_is_given(tmp_path, tiny_d
 
 
 def test_rows_of_another_length_are_refused(tmp_path, tiny_data_folder):
-    with pytest.raises(DataError, match="its rows hold 32 tokens, and 16 are needed"):
+    with pytest.raises(DataError, match="its rows have 32 tokens, but 16 are needed"):
         train(tiny_config(tmp_path / "run", tiny_data_folder, row_length=16))
 
 
@@ -125,7 +125,7 @@ def test_rows_that_processes_cannot_share_are_refused_before_anything_is_made(ti
 
 def test_fewer_steps_than_were_done_are_refused_and_the_run_left_as_it_was(short_run, tiny_data_folder):
     before = contents(short_run)
-    with pytest.raises(ConfigError, match=r"steps: 3 is less than the 4 that the run in .* has done already"):
+    with pytest.raises(ConfigError, match=r"steps: 3 is less than the 4 steps that the run in .* has already done"):
         train(tiny_config(short_run, tiny_data_folder, steps=3))
     assert contents(short_run) == before
 
@@ -140,7 +140,7 @@ def test_settings_of_another_version_keep_no_model_from_being_loaded(tmp_path, t
     assert load_model(tmp_path / "run")[0].config.embed_dim == MODEL["embed_dim"]
     saved["config"]["model"]["gone_since"] = 0.9
     metadata.write_text(json.dumps(saved))
-    with pytest.raises(CheckpointError, match="by another version of maxlm, whose gone_since this one does not"):
+    with pytest.raises(CheckpointError, match="by another version of maxlm, whose gone_since this version does not"):
         load_model(tmp_path / "run")
 
 
@@ -278,7 +278,7 @@ def test_an_adapter_for_no_weight_is_told(short_run, tmp_path, tiny_data_folder)
 
 def test_a_start_of_another_shape_is_told(short_run, tmp_path, tiny_data_folder):
     config = tiny_config(tmp_path / "run", tiny_data_folder, init_from=str(short_run), model={**MODEL, "num_layers": 4})
-    with pytest.raises(CheckpointError, match=r"is a model with num_layers 2, and model\.num_layers asks for 4"):
+    with pytest.raises(CheckpointError, match=r"is a model with num_layers 2, but model\.num_layers is 4"):
         train(config)
 
 
