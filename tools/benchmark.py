@@ -1,9 +1,9 @@
-"""Medians and ratios of what limits training and decoding on this machine.
+"""Benchmark what limits training and decoding on this machine: medians and ratios.
 
     python tools/benchmark.py [product attention step decode] [--repeats 7]
 
-Every variant is run in turn, round by round, so that a busy moment hits all alike; a ratio is to the first variant.
-Results in docs/benchmarks.md come from here.
+Variants are run round-robin, so that load on the machine affects all equally; ratios are to the first variant.
+The results in docs/benchmarks.md are from this tool.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def attention_gradient() -> tuple[str, Variants]:
 
 
 def step() -> tuple[str, Variants]:
-    """A training step of the quickstart's model, update included."""
+    """A training step of the quickstart model, including the update."""
     config = load_config("configs/quickstart/pretrain.yaml")
     shape = (config.batch_size, config.row_length)
     tokens = jax.random.randint(jax.random.key(0), shape, 0, VOCAB_SIZE)
@@ -96,14 +96,14 @@ def step() -> tuple[str, Variants]:
     return f"training step, {shape[0]} x {shape[1]} tokens", {
         "quickstart": variant(config.optim.kind),
         "float32 products": variant(config.optim.kind, matmul_dtype="float32"),
-        "no rematerialisation": variant(config.optim.kind, remat="none"),
+        "no rematerialization": variant(config.optim.kind, remat="none"),
         "reference attention": variant(config.optim.kind, attention="reference"),
         "AdamW": variant("adamw"),
     }
 
 
 def decode() -> tuple[str, Variants]:
-    """One decode step of the quickstart's model with 8 rows at half of the context."""
+    """One decode step of the quickstart model with 8 rows at half of the context."""
     model_config = load_config("configs/quickstart/pretrain.yaml").model.model_copy(update={"vocab_size": VOCAB_SIZE})
     model = initialize(Decoder(model_config), jax.random.key(0))
     cache = KVCache.create(model_config, 8, model_config.max_length)
@@ -140,7 +140,7 @@ def main() -> None:
 
 
 def measure(variants: Variants, repeats: int) -> dict[str, tuple[float, float]]:
-    """Median wall and CPU seconds of each variant, compilation aside."""
+    """Median wall and CPU seconds of each variant, without compilation."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     for function in variants.values():
         jax.block_until_ready(function())

@@ -1,12 +1,12 @@
-"""What training, decoding, export and evaluation compute, recorded before a refactoring and compared after it.
+"""Regression traces of training, decoding, export and evaluation: record before a refactoring, compare after it.
 
     python tools/traces.py record FILE [--only TEXT]
     python tools/traces.py compare FILE [--only TEXT] [--rtol X]
 
-Everything goes through the commands and `maxlm.load`, so that the inside may change. Small models are trained for 30
-steps with every objective, optimizer and kind of mesh, on texts that every Python carries; then they write greedily,
-are scored, exported and evaluated. `compare` expects the same bits, or with --rtol numbers that are as near, and exits
-with 1 where something differs.
+Everything uses the commands and `maxlm.load`, so that internals may change. Small models are trained for 30
+steps with every objective, optimizer and kind of mesh, on texts from the Python installation; then they generate,
+score, and are exported and evaluated. `compare` expects identical bits, or with --rtol numbers that close, and exits
+with 1 if something differs.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import Any
 from maxlm.runtime.platform import prepare_platform, use_virtual_devices
 
 STEPS = 30
-# Keys of what depends on the machine and the hour, or holds a path.
+# Keys of values that depend on the machine or the time, or contain a path.
 NOT_COMPARED = {
     *("time", "seconds", "data_wait", "tokens_per_second", "mfu", "goodput", "created", "attempts", "versions"),
     *("path", "folder", "absolute", "hash", "model", "output", "inputs", "start", "config"),
@@ -49,7 +49,7 @@ FOUR_LAYERS = MODEL | {"num_layers": 4}
 BASE = "optimizer adamw"
 LENGTH = ("--max-new-tokens", "24", "--seed", "3")
 
-# Runs by name: what differs from `configuration`.
+# Runs by name: their changes to `configuration`.
 PRETRAINING: dict[str, dict[str, Any]] = {
     **{f"optimizer {kind}": {"optim.kind": kind} for kind in ("adamw", "adam8bit", "adafactor", "lion", "sgd", "soap")},
     "optimizer muon": {"optim.kind": "muon", "optim.muon_learning_rate": 0.02},
@@ -108,8 +108,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["record", "compare"])
     parser.add_argument("file", type=Path)
-    parser.add_argument("--only", default="", help="traces whose name holds this text")
-    parser.add_argument("--rtol", type=float, default=0.0, help="relative difference that is allowed")
+    parser.add_argument("--only", default="", help="traces whose name contains this text")
+    parser.add_argument("--rtol", type=float, default=0.0, help="allowed relative difference")
     given = parser.parse_args(arguments)
     prepare_platform()
     use_virtual_devices(8)
@@ -123,12 +123,12 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for name, trace in traces(given.only):
             found[name] = trace
-            told = ""
+            verdict = ""
             if recorded is not None:
                 problems = list(differences(recorded.get(name), trace, rtol=given.rtol))
                 differ += [name] if problems else []
-                told = "same" if not problems else f"DIFFERS in {len(problems)} places: {'; '.join(problems[:3])}"
-            print(f"{name}: {told or 'recorded'}", flush=True)
+                verdict = "same" if not problems else f"DIFFERS in {len(problems)} places: {'; '.join(problems[:3])}"
+            print(f"{name}: {verdict or 'recorded'}", flush=True)
     if recorded is None:
         file.write_text(json.dumps(found, indent=1))
     else:
@@ -139,7 +139,7 @@ def main(arguments: list[str]) -> int:
 
 
 def environment() -> dict[str, str]:
-    """What bits depend on beside the code."""
+    """What the bits depend on besides the code."""
     import jax
 
     return {
@@ -151,7 +151,7 @@ def environment() -> dict[str, str]:
 
 
 def traces(only: str) -> Iterator[tuple[str, Any]]:
-    """(name, what was computed) of all that is tried, in the working folder."""
+    """Yield (name, result) of every trace, run in the working folder."""
     make_data()
     every: dict[str, Callable[[], Any]] = {
         **{f"run: {name}": partial(trained, name) for name in RUNS},
@@ -174,7 +174,7 @@ def traces(only: str) -> Iterator[tuple[str, Any]]:
 
 @cache
 def trained(name: str) -> dict[str, Any]:
-    """Every step's record of a run, and its final numbers; its folder has its name."""
+    """The record of every step of a run, and its final metrics; its folder has its name."""
     import yaml
 
     tree = configuration(RUNS[name]) | {"output": name}
@@ -220,7 +220,7 @@ def make_data() -> None:
 
 
 def configuration(changes: dict[str, Any]) -> dict[str, Any]:
-    """A pretraining run with some keys changed, by path; None takes a key out."""
+    """A pretraining run with some keys changed, by path; None removes a key."""
     tree = {
         "kind": "train",
         "model": dict(MODEL),
@@ -260,7 +260,7 @@ def logits(name: str) -> dict[str, Any]:
 
 
 def json_of(command: str, name: str, *arguments: str) -> Any:
-    """What a command prints of the model of a run."""
+    """The JSON output of a command on the model of a run."""
     trained(name)
     return comparable(json.loads(run(command, name, *arguments, "--json")))
 
@@ -271,30 +271,30 @@ def greedy_int8() -> Any:
 
 
 def run(*command: str) -> str:
-    """What a command prints."""
+    """The output of a command."""
     from maxlm.cli import main
 
-    printed, told = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(told):
+    printed, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
         code = main(list(command))
     if code:
-        raise SystemExit(f"maxlm {' '.join(command)}: exit code {code}: {told.getvalue()[-500:]}")
+        raise SystemExit(f"maxlm {' '.join(command)}: exit code {code}: {errors.getvalue()[-500:]}")
     return printed.getvalue()
 
 
 def comparable(value: Any) -> Any:
-    """Without what depends on the machine."""
+    """The value without what depends on the machine."""
     if isinstance(value, dict):
         return {k: comparable(v) for k, v in value.items() if k not in NOT_COMPARED}
     return [comparable(item) for item in value] if isinstance(value, list) else value
 
 
 def differences(old: Any, new: Any, *, rtol: float, where: str = "") -> Iterator[str]:
-    """Places where two traces differ. Hashes say nothing where a difference is allowed."""
+    """Places where two traces differ. Hashes are ignored if a difference is allowed."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in old.keys() | new.keys():
             if key not in old or key not in new:
-                yield f"{where}/{key} is in one alone"
+                yield f"{where}/{key} is only in one of them"
             elif not (rtol and key == "sha256"):
                 yield from differences(old[key], new[key], rtol=rtol, where=f"{where}/{key}")
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):

@@ -2,7 +2,7 @@
 
     python tools/verify_all.py [CONFIG ...]
 
-Without arguments: all files of kind train under configs/. The summary stands between two marks of the page; what stands
+Without arguments: all files of kind train under configs/. The summary is between two marks in the page; the text
 before them is written by hand. Exits with 1 if any recipe differs.
 """
 

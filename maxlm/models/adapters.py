@@ -1,4 +1,4 @@
-"""Low-rank adapters: a pytree of their own beside the frozen model."""
+"""Low-rank adapters (LoRA): a separate pytree next to the frozen model."""
 
 import math
 from typing import Any
@@ -14,20 +14,20 @@ from maxlm.ops.linear import AdaptedWeight
 
 
 def declare_adapters(plan: Any, config: LoraConfig) -> dict[str, dict[str, Parameter]]:
-    """Declarations of the adapters of a model's plan, by path of the adapted weight.
+    """Declare adapters for the parameters of a model, by path of the adapted weight.
 
-    `down` starts random and `up` at zero, so that the adapted model starts as the base (arXiv:2106.09685). Weights that
-    the plan names in `trained_whole` are declared as they are.
+    `down` is initialized at random and `up` to zero: the adapted model starts as the base (arXiv:2106.09685). Weights
+    in the plan's `trained_whole` are declared unchanged.
 
     Raises:
-      ConfigError: a target names no weight of the model.
+      ConfigError: a target does not name a weight of the model.
     """
     weights = {
         path: leaf for path, leaf in flatten(plan).items() if path.startswith("layers/") and len(leaf.shape) == 3
     }
     names = {path.rsplit("/", 1)[-1] for path in weights}
     if unknown := [target for target in config.targets if target not in names]:
-        raise ConfigError([f"lora.targets: {unknown[0]!r} names no weight; allowed: {', '.join(sorted(names))}"])
+        raise ConfigError([f"lora.targets: {unknown[0]!r} is not a weight; allowed: {', '.join(sorted(names))}"])
     adapters = {}
     for path, leaf in weights.items():
         if path.rsplit("/", 1)[-1] not in config.targets:
@@ -56,9 +56,9 @@ def apply_adapters(model: Any, adapters: dict[str, dict[str, jax.Array]], config
 
 
 def merge_adapters(model: Any, adapters: dict[str, dict[str, jax.Array]], config: LoraConfig) -> Any:
-    """The model whose weights hold the adapters' update: W + alpha / rank * down @ up.
+    """The model with the adapters merged into its weights: W + alpha / rank * down @ up.
 
-    Computed in float32, and rounded once to the dtype of W.
+    Computed in float32, then rounded once to the dtype of W.
     """
     flat = flatten(model)
     for path, adapter in adapters.items():

@@ -15,8 +15,8 @@ from maxlm.config.model import ModelConfig
 class KVCache:
     """keys and values, each [layers, batch, num_kv_heads, max_length, head_dim].
 
-    The slot of a token is its position. What lies beyond a sequence's newest position is never seen, so a row can be
-    given to another sequence without clearing it.
+    The slot of a token is its position. Slots beyond a sequence's newest position are never attended to, so a row can
+    be reused for another sequence without clearing it.
     """
 
     keys: jax.Array
@@ -32,7 +32,7 @@ class KVCache:
         return self.keys.shape[3]
 
     def write(self, layer: jax.Array, keys_BLHD: jax.Array, values_BLHD: jax.Array, positions_BL: jax.Array) -> Self:
-        """The cache with a layer's keys and values at these positions; position -1 writes nothing."""
+        """The cache with a layer's keys and values written at these positions; position -1 writes nothing."""
         rows = jnp.arange(positions_BL.shape[0])[:, None]
         slots = jnp.where(positions_BL >= 0, positions_BL, self.max_length)
 

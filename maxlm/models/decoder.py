@@ -1,7 +1,7 @@
 """The decoder: embedding, stacked layers under a scan, final norm, output head.
 
-A `Decoder` is a pytree. Freshly constructed it holds declarations (`maxlm.core.parameters.Parameter`); `initialize`
-gives the same tree with arrays. Its methods are pure functions of the arrays.
+A `Decoder` is a pytree. When constructed it holds declarations (`maxlm.core.parameters.Parameter`); `initialize`
+returns the same tree with arrays. Its methods are pure functions of the arrays.
 
 Dimensions: B batch, L length, D embed, V vocab.
 """
@@ -33,7 +33,7 @@ from maxlm.ops.rope import rope_angles
 @partial(jax.tree_util.register_dataclass, data_fields=["hidden_BLD", "auxiliary"], meta_fields=[])
 @dataclass(frozen=True)
 class DecoderOutput:
-    """hidden_BLD: final hidden states; auxiliary: what the layers add to the loss, and what they report."""
+    """hidden_BLD: final hidden states; auxiliary: auxiliary losses and metrics of the layers."""
 
     hidden_BLD: jax.Array
     auxiliary: LossOutput
@@ -42,7 +42,7 @@ class DecoderOutput:
 class Decoder(nnx.Module):
     """A Llama-style causal language model."""
 
-    # Paths of weights that are trained whole beside adapters, because they start with no training at all.
+    # Paths of weights that are fully trained along with adapters, because they are newly initialized.
     trained_whole: tuple[str, ...] = ()
 
     def __init__(self, config: ModelConfig):
@@ -57,7 +57,7 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens_BL: jax.Array, *, positions_BL: jax.Array | None = None, segment_ids_BL: jax.Array | None = None
     ) -> DecoderOutput:
-        """Final hidden states [batch, length, embed]; `logits` or `log_probabilities` take it from there."""
+        """Final hidden states [batch, length, embed], the input of `logits` and `log_probabilities`."""
         config = self.config
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
@@ -85,7 +85,7 @@ class Decoder(nnx.Module):
         return self.apply_layers(jax.tree.map(gather_layers, self.layers), x_BLD, context)
 
     def apply_layers(self, layers: Any, x_BLD: jax.Array, context: TokenContext) -> tuple[jax.Array, LossOutput]:
-        """Some of the stacked layers: whole turns of the window pattern."""
+        """Apply some of the stacked layers: whole periods of the window pattern."""
         config = self.config
 
         def group(x_BLD, layers):
@@ -101,7 +101,7 @@ class Decoder(nnx.Module):
         return x_BLD, jax.tree.map(lambda parts: jnp.sum(parts, axis=0), auxiliary)
 
     def decode(self, tokens_BL: jax.Array, cache: KVCache, positions_BL: jax.Array) -> tuple[jax.Array, KVCache]:
-        """Hidden states of new tokens, which see the cache and one another.
+        """Hidden states of new tokens, which attend to the cache and one another.
 
         A token at position -1 is padding: it is not written to the cache.
         """
@@ -130,9 +130,9 @@ class Decoder(nnx.Module):
     def log_probabilities(
         self, hidden_BLD: jax.Array, targets_BL: jax.Array, *, temperature: float = 1.0
     ) -> tuple[jax.Array, jax.Array]:
-        """log p(target) and log of the normaliser of softmax(logits / temperature), float32 [batch, length].
+        """log p(target) and log of the normalizer of softmax(logits / temperature), float32 [batch, length].
 
-        The logits are never held whole.
+        The full logits are never materialized.
         """
 
         def project(head: Any, hidden: jax.Array) -> jax.Array:
@@ -147,13 +147,13 @@ class Decoder(nnx.Module):
         return self.embedding if self.config.tie_embeddings else self.head
 
     def _group(self, layers):
-        """Layers as [groups, layers of a group, ...], a group being one turn of the window pattern."""
+        """Layers as [groups, layers per group, ...], a group being one period of the window pattern."""
         size = len(self.config.window_pattern)
         return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] // size, size, *leaf.shape[1:]), layers)
 
 
 def with_config(model: Decoder, config: ModelConfig) -> Decoder:
-    """The same weights, computed as another configuration of the same shapes says."""
+    """The same weights with another configuration of the same shapes."""
     weights = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, QTensor))
     return jax.tree.unflatten(jax.tree.structure(type(model)(config)), weights)
 
@@ -164,7 +164,7 @@ def _table(config: ModelConfig) -> Parameter:
 
 
 def _logits(config: ModelConfig, head: Any, hidden: jax.Array) -> jax.Array:
-    # A step changes the table by as much at each width, and a logit is a sum over the width (arXiv:2203.03466).
+    # A step changes the table by the same amount at each width, and a logit sums over the width (arXiv:2203.03466).
     logits = unembed(hidden.astype(jnp.float32) / config.width, head, config.matmul_dtype)
     if config.logit_soft_cap is not None:
         logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)

@@ -24,7 +24,7 @@ from maxlm.ops.norm import rms_norm
 from maxlm.ops.ring import RowOrder
 from maxlm.ops.rope import apply_rope
 
-# Where attention and MLP take the stream of tokens.
+# Layout of the residual stream as input of attention and MLP.
 TOKEN_AXES = ("batch", "length", None)
 
 
@@ -35,10 +35,10 @@ TOKEN_AXES = ("batch", "length", None)
 )
 @dataclass(frozen=True)
 class TokenContext:
-    """What all layers know of the tokens; the first axis of each array is the batch.
+    """Token metadata for all layers; the first axis of each array is the batch.
 
-    angles: of the rotary positions; segment_ids_BL: 0 is padding; residual_axes: where the stream lies between layers;
-    row_order: how rows that are cut along `context` lie.
+    angles: of the rotary positions; segment_ids_BL: 0 is padding; residual_axes: sharding of the stream between layers;
+    row_order: order of tokens in rows that are sharded along `context`.
     """
 
     angles: jax.Array
@@ -80,7 +80,7 @@ class Attention(nnx.Module):
         return self._merge(mixed_BLHE, context.residual_axes)
 
     def decode(self, x_BLD, angles, positions_BL, cache: KVCache, layer, window: int | None):
-        """Attend to the cache, into which the keys and values of x are written first."""
+        """Write the keys and values of x to the cache, then attend to it."""
         query_BLHE, key_BLKE, value_BLKE = self._project(x_BLD, angles)
         cache = cache.write(layer, key_BLKE, value_BLKE, positions_BL)
         mixed_BLHE = cached_attention(
@@ -128,8 +128,8 @@ class Mlp(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm residual block.
 
-    Between the blocks tokens are cut along the tensor axis too, so that norms and sums are done once and not on every
-    device of it (arXiv:2205.05198): a block gathers them, and the sum over its last product spreads them again.
+    Between the blocks tokens are also sharded along the tensor axis (sequence parallelism), so norms and sums are not
+    repeated on its devices (arXiv:2205.05198): a block all-gathers them, and reduce-scatters its last product.
     """
 
     def __init__(self, config: ModelConfig, mlp: nnx.Module):
@@ -141,7 +141,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = mlp
 
     def __call__(self, x_BLD, context: TokenContext, window: int | None):
-        """The stream after this layer, and what the layer adds to the loss."""
+        """The stream after this layer, and the layer's auxiliary losses."""
         epsilon = self.config.norm_epsilon
         normed_BLD = shard(rms_norm(x_BLD, self.attention_norm, epsilon), *TOKEN_AXES)
         x_BLD = x_BLD + self.attention(normed_BLD, context, window)
@@ -168,12 +168,12 @@ def _split_heads(x_BLX, num_heads: int, axis: str):
 
 
 def _reshape(x, shape: tuple[int, ...], axes: tuple[str | None, ...]):
-    """Named axes say how the result lies: a head axis of size 1 would otherwise lose its mesh axis."""
+    """Reshape with a named sharding: otherwise a head axis of size 1 would lose its mesh axis."""
     return jax.lax.reshape(x, shape, out_sharding=logical_to_spec(axes)) if is_explicit() else x.reshape(shape)
 
 
 def _sharded_attention(config: ModelConfig, query_BLHE, key_BLKE, value_BLKE, context: TokenContext, window):
-    """Attention on each device's own rows and heads, and, where rows are cut, with the devices that share them."""
+    """Attention on each device's own rows and heads, and across the devices that share a row, if sharded."""
     settings = {
         "window": window,
         "soft_cap": config.attention_soft_cap,

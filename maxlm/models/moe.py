@@ -1,6 +1,6 @@
-"""The layer of experts that takes the place of a decoder layer's MLP.
+"""The mixture-of-experts layer that replaces a decoder layer's MLP.
 
-Dimensions: B batch, L length, D embed, F channels of an expert, E experts, K experts of a token.
+Dimensions: B batch, L length, D embed, F channels of an expert, E experts, K experts per token.
 """
 
 import math
@@ -19,7 +19,7 @@ from maxlm.ops.moe_balance import bias_pull, choices, document_balance
 
 
 class MixtureOfExperts(nnx.Module):
-    """A router, experts, and shared experts that every token passes."""
+    """A router, routed experts, and shared experts that process every token."""
 
     def __init__(self, config: ModelConfig):
         self.config = config
@@ -28,7 +28,7 @@ class MixtureOfExperts(nnx.Module):
         narrow = Normal(1 / math.sqrt(2 * config.num_layers * mlp))
         widen = Normal(1 / math.sqrt(embed))
         widening, narrowing = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
-        # In float32 whatever the others are: where two scores are near, rounding chooses another expert.
+        # Always float32: rounding two close scores could select another expert.
         self.router = _parameter((embed, moe.num_experts), ("embed", None), widen)
         self.gate = _parameter((moe.num_experts, embed, mlp), widening, widen, dtype)
         self.up = _parameter((moe.num_experts, embed, mlp), widening, widen, dtype)
@@ -41,7 +41,7 @@ class MixtureOfExperts(nnx.Module):
     def __call__(
         self, x_BLD: jax.Array, segment_ids_BL: jax.Array, output_axes: tuple[str | None, ...]
     ) -> tuple[jax.Array, LossOutput]:
-        """What the experts make of each token, and what their balance adds to the loss. Padding goes to no expert."""
+        """The output of the experts for each token, and the balance loss. Padding is not routed."""
         moe = self.config.moe
         real_BL = segment_ids_BL != 0
         logits_BLE, scores_BLE, routing = self._route(x_BLD)
@@ -60,19 +60,19 @@ class MixtureOfExperts(nnx.Module):
             squares_BL = jnp.square(jax.nn.logsumexp(logits_BLE, axis=-1))
             terms["router_z_loss"] = Term(moe.router_z_loss * jnp.sum(jnp.where(real_BL, squares_BL, 0.0)), tokens)
         metrics = {
-            # Tokens of the busiest expert, as a multiple of an equal share.
+            # Load of the busiest expert, as a multiple of an equal share.
             "max_expert_load": Term(moe.num_experts * jax.lax.stop_gradient(jnp.max(load_E)), tokens),
         }
         return y_BLD, LossOutput(terms, metrics)
 
     def decode(self, x_BLD: jax.Array, positions_BL: jax.Array) -> jax.Array:
-        """As in training."""
+        """The output of the experts for new tokens, as in training."""
         _, _, routing = self._route(x_BLD)
         return self._mix(x_BLD, routing, positions_BL >= 0, None)
 
     def _route(self, x_BLD) -> tuple[jax.Array, jax.Array, Routing]:
         moe = self.config.moe
-        # A TPU does not make whole float32 products by itself.
+        # TPUs do not compute full float32 products by default.
         with jax.default_matmul_precision("float32"):
             logits_BLE = linear(x_BLD.astype(jnp.float32), self.router, "float32")
         scores_BLE = router_scores(logits_BLE, moe.scoring)

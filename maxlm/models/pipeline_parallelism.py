@@ -1,10 +1,10 @@
 """Pipeline stages over the stacked layers.
 
-The mesh axis `stage` cuts the layers. A batch is cut into microbatches, and at each tick every stage applies a chunk of
-layers to another microbatch and sends the result to the next stage (GPipe, arXiv:1811.06965). With `repeats` R a stage
-holds R chunks that are not neighbours, and a microbatch goes around the ring R times (arXiv:2104.04473).
+The mesh axis `stage` shards the layers. A batch is split into microbatches; in each tick every stage applies a chunk of
+layers to a different microbatch and sends the result to the next stage (GPipe, arXiv:1811.06965). With `repeats` R a
+stage holds R non-adjacent chunks, and a microbatch passes around the ring R times (arXiv:2104.04473).
 
-A `shard_map` takes the axis `stage` alone: within it all other axes stay explicit, so layers run as they are.
+A `shard_map` is over the axis `stage` only: all other axes stay explicit within it, so layers run unchanged.
 
 Dimensions: B rows, L length, D embed; S stages, M microbatches, R repeats; Q = M / S slots; C = layers / (S R).
 """
@@ -26,15 +26,15 @@ from maxlm.core.term import LossOutput, add
 
 STAGE = "stage"
 
-# The mesh axes that cut the rows of a microbatch.
+# The mesh axes that shard the rows of a microbatch.
 MICROBATCH_AXES = tuple(axis for axis in LOGICAL_AXES["batch"] if axis != STAGE)
 
-# (layers of a chunk, x [rows, L, D], context) -> (x, what the layers add to the loss)
+# (layers of a chunk, x [rows, L, D], context) -> (x, auxiliary losses of the layers)
 ApplyLayers = Callable[[Any, jax.Array, Any], tuple[jax.Array, LossOutput]]
 
 
 class Unit(NamedTuple):
-    """A stage's work of one tick: chunk `turn` on a microbatch. Where it is idle, `is_real` is False and the others are
+    """A stage's work in one tick: chunk `turn` on a microbatch. If it is idle, `is_real` is False and the others are
     in range."""
 
     is_real: Any
@@ -44,9 +44,9 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which microbatch is where at which tick.
+    """The pipeline schedule: which microbatch is on which stage in which tick.
 
-    Microbatches enter in rounds of S, and each round goes around R times before the next one enters. So the unit that
+    Microbatches enter in rounds of S, and each round passes around R times before the next one enters. So the unit that
     enters at tick u is microbatch (u // SR) * S + u % S on its turn (u // S) % R, and stage s works on it at u + s.
     """
 
@@ -56,18 +56,18 @@ class Schedule:
 
     @property
     def num_ticks(self) -> int:
-        """Ticks of a forward pass, each of one chunk of layers; a backward pass takes as many."""
+        """Ticks of a forward pass, each of one chunk of layers; a backward pass takes the same number."""
         return self.microbatches * self.repeats + self.stages - 1
 
     @property
     def lead(self) -> int:
-        """Ticks from a microbatch's entry to its leaving the last stage: with one forward, one backward, that is when
-        the first backward pass begins."""
+        """Ticks from a microbatch's entry until it leaves the last stage: in a 1F1B schedule, that is when
+        the first backward pass starts."""
         return self.stages * self.repeats - 1
 
     @property
     def in_flight(self) -> int:
-        """Microbatches between a chunk's forward and backward pass on one stage, with one forward, one backward."""
+        """Microbatches between a chunk's forward and backward pass on one stage, in a 1F1B schedule."""
         return min(self.microbatches, 2 * self.stages - (self.repeats == 1))
 
     def unit(self, number: Any) -> Unit:
@@ -78,7 +78,7 @@ class Schedule:
         return Unit(is_real, around * self.stages + place, number // self.stages % self.repeats)
 
     def enters(self, tick: Any) -> Any:
-        """Whether the first stage takes up a new microbatch at this tick, rather than one on a further turn."""
+        """Whether the first stage takes a new microbatch in this tick, rather than one on a later turn."""
         return tick // self.stages % self.repeats == 0
 
 
@@ -89,7 +89,7 @@ def num_stages() -> int:
 
 
 def fitting_schedule(config: PipelineConfig, rows: int) -> Schedule | None:
-    """The schedule of a batch of so many rows; None where the mesh has no stages, or the rows cannot be cut so."""
+    """The schedule for a batch with this number of rows; None without stages, or if the rows are not divisible."""
     if (stages := num_stages()) == 1:
         return None
     sizes = current_mesh().shape
@@ -100,10 +100,10 @@ def fitting_schedule(config: PipelineConfig, rows: int) -> Schedule | None:
 
 
 def gpipe(apply: ApplyLayers, layers: Any, x_BLD: jax.Array, context: Any, schedule: Schedule):
-    """All layers applied to all rows: (x_BLD, what the layers add to the loss).
+    """Apply all layers to all rows: (x_BLD, auxiliary losses of the layers).
 
-    Rows lie cut over the stages before and after. Stage s keeps microbatches s, s + S, ... in slots; a slot turns past
-    the first stage, which at each tick takes one microbatch out of it and puts a finished one in its place.
+    Rows are sharded over the stages before and after. Stage s keeps microbatches s, s + S, ... in slots, which rotate
+    past the first stage, which in each tick takes one microbatch out of a slot and puts a finished one in.
     """
     slots = schedule.microbatches // schedule.stages
 
@@ -114,13 +114,13 @@ def gpipe(apply: ApplyLayers, layers: Any, x_BLD: jax.Array, context: Any, sched
         def work(unit: Unit, state):
             x_BLD, auxiliary = state
             chunk = jax.tree.map(lambda leaf: pick(leaf, unit.turn), layers)
-            # What stands in idle stages is of no use to anyone, and finite.
+            # Values in idle stages are unused, and finite.
             x_BLD = jnp.where(unit.is_real, x_BLD, 0)
             x_BLD, added = apply(chunk, x_BLD, jax.tree.map(lambda leaf: pick(leaf, unit.microbatch), contexts_M))
             return x_BLD, add(auxiliary, added)
 
         if schedule.repeats > 1:
-            # A chunk picked out of several would be stored for the backward pass, once for each tick.
+            # A chunk selected from several would be stored for the backward pass, once per tick.
             work = jax.checkpoint(work)
 
         def exchange(state, stream, tick):
@@ -140,7 +140,7 @@ def gpipe(apply: ApplyLayers, layers: Any, x_BLD: jax.Array, context: Any, sched
         first = jax.tree.map(lambda leaf: leaf[0], (layers, stream_QBLD, contexts_M))
         _, added = jax.eval_shape(apply, *first)
         state = (jnp.zeros_like(first[1]), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), added))
-        # One slot more: what finishes in a round takes the place of what enters in the next.
+        # One extra slot: what finishes in a round replaces what enters in the next.
         stream = (
             jnp.concatenate([stream_QBLD, jnp.zeros_like(stream_QBLD[:1])]),
             jax.tree.map(lambda leaf: jnp.zeros((slots + 1, *leaf.shape), leaf.dtype), state[1]),
@@ -158,14 +158,14 @@ def gpipe(apply: ApplyLayers, layers: Any, x_BLD: jax.Array, context: Any, sched
 
 
 def over_stages(function: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
-    """`function` on each stage, the other mesh axes left explicit."""
+    """Run `function` on each stage, with the other mesh axes explicit."""
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={STAGE}, check_vma=False)
 
 
 def to_chunks(stacked: jax.Array, schedule: Schedule) -> jax.Array:
-    """Stacked weights [layers, ...], cut over the stages, as [R, S, C, ...], cut along S.
+    """Stacked weights [layers, ...], sharded over the stages, as [R, S, C, ...], sharded along S.
 
-    With repeats a stage's chunks are not those that lie on it, and move here: weights keep one layout everywhere else.
+    With repeats, a stage's chunks are not stored on it and move here: weights have the same layout everywhere else.
     """
     repeats, stages = schedule.repeats, schedule.stages
     shape = (repeats, stages, stacked.shape[0] // (repeats * stages), *stacked.shape[1:])
@@ -179,7 +179,7 @@ def from_chunks(chunks: jax.Array) -> jax.Array:
 
 
 def to_slots(x: jax.Array, schedule: Schedule) -> jax.Array:
-    """[B, ...], the rows cut over the stages too, as [S, Q, B / M, ...]: no row moves to another device."""
+    """[B, ...], rows also sharded over the stages, as [S, Q, B / M, ...]: no row moves to another device."""
     sizes, rest = current_mesh().shape, spec_of(x)[1:]
     outer, inner = sizes["data"], sizes["fsdp"] * sizes["expert"]
     slots = schedule.microbatches // schedule.stages
@@ -202,7 +202,7 @@ def from_slots(stream: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def to_microbatches(x: jax.Array, schedule: Schedule) -> jax.Array:
-    """[B, ...] as [M, B / M, ...], all of them on every stage."""
+    """[B, ...] as [M, B / M, ...], replicated over the stages."""
     stream = to_slots(x, schedule)
     rest = spec_of(stream)[2:]
     stream = jnp.swapaxes(jax.reshard(stream, P(None, None, *rest)), 0, 1)
@@ -210,13 +210,13 @@ def to_microbatches(x: jax.Array, schedule: Schedule) -> jax.Array:
 
 
 def cuts_rows(rows: int, parts: int) -> bool:
-    """Whether the rows of a microbatch can be cut into so many parts, each with rows on every device."""
+    """Whether the rows of a microbatch can be split into `parts` parts, each with rows on every device."""
     sizes = current_mesh().shape
     return rows % (parts * math.prod(sizes[axis] for axis in MICROBATCH_AXES)) == 0
 
 
 def split_rows(x: jax.Array, parts: int) -> jax.Array:
-    """[rows, ...] as [parts, rows / parts, ...], each part with rows of every device."""
+    """[rows, ...] as [parts, rows / parts, ...], each part with rows from every device."""
     spec = spec_of(x)
     shape = (x.shape[0] // parts, parts, *x.shape[1:])
     return jnp.swapaxes(jax.lax.reshape(x, shape, out_sharding=P(spec[0], None, *spec[1:])), 0, 1)
@@ -232,12 +232,12 @@ def pick(stacked: jax.Array, index: Any) -> jax.Array:
 
 
 def select(condition: Any, left: Any, right: Any) -> Any:
-    """The leaves of one tree or the other."""
+    """The leaves of `left` where the condition holds, else of `right`."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), left, right)
 
 
 def send(tree: Any, step: int) -> Any:
-    """To the stage that is `step` further around the ring."""
+    """Send a tree to the stage `step` further around the ring."""
     stages = current_mesh().shape[STAGE]
     ring = [(stage, (stage + step) % stages) for stage in range(stages)]
     return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, STAGE, ring), tree)
@@ -251,7 +251,7 @@ _replacement: ContextVar[Replacement | None] = ContextVar("replacement", default
 
 @contextmanager
 def layers_replaced(replacement: Replacement) -> Iterator[None]:
-    """While a function is traced here, decoders call `replacement` in the place of their layers."""
+    """In this context, traced decoders call `replacement` instead of their layers."""
     token = _replacement.set(replacement)
     try:
         yield

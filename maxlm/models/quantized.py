@@ -1,4 +1,4 @@
-"""A decoder whose matrices are quantised to int8."""
+"""A decoder with matrices quantized to int8."""
 
 from typing import Literal
 
@@ -10,20 +10,20 @@ from maxlm.errors import CheckFailed
 from maxlm.models.decoder import Decoder
 from maxlm.ops.qtensor import quantize
 
-# How the tables of the vocabulary (embedding, head) are kept.
+# Storage format of the vocabulary tables (embedding, head).
 Tables = Literal["int8", "float16"]
 
 
 def quantize_model(model: Decoder, tables: Tables = "int8") -> Decoder:
-    """The model with a QTensor in the place of each matrix; norms and routers of experts stay as they are.
+    """The model with each matrix replaced by a QTensor; norms and routers are unchanged.
 
     Raises:
-      CheckFailed: a matrix is left in floating point: its declaration is not one that quantisation knows.
+      CheckFailed: a matrix is left in floating point: quantization does not know its declaration.
     """
     flat = flatten(model)
     for path, parameter in flatten(Decoder(model.config)).items():
         if _is_table(parameter):
-            # [vocab, embed], looked up or multiplied with, is output-first as it stands.
+            # [vocab, embed] is output-first already, for lookup and product.
             flat[path] = quantize(flat[path]) if tables == "int8" else flat[path].astype(tables)
         elif _is_matrix(parameter):
             flat[path] = quantize(jnp.swapaxes(flat[path], -1, -2))
@@ -33,9 +33,9 @@ def quantize_model(model: Decoder, tables: Tables = "int8") -> Decoder:
 
 
 def check_quantized(model: Decoder) -> None:
-    """Raise CheckFailed, naming it, if a matrix of the model is still in floating point.
+    """Raise CheckFailed if a matrix of the model is still in floating point, and name it.
 
-    Goes by the arrays alone, not by the declarations that `quantize_model` goes by.
+    Checks only the arrays, not the declarations that `quantize_model` uses.
     """
     left = [
         path
@@ -46,7 +46,7 @@ def check_quantized(model: Decoder) -> None:
         and not (path in ("embedding", "head") and leaf.dtype == jnp.float16)
     ]
     if left:
-        raise CheckFailed(f"{len(left)} matrices were not quantised, {left[0]} first; quantisation must know them all")
+        raise CheckFailed(f"{len(left)} matrices were not quantized, {left[0]} first; quantization must know them all")
 
 
 def _is_table(parameter: Parameter) -> bool:
@@ -54,5 +54,5 @@ def _is_table(parameter: Parameter) -> bool:
 
 
 def _is_matrix(parameter: Parameter) -> bool:
-    # A router has an axis without a name: rounding it would choose other experts, and save next to nothing.
+    # A router has an axis without a name: rounding it would select other experts, and save almost nothing.
     return "norm" not in parameter.axes and None not in parameter.axes

@@ -1,4 +1,4 @@
-"""A decoder with a scalar head: what a reward model is."""
+"""Reward model: a decoder with a scalar head."""
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,9 @@ from maxlm.models.decoder import Decoder
 
 
 class RewardModel(Decoder):
-    """A decoder whose last hidden state of a sequence is read out as one number.
+    """A decoder whose final hidden state at the end of a sequence is projected to one number.
 
-    The head starts at zero, so that training starts from equal rewards.
+    The head is initialized at zero, so training starts from equal rewards.
     """
 
     trained_whole = ("value",)
@@ -32,14 +32,14 @@ class RewardModel(Decoder):
         return unflatten({**flatten(decoder), **head}, plan)
 
     def token_values(self, stream: Stream) -> tuple[jax.Array, LossOutput]:
-        """What the head reads at each token: float32 [B, L]. Beside it, what the layers add to the loss."""
+        """The output of the head at each token, float32 [B, L], and the auxiliary losses of the layers."""
         output = self(stream.tokens, positions_BL=stream.positions, segment_ids_BL=stream.segment_ids)
         return jnp.sum(output.hidden_BLD.astype(jnp.float32) * self.value, axis=-1), output.auxiliary
 
     def rewards(self, stream: Stream) -> tuple[jax.Array, LossOutput]:
-        """One number for each row of one sequence, read at its last token: float32 [B]; 0 for a row of padding.
+        """The reward of each row of one sequence, read at its last token: float32 [B]; 0 for a row of padding.
 
-        Beside it, what the layers add to the loss.
+        Also returns the auxiliary losses of the layers.
         """
         values_BL, auxiliary = self.token_values(stream)
         is_token_BL = stream.segment_ids > 0

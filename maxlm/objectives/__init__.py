@@ -1,4 +1,4 @@
-"""What models are trained for: each objective is one module here that defines `OBJECTIVE`.
+"""Training objectives: each is one module here that defines `OBJECTIVE`.
 
 docs/adding-an-objective.md walks through one.
 """

@@ -1,4 +1,4 @@
-"""Distillation: learning the probabilities that a teacher gives to every token.
+"""Distillation: the student learns the teacher's next-token distribution.
 
 Dimensions: B batch, L length, D embed of the student or the teacher, C tokens in a chunk, V vocabulary.
 """
@@ -29,11 +29,11 @@ from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContex
 
 
 class Distillation(Objective, PackedRowsConfig):
-    """Learning the probabilities that a teacher gives to every token, on packed rows.
+    """Learn the teacher's next-token distribution, on packed rows.
 
         alpha * T^2 * KL(teacher || student) + (1 - alpha) * cross-entropy
 
-    with both softmaxes at temperature T in the divergence; T^2 keeps the size of its gradient. Validation is that of
+    with both softmaxes at temperature T in the divergence; T^2 keeps the scale of its gradient. Validation is as in
     pretraining.
     """
 
@@ -43,7 +43,7 @@ class Distillation(Objective, PackedRowsConfig):
     kind: Literal["distill"] = "distill"
     teacher: str = Field(description="A run folder or checkpoint of a model with the same tokenizer.")
     temperature: PositiveFloat = Field(1.0, description="Divides the logits of both; above 1 small ones count more.")
-    alpha: Fraction = Field(0.5, description="Weight of the teacher's probabilities; the rest is cross-entropy's.")
+    alpha: Fraction = Field(0.5, description="Weight of the teacher's probabilities; cross-entropy has the rest.")
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -86,18 +86,18 @@ class Distillation(Objective, PackedRowsConfig):
         """The teacher's weights, sharded over the mesh like the student's.
 
         Raises:
-          CheckpointError: there is no such model, or it has another tokenizer.
+          CheckpointError: the model does not exist, or has a different tokenizer.
           ConfigError: it does not fit the mesh or the rows.
         """
         path = self.teacher
         checkpoint = find_checkpoint(path)
         metadata = read_metadata(checkpoint)
         check_fingerprint(metadata["fingerprint"], tokenizer.fingerprint, path)
-        # The student's step computes both: how the layers are spread over stages is its own to say.
+        # The student's step runs both models, so the student's pipeline settings apply to the teacher too.
         model = trained_as(metadata, where=checkpoint)[0].model_copy(update={"pipeline": config.model.pipeline})
         if model.vocab_size != tokenizer.vocab_size:
             raise CheckpointError(
-                f"objective.teacher: {path} has {model.vocab_size} tokens, and the tokenizer {tokenizer.vocab_size};"
+                f"objective.teacher: {path} has {model.vocab_size} tokens and the tokenizer has {tokenizer.vocab_size};"
                 " give a teacher with the student's tokenizer"
             )
         if config.row_length > model.max_length:
@@ -113,7 +113,7 @@ class Distillation(Objective, PackedRowsConfig):
 
 
 class _DistillationData(PackedRowsData):
-    """Packed rows, and a teacher that is tried on the first of them."""
+    """Packed rows, on the first of which the teacher is tested."""
 
     def prepare(self, frozen: dict[str, Any]) -> None:
         super().prepare(frozen)
@@ -121,7 +121,7 @@ class _DistillationData(PackedRowsData):
         rows = as_batch(self._mixture.batch(0, shard=mine.index, num_shards=mine.count))
         if not bool(_is_finite(frozen["teacher"], put_batch(rows, self._context.mesh)["text"])):
             raise CheckpointError(
-                f"objective.teacher: {self._context.config.objective.teacher} gives logits that are not finite for the"
+                f"objective.teacher: {self._context.config.objective.teacher} gives non-finite logits for the"
                 " first rows of the data; give another checkpoint"
             )
 
@@ -131,7 +131,7 @@ class _DistillationData(PackedRowsData):
 
 @jax.jit
 def _is_finite(teacher: Decoder, text: Stream) -> jax.Array:
-    """Whether the teacher gives each token of the text a finite probability."""
+    """Whether the teacher gives every token of the text a finite log-probability."""
     hidden_BLD = teacher(text.tokens, positions_BL=text.positions, segment_ids_BL=text.segment_ids).hidden_BLD
     log_probability_BL, _ = teacher.log_probabilities(hidden_BLD, text.targets)
     return jnp.all(jnp.isfinite(log_probability_BL) | (text.loss_weights == 0))
@@ -144,7 +144,7 @@ def token_divergence(
 
         sum_v p_v (log p_v - log q_v),   p = softmax(teacher's logits / T), q = softmax(student's logits / T)
 
-    Neither model's logits are ever held whole.
+    The full logits of neither model are ever materialized.
 
     Args:
       hidden_BLD, taught_BLD: final hidden states of both; their widths may differ.

@@ -1,4 +1,4 @@
-"""The data of objectives that read packed rows: a mixture of sources, and bits per byte of what they hold out."""
+"""Data of objectives on packed rows: a mixture of sources, and bits per byte on their held-out rows."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -20,8 +20,8 @@ from maxlm.train.objective import PreviewRow, RunContext
 class PackedRowsData:
     """A mixture of packed sources.
 
-    A validation reads the same rows each time, `eval_batches` batches of those held out, spread evenly over the sources
-    and over the rows of each.
+    Every validation reads the same rows: `eval_batches` batches of held-out rows, spread evenly over the sources
+    and within each.
     """
 
     def __init__(self, context: RunContext):
@@ -47,7 +47,7 @@ class PackedRowsData:
 
     @functools.cached_property
     def _held_out(self) -> HeldOutRows | None:
-        """The held-out rows that validations read; None where no source holds any out."""
+        """The held-out rows that validations read; None if no source has any."""
         config = self._context.config
         paths = [source.path for source in config.objective.sources]
         paths = [path for path in paths if read_manifest(path)["metrics"]["splits"]["valid"]["rows"]]
@@ -60,13 +60,13 @@ class PackedRowsData:
 
     @functools.cached_property
     def _valid_batches(self) -> list[Batch]:
-        """This process's rows of the validation."""
+        """This process's validation rows."""
         mine = self._context.rows
         return [self._valid_batch(step, shard=mine.index, num_shards=mine.count) for step in self._valid_steps]
 
     @functools.cached_property
     def _valid_bytes(self) -> np.ndarray:
-        """Bytes of text of each source in all processes' rows."""
+        """Bytes of text of each source, over the rows of all processes."""
         num_bytes = np.zeros(len(self._held_out.sources), np.int64)
         for step in self._valid_steps:
             batch = self._valid_batch(step)
@@ -103,5 +103,5 @@ def _open(config: TrainConfig, tokenizer: Tokenizer) -> PackedRows:
 
 
 def as_batch(rows: dict[str, np.ndarray]) -> Batch:
-    """The stream `text`, from the arrays that the loader gives."""
+    """A batch with the stream `text`, from the arrays of the loader."""
     return Batch({"text": Stream.from_rows(rows)})

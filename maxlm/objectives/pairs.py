@@ -1,4 +1,4 @@
-"""The data of objectives that learn from preference pairs."""
+"""Data of objectives that learn from preference pairs."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,8 +24,8 @@ def open_pairs(
     term: str,
     complete: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> RecordData:
-    """Batches with the streams `chosen` and `rejected`; validation gives the mean of a loss term, and how often and by
-    how much the chosen answer is ahead."""
+    """Batches with the streams `chosen` and `rejected`; validation reports the mean of a loss term, and accuracy and
+    margin of the chosen answer."""
     config = context.config
 
     def read(path: str) -> PreferencePairs:
@@ -52,7 +52,7 @@ def preview_pairs(
 
 
 def example_pairs(make: ExampleMaker) -> Batch:
-    """Made-up pairs, one of them padding."""
+    """Synthetic pairs, one of them padding."""
     streams = {name: make.sequences(shared=5) for name in ("chosen", "rejected")}
     keep = np.arange(len(streams["chosen"].tokens)) != 2
 

@@ -1,6 +1,6 @@
-"""Policy optimization: sample answers in groups, reward them, and make the better ones of each group likelier.
+"""Policy optimization: sample groups of answers, reward them, and make the better ones of each group more likely.
 
-Dimensions: B rows (answers), L length of prompt and answer, N prompts, G answers of a prompt.
+Dimensions: B rows (answers), L length of prompt and answer, N prompts, G answers per prompt.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContex
 
 
 class GroupAdvantage(Frozen):
-    """An answer's reward beside the mean of its group (GRPO)."""
+    """An answer's reward relative to the mean of its group (GRPO)."""
 
     kind: Literal["group"] = "group"
     normalize_std: bool = Field(True, description="Divide by the group's standard deviation.")
@@ -37,7 +37,7 @@ class GroupAdvantage(Frozen):
 
 
 class LeaveOneOutAdvantage(Frozen):
-    """An answer's reward beside the mean of the others of its group (RLOO)."""
+    """An answer's reward relative to the mean of the other answers in its group (RLOO)."""
 
     kind: Literal["leave_one_out"] = "leave_one_out"
 
@@ -46,7 +46,7 @@ class LeaveOneOutAdvantage(Frozen):
 
 
 class ClippedSurrogate(Frozen):
-    """A token whose probability has moved out of bounds in the direction of its advantage has no gradient (PPO)."""
+    """No gradient for a token whose probability ratio has left the bounds in the direction of its advantage (PPO)."""
 
     kind: Literal["clip"] = "clip"
     low: PositiveFloat = 0.2
@@ -59,7 +59,7 @@ class ClippedSurrogate(Frozen):
 
 
 class ClippedImportance(Frozen):
-    """The weight of a token is bounded, and every token keeps a gradient (CISPO)."""
+    """The importance weight of a token is clipped, and every token keeps a gradient (CISPO)."""
 
     kind: Literal["cispo"] = "cispo"
     high: PositiveFloat = Field(4.0, description="A weight is at most 1 + high.")
@@ -71,10 +71,10 @@ class ClippedImportance(Frozen):
 
 
 class PolicyOptimization(Objective, RecordsConfig):
-    """Learning from sampled answers that a program can check.
+    """Learn from sampled answers with verifiable rewards.
 
-    The loss is a sum over the tokens of all answers divided by their number, so that a token counts the same in a
-    short answer and in a long one.
+    The loss is the mean over the tokens of all answers, so that a token counts the same in a short answer as in a
+    long one.
     """
 
     samples: ClassVar[bool] = True
@@ -87,18 +87,18 @@ class PolicyOptimization(Objective, RecordsConfig):
         "exact_match",
         description="A reward function of `maxlm.scoring.rewards`, or your own as package.module:function.",
     )
-    group_size: Annotated[int, Field(ge=2)] = Field(8, description="Answers sampled for a prompt.")
+    group_size: Annotated[int, Field(ge=2)] = Field(8, description="Answers sampled per prompt.")
     max_new_tokens: Count = 32
     temperature: PositiveFloat = 1.0
     advantage: Annotated[GroupAdvantage | LeaveOneOutAdvantage, Field(discriminator="kind")] = Field(
         GroupAdvantage(), description="How much better than expected an answer is."
     )
     surrogate: Annotated[ClippedSurrogate | ClippedImportance, Field(discriminator="kind")] = Field(
-        ClippedSurrogate(), description="The loss of a token of an answer with that advantage."
+        ClippedSurrogate(), description="The loss of a token, given the advantage of its answer."
     )
     kl_beta: NonNegativeFloat = Field(0.0, description="Weight of the KL divergence from the starting model.")
     updates_per_rollout: Count = Field(
-        1, description="Steps that learn from one round of sampling, each from answers of its own."
+        1, description="Training steps per round of sampling, each on different answers."
     )
 
     @property
@@ -107,7 +107,7 @@ class PolicyOptimization(Objective, RecordsConfig):
 
     @property
     def resume_multiple(self) -> int:
-        """Answers are sampled with the weights of every so many steps, so a run can only go on from one of those."""
+        """Answers are sampled every `updates_per_rollout` steps, so a run can only resume at such a step."""
         return self.updates_per_rollout
 
     def problems(self, config: TrainConfig) -> list[str]:
@@ -155,7 +155,7 @@ class PolicyOptimization(Objective, RecordsConfig):
             yield PreviewRow(f"prompt {number}", pad([ChatTokens(ids, [0.0] * len(ids))], len(ids)), note)
 
     def example(self, make: ExampleMaker) -> Batch:
-        """Answers whose probabilities have moved since they were drawn, by less and by more than the clip allows."""
+        """Answers whose probabilities have changed since sampling, by less and by more than the clip allows."""
         answers = make.sequences(shared=5)
         log_p_BL, num_rows = make.log_probabilities(answers), len(answers.tokens)
 

@@ -1,6 +1,6 @@
-"""Rollouts: answers sampled in groups with the weights of the moment, rewarded, and laid out as rows to learn from.
+"""Rollouts: groups of answers sampled with the current weights, rewarded, and arranged as training rows.
 
-Dimensions: B rows (answers), L length of prompt and answer, N prompts, G answers of a prompt.
+Dimensions: B rows (answers), L length of prompt and answer, N prompts, G answers per prompt.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,16 +25,16 @@ from maxlm.scoring.rewards import check_answer, find_reward
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.objective import RunContext
 
-# Draws for validation: no step has this number.
+# Random stream of validation: no step has this number.
 _VALIDATION_STREAM = 2**32 - 1
 
 
 class PolicyData:
-    """Samples groups of answers to the prompts of a file, and rewards them.
+    """Samples and rewards groups of answers to the prompts of a file.
 
     Args:
       advantages: rewards [N, G] -> how much better each answer is than expected: [N, G].
-      needs_reference: whether batches hold what the starting model says of the answers.
+      needs_reference: whether batches hold the log-probabilities of the answers under the starting model.
     """
 
     def __init__(self, context: RunContext, *, advantages: Callable[[np.ndarray], np.ndarray], needs_reference: bool):
@@ -46,7 +46,7 @@ class PolicyData:
         self._prompts = self._read(objective.train_file)
         self._valid_prompts = [] if objective.valid_file is None else self._read(objective.valid_file)
         longest = max(len(prompt.ids) for prompt in [*self._prompts, *self._valid_prompts])
-        # Prompt and answer together are what devices share along a row.
+        # A row, prompt and answer together, is divided over devices.
         length = min(round_up(longest + objective.max_new_tokens, context.row_parts), config.row_length)
         self._sampler = Sampler(
             context.tokenizer,
@@ -86,7 +86,7 @@ class PolicyData:
         }
 
     def _roll_out(self, model: Any, step: int) -> list[Batch]:
-        """Answers for this process's prompts of the next `updates_per_rollout` steps, split into those steps."""
+        """Answers to this process's prompts of the next `updates_per_rollout` steps, split by step."""
         config, objective = self._context.config, self._context.config.objective
         group_size, num_steps = objective.group_size, objective.updates_per_rollout
         mine = self._context.rows
@@ -125,14 +125,14 @@ class PolicyData:
         return replace(batch, values={**batch.values, "reference_BL": reference_BL})
 
     def _mean_valid_reward(self, model: Any, temperature: float) -> float:
-        """One answer for each prompt, in batches shaped as those of training, for which sampling is compiled."""
+        """Mean reward of one answer per prompt, in batches of the training shape, for which sampling is compiled."""
         config, objective = self._context.config, self._context.config.objective
         sample = even_sample([np.arange(len(self._valid_prompts))], config.eval_batches * config.batch_size)
         size = config.batch_size * objective.group_size * objective.updates_per_rollout
         total = 0.0
         for batch in padded_batches(len(sample), size, len(sample)):
             mine = share_of(batch, self._context.rows.index, self._context.rows.count)
-            # The draws of a prompt depend on its place in the file, and not on which others are taken.
+            # The random draws of a prompt depend on its place in the file, not on the rest of the sample.
             places = sample[np.maximum(mine, 0)]
             drawn = [self._valid_prompts[place] for place in places]
             answers = self._sampler(model, drawn, places, stream=_VALIDATION_STREAM, temperature=temperature)
@@ -153,10 +153,10 @@ class PolicyData:
 
 
 def read_policy_prompts(path: str, objective: RecordsConfig, tokenizer: Tokenizer, *, row_length: int) -> list[Prompt]:
-    """The prompts of a file that leave room for an answer, each with a right answer that its reward can find.
+    """The prompts of a file that leave room for an answer, each with an answer that the reward can match.
 
     Raises:
-      DataError: a record is no prompt, or none is left.
+      DataError: a record is not a prompt, or none fits.
     """
     room = row_length - objective.max_new_tokens
     prompts = read_prompts(path, tokenizer, max_prompt_length=room, row_length=row_length, form=objective)
@@ -166,7 +166,7 @@ def read_policy_prompts(path: str, objective: RecordsConfig, tokenizer: Tokenize
 
 
 def policy_rows(answers: Answers) -> tuple[Stream, np.ndarray]:
-    """Each prompt with its answer right behind it, and the sampled log-probability of each target: [B, L]."""
+    """Each prompt directly followed by its answer, and the sampled log-probability of each target: [B, L]."""
     num_rows, prompt_length = answers.prompts_RP.shape
     max_new_tokens = answers.tokens_RN.shape[1]
     rows, columns = np.nonzero(np.arange(max_new_tokens) < answers.lengths_R[:, None])

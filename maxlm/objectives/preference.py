@@ -1,4 +1,4 @@
-"""Preference optimization: raise the chosen answer over the rejected one, relative to the starting model.
+"""Preference optimization: make the chosen answer more likely than the rejected one, relative to the starting model.
 
 Dimensions: B pairs, L length.
 """
@@ -36,7 +36,7 @@ class DpoLoss(Frozen):
 
 
 class HingeLoss(Frozen):
-    """No more to learn from a pair once its margin reaches 1 / beta."""
+    """Hinge loss: zero once the margin of a pair reaches 1 / beta."""
 
     kind: Literal["hinge"] = "hinge"
     beta: PositiveFloat = 0.1
@@ -46,14 +46,14 @@ class HingeLoss(Frozen):
 
 
 class PreferenceOptimization(Objective, RecordsConfig):
-    """Learning from pairs of answers, held to the frozen starting model."""
+    """Learn from pairs of answers, regularized towards the frozen starting model."""
 
     kind: Literal["preference"] = "preference"
     train_file: str = Field(
         description="Pairs: JSON, JSONL or Parquet with `prompt` (messages or text), `chosen` and `rejected`."
     )
     loss: Annotated[DpoLoss | HingeLoss, Field(discriminator="kind")] = Field(
-        DpoLoss(), description="The loss of a pair, of how far the chosen answer has moved ahead of the rejected one."
+        DpoLoss(), description="Loss of a pair: a function of the margin of the chosen answer over the rejected one."
     )
     sft_weight: NonNegativeFloat = Field(0.0, description="Weight of the next-token loss on the chosen answers.")
 

@@ -23,7 +23,7 @@ class Pretraining(Objective, PackedRowsConfig):
     learns_text: ClassVar[bool] = True
 
     kind: Literal["pretrain"] = "pretrain"
-    z_loss: NonNegativeFloat = Field(0.0, description="Weight of the mean squared log of the softmax's normaliser.")
+    z_loss: NonNegativeFloat = Field(0.0, description="Weight of the mean squared log of the softmax normalizer.")
 
     def compute_loss(self, model: Any, batch: Batch, key: jax.Array | None = None) -> LossOutput:
         return language_model_loss(model, batch["text"], z_loss=self.z_loss)

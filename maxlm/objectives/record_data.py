@@ -1,4 +1,4 @@
-"""The data of objectives that read a file of records: chats or pairs, an epoch after another, each in its own order."""
+"""Data of objectives that read a file of records, chats or pairs: every epoch in a new order."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -22,21 +22,21 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """These examples, in this order; index -1 gives padding."""
+        """The examples with these indices, in this order; -1 gives padding."""
 
     def places(self, index: int) -> list[str]:
-        """FILE:LINE of each record that an example holds."""
+        """FILE:LINE of each record in an example."""
 
 
 class RecordData:
-    """Batches of a training file, and validation on the examples of another.
+    """Batches from a training file, and validation on another file.
 
     Args:
-      context: names both files.
+      context: its configuration names both files.
       read: a file's path -> its examples.
-      loss: (model, batch) -> what validation sums up.
-      summarize: (those sums, whole batches of the validation) -> numbers by name.
-      complete: adds to this process's rows of a batch what a model says of them.
+      loss: (model, batch) -> terms that validation sums.
+      summarize: (those sums, the full validation batches) -> values by name.
+      complete: adds outputs of a model to this process's rows of a batch.
     """
 
     def __init__(
@@ -79,24 +79,24 @@ class RecordData:
 
     @functools.cached_property
     def _valid_batches(self) -> list[Batch]:
-        """Those of all processes."""
+        """The validation batches, with the rows of all processes."""
         config = self._config
         examples = self._read(config.objective.valid_file)
         return [examples.batch(i) for i in padded_batches(len(examples), config.batch_size, config.eval_batches)]
 
     @functools.cached_property
     def _valid_rows(self) -> list[Batch]:
-        """This process's rows of them."""
+        """This process's rows of the validation batches."""
         return [self._complete(_share(batch, self._rows)) for batch in self._valid_batches]
 
 
 def first_examples(examples: Examples, config: TrainConfig, count: int) -> Batch:
-    """The first examples that training reads."""
+    """The first `count` examples that training reads."""
     return examples.batch(first_indices(len(examples), config, count))
 
 
 def first_indices(num_examples: int, config: TrainConfig, count: int) -> np.ndarray:
-    """Which examples of a file training reads first, at most `count`."""
+    """Indices of the first examples that training reads, at most `count`."""
     return EpochOrder(num_examples, seed=config.seed).indices(0, batch_size=min(count, num_examples))
 
 

@@ -47,7 +47,7 @@ class RewardModeling(Objective, RecordsConfig):
         rejected_B, rejected_auxiliary = model.rewards(batch["rejected"])
         terms = {"bradley_terry": Term(jnp.sum(real_B * bradley_terry_loss(chosen_B, rejected_B)), weight)}
         if self.center:
-            # Only differences are learned otherwise; this keeps the rewards of a pair around zero (arXiv:2312.09244).
+            # Otherwise only differences are learned; this centers the rewards of a pair at zero (arXiv:2312.09244).
             terms["center"] = Term(self.center * jnp.sum(real_B * jnp.square(chosen_B + rejected_B)), weight)
         metrics = {
             "accuracy": Term(jnp.sum(real_B * (chosen_B > rejected_B)), weight),

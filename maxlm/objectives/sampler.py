@@ -1,4 +1,4 @@
-"""Answers sampled with the weights of the moment, on all devices.
+"""Sample answers with the current weights, on all devices.
 
 Dimensions: R answers of this process, P prompt length after padding, N new tokens.
 """
@@ -24,12 +24,12 @@ from maxlm.tokenizer.codec import Tokenizer
 
 @dataclass(frozen=True)
 class Answers:
-    """Prompts and what was sampled after them, as host arrays.
+    """Prompts and their sampled answers, as host arrays.
 
     prompts_RP, prompt_lengths_R: token ids, padded on the right.
-    tokens_RN, lengths_R: answers, their stop token included; 0 after the end.
-    log_probabilities_RN: of each token under the policy that drew it.
-    texts: the answers without what ended them.
+    tokens_RN, lengths_R: answers, including the stop token; 0 after the end.
+    log_probabilities_RN: of each token, under the policy that sampled it.
+    texts: the answers without the stop token.
     """
 
     prompts_RP: np.ndarray
@@ -41,7 +41,7 @@ class Answers:
 
 
 class Sampler:
-    """Draws answers; each depends on its prompt, the weights and (seed, stream, row) alone."""
+    """Samples answers; each depends only on its prompt, the weights and (seed, stream, row)."""
 
     def __init__(self, tokenizer: Tokenizer, mesh: Mesh, *, prompt_length: int, max_new_tokens: int, seed: int):
         self._tokenizer = tokenizer
@@ -58,11 +58,11 @@ class Sampler:
         """One answer for each of this process's prompts.
 
         Args:
-          model: a decoder, its weights plain or adapted, laid out over the mesh.
-          prompts: a multiple of this process's devices.
-          rows: [R], the number of each answer among those of all processes.
-          stream: tells apart the draws of different steps.
-          temperature: 0 takes the likeliest tokens.
+          model: a decoder, with or without adapters, sharded over the mesh.
+          prompts: their number is a multiple of this process's devices.
+          rows: [R], the global index of each answer, over all processes.
+          stream: separates the random draws of different steps.
+          temperature: 0 is greedy decoding.
         """
         prompts_RP = np.zeros((len(prompts), self._prompt_length), np.int32)
         prompt_lengths_R = np.array([len(prompt.ids) for prompt in prompts], np.int32)
@@ -94,7 +94,7 @@ def _sample(
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
 ) -> Rollout:
-    """`rollout` of all rows: each device holds the whole model and decodes its own rows until its last one ends."""
+    """`rollout` of all rows: each device gathers the whole model and decodes its own rows until the last one ends."""
 
     def local(model, prompts_BP, prompt_lengths_B, streams_B2, temperature):
         keys_B = jax.vmap(lambda ids: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), ids[0]), ids[1]))(

@@ -1,4 +1,4 @@
-"""What the objectives on whole answers share: log-probabilities of tokens, and results back on the host.
+"""Helpers for objectives on whole answers: log-probabilities of tokens, and transfer of results to the host.
 
 Dimensions: B rows, L length.
 """
@@ -21,7 +21,7 @@ def target_log_probabilities(
 ) -> tuple[jax.Array, LossOutput]:
     """log p(target) under softmax(logits / temperature): float32 [B, L]; 0 where the loss weight is 0.
 
-    Beside it, what the model's layers add to the loss.
+    Also returns the auxiliary losses of the model's layers.
     """
     output = model(stream.tokens, positions_BL=stream.positions, segment_ids_BL=stream.segment_ids)
     log_probability_BL, _ = model.log_probabilities(output.hidden_BLD, stream.targets, temperature=temperature)
@@ -29,7 +29,7 @@ def target_log_probabilities(
 
 
 def whole_rows(x_BL: jax.Array) -> jax.Array:
-    """The same numbers for the host to read: each device holds whole rows."""
+    """Reshard so that each device holds whole rows, for transfer to the host."""
     return shard(x_BL, "batch", None)
 
 
@@ -40,12 +40,12 @@ def is_real(stream: Stream) -> jax.Array:
 
 def local_rows(x: Any) -> np.ndarray:
     """This process's rows of a global array that is sharded along its first axis."""
-    # Devices along a mesh axis that does not split the rows hold the same ones.
+    # Devices along a mesh axis that does not shard the rows hold copies of the same rows.
     shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
 def rows_of(stream: Stream) -> Iterator[Stream]:
-    """Each row as a stream of its own."""
+    """Each row as a separate stream."""
     for row in range(len(stream.tokens)):
         yield jax.tree.map(lambda x, row=row: x[row : row + 1], stream)

@@ -24,7 +24,7 @@ class Evaluator:
         self._step = jax.jit(lambda model, batch: _all_terms(loss(model, batch)))
 
     def sums(self, model: Any, batches: Iterable[Any]) -> dict[str, Term]:
-        """Each term and metric of the loss, added over the batches, as numpy numbers."""
+        """Each term and metric of the loss, summed over the batches, as numpy scalars."""
         outputs = [self._step(model, put_batch(batch, self._mesh)) for batch in batches]
         return functools.reduce(lambda a, b: jax.tree.map(operator.add, a, b), jax.device_get(outputs))
 
@@ -32,7 +32,7 @@ class Evaluator:
 def cross_entropy_by_source(model: Decoder, batch: Batch, *, num_sources: int) -> LossOutput:
     """Cross-entropy of the targets of each source, in nats, as metrics `0` ... `num_sources - 1`.
 
-    Its value `source_ids_BL` [batch, length] says which source each token is of.
+    The batch value `source_ids_BL` [batch, length] holds the source of each token.
     """
     rows = batch["text"]
     output = model(rows.tokens, positions_BL=rows.positions, segment_ids_BL=rows.segment_ids)
@@ -54,16 +54,16 @@ def language_model_values(cross_entropy: Term, num_bytes: int) -> dict[str, floa
 
 
 def values_by_source(sums: dict[str, Term], names: list[str], num_bytes: np.ndarray) -> dict[str, float]:
-    """`language_model_values` over all sources and, where there are several, `bits_per_byte/NAME` of each.
+    """`language_model_values` over all sources and, if there are several, `bits_per_byte/NAME` of each.
 
-    The mean is over the tokens and bytes of all rows, so that a source counts by how much of its text is read.
+    The mean is over the tokens and bytes of all rows, so each source is weighted by how much of its text is read.
 
     Args:
       sums: as `cross_entropy_by_source` names them.
       num_bytes: [sources], bytes of text of the targets.
     """
     terms = [sums[str(source)] for source in range(len(names))]
-    # fsum rounds once, so that the order of the sources does not matter.
+    # fsum rounds once, so the order of the sources does not matter.
     total = Term(*(math.fsum(float(getattr(term, part)) for term in terms) for part in ("sum", "weight")))
     values = language_model_values(total, int(num_bytes.sum()))
     if len(names) > 1:
@@ -74,7 +74,7 @@ def values_by_source(sums: dict[str, Term], names: list[str], num_bytes: np.ndar
 
 
 def target_bytes(text: Stream, byte_lengths: np.ndarray) -> np.ndarray:
-    """Bytes of text that each target with a weight stands for, 0 for the others: [batch, length]."""
+    """Bytes of text of each target with nonzero loss weight, 0 for the others: [batch, length]."""
     return np.where(text.loss_weights > 0, byte_lengths[text.targets], 0)
 
 

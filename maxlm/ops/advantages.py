@@ -1,6 +1,6 @@
 """Advantages of sampled answers.
 
-Dimensions: N prompts, G answers of a prompt (a group).
+Dimensions: N prompts, G answers per prompt (a group).
 """
 
 import numpy as np
@@ -10,13 +10,13 @@ STD_EPSILON = 1e-4
 
 
 def group_advantages(rewards_NG: np.ndarray, *, normalize_std: bool) -> np.ndarray:
-    """How much better each answer is than its group.
+    """The advantage of each answer over its group.
 
         A_ng = (r_ng - mean_g r_ng) / (std_g r_ng + 1e-4)
 
-    with the sample standard deviation (G - 1 in the divisor); without `normalize_std` the difference alone, which
-    does not favour prompts that are nearly solved or nearly hopeless (arXiv:2402.03300, arXiv:2503.20783). A group
-    with equal rewards gets zeros.
+    with the sample standard deviation (G - 1 in the divisor); without `normalize_std` only the difference, which
+    does not favor prompts that are almost solved or almost hopeless (arXiv:2402.03300, arXiv:2503.20783). A group
+    with equal rewards has zero advantages.
 
     Returns:
       float32 [N, G].
@@ -25,12 +25,12 @@ def group_advantages(rewards_NG: np.ndarray, *, normalize_std: bool) -> np.ndarr
     centered_NG = rewards_NG - rewards_NG.mean(axis=1, keepdims=True)
     if normalize_std:
         centered_NG = centered_NG / (rewards_NG.std(axis=1, ddof=1, keepdims=True) + STD_EPSILON)
-    # A mean of equal numbers may differ from them in the last bit.
+    # The mean of equal numbers may differ from them in the last bit.
     return np.where(has_signal(rewards_NG)[:, None], centered_NG, 0.0).astype(np.float32)
 
 
 def leave_one_out_advantages(rewards_NG: np.ndarray) -> np.ndarray:
-    """How much better each answer is than the mean of the others of its group (RLOO, arXiv:2402.14740).
+    """The advantage of each answer over the mean of the others in its group (RLOO, arXiv:2402.14740).
 
     Returns:
       float32 [N, G].
@@ -42,5 +42,5 @@ def leave_one_out_advantages(rewards_NG: np.ndarray) -> np.ndarray:
 
 
 def has_signal(rewards_NG: np.ndarray) -> np.ndarray:
-    """Whether the answers of a group differ in reward, so that something can be learned from them: bool [N]."""
+    """Whether the rewards of a group differ, so that its advantages are nonzero: bool [N]."""
     return np.ptp(rewards_NG, axis=1) > 0

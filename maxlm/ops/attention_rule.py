@@ -1,6 +1,6 @@
-"""Which key each query may see by position alone, and how a dot product becomes a logit.
+"""The positional attention mask, and the map from dot products to logits.
 
-The rule is static: the blockwise kernels ask it which blocks hold nothing visible and never compute those.
+The rule is static: the blockwise kernels use it to skip fully masked blocks.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ MASKED_LOGIT = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class AttentionRule:
-    """Positions i of queries and j of keys both count from 0, those of queries from `offset`.
+    """Positions i of queries and j of keys; keys start at 0, queries at `offset`.
 
     Attributes:
-      causal: i sees j only if j <= i.
-      window: i sees j only if i - j < window; without `causal`, |i - j| < window.
+      causal: i attends to j only if j <= i.
+      window: i attends to j only if i - j < window; without `causal`, |i - j| < window.
       soft_cap: a logit x becomes soft_cap * tanh(x / soft_cap).
       scale: factor on the dot product, before the soft cap.
-      offset: what the first query's position is to the first key's: not 0 where both are pieces of a longer row.
+      offset: position of the first query relative to the first key: nonzero if both are pieces of a longer row.
     """
 
     causal: bool
@@ -37,21 +37,21 @@ class AttentionRule:
         return not self.causal and self.window is None
 
     def sees(self, query_position, key_position):
-        """Elementwise, for integers or integer arrays that broadcast."""
+        """Whether a query may attend to a key: elementwise, for integers or integer arrays that broadcast."""
         return self._holds(query_position - key_position, key_position - query_position)
 
     def block_has_visible(self, query_start, query_end, key_start, key_end):
-        """Whether any query in [query_start, query_end) sees any key in [key_start, key_end)."""
+        """Whether any query in [query_start, query_end) may attend to any key in [key_start, key_end)."""
         return self._holds(query_start - (key_end - 1), key_start - (query_end - 1))
 
     def block_is_visible(self, query_start, query_end, key_start, key_end):
-        """Whether every query in [query_start, query_end) sees every key in [key_start, key_end)."""
+        """Whether every query in [query_start, query_end) may attend to every key in [key_start, key_end)."""
         return self._holds(query_end - 1 - key_start, key_end - 1 - query_start)
 
     def _holds(self, behind, ahead):
-        """The rule for a key that lies `behind` positions before its query, which is `ahead` = -behind after it.
+        """The rule for a key `behind` positions before its query, or `ahead` = -behind positions after it.
 
-        Given separately, because a block's nearest and farthest pairs bound the two. Without the offset.
+        Two arguments, because a block's nearest and farthest pairs bound them separately. Without the offset.
         """
         behind, ahead = behind + self.offset, ahead - self.offset
         conditions = []
@@ -69,7 +69,7 @@ class AttentionRule:
         return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
 
     def product_gradient(self, logits: jax.Array, gradient: jax.Array) -> jax.Array:
-        """The gradient of the dot products, from that of their logits."""
+        """The gradient of the dot products, from the gradient of the logits."""
         if self.soft_cap is not None:
             gradient = gradient * (1 - jnp.square(logits / self.soft_cap))
         return gradient * self.scale

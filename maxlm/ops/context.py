@@ -1,7 +1,7 @@
-"""Attention where the tokens of a row are cut along the mesh axis `context`, and the order that such rows lie in.
+"""Context parallelism: attention over rows sharded along the mesh axis `context`, and the token order of such rows.
 
-Along a ring (`maxlm.ops.ring`) keys and values travel. Exchanging heads for tokens (arXiv:2309.14509), every device
-gets whole rows of a share of the heads.
+Ring attention (`maxlm.ops.ring`) passes keys and values around. With all-to-all (arXiv:2309.14509), every device
+gets whole rows of some of the heads.
 
 Shapes: B batch, L length of a row, T a device's tokens, N query heads, K key-value heads, H head dim.
 """
@@ -19,16 +19,16 @@ from maxlm.ops.ring import AXIS, Ring, RowOrder, held_chunks, ring_attention
 
 
 def context_size() -> int:
-    """Devices that the tokens of a row are cut over."""
+    """Number of devices that the tokens of a row are sharded over."""
     mesh = current_mesh()
     return 1 if mesh is None else mesh.shape.get(AXIS, 1)
 
 
 def row_order(length: int, method: str) -> RowOrder:
-    """How a causal model lays rows out: as a zigzag for a ring, where they have two chunks for each device.
+    """The token order of rows in a causal model: zigzag for ring attention, if rows have two chunks per device.
 
     Raises:
-      ConfigError: rows that cannot be cut over the devices.
+      ConfigError: the row length is not divisible by the devices.
     """
     size = context_size()
     check_row_length(length, size)
@@ -36,19 +36,19 @@ def row_order(length: int, method: str) -> RowOrder:
 
 
 def lay_out(x_BL: jax.Array, order: RowOrder) -> jax.Array:
-    """Rows [batch, length, ...] that were in order, as `order` has them."""
+    """Rearrange rows [batch, length, ...] from token order to `order`."""
     return _exchange_chunks(x_BL, back=False) if order == "zigzag" else x_BL
 
 
 def put_in_order(x_BL: jax.Array, order: RowOrder) -> jax.Array:
-    """Rows [batch, length, ...] that were laid out by `order`, in order."""
+    """Rearrange rows [batch, length, ...] from `order` to token order."""
     return _exchange_chunks(x_BL, back=True) if order == "zigzag" else x_BL
 
 
 def _exchange_chunks(x_BL: jax.Array, *, back: bool) -> jax.Array:
-    """Two chunks a device: in order 2i and 2i + 1, as a zigzag i and 2C - 1 - i. Either way one is even, one odd.
+    """Exchange two chunks per device: in order 2i and 2i + 1, as a zigzag i and 2C - 1 - i. One is even, one odd.
 
-    So two permutations of the devices do it, one for the even chunks and one for the odd.
+    So two permutations of the devices suffice, one for the even chunks and one for the odd.
     """
     size = context_size()
     home = {chunk: device for device, chunks in enumerate(held_chunks("zigzag", size)) for chunk in chunks}
@@ -85,16 +85,16 @@ def context_attention(
     implementation: str | None = None,
     matmul_dtype: jnp.dtype | None = None,
 ) -> jax.Array:
-    """`maxlm.ops.attention.attention` over rows that are cut along `context`; call it inside `jax.shard_map`.
+    """`maxlm.ops.attention.attention` over rows sharded along `context`; call it inside `jax.shard_map`.
 
     Args:
       query_BTNH, key_BTKH, value_BTKH, segments_BT: this device's tokens and heads.
       method: "ring" or "all_to_all", with the same result.
-      order: how the rows lie; "all_to_all" takes them in order.
-      implementation: as `attention` takes it; a ring needs `xla` or `pallas_tpu`.
+      order: token order of the rows; "all_to_all" needs "plain".
+      implementation: as in `attention`; "ring" needs `xla` or `pallas_tpu`.
 
     Raises:
-      ConfigError: heads that cannot be cut over the devices, or an implementation that cannot work in a ring.
+      ConfigError: the heads are not divisible by the devices, or the implementation does not support "ring".
     """
     size = context_size()
     matmul_dtype = jnp.dtype(query_BTNH.dtype if matmul_dtype is None else matmul_dtype)
@@ -121,17 +121,17 @@ def context_attention(
 
 
 def _heads_for_tokens(query_BTNH, key_BTKH, value_BTKH, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """All tokens of a share of the heads, for some tokens of all heads that this device has."""
+    """All-to-all from some tokens of all heads of this device to all tokens of some of the heads."""
     num_heads, num_kv_heads = query_BTNH.shape[2], key_BTKH.shape[2]
     if num_heads % size:
         raise ConfigError(
             [
-                f"model.context_attention: all_to_all cannot cut the {num_heads} heads of a device over mesh.context ="
+                f"model.context_attention: all_to_all cannot split a device's {num_heads} heads over mesh.context ="
                 f" {size}; choose ring, or mesh.context={math.gcd(num_heads, size)}"
             ]
         )
-    # Key-value heads fewer than devices are sent to each that needs them. As num_heads is a multiple of both numbers,
-    # it is one of their least common multiple, and queries stay beside their keys.
+    # If there are fewer key-value heads than devices, they are replicated. As num_heads is a multiple of both numbers,
+    # it is one of their least common multiple, and queries stay with their keys.
     copies = size // math.gcd(num_kv_heads, size)
     key_BTKH, value_BTKH = (jnp.repeat(x, copies, axis=2) for x in (key_BTKH, value_BTKH))
     return tuple(

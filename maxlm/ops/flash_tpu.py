@@ -1,9 +1,9 @@
-"""Flash attention for TPUs: Pallas kernels for the forward pass, the queries' gradient, and the keys' and values'.
+"""Flash attention for TPUs: Pallas kernels for the forward pass, the query gradient, and the key and value gradients.
 
-Only blocks that hold something visible are computed: a static table lists those pairs of blocks, and the grid runs over
-the table. Tiles are kept as [keys, queries]: a row of numbers for each query (maximum, sum, log-sum-exp) then lies
-along the lanes and is stored without padding, sums over keys need no moves across lanes, and no product of
-the keys' and values' gradient has to transpose a tile. Logits are in units of log 2, as the hardware computes 2^x.
+Fully masked blocks are skipped: a static table lists the other pairs of blocks, and the grid runs over
+the table. Tiles are kept as [keys, queries]: per-query values (maximum, sum, log-sum-exp) are then rows
+along the lanes, stored without padding; sums over keys need no moves across lanes; and no product in
+the key and value gradients has to transpose a tile. Logits are in units of log 2, as the hardware computes 2^x.
 Algorithm: arXiv:2205.14135 and arXiv:2307.08691.
 
 Shapes: B batch, T query length, S key length, N query heads, K key-value heads, H head dim, q and s the lengths of a
@@ -28,7 +28,7 @@ _LOG2_E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
-    """What is static about one call. Results have the dtype of the operands, or `result_dtype`."""
+    """Static parameters of one call. Results have the dtype of the operands, or `result_dtype`."""
 
     rule: AttentionRule
     query_block: int
@@ -50,7 +50,7 @@ def flash_attention(
 ) -> jax.Array:
     """Attention as `maxlm.ops.attention.attention` defines it; segment ids are both given or both None.
 
-    Matrix products take operands as they come and give float32. Lengths that are no multiple of the blocks are padded.
+    Matrix products keep the dtype of their operands and return float32. Lengths are padded to multiples of the blocks.
     Under a mesh, call it inside `jax.shard_map(..., check_vma=False)`. `interpret` runs the kernels on a CPU, in tests.
     """
     kernel = _kernel(rule, query_BTNH.shape[1], key_BSKH.shape[1], largest_block, interpret)
@@ -60,9 +60,9 @@ def flash_attention(
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """Attention over some of the keys that a query sees, by the kernels, in pieces that can be put together.
+    """Attention over part of the keys of a query, by the kernels, as parts that can be merged.
 
-    The same functions as `maxlm.ops.flash_xla.Blockwise` has.
+    The same interface as `maxlm.ops.flash_xla.Blockwise`.
     """
 
     matmul_dtype: jnp.dtype
@@ -101,7 +101,7 @@ def _kernel(rule, length: int, key_length: int, largest_block: int, interpret: b
 
 
 def _padded(kernel: _Kernel, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
-    """The operands with lengths that are multiples of the blocks; no query of theirs sees a key that is padding."""
+    """The operands padded to multiples of the blocks; no query attends to a padding key."""
     length, key_length = query_BTNH.shape[1], key_BSKH.shape[1]
     query_padding, key_padding = -length % kernel.query_block, -key_length % kernel.key_block
     hides_padding = kernel.rule.causal and length + kernel.rule.offset <= key_length
@@ -117,7 +117,7 @@ def _padded(kernel: _Kernel, query_BTNH, key_BSKH, value_BSKH, segments_BT, segm
 
 
 def _block_size(length: int, largest: int) -> int:
-    """A multiple of the number of lanes, at most `largest`, that cuts `length` evenly."""
+    """A multiple of the number of lanes, at most `largest`, that splits `length` evenly."""
     blocks = -(-length // largest)
     return -(-length // (blocks * _LANES)) * _LANES
 
@@ -204,7 +204,7 @@ def _forward_kernel(kernel, pairs, query_qH, key_sH, value_Hs, *refs):
 
     @pl.when(last)
     def _finish():
-        # Weights of a query that sees nothing are 2^0 everywhere so far: its output is zero, and +1e30 makes
+        # Weights of a fully masked query are 2^0 everywhere so far: its output is zero, and +1e30 makes
         # every probability of the backward pass zero.
         sees_any = largest_1q[...] > MASKED_LOGIT / 2
         output_Hq[...] = jnp.where(sees_any, mixed_Hq[...] / sum_1q[...], 0.0).astype(output_Hq.dtype)
@@ -296,7 +296,7 @@ def _key_value_gradient(kernel, segments_BT, *operands):
     group = num_heads // num_kv_heads
     pairs = _visible_pairs(kernel, query_BNTH.shape[2], key_length, by_key=True)
 
-    # The heads of a group are the innermost step: their sum stays in fast memory until a key block is done.
+    # The heads of a group are the innermost grid axis: their sum stays in fast memory until a key block is done.
     def query_at(batch, kv_head, pair, member, pairs):
         return batch, kv_head * group + member, pairs[0, pair]
 
@@ -348,7 +348,7 @@ def _key_value_gradient_kernel(kernel, pairs, query_qH, key_sH, value_sH, gradie
 
 
 def _backward_tile(kernel, mask_sq, query_qH, key_sH, value_sH, gradient_qH, log_sum_1q, mean_1q):
-    """Probabilities, and the gradient of the dot products of keys and queries."""
+    """The probabilities, and the gradient of the dot products of keys and queries."""
     logits_sq = kernel.rule.logits(_dot(key_sH[...], query_qH[...], 1, 1))
     probabilities_sq = jnp.exp2(mask_sq(logits_sq * _LOG2_E) - log_sum_1q[...])
     above_mean_sq = _dot(value_sH[...], gradient_qH[...], 1, 1) - mean_1q[...]
@@ -362,9 +362,9 @@ def _dot(left, right, left_axis: int, right_axis: int):
 
 
 def _visible_pairs(kernel: _Kernel, length: int, key_length: int, *, by_key: bool = False) -> np.ndarray:
-    """int32 [2, pairs]: query block and key block of every pair of blocks that holds something visible.
+    """int32 [2, pairs]: query block and key block of every pair of blocks that is not fully masked.
 
-    Pairs of one query block (`by_key`: of one key block) are side by side, and every such block is there at least once,
+    Pairs of one query block (`by_key`: of one key block) are consecutive, and every such block occurs at least once,
     so that each block of the output is written.
     """
     query_starts = np.arange(0, length, kernel.query_block)[:, None]
@@ -381,7 +381,7 @@ def _visible_pairs(kernel: _Kernel, length: int, key_length: int, *, by_key: boo
 
 
 def _ends_of_run(pairs, step, steps, row: int = 0):
-    """Whether this step is the first and whether it is the last of those with the same block in `row`."""
+    """Whether this step is the first, and whether it is the last, with the same block in `row`."""
     block = pairs[row, step]
     first = (step == 0) | (pairs[row, jnp.maximum(step - 1, 0)] != block)
     last = (step == steps - 1) | (pairs[row, jnp.minimum(step + 1, steps - 1)] != block)
@@ -389,7 +389,7 @@ def _ends_of_run(pairs, step, steps, row: int = 0):
 
 
 def _for_visible(kernel: _Kernel, pairs, segments, step):
-    """Runs `step` on this pair of blocks with a function that masks logits; it does nothing where all is visible."""
+    """Run `step` on this pair of blocks with a function that masks logits; a no-op if nothing is masked."""
     pair = pl.program_id(2)
     query_start, key_start = pairs[0, pair] * kernel.query_block, pairs[1, pair] * kernel.key_block
 
@@ -418,7 +418,7 @@ def _segment_rows(segments_BT, segments_BS) -> list[jax.Array]:
     return [] if segments_BT is None else [segments_BT[:, None], segments_BS[:, None]]
 
 
-# `at` maps a step of the grid to (batch, head, number of the block along the length).
+# `at` maps a grid step to (batch, head, index of the block along the length).
 
 
 def _rows(at, block: int, width: int) -> pl.BlockSpec:
@@ -451,7 +451,7 @@ def _backward_specs(kernel: _Kernel, head_dim: int, segments_BT, query_at, key_a
 
 
 def _cost(kernel: _Kernel, tiles: int, operand: jax.Array, products: int) -> pl.CostEstimate:
-    """For the planner: the compiler cannot see into a kernel. Each tile fetches two blocks like `operand`'s."""
+    """Cost estimate for the compiler, which cannot analyze a kernel. Each tile fetches two blocks like `operand`'s."""
     elements = tiles * kernel.query_block * kernel.key_block
     head_dim = operand.shape[-1]
     return pl.CostEstimate(

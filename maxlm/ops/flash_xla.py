@@ -1,11 +1,11 @@
-"""Attention block by block in plain XLA: the path for CPUs, and where no kernel fits.
+"""Blockwise attention in plain XLA: for CPUs, and where no kernel is available.
 
-Queries are cut into a few static blocks; each attends only to the keys that it may see, so causal attention costs
-about half, and the backward pass computes probabilities again from the saved log-sum-exp (arXiv:2205.14135) instead
-of keeping them.
+Queries are split into a few static blocks; each computes only keys that are not masked, so causal attention costs
+about half, and the backward pass recomputes probabilities from the saved log-sum-exp (arXiv:2205.14135) instead
+of storing them.
 
 Shapes: B batch, T query length, S key length, N query heads, K key-value heads, G = N / K, H head dim; q and s are
-the lengths of a block of queries and of the keys that it sees.
+the lengths of a block of queries and of its keys.
 """
 
 import dataclasses
@@ -48,14 +48,14 @@ flash_attention.defvjp(_forward, _backward)
 
 @dataclasses.dataclass(frozen=True)
 class Blockwise:
-    """Attention over some of the keys that a query sees, in pieces that can be put together."""
+    """Attention over part of the keys of a query, as parts that can be merged."""
 
     matmul_dtype: jnp.dtype
 
     def forward(self, rule: AttentionRule, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
         """The output [B, T, N, H] and the log-sum-exp of the logits [B, T, N], float32.
 
-        For a query that sees nothing they are 0 and +1e30, which makes its probabilities in `backward` exact zeros.
+        For a fully masked query they are 0 and +1e30, which makes its probabilities in `backward` exact zeros.
         """
         query_BKGTH = _group(query_BTNH, key_BSKH.shape[2])
         key_BKSH, value_BKSH = key_BSKH.swapaxes(1, 2), value_BSKH.swapaxes(1, 2)
@@ -87,7 +87,7 @@ class Blockwise:
         mean_BTN,
         gradient_BTNH,
     ):
-        """Gradients of query, key and value, float32; `log_sum_BTN` and `mean_BTN` are those over all keys."""
+        """Gradients of query, key and value, float32; `log_sum_BTN` and `mean_BTN` are over all keys."""
         length, key_length, num_kv_heads = query_BTNH.shape[1], *key_BSKH.shape[1:3]
         query_BKGTH, gradient_BKGTH, log_sum_BKGT1, mean_BKGT1 = (
             _group(x, num_kv_heads) for x in (query_BTNH, gradient_BTNH, log_sum_BTN[..., None], mean_BTN[..., None])
@@ -106,7 +106,7 @@ class Blockwise:
             above_mean_BKGqs = product("bkgqh,bksh->bkgqs", gradient_BKGqH, value_BKsH) - mean_BKGT1[:, :, :, queries]
             product_gradient_BKGqs = rule.product_gradient(logits_BKGqs, probabilities_BKGqs * above_mean_BKGqs)
             query_gradients.append(product("bkgqs,bksh->bkgqh", product_gradient_BKGqs, key_BKsH))
-            # [H, s], not [s, H]: then the small operand is the one to be transposed, which is faster on CPUs.
+            # [H, s], not [s, H]: then the small operand is transposed, which is faster on CPUs.
             key_pieces.append(product("bkgqh,bkgqs->bkhs", query_BKGqH, product_gradient_BKGqs))
             value_pieces.append(product("bkgqh,bkgqs->bkhs", gradient_BKGqH, probabilities_BKGqs))
 
@@ -124,7 +124,7 @@ def _einsum(matmul_dtype, formula: str, left, right):
 
 
 def _group(x_BTNH, num_kv_heads: int):
-    """Heads first, those that share a key-value head side by side: [B, K, G, T, H]."""
+    """Heads first, grouped by their key-value head: [B, K, G, T, H]."""
     batch, length, num_heads, width = x_BTNH.shape
     return x_BTNH.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, width).transpose(0, 2, 3, 1, 4)
 
@@ -146,7 +146,7 @@ def _mask(rule, logits_BKGqs, segments_BT, segments_BS, queries: slice, keys: sl
 
 
 def _blocks(rule: AttentionRule, query_length: int, key_length: int) -> list[tuple[slice, slice]]:
-    """Every block of queries with the keys that any of them may see."""
+    """Every block of queries with the range of keys that any of them may attend to."""
     block = max(_SMALLEST_BLOCK, -(-query_length // _MOST_BLOCKS))
     blocks = []
     for start in range(0, query_length, block):
@@ -158,14 +158,14 @@ def _blocks(rule: AttentionRule, query_length: int, key_length: int) -> list[tup
             last = min(last, end + rule.offset)
         elif rule.window is not None:
             last = min(last, end + rule.offset - 1 + rule.window)
-        # A block without any visible key still takes one: the mask turns its rows into zeros.
+        # A block with all keys masked still takes one key: the mask turns its rows into zeros.
         first = min(first, key_length - 1)
         blocks.append((slice(start, end), slice(first, max(first + 1, last))))
     return blocks
 
 
 def _sum_over_blocks(blocks, pieces: list[jax.Array], key_length: int) -> jax.Array:
-    """The sum [B, S, K, H] of pieces [B, K, H, s], each over its own block's keys; zeros where there is no piece."""
+    """The sum [B, S, K, H] of pieces [B, K, H, s], each over its own block's keys; zeros without a piece."""
     edges = sorted({0, key_length, *(edge for _, keys in blocks for edge in (keys.start, keys.stop))})
     spans = []
     for start, end in itertools.pairwise(edges):

@@ -1,8 +1,8 @@
-"""Products of consecutive groups of rows, each with a matrix of its own.
+"""Grouped matrix products: consecutive groups of rows, each with its own matrix.
 
 Dimensions: M rows, G groups, I input features, O output features.
 
-| implementation | what it is                                                                                 |
+| implementation | description                                                                                |
 | -------------- | ------------------------------------------------------------------------------------------ |
 | `ragged`       | `jax.lax.ragged_dot`: one kernel on a TPU; elsewhere XLA multiplies all rows by all matrices |
 | `blocks`       | a loop over blocks of rows, each within one group; rows beyond the groups cost nothing     |
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from maxlm.ops.qtensor import QTensor
 
-# Rows of a block: enough to fill matrix units, few enough that the last, partly filled one of each group is cheap.
+# Rows per block: enough to fill matrix units, few enough that the last, partial block of each group is cheap.
 _MIN_BLOCK, _MAX_BLOCK = 8, 128
 
 
@@ -29,14 +29,14 @@ def grouped_linear(
     gather_axis: int,
     gather_names: tuple[str, ...],
 ) -> jax.Array:
-    """Row m of group g times weight g, as [M, O] in the dtype of x; rows beyond the groups become zero.
+    """Rows of group g times weight g, as [M, O] in the dtype of x; rows beyond the groups become zero.
 
     Args:
       x_MI: rows in the order of their groups.
-      sizes_G: rows of each group; their sum is at most M.
-      dtype: of the operands, backwards too; sums are float32.
+      sizes_G: number of rows of each group; their sum is at most M.
+      dtype: of the operands, also in the backward pass; sums are float32.
       implementation: `ragged` or `blocks`.
-      gather_axis, gather_names: the weight is cut along this axis over these axes of the mesh (of shard_map).
+      gather_axis, gather_names: the weight is sharded along this axis over these mesh axes (of shard_map).
     """
     whole = _gather(weight_GIO.astype(dtype), gather_axis, gather_names)
     return _product(x_MI.astype(dtype), whole, sizes_G, implementation).astype(x_MI.dtype)
@@ -44,7 +44,7 @@ def grouped_linear(
 
 def _forward(x_MI, weight_GIO, sizes_G, dtype, implementation, gather_axis, gather_names):
     y_MO = grouped_linear(x_MI, weight_GIO, sizes_G, dtype, implementation, gather_axis, gather_names)
-    # Saved: the weight as it lies in memory. The backward pass gathers it again rather than hold it whole.
+    # The residual is the sharded weight: the backward pass gathers it again instead of keeping it whole.
     return y_MO, (x_MI.astype(dtype), weight_GIO, sizes_G)
 
 
@@ -63,7 +63,7 @@ grouped_linear.defvjp(_forward, _backward)
 
 
 def grouped_quantized(x_MI: jax.Array, weights: QTensor, sizes_G: jax.Array) -> jax.Array:
-    """The same with int8 weights [G, O, I], for inference: each row is quantised on the fly."""
+    """The same with int8 weights [G, O, I], for inference: each row is quantized on the fly."""
     y_MO = _over_blocks(
         lambda rows, weight: weight.multiply(rows), x_MI.astype(jnp.float32), weights, sizes_G, weights.values.shape[-2]
     )
@@ -79,7 +79,7 @@ def _product(x_MI, weight_GIO, sizes_G, implementation):
     match implementation:
         case "ragged":
             y_MO = jax.lax.ragged_dot(x_MI, weight_GIO, sizes_G, preferred_element_type=jnp.float32)
-            # What stands beyond the groups is not the same on all platforms.
+            # The values beyond the groups differ between platforms.
             return jnp.where(jnp.arange(len(y_MO))[:, None] < jnp.sum(sizes_G), y_MO, 0.0)
         case "blocks":
             return _block_product(x_MI, weight_GIO, sizes_G)
@@ -100,7 +100,7 @@ def _outer_product(x_MI, grad_MO, sizes_G, implementation):
 
 
 def _blocks(num_rows: int, sizes_G):
-    """Rows of a block (static); group and first row of each block, and how many blocks there are."""
+    """Rows per block (static); group and first row of each block; number of blocks."""
     num_groups = len(sizes_G)
     size = min(_MAX_BLOCK, max(_MIN_BLOCK, 1 << (num_rows // num_groups).bit_length() >> 1))
     blocks_G = -(-sizes_G // size)
@@ -118,16 +118,16 @@ def _block_product(x_MI, weight_GIO, sizes_G):
 
 
 def _over_blocks(multiply, x_MI, weights, sizes_G, num_outputs: int):
-    """`multiply(rows, weight)` of each block of rows with the weight of its group: float32 [M, num_outputs]."""
+    """Apply `multiply(rows, weight)` to each block of rows and its group's weight: float32 [M, num_outputs]."""
     num_rows = len(x_MI)
     size, group_N, first_row_N, count = _blocks(num_rows, sizes_G)
-    # A block may reach beyond the end.
+    # A block may extend beyond the end.
     x_MI = jnp.pad(x_MI, ((0, size), (0, 0)))
 
     def body(number, y_MO):
         row, group = first_row_N[number], group_N[number]
         weight = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, group, keepdims=False), weights)
-        # Its rows that belong to the next group are written again by that group's blocks, which come later.
+        # Rows that belong to the next group are overwritten by that group's blocks, which follow.
         y = multiply(jax.lax.dynamic_slice_in_dim(x_MI, row, size), weight)
         return jax.lax.dynamic_update_slice_in_dim(y_MO, y, row, axis=0)
 

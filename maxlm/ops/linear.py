@@ -1,4 +1,4 @@
-"""Matrix products of activations and weights: plain, adapted (LoRA) and quantised.
+"""Matrix products of activations and weights: plain, adapted (LoRA) and quantized.
 
 Dimensions: I input features, O output features, R rank of an adapter; `...` leading batch dimensions.
 """
@@ -34,9 +34,9 @@ def linear(x: jax.Array, weight: Weight, dtype: str, output_axes: tuple[str | No
     """x [..., I] times weight [I, O], as [..., O] in the dtype of x.
 
     `dtype` is that of the operands: "auto", "float32", "bfloat16", or a kind of `ops/eight_bit.py`; products accumulate
-    in float32 (of int8 in int32). A quantised weight has its own arithmetic, and adapters' products are not of 8 bits.
-    `output_axes` names the logical axes that the result is to be cut along, where they are not those of x and weight:
-    a product whose contraction is cut can be summed and spread over those devices at once.
+    in float32 (int8 in int32). A quantized weight has its own arithmetic, and products with adapters are not 8-bit.
+    `output_axes` names the logical axes of the result's sharding, if they are not those of x and weight:
+    a product with a sharded contraction can then be reduce-scattered.
     """
     if isinstance(weight, AdaptedWeight):
         adapter_dtype = "bfloat16" if dtype in eight_bit.KINDS else dtype
@@ -49,7 +49,7 @@ def linear(x: jax.Array, weight: Weight, dtype: str, output_axes: tuple[str | No
 
 
 def operand_dtype(dtype: str) -> str:
-    """`dtype`, with "auto" resolved for the platform that is traced for."""
+    """`dtype`, with "auto" resolved for the target platform."""
     if dtype != "auto":
         return dtype
     return "bfloat16" if multiplies_bfloat16() else "float32"
@@ -62,8 +62,8 @@ def unembed(x: jax.Array, table: jax.Array | QTensor, dtype: str) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _matmul(x, weight, dtype, input_axis, out_spec):
-    # The vjp is ours so that the backward products, too, have `dtype` operands and float32 sums: autodiff would
-    # multiply the float32 cotangent by a bfloat16 operand, which no matrix unit does.
+    # A custom vjp, so that the backward products also have `dtype` operands and float32 sums: autodiff would
+    # multiply the float32 cotangent by a bfloat16 operand, which no matrix unit supports.
     if dtype in eight_bit.KINDS:
         kind = eight_bit.activation_dtype(dtype)
         return _eight_bit_dot(x, weight, kind, kind, input_axis, out_spec).astype(x.dtype)
@@ -71,14 +71,14 @@ def _matmul(x, weight, dtype, input_axis, out_spec):
 
 
 def _matmul_forward(x, weight, dtype, input_axis, out_spec):
-    # Saved: the weight as it lies in memory. The backward pass gathers it again rather than hold it whole.
+    # The residual is the sharded weight: the backward pass gathers it again instead of keeping it whole.
     return _matmul(x, weight, dtype, input_axis, out_spec), (x.astype(_gradient_dtype(dtype)), weight)
 
 
 def _matmul_backward(dtype, input_axis, out_spec, residuals, grad):
     x, weight = residuals
     if out_spec is not None:
-        # The sum was spread over the devices that share the contraction: they need the whole of its cotangent.
+        # The sum was reduce-scattered over the devices that share the contraction: gather its whole cotangent.
         whole = gathered_spec(spec_of(weight))
         grad = jax.reshard(grad, P(*spec_of(x)[:-1], whole[1 - input_axis]))
     if dtype in eight_bit.KINDS:
@@ -86,7 +86,7 @@ def _matmul_backward(dtype, input_axis, out_spec, residuals, grad):
         grad_x = _eight_bit_dot(grad, weight, *kinds, 1 - input_axis, None)
     else:
         grad_x = _dot(grad.astype(dtype), gather_weight(weight.astype(dtype)), 1 - input_axis, None)
-    # Contracting the batch dimensions leaves a sum that is spread over the devices that cut rows and tokens.
+    # Contracting the batch dimensions leaves partial sums on the devices that rows and tokens are sharded over.
     left, right = (x, grad) if input_axis == 0 else (grad, x)
     batch_dims = tuple(range(x.ndim - 1))
     grad_weight = jax.lax.dot_general(
@@ -105,13 +105,13 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def _gradient_dtype(dtype: str) -> str:
-    """Operands of the product that gives the gradient of the weights."""
+    """Operand dtype of the product for the gradient of the weights."""
     return "bfloat16" if dtype in eight_bit.KINDS else dtype
 
 
 def _dot(x, weight, axis, out_spec, sum_dtype=jnp.float32):
     """Contract the last axis of x with `axis` of a matrix."""
-    # Where both operands are cut along the contraction (row-parallel), naming the output's sharding asks for the sum.
+    # If both operands are sharded along the contraction (row-parallel), the output's sharding requests the sum.
     if out_spec is None and is_explicit():
         out_spec = P(*spec_of(x)[:-1], spec_of(weight)[1 - axis])
     return jax.lax.dot_general(
@@ -120,9 +120,9 @@ def _dot(x, weight, axis, out_spec, sum_dtype=jnp.float32):
 
 
 def _eight_bit_dot(x, weight, x_dtype, weight_dtype, axis, out_spec):
-    """`_dot` of operands rounded to 8 bits, a scale for each row of x and each output of the matrix: float32."""
+    """`_dot` of operands rounded to 8 bits, with a scale per row of x and per output of the matrix: float32."""
     x, weight = eight_bit.scale_to(x, -1, x_dtype), eight_bit.scale_to(weight, axis, weight_dtype)
-    # Rounded before it is gathered, so that half the bytes travel.
+    # Rounded before the all-gather, to send half the bytes.
     sums = _dot(x.values, gather_weight(weight.values), axis, out_spec, eight_bit.sum_dtype(x_dtype))
     weight_scales = weight.scales.reshape(-1)
     row_scales = x.scales

@@ -1,4 +1,4 @@
-"""Log-probabilities of target tokens without ever holding [batch, length, vocab].
+"""Log-probabilities of target tokens without materializing logits [batch, length, vocab].
 
 Dimensions: B batch, L length, D embed, V vocab, C tokens in a chunk.
 """
@@ -15,18 +15,18 @@ from maxlm.core.sharding import current_mesh, is_explicit, spec_of
 def log_probabilities_in_chunks(
     hidden_BLD: jax.Array, project, head, targets_BL: jax.Array, *, chunk_length: int
 ) -> tuple[jax.Array, jax.Array]:
-    """log p(target) and the log of the softmax's normaliser, each float32 [batch, length].
+    """log p(target) and the log of the softmax normalizer, each float32 [batch, length].
 
-    The sequence is cut into chunks; each chunk's logits live only while it is worked on, in the forward and, computed
-    again, in the backward pass.
+    The sequence is split into chunks; only one chunk's logits exist at a time, in the forward and, recomputed, in the
+    backward pass.
 
     Args:
       hidden_BLD: final hidden states.
       project: (head, hidden [B, C, D]) -> float32 logits [B, C, V].
       head: the pytree of weights that `project` uses; gradients flow to it.
       targets_BL: token ids.
-      chunk_length: tokens of a row, or of a device's part of it, in a chunk; clipped to those that there are. A last,
-        shorter chunk is worked on by itself.
+      chunk_length: tokens of a row, or of a device's part of it, per chunk; at most their number. A last,
+        shorter chunk is computed separately.
     """
 
     def chunk(head, hidden, targets):
@@ -36,19 +36,19 @@ def log_probabilities_in_chunks(
 
 
 def in_chunks(function, head, *tokens: jax.Array, chunk_length: int) -> tuple[jax.Array, ...]:
-    """What `function` gives for each token, computed for some tokens at a time and again in the backward pass.
+    """Apply `function` to all tokens, chunk by chunk, with recomputation in the backward pass.
 
     Args:
       function: (head, *pieces of the arrays) -> arrays with the shape of a piece's tokens.
       head: the pytree of weights that it uses; gradients flow to it.
       tokens: arrays [batch, length, ...].
-      chunk_length: as of `log_probabilities_in_chunks`.
+      chunk_length: as in `log_probabilities_in_chunks`.
 
     Returns:
       Arrays [batch, length].
     """
     function = jax.checkpoint(function)
-    # An array whose rows are cut over devices has one more axis before its tokens.
+    # An array whose rows are sharded over devices has one more axis before its tokens.
     cut = [_by_device(x) for x in tokens]
     axis = 1 + cut[0].ndim - tokens[0].ndim
     length = cut[0].shape[axis]
@@ -62,7 +62,7 @@ def in_chunks(function, head, *tokens: jax.Array, chunk_length: int) -> tuple[ja
 
 
 def _by_device(x_BL: jax.Array) -> jax.Array:
-    """[B, parts, L / parts, ...] where devices cut L into parts: a chunk is then a piece of each device's part."""
+    """[B, parts, L / parts, ...] if L is sharded into parts: a chunk is then a piece of each device's part."""
     if not is_explicit() or (parts := _count(spec_of(x_BL)[1])) == 1:
         return x_BL
     batch, length, *rest = x_BL.shape
@@ -88,7 +88,7 @@ def _forward(logits, targets):
 
 
 def _backward(residuals, grads):
-    # d log p = onehot - p, d log Z = p: one pass, where autodiff of logsumexp and a gather would make several.
+    # d log p = onehot - p, d log Z = p: one pass; autodiff of logsumexp and a gather would need several.
     logits, targets, log_normalizer = residuals
     grad_log_probability, grad_log_normalizer = grads
     probabilities = jnp.exp(logits - log_normalizer[..., None])
@@ -100,7 +100,7 @@ _gather_log_probability.defvjp(_forward, _backward)
 
 
 def _one_hot(logits, targets):
-    # A comparison rather than a gather: it stays local where the vocabulary is cut over devices.
+    # A comparison instead of a gather: it is local if the vocabulary is sharded.
     vocabulary = jnp.arange(logits.shape[-1], dtype=jnp.int32)
     if is_explicit():
         vocabulary = jax.reshard(vocabulary, P(spec_of(logits)[-1]))

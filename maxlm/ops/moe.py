@@ -1,14 +1,14 @@
-"""Experts: which ones each token goes to, how it gets there and back, and the plain reference.
+"""Mixture of experts: routing, expert-parallel dispatch and combine, and a reference.
 
-| implementation | how tokens reach experts on other devices                                                   |
+| implementation | how tokens are sent to experts on other devices                                             |
 | -------------- | ------------------------------------------------------------------------------------------- |
-| `ragged`       | a ragged all-to-all sends each row that must go, and nothing else: TPUs and GPUs            |
-| `padded`       | a plain all-to-all, of buffers that hold the worst case: everywhere                         |
-| `reference`    | not at all: every expert works on every token, in float32, and the router's weights choose  |
+| `ragged`       | a ragged all-to-all sends only the rows that must be sent: TPUs and GPUs                    |
+| `padded`       | a plain all-to-all of buffers sized for the worst case: any device                          |
+| `reference`    | not at all: every expert computes every token, in float32, weighted by the router           |
 
 All are exact: no token is ever dropped.
 
-Dimensions: B batch, L length, D embed, F channels of an expert, E experts, K experts of a token, S devices along the
+Dimensions: B batch, L length, D embed, F channels of an expert, E experts, K experts per token, S devices along the
 expert axis; on one device: T tokens, A = T * K assignments of a token to an expert, G experts, N rows sent, M received.
 """
 
@@ -35,7 +35,7 @@ _NARROWING = ("experts", "mlp", "expert_embed")
 
 @dataclass(frozen=True)
 class Routing:
-    """experts_BLK: the experts of each token, the best first; weights_BLK: float32, what each one's output counts."""
+    """experts_BLK: the experts of each token, best first; weights_BLK: float32, the weight of each one's output."""
 
     experts_BLK: jax.Array
     weights_BLK: jax.Array
@@ -48,15 +48,15 @@ def router_scores(logits_BLE: jax.Array, scoring: str) -> jax.Array:
 def route(
     scores_BLE: jax.Array, bias_E: jax.Array | None, *, experts_per_token: int, normalize_weights: bool, scaling: float
 ) -> Routing:
-    """The experts with the highest scores; of equal ones those that come first.
+    """Route each token to the experts with the highest scores; ties go to the lower index.
 
-    A bias counts in the choice alone, and not in the weights (arXiv:2408.15664).
+    A bias affects only the choice, not the weights (arXiv:2408.15664).
     """
     choosing = scores_BLE if bias_E is None else scores_BLE + jax.lax.stop_gradient(bias_E)
     _, experts_BLK = jax.lax.top_k(jax.lax.stop_gradient(choosing), experts_per_token)
     weights_BLK = jnp.take_along_axis(scores_BLE, experts_BLK, axis=-1)
     if normalize_weights:
-        # Sigmoids may all be next to nothing.
+        # All sigmoids may be close to zero.
         weights_BLK = weights_BLK / (jnp.sum(weights_BLK, axis=-1, keepdims=True) + 1e-20)
     return Routing(experts_BLK, scaling * weights_BLK)
 
@@ -73,19 +73,19 @@ def mixture_of_experts(
     output_axes: tuple[str | None, ...] | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """The weighted sum of what a token's experts make of it, each a SwiGLU.
+    """The weighted sum of the outputs of each token's experts, each a SwiGLU.
 
     Args:
-      real_BL: bool; other tokens are padding, go to no expert and get zeros.
+      real_BL: bool; other tokens are padding, are not routed and get zeros.
       dtype: of the operands of matrix products.
-      output_axes: logical axes that the result is cut along, if not those of x.
-      implementation: one of `IMPLEMENTATIONS`, or None for the best that works here.
+      output_axes: logical axes of the result's sharding, if not those of x.
+      implementation: one of `IMPLEMENTATIONS`, or None for the best available.
 
     Returns:
       [batch, length, embed] in the dtype of x.
 
     Raises:
-      ConfigError: an unknown implementation, or a named one that cannot work here.
+      ConfigError: the implementation is unknown, or not available here.
     """
     implementation = _choose(implementation)
     if implementation == "reference":
@@ -138,7 +138,7 @@ def _choose(implementation: str | None) -> str:
         )
     if implementation == "ragged" and platform == "cpu":
         raise ConfigError(
-            ["mixture of experts: implementation 'ragged' needs a TPU or GPU, and this is a CPU; choose 'padded'"]
+            ["mixture of experts: implementation 'ragged' needs a TPU or GPU, not a CPU; choose 'padded'"]
         )
     return implementation
 
@@ -159,12 +159,12 @@ def _local_mixture(
     sum_over: str | None,
     scatter: bool,
 ):
-    """One device's part: its tokens go to the devices of their experts, and come back."""
+    """One device's part: its tokens are sent to the devices of their experts and back."""
     embed = x_BLD.shape[-1]
     num_per_token = experts_BLK.shape[-1]
     x_TD = x_BLD.reshape(-1, embed)
     num_experts = num_shards * len(jax.tree.leaves(gate_GDF)[0])
-    # Padding goes to an expert beyond the last.
+    # Padding is assigned to an expert index beyond the last.
     experts_A = jnp.where(real_BL[..., None], experts_BLK, num_experts).reshape(-1)
     if num_shards == 1:
         exchange = _sort_only(experts_A, num_experts)
@@ -202,12 +202,12 @@ def _grouped(x_MI, weight_GIO, embed_axis: int, *, exchange, dtype, gather_names
 
 @dataclass(frozen=True)
 class _Exchange:
-    """Which rows a device sends, how they travel, and in which order its experts take what it receives.
+    """Which rows a device sends, how they are sent, and the order of its received rows by expert.
 
-    assignment_N: of A, for each row that is sent; -1 is an empty row.
+    assignment_N: index in A of each row that is sent; -1 is an empty row.
     send: [N, D] -> [M, D]; send_back: the reverse.
-    order_M: for each row in the order of experts, the received row; -1 after the last.
-    sizes_G: rows of each expert.
+    order_M: the received row for each row in expert order; -1 after the last.
+    sizes_G: number of rows of each expert.
     """
 
     assignment_N: jax.Array
@@ -218,11 +218,11 @@ class _Exchange:
 
 
 def _sort_only(experts_A, num_experts):
-    """All experts are here."""
+    """Exchange on one device: all experts are local."""
     order_A, counts_E = _sorted(experts_A, num_experts)
     place_A = jnp.arange(len(order_A))
     order_A = jnp.where(place_A < jnp.sum(counts_E), order_A, -1)
-    return _Exchange(order_A, _as_it_is, _as_it_is, place_A, counts_E)
+    return _Exchange(order_A, _identity, _identity, place_A, counts_E)
 
 
 def _exchange_padded(experts_A, num_experts, num_shards, num_per_token):
@@ -241,7 +241,7 @@ def _exchange_ragged(experts_A, num_experts, num_shards, num_per_token):
     counts_SE = jax.lax.all_gather(counts_E, "expert")
     me = jax.lax.axis_index("expert")
     room = num_shards * _room(len(experts_A), num_experts // num_shards, num_per_token)
-    # Rows from each device (first axis) to each (second): where they start when they leave, and when they arrive.
+    # Rows from each device (first axis) to each (second): their start offsets at the sender and at the receiver.
     sent_SS = counts_SE.reshape(num_shards, num_shards, -1).sum(-1)
     leave_SS, arrive_SS = _exclusive_sum(sent_SS, axis=1), _exclusive_sum(sent_SS, axis=0)
     there = (leave_SS[me], sent_SS[me], arrive_SS[me], sent_SS[:, me])
@@ -250,26 +250,26 @@ def _exchange_ragged(experts_A, num_experts, num_shards, num_per_token):
     place_A = jnp.arange(len(order_A))
     return _Exchange(
         jnp.where(place_A < jnp.sum(counts_E), order_A, -1),
-        lambda rows_ND: _travel(rows_ND, there, back, len(order_A), room),
-        lambda rows_MD: _travel(rows_MD, back, there, room, len(order_A)),
+        lambda rows_ND: _send_ragged(rows_ND, there, back, len(order_A), room),
+        lambda rows_MD: _send_ragged(rows_MD, back, there, room, len(order_A)),
         order_M,
         sizes_G,
     )
 
 
 def _sorted(experts_A, num_experts):
-    """Assignments in the order of their experts (and of tokens within one; padding last), and how many each has."""
+    """Assignments sorted by expert (then by token; padding last), and the number of each expert."""
     counts_E = jnp.zeros(num_experts, jnp.int32).at[experts_A].add(1, mode="drop")
     return jnp.argsort(experts_A, stable=True).astype(jnp.int32), counts_E
 
 
 def _room(num_assignments: int, experts_of_shard: int, num_per_token: int) -> int:
-    """Most rows that a device can send to another: a token's experts differ."""
+    """Maximum number of rows that a device can send to another: the experts of a token are distinct."""
     return num_assignments // num_per_token * min(num_per_token, experts_of_shard)
 
 
 def _take_runs(order_A, starts_R, sizes_R, room: int):
-    """Runs of `order_A`, each in `room` places of its own; -1 in places that are left over."""
+    """Runs of `order_A`, each padded to `room` entries with -1."""
     places = jnp.arange(room)
     filled = places < sizes_R[:, None]
     taken = order_A[jnp.where(filled, starts_R[:, None] + places, 0)]
@@ -277,7 +277,7 @@ def _take_runs(order_A, starts_R, sizes_R, room: int):
 
 
 def _order_of_experts(counts_SE, first_row_S, num_rows: int):
-    """Received rows come by sender, and by expert within each: their order by expert, and the rows of each expert."""
+    """Sort received rows, which are by sender and then by expert, by expert: the order, and the rows per expert."""
     num_shards = len(counts_SE)
     mine_SG = jax.lax.dynamic_index_in_dim(
         counts_SE.reshape(num_shards, num_shards, -1), jax.lax.axis_index("expert"), axis=1, keepdims=False
@@ -291,42 +291,42 @@ def _order_of_experts(counts_SE, first_row_S, num_rows: int):
     return jnp.where(place_M < ends[-1], order_M, -1), mine_SG.sum(0)
 
 
-def _as_it_is(rows):
+def _identity(rows):
     return rows
 
 
 def _swap(rows_ND, num_shards: int):
-    """The all-to-all of equal parts, which is its own reverse."""
+    """All-to-all of equal parts, which is its own inverse."""
     parts = rows_ND.reshape(num_shards, -1, rows_ND.shape[-1])
     return jax.lax.all_to_all(parts, "expert", 0, 0, tiled=True).reshape(rows_ND.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _travel(rows, there, back, num_rows: int, num_received: int):
-    """A ragged all-to-all. `there` and `back`: where runs start here, their sizes, where they go, sizes received."""
+def _send_ragged(rows, there, back, num_rows: int, num_received: int):
+    """Ragged all-to-all. `there` and `back`: input offsets, send sizes, output offsets, receive sizes."""
     del back, num_rows
     output = jnp.zeros((num_received, rows.shape[-1]), rows.dtype)
     return jax.lax.ragged_all_to_all(rows, output, *there, axis_name="expert")
 
 
-def _travel_forward(rows, there, back, num_rows, num_received):
-    return _travel(rows, there, back, num_rows, num_received), (there, back)
+def _send_ragged_forward(rows, there, back, num_rows, num_received):
+    return _send_ragged(rows, there, back, num_rows, num_received), (there, back)
 
 
-def _travel_backward(num_rows, num_received, residuals, grad):
+def _send_ragged_backward(num_rows, num_received, residuals, grad):
     there, back = residuals
-    return _travel(grad, back, there, num_received, num_rows), None, None
+    return _send_ragged(grad, back, there, num_received, num_rows), None, None
 
 
-_travel.defvjp(_travel_forward, _travel_backward)
+_send_ragged.defvjp(_send_ragged_forward, _send_ragged_backward)
 
 
 @jax.custom_vjp
 def _permute(x, index, inverse):
-    """Rows x[index], zeros where that is -1. `inverse` tells, for each row of x, where in the result it stands: once
-    ([rows]) or at most so often ([rows, times]), -1 being nowhere.
+    """Rows x[index], zeros where the index is -1. `inverse` holds, for each row of x, its place in the result: one
+    ([rows]) or several ([rows, times]), with -1 for none.
 
-    A gather has a scatter for its gradient, which is slow; where each row goes is known here, so it is a gather too.
+    The gradient of a gather is a scatter, which is slow; with the inverse known, it is a gather too.
     """
     return _rows(x, index)
 
@@ -350,7 +350,7 @@ def _rows(x, index):
 
 
 def _inverse(index_N, size: int):
-    """Where in `index_N` each of 0 .. size - 1 stands; -1 where it does not."""
+    """The place of each of 0 .. size - 1 in `index_N`; -1 if absent."""
     targets = jnp.where(index_N >= 0, index_N, size)
     return jnp.full(size, -1, jnp.int32).at[targets].set(jnp.arange(len(index_N), dtype=jnp.int32), mode="drop")
 

@@ -1,8 +1,8 @@
-"""What keeps experts equally busy: a loss over documents, and a bias whose gradient is the error of the load.
+"""Load balancing of experts: a loss over documents, and a bias whose gradient is the load error.
 
-Both are sums over tokens, so that it does not matter how a batch is cut, packed or laid out.
+Both are sums over tokens, so they do not depend on how a batch is split, packed or sharded.
 
-Dimensions: B batch, L length, E experts, K experts of a token.
+Dimensions: B batch, L length, E experts, K experts per token.
 """
 
 from functools import partial
@@ -15,20 +15,20 @@ from maxlm.core.sharding import is_explicit, logical_to_spec
 
 
 def choices(experts_BLK: jax.Array, real_BL: jax.Array, num_experts: int) -> jax.Array:
-    """float32 [B, L, E]: 1 where a token that is no padding goes to an expert."""
+    """float32 [B, L, E]: 1 where a token, other than padding, is routed to an expert."""
     chosen_BLE = jnp.any(experts_BLK[..., None] == jnp.arange(num_experts), axis=-2)
     return (chosen_BLE & real_BL[..., None]).astype(jnp.float32)
 
 
 def document_balance(scores_BLE: jax.Array, experts_BLK: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-    """Sum over documents of their number of tokens times E / K * sum_e f_e P_e.
+    """Balance loss: sum over documents of their number of tokens times E / K * sum_e f_e P_e.
 
-    f_e is the share of a document's tokens that go to expert e, and P_e the mean of its normalised scores: the
+    f_e is the fraction of a document's tokens routed to expert e, and P_e the mean of its normalized scores: the
     sequence-wise loss of DeepSeek-V3 (arXiv:2412.19437, equations 17 to 20), where a sequence is a document. It is
-    lowest, 1 for each token, when both are equal over experts. No gradient flows through f.
+    lowest, 1 per token, when both are equal over experts. No gradient flows through f.
 
     Args:
-      scores_BLE: of the router, not negative.
+      scores_BLE: router scores, not negative.
       segment_ids_BL: documents of a row, numbered from 1 to at most L; 0 is padding.
     """
     num_experts, num_per_token = scores_BLE.shape[-1], experts_BLK.shape[-1]
@@ -40,7 +40,7 @@ def document_balance(scores_BLE: jax.Array, experts_BLK: jax.Array, segment_ids_
 
 
 def document_shares(experts_BLK: jax.Array, segment_ids_BL: jax.Array, num_experts: int) -> jax.Array:
-    """float32 [B, L, E]: for each token, the share of its document's tokens that go to each expert; no gradient."""
+    """float32 [B, L, E]: for each token, the fraction of its document's tokens routed to each expert; no gradient."""
     if not is_explicit():
         return _local_shares(experts_BLK, segment_ids_BL, num_experts=num_experts, length_axes=())
     tokens = logical_to_spec(("batch", "length", None))
@@ -53,7 +53,7 @@ def document_shares(experts_BLK: jax.Array, segment_ids_BL: jax.Array, num_exper
 def _local_shares(experts_BLK, segment_ids_BL, *, num_experts: int, length_axes: tuple[str, ...]):
     all_experts, all_segments = experts_BLK, segment_ids_BL
     if length_axes:
-        # A document may go on on the next device: choices are small enough to gather.
+        # A document may continue on the next device: choices are small enough to gather.
         all_experts, all_segments = (
             jax.lax.all_gather(x, length_axes, axis=1, tiled=True) for x in (experts_BLK, segment_ids_BL)
         )
@@ -67,10 +67,10 @@ def _local_shares(experts_BLK, segment_ids_BL, *, num_experts: int, length_axes:
 
 
 def bias_pull(bias_E: jax.Array, load_E: jax.Array) -> jax.Array:
-    """Zero, with a *defined* gradient for the bias, which is the gradient of nothing: load less its mean over experts.
+    """Zero, with a custom gradient for the bias that no function has: load minus its mean over experts.
 
-    So the optimizer finds in the bias's gradient, added up over microbatches and devices as all gradients are, whether
-    an expert has too many tokens, and lowers its bias by a fixed step if so.
+    So the bias's gradient, summed over microbatches and devices like all gradients, tells the optimizer whether
+    an expert has too many tokens; it then lowers the bias by a fixed step.
     """
     error_E = jax.lax.stop_gradient(load_E - jnp.mean(load_E))
     return jnp.sum(error_E * (bias_E - jax.lax.stop_gradient(bias_E)))

@@ -1,4 +1,4 @@
-"""Normalisation."""
+"""Normalization."""
 
 import jax
 import jax.numpy as jnp

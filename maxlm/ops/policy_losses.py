@@ -10,7 +10,7 @@ import jax.numpy as jnp
 def clipped_surrogate(
     log_ratio_BL: jax.Array, advantages_B: jax.Array, *, clip_low: float, clip_high: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Loss of each token, and whether the clip holds it (arXiv:1707.06347, with two bounds as in arXiv:2503.14476).
+    """Loss of each token, and whether it is clipped (arXiv:1707.06347, with two bounds as in arXiv:2503.14476).
 
         -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A),   rho = p(token) / p_sampled(token)
 

@@ -1,4 +1,4 @@
-"""Losses of preference pairs, each a function of numbers of the pairs alone.
+"""Losses of preference pairs, each a function of rewards or margins alone.
 
 Dimensions: B pairs.
 """
@@ -18,7 +18,7 @@ def dpo_loss(margin_B: jax.Array, *, beta: float, label_smoothing: float = 0.0) 
         -(1 - s) log sigmoid(beta m) - s log sigmoid(-beta m)
         m = [log p(chosen) - log p_ref(chosen)] - [log p(rejected) - log p_ref(rejected)]
 
-    s is the share of pairs that are assumed to be labelled the wrong way round ("conservative DPO").
+    s is the assumed fraction of mislabeled pairs ("conservative DPO").
     """
     scaled_B = beta * margin_B
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(scaled_B) - label_smoothing * jax.nn.log_sigmoid(-scaled_B)

@@ -1,4 +1,4 @@
-"""int8 weights: symmetric, one scale for each output channel; activations are two int8 digits, made on the fly.
+"""int8 weights: symmetric, one scale per output channel; activations are split into two int8 digits on the fly.
 
 Dimensions: I input features, O output features; `...` leading batch dimensions.
 """
@@ -9,19 +9,19 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-# Symmetric: -128 is left out, so that a value and its negative are both there.
+# Symmetric: -128 is unused, so that the negative of every value exists.
 MAX_VALUE = 127
-# Steps of the low digit in one of the high digit. A power of two, by which a division is exact: the result does not
-# depend on how a compiler joins products and sums.
+# Low-digit steps per high-digit step. A power of two, by which division is exact: the result does not
+# depend on how a compiler fuses products and sums.
 BASE = 256
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=[])
 @dataclass(frozen=True)
 class QTensor:
-    """values [..., O, I] int8 and scales [..., O] float32; the weight is values * scales, laid out output-first.
+    """values [..., O, I] int8 and scales [..., O] float32; the weight is values * scales, output-first.
 
-    For inference: the rounding of activations has no useful gradient.
+    For inference only: the rounding of activations has no useful gradient.
     """
 
     values: jax.Array
@@ -38,11 +38,11 @@ class QTensor:
     def multiply(self, x: jax.Array) -> jax.Array:
         """x [..., I] times the weight [O, I], as [..., O] in the dtype of x.
 
-        W8A16: both digits of x are rows of one int8 product, whose sums in int32 are exact (for up to 130,000
-        features). They are put together and scaled in float32.
+        W8A16: both digits of x are rows of one int8 product, with exact sums in int32 (for up to 130,000
+        features). They are combined and scaled in float32.
         """
         digits = split(x)
-        # [2, ..., O]. One token is two rows: XLA's CPU backend may turn a product with a single row into a
+        # [2, ..., O]. One token makes two rows: XLA's CPU backend may turn a product with a single row into a
         # matrix-vector loop that is up to ten times slower.
         contracted = (((digits.values.ndim - 1,), (self.values.ndim - 1,)), ((), ()))
         sums = jax.lax.dot_general(digits.values, self.values, contracted, preferred_element_type=jnp.int32)
@@ -59,16 +59,16 @@ class Digits:
 
 
 def quantize(x: jax.Array) -> QTensor:
-    """Symmetric int8 along the last axis: scale = max |x| / 127, values = round(x / scale); zeros have scale 0."""
+    """Quantize to symmetric int8 along the last axis: scale = max |x| / 127, values = round(x / scale); 0 for zeros."""
     scaled, scales = _to_range(x)
     return QTensor(_to_int8(scaled), scales)
 
 
 def split(x: jax.Array) -> Digits:
-    """Two digits: the first as `quantize` rounds, the second what that leaves over.
+    """Split x into two digits: the first rounded as in `quantize`, the second its remainder.
 
-    A value is off by half a low step, max |x| / 65,024; by twice that where half a high step is left over, which is one
-    low step more than int8 holds.
+    The error is at most half a low step, max |x| / 65,024; twice that if the remainder is half a high step, which is
+    one low step more than int8 holds.
     """
     scaled, scales = _to_range(x)
     high = _to_int8(scaled)
@@ -77,12 +77,12 @@ def split(x: jax.Array) -> Digits:
 
 
 def _to_range(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x with its largest value of the last axis at 127, and the scales that were divided by."""
+    """x scaled so that the largest magnitude along the last axis is 127, and the scales."""
     x = x.astype(jnp.float32)
     scales = jnp.max(jnp.abs(x), axis=-1) / MAX_VALUE
     return x / jnp.where(scales > 0, scales, 1.0)[..., None], scales
 
 
 def _to_int8(scaled: jax.Array) -> jax.Array:
-    # Clipped because a subnormal scale is so coarse that x / scale may exceed what int8 holds.
+    # Clipped because a subnormal scale is so coarse that x / scale may exceed the range of int8.
     return jnp.clip(jnp.round(scaled), -MAX_VALUE, MAX_VALUE).astype(jnp.int8)

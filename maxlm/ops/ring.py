@@ -1,13 +1,13 @@
-"""Ring attention (arXiv:2310.01889): keys and values go round the devices that a row's tokens are cut over.
+"""Ring attention (arXiv:2310.01889): keys and values pass around the devices that a row is sharded over.
 
-Each device merges what its own queries see of each block by the log-sum-exps. The backward pass goes round once more,
-and the gradients of keys and values travel with their block. A block is sent on before it is computed with.
+Each device merges the results of its queries for each block by their log-sum-exps. The backward pass goes around the
+ring again, and the gradients of keys and values are sent with their block. A block is sent before it is computed with.
 
-What each step computes is planned in advance, as pairs of chunks of the row. With a causal mask and rows in order the
-last device would see everything and the first nothing. So a row of 2C chunks is laid out as a zigzag: device i of C
-holds chunks i and 2C - 1 - i, and in every step but the first each device computes two whole pairs.
+Each step is planned in advance, as pairs of chunks of the row. With a causal mask and rows in order, the
+last device would compute all blocks and the first only its own. So a row of 2C chunks is a zigzag: device i of C
+holds chunks i and 2C - 1 - i, and in every step except the first each device computes two whole pairs.
 
-Shapes: B batch, T a device's tokens, N query heads, K key-value heads, H head dim; n chunks of a device, c tokens of a
+Shapes: B batch, T a device's tokens, N query heads, K key-value heads, H head dim; n chunks per device, c tokens per
 chunk.
 """
 
@@ -27,18 +27,18 @@ from maxlm.ops.flash_xla import Blockwise
 # The mesh axis of the ring.
 AXIS = "context"
 
-# How the chunks of a row lie on the devices.
+# Assignment of the chunks of a row to devices.
 RowOrder = Literal["plain", "zigzag"]
 
 
 def held_chunks(order: RowOrder, size: int) -> list[tuple[int, ...]]:
-    """The chunks of a row, counted from 0, that each of `size` devices holds."""
+    """The chunks of a row, counted from 0, on each of `size` devices."""
     return [(i, 2 * size - 1 - i) if order == "zigzag" else (i,) for i in range(size)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A chunk of queries and one of keys, by their places on their devices, and what the ones see of the others."""
+    """A chunk of queries and a chunk of keys, by index on their devices, and the attention rule between them."""
 
     query: int
     key: int
@@ -47,9 +47,9 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What is computed while each device holds the keys of the device `shift` before it on the ring.
+    """The computation while each device holds the keys of the device `shift` before it on the ring.
 
-    slots: one after another; each gives every device a pair of chunks, or nothing.
+    slots: run in sequence; each assigns every device a pair of chunks, or nothing.
     """
 
     shift: int
@@ -57,12 +57,12 @@ class Step:
 
     @property
     def rules(self) -> tuple[tuple[AttentionRule | None, ...], ...]:
-        """Of each slot, the different rules by which devices compute."""
+        """The distinct rules of the devices in each slot."""
         return tuple(tuple(dict.fromkeys(pair and pair.rule for pair in slot)) for slot in self.slots)
 
 
 def plan_ring(rule: AttentionRule, order: RowOrder, size: int, chunk_length: int) -> tuple[Step, ...]:
-    """The steps of a ring of `size` devices in which any query sees any key."""
+    """The steps of a ring of `size` devices in which any query may attend to any key."""
     chunks, steps = held_chunks(order, size), []
     for shift in range(size):
         pairs = [
@@ -70,7 +70,7 @@ def plan_ring(rule: AttentionRule, order: RowOrder, size: int, chunk_length: int
             for device in range(size)
         ]
         slots = []
-        # Pairs that lie alike go into one slot, so that most slots need no choice between rules.
+        # Pairs with the same rule share a slot, so that most slots need no choice between rules.
         for lies_across in (True, False):
             alike = [[pair for pair in of_device if (pair.query != pair.key) == lies_across] for of_device in pairs]
             slots += itertools.zip_longest(*alike)
@@ -93,9 +93,9 @@ def _visible_pairs(rule: AttentionRule, query_chunks, key_chunks, chunk_length: 
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """What is static about ring attention.
+    """Static parameters of ring attention.
 
-    rule: of whole rows; pieces: computes one block; order, size: of the rows, and of the ring.
+    rule: of whole rows; pieces: computes one block; order: of the rows; size: of the ring.
     """
 
     rule: AttentionRule
@@ -108,7 +108,7 @@ class Ring:
 def ring_attention(ring: Ring, query_BTNH, key_BTKH, value_BTKH, segments_BT) -> jax.Array:
     """Attention of this device's queries to the keys of all devices along `context`, inside `jax.shard_map`.
 
-    As `maxlm.ops.attention.attention` defines it for the whole row. Keys and values travel in the dtype of the matrix
+    As `maxlm.ops.attention.attention` defines it for the whole row. Keys and values are sent in the dtype of the matrix
     products.
     """
     return _forward(ring, query_BTNH, key_BTKH, value_BTKH, segments_BT)[0]
@@ -123,7 +123,7 @@ def _forward(ring: Ring, query_BTNH, key_BTKH, value_BTKH, segments_BT):
         merged = _merge(*(_at(total, query) for total in totals), output_BcNH, log_sum_BcN)
         return tuple(_put(total, new, query) for total, new in zip(totals, merged))
 
-    def step(steps: "_Alike", carry, choices):
+    def step(steps: "_SameSteps", carry, choices):
         blocks, totals = carry
         sent = _send(ring, blocks, steps.leave)
         for rules, choice in zip(steps.rules, choices):
@@ -131,10 +131,10 @@ def _forward(ring: Ring, query_BTNH, key_BTKH, value_BTKH, segments_BT):
         return sent, totals
 
     totals = (jnp.zeros(query_BncNH.shape, jnp.float32), jnp.full(query_BncNH.shape[:-1], MASKED_LOGIT))
-    carry = _travelling(ring, key_BTKH, value_BTKH, segments_BT), totals
-    _, (output_BncNH, log_sum_BncN) = _go_round(ring, query_BTNH.shape[1], step, carry)
+    carry = _circulating(ring, key_BTKH, value_BTKH, segments_BT), totals
+    _, (output_BncNH, log_sum_BncN) = _go_around(ring, query_BTNH.shape[1], step, carry)
     output_BTNH = output_BncNH.reshape(query_BTNH.shape).astype(query_BTNH.dtype)
-    # For a query that sees nothing, +1e30 makes every probability of the backward pass an exact zero.
+    # For a fully masked query, +1e30 makes every probability of the backward pass an exact zero.
     log_sum_BncN = jnp.where(log_sum_BncN > MASKED_LOGIT / 2, log_sum_BncN, -MASKED_LOGIT)
     return output_BTNH, (query_BTNH, key_BTKH, value_BTKH, segments_BT, output_BTNH, log_sum_BncN)
 
@@ -154,10 +154,10 @@ def _backward(ring: Ring, residuals, gradient_BTNH):
             _put(total, _at(total, place) + part, place) for total, part, place in zip(totals, new, (query, key, key))
         )
 
-    def step(steps: "_Alike", carry, choices):
+    def step(steps: "_SameSteps", carry, choices):
         blocks, query_total, travelling = carry
         sent = _send(ring, blocks, steps.leave)
-        # Sums for this block so far are on their way while this device computes its own part.
+        # The partial sums for this block are in transit while this device computes its own part.
         arriving = _send(ring, travelling, steps.arrive)
         totals = (query_total, *(jnp.zeros_like(x) for x in travelling))
         for rules, choice in zip(steps.rules, choices):
@@ -165,10 +165,10 @@ def _backward(ring: Ring, residuals, gradient_BTNH):
         query_total, *own = totals
         return sent, query_total, tuple(x + y for x, y in zip(arriving, own))
 
-    blocks = _travelling(ring, key_BTKH, value_BTKH, segments_BT)
+    blocks = _circulating(ring, key_BTKH, value_BTKH, segments_BT)
     zeros = [jnp.zeros(x.shape, jnp.float32) for x in (query_BncNH, *blocks[:2])]
     length = query_BTNH.shape[1]
-    _, query_total, travelled = _go_round(ring, length, step, (blocks, zeros[0], tuple(zeros[1:])))
+    _, query_total, travelled = _go_around(ring, length, step, (blocks, zeros[0], tuple(zeros[1:])))
     home = _send(ring, travelled, -_plan(ring, length)[-1].shift % ring.size)
     return (
         *(x.reshape(like.shape).astype(like.dtype) for x, like in zip((query_total, *home), residuals)),
@@ -180,7 +180,7 @@ ring_attention.defvjp(_forward, _backward)
 
 
 def _operands(query_BncNH, query_segments_Bnc, blocks, query, key):
-    """Of a pair of chunks, at places `query` and `key`: query, key, value and the segments of both."""
+    """Operands of a pair of chunks, at indices `query` and `key`: query, key, value and the segments of both."""
     key_BncKH, value_BncKH, key_segments_Bnc = blocks
     return (
         _at(query_BncNH, query),
@@ -192,23 +192,23 @@ def _operands(query_BncNH, query_segments_Bnc, blocks, query, key):
 
 
 def _merge(output, log_sum, new_output, new_log_sum):
-    """The attention over two disjoint sets of keys, from the two; float32 [B, c, N, H] and [B, c, N]."""
+    """Merge the attention over two disjoint sets of keys; float32 [B, c, N, H] and [B, c, N]."""
     new_log_sum = jnp.where(new_log_sum < -MASKED_LOGIT / 2, new_log_sum, MASKED_LOGIT)
     total = jnp.logaddexp(log_sum, new_log_sum)
     share, new_share = (jnp.exp(part - total)[..., None] for part in (log_sum, new_log_sum))
     return output * share + new_output * new_share, total
 
 
-# The way round
+# Around the ring
 
 
 @dataclasses.dataclass(frozen=True)
-class _Alike:
-    """Steps, one after another, that one loop can run.
+class _SameSteps:
+    """Consecutive steps that one loop can run.
 
-    arrive, leave: devices from the step before, and to the next step; 0 at the ends.
-    rules: of each slot, the rules that devices choose from.
-    choices: of each slot int32 [steps, devices, 3]: the rule and the places of both chunks.
+    arrive, leave: distance in devices from the previous step, and to the next step; 0 at the ends.
+    rules: for each slot, the rules that devices choose from.
+    choices: for each slot int32 [steps, devices, 3]: the rule and the indices of both chunks.
     """
 
     arrive: int
@@ -218,11 +218,11 @@ class _Alike:
 
 
 def _plan(ring: Ring, length: int) -> tuple[Step, ...]:
-    """The plan where each device holds `length` tokens of a row."""
+    """The plan for `length` tokens of a row per device."""
     return plan_ring(ring.rule, ring.order, ring.size, length // len(held_chunks(ring.order, ring.size)[0]))
 
 
-def _runs(steps: tuple[Step, ...]) -> list[_Alike]:
+def _runs(steps: tuple[Step, ...]) -> list[_SameSteps]:
     shifts = [step.shift for step in steps]
     arrive = [0, *(after - before for before, after in itertools.pairwise(shifts))]
     described = zip(arrive, [*arrive[1:], 0], (step.rules for step in steps), steps)
@@ -233,7 +233,7 @@ def _runs(steps: tuple[Step, ...]) -> list[_Alike]:
             np.asarray([[_choice(rules[slot], pair) for pair in step.slots[slot]] for step in members], np.int32)
             for slot in range(len(rules))
         ]
-        runs.append(_Alike(arriving, leaving, rules, tuple(choices)))
+        runs.append(_SameSteps(arriving, leaving, rules, tuple(choices)))
     return runs
 
 
@@ -241,8 +241,8 @@ def _choice(rules, pair: Pair | None) -> tuple[int, int, int]:
     return (rules.index(None), 0, 0) if pair is None else (rules.index(pair.rule), pair.query, pair.key)
 
 
-def _go_round(ring: Ring, length: int, step, carry):
-    """`step(steps, carry, choices of this device by slot)` for all steps of the ring."""
+def _go_around(ring: Ring, length: int, step, carry):
+    """Run `step(steps, carry, choices of this device by slot)` for all steps of the ring."""
     device = jax.lax.axis_index(AXIS)
     for steps in _runs(_plan(ring, length)):
         mine = [jnp.asarray(choices)[:, device] for choices in steps.choices]
@@ -255,7 +255,7 @@ def _go_round(ring: Ring, length: int, step, carry):
 
 
 def _apply(rules, attend, choice, blocks, totals):
-    """`attend` by the rule chosen; a device that is to compute nothing keeps its totals."""
+    """Run `attend` with the chosen rule; a device without work keeps its totals."""
     branch, query, key = choice
 
     def by(rule):
@@ -265,14 +265,14 @@ def _apply(rules, attend, choice, blocks, totals):
 
 
 def _send(ring: Ring, arrays, distance: int):
-    """Each device's arrays to the one `distance` after it."""
+    """Send each device's arrays to the device `distance` after it."""
     if distance == 0:
         return arrays
     route = [(device, (device + distance) % ring.size) for device in range(ring.size)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, route), arrays)
 
 
-def _travelling(ring: Ring, key_BTKH, value_BTKH, segments_BT):
+def _circulating(ring: Ring, key_BTKH, value_BTKH, segments_BT):
     dtype = ring.pieces.matmul_dtype
     return tuple(_chunks(ring, x) for x in (key_BTKH.astype(dtype), value_BTKH.astype(dtype), segments_BT))
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv:2104.09864), in the half-split layout: channel i turns with channel i + D/2."""
+"""Rotary position embedding (arXiv:2104.09864), in the half-split layout: channel i rotates with channel i + D/2."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Adafactor, of each matrix of a stack by itself."""
+"""Adafactor, applied to each matrix of a stack separately."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ CLIP_RMS = 1.0
 
 
 def scale_by_adafactor() -> optax.GradientTransformation:
-    """optax's factored second moments and clipping of the update, as if each matrix of a stack were a leaf of its own.
+    """optax's factored second moments and update clipping, as if each matrix of a stack were a separate leaf.
 
-    On a stack as it is, optax would take the two longest axes for a matrix, which the layers may be one of, and clip
-    the stack as a whole.
+    On a whole stack, optax would factor the two longest axes, one of which may be the layers, and clip the stack as a
+    whole.
     """
     one = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(CLIP_RMS))
 
@@ -29,7 +29,7 @@ def scale_by_adafactor() -> optax.GradientTransformation:
         del params
         directions, new_state = {}, {}
         for path, grad in flatten(updates).items():
-            # What optax asks of the parameter is its shape.
+            # optax needs only the shape of the parameter.
             step = lambda grad, state: one.update(grad, state, grad)  # noqa: E731
             directions[path], new_state[path] = _on_stack(step, path, grad, state[path])
         return unflatten(directions, updates), new_state
@@ -38,13 +38,13 @@ def scale_by_adafactor() -> optax.GradientTransformation:
 
 
 def _on_stack(function, path: str, leaf: jax.Array, *others: Any) -> Any:
-    """`function` of each matrix (or vector) of a leaf, and of what belongs to it."""
+    """Apply `function` to each matrix (or vector) of a leaf, with its part of the others."""
     num_axes = leaf.ndim - (2 if is_matrix(path, leaf) else 1)
     for _ in range(num_axes):
         function = jax.vmap(function)
     results = function(leaf, *others)
     if not is_explicit():
         return results
-    # What does not depend on the leaf, such as a count, comes back whole and must be cut as the leaf is.
+    # Results that do not depend on the leaf, such as a count, are replicated and must be sharded like the leaf.
     leading = spec_of(leaf)[:num_axes]
     return jax.tree.map(lambda x: jax.reshard(x, P(*leading, *spec_of(x)[num_axes:])), results)

@@ -1,11 +1,11 @@
-"""Adam whose moments take a byte each (after arXiv:2110.02861).
+"""Adam with 8-bit moments (after arXiv:2110.02861).
 
-A matrix is cut into tiles, and each tile has a float32 scale: the largest of its values. A value is stored as
-scale * (code / largest code)^power: codes lie close where values are small, as those of a floating-point number do, and
-need no table. The second moment spans twice as many decades as the first and has the higher power.
+A matrix is divided into tiles, each with a float32 scale: the largest magnitude of its values. A value is stored as
+scale * (code / largest code)^power: codes are denser where values are small, as in floating point, and need no
+table. The second moment spans twice as many decades as the first and has the higher power.
 
-Rounding is stochastic: with beta2 near 1 a step changes a moment by less than the gap between two codes, and rounded to
-the nearest it would stay where it is for ever.
+Rounding is stochastic: with beta2 near 1 a step changes a moment by less than the gap between two codes, so rounding
+to nearest would never change it.
 """
 
 import math
@@ -21,7 +21,7 @@ from maxlm.core.tree import flatten, unflatten
 from maxlm.optim.groups import is_matrix
 from maxlm.optim.spread import axis_names
 
-# Sides of a tile. Tiles, unlike runs along one axis, fit into a part of a matrix that is cut along either axis.
+# Sides of a tile. Unlike blocks along one axis, tiles fit the shards of a matrix sharded along either axis.
 TILE = 16
 MIN_TILE_SIZE = 64
 FIRST_POWER, FIRST_CODES = 3, 127
@@ -60,9 +60,9 @@ def encode(x: jax.Array, noise: jax.Array, *, power: int, num_codes: int) -> tup
     """Codes of x [..., rows, columns] and the scales of its tiles [..., rows / side, columns / side].
 
     Args:
-      x: float32; the codes are as large as it, int8 where it has signs (127 codes) and uint8 where not (255).
-      noise: uniform in [0, 1), of the shape of x: a value between two codes goes up where it is below the fraction, so
-        that the expected value is x.
+      x: float32; the codes have its shape and are int8 if x is signed (127 codes), uint8 if not (255).
+      noise: uniform in [0, 1), of the shape of x: a value between two codes is rounded up where the noise is below its
+        fraction, so that the expected value is x.
     """
     scale = jnp.max(jnp.abs(_tiles(x)), axis=(-3, -1))
     part = jnp.abs(x) / jnp.maximum(_spread_scale(scale, x), jnp.finfo(jnp.float32).tiny)
@@ -71,19 +71,19 @@ def encode(x: jax.Array, noise: jax.Array, *, power: int, num_codes: int) -> tup
     code = low + (noise * (high_value - low_value) < part - low_value)
     code = jnp.minimum(code, num_codes)
     if num_codes == SECOND_CODES:
-        # A second moment of zero beside a first that is not would make an update of any size.
+        # A zero second moment with a nonzero first moment would make the update unbounded.
         return jnp.maximum(code, 1).astype(jnp.uint8), scale
     return (jnp.sign(x) * code).astype(jnp.int8), scale
 
 
 def decode(codes: jax.Array, scale: jax.Array, *, power: int, num_codes: int) -> jax.Array:
-    """The float32 values of `encode`'s codes."""
+    """The float32 values of codes from `encode`."""
     part = codes.astype(jnp.float32) / num_codes
     return jnp.sign(part) * jnp.abs(part) ** power * _spread_scale(scale, codes)
 
 
 def _init_moments(path, leaf):
-    # Scales of small tiles would take as much as they save, and vectors of norms are few.
+    # Scales of small tiles would take as much memory as they save, and norm vectors are few.
     if not is_matrix(path, leaf) or math.prod(_sides(leaf.shape)) < MIN_TILE_SIZE:
         return {"first": jnp.zeros_like(leaf), "second": jnp.zeros_like(leaf)}
     scale = jnp.zeros_like(jnp.max(_tiles(leaf), axis=(-3, -1)))
@@ -120,7 +120,7 @@ def _write(old, first, second, key):
 
 
 def _sides(shape) -> tuple[int, int]:
-    """Of the tiles: the largest powers of two up to TILE that divide the last two axes."""
+    """Sides of the tiles: the largest powers of two up to TILE that divide the last two axes."""
     return math.gcd(shape[-2], TILE), math.gcd(shape[-1], TILE)
 
 
@@ -135,7 +135,7 @@ def _tiles(x):
 
 
 def _spread_scale(scale, like):
-    """The scales of tiles, once for each value of `like`."""
+    """The scales of tiles, broadcast to the values of `like`."""
     tiles = jnp.broadcast_to(scale[..., :, None, :, None], _tiled_shape(like.shape))
     if not is_explicit():
         return tiles.reshape(like.shape)
@@ -149,7 +149,7 @@ def _tiled_shape(shape):
 
 
 def _tiled_spec(x):
-    """What cuts the last two axes; nothing where it would cut tiles."""
+    """The mesh axes that shard the last two axes; None where they would split tiles."""
     mesh = current_mesh()
     entries = []
     for size, side, entry in zip(x.shape[-2:], _sides(x.shape), spec_of(x)[-2:]):

@@ -1,4 +1,4 @@
-"""Optimizers: gradients to updates at the full learning rate, which the step multiplies by the schedule."""
+"""Optimizers: from gradients to updates at the full learning rate, which the step multiplies by the schedule."""
 
 import zlib
 from typing import Any
@@ -16,17 +16,17 @@ from maxlm.optim.muon import scale_by_muon
 from maxlm.optim.rounding import stochastic_round
 from maxlm.optim.soap import scale_by_soap
 
-# Kinds that are for the matrices of layers alone.
+# Kinds that apply only to the matrices of layers.
 _FOR_LAYERS = ("muon", "soap")
 
 
 def make_optimizer(config: OptimConfig, *, width: float = 1.0) -> optax.GradientTransformation:
-    """Clip, add penalties, find the direction, decay weights and multiply by the learning rate of each parameter.
+    """Clip, add penalties, compute the direction, decay weights and multiply by the learning rate of each parameter.
 
-    All of it, and all state, is in float32 whatever the dtype of the parameters. `apply_updates` applies the updates.
+    All computation and state is in float32 for any dtype of the parameters. `apply_updates` applies the updates.
 
     Args:
-      width: how many times wider the model is than the one that the learning rates were found for.
+      width: width of the model relative to the one that the learning rates were tuned for.
 
     Raises:
       ConfigError: from `init`, when a pattern of `groups` matches none of the parameters.
@@ -41,12 +41,12 @@ def make_optimizer(config: OptimConfig, *, width: float = 1.0) -> optax.Gradient
 
 
 def labels(kind: str, tree: Any) -> Any:
-    """`main` for what `kind` itself is for; `adam` for what is left to AdamW; `router_bias`."""
+    """Label each parameter: `main` for the `kind` itself, `adam` for AdamW, `router_bias` for router biases."""
 
     def label(path, leaf):
         if is_router_bias(path_of(path)):
             return "router_bias"
-        # The first key of an adapter is the whole path of the weight: a product of two is no matrix of the layers.
+        # The first key of an adapter is the full path of its weight: a low-rank factor is not a matrix of the layers.
         is_of_layers = path_of(path[:1]) == "layers" and is_matrix(path_of(path), leaf)
         return "main" if kind not in _FOR_LAYERS or is_of_layers else "adam"
 
@@ -54,16 +54,16 @@ def labels(kind: str, tree: Any) -> Any:
 
 
 def gradient_norm(grads: Any) -> jax.Array:
-    """The norm of a whole gradient, in float32. The "gradient" of a router bias is an error of load, and not in it."""
+    """Global gradient norm, in float32, without the "gradient" of router biases, which is a load error."""
     leaves = [leaf for path, leaf in flatten(grads).items() if not is_router_bias(path)]
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves))
 
 
 def apply_updates(params: Any, updates: Any, factor: jax.Array, step: jax.Array) -> Any:
-    """Parameters after a step at `factor` of the full learning rate; router biases have a rate of their own.
+    """Parameters after a step at `factor` of the full learning rate; router biases have their own rate.
 
-    bfloat16 parameters are rounded stochastically, with draws of their own for each parameter and step: a run that is
-    resumed draws the same again.
+    bfloat16 parameters are rounded stochastically, with separate random bits for each parameter and step: a resumed run
+    draws the same bits.
     """
 
     def apply(path, param, update):
@@ -102,7 +102,7 @@ def _adam(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Moments in bfloat16 would lose what a step adds: less than half a unit of their last place."""
+    """Run in float32: bfloat16 moments would lose what a step adds, less than half a unit in the last place."""
 
     def init(params):
         return optimizer.init(optax.tree.cast(params, jnp.float32))
@@ -114,7 +114,7 @@ def _in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def _clip(max_norm: float | None) -> optax.GradientTransformation:
-    """optax's clip_by_global_norm, with router biases in neither the norm nor what is clipped."""
+    """optax's clip_by_global_norm, except that router biases neither count in the norm nor are clipped."""
     if max_norm is None:
         return optax.identity()
 
@@ -140,7 +140,7 @@ def _add_penalties(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _scale_by_rates(config: OptimConfig, width: float) -> optax.GradientTransformation:
-    """Direction d of a parameter w to -rate * (d * transfer + decay * w), rate and decay being those of its group."""
+    """Direction d of a parameter w to -rate * (d * transfer + decay * w), with the rate and decay of its group."""
 
     def init(params):
         check_groups(config.groups, params)
@@ -165,9 +165,9 @@ def _scale_by_rates(config: OptimConfig, width: float) -> optax.GradientTransfor
 
 
 def _transfer(kind: str, is_hidden: bool, width: float) -> float:
-    """What a learning rate found at another width is multiplied by (arXiv:2203.03466, table 8, with logits / width).
+    """Factor that transfers a learning rate from another width (arXiv:2203.03466, table 8, with logits / width).
 
-    The matrices of layers are hidden: both of their sides grow with the width. Muon's own scale fits every width: its
+    The matrices of layers are hidden: both sides grow with the width. Muon's own scale fits every width: its
     updates have the same spectral norm (arXiv:2310.17813).
     """
     if kind == "sgd":

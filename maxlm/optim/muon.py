@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are orthogonalised."""
+"""Muon: orthogonalized momentum."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 def scale_by_muon(momentum: float) -> optax.GradientTransformation:
-    """Nesterov momentum, orthogonalised: G = U S V^T becomes about U V^T, times sqrt(max(1, out / in)).
+    """Nesterov momentum, orthogonalized: G = U S V^T becomes about U V^T, times sqrt(max(1, out / in)).
 
     For trees of stacked matrices [layers, in, out] or [layers, experts, in, out].
     """

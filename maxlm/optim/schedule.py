@@ -7,7 +7,7 @@ from maxlm.config.optim import ScheduleConfig
 
 
 def schedule_factor(config: ScheduleConfig, num_steps: int, step: jax.Array) -> jax.Array:
-    """What the learning rate of `step` (0-based) is multiplied by: warm-up from 1/warmup_steps to 1, then the decay."""
+    """Factor on the learning rate at `step` (0-based): warm-up from 1/warmup_steps to 1, then decay."""
     step = jnp.asarray(step, jnp.float32)
     warmup_steps = config.warmup(num_steps)
     warmup = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
@@ -25,11 +25,11 @@ def schedule_factor(config: ScheduleConfig, num_steps: int, step: jax.Array) -> 
 
 
 def _cycle_done(done: jax.Array, cycles: int, growth: float) -> jax.Array:
-    """How much of its cycle is done, when `done` is how much of all cycles is: lengths grow by a factor
+    """Fraction done of the current cycle, given the fraction done of all cycles, whose lengths grow by a factor
     (arXiv:1608.03983)."""
     lengths = [growth**cycle for cycle in range(cycles)]
     ends = [sum(lengths[: cycle + 1]) / sum(lengths) for cycle in range(cycles)]
     starts = jnp.array([0.0, *ends[:-1]])
-    # The last step of all ends the last cycle.
+    # The final step ends the last cycle.
     cycle = jnp.sum(done[..., None] >= starts, axis=-1) - 1
     return jnp.clip((done - starts[cycle]) * sum(lengths) / jnp.array(lengths)[cycle], 0.0, 1.0)

@@ -11,24 +11,24 @@ from maxlm.core.sharding import current_mesh, is_explicit, spec_of
 from maxlm.core.tree import flatten, unflatten
 from maxlm.optim.spread import axis_names, on_whole_matrices
 
-# Of the bases, at the first gradient; from then on one.
+# Turns of the bases at the first gradient; one from then on.
 FIRST_TURNS = 8
-# Added to all eigenvalues, as a part of their mean.
+# Added to all eigenvalues, as a fraction of their mean.
 SHIFT = 0.01
 
 
 def scale_by_soap(
     beta1: float, beta2: float, epsilon: float, *, every: int, max_dim: int
 ) -> optax.GradientTransformation:
-    """For trees of stacked matrices [layers, in, out] or [layers, experts, in, out], each with bases of its own.
+    """SOAP for trees of stacked matrices [layers, in, out] or [layers, experts, in, out], each with its own bases.
 
-    Of a gradient G, L and R are running means of G G^T and G^T G, and P and Q their eigenvectors. The first moment of G
-    is turned into P^T M Q, divided there by the root of the second moment of P^T G Q, and turned back. The bases lag a
-    step behind: the first step sets them and moves nothing.
+    For a gradient G, L and R are running means of G G^T and G^T G, and P and Q their eigenvectors. The first moment M
+    is rotated to P^T M Q, divided by the square root of the second moment of P^T G Q, and rotated back. The bases lag
+    one step behind: the first step sets them and makes no update.
 
     Args:
-      every: steps between two turns of the bases, each a step of orthogonal iteration: P becomes the Q factor of L P.
-      max_dim: sides that are longer keep the basis that they have; their axis is Adam's own.
+      every: steps between updates of the bases, each a step of orthogonal iteration: P becomes the Q factor of L P.
+      max_dim: longer sides keep the standard basis, as in Adam.
     """
 
     def init(params):
@@ -52,7 +52,7 @@ def scale_by_soap(
         def whole(count, grad, second, *others):
             *squares, first = others
             means, bases = dict(zip(sides, squares)), dict(zip(sides, squares[len(sides) :]))
-            # The first gradient is the preconditioner's alone.
+            # The first gradient is used only by the preconditioner.
             correction1, correction2 = (1 - beta ** jnp.maximum(count, 1) for beta in (beta1, beta2))
             second = jnp.where(count == 0, 0.0, beta2 * second + (1 - beta2) * jnp.square(_turn(grad, bases)))
             scaled = (_turn(first, bases) / correction1) / (jnp.sqrt(second / correction2) + epsilon)
@@ -71,7 +71,7 @@ def scale_by_soap(
 
 
 def _turn(x, bases):
-    """P^T x Q, for the bases that there are."""
+    """P^T x Q, with the bases that exist."""
     x = bases["rows"].mT @ x if "rows" in bases else x
     return x @ bases["columns"] if "columns" in bases else x
 
@@ -83,10 +83,10 @@ def _turn_back(x, bases):
 
 
 def _turned_basis(basis, mean, count, every):
-    """The Q factor of mean @ basis at every so many steps, the first time from the identity and more than once.
+    """The Q factor of mean @ basis every `every` steps; the first time from the identity, with several iterations.
 
-    A share of the mean eigenvalue is added to all: directions that have had no gradient yet, of which a wide matrix has
-    many, would else be turned by rounding errors, and differently on each mesh.
+    A fraction of the mean eigenvalue is added to all: otherwise directions without any gradient yet, of which a wide
+    matrix has many, would be rotated by rounding errors, differently on each mesh.
     """
     identity = jnp.eye(mean.shape[-1])
     shift = SHIFT * jnp.trace(mean, axis1=-2, axis2=-1)[..., None, None] / mean.shape[-1]
@@ -108,7 +108,7 @@ def _init_matrix(leaf, max_dim):
 
 
 def _square_zeros(leaf, size):
-    """[..., size, size], its rows cut by all that cuts the matrix, so that no device holds it whole."""
+    """Zeros [..., size, size], rows sharded over all mesh axes of the matrix, so that no device holds it whole."""
     shape = (*leaf.shape[:-2], size, size)
     if not is_explicit():
         return jnp.zeros(shape)

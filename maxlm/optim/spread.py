@@ -1,7 +1,7 @@
-"""Work on whole matrices, shared out over the devices.
+"""Computation on whole matrices, distributed over the devices.
 
-A stack of matrices lies cut along rows and columns; some algorithms need each matrix whole. Rather than have every
-device gather all of them and do the same work, each gets some of the matrices whole, and gives back their parts.
+A stack of matrices is sharded along rows and columns; some algorithms need each matrix whole. Instead of gathering
+all matrices on every device, each device gets some of the matrices whole and returns their shards.
 """
 
 import math
@@ -17,17 +17,17 @@ from maxlm.core.sharding import current_mesh, is_explicit, spec_of
 def on_whole_matrices(
     function: Callable[..., tuple[jax.Array, ...]], *stacks: jax.Array, count: jax.Array | None = None
 ) -> tuple[jax.Array, ...]:
-    """`function` of whole matrices, each device working on its share of the stack.
+    """Apply `function` to whole matrices, each device working on its share of the stack.
 
     Args:
-      function: takes `count` and arrays [n, rows, columns], one for each of `stacks`, and works on each of the n by
-        itself. Returns as many or fewer arrays: the first shaped as the first of its stacks, and so on.
-      stacks: arrays [..., rows, columns] whose leading axes agree, in size and in how they are cut. Mesh axes that
-        cut one axis must stand in the order of the mesh.
+      function: takes `count` and arrays [n, rows, columns], one for each of `stacks`, and treats each of the n
+        independently. Returns at most that many arrays, the first shaped as the first of the stacks, and so on.
+      stacks: arrays [..., rows, columns] whose leading axes agree in size and sharding. Mesh axes that
+        shard the same axis must be in the order of the mesh.
       count: a number of steps.
 
     Returns:
-      What `function` returns, with the leading axes and the sharding of the `stacks`.
+      The results of `function`, with the leading axes and sharding of the `stacks`.
     """
     if not is_explicit():
         results = function(count, *[x.reshape(-1, *x.shape[-2:]) for x in stacks])
@@ -36,7 +36,7 @@ def on_whole_matrices(
     mesh = current_mesh()
     specs = [_full_spec(x) for x in stacks]
     leading = {name for entry in specs[0][:-2] for name in axis_names(entry)}
-    # Innermost first, so that parts which lie side by side are joined first.
+    # Innermost first, so that adjacent shards are joined first.
     axes = [axis for axis in reversed(mesh.axis_names) if mesh.shape[axis] > 1 and axis not in leading]
     num_shares = math.prod(mesh.shape[axis] for axis in axes)
 

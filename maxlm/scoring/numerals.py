@@ -1,8 +1,8 @@
-"""Numbers as people and models write them, read as exact values.
+"""Parse numbers as people and models write them, into exact values.
 
-Read are `18`, `-3`, `+.5`, `1,000.50`, `12,34,567`, `1'000`, `2e5`, `2 x 10^5`, `10⁵`, `3/4`, `1 1/2`, `½`, `$18`,
-`50%`, `1.5 million`, `3万`, with any script's decimal digits and Unicode's minus signs; where asked, Chinese ones too.
-Not read are digits that belong to a name (`H2O`, `v1.5`), decimal commas, and arithmetic. Units are passed over.
+Accepted: `18`, `-3`, `+.5`, `1,000.50`, `12,34,567`, `1'000`, `2e5`, `2 x 10^5`, `10⁵`, `3/4`, `1 1/2`, `½`, `$18`,
+`50%`, `1.5 million`, `3万`, with any script's decimal digits and Unicode's minus signs; on request, Chinese numerals.
+Not accepted: digits that belong to a name (`H2O`, `v1.5`), decimal commas, and arithmetic. Units are ignored.
 """
 
 import re
@@ -10,7 +10,7 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
-# Digits and powers of ten beyond this are no number that an answer can be: they would take time and memory without end.
+# No answer has more digits or a larger power of ten; without the limit they would take unbounded time and memory.
 _MAX_DIGITS = 400
 
 _LETTER = r"A-Za-z\u00c0-\u024f\u0370-\u03ff\u0400-\u04ff"
@@ -33,7 +33,7 @@ _MULTIPLES = {
 
 _NUMBER = re.compile(
     rf"""
-    # A sign belongs to the number unless it stands between two things: 5-3, COVID-19.
+    # A sign belongs to the number unless it follows another token: 5-3, COVID-19.
     (?:(?<![{_LETTER}\d)\]%])(?P<sign>[-+]))?
     (?:(?<![{_LETTER}]){_CURRENCY}\ ?(?P<inner_sign>[-+])?)?
     (?:
@@ -71,8 +71,8 @@ _CHINESE = re.compile(
 class Number:
     """A number in a text.
 
-    value: exact; None where it is too large to be told from others, or a division by zero.
-    is_percent: it stands before a percent sign, and `value` is what stands there, not divided by 100.
+    value: exact; None if it is too large to represent exactly, or a division by zero.
+    is_percent: a percent sign follows; `value` is the number as written, not divided by 100.
     """
 
     value: Fraction | None
@@ -81,7 +81,7 @@ class Number:
     def equals(self, other: "Number") -> bool:
         """Whether both are the same number.
 
-        Where one alone has a percent sign, it is either a unit, as in the question "how many percent", or a hundredth:
+        If only one has a percent sign, it is either a unit, as in the question "how many percent", or a hundredth:
         50% equals 50 and 0.5.
         """
         if self.value is None or other.value is None:
@@ -96,8 +96,8 @@ def find_numbers(text: str, *, chinese: bool = False) -> list[Number]:
     """The numbers of a text, in order.
 
     Args:
-      chinese: Chinese numerals count too (十八, 两万, 三点五, 四分之三, 百分之五十, 二〇二四). They also stand in words
-        that mean no number (一起), so a text in which none is expected is better read without.
+      chinese: Chinese numerals count too (十八, 两万, 三点五, 四分之三, 百分之五十, 二〇二四). They also occur in words
+        that are not numbers (一起), so leave it off for texts in which none is expected.
     """
     text = _plain(text)
     found = [(match.start(), _number(match)) for match in _NUMBER.finditer(text) if match["name"] is None]
@@ -110,7 +110,7 @@ def find_numbers(text: str, *, chinese: bool = False) -> list[Number]:
 
 
 def _plain(text: str) -> str:
-    """With ASCII digits, minus and fraction signs, and powers as `^5`."""
+    """The text with ASCII digits, minus and fraction signs, and powers as `^5`."""
     if text.isascii():
         return text
     text = re.sub(r"(?<=[０-９])，(?=[０-９])", ",", text)
@@ -187,12 +187,12 @@ def _chinese_number(match: re.Match) -> Number:
 
 
 def _chinese_integer(text: str) -> int:
-    """Of digits in a row (二〇二四), or of digits with units (一千零五, 两万三千, 一百二 for 120)."""
+    """Value of consecutive digits (二〇二四), or of digits with units (一千零五, 两万三千, 一百二 for 120)."""
     text = text[:_MAX_DIGITS]
     if all(c in _DIGITS for c in text):
         return int("".join(str(_DIGITS[c]) for c in text))
     total = section = digit = 0
-    unit = 1  # the one right before, where a last digit may stand for tens, hundreds, ...
+    unit = 1  # the preceding unit: a final digit may mean tens, hundreds, ...
     for c in text:
         if c in _DIGITS:
             digit = _DIGITS[c]

@@ -1,4 +1,4 @@
-"""What a trained reward model gives to texts."""
+"""Scores of texts under a trained reward model."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ def score(model: RewardModel, tokenizer: Tokenizer, texts: Sequence[str | Sequen
     """The reward of each chat (a list of messages) or plain text: float32 [number of texts].
 
     Raises:
-      RequestError: one is longer than the model's context.
+      RequestError: a text is longer than the model's context.
       TokenizerError: a role is unknown.
     """
     sequences = [
@@ -26,13 +26,13 @@ def score(model: RewardModel, tokenizer: Tokenizer, texts: Sequence[str | Sequen
     for index, ids in enumerate(sequences):
         if len(ids) > model.config.max_length:
             raise RequestError(
-                f"text {index}: its {len(ids)} tokens are more than the model's context of {model.config.max_length}"
+                f"text {index}: its {len(ids)} tokens exceed the model's context of {model.config.max_length}"
             )
     return reward_of_sequences(model, sequences)
 
 
 def reward_of_sequences(model: RewardModel, sequences: Sequence[list[int]]) -> np.ndarray:
-    """The reward of each sequence of token ids, which is read at its last token: float32 [number of sequences]."""
+    """The reward of each sequence of token ids, read at its last token: float32 [number of sequences]."""
     values = score_sequences(_token_values, model, sequences, title="score")
     return np.array([value_L[-1] for (value_L,) in values], np.float32)
 

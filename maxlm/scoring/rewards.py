@@ -1,7 +1,7 @@
-"""Rewards that a program can verify: (completion, record of the training file) -> number.
+"""Verifiable rewards: (completion, record of the training file) -> number.
 
-A configuration names one of `REWARDS`, or a function of its own as `package.module:function`. What the right answer is,
-is read from the record by `right_answer`, which refuses one that can never be met.
+A configuration names one of `REWARDS`, or a custom function as `package.module:function`. `right_answer` reads the
+correct answer from the record and rejects one that no completion can match.
 """
 
 import difflib
@@ -21,8 +21,8 @@ from maxlm.scoring.numerals import Number, find_numbers
 
 RewardFunction = Callable[[str, dict[str, Any]], float]
 
-# Writing systems whose words are not set apart by spaces, or take endings without one, by how their characters' names
-# begin in Unicode.
+# Writing systems whose words are not separated by spaces, or take endings without one, by the prefix of their
+# characters' Unicode names.
 _UNSPACED = (
     "CJK ", "IDEOGRAPHIC ", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "HANGUL", "YI ",
     "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ", "JAVANESE ", "BALINESE ", "TAI ", "NEW TAI ",
@@ -30,15 +30,15 @@ _UNSPACED = (
 
 
 def exact_match(completion: str, record: dict[str, Any]) -> float:
-    """1 if the completion, without space around it, is the answer."""
+    """1 if the completion, stripped of surrounding whitespace, is the answer."""
     return float(_composed(completion) == right_answer(record))
 
 
 def contains(completion: str, record: dict[str, Any]) -> float:
-    """1 if the answer stands somewhere in the completion as whole words.
+    """1 if the completion contains the answer as whole words.
 
-    Where a script sets no spaces between words (Chinese, Japanese, Thai, ...), or joins endings to them (Korean), the
-    answer may stand anywhere.
+    In scripts without spaces between words (Chinese, Japanese, Thai, ...), or with endings joined to them (Korean), the
+    answer may be anywhere.
     """
     text, answer = _composed(completion), right_answer(record)
     starts = (match.start() for match in re.finditer(f"(?={re.escape(answer)})", text))
@@ -46,12 +46,12 @@ def contains(completion: str, record: dict[str, Any]) -> float:
 
 
 def last_number(completion: str, record: dict[str, Any]) -> float:
-    """1 if the last number in the completion equals that of the answer: 1,000 is 1000.0, and 50% is 0.5 or 50."""
+    """1 if the last number in the completion equals the answer's: 1,000 is 1000.0, and 50% is 0.5 or 50."""
     return _last_number(completion, right_number(record))
 
 
 def last_number_zh(completion: str, record: dict[str, Any]) -> float:
-    """`last_number` where Chinese numerals count too, in the completion and in the answer: 十八, 两万, 四分之三."""
+    """`last_number` with Chinese numerals too, in the completion and in the answer: 十八, 两万, 四分之三."""
     return _last_number(completion, right_number(record, chinese=True), chinese=True)
 
 
@@ -71,14 +71,14 @@ REWARDS: dict[str, RewardFunction] = {
 def right_answer(record: dict[str, Any]) -> str:
     """The `answer` of a record as text: a text, or a number as JSON writes it (18.0 as 18).
 
-    Of a text that ends with a line `#### 18` it is what stands there.
+    If the text ends with a line `#### 18`, the answer is what follows the marks.
 
     Raises:
-      ValueError: it is neither, or empty, so that no completion could be right.
+      ValueError: it is neither, or empty, so that no completion could be correct.
     """
     answer = record.get("answer")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise ValueError(f"must be a text or a number, and is {_shown(answer)}")
+        raise ValueError(f"must be a text or a number, not {_shown(answer)}")
     if isinstance(answer, float):
         if not math.isfinite(answer):
             raise ValueError(f"is {answer}, which no completion can equal")
@@ -90,29 +90,29 @@ def right_answer(record: dict[str, Any]) -> str:
 
 
 def right_number(record: dict[str, Any], *, chinese: bool = False) -> Number:
-    """The one number in `right_answer`; a unit may stand beside it.
+    """The only number in `right_answer`; a unit may accompany it.
 
     Raises:
-      ValueError: there is none or are several, or `right_answer` refuses it.
+      ValueError: there is not exactly one number, or `right_answer` rejects the record.
     """
     answer = right_answer(record)
     numbers = find_numbers(answer, chinese=chinese)
     if len(numbers) != 1:
-        raise ValueError(f"must hold one number, and {_shown(answer)} holds {len(numbers) or 'none'}")
+        raise ValueError(f"must contain one number, and {_shown(answer)} contains {len(numbers) or 'none'}")
     if numbers[0].value is None:
         raise ValueError(f"{_shown(answer)} is too large, or divides by zero")
     return numbers[0]
 
 
-# What `check_answer` asks of each reward beside an answer that is there.
+# Rewards for which `check_answer` requires more than a non-empty answer.
 _READERS = {"last_number": right_number, "last_number_zh": lambda record: right_number(record, chinese=True)}
 
 
 def check_answer(reward: str, record: dict[str, Any], where: str) -> None:
-    """Refuse a record whose answer the reward of this name could never find right; a function of one's own takes any.
+    """Reject a record whose answer this reward could never match; a custom function accepts any record.
 
     Raises:
-      DataError: beginning with `where`, FILE:LINE.
+      DataError: its message begins with `where`, FILE:LINE.
     """
     if reward not in REWARDS:
         return
@@ -120,7 +120,7 @@ def check_answer(reward: str, record: dict[str, Any], where: str) -> None:
         _READERS.get(reward, right_answer)(record)
     except ValueError as error:
         raise DataError(
-            f"{where}: for the reward {reward} answer {error}; mend or remove the line, or choose another reward"
+            f"{where}: for the reward {reward} answer {error}; fix or remove the line, or choose another reward"
         ) from None
 
 
@@ -128,26 +128,26 @@ def find_reward(name: str) -> RewardFunction:
     """The reward function of this name.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: there is no such function.
     """
     if name in REWARDS:
         return REWARDS[name]
     module_name, colon, function_name = name.partition(":")
     if colon:
-        # A script's own folder is on the path, and this one's is that of the command: the user's is the current one.
+        # sys.path holds the folder of the maxlm command; user modules are in the current folder.
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
         try:
             function = getattr(importlib.import_module(module_name), function_name)
-        # A module of the user's may fail in any way.
+        # A user module may raise anything on import.
         except (Exception, SystemExit) as error:
             raise ConfigError([f"objective.reward: {name!r} cannot be imported: {_first_line(error)}"]) from error
         if not callable(function):
-            raise ConfigError([f"objective.reward: {name!r} is no function but a {type(function).__name__}"])
+            raise ConfigError([f"objective.reward: {name!r} is not a function but a {type(function).__name__}"])
         return function
     near = difflib.get_close_matches(name, REWARDS, 1)
     hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(REWARDS)}, or package.module:function"
-    raise ConfigError([f"objective.reward: {name!r} is no reward function; {hint}"])
+    raise ConfigError([f"objective.reward: {name!r} is not a reward function; {hint}"])
 
 
 def _last_number(completion: str, wanted: Number, *, chinese: bool = False) -> float:
@@ -156,12 +156,12 @@ def _last_number(completion: str, wanted: Number, *, chinese: bool = False) -> f
 
 
 def _composed(text: str) -> str:
-    """Without space around it, and each accented letter as one character however it was typed."""
+    """The text stripped, and in NFC: each accented letter is one character."""
     return unicodedata.normalize("NFC", text).strip()
 
 
 def _is_whole(text: str, start: int, end: int) -> bool:
-    """Whether neither end of text[start:end] lies within a word or a number."""
+    """Whether neither end of text[start:end] is within a word or a number."""
     before, after = text[max(start - 2, 0) : start], text[end : end + 2]
     first, last = text[start], text[end - 1]
     if unicodedata.category(after[:1] or " ").startswith("M"):
@@ -173,9 +173,9 @@ def _is_whole(text: str, start: int, end: int) -> bool:
     return not (_joins(before[-1:], first) or _joins(after[:1], last))
 
 
-def _joins(neighbour: str, edge: str) -> bool:
-    """Whether a word goes on from an answer's edge to its neighbour."""
-    return _is_of_word(neighbour) and not (_is_unspaced(neighbour) or _is_unspaced(edge))
+def _joins(neighbor: str, edge: str) -> bool:
+    """Whether a word continues from the edge of an answer to the neighboring character."""
+    return _is_of_word(neighbor) and not (_is_unspaced(neighbor) or _is_unspaced(edge))
 
 
 def _is_of_word(character: str) -> bool:

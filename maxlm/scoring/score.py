@@ -1,4 +1,4 @@
-"""`maxlm score`: what a trained reward model gives to the answers of a file."""
+"""`maxlm score`: scores of the answers in a file under a trained reward model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from maxlm.scoring.reward_model import reward_of_sequences
 from maxlm.tokenizer.codec import Tokenizer
 
 _ACCEPTED = (
-    "a record is {prompt, completion}, {prompt, chosen, rejected}, {messages} that end with the answer, or"
+    "a record is {prompt, completion}, {prompt, chosen, rejected}, {messages} ending with the answer, or"
     " {messages, completion}"
 )
 
 
 @dataclass(frozen=True)
 class Scored:
-    """FILE:LINE of a record, and the score of its `completion`, or those of its `chosen` and `rejected`."""
+    """FILE:LINE of a record, and the score of its `completion`, or the scores of its `chosen` and `rejected`."""
 
     place: str
     scores: dict[str, float]
@@ -40,25 +40,24 @@ def score_file(model_path: str | Path, path: str | Path) -> list[Scored]:
     """The score of each record of a JSONL file, in order.
 
     Raises:
-      DataError: a record is of no form that is read, or longer than the model's context; with file and line.
-      CheckpointError: the model is no trained reward model.
+      DataError: a record has no accepted form, or is longer than the model's context; with file and line.
+      CheckpointError: the model is not a trained reward model.
     """
     model, tokenizer = load_reward_model(model_path)
     if tokenizer is None:
-        raise CheckpointError(f"{model_path}: has no tokenizer; put that of its training into its run folder")
+        raise CheckpointError(f"{model_path}: has no tokenizer; copy the one it was trained with into its run folder")
     longest = model.config.max_length
     places, sequences = [], []
     for where, record in read_records(path):
         for name, ids in _encoded(record, tokenizer, where):
             if len(ids) > longest:
                 raise DataError(
-                    f"{where}: its {len(ids)} tokens are more than the model's context of {longest};"
-                    " shorten or remove it"
+                    f"{where}: its {len(ids)} tokens exceed the model's context of {longest}; shorten or remove it"
                 )
             places.append((where, name))
             sequences.append(ids)
     if not sequences:
-        raise DataError(f"{path}: holds no records; {_ACCEPTED}")
+        raise DataError(f"{path}: contains no records; {_ACCEPTED}")
     by_place: dict[str, dict[str, float]] = {}
     for (where, name), value in zip(places, reward_of_sequences(model, sequences)):
         by_place.setdefault(where, {})[name] = float(value)
@@ -66,7 +65,7 @@ def score_file(model_path: str | Path, path: str | Path) -> list[Scored]:
 
 
 def summarize(scored: list[Scored], *, seed: int = 0) -> dict[str, Any]:
-    """Mean score and, over the pairs, how often the chosen answer is ahead and by how much; with 95 % intervals."""
+    """Mean score and, for pairs, the accuracy and mean margin of the chosen answer; with 95% confidence intervals."""
     values = [value for item in scored for value in item.scores.values()]
     summary = {"records": len(scored), "mean": mean_interval(np.array(values), seed=seed).to_dict()}
     margins = np.array([item.scores["chosen"] - item.scores["rejected"] for item in scored if "chosen" in item.scores])
@@ -78,11 +77,11 @@ def summarize(scored: list[Scored], *, seed: int = 0) -> dict[str, Any]:
 
 
 def _encoded(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> Iterator[tuple[str, list[int]]]:
-    """The token ids of each answer with its prompt, by the answer's name."""
+    """The name of each answer in a record, and the token ids of the prompt with it."""
     names = [name for name in ("chosen", "rejected", "completion") if name in record]
     if names in (["chosen", "rejected"], ["completion"]):
         if ("prompt" in record) == ("messages" in record):
-            raise DataError(f"{where}: must have either prompt or messages beside {' and '.join(names)}; {_ACCEPTED}")
+            raise DataError(f"{where}: must have either prompt or messages with {' and '.join(names)}; {_ACCEPTED}")
         prompt = record["prompt"] if "prompt" in record else record["messages"]
         for name in names:
             yield name, encode_answer(tokenizer, prompt, record[name], where).ids
@@ -94,5 +93,5 @@ def _encoded(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> Iterat
     messages = parse_messages(field(record, "messages", where), where, RecordFormat())
     ids = encode_chat(tokenizer, messages, where).ids
     if messages[-1]["role"] != tokenizer.template.answering_role:
-        raise DataError(f"{where}: ends with no message of role {tokenizer.template.answering_role!r}; {_ACCEPTED}")
+        raise DataError(f"{where}: must end with a message of role {tokenizer.template.answering_role!r}; {_ACCEPTED}")
     yield "completion", ids

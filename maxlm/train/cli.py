@@ -10,19 +10,19 @@ TRAIN_EPILOG = """\
 examples:
   maxlm train configs/quickstart/pretrain.yaml               pretrain; the same command resumes a run that was stopped
   maxlm train configs/post/sft.yaml                          fine-tune on chats
-  maxlm train configs/post/sft.yaml lora.rank=16             the same, with low-rank adapters alone being trained
-  maxlm train configs/post/dpo.yaml objective.loss.beta=0.05     learn from preferences; reward, grpo, distill go alike
-  maxlm train CONFIG output=runs/second seed=1               any setting can be given as key=value
-  maxlm train CONFIG --supervise 10                          start again from the last checkpoint when it dies
+  maxlm train configs/post/sft.yaml lora.rank=16             the same, but train only low-rank adapters
+  maxlm train configs/post/dpo.yaml objective.loss.beta=0.05     learn from preferences; reward, grpo, distill alike
+  maxlm train CONFIG output=runs/second seed=1               override any setting with key=value
+  maxlm train CONFIG --supervise 10                          restart from the last checkpoint after a crash
   maxlm train CONFIG steps=2000                              train a finished run longer
-  maxlm train CONFIG optim.learning_rate=1e-4 --accept-changes   go on with other settings, and record them
+  maxlm train CONFIG optim.learning_rate=1e-4 --accept-changes   resume with other settings, and record them
 """
 
 PREVIEW_EPILOG = """\
 examples:
-  maxlm preview configs/post/sft.yaml              is the loss on the answers, and on nothing else?
+  maxlm preview configs/post/sft.yaml              is the loss on the answers only?
   maxlm preview configs/post/dpo.yaml -n 1         one pair
-  maxlm preview configs/quickstart/pretrain.yaml   where do documents begin in a packed row?
+  maxlm preview configs/quickstart/pretrain.yaml   where does each document start in a packed row?
 """
 
 
@@ -30,10 +30,10 @@ def register(subparsers) -> None:
     """Add the commands to the command line."""
     train = subparsers.add_parser(
         "train",
-        help="pretrain, fine-tune, align: one run of one configuration",
-        description="Train as a configuration says: pretraining, distillation, SFT, reward model, DPO, GRPO. The run"
-        " folder holds checkpoints, metrics.jsonl, tensorboard/ and manifest.json. A run that stands there already is"
-        " resumed, if it is the same run: settings that would make it another are refused (docs/resuming.md).",
+        help="pretrain, fine-tune or align a model",
+        description="Train from a configuration: pretraining, distillation, SFT, reward model, DPO, GRPO. The run"
+        " folder holds checkpoints, metrics.jsonl, tensorboard/ and manifest.json. An existing run is"
+        " resumed if it is the same run: incompatible settings are rejected (docs/resuming.md).",
         epilog=TRAIN_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -42,26 +42,26 @@ def register(subparsers) -> None:
         "--supervise",
         type=count,
         metavar="N",
-        help="start training again from its last checkpoint when it dies, at most N times",
+        help="restart training from its last checkpoint after a crash, at most N times",
     )
     train.add_argument(
         "--accept-changes",
         action="store_true",
-        help="resume with other settings or data than the run was trained with; they are recorded in its manifest",
+        help="resume with settings or data that differ from the run's; they are recorded in its manifest",
     )
     train.add_argument("--json", action="store_true", help="print the final numbers as one JSON object")
     train.set_defaults(func=run_train)
 
     preview = subparsers.add_parser(
         "preview",
-        help="show training examples, tokens coloured by loss weight",
-        description="Print the first examples that a training configuration would train on, in that order, with its"
-        " chat template and packing: what the model learns to write is set off from what it only reads.",
+        help="show training examples, with tokens colored by loss weight",
+        description="Print the first examples that a training configuration trains on, in order, with its"
+        " chat template and packing. Tokens that count in the loss are highlighted.",
         epilog=PREVIEW_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_config(preview, "train")
-    preview.add_argument("-n", type=count, default=3, metavar="N", help="how many examples (3)")
+    preview.add_argument("-n", type=count, default=3, metavar="N", help="number of examples (3)")
     preview.set_defaults(func=run_preview)
 
 
@@ -86,7 +86,7 @@ def run_train(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"output": config.output, **metrics}))
         return 0
-    state = "finished" if metrics["finished"] else "stopped; the same command goes on from there"
+    state = "finished" if metrics["finished"] else "stopped; run the same command to resume"
     print(f"{config.output}: {metrics['steps']} of {config.steps} steps, {state}")
     speed = f"{metrics['seconds']:.1f} s, {metrics['tokens_per_second']:,.0f} tokens/s"
     print(f"  {speed}, {metrics['skipped']} steps skipped")

@@ -1,4 +1,4 @@
-"""Steps that go wrong: noticed, gone back from, and their batches passed over from then on."""
+"""Bad steps: detection, rollback to the last checkpoint, and quarantine of their batches."""
 
 import collections
 import json
@@ -23,13 +23,13 @@ from maxlm.runtime.storage import LineLog
 from maxlm.train.objective import TrainingData
 from maxlm.train.state import TrainState
 
-# Steps that may be under way at once: enough to hide the host's work, few enough to stop soon.
+# Maximum number of steps in flight: enough to hide the host's work, few enough to stop soon.
 STEPS_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
 class BadStep:
-    """A step that went wrong, counted from 0. Loss and norm are None where they say nothing: they were good."""
+    """A bad step, counted from 0. Loss and norm are None if they were good and do not explain it."""
 
     step: int
     reason: str
@@ -38,11 +38,11 @@ class BadStep:
 
 
 class GuardWatch:
-    """Follows what the guard says of each step, a few steps behind, so that the device never waits for the host.
+    """Follows the guard's verdict on each step, a few steps behind, so that the device never waits for the host.
 
     Args:
-      first_step: where training begins or goes on.
-      on_refused: called with each step whose update was left out.
+      first_step: the step that training starts or resumes at.
+      on_refused: called with each step whose update was skipped.
     """
 
     def __init__(self, guard: GuardConfig, first_step: int, on_refused: Callable[[BadStep], None]):
@@ -54,28 +54,28 @@ class GuardWatch:
 
     @property
     def is_amid_refused(self) -> bool:
-        """Whether the last step looked at was refused."""
+        """Whether the last step checked was skipped."""
         return bool(self._refused)
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
-        """A step has been started; looks at the one STEPS_IN_FLIGHT before it, when that one is done."""
+        """Register a started step; wait for and check the one STEPS_IN_FLIGHT before it."""
         metrics["skipped_in_a_row"].copy_to_host_async()
         self._under_way.append((step, metrics))
         if len(self._under_way) > STEPS_IN_FLIGHT:
             self._look()
 
     def settle(self) -> None:
-        """Wait for all steps, and look at them."""
+        """Wait for all steps in flight, and check them."""
         while self._under_way:
             self._look()
 
     def bad_steps(self, state: TrainState, *, check_state: bool = False) -> list[BadStep]:
-        """The steps to go back from: none, while the guard has not refused too many in a row.
+        """The steps that require a rollback: none, unless the guard skipped too many in a row.
 
-        A state that is not finite makes every loss after it so: then the last step that the guard let pass is to blame.
+        A non-finite state makes every later loss non-finite: then the last step that the guard accepted is to blame.
 
         Args:
-          check_state: look at the state even if nothing was refused, before it is saved.
+          check_state: check the state even if no step was skipped, before it is saved.
         """
         too_many = len(self._refused) >= self._guard.max_skipped_in_a_row
         if not (too_many or check_state):
@@ -109,7 +109,7 @@ class GuardWatch:
 
 
 class Quarantine:
-    """The batches that a run passes over, and how often it has gone back."""
+    """The batches that a run excludes, and the number of its rollbacks."""
 
     def __init__(self, folder: epath.Path, config: TrainConfig):
         records = from_primary(read_quarantine(folder))
@@ -121,57 +121,57 @@ class Quarantine:
         self.rollbacks = max((record["rollback"] for record in records), default=0)
 
     def saved(self) -> dict[str, Any]:
-        """For a checkpoint, which holds for itself what its place in the data means."""
+        """The part of a checkpoint that makes its position in the data self-contained."""
         return {"batches": self.batches, "rollbacks": self.rollbacks}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """What a checkpoint knows, beside what the file says: either may be the newer one."""
+        """Merge the record of a checkpoint with that of the file: either may be newer."""
         self.batches = sorted({*self.batches, *saved["batches"]})
         self.rollbacks = max(self.rollbacks, saved["rollbacks"])
 
     def batches_from(self, step: int, data: TrainingData, current_model: Callable[[], Any]) -> Iterator[Any]:
-        """The batches of `step` and those after it."""
+        """The batches of `step` and later steps."""
         first = batch_of_step(step, self.batches)
         passed_over = set(self.batches)
         numbered = zip(count(first), data.batches(first, current_model))
         return (batch for number, batch in numbered if number not in passed_over)
 
     def note(self, step: BadStep, data: TrainingData) -> None:
-        """Write what a step has read whose update was left out, whether or not the run goes back from it later."""
+        """Record the data of a step whose update was skipped, whether or not the run is rolled back later."""
         if is_primary():
             batch = batch_of_step(step.step, self.batches)
             self._skipped.append(json.dumps(self._record(step, batch, data)))
 
     def add(self, bad: list[BadStep], data: TrainingData) -> None:
-        """Pass over the batches of these steps from now on, and write what they hold to the file.
+        """Exclude the batches of these steps from now on, and record their data in the file.
 
         Raises:
-          DivergenceError: the run has gone back as often as it may.
+          DivergenceError: the run has used up its rollbacks.
         """
         first, last = bad[0].step + 1, bad[-1].step + 1
         if self.rollbacks == self._guard.max_rollbacks:
             raise DivergenceError(
-                f"{len(bad)} steps in a row up to step {last} were skipped ({bad[-1].reason}), and the run has gone"
-                f" back {self.rollbacks} times (guard.max_rollbacks); lower optim.learning_rate, or look at the data"
-                f" with `maxlm data at-step` and in {FILE_NAME}"
+                f"{len(bad)} steps in a row up to step {last} were skipped ({bad[-1].reason}), and the run has been"
+                f" rolled back {self.rollbacks} times (guard.max_rollbacks); lower optim.learning_rate, or check the"
+                f" data with `maxlm data at-step` and in {FILE_NAME}"
             )
         self.rollbacks += 1
         by_batch = {batch_of_step(step.step, self.batches): step for step in bad}
-        # Answers are sampled for several steps at once: those are passed over together.
+        # Answers are sampled for several steps at once: those are excluded together.
         multiple = self._resume_multiple
         starts = sorted({batch - batch % multiple for batch in by_batch})
         added = [start + offset for start in starts for offset in range(multiple)]
         if is_primary():
             console.print(
-                f"steps {first} to {last} went wrong ({bad[-1].reason}): going back to the last checkpoint, and passing"
-                f" over {len(added)} batches ({self.rollbacks} of {self._guard.max_rollbacks})",
+                f"steps {first} to {last} are bad ({bad[-1].reason}): rolling back to the last checkpoint and excluding"
+                f" {len(added)} batches (rollback {self.rollbacks} of {self._guard.max_rollbacks})",
                 markup=False,
             )
             for batch in added:
-                step = by_batch.get(batch, BadStep(bad[0].step, "of the same round of sampling"))
+                step = by_batch.get(batch, BadStep(bad[0].step, "from the same round of sampling"))
                 record = self._record(step, batch, data)
                 self._file.append(json.dumps({"rollback": self.rollbacks, **record}))
-        # The others wait: all read the file from now on.
+        # Barrier: all processes read the file after this.
         from_primary(None)
         self.batches = sorted({*self.batches, *added})
 
@@ -189,11 +189,11 @@ class Quarantine:
 
 @jax.jit
 def is_finite(tree: Any) -> jax.Array:
-    """Whether all numbers in a tree are finite."""
+    """Whether all values in a tree are finite."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON has no other numbers."""
+    """The value, or None if it is not finite, which JSON cannot represent."""
     return value if value is not None and math.isfinite(value) else None

@@ -1,8 +1,8 @@
-"""Where a run's time goes, over all its attempts.
+"""Goodput: how a run spends its time, over all its attempts.
 
-At every moment exactly one part of the clock is counted, so the parts add up to the time that has passed. Intervals are
-kept in `goodput.jsonl`, each with the steps that it covers; an interval that begins before the end of an earlier one
-says that the steps between were lost: done again after a restart, or rolled back.
+Exactly one part of the clock runs at any time, so the parts add up to the elapsed time. Intervals are
+stored in `goodput.jsonl`, each with the steps that it covers; an interval that begins before the end of an earlier one
+means that the steps between were lost: repeated after a restart, or rolled back.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from maxlm.runtime.distributed import is_primary
 from maxlm.runtime.storage import LineLog, read_lines
 
 FILE_NAME = "goodput.jsonl"
-# What a second may have gone to. `step` alone is productive. The last three are not what the clock counts:
-# work that was lost, and the time between two attempts.
+# The parts. Only `step` is productive. The last three are not measured by the clock:
+# lost work, and the time between two attempts.
 PARTS = (
     "step",
     "data_wait",
@@ -42,9 +42,9 @@ _COMPILE_EVENTS = (
 
 
 class Stopwatch:
-    """Counts seconds by part. Use as a context manager; it begins with `start_up`.
+    """Counts seconds by part. A context manager; it starts with `start_up`.
 
-    What JAX takes to trace and compile, in this thread, counts as `compile`, whatever it was for.
+    The time that JAX traces and compiles, in this thread, always counts as `compile`.
     """
 
     def __enter__(self) -> Self:
@@ -60,7 +60,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def counting(self, part: str) -> Iterator[None]:
-        """Time in here counts as `part`, but for what is counted as another in turn."""
+        """Count the time in this context as `part`, except in nested contexts."""
         outer = self._part
         self._switch(part)
         try:
@@ -85,7 +85,7 @@ class Stopwatch:
             return
         end = time.perf_counter()
         begin = max(end - duration, self._since)
-        # Tracing a function traces those that it calls: what they took is counted already.
+        # Tracing a function traces those that it calls: their time is already counted.
         known = 0.0
         while self._compiles and self._compiles[-1][1] > begin:
             inner_begin, inner_end = self._compiles.pop()
@@ -103,7 +103,7 @@ class Goodput:
         self.seconds: Counter[str] = Counter()
         self.attempts = 0
         self._ended = 0.0
-        # Those whose steps the run stands on: (step at the end, seconds by part).
+        # Intervals whose steps the run builds on: (step at the end, seconds by part).
         self._intervals: list[tuple[int, dict[str, float]]] = []
 
     @property
@@ -113,11 +113,11 @@ class Goodput:
 
     @property
     def productive(self) -> float:
-        """Share of the time, that between attempts included, that went to steps which the result stands on."""
+        """Fraction of the time, including that between attempts, spent on steps that the result builds on."""
         return self.seconds["step"] / max(sum(self.seconds.values()), 1e-9)
 
     def add(self, interval: dict[str, Any]) -> None:
-        """Count an interval: {attempt, start, step: where it began and ended, time: when it ended, seconds}."""
+        """Count an interval: {attempt, start and step: its first and last step, time: when it ended, seconds}."""
         is_restart = interval["attempt"] > self.attempts
         if is_restart and self.attempts:
             began = interval["time"] - sum(interval["seconds"].values())
@@ -131,13 +131,13 @@ class Goodput:
         self.attempts, self._ended = interval["attempt"], interval["time"]
 
     def summary(self) -> dict[str, Any]:
-        """For a manifest: seconds by part, and the productive share."""
+        """For a manifest: seconds by part, and the productive fraction."""
         parts = {part: round(self.seconds[part], 2) for part in PARTS if self.seconds[part] >= 0.005}
         return {"productive": round(self.productive, 4), "seconds": parts}
 
 
 class GoodputLog:
-    """Keeps the intervals of a run on disk as they end. Of several processes the first alone writes."""
+    """Writes the intervals of a run to disk as they end. Only process 0 writes."""
 
     def __init__(self, folder: epath.Path, stopwatch: Stopwatch):
         self.goodput = read_goodput(folder)
@@ -147,12 +147,12 @@ class GoodputLog:
         self._start = 0
 
     def begin(self, step: int) -> None:
-        """Training is about to go on from `step`; what was lost after it is counted as lost."""
+        """Start an interval at `step`; steps recorded after it count as lost."""
         self._start = step
         self.close(step)
 
     def close(self, step: int) -> dict[str, float]:
-        """End an interval at `step`; its seconds by part."""
+        """End the interval at `step`, and return its seconds by part."""
         seconds = self._stopwatch.take()
         interval = {
             "attempt": self._attempt,
@@ -169,7 +169,7 @@ class GoodputLog:
 
 
 def read_goodput(folder: str | os.PathLike) -> Goodput:
-    """What a run has taken so far; nothing at all for one that has not begun."""
+    """The goodput of a run so far; empty for a run that has not started."""
     goodput = Goodput()
     for line in read_lines(epath.Path(folder) / FILE_NAME):
         goodput.add(json.loads(line))

@@ -1,4 +1,4 @@
-"""Whether a mesh fits a run: refused before anything is allocated, with the number to change."""
+"""Check that a mesh fits a run before anything is allocated, and name the number to change."""
 
 import math
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ from maxlm.runtime.progress import console
 
 
 def check_layout(config: TrainConfig, sizes: Mapping[str, int]) -> None:
-    """Raise ConfigError, naming every number that the mesh does not divide and the nearest that fits.
+    """Raise ConfigError, naming every size that the mesh does not divide and the nearest one that fits.
 
     Args:
-      config: with the model that will be trained.
+      config: with the resolved model.
       sizes: devices along each mesh axis.
     """
     problems = [
@@ -31,15 +31,15 @@ def check_layout(config: TrainConfig, sizes: Mapping[str, int]) -> None:
 
 
 def check_precision(config: TrainConfig, device: jax.Device) -> None:
-    """Raise ConfigError where the device cannot multiply what the model asks for."""
+    """Raise ConfigError if the device does not support the precision of the model's matrix products."""
     if config.model.eight_bit == "fp8" and not multiplies_fp8(device):
         raise ConfigError(
-            [f"model.eight_bit: fp8 needs matrix units for it, and {device.device_kind} has none; set int8, or null"]
+            [f"model.eight_bit: fp8 needs fp8 matrix units, and {device.device_kind} has none; set int8, or null"]
         )
 
 
 def note_idle_devices(sizes: Mapping[str, int], num_devices: int) -> None:
-    """Say so where a mesh whose sizes are all given uses fewer devices than there are."""
+    """Print a note if a mesh with all sizes given uses fewer devices than there are."""
     if (used := math.prod(sizes.values())) < num_devices:
         console.print(f"mesh uses {used} of {num_devices} devices; set an axis, such as mesh.data, to -1 to use all")
 
@@ -47,7 +47,7 @@ def note_idle_devices(sizes: Mapping[str, int], num_devices: int) -> None:
 def _teacher(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
     has_teacher = any(each.content == "weights" for each in config.objective.inputs)
     if has_teacher and sizes["stage"] > 1 and config.model.pipeline.schedule == "1f1b":
-        return ["model.pipeline.schedule: 1f1b has no place for a teacher beside the student; set gpipe"]
+        return ["model.pipeline.schedule: 1f1b does not support a teacher; set gpipe"]
     return []
 
 
@@ -59,17 +59,17 @@ def _rows(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
         microbatches = config.model.pipeline.microbatches or stages
         if microbatches % stages:
             return [
-                f"model.pipeline.microbatches: {microbatches} is no multiple of mesh.stage = {stages}; the nearest that"
-                f" fits is {nearest_multiple(microbatches, stages)}"
+                f"model.pipeline.microbatches: {microbatches} is not divisible by mesh.stage = {stages}; the nearest"
+                f" that fits is {nearest_multiple(microbatches, stages)}"
             ]
-        # So many that each stage has its share of the rows outside of the pipeline, too.
+        # Outside the pipeline, the rows are sharded over the stages too.
         parts *= microbatches
         over.insert(0, f"model.pipeline.microbatches = {microbatches}")
     if (config.batch_size // config.accumulate) % parts == 0:
         return []
     fits = nearest_multiple(config.batch_size, parts * config.accumulate)
     return [
-        f"batch_size: {config.batch_size} in accumulate={config.accumulate} microbatches cannot be cut over"
+        f"batch_size: {config.batch_size} in accumulate={config.accumulate} microbatches is not divisible by"
         f" {' and '.join(over)}; the nearest that fits is {fits}"
     ]
 
@@ -79,13 +79,13 @@ def _tokens(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
     parts = math.prod(sizes[axis] for axis in axes)
     described = _product(axes, sizes)
     if sizes["context"] > 1 and config.model.context_attention == "ring":
-        # A ring gives each device two chunks of a row, one from each half, so that all have the same to do.
+        # Ring attention gives each device two chunks of a row, one from each half, to balance the work.
         parts = math.lcm(parts, 2 * sizes["context"])
         described += ", each with two chunks of a row"
     if config.row_length % parts == 0:
         return []
     return [
-        f"row_length: {config.row_length} cannot be cut over {described};"
+        f"row_length: {config.row_length} is not divisible by {described};"
         f" the nearest that fits is {nearest_multiple(config.row_length, parts)}"
     ]
 
@@ -95,8 +95,8 @@ def _attention(model: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
     if not in_a_ring or model.attention not in ("cudnn", "reference"):
         return []
     return [
-        f"model.attention: {model.attention} cannot put parts of a row together, as a ring over mesh.context ="
-        f" {sizes['context']} does; make it auto or xla, or model.context_attention all_to_all"
+        f"model.attention: {model.attention} cannot merge parts of a row, as ring attention over mesh.context ="
+        f" {sizes['context']} does; set it to auto or xla, or model.context_attention to all_to_all"
     ]
 
 
@@ -107,11 +107,11 @@ def _weights(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
         parts = math.prod(sizes[axis] for axis in axes) * times
         if size % parts == 0:
             return
-        change = f"make it {nearest_multiple(size, parts)}"
+        change = f"set it to {nearest_multiple(size, parts)}"
         if len(wide := [axis for axis in axes if sizes[axis] > 1]) == 1:
             fits = max(n for n in range(1, sizes[wide[0]] + 1) if size % (n * times) == 0 or n == 1)
             change += f", or mesh.{wide[0]}={fits}"
-        problems.append(f"model.{name}: {size} cannot be cut over {_product(axes, sizes)}; {change}")
+        problems.append(f"model.{name}: {size} is not divisible by {_product(axes, sizes)}; {change}")
 
     exchanges_heads = model.context_attention == "all_to_all"
     divides("num_heads", model.num_heads, "tensor", *(["context"] if exchanges_heads else []))
@@ -129,11 +129,11 @@ def _weights(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
 
 
 def nearest_multiple(size: int, of: int) -> int:
-    """The multiple of `of`, at least `of` itself, that is nearest to `size`."""
+    """The nearest multiple of `of` to `size`, at least `of` itself."""
     return max(of, round(size / of) * of)
 
 
 def _product(axes: tuple[str, ...], sizes: Mapping[str, int]) -> str:
-    """`mesh.data * mesh.fsdp = 8`, of the axes that cut anything."""
+    """`mesh.data * mesh.fsdp = 8`, of the axes larger than 1."""
     wide = [axis for axis in axes if sizes[axis] > 1]
     return f"{' * '.join(f'mesh.{axis}' for axis in wide)} = {math.prod(sizes[axis] for axis in wide)}"

@@ -1,4 +1,4 @@
-"""The training loop: one for every objective."""
+"""The training loop, shared by all objectives."""
 
 import contextlib
 from collections.abc import Callable
@@ -31,11 +31,11 @@ from maxlm.train.trained_model import TrainedModel
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended.
+    """The outcome of a run.
 
     Attributes:
-      start: the step that it began at: where it was resumed, or 0.
-      record: of the steps that were run, as in the metadata of a checkpoint: `config`, `start`, `changes`.
+      start: the step that it was resumed at, or 0.
+      record: provenance of the steps, as in the metadata of a checkpoint: `config`, `start`, `changes`.
     """
 
     state: TrainState
@@ -57,23 +57,23 @@ def fit(
     mesh: Mesh,
     stopwatch: Stopwatch,
 ) -> TrainResult:
-    """Train from the newest checkpoint of the run, or from the model's initial values, to the last step.
+    """Train from the newest checkpoint of the run, or from the initial weights, to the last step.
 
     Args:
-      model: what is trained, and how the loss's model is assembled from it.
+      model: the trained parameters, and how to assemble the model for the loss from them.
       data: batches, validation.
       compute_loss: (model, batch, random key) -> the terms of the loss.
-      lineage: the resolved configuration, and what the run reads; a checkpoint of another run is refused.
-      mesh: where the arrays lie; must be set by the caller (`jax.set_mesh`).
-      stopwatch: has run since this attempt began.
+      lineage: the resolved configuration, and what the run reads; a checkpoint of another run is rejected.
+      mesh: the devices; must be set by the caller (`jax.set_mesh`).
+      stopwatch: running since this attempt began.
 
     Raises:
-      CheckpointError: the checkpoint in the folder has other arrays, or cannot be read.
-      ConfigError: it is of another run, or of a later step than the last one that is asked for.
+      CheckpointError: the checkpoint in the folder has different arrays, or cannot be read.
+      ConfigError: the checkpoint is of another run, or of a later step than the configured last one.
       TrainingError: too many steps were skipped, too often, or a checkpoint could not be saved.
     """
     config, folder = lineage.config, storage_path(lineage.config.output)
-    # Adapters are as wide as their rank.
+    # The width of adapters is their rank.
     optimizer = make_optimizer(config.optim, width=config.model.width if config.lora is None else 1.0)
     schedule = partial(schedule_factor, config.optim.schedule, config.steps)
     step_function = jax.jit(
@@ -131,7 +131,7 @@ def fit(
                     state, saved = restored
                     changes = lineage.changes_since(saved)
                     quarantine.restore(saved["quarantine"])
-                    # Where nothing is left to do, the run is what it was.
+                    # If no steps are left, the run's record is unchanged.
                     record = record | {"changes": changes} if saved["step"] < config.steps else saved
                 step = int(state.step)
                 if is_primary() and restored is not None:
@@ -139,7 +139,7 @@ def fit(
                     if first_step is None:
                         lineage.tell_changes(saved)
                 if is_primary() and (step < config.steps or not (folder / "config.yaml").exists()):
-                    # Not before: a run that is refused leaves the folder as it was.
+                    # Not earlier: a rejected run leaves the folder unchanged.
                     (folder / "config.yaml").write_text(record["config_yaml"], encoding="utf-8")
                 if first_step is None:
                     first_step = step
@@ -149,7 +149,7 @@ def fit(
                 end = segment.train(state, log, record)
             if not end.bad_steps:
                 break
-            # Those before them are done again from the last checkpoint, as after a restart.
+            # The steps before them are repeated from the last checkpoint, as after a restart.
             beginning = "rolled_back"
             with stopwatch.counting(beginning):
                 quarantine.add(end.bad_steps, data)
@@ -159,5 +159,5 @@ def fit(
             goodput.close(end.step)
         rate = segment.window.tokens_per_second_overall()
     if end.interrupted and is_primary():
-        console.print(f"stopped by a signal: step {end.step} is saved; run the same command to go on", markup=False)
+        console.print(f"stopped by a signal: step {end.step} is saved; run the same command to resume", markup=False)
     return TrainResult(end.state, first_step, end.step, record, end.interrupted, end.valid, goodput.goodput, rate)

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: JSONL, TensorBoard, and a line for the eye."""
+"""Training metrics: JSONL, TensorBoard, and a progress line."""
 
 import json
 import operator
@@ -21,17 +21,17 @@ _SHOWN_PARTS = 6
 
 
 def num_active_parameters(model: Any, moe: MoeConfig | None) -> float:
-    """Parameters that work on a token: of routed experts, as many as it goes to."""
+    """Parameters that process one token: of routed experts, those that it is routed to."""
     share = moe.experts_per_token / moe.num_experts if moe else 1
-    # Weights of routed experts alone have four axes: layers, experts, in, out.
+    # Only weights of routed experts have four axes: layers, experts, in, out.
     return sum(leaf.size * (share if leaf.ndim == 4 else 1) for leaf in jax.tree.leaves(model))
 
 
 class StepWindow:
-    """Gathers the metrics of steps on the device, and brings them to the host once a window."""
+    """Accumulates step metrics on the device, and transfers them to the host once per window."""
 
     def __init__(self, model: Any, goodput: GoodputLog, *, moe: MoeConfig | None, peak: float | None, num_devices: int):
-        # 6 FLOPs for each parameter and token (2 forward, 4 backward), attention aside.
+        # 6 FLOPs per parameter and token (2 forward, 4 backward), without attention.
         self.flops_per_token = 6 * num_active_parameters(model, moe)
         self.peak = peak and peak * num_devices
         self._goodput = goodput
@@ -40,22 +40,22 @@ class StepWindow:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new window, whatever the last one holds."""
+        """Start a new window, discarding the current one."""
         self._metrics: list[dict] = []
         self._tokens = 0
 
     @property
     def is_empty(self) -> bool:
-        """Whether there was no step since the last one was closed."""
+        """Whether there was no step since the last window was closed."""
         return not self._metrics
 
     def add(self, metrics: dict[str, Any], *, num_tokens: int) -> None:
-        """One step's metrics, still on the device, and the tokens that it worked on, padding included."""
+        """Add one step's metrics, still on the device, and its number of tokens, including padding."""
         self._metrics.append(metrics)
         self._tokens += num_tokens
 
     def close(self, step: int, *, learning_rate: float) -> dict[str, Any]:
-        """Means over the window: one record."""
+        """End the window, and return its means as one record."""
         metrics = jax.device_get(self._metrics)
         seconds = self._goodput.close(step)
         waited = seconds.get("data_wait", 0.0)
@@ -77,7 +77,7 @@ class StepWindow:
         }
         if self.peak:
             record["mfu"] = rate * self.flops_per_token / self.peak
-        # The first window holds the compilation and says nothing of the speed.
+        # The first window includes compilation, so its speed is not representative.
         if self._first_rate:
             self.seconds += elapsed
             self.tokens += self._tokens
@@ -87,14 +87,14 @@ class StepWindow:
         return record
 
     def tokens_per_second_overall(self) -> float:
-        """Over all windows but the first; of that one, where there is no other."""
+        """Throughput over all windows except the first; of the first if it is the only one."""
         return self.tokens / self.seconds if self.seconds else self._first_rate
 
 
 class MetricsLog:
-    """`metrics.jsonl`, `tensorboard/` and the progress line. A resumed run drops what came after its start.
+    """`metrics.jsonl`, `tensorboard/` and the progress line. A resumed run drops records after its start.
 
-    Of several processes the first alone writes.
+    Only process 0 writes.
     """
 
     def __init__(self, folder: epath.Path, *, start_step: int, total_steps: int):
@@ -128,7 +128,7 @@ class MetricsLog:
             self._writer.close()
 
     def train(self, record: dict[str, Any]) -> None:
-        """A window of training."""
+        """Log a window of training."""
         if not is_primary():
             return
         self._write(record, "train")
@@ -140,7 +140,7 @@ class MetricsLog:
             console.print(f"{self.folder.name}: step {record['step']}/{self.total_steps}  {note}", markup=False)
 
     def valid(self, step: int, values: dict[str, float]) -> None:
-        """A validation."""
+        """Log a validation."""
         if not values or not is_primary():
             return
         self._write({"step": step, **{f"valid_{name}": value for name, value in values.items()}}, "valid")
@@ -150,7 +150,7 @@ class MetricsLog:
         console.print(f"{self.folder.name}: step {step}/{self.total_steps}  valid {text}", markup=False)
 
     def has_valid(self, step: int) -> bool:
-        """Whether a validation after this step is in the file."""
+        """Whether the file has a validation after this step."""
         lines = read_metrics(self.folder)
         return any(line["step"] == step and any(name.startswith("valid_") for name in line) for line in lines)
 
@@ -163,7 +163,7 @@ class MetricsLog:
 
 
 def _parts(values: dict[str, float], name: str) -> str:
-    """What a figure is for each source, `name/SOURCE`, in brackets; the first few of many."""
+    """The values of a metric for each source, `name/SOURCE`, in parentheses; at most the first few."""
     parts = [f"{part.partition('/')[2]} {value:.4f}" for part, value in values.items() if part.startswith(f"{name}/")]
     shown = parts[:_SHOWN_PARTS] + ([f"{len(parts) - _SHOWN_PARTS} more"] if len(parts) > _SHOWN_PARTS else [])
     return f" ({', '.join(shown)})" if shown else ""

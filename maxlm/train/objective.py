@@ -1,7 +1,7 @@
-"""What distinguishes pretraining, SFT, reward modelling, preference and policy optimization: an objective.
+"""The interface of objectives: pretraining, SFT, reward modeling, preference and policy optimization.
 
-An objective is the section of the configuration that says what a run trains for, with the methods that do it: the loss,
-which is pure, and apart from it the data that batches are built from. Each is one module of `maxlm/objectives`.
+An objective is the section of the configuration that defines what a run trains for, with its methods: the loss,
+which is a pure function, and separately the data for batches. Each is one module of `maxlm/objectives`.
 """
 
 import functools
@@ -26,12 +26,12 @@ from maxlm.tokenizer.codec import Tokenizer
 
 @dataclass(frozen=True)
 class RunContext:
-    """What the data of an objective is opened with."""
+    """Arguments for opening the data of an objective."""
 
     config: TrainConfig
     tokenizer: Tokenizer
     mesh: Mesh
-    # The starting model, unchanged by training; None where the objective does not ask for it.
+    # The starting model, unchanged by training; None if the objective does not need it.
     reference: Any
 
     @functools.cached_property
@@ -41,7 +41,7 @@ class RunContext:
 
     @property
     def row_parts(self) -> int:
-        """Equal parts that a row is split into: two for each device along a ring, times the devices of `tensor`."""
+        """Equal parts that a row is split into: two per device for ring attention, times the devices of `tensor`."""
         sizes = self.mesh.shape
         return sizes["tensor"] * (2 * sizes["context"] if sizes["context"] > 1 else 1)
 
@@ -49,17 +49,17 @@ class RunContext:
 @partial(jax.tree_util.register_dataclass, data_fields=["student", "teacher"], meta_fields=[])
 @dataclass(frozen=True)
 class StudentAndTeacher:
-    """The model that is trained, and the one that it learns from: what a loss with a teacher takes."""
+    """The trained model and its teacher: the model argument of a loss with a teacher."""
 
     student: Any
     teacher: Any
 
 
 class TrainingData(Protocol):
-    """The batches of an objective, and what it measures on held-out data. Training data is opened as it is built."""
+    """The batches of an objective, and its metrics on held-out data. The constructor opens the training data."""
 
     def prepare(self, frozen: dict[str, Any]) -> None:
-        """Open and try what the run will use later: held-out data, functions of the user's, a `teacher` in `frozen`.
+        """Open and test what the run uses later: held-out data, user functions, a `teacher` in `frozen`.
 
         Called before the first step.
 
@@ -68,18 +68,18 @@ class TrainingData(Protocol):
         """
 
     def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[Batch]:
-        """This process's rows of the batches start_step, start_step + 1, ...: a pure function of that number, and,
-        where answers are sampled, of the model."""
+        """This process's rows of the batches start_step, start_step + 1, ...: a pure function of the step and,
+        if answers are sampled, of the model."""
 
     def documents(self, batch: int) -> list[dict[str, Any]]:
-        """What a batch, counted from 0, holds over all processes: each with its `id`, or FILE:LINE as one."""
+        """Documents in a batch, counted from 0, over all processes: each with its `id`, or FILE:LINE instead."""
 
     def validate(self, model: Any) -> dict[str, float]:
-        """Numbers by name, on held-out data."""
+        """Metrics by name, on held-out data."""
 
 
 class PreviewRow(NamedTuple):
-    """A training example to show: a title, a stream of one row, and perhaps a note below it."""
+    """A training example to show: a title, a stream of one row, and optionally a note below it."""
 
     title: str
     row: Stream
@@ -87,32 +87,32 @@ class PreviewRow(NamedTuple):
 
 
 class ExampleMaker(Protocol):
-    """Made-up data that brings mistakes of layout to light."""
+    """Synthetic data that exposes layout bugs."""
 
     def documents(self) -> Stream:
-        """Rows of documents of uneven length, with weights of uneven size."""
+        """Rows of documents of varying length and loss weight."""
 
     def sequences(self, *, shared: int = 0) -> Stream:
-        """One sequence a row, of which the first `shared` tokens are a prompt; the loss weights of the others are 1."""
+        """One sequence per row: the first `shared` tokens are a prompt; the loss weights of the others are 1."""
 
     def log_probabilities(self, stream: Stream) -> Any:
-        """Of the targets under the model as it stands: numpy [batch, length]."""
+        """Log-probabilities of the targets under the current model: numpy [batch, length]."""
 
     def normal(self, shape: tuple[int, ...], *, scale: float = 1.0, mean: float = 0.0) -> Any:
         """float32 noise."""
 
 
 class Objective(ObjectiveConfig):
-    """The base of all objectives: what the rest of maxlm asks of one."""
+    """Base class of objectives: what the rest of maxlm requires of one."""
 
-    # Whether it predicts text, documents or chats, of which several share a row: packing must not matter then.
+    # Whether it predicts text, documents or chats, packed into rows: then packing must not change the result.
     learns_text: ClassVar[bool] = False
     # Whether answers are sampled from the model that is trained.
     samples: ClassVar[bool] = False
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the starting model must be kept beside the one that is trained."""
+        """Whether the starting model must be kept along with the trained one."""
         return False
 
     def declare(self, config: ModelConfig) -> Decoder:
@@ -120,25 +120,25 @@ class Objective(ObjectiveConfig):
         return Decoder(config)
 
     def from_decoder(self, decoder: Decoder, key: jax.Array) -> Decoder:
-        """That model with the weights of a language model; `key` draws what is new."""
+        """The trained model with the weights of a language model; `key` initializes new parameters."""
         del key
         return decoder
 
     def load_teacher(self, config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Decoder | None:
-        """The model that is learned from, sharded over the mesh; None where there is none."""
+        """The teacher, sharded over the mesh; None if the objective has none."""
         del config, tokenizer, mesh
 
     def declare_teacher(self, config: ModelConfig) -> Decoder | None:
-        """A teacher for a student of this shape, of another width; None where there is none."""
+        """A teacher of another width for a student of this shape; None if the objective has none."""
         del config
 
     @abstractmethod
     def compute_loss(self, model: Any, batch: Batch, key: jax.Array | None = None) -> LossOutput:
-        """Pure and traceable.
+        """The loss terms of a batch; pure and traceable.
 
         Args:
-          model: what `declare` declares, its adapters applied; a `StudentAndTeacher` where there is a teacher.
-          key: of what is random in training; None: nothing is.
+          model: the model of `declare`, with adapters applied; a `StudentAndTeacher` if there is a teacher.
+          key: for randomness in training; None for none.
         """
 
     @abstractmethod
@@ -151,7 +151,7 @@ class Objective(ObjectiveConfig):
 
     @abstractmethod
     def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[PreviewRow]:
-        """The first examples that are trained on, in that order.
+        """The first training examples, in order.
 
         Raises:
           MaxlmError: the data cannot be read.
@@ -159,11 +159,11 @@ class Objective(ObjectiveConfig):
 
     @abstractmethod
     def example(self, make: ExampleMaker) -> Batch:
-        """A made-up batch for `maxlm verify`, in numpy arrays."""
+        """A synthetic batch for `maxlm verify`, in numpy arrays."""
 
     def for_verification(self) -> Self:
-        """The same objective with every term of its loss turned on, and small where it samples.
+        """The same objective with every term of its loss enabled, and small sizes for sampling.
 
-        Terms get a weight that shows: an error in one that is scaled by 1e-4 would hide in the rounding of the others.
+        Terms get a large enough weight: an error in one scaled by 1e-4 would be lost in the rounding of the others.
         """
         return self

@@ -1,11 +1,11 @@
-"""One forward, one backward: a pipeline that begins a microbatch's backward pass as soon as it has left the last stage.
+"""1F1B pipeline schedule: a microbatch's backward pass starts as soon as it leaves the last stage.
 
-Activations in flight are then bounded by the number of stages and not of microbatches (arXiv:1806.03377, with several
-groups of layers on a stage arXiv:2104.04473). The loss is taken within the pipeline, so any loss function of the step
-is first taken apart: what it does before its model's layers, the layers, and what it does after them.
+This bounds activations in flight by the number of stages, not of microbatches (arXiv:1806.03377; with several
+groups of layers per stage arXiv:2104.04473). The loss is computed within the pipeline, so the step's loss function
+is first split into the parts before the model's layers, the layers, and after them.
 
-At a tick each stage does one unit forward, from which it keeps the input alone, and one unit backward, for which it
-computes its layers again. Dimensions: S stages, M microbatches, R repeats, K microbatches in flight.
+In each tick a stage runs one unit forward, of which it keeps only the input, and one unit backward, for which it
+recomputes its layers. Dimensions: S stages, M microbatches, R repeats, K microbatches in flight.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ from maxlm.models.pipeline_parallelism import (
     to_microbatches,
 )
 
-# What goes from stage to stage: (x [rows, L, D], what the layers so far add to the loss), for each time that the loss
+# Passed from stage to stage: (x [rows, L, D], auxiliary losses of the layers so far), for each time that the loss
 # applies a model.
 State = tuple[tuple[jax.Array, LossOutput], ...]
 
@@ -48,10 +48,10 @@ def one_forward_one_backward(
     schedule: Schedule,
 ) -> tuple[LossOutput, Any]:
     """The loss terms of the whole batch, and the gradient, in float32, of the sum of their means."""
-    # Weights depend on the batch alone, so the compiler drops the model from this pass over the whole batch.
+    # Weights depend only on the batch, so the compiler drops the model from this pass over the whole batch.
     whole = loss_function(jax.lax.stop_gradient(trainable), frozen, batch, None)
     weights = {name: term.weight for name, term in whole.terms.items()}
-    trained, kept = _Cut(trainable), _Cut(frozen)
+    trained, kept = _Partition(trainable), _Partition(frozen)
 
     def run(staged, shared, kept_staged, kept_shared, microbatches_M, weights, no_output):
         stages = _Stages(
@@ -83,8 +83,8 @@ def one_forward_one_backward(
     return output, trained.join([from_chunks(leaf) for leaf in staged_grads], shared_grads)
 
 
-class _Cut:
-    """The leaves of a tree: those that are cut over the stages, and those that all stages share."""
+class _Partition:
+    """The leaves of a tree, partitioned into those sharded over the stages and those that all stages share."""
 
     def __init__(self, tree: Any):
         leaves, self._structure = jax.tree.flatten(tree)
@@ -102,11 +102,11 @@ class _Cut:
 
 
 class _LayersDone(Exception):  # noqa: N818
-    """Ends the tracing of a loss of which only the layers are wanted."""
+    """Ends the tracing of a loss of which only the layers are needed."""
 
 
 class _Stages:
-    """What one stage does, tick by tick; within a `shard_map` over the stages."""
+    """The work of one stage, tick by tick; within a `shard_map` over the stages."""
 
     def __init__(self, schedule, loss_function, staged, shared, kept_staged, microbatches_M, weights):
         self._schedule = schedule
@@ -159,12 +159,12 @@ class _Stages:
         return output, *grads
 
     def _forward(self, stash: State, arrived: State, tick) -> tuple[State, State]:
-        """The stash with this tick's input in it, and what leaves the stage."""
+        """The stash with this tick's input added, and the output of the stage."""
         unit = self._schedule.unit(tick - self._stage)
         microbatch = self._microbatch(unit.microbatch)
         entering = self._when(self._schedule.enters(tick), lambda: self._enter(self._shared, microbatch), arrived)
         entering = select((self._stage == 0) & (unit.turn == 0), entering, arrived)
-        # What stands in idle stages is of no use to anyone, and finite.
+        # Values in idle stages are unused, and finite.
         entering = select(unit.is_real, entering, jax.tree.map(jnp.zeros_like, entering))
         place = self._place(unit)
         stash = jax.tree.map(
@@ -177,9 +177,9 @@ class _Stages:
         return stash, self._work(self._chunk(unit.turn), unit.turn, entering, microbatch)
 
     def _backward(self, stash: State, arrived: State, turned: State, grads, tick) -> tuple[Any, State]:
-        """The gradients with this tick's added, and the cotangent of what entered the stage.
+        """The gradients with this tick's added, and the cotangent of the stage's input.
 
-        `arrived` is from the next stage; `turned` from the loss, which a microbatch on its last turn takes.
+        `arrived` is from the next stage; `turned` is from the loss, for a microbatch on its last turn.
         """
         schedule, (staged_grads, shared_grads) = self._schedule, grads
         number = tick - schedule.lead - (schedule.stages - 1 - self._stage)
@@ -207,10 +207,10 @@ class _Stages:
         return (staged_grads, add(shared_grads, entry_grads)), entered_grads
 
     def _loss(self, leaving: State, microbatch: Any) -> tuple[LossOutput, tuple[list[jax.Array], State]]:
-        """Terms of what leaves the last stage, and the gradients of their means: of the shared weights, and of
+        """Terms of the output of the last stage, and the gradients of their means: of the shared weights, and of
         `leaving` on the last stage.
 
-        Each stage takes an equal part of the rows, if they can be cut so; else the last one takes all.
+        Each stage takes an equal part of the rows, if they are divisible; else the last one takes all.
         """
         stages = self._schedule.stages
         layout = jax.tree.leaves(leaving)[0]
@@ -230,7 +230,7 @@ class _Stages:
         def only(chosen, tree):
             return jax.tree.map(lambda leaf: jax.lax.psum(jnp.where(chosen, leaf, 0), STAGE), tree)
 
-        # What layers added is counted once, by the first stage.
+        # The auxiliary losses of layers are counted once, by the first stage.
         is_first = self._stage == 0
         mine = tuple(
             (last_rows(x), select(is_first, only(self._is_last, added), jax.tree.map(jnp.zeros_like, added)))
@@ -253,7 +253,7 @@ class _Stages:
         return output, shared_grads, state_grads
 
     def _enter(self, shared: list[jax.Array], microbatch: Any) -> State:
-        """What the layers are given."""
+        """The input of the layers."""
         states = []
 
         def replacement(model, x, context):
@@ -291,11 +291,11 @@ class _Stages:
         return [pick(leaf, turn) for leaf in self._kept_staged]
 
     def _place(self, unit) -> Any:
-        """Of a unit's input in the stash."""
+        """Index of a unit's input in the stash."""
         return unit.turn * self._schedule.in_flight + unit.microbatch % self._schedule.in_flight
 
     def _when(self, condition: Any, function: Callable[[], Any], like: Any) -> Any:
-        """`function()`, or zeros at ticks at which no stage needs it: with one turn there are none."""
+        """`function()`, or zeros at ticks at which no stage needs it; with one turn there are no such ticks."""
         if self._schedule.repeats == 1:
             return function()
         return jax.lax.cond(condition, function, lambda: jax.tree.map(jnp.zeros_like, like))

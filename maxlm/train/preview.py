@@ -1,4 +1,4 @@
-"""The first training examples as the model sees them, tokens coloured by loss weight."""
+"""The first training examples as the model sees them, with tokens colored by loss weight."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -12,7 +12,7 @@ from maxlm.core.batch import Stream
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.setup import find_tokenizer
 
-# Two shades each, taken in turn, so that one sees where a token ends.
+# Two alternating shades each, to show where a token ends.
 LEARNED_STYLES = ("bold black on green", "bold black on bright_green")
 READ_STYLES = ("white on grey23", "white on grey30")
 BOUNDARY_STYLE = "bold black on yellow"
@@ -22,10 +22,10 @@ _SHOWN = {"\n": "↵\n", "\t": "⇥\t"}
 
 
 def preview(config: TrainConfig, *, num_examples: int, plain: bool) -> Iterator[RenderableType]:
-    """The examples that step 0 and those after it train on, in that order.
+    """The training examples from step 0 on, in order.
 
     Args:
-      plain: for where there are no colours: what is learned stands between ⟦ and ⟧.
+      plain: without colors: learned text is enclosed in ⟦ and ⟧.
 
     Raises:
       MaxlmError: the tokenizer or the data cannot be read.
@@ -37,7 +37,7 @@ def preview(config: TrainConfig, *, num_examples: int, plain: bool) -> Iterator[
 
 
 def legend(*, plain: bool) -> Text:
-    """What the colours mean."""
+    """The meaning of the colors."""
     if plain:
         return Text("⟦learned⟧ read only │ boundary of chats or documents ↵ line end")
     return Text(" ").join(
@@ -45,13 +45,13 @@ def legend(*, plain: bool) -> Text:
             Text("learned", LEARNED_STYLES[0]),
             Text("read only", READ_STYLES[0]),
             Text("│ boundary of chats or documents", BOUNDARY_STYLE),
-            Text("two shades in turn: one token each", "dim"),
+            Text("alternating shades: one token each", "dim"),
         ]
     )
 
 
 def render_row(batch: Stream, row: int, tokenizer: Tokenizer, *, plain: bool) -> Text:
-    """A row of a batch: its tokens, coloured by whether the model learns to write them."""
+    """A row of a batch: its tokens, colored by whether they count in the loss."""
     tokens, segments = batch.tokens[row], batch.segment_ids[row]
     count = int(np.sum(segments > 0))
     text = Text()
@@ -59,7 +59,7 @@ def render_row(batch: Stream, row: int, tokenizer: Tokenizer, *, plain: bool) ->
         if start:
             text.append("│", BOUNDARY_STYLE)
         ids, learned = tokens[start:end].tolist(), [False, *(batch.loss_weights[row, start : end - 1] > 0)]
-        # The last target of a segment is no token of its row.
+        # The last target of a segment is not a token of its row.
         if batch.loss_weights[row, end - 1] > 0:
             ids, learned = [*ids, int(batch.targets[row, end - 1])], [*learned, True]
         _append_tokens(text, ids, learned, tokenizer, plain=plain)

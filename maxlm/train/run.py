@@ -1,4 +1,4 @@
-"""From a configuration to a finished run folder."""
+"""Train a configuration: from the configuration to a finished run folder."""
 
 import contextlib
 import os
@@ -24,20 +24,20 @@ from maxlm.train.objective import RunContext
 from maxlm.train.setup import Setup, set_up
 from maxlm.train.trained_model import make_model
 
-# How long a run of before may take to save and end.
+# How long an earlier run may take to save and exit.
 _ENDING_SECONDS = 10.0
 
 
 def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, Any]:
-    """Run `config` to its end, or resume it, and return the manifest that stands in its folder.
+    """Run `config` to its end, or resume it, and return the manifest in its folder.
 
     Args:
-      accept_changes: go on with a run that was trained with other settings, which are then recorded; see
+      accept_changes: resume a run that was trained with other settings; the changes are recorded; see
         docs/resuming.md.
 
     Raises:
-      MaxlmError: what the user can mend: configuration, data, tokenizer, checkpoints, skipped steps.
-      FaultError: a process or machine is gone, or the storage fails; another start may help.
+      MaxlmError: the user can fix it: configuration, data, tokenizer, checkpoints, skipped steps.
+      FaultError: a process or machine is gone, or storage fails; a restart may help.
     """
     if os.environ.pop(SUPERVISED, None):
         stop_with_parent()
@@ -48,7 +48,7 @@ def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, Any
             setup.lineage.check_folder()
             copy_tokenizer(setup)
             inputs = _inputs(setup)
-            # Of what is read now: it may be another when the run ends.
+            # Of the inputs as read now: they may have changed when the run ends.
             hashes = {name: content_hash(path) for name, path in inputs.items()} if is_primary() else {}
             model = make_model(setup)
             objective = setup.config.objective
@@ -62,10 +62,10 @@ def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, Any
 
 @contextlib.contextmanager
 def _alone_in(folder: epath.Path) -> Iterator[None]:
-    """Make the run folder, and hold it against a second run.
+    """Create the run folder, and lock it against a second run.
 
     Raises:
-      CheckpointError: another process trains there.
+      CheckpointError: another process is training there.
     """
     if not is_primary():
         yield
@@ -74,16 +74,16 @@ def _alone_in(folder: epath.Path) -> Iterator[None]:
     with locked(folder, seconds=_ENDING_SECONDS) as alone:
         if not alone:
             raise CheckpointError(
-                f"{folder}: another process trains there; wait until it has ended, or give another output"
+                f"{folder}: another process is training there; wait until it ends, or set another output"
             )
         yield
 
 
 def copy_tokenizer(setup: Setup) -> None:
-    """Put a copy of the run's tokenizer into its folder, which then needs no other one.
+    """Copy the tokenizer into the run folder, so that the folder is self-contained.
 
     Raises:
-      CheckpointError: a run with another tokenizer stands there.
+      CheckpointError: the folder contains a run with another tokenizer.
     """
     if not is_primary():
         return
@@ -98,7 +98,7 @@ def copy_tokenizer(setup: Setup) -> None:
 
 
 def is_finished(folder: epath.Path, steps: int) -> bool:
-    """Whether a manifest says that the run in this folder has ended with so many steps; it may have had fewer once."""
+    """Whether a manifest says that the run in this folder finished with `steps` steps, not just with fewer."""
     if not (folder / FILE_NAME).exists():
         return False
     metrics = read_manifest(folder)["metrics"]
@@ -106,9 +106,9 @@ def is_finished(folder: epath.Path, steps: int) -> bool:
 
 
 def _inputs(setup: Setup) -> dict[str, str | epath.Path]:
-    """What a run's manifest names: files, and folders of other stages."""
+    """The inputs for a run's manifest: files, and folders of other stages."""
     config = setup.config
-    # A run that starts from another takes that one's tokenizer with it.
+    # A run that starts from another one also takes its tokenizer.
     if config.init_from is None:
         inputs: dict[str, str | epath.Path] = {"tokenizer": setup.tokenizer_folder}
     else:
@@ -123,7 +123,7 @@ def _inputs(setup: Setup) -> dict[str, str | epath.Path]:
 def finish(
     config: TrainConfig, result: TrainResult, inputs: Mapping[str, Any], hashes: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Write the manifest of a run that has ended, or of one that was stopped and waits to go on."""
+    """Write the manifest of a run that has finished, or was stopped and can be resumed."""
     metrics = {
         "steps": result.steps,
         "finished": not result.interrupted,
@@ -141,7 +141,7 @@ def finish(
         stage=f"train/{config.objective.kind}",
         inputs=inputs,
         hashes=hashes,
-        # What was run, and not what this start was asked for: it may have found nothing left to do.
+        # The configuration that was run, not that of this start, which may have had no steps left.
         config=result.record["config"],
         more={name: result.record[name] for name in ("start", "changes") if result.record.get(name)},
         metrics=metrics,

@@ -23,7 +23,7 @@ from maxlm.train.state import TrainState
 
 @dataclass(frozen=True)
 class SegmentEnd:
-    """Why a segment has ended: the last step, a signal, or steps that went wrong, after which there is no state."""
+    """Why a segment ended: the last step, a signal, or bad steps, after which there is no state."""
 
     state: TrainState | None
     step: int
@@ -34,7 +34,7 @@ class SegmentEnd:
 
 @dataclass(frozen=True)
 class Segment:
-    """What training takes from a checkpoint on, to the end of the run or to where it must go back."""
+    """Training from a checkpoint to the end of the run or to a rollback."""
 
     config: TrainConfig
     mesh: Mesh
@@ -51,14 +51,14 @@ class Segment:
     stop_requested: Callable[[int], bool]
 
     def train(self, state: TrainState, log: MetricsLog, metadata: dict[str, Any]) -> SegmentEnd:
-        """Train from `state`; what is saved gets `metadata` beside it."""
+        """Train from `state`; checkpoints are saved with `metadata`."""
         config, data, counting = self.config, self.data, self.stopwatch.counting
         resume_multiple = config.objective.resume_multiple
         first = step = int(state.step)
         interrupted, valid = False, {}
         watch = GuardWatch(config.guard, step, lambda bad: self.quarantine.note(bad, data))
         self.window.reset()
-        # The batch builder of an objective that samples needs the weights of the moment.
+        # The batch builder of an objective that samples needs the current weights.
         current = {"state": state}
         batches = self.quarantine.batches_from(step, data, lambda: self.model(current["state"].trainable))
 
@@ -78,23 +78,23 @@ class Segment:
             if not self.window.is_empty:
                 report()
             save(is_end=True)
-            console.print(f"step {step} is saved; the same command goes on from there", markup=False)
+            console.print(f"step {step} is saved; run the same command to resume", markup=False)
 
         @contextlib.contextmanager
-        def losing_no_step(part: str):
-            """What fails in here is no fault of the steps before: their state is saved before it is told."""
+        def saving_on_failure(part: str):
+            """Save the state of the steps so far if the code in this context fails, since they are not at fault."""
             try:
                 with counting(part):
                     yield
             except Exception:
-                # Several processes do not fail alike, and cannot save one without the others.
+                # Several processes do not fail together, and one cannot save without the others.
                 if jax.process_count() == 1 and step > first and step % resume_multiple == 0:
                     with contextlib.suppress(MaxlmError):
                         keep()
                 raise
 
         while step < config.steps:
-            with losing_no_step("data_wait"):
+            with saving_on_failure("data_wait"):
                 batch = put_batch(next(batches), self.mesh)
             state, metrics = self.step_function(current["state"], self.frozen, batch)
             current["state"] = state
@@ -107,20 +107,20 @@ class Segment:
             saves = last or ((is_due or stopping) and step % resume_multiple == 0)
             if saves:
                 watch.settle()
-                # Amid refused steps it would be too late to go back to before them.
+                # A checkpoint amid skipped steps would prevent a rollback to before them.
                 saves = last or not watch.is_amid_refused
             if bad_steps := watch.bad_steps(state, check_state=saves):
                 self.goodput.close(step)
                 return SegmentEnd(None, step, bad_steps=tuple(bad_steps))
-            # A window ends at each checkpoint too: a run that goes on from one logs what an unbroken one would.
+            # A window ends at each checkpoint too: a resumed run logs the same as an uninterrupted one.
             if saves or step % config.log_every == 0:
                 report()
                 self.checkpoints.look_after()
             if last:
-                # Whatever fails after training finds it saved, and another start does the rest.
+                # Saved before validation: if something fails after training, a restart does the rest.
                 save(is_end=True)
             if last or (config.eval_every and step % config.eval_every == 0):
-                with losing_no_step("validation"):
+                with saving_on_failure("validation"):
                     valid = validate(data, state, self.model)
                 log.valid(step, valid)
             if saves and not last:
@@ -129,7 +129,7 @@ class Segment:
             if interrupted:
                 break
         if first == config.steps:
-            # As one that ended before it was validated, its local checkpoints removed, or its manifest written.
+            # The run may have ended before validation, removal of local checkpoints, or writing its manifest.
             with counting("validation"):
                 valid = validate(data, state, self.model)
             if not log.has_valid(step):
@@ -138,7 +138,7 @@ class Segment:
 
 
 def validate(data: TrainingData, state: TrainState, model: Callable[[Any], Any]) -> dict[str, float]:
-    """The numbers on held-out data for the model and, named `ema_...`, for the running mean of its weights."""
+    """Metrics on held-out data for the model and, named `ema_...`, for the average of its weights."""
     values = data.validate(model(state.trainable))
     if state.ema is None:
         return values

@@ -1,4 +1,4 @@
-"""A run before it begins: what it is made of, found possible before anything is made or waited for."""
+"""Set up a run: resolve and validate its configuration before anything is created."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -32,11 +32,11 @@ from maxlm.train.startup import check_start, data_hashes
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run is made of.
+    """The parts of a run.
 
-    config: resolved, with the model that will be trained.
+    config: resolved, with the model to train.
     folder: its run folder.
-    lineage: what is asked for, to compare with what stands in the folder.
+    lineage: the requested run, to compare with the one in the folder.
     """
 
     config: TrainConfig
@@ -51,7 +51,7 @@ def set_up(config: TrainConfig, peers: Peers | None, *, accept_changes: bool = F
     """Resolve a configuration, and check that all processes have the same one and that it fits the devices.
 
     Raises:
-      MaxlmError: what the user can mend.
+      MaxlmError: something the user can fix.
     """
     check_output(config.output, "train")
     check_not_read(config)
@@ -66,7 +66,7 @@ def set_up(config: TrainConfig, peers: Peers | None, *, accept_changes: bool = F
     check_precision(config, jax.devices()[0])
     note_idle_devices(sizes, jax.device_count())
     mesh = make_mesh(config.mesh)
-    # Refuses a mesh whose rows the processes cannot share, before anything is made.
+    # Rejects a mesh whose rows are not divisible by the processes, before anything is created.
     row_shard(mesh)
     if config.init_from is not None:
         start_fingerprint = read_metadata(find_checkpoint(config.init_from))["fingerprint"]
@@ -76,7 +76,7 @@ def set_up(config: TrainConfig, peers: Peers | None, *, accept_changes: bool = F
 
 
 def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
-    """The configuration with the model that will be trained: that of `init_from`, the vocabulary of the tokenizer."""
+    """The configuration with the model to train: shape from `init_from`, vocabulary from the tokenizer."""
     model = config.model
     if config.init_from is not None:
         checkpoint = find_checkpoint(config.init_from)
@@ -95,7 +95,7 @@ def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
 
 
 def find_tokenizer(config: TrainConfig) -> epath.Path:
-    """The tokenizer named in the configuration, or that of the model or data that it starts from."""
+    """The tokenizer named in the configuration, or that of its starting model or data."""
     if config.tokenizer is not None:
         return storage_path(config.tokenizer)
     if config.init_from is not None:
@@ -106,7 +106,7 @@ def find_tokenizer(config: TrainConfig) -> epath.Path:
 
 
 def _hashes(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What all processes of a run must read alike, by name."""
+    """Hashes of the inputs that must be the same on all processes, by name."""
     hashes = {"tokenizer": tokenizer.fingerprint, f"newest step of {config.output}": newest_step(config.output)}
     if config.init_from is not None:
         hashes[f"weights of {config.init_from}"] = weights_hash(find_checkpoint(config.init_from))

@@ -1,4 +1,4 @@
-"""Before a run of several processes starts: do all of them have the same configuration, code, data and tokenizer?"""
+"""Check at startup that all processes have the same configuration, code, data and tokenizer."""
 
 import platform
 import socket
@@ -13,29 +13,29 @@ from maxlm.errors import ConfigError
 from maxlm.runtime.manifest import content_hash
 from maxlm.runtime.peers import Peers
 
-# What must be the same for all to compile the same program.
+# Packages whose versions must match for all processes to compile the same program.
 _PACKAGES = ("maxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-_MAX_TOLD = 3
+_MAX_SHOWN = 3
 _PACKAGE = Path(__file__).parents[1]
 
 
 def check_start(peers: Peers, config: TrainConfig, hashes: dict[str, Any], *, timeout: float) -> None:
-    """Compare this process with process 0; all end with one sentence where any differs.
+    """Compare this process with process 0; all exit with one error if any differs.
 
     Args:
       peers: the processes of the run.
       config: as it was loaded.
-      hashes: of what the run reads, by name.
-      timeout: seconds until all must have got here.
+      hashes: hashes of the run's inputs, by name.
+      timeout: seconds to wait for all processes.
 
     Raises:
-      ConfigError: on process 0, some process differs; it names each, and in what.
+      ConfigError: on process 0, if any process differs; names each process and its differences.
     """
     peers.compare(start_record(config, hashes), refuse_differences, timeout=timeout)
 
 
 def start_record(config: TrainConfig, hashes: dict[str, Any]) -> dict[str, Any]:
-    """What is compared, by name, and the host that it is from."""
+    """The values to compare, by name, and the host."""
     versions = {f"package {name}": version(name) for name in _PACKAGES} | {"python": platform.python_version()}
     code = {"code of maxlm": source_hash()}
     settings = {f"config {name}": value for name, value in _settings(config.model_dump(mode="json")).items()}
@@ -43,7 +43,7 @@ def start_record(config: TrainConfig, hashes: dict[str, Any]) -> dict[str, Any]:
 
 
 def data_hashes(config: TrainConfig) -> dict[str, str]:
-    """Hashes of the data that a configuration names; of a folder by its manifest.
+    """Hashes of the data that a configuration names; for a folder, of its manifest.
 
     Raises:
       DataError: there is no such file or folder.
@@ -53,7 +53,7 @@ def data_hashes(config: TrainConfig) -> dict[str, str]:
 
 
 def source_hash(folder: Path = _PACKAGE) -> str:
-    """Of all Python files of this package: a version alone does not tell two working copies apart."""
+    """Hash of all Python files of this package: a version alone does not distinguish two working copies."""
     digest = xxhash.xxh3_128()
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode())
@@ -68,14 +68,14 @@ def refuse_differences(records: list[dict[str, Any]]) -> None:
     for process, record in enumerate(records):
         names = [name for name in first["same"] | record["same"] if _of(first, name) != _of(record, name)]
         if names:
-            told = [f"{name} ({_of(record, name)} and not {_of(first, name)})" for name in names[:_MAX_TOLD]]
-            more = f" and {len(names) - _MAX_TOLD} more" if len(names) > _MAX_TOLD else ""
+            shown = [f"{name} ({_of(record, name)}, not {_of(first, name)})" for name in names[:_MAX_SHOWN]]
+            more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
             problems.append(
                 f"process {process} ({record['host']}) differs from process 0 ({first['host']}) in"
-                f" {', '.join(told)}{more}"
+                f" {', '.join(shown)}{more}"
             )
     if problems:
-        raise ConfigError([*problems, "give all processes the same configuration, code and data, and start them again"])
+        raise ConfigError([*problems, "give all processes the same configuration, code and data, and restart them"])
 
 
 def _of(record: dict[str, Any], name: str) -> Any:

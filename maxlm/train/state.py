@@ -1,4 +1,4 @@
-"""What a step of training changes."""
+"""The training state: everything that a training step updates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ class GuardState:
 )
 @dataclass(frozen=True)
 class TrainState:
-    """step: batches consumed; trainable: the model, or its adapters; optimizer: optax's state; ema: the running mean of
-    what is trained, or None."""
+    """step: batches consumed; trainable: the model, or its adapters; optimizer: optax's state; ema: the average of the
+    trained parameters, or None."""
 
     step: jax.Array
     trainable: Any
@@ -40,7 +40,7 @@ class TrainState:
 
 
 def abstract_state(create: Callable[[Any], TrainState], trainable: Any, mesh: Mesh) -> TrainState:
-    """The shapes and shardings of what `create` makes, from those of what is trained."""
+    """Shapes and shardings of the state that `create` makes, from those of the trained parameters."""
 
     def on_mesh(leaf):
         spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec

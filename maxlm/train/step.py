@@ -1,4 +1,4 @@
-"""One step of training: a pure function from state and batch to state and metrics."""
+"""One training step: a pure function from state and batch to state and metrics."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +22,7 @@ from maxlm.train.state import GuardState, TrainState
 # (trainable, frozen, batch, random key or None) -> LossOutput
 LossFunction = Callable[[Any, Any, Any, jax.Array | None], LossOutput]
 
-# The running mean of the gradient norm covers about 50 steps, and judges none before it has seen 20.
+# The running mean of the gradient norm covers about 50 steps, and is not used before step 20.
 NORM_DECAY = 0.98
 GUARD_WARMUP_STEPS = 20
 
@@ -44,13 +44,13 @@ def train_step(
     """Loss, gradient, guard, update.
 
     Args:
-      state: is consumed; jit it with the state donated.
-      frozen: weights that the loss needs and that do not change, such as the base of adapters.
+      state: consumed; donate it in `jax.jit`.
+      frozen: weights of the loss that are not trained, such as the base of adapters.
       batch: a pytree of arrays whose first axis is the batch.
-      accumulate: microbatches that the batch is cut into; changes memory, not the result.
-      ema_decay: of the state's running mean, where it has one.
-      pipeline: how the stages share their work, where the mesh has stages.
-      seed: of what is random in the loss; a step's key depends on it and on the step alone. None: nothing is random.
+      accumulate: gradient accumulation steps; changes memory, not the result.
+      ema_decay: decay of the state's weight average, if it has one.
+      pipeline: the pipeline schedule, if the mesh has stages.
+      seed: for randomness in the loss; a step's key depends only on it and the step. None: nothing is random.
     """
     output, grads = loss_and_gradient(
         state.trainable,
@@ -99,12 +99,12 @@ def loss_and_gradient(
 ) -> tuple[LossOutput, Any]:
     """The loss terms of the whole batch, and the gradient of the sum of their means.
 
-    Each microbatch has a random key of its own. In the 1F1B pipeline nothing is random.
+    Each microbatch has its own random key. In the 1F1B pipeline nothing is random.
     """
     if pipeline is not None and pipeline.schedule == "1f1b":
         rows = jax.tree.leaves(batch)[0].shape[0]
         if (schedule := fitting_schedule(pipeline, rows // accumulate)) is not None:
-            # More microbatches cost no memory there, so those of the accumulation join the pipeline's.
+            # More microbatches cost no memory in 1F1B, so those of gradient accumulation join the pipeline's.
             schedule = replace(schedule, microbatches=schedule.microbatches * accumulate)
             return one_forward_one_backward(trainable, frozen, batch, loss_function=loss_function, schedule=schedule)
 
@@ -115,14 +115,14 @@ def loss_and_gradient(
 
     def gradient(trainable, microbatch, weights, key):
         grads, output = jax.grad(scaled_loss, has_aux=True)(trainable, microbatch, weights, key)
-        # Those of 16-bit parameters, too, are summed over microbatches in float32.
+        # Gradients are summed over microbatches in float32, also those of 16-bit parameters.
         return optax.tree.cast(grads, jnp.float32), output
 
     if accumulate == 1:
         grads, output = gradient(trainable, batch, None, key)
         return output, grads
 
-    # Weights depend on the batch alone, so the compiler drops the model from this pass over the whole batch.
+    # Weights depend only on the batch, so the compiler drops the model from this pass over the whole batch.
     whole = loss_function(jax.lax.stop_gradient(trainable), frozen, batch, None)
     weights = {name: term.weight for name, term in whole.terms.items()}
 
@@ -132,7 +132,7 @@ def loss_and_gradient(
 
     microbatches = jax.tree.map(lambda x: _split(x, accumulate), batch)
     keys = None if key is None else jax.random.split(key, accumulate)
-    # From zeros, and not from the first microbatch, whose pass would be compiled a second time outside of the loop.
+    # Starts from zeros: peeling the first microbatch would compile its pass a second time outside the loop.
     first = jax.tree.map(lambda x: x[0], microbatches)
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, trainable, first, weights, key))
     (grads, output), _ = jax.lax.scan(body, zeros, (microbatches, keys))
@@ -140,7 +140,7 @@ def loss_and_gradient(
 
 
 def judge(guard: GuardConfig, state: TrainState, loss: jax.Array, grad_norm: jax.Array) -> tuple[jax.Array, GuardState]:
-    """Whether this step's update is to be kept, and the guard's state after it."""
+    """Whether to keep this step's update, and the guard's state after it."""
     old = state.guard
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if guard.spike_factor is not None:
@@ -148,7 +148,7 @@ def judge(guard: GuardConfig, state: TrainState, loss: jax.Array, grad_norm: jax
         good &= ~known | (grad_norm <= guard.spike_factor * old.norm_mean)
     is_first = old.norm_mean == 0
     mean = jnp.where(is_first, grad_norm, NORM_DECAY * old.norm_mean + (1 - NORM_DECAY) * grad_norm)
-    # Answers that all earn the same reward give no gradient, and say nothing of what is usual.
+    # A zero gradient, as of answers with equal rewards, does not count in the running mean.
     counts = good & (grad_norm > 0)
     return good, GuardState(
         norm_mean=jnp.where(counts, mean, old.norm_mean),
@@ -158,7 +158,7 @@ def judge(guard: GuardConfig, state: TrainState, loss: jax.Array, grad_norm: jax
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:
-    """[batch, ...] to [parts, batch / parts, ...], every part with rows of every device."""
+    """[batch, ...] to [parts, batch / parts, ...], each part with rows from every device."""
     split = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
-    # A reshape forgets mesh axes of size 1.
+    # A reshape drops mesh axes of size 1.
     return jax.reshard(split, P(None, *spec_of(x))) if is_explicit() else split

@@ -1,4 +1,4 @@
-"""What a run trains, and what it needs beside it: frozen weights, the starting model, a teacher."""
+"""The parameters that a run trains, and the others that it needs: frozen weights, starting model, teacher."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from maxlm.train.setup import Setup
 class TrainedModel:
     """The model of a run, in parts.
 
-    like: shapes and shardings of what is trained: the whole model, or its adapters.
-    create: its initial values; called only where no checkpoint is there to go on, or back to.
-    frozen: weights that do not change, by name: the `base` of adapters, a `teacher`.
-    assemble: (trainable, frozen) -> the model that the loss takes.
-    reference: the starting model, where the objective or adapters need it.
+    like: shapes and shardings of the trained parameters: the whole model, or its adapters.
+    create: makes their initial values; called only if there is no checkpoint to resume from or roll back to.
+    frozen: weights that are not trained, by name: the `base` of adapters, a `teacher`.
+    assemble: (trainable, frozen) -> the model for the loss.
+    reference: the starting model, if the objective or adapters need it.
     """
 
     like: Any
@@ -60,6 +60,6 @@ def make_model(setup: Setup) -> TrainedModel:
 
 
 def assemble(config: TrainConfig, trainable: Any, frozen: dict[str, Any]) -> Any:
-    """What an objective's loss takes: the model, or its adapters on a frozen `base`; with the `teacher`, if any."""
+    """The model for an objective's loss: the model, or its adapters on a frozen `base`; with the `teacher`, if any."""
     model = apply_adapters(frozen["base"], trainable, config.lora) if "base" in frozen else trainable
     return StudentAndTeacher(model, frozen["teacher"]) if "teacher" in frozen else model

@@ -6,7 +6,7 @@ from maxlm.runtime.arguments import add_config
 
 EPILOG = """\
 examples:
-  maxlm verify configs/quickstart/pretrain.yaml                    every way of computing it
+  maxlm verify configs/quickstart/pretrain.yaml                    all variants
   maxlm verify configs/post/sft.yaml lora.rank=8 --only mesh       with one setting changed, on every mesh
   maxlm verify configs/post/grpo.yaml --only packing --only rollout
 """
@@ -15,12 +15,12 @@ examples:
 def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "verify",
-        help="show that losses and gradients do not depend on how the work is laid out",
+        help="check that losses and gradients do not depend on parallelism, packing or implementation",
         description=(
-            "Compute the loss terms and the gradient of every parameter in the plainest way on one device, and again"
+            "Compute the loss terms and the gradient of every parameter in the simplest way on one device, and again"
             " with microbatches, packed and unpacked rows, padding, every mesh that the configuration allows (on eight"
-            " virtual CPU devices), and every implementation that runs here; at a small size that keeps the"
-            " configuration's structure and options, with data made on the spot. Exits with 1 if any differs."
+            " virtual CPU devices), and every implementation available here, at a small size that keeps the"
+            " configuration's structure and options, with synthetic data. Exits with 1 if any differs."
         ),
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

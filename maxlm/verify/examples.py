@@ -1,10 +1,10 @@
-"""Data that brings layout bugs to light, and the ways in which the same data can be laid out.
+"""Synthetic data that exposes layout bugs, and the different layouts of the same data.
 
-Documents of uneven length share rows, and padding follows them; one is a single token long; some tokens have no weight
-in the loss; the id of the padding token stands inside documents, as a target too; every fourth row holds so little that
+Documents of varying length share rows, followed by padding; one is a single token long; some tokens have no loss
+weight; the id of the padding token occurs inside documents, also as a target; every fourth row has so few tokens that
 a microbatch of such rows has far fewer weighted tokens than the others: a mean of means differs from the mean.
 
-All arrays are numpy's. Shapes: B rows, L length.
+All arrays are numpy arrays. Shapes: B rows, L length.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,16 +16,16 @@ import numpy as np
 
 from maxlm.core.batch import Stream
 
-# What stands in padding, where it is not the loader's zeros.
+# Value of padding, if it is not the loader's zeros.
 _FILLER_TOKEN, _FILLER_TARGET = 5, 7
 
 
 class Maker:
-    """Made-up streams of one size: an `ExampleMaker` of `maxlm.train.objective`.
+    """Synthetic streams of one size: an `ExampleMaker` of `maxlm.train.objective`.
 
     Args:
-      log_probabilities: of the targets of a stream under the model as it stands: [batch, length].
-      unpacked: each document in a row of its own.
+      log_probabilities: of the targets of a stream under the current model: [batch, length].
+      unpacked: each document in its own row.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class Maker:
         self.log_probabilities = log_probabilities
 
     def documents(self) -> Stream:
-        """Rows of documents of uneven length, with weights of uneven size."""
+        """Rows of documents of varying length and loss weight."""
         rows = make_documents(self._random, num_rows=self._num_rows, length=self._length, vocab_size=self._vocab_size)
         return unpack(rows, multiple=self._num_rows) if self._unpacked else lay_out_rows(rows, length=self._length)
 
     def sequences(self, *, shared: int = 0) -> Stream:
-        """One sequence a row, of which the first `shared` tokens are a prompt; the loss weights of the others are 1."""
+        """One sequence per row: the first `shared` tokens are a prompt; the loss weights of the others are 1."""
         rows = []
         for row in range(self._num_rows):
             room = self._length
@@ -66,7 +66,7 @@ class Maker:
 
 @dataclass(frozen=True)
 class SyntheticDocument:
-    """A sequence as a model reads it; each field [length]."""
+    """A sequence in the form that a model reads; each field [length]."""
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -76,7 +76,7 @@ class SyntheticDocument:
 def make_documents(
     random: np.random.Generator, *, num_rows: int, length: int, vocab_size: int
 ) -> list[list[SyntheticDocument]]:
-    """The documents of each row, which they fill by a fifth in every fourth row, and else up to the end or near it."""
+    """The documents of each row: they fill a fifth of every fourth row, and all or almost all of the others."""
     rows = []
     for row in range(num_rows):
         room = length // 5 if row % 4 == 1 else length - int(random.integers(0, 9)) * (row > 0)
@@ -94,13 +94,13 @@ def _document(random: np.random.Generator, length: int, vocab_size: int) -> Synt
     ids = random.integers(0, vocab_size, length + 1).astype(np.int32)
     ids[random.random(length + 1) < 0.15] = 0
     weights = random.uniform(0.2, 2.0, length).astype(np.float32) * (random.random(length) > 0.2)
-    # The last token of a document has no target of its own.
+    # The last token of a document has no target.
     weights[-1] = 0.0
     return SyntheticDocument(ids[:-1], ids[1:], weights.astype(np.float32))
 
 
 def lay_out_rows(rows: Sequence[Sequence[SyntheticDocument]], *, length: int) -> Stream:
-    """Each sequence of documents in a row, zeros after them."""
+    """Each sequence of documents as a row, followed by zeros."""
     fields = {
         name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "targets", "segment_ids", "positions")
     }
@@ -118,19 +118,19 @@ def lay_out_rows(rows: Sequence[Sequence[SyntheticDocument]], *, length: int) ->
 
 
 def unpack(rows: Sequence[Sequence[SyntheticDocument]], *, multiple: int) -> Stream:
-    """Each document in a row of its own, and rows of padding up to a multiple."""
+    """Each document in its own row, and rows of padding up to a multiple."""
     alone = [[document] for documents in rows for document in documents]
     alone += [[]] * (-len(alone) % multiple)
     return lay_out_rows(alone, length=max(len(document.tokens) for row in alone for document in row))
 
 
 def padded(batch: Any, *, rows: int, columns: int) -> Any:
-    """The batch with rows of padding below and columns of it on the right, of zeros."""
+    """The batch with extra rows and columns of padding, zeros, at the end."""
     return jax.tree.map(lambda x: np.pad(x, [(0, rows), (0, columns)][: x.ndim]), batch)
 
 
 def with_filler(batch: Any) -> Any:
-    """The batch with other ids than 0 in its padding."""
+    """The batch with nonzero ids in its padding."""
 
     def fill(rows: Stream) -> Stream:
         empty = rows.segment_ids == 0
@@ -144,11 +144,11 @@ def with_filler(batch: Any) -> Any:
 
 
 def renamed(batch: Any, new_ids_V: np.ndarray) -> Any:
-    """The batch with other ids for all tokens."""
+    """The batch with token ids replaced by new ones."""
     return map_rows(lambda rows: replace(rows, tokens=new_ids_V[rows.tokens], targets=new_ids_V[rows.targets]), batch)
 
 
 def map_rows(function: Callable[[Stream], Stream], batch: Any) -> Any:
-    """A function of each `Stream` in a tree."""
+    """Apply a function to each `Stream` in a tree."""
     is_rows = lambda part: isinstance(part, Stream)  # noqa: E731
     return jax.tree.map(lambda part: function(part) if is_rows(part) else part, batch, is_leaf=is_rows)

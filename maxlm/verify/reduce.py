@@ -1,8 +1,8 @@
-"""A configuration at a size that compiles in a second: its own structure and options, with small numbers.
+"""Reduce a configuration to a size that compiles in a second: the same structure and options, with small numbers.
 
 Nothing is dropped: the pattern of windows, the ratio of query to key-value heads, tying, caps, adapters, the terms of
-the objective. Terms that a configuration leaves at weight 0 are turned on, and all get a weight that shows: an error in
-a term that is scaled by 1e-4 would hide in the rounding of the others.
+the objective. Terms with weight 0 in the configuration are enabled, and all get a large enough weight: an error in
+a term scaled by 1e-4 would be lost in the rounding of the others.
 """
 
 import math
@@ -15,45 +15,45 @@ from maxlm.config.train import TrainConfig
 from maxlm.core.sharding import MESH_AXES
 from maxlm.errors import CheckpointError
 
-# Rows and tokens of a batch: rows for eight devices or four microbatches, tokens for more than one block of attention.
+# Rows and tokens of a batch: rows for eight devices or four microbatches, tokens for more than one attention block.
 NUM_ROWS = 8
 ROW_LENGTH = 96
-# Devices that all meshes fit on: three axes of two.
+# Devices that all meshes fit on: three axes of size two.
 NUM_DEVICES = 8
 
 _AUXILIARY_WEIGHT = 0.1
 
 
 def full_model(config: TrainConfig) -> tuple[ModelConfig, str]:
-    """The model that a configuration trains, and where its shape was found.
+    """The model that a configuration trains, and the source of its shape.
 
-    The default shape stands for that of a checkpoint which does not exist yet.
+    The default shape replaces that of a checkpoint that does not exist yet.
     """
     if config.model is not None:
         return config.model, "its own"
     try:
         checkpoint = find_checkpoint(config.init_from)
     except CheckpointError:
-        return ModelConfig(), f"the default one, because {config.init_from} is not there yet"
+        return ModelConfig(), f"the default one, because {config.init_from} does not exist yet"
     return trained_as(read_metadata(checkpoint), where=checkpoint)[0], f"that of {config.init_from}"
 
 
 def own_mesh(config: TrainConfig) -> MeshConfig:
-    """The mesh that a configuration asks for, its free axis what is left of the devices here."""
+    """The mesh of a configuration, with its free axis set to the remaining devices here."""
     mesh = config.mesh
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     left = NUM_DEVICES // (mesh.slices * math.prod(size for size in sizes.values() if size != -1))
-    # All on the free axis is what says nothing: then it is one device.
+    # All devices on the free axis is no specific request: then it is one device.
     left = max(left, 1) if mesh != MeshConfig() else 1
     return mesh.model_copy(update={axis: left for axis, size in sizes.items() if size == -1})
 
 
 def reduced_model(model: ModelConfig, *, vocab_size: int, mesh: MeshConfig | None = None) -> ModelConfig:
-    """The same structure with small numbers, in float32; it fits two devices an axis, and `mesh`, if `model` does."""
+    """The same structure with small numbers, in float32; it fits two devices per axis, and `mesh`, if `model` does."""
     mesh = mesh or MeshConfig(fsdp=1)
     pattern = len(model.window_pattern)
     turns = model.num_layers // pattern
-    # Turns of the window pattern that two stages can share, once and twice each, if those of the model can.
+    # Periods of the window pattern that two stages can share, once and twice each, if those of the model can.
     repeats = model.pipeline.repeats
     kept = math.gcd(turns, math.lcm(4, 2 * repeats, mesh.stage * repeats))
     if kept == 1 and turns % 3 == 0:
@@ -69,7 +69,7 @@ def reduced_model(model: ModelConfig, *, vocab_size: int, mesh: MeshConfig | Non
         "head_dim": 8,
         "max_length": 2 * ROW_LENGTH,
         "window_pattern": tuple(_small_window(window, model.window_pattern) for window in model.window_pattern),
-        # Rounding to fewer bits turns the last bit of a sum into a step, and hides what is looked for.
+        # Rounding to fewer bits turns the last bit of a sum into a step, and hides differences.
         "activation_dtype": "float32",
         "matmul_dtype": "float32",
         "parameter_dtype": "float32",
@@ -82,7 +82,7 @@ def reduced_model(model: ModelConfig, *, vocab_size: int, mesh: MeshConfig | Non
 
 
 def _reduced_experts(moe: MoeConfig, mesh: MeshConfig) -> MoeConfig:
-    """Fewer and smaller experts, as many of them for a token; what balances them on."""
+    """Fewer and smaller experts, the same number per token; balancing enabled."""
     num_experts = min(moe.num_experts, math.lcm(max(4, 2 * moe.experts_per_token), mesh.expert))
     weight = max(moe.balance.loss_weight, _AUXILIARY_WEIGHT)
     changes = {
@@ -95,7 +95,7 @@ def _reduced_experts(moe: MoeConfig, mesh: MeshConfig) -> MoeConfig:
 
 
 def reduced_config(config: TrainConfig, *, vocab_size: int) -> TrainConfig:
-    """The configuration of the small model, every term of its objective on."""
+    """The configuration of the small model, with every term of its objective enabled."""
     lora = config.lora and config.lora.model_copy(update={"rank": 2, "alpha": 2 * config.lora.alpha / config.lora.rank})
     return config.model_copy(
         update={
@@ -110,7 +110,7 @@ def reduced_config(config: TrainConfig, *, vocab_size: int) -> TrainConfig:
 
 
 def _small_window(window: int | None, pattern: tuple[int | None, ...]) -> int | None:
-    """Windows of a few tokens, in the order of size that they have in the pattern."""
+    """Windows of a few tokens, in the same order of size as in the pattern."""
     if window is None:
         return None
     rank = sorted({other for other in pattern if other is not None}).index(window)
@@ -118,7 +118,7 @@ def _small_window(window: int | None, pattern: tuple[int | None, ...]) -> int | 
 
 
 def describe_subject(config: TrainConfig, full: ModelConfig, origin: str) -> str:
-    """What was verified, in a sentence: `config`, the small one, of the model `full`."""
+    """What was verified, in a sentence: the small `config`, of the model `full`."""
     model = config.model
     left_off = f", without the 8-bit rounding of model.eight_bit={full.eight_bit}" if full.eight_bit else ""
     heads = f"{model.num_heads} heads on {model.num_kv_heads} key-value heads"

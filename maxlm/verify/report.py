@@ -1,4 +1,4 @@
-"""What a verification found."""
+"""Results of a verification."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -8,28 +8,28 @@ import numpy as np
 
 from maxlm.verify.subject import Measured
 
-# A float32 sum of n terms differs between two orders by about sqrt(n) half-units of its last place (2^-24) of its
-# largest partial sums: for the ~800 tokens and 16 to 350 channels that are added here, some 1e-6 of the result, and a
-# few times that where terms cancel. Measured over all recipes: docs/verify.md. The bugs that are looked for are 1e-3
+# A float32 sum of n terms differs between two orders by about sqrt(n) half-units in the last place (2^-24) of its
+# largest partial sums: for the ~800 tokens and 16 to 350 channels that are summed here, about 1e-6 of the result, and a
+# few times that where terms cancel. Measured over all recipes: docs/verify.md. Bugs cause differences of 1e-3
 # and larger.
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 2e-5
 
-# A parameter whose whole gradient is this small a part of the largest one has rounding of the others in it.
+# A parameter whose gradient is this small relative to the largest one contains rounding errors of the others.
 _SMALLEST_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One variant against the baseline.
+    """A comparison of one variant with the baseline.
 
-    loss_difference: the largest |difference| of a term's mean, relative to it; `term` is its name.
+    loss_difference: the largest |difference| of a term's mean, relative to it; `term` is the term's name.
     gradient_difference: the largest |difference| of a parameter's gradient, relative to its largest entry; `parameter`
       is its path, with the layer.
     first: the first parameter, from the model's input to its output, that differs by more than the tolerance, and
       `first_difference`, by how much, relative to its largest entry.
     skipped: why it was not computed; the numbers are then 0.
-    seconds: of all processors together.
+    seconds: CPU time of all processors.
     """
 
     group: str
@@ -52,14 +52,14 @@ class Finding:
         """`same`, `differs` or `skipped`."""
         if self.skipped is not None:
             return "skipped"
-        # Not a number is no small number.
+        # NaN does not count as a small difference.
         same = self.loss_difference <= LOSS_TOLERANCE and self.gradient_difference <= GRADIENT_TOLERANCE
         return "same" if same else "differs"
 
 
 @dataclass(frozen=True)
 class Report:
-    """title: which configuration; subject: what was computed of it, in a sentence; findings: one for each variant."""
+    """title: the configuration; subject: what was computed, in a sentence; findings: one per variant."""
 
     title: str
     subject: str
@@ -76,11 +76,11 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Something was compared, and none of it differs."""
+        """Whether something was compared, and nothing differs."""
         return bool(self.compared) and not self.failed
 
     def largest(self) -> dict[str, float]:
-        """The largest gradient difference of each group of variants, and of all meshes that have an axis."""
+        """The largest gradient difference of each group of variants, and of all meshes with an axis."""
         found: dict[str, float] = {}
         for finding in self.compared:
             if finding.parameter:
@@ -124,12 +124,12 @@ def _relative(value: float, expected: float) -> float:
 
 
 def _largest(values: Mapping[str, float]) -> str:
-    """The name of the largest number, or of the first that is none."""
+    """The name of the largest value, or of the first NaN."""
     return max(values, key=lambda name: np.inf if np.isnan(values[name]) else values[name])
 
 
 def _name(path: str, difference: np.ndarray) -> str:
-    """A parameter's path, and, where layers are stacked, which of them differs most."""
+    """A parameter's path and, if layers are stacked, the layer that differs most."""
     if not path.startswith("layers/"):
         return path
     per_layer = difference.reshape(len(difference), -1).max(axis=1)

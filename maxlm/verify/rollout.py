@@ -1,8 +1,8 @@
-"""Whether the policy that samples is the one that learns.
+"""Check that sampling uses the same policy as training.
 
-After an update of the weights, the log-probabilities that sampling records must be those that the training pass gives
-to the same tokens. Weights that sampling holds on to (adapters above all, which are small and easily left out), or
-another temperature, show here.
+After an update of the weights, the log-probabilities that sampling records must match those of the training pass
+for the same tokens. This exposes stale weights in sampling (especially adapters, which are small and easily left out)
+and a different temperature.
 """
 
 from typing import Any
@@ -23,10 +23,10 @@ from maxlm.verify.workspace import Workspace
 
 
 def compare_rollout(subject: Subject, workspace: Workspace, *, model: ModelConfig, mesh: Mesh | None) -> dict[str, Any]:
-    """The largest difference of a sampled token's log-probability, as the numbers of a finding.
+    """The largest difference of a sampled token's log-probability, as the values of a finding.
 
     Raises:
-      CheckFailed: the update changes so little that stale weights would not show.
+      CheckFailed: the update changes too little to expose stale weights.
     """
     mesh = make_mesh(MeshConfig(fsdp=1)) if mesh is None else mesh
     trainable_plan, frozen_plan = subject.plans(model)

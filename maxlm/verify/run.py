@@ -1,4 +1,4 @@
-"""From a configuration to a report."""
+"""Verify a configuration: run all variants and report."""
 
 import contextlib
 import time
@@ -22,16 +22,16 @@ from maxlm.verify.workspace import VOCAB_SIZE, Workspace, open_workspace
 
 
 def verify(config: TrainConfig, *, title: str = "", only: Sequence[str] = (), all_products: bool = False) -> Report:
-    """Compare loss terms and per-parameter gradients over all ways of computing what `config` trains.
+    """Compare loss terms and per-parameter gradients over all ways of computing a training step of `config`.
 
     Args:
-      config: of any objective; neither its data nor the checkpoints that it starts from need to exist.
-      title: names it in the report.
-      only: names of variants or groups, or parts of them; the others are left out. Nothing: all.
-      all_products: every product of two and three mesh axes, and not a few in which each two axes meet.
+      config: for any objective; neither its data nor its starting checkpoints need to exist.
+      title: of the report.
+      only: names of variants or groups, or parts of names; empty for all variants.
+      all_products: every product of two and three mesh axes, instead of a few that contain each pair of axes.
 
     Raises:
-      RequestError: no variant has such a name.
+      RequestError: no variant matches a name.
     """
     began = time.perf_counter()
     model, origin = full_model(config)
@@ -41,7 +41,7 @@ def verify(config: TrainConfig, *, title: str = "", only: Sequence[str] = (), al
     num_devices = min(NUM_DEVICES, jax.device_count())
     chosen = choose(variants_of(full, reduced, num_devices=num_devices, all_products=all_products), only)
     findings = []
-    # Losses are verified without files; sampling needs a tokenizer and prompts.
+    # Losses need no files; sampling needs a tokenizer and prompts.
     needs_files = any(variant.group == "rollout" for variant in chosen)
     bar = progress_bar(f"verify {title}".strip(), len(chosen) + 1)
     with open_workspace() if needs_files else contextlib.nullcontext() as workspace, bar as (progress, task):
@@ -56,10 +56,10 @@ def verify(config: TrainConfig, *, title: str = "", only: Sequence[str] = (), al
 
 
 def choose(variants: Iterable[Variant], only: Sequence[str]) -> list[Variant]:
-    """The variants that have one of these names (`Variant.names`); where none has it whole, those that hold it.
+    """The variants with one of these names (`Variant.names`); if none matches exactly, those that contain it.
 
     Raises:
-      RequestError: no variant has it.
+      RequestError: no variant matches a name.
     """
     variants = list(variants)
     if not only:
@@ -71,14 +71,14 @@ def choose(variants: Iterable[Variant], only: Sequence[str]) -> list[Variant]:
         if not found:
             groups = ", ".join(dict.fromkeys(variant.group for variant in variants))
             raise RequestError(
-                f"--only {wanted!r}: names no variant; groups are {groups}; mesh.AXIS is every mesh with that axis"
+                f"--only {wanted!r}: matches no variant; groups are {groups}; mesh.AXIS is every mesh with that axis"
             )
         chosen.update(variant.name for variant in found)
     return [variant for variant in variants if variant.name in chosen]
 
 
 def _find(subject: Subject, workspace: Workspace | None, baseline: Measured, variant: Variant) -> Finding:
-    """The numbers of one variant."""
+    """The finding of one variant."""
     if variant.skipped is not None:
         return Finding(variant.group, variant.detail, skipped=variant.skipped)
     began = time.process_time()
@@ -94,13 +94,13 @@ def _find(subject: Subject, workspace: Workspace | None, baseline: Measured, var
 
 
 def _laid_out(subject: Subject, variant: Variant) -> dict[str, Any]:
-    """The arguments of `measure` that hold the examples."""
+    """The arguments of `measure` with the examples."""
     rows = 0 if variant.mesh is None else NUM_ROWS
     match variant.examples:
         case "unpacked":
             return {"batch": subject.example(unpacked=True)}
         case "padded":
-            # A batch of sampled answers is whole: its metrics count all rows.
+            # A batch of sampled answers is kept whole: its metrics count all rows.
             rows = 0 if subject.config.objective.samples else rows or 3
             columns = ROW_LENGTH if variant.mesh is not None else 7
             return {"batch": examples.with_filler(examples.padded(subject.batch, rows=rows, columns=columns))}
@@ -111,7 +111,7 @@ def _laid_out(subject: Subject, variant: Variant) -> dict[str, Any]:
 
 
 def check_baseline(baseline: Measured) -> None:
-    """Comparing zeros, or what is no number, would prove nothing.
+    """Check that the baseline has no zero or non-finite gradients, which would make the comparison meaningless.
 
     Raises:
       CheckFailed: the baseline itself is wrong.
@@ -119,4 +119,4 @@ def check_baseline(baseline: Measured) -> None:
     for path, gradient in baseline.gradient.items():
         if not np.isfinite(gradient).all() or not np.any(gradient):
             what = "zero" if np.isfinite(gradient).all() else "not finite"
-            raise CheckFailed(f"the gradient of {path} is {what} on one device already, computed in the plainest way")
+            raise CheckFailed(f"the gradient of {path} is {what} in the baseline already, computed on one device")

@@ -1,4 +1,4 @@
-"""Reports for the eye and for documents."""
+"""Reports for the terminal and for documents."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ _STYLES = {"same": "green", "differs": "bold red"}
 
 
 def table(report: Report) -> RenderableType:
-    """The report for a terminal, which may be 80 columns wide: why variants are skipped stands below the table."""
+    """The report for a terminal, which may be 80 columns wide: reasons for skipped variants are below the table."""
     shown = Table(title=f"maxlm verify {report.title}", title_justify="left")
     for name in _COLUMNS:
         shown.add_column(name, overflow="fold", justify="right" if name in ("loss", "gradient", "CPU s") else "left")
@@ -33,7 +33,7 @@ def markdown(report: Report) -> str:
 
 
 def summary(reports: Sequence[Report]) -> str:
-    """For each recipe, and for each mesh axis and other group, the largest difference of a gradient."""
+    """The largest gradient difference of each recipe, by mesh axis and other group."""
     groups = list(dict.fromkeys(group for report in reports for group in report.largest()))
     lines = ["| largest gradient difference | " + " | ".join(report.title for report in reports) + " |"]
     lines.append("| --- |" + " ---: |" * len(reports))
@@ -44,7 +44,7 @@ def summary(reports: Sequence[Report]) -> str:
 
 
 def conclusion(report: Report) -> str:
-    """What was found, in a sentence for each failure."""
+    """The result, with a sentence for each failure."""
     if not report.compared:
         reasons = "; ".join(f"{finding.name}: {finding.skipped}" for finding in report.findings)
         return f"nothing was compared: {reasons or 'there are no variants'}"
@@ -59,7 +59,7 @@ def conclusion(report: Report) -> str:
 
 
 def failure(finding: Finding) -> str:
-    """Which parameter differs first and which most, and by how much each."""
+    """The parameters that differ first and most, and by how much."""
     parts = [f"{finding.name} differs"]
     if not finding.loss_difference <= LOSS_TOLERANCE:
         parts.append(f"{finding.term} by {finding.loss_difference:.1e} of it")
@@ -80,7 +80,7 @@ def _cells(finding: Finding) -> tuple[str, ...]:
 
 
 def _skipped(report: Report) -> list[Text]:
-    """A line for each reason for which variants were not computed, with their names."""
+    """A line per reason for skipped variants, with their names."""
     names: dict[str, list[str]] = {}
     for finding in report.findings:
         if finding.skipped is not None:

@@ -1,4 +1,4 @@
-"""What is compared: one objective's loss terms and gradient, for given weights and examples, however computed."""
+"""The subject of a verification: an objective's loss terms and gradient, for given weights and examples."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from maxlm.verify.examples import Maker
 from maxlm.verify.reduce import NUM_ROWS, ROW_LENGTH
 from maxlm.verify.workspace import Workspace, quiet
 
-# Where a parameter's path starts, from the model's input to its output; heads come last.
+# First component of a parameter's path, from the model's input to its output; heads are last.
 _PARTS = ("embedding", "layers/attention_norm", "layers/attention/", "layers/mlp_norm", "layers/mlp/", "final_norm")
 
 
@@ -57,11 +57,11 @@ class Subject:
         """Loss terms and gradient.
 
         Args:
-          model: the same weights computed in another way.
-          mesh: None is one device without any sharding.
+          model: another configuration for the same weights.
+          mesh: None for one device without sharding.
           accumulate: microbatches.
           batch: by default `self.batch`.
-          new_ids_V: other ids for all tokens: rows of the vocabulary's tables are moved, and back in the gradient.
+          new_ids_V: new token ids: rows of the vocabulary tables are permuted, and permuted back in the gradient.
         """
         objective, batch = self.config.objective, self.batch if batch is None else batch
         model = model or self.config.model
@@ -78,7 +78,7 @@ class Subject:
             return objective.compute_loss(self.assemble(trainable, frozen), batch, key)
 
         def compute(trainable, frozen, batch):
-            # Looked up when it is called: what is verified is what training runs.
+            # Looked up when called, so that verification runs the same function as training.
             return step.loss_and_gradient(
                 trainable,
                 frozen,
@@ -99,7 +99,7 @@ class Subject:
         return Measured(means, flatten(gradient))
 
     def plans(self, model: ModelConfig) -> tuple[Any, dict[str, Any]]:
-        """Declarations of what is trained and of what is not."""
+        """Declarations of the trained and the frozen parameters."""
         plan, teacher = self.config.objective.declare(model), self.config.objective.declare_teacher(model)
         frozen = {} if teacher is None else {"teacher": teacher}
         if self.config.lora is None:
@@ -107,11 +107,11 @@ class Subject:
         return declare_adapters(plan, self.config.lora), frozen | {"base": plan}
 
     def assemble(self, trainable: Any, frozen: dict[str, Any]) -> Any:
-        """What the loss takes."""
+        """The model for the loss."""
         return assemble(self.config, trainable, frozen)
 
     def open_data(self, workspace: Workspace, mesh: Mesh) -> TrainingData:
-        """The data of an objective that samples, from prompts made here; its reference is the starting model."""
+        """The data of an objective that samples, from synthetic prompts; its reference is the starting model."""
         plans = self.plans(self.config.model)
         trainable, frozen = (place(weights, plan, mesh) for weights, plan in zip(self.weights, plans))
         reference = frozen.get("base", trainable)
@@ -128,7 +128,7 @@ class Subject:
 
     @cached_property
     def weights(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Weights by path on the host: moved from where training starts, since zeros would hide what they multiply."""
+        """Weights by path on the host: perturbed from their initial values, since zeros would hide errors."""
         key = jax.random.key(self.seed)
 
         def draw(plan: Any) -> dict[str, np.ndarray]:
@@ -141,11 +141,11 @@ class Subject:
 
     @cached_property
     def batch(self) -> Batch:
-        """The examples as the objective takes them, packed where it packs."""
+        """The examples as the objective takes them, packed if it packs."""
         return self.example()
 
     def example(self, *, unpacked: bool = False) -> Batch:
-        """The examples, or, where rows hold documents, each document in a row of its own."""
+        """The examples, or with `unpacked` each document in its own row, if rows hold documents."""
         make = Maker(
             np.random.default_rng(self.seed),
             num_rows=NUM_ROWS,
@@ -157,7 +157,7 @@ class Subject:
         return self.config.objective.example(make)
 
     def _log_probabilities(self, stream: Stream) -> np.ndarray:
-        """Of the targets under these weights."""
+        """Log-probabilities of the targets under these weights."""
         plans = self.plans(self.config.model)
         trainable, frozen = (place(weights, plan, None) for weights, plan in zip(self.weights, plans))
         temperature = getattr(self.config.objective, "temperature", 1.0)
@@ -169,7 +169,7 @@ class Subject:
 
 
 def place(weights: Mapping[str, np.ndarray], plan: Any, mesh: Mesh | None) -> Any:
-    """Host arrays as the tree of a plan, laid out over a mesh."""
+    """Host arrays as the tree of a plan, sharded over a mesh."""
     arrays = {
         path: jax.device_put(leaf, None if mesh is None else named_sharding(mesh, parameter.axes))
         for (path, leaf), parameter in zip(weights.items(), flatten(plan).values(), strict=True)
@@ -178,12 +178,12 @@ def place(weights: Mapping[str, np.ndarray], plan: Any, mesh: Mesh | None) -> An
 
 
 def _noise(random: np.random.Generator, leaf: np.ndarray) -> np.ndarray:
-    """Something for weights that all start alike: zeros hide what they multiply, and ones what multiplies them."""
+    """Noise for weights with constant initial values: zeros hide their factors, and ones their own factor."""
     return random.normal(0, 0.1, leaf.shape).astype(leaf.dtype) if np.ptp(leaf) == 0 else np.zeros_like(leaf)
 
 
 def _move_rows(weights: Mapping[str, np.ndarray], plan: Any, source_V: np.ndarray) -> dict[str, np.ndarray]:
-    """Weights whose row i of each vocabulary table is row source_V[i] of the old one."""
+    """Weights in which row i of each vocabulary table is row source_V[i] of the old one."""
     axes = {path: parameter.axes for path, parameter in flatten(plan).items()}
     return {
         path: np.take(leaf, source_V, axis=axes[path].index("vocab")) if "vocab" in axes[path] else leaf

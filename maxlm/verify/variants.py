@@ -1,4 +1,4 @@
-"""The ways of computing one thing: what a configuration may be run as, derived from its schema and the mesh axes."""
+"""The variants of a configuration: the ways of computing it, derived from its schema and the mesh axes."""
 
 import itertools
 import typing
@@ -14,7 +14,7 @@ from maxlm.errors import CheckFailed, ConfigError
 from maxlm.train.layout import check_layout
 from maxlm.verify.reduce import NUM_ROWS, ROW_LENGTH, own_mesh
 
-# Six of the twenty products of three axes hold each pair of axes.
+# Six of the twenty products of three axes contain every pair of axes.
 _PRODUCTS = (
     ("data", "fsdp", "tensor"),
     ("data", "context", "tensor"),
@@ -27,7 +27,7 @@ _PRODUCTS = (
 # Implementations that do not run on a CPU.
 _NEEDS = {"pallas_tpu": "needs a TPU", "cudnn": "needs an NVIDIA GPU", "ragged": "needs a TPU or GPU"}
 
-# Fields of a model that say on which meshes it can lie.
+# Fields of a model that determine which meshes it fits.
 _LAID_OUT_BY = ("context_attention", "pipeline")
 
 Examples = Literal["packed", "unpacked", "padded", "renamed"]
@@ -35,12 +35,12 @@ Examples = Literal["packed", "unpacked", "padded", "renamed"]
 
 @dataclass(frozen=True)
 class Variant:
-    """One way.
+    """One way of computing the loss and gradient.
 
     group, detail: its name in two parts.
-    model: how it is computed.
-    mesh: None is one device without shardings.
-    skipped: why it cannot be, if so.
+    model: its configuration.
+    mesh: None for one device without sharding.
+    skipped: why it cannot be run, if so.
     """
 
     group: str
@@ -57,7 +57,7 @@ class Variant:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Its own name, and those that it shares with others: its group, and `mesh.AXIS` for each axis that it has."""
+        """Its own name, and the shared ones: its group, and `mesh.AXIS` for each of its axes."""
         axes = wide_axes(self.mesh) if self.mesh is not None else {}
         return (self.name, self.group, *(f"mesh.{axis}" for axis in axes))
 
@@ -65,13 +65,13 @@ class Variant:
 def variants_of(
     full: TrainConfig, reduced: TrainConfig, *, num_devices: int, all_products: bool = False
 ) -> Iterator[Variant]:
-    """All variants of a configuration, those that cannot be among them.
+    """All variants of a configuration, including those that cannot be run.
 
     Args:
-      full: with its model, at its own size: it says which meshes may be.
-      reduced: what is computed.
-      num_devices: that there are.
-      all_products: of mesh axes; otherwise a few, in which each two axes meet.
+      full: the configuration at full size, with its model: determines the valid meshes.
+      reduced: the configuration that is computed.
+      num_devices: number of devices available.
+      all_products: of mesh axes; otherwise a few that contain each pair of axes.
     """
     objective, own = reduced.objective, reduced.model
     base = plain(own)
@@ -130,7 +130,7 @@ def variants_of(
 
 
 def plain(model: ModelConfig) -> ModelConfig:
-    """The plainest way to compute a model: attention and experts by their definitions, nothing in pieces or twice."""
+    """The simplest way to compute a model: reference attention and experts, no chunking, no recomputation."""
     changes: dict[str, Any] = {
         "unroll": True,
         "remat": "none",
@@ -143,7 +143,7 @@ def plain(model: ModelConfig) -> ModelConfig:
 
 
 def meshes(*, all_products: bool) -> Iterator[MeshConfig]:
-    """Each axis alone at 2, slices, and products: of three axes in which each two meet, or all of two and three."""
+    """Each axis alone at 2, slices, and products: of three axes covering each pair, or all of two and three."""
     products = [axes for count in (2, 3) for axes in itertools.combinations(MESH_AXES, count)]
     for axes in [(axis,) for axis in MESH_AXES] + (products if all_products else list(_PRODUCTS)):
         yield MeshConfig(**({"fsdp": 1} | dict.fromkeys(axes, 2)))
@@ -151,7 +151,7 @@ def meshes(*, all_products: bool) -> Iterator[MeshConfig]:
 
 
 def wide_axes(mesh: MeshConfig) -> dict[str, int]:
-    """Sizes of the axes that cut anything."""
+    """Sizes of the axes larger than 1."""
     return {name: size for name in ("slices", *MESH_AXES) if (size := getattr(mesh, name)) != 1}
 
 
@@ -162,10 +162,10 @@ def _describe(mesh: MeshConfig) -> str:
 def _no_mesh(
     mesh: MeshConfig, full: TrainConfig, reduced: TrainConfig, model: ModelConfig, num_devices: int
 ) -> str | None:
-    """Why the configuration cannot be laid out so: its weights or tokens cannot be cut. Rows can always be added.
+    """Why the configuration does not fit a mesh: weights or tokens are not divisible. Rows can always be added.
 
     Raises:
-      CheckFailed: it can be, and the reduced one cannot.
+      CheckFailed: it fits, and the reduced one does not.
     """
     asked = {name: getattr(model, name) for name in _LAID_OUT_BY}
     for config in (full, reduced):
@@ -176,11 +176,11 @@ def _no_mesh(
             if config is full:
                 return error.problems[0]
             raise CheckFailed(
-                f"{_describe(mesh)}: the configuration fits, and the small one does not: {error.problems[0]}"
+                f"{_describe(mesh)}: the configuration fits, but the reduced one does not: {error.problems[0]}"
             ) from error
     return None
 
 
 def _choices(section: Any, name: str) -> tuple[str, ...]:
-    """What the schema allows for a field."""
+    """The values that the schema allows for a field."""
     return typing.get_args(type(section).model_fields[name].annotation)

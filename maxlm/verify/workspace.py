@@ -1,4 +1,4 @@
-"""What sampling needs beside weights, made here: a tokenizer, and a file of prompts with their answers."""
+"""Synthetic inputs for sampling: a tokenizer, and a file of prompts with answers."""
 
 import contextlib
 import json
@@ -22,13 +22,13 @@ _QUESTIONS = ("sky", "grass", "snow", "coal")
 
 @dataclass(frozen=True)
 class Workspace:
-    """Folder and tokenizer of the data made here."""
+    """Folder and tokenizer of the synthetic data."""
 
     folder: Path
     tokenizer: Tokenizer
 
     def with_prompts(self, config: TrainConfig) -> TrainConfig:
-        """The configuration, its objective sampling answers to what was made here."""
+        """The configuration with an objective that samples answers to the synthetic prompts."""
         path = self.folder / "prompts.jsonl"
         records = [{"prompt": [{"role": "user", "content": text}], "answer": "yes"} for text in _QUESTIONS]
         path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
@@ -52,7 +52,7 @@ def open_workspace() -> Iterator[Workspace]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """What the stages print while they make small data is of no interest."""
+    """Suppress the output of the stages that make the synthetic data."""
     before, console.quiet = console.quiet, True
     try:
         yield

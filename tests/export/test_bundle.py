@@ -53,7 +53,7 @@ class TestQuantizedModel:
 
     def test_a_matrix_left_in_float_fails_loudly(self, monkeypatch):
         model = draw_model(small_config(vocab_size=50))
-        with pytest.raises(CheckFailed, match="8 matrices were not quantised, embedding first"):
+        with pytest.raises(CheckFailed, match="8 matrices were not quantized, embedding first"):
             check_quantized(model)
         monkeypatch.setattr(quantized_module, "_is_matrix", lambda parameter: "mlp" in parameter.axes)
         with pytest.raises(CheckFailed, match="4 matrices were not quantised"):

@@ -1,4 +1,4 @@
-"""A decoder in numpy, in float64, token by token and head by head: written from the papers, to compare with."""
+"""Reference decoder in numpy float64, token by token and head by head, written from the papers."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ def rms_norm(x, scale, epsilon):
 
 
 def rotate(x, position, theta):
-    """RoPE of one head's vector: channel i turns with channel i + D/2 by position * theta^(-2i/D)."""
+    """RoPE of one head's vector: channel i rotates with channel i + D/2 by position * theta^(-2i/D)."""
     half = len(x) // 2
     out = np.empty_like(x)
     for i in range(half):
@@ -32,7 +32,7 @@ def log_softmax(x):
 
 
 def logits_of_row(config, weights, tokens, positions=None, segments=None):
-    """[length, vocab] for one row; `weights` holds arrays by path, as `maxlm.core.tree.flatten` gives them."""
+    """[length, vocab] for one row; `weights` holds arrays by path, as from `maxlm.core.tree.flatten`."""
     w = {path: np.asarray(value, np.float64) for path, value in weights.items()}
     length = len(tokens)
     positions = np.arange(length) if positions is None else positions

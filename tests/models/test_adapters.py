@@ -1,4 +1,4 @@
-"""Adapters: a frozen model with low-rank updates is the model whose weights hold the updates."""
+"""Adapters: a frozen model with low-rank updates matches the model with merged weights."""
 
 import jax
 import jax.numpy as jnp
@@ -25,26 +25,26 @@ def model():
 
 @pytest.fixture(scope="module")
 def adapters():
-    """With `up` away from zero, where it starts."""
+    """Adapters with a nonzero `up`."""
     fresh = initialize(declare_adapters(PLAN, LORA), jax.random.key(1))
     random = np.random.default_rng(1)
     return jax.tree.map(lambda leaf: leaf + 0.2 * random.standard_normal(leaf.shape).astype(np.float32), fresh)
 
 
 def score(model):
-    """A number that all logits have a part in."""
+    """A number that depends on all logits."""
     logits = model.logits(model(TOKENS).hidden_BLD)
     return (logits * np.random.default_rng(2).standard_normal(logits.shape)).sum()
 
 
-def test_they_start_as_the_model(model):
+def test_adapted_model_starts_as_the_base(model):
     fresh = initialize(declare_adapters(PLAN, LORA), jax.random.key(1))
     assert len(fresh) == 7
     assert all(np.any(adapter["down"]) and not np.any(adapter["up"]) for adapter in fresh.values())
     np.testing.assert_allclose(score(apply_adapters(model, fresh, LORA)), score(model), rtol=1e-6)
 
 
-def test_merged_weights_give_what_adapted_ones_give(model, adapters):
+def test_merged_weights_match_adapted_weights(model, adapters):
     merged = merge_adapters(model, adapters, LORA)
     assert abs(score(merged) - score(model)) > 1
     np.testing.assert_allclose(score(apply_adapters(model, adapters, LORA)), score(merged), rtol=1e-4)
@@ -62,8 +62,8 @@ def test_merged_weights_keep_the_dtype_of_the_base_and_are_rounded_once(model, a
         np.testing.assert_array_equal(leaf, exact[path].astype(jnp.bfloat16), err_msg=path)
 
 
-def test_gradients_are_those_of_the_merged_weights(model, adapters):
-    """By the chain rule through W + scale * down @ up; none reaches the model itself."""
+def test_adapter_gradients_follow_from_merged_weights(model, adapters):
+    """By the chain rule through W + scale * down @ up; the model itself has no gradient."""
     grads, frozen = jax.jit(
         jax.grad(lambda adapters, model: score(apply_adapters(model, adapters, LORA)), argnums=(0, 1))
     )(adapters, model)
@@ -80,6 +80,6 @@ def test_gradients_are_those_of_the_merged_weights(model, adapters):
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(frozen))
 
 
-def test_a_target_that_is_no_weight_is_told():
-    with pytest.raises(ConfigError, match=r"lora.targets: 'norm' names no weight; allowed: down, gate, key"):
+def test_unknown_target_is_rejected():
+    with pytest.raises(ConfigError, match=r"lora.targets: 'norm' is not a weight; allowed: down, gate, key"):
         declare_adapters(PLAN, LoraConfig(targets=("query", "norm")))

@@ -1,4 +1,4 @@
-"""A whole decoder over rows that devices share: loss and gradient of every weight as on one device."""
+"""Context parallelism of a whole decoder: loss and gradient of every weight as on one device."""
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ DOCUMENTS = (9, 7, 12)
 
 
 def batch_of(length: int) -> Stream:
-    """Documents one after another, every second row without the first of them, with padding behind."""
+    """Consecutive documents, without the first in every second row, followed by padding."""
     random = np.random.default_rng(0)
     segment_ids, positions = np.zeros((2, 4, length), np.int32)
     for row in range(4):
@@ -45,7 +45,7 @@ def compute(model, batch):
 
 
 def terms_and_gradient(config: ModelConfig, values, mesh=None):
-    """Of a decoder with these values of its weights."""
+    """Loss terms and gradient of a decoder with these weights."""
     plan, batch = Decoder(config), batch_of(32)
     model = unflatten(values, abstract(plan))
     if mesh is None:
@@ -58,7 +58,7 @@ def terms_and_gradient(config: ModelConfig, values, mesh=None):
 
 @pytest.fixture(scope="module")
 def alone():
-    """Values of the weights, and the loss terms and gradient on one device."""
+    """The weights, and the loss terms and gradient on one device."""
     values = flatten(jax.device_get(initialize(Decoder(CONFIG), jax.random.key(0))))
     return values, terms_and_gradient(CONFIG, values)
 
@@ -73,7 +73,7 @@ def alone():
     ],
     ids=str,
 )
-def test_devices_that_share_rows_change_nothing(sizes, method, alone):
+def test_context_parallelism_changes_nothing(sizes, method, alone):
     values, expected = alone
     config = CONFIG.model_copy(update={"context_attention": method})
     same_gradient.assert_same(
@@ -81,7 +81,7 @@ def test_devices_that_share_rows_change_nothing(sizes, method, alone):
     )
 
 
-def test_rows_that_cannot_be_cut_are_refused():
+def test_indivisible_rows_are_rejected():
     mesh = make_mesh(MeshConfig(context=8, fsdp=1))
     with pytest.raises(ConfigError, match=r"rows of 36 tokens are not divisible by mesh.context = 8; make them 40"):
         put_batch(batch_of(36), mesh)

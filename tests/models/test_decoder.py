@@ -1,4 +1,4 @@
-"""The decoder against an independent one in numpy, and what must not change its results."""
+"""The decoder against an independent one in numpy, and invariances of its results."""
 
 from functools import cache
 
@@ -19,7 +19,7 @@ from maxlm.objectives.language_model import language_model_loss
 VARIANTS = {
     "plain": {},
     "multi-head": {"num_kv_heads": 4},
-    "one key-value head, head_dim * heads unlike embed_dim": {"num_kv_heads": 1, "head_dim": 8},
+    "one key-value head, head_dim * heads not embed_dim": {"num_kv_heads": 1, "head_dim": 8},
     "untied": {"tie_embeddings": False},
     "qk_norm": {"qk_norm": True},
     "soft caps": {"attention_soft_cap": 1.5, "logit_soft_cap": 2.0},
@@ -37,7 +37,7 @@ VARIANTS = {
 
 
 def make(**changes) -> Decoder:
-    """Random weights that are large enough to tell everything apart, norm scales included."""
+    """Random weights, including norm scales, that are large enough to expose any difference."""
     return drawn(tiny_config(**changes))
 
 
@@ -66,15 +66,15 @@ def logits(model, tokens, **arguments):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_logits_are_those_of_the_formula(name):
+def test_logits_match_formula(name):
     model, tokens = make(**VARIANTS[name]), tokens_of((2, 9))
     expected = np.stack([logits_of_row(model.config, flatten(model), row) for row in tokens])
-    assert np.ptp(expected) > 1, "weights that say nothing would pass anything"
+    assert np.ptp(expected) > 1, "trivial weights would pass any test"
     np.testing.assert_allclose(logits(model, tokens), expected, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", ["windows", "all"])
-def test_packed_rows_are_those_of_the_formula(name):
+def test_packed_rows_match_formula(name):
     model, tokens = make(**VARIANTS[name]), tokens_of((1, 12))
     segments = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0]], np.int32)
     positions = np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0]], np.int32)
@@ -84,8 +84,8 @@ def test_packed_rows_are_those_of_the_formula(name):
 
 
 @pytest.mark.parametrize("name", ["plain", "all"])
-def test_the_gradient_is_that_of_finite_differences(name):
-    """Of the float64 formula, along random directions through all weights at once."""
+def test_gradient_matches_finite_differences(name):
+    """Finite differences of the float64 formula, along random directions through all weights at once."""
     model, tokens = make(**VARIANTS[name]), tokens_of((1, 7))
     targets, weights = tokens_of((1, 7), seed=1), np.array([[1, 1, 0, 1, 0.5, 1, 1]], np.float32)
     ones = np.ones_like(tokens)
@@ -122,7 +122,7 @@ def log_probabilities(model, batch: Stream):
 
 @pytest.mark.parametrize("name", ["plain", "windows", "all"])
 def test_packing_changes_nothing(name):
-    """A document has the same log-probabilities alone, behind another document, and before padding."""
+    """A document has the same log-probabilities alone, after another document, and before padding."""
     model = make(**VARIANTS[name])
     lengths = (5, 8, 3)
     documents = [tokens_of(length + 1, seed) for seed, length in enumerate(lengths)]
@@ -151,14 +151,14 @@ def decode(model, tokens, cache, positions):
 
 
 @pytest.mark.parametrize("name", ["plain", "qk_norm", "windows", "all"])
-def test_decoding_with_a_cache_is_the_whole_forward(name):
+def test_decoding_with_cache_matches_full_forward(name):
     """Prompts of different lengths, padded on the right, then one token at a time."""
     model = make(**VARIANTS[name])
     length, prompts = 14, np.array([6, 3, 9])
     tokens = tokens_of((3, length))
     expected = np.asarray(logits(model, tokens))
     cache = KVCache.create(model.config, 3, 16)
-    # What stood in the cache before must not be seen.
+    # Previous contents of the cache must be ignored.
     cache = jax.tree.map(lambda leaf: leaf + 7.0, cache)
     places = np.arange(9)[None]
     positions = np.where(places < prompts[:, None], places, -1).astype(np.int32)
@@ -173,7 +173,7 @@ def test_decoding_with_a_cache_is_the_whole_forward(name):
         np.testing.assert_allclose(got, expected[np.arange(3), at], rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_computed_again_changes_no_gradient():
+def test_rematerialization_does_not_change_gradient():
     tokens = tokens_of((2, 9))
 
     def gradient(remat):
@@ -188,13 +188,13 @@ def test_what_is_computed_again_changes_no_gradient():
             np.testing.assert_allclose(again[path], value, rtol=1e-5, atol=atol, err_msg=f"{policy}: {path}")
 
 
-def test_all_of_the_ladder_agrees():
+def test_all_attention_implementations_agree():
     tokens = tokens_of((2, 9))
     xla, reference = (logits(make(**VARIANTS["all"], attention=name), tokens) for name in ("xla", "reference"))
     np.testing.assert_allclose(xla, reference, rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_is_near():
+def test_bfloat16_is_close():
     tokens = tokens_of((2, 9))
     exact = np.asarray(logits(make(), tokens))
     rough = np.asarray(logits(make(activation_dtype="bfloat16", matmul_dtype="bfloat16"), tokens))
@@ -202,6 +202,6 @@ def test_bfloat16_is_near():
     assert np.sqrt(np.mean((rough - exact) ** 2)) < 0.02 * exact.std()
 
 
-def test_tied_weights_are_one():
+def test_tied_weights_are_shared():
     assert "head" not in flatten(Decoder(tiny_config()))
     assert "head" in flatten(Decoder(tiny_config(tie_embeddings=False)))

@@ -1,4 +1,4 @@
-"""A decoder with experts: loss and gradient are the same however the work is laid out, and generation agrees."""
+"""A decoder with experts: loss and gradient do not depend on mesh, packing or accumulation; generation agrees."""
 
 from functools import cache, partial
 
@@ -42,7 +42,7 @@ def config(**changes) -> ModelConfig:
 
 @cache
 def weights_of(model_config):
-    """Drawn once for all meshes."""
+    """Weights, drawn once for all meshes."""
     model = jax.tree.map(lambda leaf: 1.5 * np.asarray(leaf), initialize(Decoder(model_config), jax.random.key(0)))
     if model_config.moe.balance.bias:
         bias = model.layers.mlp.router_bias
@@ -51,7 +51,7 @@ def weights_of(model_config):
 
 
 def model_of(model_config, mesh=None):
-    """Weights large enough to tell experts apart, and a bias that changes some choices."""
+    """Weights large enough to distinguish experts, and a bias that changes some choices."""
     layout = None if mesh is None else shardings(Decoder(model_config), mesh)
     return jax.device_put(weights_of(model_config), layout)
 
@@ -91,25 +91,25 @@ def test_microbatches_packing_and_padding_change_nothing(whole):
     assert_same(terms_and_gradient(pack(documents(), rows=16, length=24, per_row=2), accumulate=4), whole)
 
 
-def test_the_mesh_changes_nothing(whole):
+def test_mesh_changes_nothing(whole):
     mesh = make_mesh(MeshConfig(fsdp=1, expert=2, context=2, tensor=2))
     assert_same(terms_and_gradient(mesh=mesh, accumulate=2), whole)
 
 
-def test_the_gradient_of_the_bias_is_the_error_of_the_load_and_no_loss(whole):
+def test_bias_gradient_is_load_error_and_adds_no_loss(whole):
     terms, gradient = whole
     assert terms["router_bias"][0] == 0
     pull = gradient["layers/mlp/router_bias"]
     np.testing.assert_allclose(pull.sum(axis=1), 0, atol=1e-6)
-    # A bias that pushed hard enough takes all tokens, and so is pulled down as far as can be.
+    # An expert with such a large bias gets all tokens, so its bias has the largest possible gradient.
     model = model_of(config())
     model.layers.mlp.router_bias = model.layers.mlp.router_bias.at[:, 3].add(10.0)
     pulled = compute(model, PACKED, 1)[1].layers.mlp.router_bias
-    # Half of all choices, less an equal share; each of the two layers counts for half of the term.
+    # Half of all choices, minus an equal share; each of the two layers is half of the term.
     np.testing.assert_allclose(pulled[:, 3], (1 / 2 - 1 / 8) / 2, rtol=1e-5)
 
 
-def test_decoding_with_a_cache_is_the_whole_forward():
+def test_decoding_with_cache_matches_full_forward():
     model_config = config()
     model = model_of(model_config)
     tokens = np.random.default_rng(1).integers(0, VOCAB_SIZE, (3, 12)).astype(np.int32)
@@ -127,7 +127,7 @@ def test_decoding_with_a_cache_is_the_whole_forward():
     )
 
 
-def test_adapters_go_to_attention_and_shared_experts_and_not_to_routed_ones():
+def test_adapters_apply_to_attention_and_shared_experts_but_not_routed_ones():
     adapted = declare_adapters(Decoder(config()), LoraConfig())
     assert set(adapted) == {
         f"layers/{name}"
@@ -138,8 +138,8 @@ def test_adapters_go_to_attention_and_shared_experts_and_not_to_routed_ones():
     }
 
 
-def test_int8_experts_are_near_and_the_router_stays_as_it_is():
-    # All experts, since in so small a model rounding moves some tokens to other ones.
+def test_int8_experts_are_close_and_router_is_unchanged():
+    # All experts, since in such a small model rounding routes some tokens to other ones.
     model = model_of(config(experts_per_token=8))
     quantized = jax.jit(quantize_model)(model)
     assert isinstance(quantized.layers.mlp.gate, QTensor)
@@ -151,8 +151,8 @@ def test_int8_experts_are_near_and_the_router_stays_as_it_is():
     assert np.sqrt(np.mean((rough - exact) ** 2)) < 0.05 * exact.std()
 
 
-def test_parameters_that_work_on_a_token_are_counted():
-    """Of 8 routed experts 2 do; all else does."""
+def test_active_parameters_are_counted():
+    """2 of 8 routed experts are active; everything else is."""
     plan = initialize(Decoder(config()), jax.random.key(0))
     routed = 2 * 3 * 8 * 16 * 16  # layers, matrices, experts, embed, mlp
     total = sum(leaf.size for leaf in jax.tree.leaves(plan))
@@ -165,7 +165,7 @@ def test_parameters_that_work_on_a_token_are_counted():
         ({"experts_per_token": 9}, "experts_per_token (9) exceeds num_experts (8)"),
     ],
 )
-def test_a_configuration_that_cannot_be_is_refused(changes, message):
+def test_invalid_configuration_is_rejected(changes, message):
     with pytest.raises(ValueError, match="moe") as caught:
         config(**changes)
     assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""Pipeline stages: the same loss and gradients as one device, whatever the schedule."""
+"""Pipeline stages: the same loss and gradients as one device, for every schedule."""
 
 from functools import cache, partial
 
@@ -26,7 +26,7 @@ ROWS, LENGTH = 16, 12
 
 
 def packed_rows(seed=0) -> Stream:
-    """Two documents and some padding in each row, of which two are padding alone."""
+    """Two documents and some padding in each row; two rows are all padding."""
     random = np.random.default_rng(seed)
     tokens, targets = random.integers(0, VOCAB_SIZE, (2, ROWS, LENGTH)).astype(np.int32)
     first, second = random.integers(2, 6, (2, ROWS, 1))
@@ -61,7 +61,7 @@ def gradient_function(config, accumulate=1):
 
 @cache
 def weights(num_layers: int, moe: MoeConfig | None) -> dict[str, np.ndarray]:
-    """Drawn once for all meshes."""
+    """Weights, drawn once for all meshes."""
     model = initialize(Decoder(configured(num_layers=num_layers, moe=moe)), jax.random.key(0))
     return {path: 1.5 * leaf for path, leaf in flatten(jax.device_get(model)).items()}
 
@@ -80,12 +80,12 @@ assert_same = partial(same_gradient.assert_same, atol=4e-5)
 
 @pytest.fixture(scope="module")
 def alone():
-    """Terms and gradient on one device, by the layers' windows."""
+    """Terms and gradient on one device, for each window pattern."""
     return cache(lambda windows: terms_and_gradient(configured(window_pattern=windows)))
 
 
-# GPipe and 1F1B with every other axis, repeats, remat policy; microbatches with rows for each stage, and without;
-# layers that are alike, which compile in half the time, and that take turns.
+# GPipe and 1F1B with every other axis, repeats, remat policy; microbatches with and without rows for each stage;
+# identical layers, which compile in half the time, and alternating ones.
 SAME, TURNS = (5,), (5, None)
 CASES = [
     ({"stage": 2, "data": 2, "fsdp": 2}, {"schedule": "gpipe", "microbatches": 4}, 1, TURNS),
@@ -117,19 +117,19 @@ def experts_alone():
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
-def test_what_experts_add_is_counted_once_for_each_token_and_layer(schedule, experts_alone):
-    """And nothing is added by a stage that waits."""
+def test_auxiliary_losses_are_counted_once_per_token_and_layer(schedule, experts_alone):
+    """And idle stages add nothing."""
     settings = {"schedule": schedule, "microbatches": 4, "num_layers": 4, "moe": MOE}
     terms, gradient = terms_and_gradient(configured(**settings), {"stage": 2, "expert": 2})
-    # A metric of each microbatch's own, its busiest expert.
+    # The busiest expert is a metric per microbatch.
     for name in experts_alone[0].keys() - {"max_expert_load"}:
         np.testing.assert_allclose(terms[name], experts_alone[0][name], rtol=1e-5, atol=1e-6, err_msg=name)
     assert_same(({}, gradient), ({}, experts_alone[1]))
     assert terms["moe_balance"][1] == 4 * (BATCH.segment_ids > 0).sum()
 
 
-def test_rows_that_cannot_be_cut_into_microbatches_pass_through_all_layers_on_every_device(alone):
-    """As those of a validation may be."""
+def test_indivisible_rows_run_all_layers_on_every_device(alone):
+    """Validation batches may have such rows."""
     batch = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:2])]), BATCH)
     with_padding = terms_and_gradient(configured(schedule="1f1b", microbatches=4), {"stage": 2}, batch=batch)
     assert_same(with_padding, alone(SAME))
@@ -141,7 +141,7 @@ def test_rows_that_cannot_be_cut_into_microbatches_pass_through_all_layers_on_ev
 @pytest.mark.parametrize(
     ("stages", "microbatches", "repeats"), [(2, 4, 1), (4, 4, 1), (4, 16, 1), (2, 4, 3), (4, 8, 4)]
 )
-def test_every_chunk_sees_every_microbatch_once_and_in_order(stages, microbatches, repeats):
+def test_every_chunk_processes_every_microbatch_once_and_in_order(stages, microbatches, repeats):
     schedule = Schedule(stages, microbatches, repeats)
     when = {}
     for tick in range(schedule.num_ticks):
@@ -151,17 +151,17 @@ def test_every_chunk_sees_every_microbatch_once_and_in_order(stages, microbatche
                 chunk = turn * stages + stage
                 assert (microbatch, chunk) not in when
                 when[microbatch, chunk] = tick
-                # A ring: what a stage takes up was sent to it in the tick before.
+                # A ring: a stage's input was sent to it in the previous tick.
                 assert chunk == 0 or when[microbatch, chunk - 1] == tick - 1
     assert len(when) == microbatches * stages * repeats
-    # What remains is the bubble (arXiv:2104.04473, where it is a share of the work and not of the whole).
+    # The rest is the bubble (arXiv:2104.04473, where it is relative to the work and not to the total).
     idle_share = 1 - len(when) / (stages * schedule.num_ticks)
     assert idle_share == pytest.approx((stages - 1) / (microbatches * repeats + stages - 1))
 
 
 @pytest.mark.parametrize(("stages", "microbatches", "repeats"), [(2, 8, 1), (4, 16, 1), (2, 8, 2), (4, 16, 3)])
-def test_an_input_is_kept_until_its_backward_pass(stages, microbatches, repeats):
-    """No other one takes its place in the stash before."""
+def test_input_is_kept_until_its_backward_pass(stages, microbatches, repeats):
+    """No other input overwrites it in the stash before that."""
     schedule = Schedule(stages, microbatches, repeats)
     for stage in range(stages):
         taken = {}
@@ -187,10 +187,10 @@ def temporary_bytes(microbatches, schedule):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_the_memory_of_1f1b_does_not_grow_with_the_microbatches():
+def test_memory_of_1f1b_does_not_grow_with_microbatches():
     activations = 2 * LENGTH * configured().embed_dim * 4
     more = {name: temporary_bytes(32, name) - temporary_bytes(8, name) for name in ("gpipe", "1f1b")}
-    # The inputs of two layers for each of 24 microbatches, and the microbatch itself; against token ids alone.
+    # The inputs of two layers for each of 24 microbatches, and the microbatch itself; versus only token ids.
     assert more["gpipe"] > 24 * 2 * activations
     assert more["1f1b"] < 24 * activations / 2
 
@@ -205,24 +205,24 @@ def test_the_memory_of_1f1b_does_not_grow_with_the_microbatches():
             {"stage": 4},
             {"microbatches": 6},
             48,
-            "model.pipeline.microbatches: 6 is no multiple of mesh.stage = 4; the nearest that fits is 8",
+            "model.pipeline.microbatches: 6 is not divisible by mesh.stage = 4; the nearest that fits is 8",
         ),
         (
             {"stage": 2, "fsdp": 2},
             {"microbatches": 8},
             24,
-            "batch_size: 24 in accumulate=1 microbatches cannot be cut over model.pipeline.microbatches = 8 and"
+            "batch_size: 24 in accumulate=1 microbatches is not divisible by model.pipeline.microbatches = 8 and"
             " mesh.fsdp = 2; the nearest that fits is 32",
         ),
         (
             {"stage": 4},
             {"repeats": 3, "window_pattern": (5, None)},
             8,
-            "model.num_layers: 8 cannot be cut .*; make it 24",
+            "model.num_layers: 8 is not divisible .*; set it to 24",
         ),
     ],
 )
-def test_what_stages_cannot_share_is_told(mesh, model, batch_size, message):
+def test_settings_indivisible_by_stages_are_rejected(mesh, model, batch_size, message):
     objective = {"kind": "pretrain", "sources": [{"path": "nowhere"}]}
     model = configured(**model)
     config = TrainConfig(

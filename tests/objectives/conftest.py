@@ -1,4 +1,4 @@
-"""A tiny tokenizer, an untrained model, and a model that was fine-tuned on the toy task, made once for all tests."""
+"""A tiny tokenizer, an untrained model, and a model fine-tuned on the toy task, shared by all tests."""
 
 import shutil
 
@@ -57,7 +57,7 @@ def task_chats():
 
 @pytest.fixture(scope="session")
 def tuned(untrained, task_chats, tmp_path_factory):
-    """The run folder of a model that was fine-tuned on the task, and its manifest."""
+    """The run folder of a model fine-tuned on the task, and its manifest."""
     folder = tmp_path_factory.mktemp("tuned")
     data = write_lines(folder / "chats.jsonl", task_chats)
     config = make_config(

@@ -1,4 +1,4 @@
-"""Distillation: the divergence is the formula's, its gradient too, and a student comes to say what its teacher says."""
+"""Distillation: divergence and gradient match the formula, and a student learns to match its teacher."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def softmax(logits):
 
 
 @pytest.mark.parametrize("chunk_length", [3, 100])
-def test_the_divergence_and_its_gradient_are_the_formulas(chunk_length):
+def test_divergence_and_gradient_match_formula(chunk_length):
     shape = {"vocab_size": 23, "tie_embeddings": False, "loss_chunk_length": chunk_length}
     student = initialize(Decoder(ModelConfig(**SMALL, **shape)), jax.random.key(0))
     teacher = initialize(Decoder(ModelConfig(**LARGE, **shape)), jax.random.key(1))
@@ -82,7 +82,7 @@ def distill_config(output, teacher, data, *, objective=None, **settings):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory, tiny_data_folder):
-    """A run folder of a larger model, set to 1F1B, that has seen the data for a few steps."""
+    """A run folder of a larger model, configured for 1F1B, trained on the data for a few steps."""
     folder = tmp_path_factory.mktemp("teacher")
     tree = distill_config(folder, "none", tiny_data_folder).model_dump()
     objective = {"kind": "pretrain", "sources": [{"path": tiny_data_folder}]}
@@ -91,7 +91,7 @@ def teacher(tmp_path_factory, tiny_data_folder):
     return folder
 
 
-def test_a_student_comes_to_say_what_its_teacher_says(teacher, tiny_data_folder, tmp_path):
+def test_student_learns_to_match_teacher(teacher, tiny_data_folder, tmp_path):
     manifest = train(distill_config(tmp_path / "run", teacher, tiny_data_folder))
     assert manifest["stage"] == "train/distill"
     assert manifest["inputs"]["teacher"]["path"]
@@ -101,38 +101,38 @@ def test_a_student_comes_to_say_what_its_teacher_says(teacher, tiny_data_folder,
     assert last["divergence"] < 0.7 * first["divergence"]
     for record in (first, last):
         expected = 0.8 * 4 * record["divergence"] + 0.2 * record["student_cross_entropy"]
-        # A mean over steps against one over their tokens.
+        # A mean over steps compared with a mean over their tokens.
         np.testing.assert_allclose(record["loss"], expected, rtol=1e-3)
 
 
-def test_a_mesh_that_does_not_fit_is_refused(teacher, tiny_data_folder, tmp_path):
+def test_mesh_that_does_not_fit_is_rejected(teacher, tiny_data_folder, tmp_path):
     config = distill_config(tmp_path / "run", teacher, tiny_data_folder, mesh={"fsdp": 1, "tensor": 8})
-    with pytest.raises(ConfigError, match="num_heads: 2 cannot be cut over"):
+    with pytest.raises(ConfigError, match="num_heads: 2 is not divisible by"):
         train(config)
 
 
-def test_stages_that_have_no_place_for_a_teacher_are_refused(teacher, tiny_data_folder, tmp_path):
+def test_1f1b_with_teacher_is_rejected(teacher, tiny_data_folder, tmp_path):
     model = {**SMALL, "num_layers": 2, "max_length": 32, "pipeline": {"schedule": "1f1b"}}
     config = distill_config(tmp_path / "run", teacher, tiny_data_folder, mesh={"fsdp": 1, "stage": 2}, model=model)
-    with pytest.raises(ConfigError, match="1f1b has no place for a teacher beside the student; set gpipe"):
+    with pytest.raises(ConfigError, match="1f1b does not support a teacher; set gpipe"):
         train(config)
 
 
-def test_how_the_teacher_was_trained_does_not_say_how_it_is_used(teacher, tmp_path, tiny_data_folder):
-    """A teacher from a run with 1F1B teaches a student on stages that has GPipe."""
+def test_teacher_uses_pipeline_settings_of_student(teacher, tmp_path, tiny_data_folder):
+    """A teacher trained with 1F1B can teach a student that uses GPipe."""
     student = {**SMALL, "num_layers": 2, "max_length": 32}
     mesh = {"fsdp": 1, "stage": 2}
     config = distill_config(tmp_path / "run", teacher, tiny_data_folder, mesh=mesh, model=student, steps=1)
     assert train(config)["metrics"]["finished"]
 
 
-def test_a_teacher_that_says_nothing_is_refused_before_the_first_step(teacher, tiny_data_folder, tmp_path, monkeypatch):
+def test_teacher_with_non_finite_logits_is_rejected_before_first_step(teacher, tiny_data_folder, tmp_path, monkeypatch):
     load_teacher = Distillation.load_teacher
 
     def broken(*arguments):
         return jax.tree.map(lambda leaf: leaf * jnp.nan, load_teacher(*arguments))
 
     monkeypatch.setattr(Distillation, "load_teacher", broken)
-    with pytest.raises(CheckpointError, match=r"objective\.teacher: .* gives logits that are not finite"):
+    with pytest.raises(CheckpointError, match=r"objective\.teacher: .* gives non-finite logits"):
         train(distill_config(tmp_path / "run", teacher, tiny_data_folder))
     assert not (tmp_path / "run" / "checkpoints").exists()

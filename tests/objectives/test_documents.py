@@ -1,4 +1,4 @@
-"""What a batch holds is told by file and line, which a record too long to be used does not shift."""
+"""The documents of a batch are named by file and line, also after a record that is too long to use."""
 
 import pytest
 from toy_task import chat, make_config, question, write_lines
@@ -21,7 +21,7 @@ def record(kind: str, thing: str) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward", "preference", "policy"])
-def test_the_lines_of_a_batch_are_those_that_its_tokens_come_from(kind, tokenizer, untrained, tmp_path):
+def test_lines_of_a_batch_match_its_tokens(kind, tokenizer, untrained, tmp_path):
     records = [record(kind, TOO_LONG), *(record(kind, thing) for thing in THINGS)]
     file = write_lines(tmp_path / "data.jsonl", records)
     settings = {"max_new_tokens": 4, "group_size": 2} if kind == "policy" else {}

@@ -1,4 +1,4 @@
-"""The losses of alignment against their equations in float64, gradients included."""
+"""Alignment losses and their gradients against their equations in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def sigmoid(x):
 
 
 def numerical_gradient(function, x):
-    """Central differences of the sum of a float64 function that works on each element alone."""
+    """Central differences of an elementwise float64 function."""
     return (function(x + DELTA) - function(x - DELTA)) / (2 * DELTA)
 
 
@@ -41,12 +41,12 @@ def test_dpo(beta, smoothing):
     check(lambda m: dpo_loss(m, beta=beta, label_smoothing=smoothing), reference, margins)
 
 
-def test_dpo_stays_finite_where_the_sigmoid_does_not():
+def test_dpo_is_finite_where_sigmoid_underflows():
     loss = dpo_loss(jnp.array([1e4, -1e4]), beta=1.0, label_smoothing=0.1)
     np.testing.assert_allclose(loss, [1e3, 9e3])
 
 
-def test_dpo_smoothed_is_least_where_the_model_is_as_unsure_as_the_labels():
+def test_smoothed_dpo_is_minimal_where_model_matches_label_noise():
     gradient = jax.grad(lambda m: dpo_loss(m, beta=1.0, label_smoothing=0.2))
     np.testing.assert_allclose(gradient(jnp.log(0.8 / 0.2)), 0.0, atol=1e-6)
 
@@ -73,7 +73,7 @@ def test_kl_estimate():
     check(lambda lp: kl_to_reference(lp, reference_log_p), reference, log_p)
 
 
-def test_kl_estimate_is_zero_at_the_reference_positive_elsewhere_and_right_on_average():
+def test_kl_estimate_is_zero_at_reference_and_positive_and_unbiased():
     rng = np.random.default_rng(0)
     p, q = rng.dirichlet(np.ones(6)), rng.dirichlet(np.ones(6))
     estimates = np.asarray(kl_to_reference(jnp.log(p), jnp.log(q)), np.float64)
@@ -96,7 +96,7 @@ def test_clipped_surrogate(advantage):
     check(ours, reference, log_ratio)
 
 
-def test_the_clip_holds_what_has_moved_far_enough_in_the_direction_of_its_advantage():
+def test_clip_zeroes_gradient_beyond_bounds_in_direction_of_advantage():
     log_ratio = jnp.log(jnp.array([[1.5, 1.5, 0.5, 0.5, 1.1]])).T
     advantages = jnp.array([1.0, -1.0, 1.0, -1.0, 1.0])
 
@@ -110,7 +110,7 @@ def test_the_clip_holds_what_has_moved_far_enough_in_the_direction_of_its_advant
 
 @pytest.mark.parametrize("advantage", [0.8, -1.7])
 def test_clipped_importance(advantage):
-    """The gradient is that of log p times a weight that is held constant."""
+    """The gradient is that of log p times a constant weight."""
     log_p = np.random.default_rng(0).normal(loc=-1, scale=0.7, size=50)
     sampled = np.float32(-1.2)
     ratio = np.exp(np.asarray(np.float32(log_p), np.float64) - np.float64(sampled))
@@ -144,7 +144,7 @@ def test_group_advantages():
     np.testing.assert_allclose(group_advantages(rewards, normalize_std=False), centered, rtol=1e-6)
 
 
-def test_a_group_with_equal_rewards_teaches_nothing():
+def test_group_with_equal_rewards_has_zero_advantages():
     rewards = np.array([[0.1, 0.1, 0.1], [0.0, 1.0, 0.0]])
     assert has_signal(rewards).tolist() == [False, True]
     advantages = group_advantages(rewards, normalize_std=True)

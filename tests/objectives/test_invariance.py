@@ -1,4 +1,4 @@
-"""Loss and gradient depend on the examples alone: not on how they are cut into microbatches, padded or packed."""
+"""Loss and gradient depend only on the examples, not on gradient accumulation, padding or packing."""
 
 from dataclasses import replace
 from functools import partial
@@ -40,7 +40,7 @@ def model(model_config):
 
 
 def objective_of(settings):
-    """An objective with these settings; its files are not there."""
+    """An objective with these settings; its files do not exist."""
     return make_config("run", init_from="unused", objective=settings).objective
 
 
@@ -69,7 +69,7 @@ def assert_same(left, right):
 
 
 def padded(batch, *, rows, columns):
-    """The batch with rows of padding below and columns of it on the right."""
+    """The batch with extra rows and columns of padding at the end."""
     return jax.tree.map(lambda x: np.pad(x, [(0, rows), (0, columns)][: x.ndim]), batch)
 
 
@@ -78,7 +78,7 @@ class TestSft:
     def objective(self):
         return objective_of({"kind": "sft", "train_file": "nowhere", "z_loss": 1e-2})
 
-    def test_packing_and_padding_and_accumulation_change_nothing(self, objective, model, tokenizer):
+    def test_packing_padding_and_accumulation_change_nothing(self, objective, model, tokenizer):
         encoded = [tokenizer.encode_chat(record["messages"]) for record in CHATS]
         packed = PackedChats(encoded, row_length=40)
         assert len(packed.rows) == 2
@@ -149,8 +149,8 @@ class TestGrpo:
         assert_same(terms_and_gradient(objective, model, batch, accumulate=2), expected)
         assert_same(terms_and_gradient(objective, model, padded(batch, rows=0, columns=5)), expected)
 
-    def test_the_loss_divides_by_the_tokens_of_all_answers(self, objective, batch, model):
-        """A long answer's tokens count as much as a short one's."""
+    def test_loss_is_mean_over_tokens_of_all_answers(self, objective, batch, model):
+        """Tokens of a long answer count the same as those of a short one."""
         answers, values = batch["answers"], batch.values
         logits = model.logits(model(answers.tokens, segment_ids_BL=answers.segment_ids).hidden_BLD) / 0.7
         log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), answers.targets[..., None], -1)[..., 0]
@@ -166,7 +166,7 @@ class TestGrpo:
         np.testing.assert_allclose(means["groups_with_signal"], 0.5)
         np.testing.assert_allclose(means["completion_length"], num_tokens / 4)
 
-    def test_tokens_outside_of_answers_have_no_say(self, objective, batch, model):
+    def test_tokens_outside_answers_have_no_effect(self, objective, batch, model):
         expected = terms_and_gradient(objective, model, batch)
         answers = batch["answers"]
         targets = np.where(answers.loss_weights > 0, answers.targets, 7)

@@ -1,4 +1,4 @@
-"""Post-training on several devices: every loss can be cut over a mesh, and batches are the same on any."""
+"""Post-training on several devices: every loss can be sharded over a mesh, and batches do not depend on the mesh."""
 
 from functools import partial
 
@@ -28,13 +28,13 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
 @pytest.fixture(scope="module")
 def model_config(tokenizer):
-    # Two key-value heads, so that they can be cut over two devices.
+    # Two key-value heads, so that they can be sharded over two devices.
     return {**MODEL, "num_kv_heads": 2, "vocab_size": tokenizer.vocab_size}
 
 
 @pytest.fixture(scope="module")
 def weights(model_config):
-    """Drawn once for all meshes."""
+    """Weights, drawn once for all meshes."""
     return jax.device_get(initialize(Decoder(ModelConfig(**model_config)), jax.random.key(0)))
 
 
@@ -64,8 +64,8 @@ def build(tokenizer, model_config, weights, tmp_path):
     ids=["full", "lora", "context"],
 )
 @pytest.mark.parametrize("kind", ["sft", "preference", "reward", "policy"])
-def test_the_gradient_of_every_objective_can_be_cut_over_rows_weights_and_heads(build, kind, sizes, lora):
-    """Shardings are part of types here: a mistake would raise while the step is traced."""
+def test_gradient_of_every_objective_can_be_sharded_over_rows_weights_and_heads(build, kind, sizes, lora):
+    """Shardings are part of types here: a mistake raises when the step is traced."""
     config, mesh, plan, data, reference = build(kind, sizes, lora)
     trainable = abstract(plan if lora is None else declare_adapters(plan, config.lora), mesh)
 

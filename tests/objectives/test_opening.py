@@ -1,4 +1,4 @@
-"""Whatever a run reads or calls is opened and tried before its first step, and a mistake is one sentence."""
+"""Everything that a run reads or calls is opened and tested before its first step, and errors are one sentence."""
 
 import functools
 import json
@@ -38,13 +38,13 @@ def reward(completion, record):
 
 @pytest.fixture
 def no_steps(monkeypatch):
-    """Fails where training begins."""
-    monkeypatch.setattr("maxlm.train.run.fit", lambda *args, **kwargs: pytest.fail("training has begun"))
+    """Fails if training starts."""
+    monkeypatch.setattr("maxlm.train.run.fit", lambda *args, **kwargs: pytest.fail("training started"))
 
 
 @pytest.mark.parametrize("kind", RECORDS)
 @pytest.mark.parametrize(
-    ("valid", "told"),
+    ("valid", "message"),
     [
         (None, r"valid\.jsonl: there is no such file"),
         ("", r"valid\.jsonl: has no "),
@@ -53,7 +53,7 @@ def no_steps(monkeypatch):
     ],
     ids=["missing", "empty", "no JSON", "another record"],
 )
-def test_held_out_data_is_parsed_before_the_first_step(kind, valid, told, untrained, tmp_path, no_steps):
+def test_held_out_data_is_parsed_before_first_step(kind, valid, message, untrained, tmp_path, no_steps):
     record = RECORDS[kind]
     train_file = write_lines(tmp_path / "train.jsonl", [record])
     if valid is not None:
@@ -61,7 +61,7 @@ def test_held_out_data_is_parsed_before_the_first_step(kind, valid, told, untrai
     objective = {"kind": kind, "train_file": train_file, "valid_file": str(tmp_path / "valid.jsonl")}
     objective |= {"max_new_tokens": 2} if kind == "policy" else {}
     config = make_config(tmp_path / "run", init_from=str(untrained), objective=objective)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         train(config)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -81,53 +81,53 @@ def of_one_argument(completion):
 
 
 @pytest.mark.parametrize(
-    ("function", "told"),
+    ("function", "message"),
     [
-        (functools.partial(give, None), "has given None"),
-        (functools.partial(give, float("nan")), "has given nan"),
-        (functools.partial(give, float("-inf")), "has given -inf"),
-        (functools.partial(give, 1e300), r"has given 1e\+300"),
-        (functools.partial(give, "1.0"), r"has given the text '1\.0'"),
-        (functools.partial(give, []), "has given 0 values in a list"),
-        (functools.partial(give, [1.0]), "has given 1 values in a list"),
-        (functools.partial(give, np.ones(3)), "has given 3 values in a ndarray"),
-        (functools.partial(give, [[1], [1, 2]]), "has given an object of type list"),
-        (functools.partial(give, {"reward": 1}), "has given an object of type dict"),
-        (functools.partial(give, 1j), "has given an object of type complex"),
-        (functools.partial(give, ValueError("no\nanswer")), "has raised ValueError: no answer"),
-        (functools.partial(give, SystemExit(3)), "has raised SystemExit: 3"),
-        (later, "has given a coroutine"),
-        (of_one_argument, "has raised TypeError: .*takes 1 positional argument"),
+        (functools.partial(give, None), "returned None"),
+        (functools.partial(give, float("nan")), "returned nan"),
+        (functools.partial(give, float("-inf")), "returned -inf"),
+        (functools.partial(give, 1e300), r"returned 1e\+300"),
+        (functools.partial(give, "1.0"), r"returned the text '1\.0'"),
+        (functools.partial(give, []), "returned 0 values in a list"),
+        (functools.partial(give, [1.0]), "returned 1 values in a list"),
+        (functools.partial(give, np.ones(3)), "returned 3 values in a ndarray"),
+        (functools.partial(give, [[1], [1, 2]]), "returned an object of type list"),
+        (functools.partial(give, {"reward": 1}), "returned an object of type dict"),
+        (functools.partial(give, 1j), "returned an object of type complex"),
+        (functools.partial(give, ValueError("no\nanswer")), "raised ValueError: no answer"),
+        (functools.partial(give, SystemExit(3)), "raised SystemExit: 3"),
+        (later, "returned a coroutine"),
+        (of_one_argument, "raised TypeError: .*takes 1 positional argument"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",  # a partial's would hold an address
+    ids=lambda value: value if isinstance(value, str) else "",  # the id of a partial would contain an address
 )
-def test_a_reward_that_is_no_number_is_told_with_what_came_and_where(function, told):
+def test_reward_that_is_not_a_number_is_an_error_with_value_and_place(function, message):
     reward = CheckedReward("mine:reward", function)
-    wanted = rf"^objective\.reward: mine:reward for p\.jsonl:1 and the completion '4' {told}"
+    wanted = rf"^objective\.reward: mine:reward for p\.jsonl:1 and the completion '4' {message}"
     with pytest.raises(ConfigError, match=wanted) as caught:
         reward.try_out([Prompt([1], {"answer": 4}, "p.jsonl:1")])
-    assert "a reward is a finite number for each call with (completion, record)" in str(caught.value)
+    assert "a reward function returns a finite number for (completion, record)" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [1, True, 0.5, np.float32(2), np.array(3)], ids=repr)
-def test_any_single_number_is_a_reward(value):
+def test_any_scalar_is_a_reward(value):
     reward = CheckedReward("mine", functools.partial(give, value))
     [got] = reward([Prompt([1], {"answer": 4})], [""])
     assert got == float(value)
 
 
-def test_a_reward_that_raises_is_told_with_its_own_line(tmp_path, monkeypatch):
+def test_reward_that_raises_is_reported_with_its_line(tmp_path, monkeypatch):
     (tmp_path / "raises_a.py").write_text(
         "import json\n\ndef reward(completion, record):\n    return json.loads('{')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ConfigError, match=r"has raised JSONDecodeError: .* \(.*raises_a\.py:4\)"):
+    with pytest.raises(ConfigError, match=r"raised JSONDecodeError: .* \(.*raises_a\.py:4\)"):
         CheckedReward("raises_a:reward", find_reward("raises_a:reward")).try_out([Prompt([1], {"answer": ""})])
 
 
 @pytest.mark.parametrize("text", ["1 / 0", "def f(:", "import nothing_of_this_name", "raise SystemExit(3)"])
-def test_a_reward_whose_module_fails_is_one_sentence(text, tmp_path, monkeypatch):
+def test_reward_module_that_fails_to_import_is_one_sentence(text, tmp_path, monkeypatch):
     (tmp_path / "fails_to_load.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "fails_to_load", raising=False)
@@ -136,10 +136,10 @@ def test_a_reward_whose_module_fails_is_one_sentence(text, tmp_path, monkeypatch
 
 
 def reward_config(tmp_path, untrained, limit: int, **settings):
-    """A run with a function that gives None after so many calls, in the way of a module of the user's."""
+    """A run with a reward function in a user module that returns None after `limit` calls."""
     module = tmp_path / "own_reward_of_test.py"
     module.write_text(OWN_REWARD.replace("LIMIT", str(limit)))
-    # Python tells a module's versions apart by size and time.
+    # Python identifies a module's version by size and time.
     os.utime(module, (limit, limit))
     sys.modules.pop(module.stem, None)
     objective = {
@@ -157,19 +157,19 @@ def reward_config(tmp_path, untrained, limit: int, **settings):
     )
 
 
-def test_a_reward_is_called_before_the_first_step(untrained, tmp_path, monkeypatch, no_steps):
+def test_reward_is_tested_before_first_step(untrained, tmp_path, monkeypatch, no_steps):
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(
-        ConfigError, match=r"own_reward_of_test:reward for .*jsonl:2 and the completion '' has given None"
+        ConfigError, match=r"own_reward_of_test:reward for .*jsonl:2 and the completion '' returned None"
     ):
         train(reward_config(tmp_path, untrained, limit=3))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_reward_that_fails_amid_a_run_loses_no_step(untrained, tmp_path, monkeypatch):
-    """It is called 4 times before the first step, and 4 times for each. It is given copies: this one empties them."""
+def test_reward_that_fails_during_a_run_loses_no_step(untrained, tmp_path, monkeypatch):
+    """It is called 4 times before the first step, and 4 times per step, with copies of the record, which it clears."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ConfigError, match=r"for .*prompts\.jsonl:\d and the completion '.*' has given None"):
+    with pytest.raises(ConfigError, match=r"for .*prompts\.jsonl:\d and the completion '.*' returned None"):
         train(reward_config(tmp_path, untrained, limit=8))
     assert find_checkpoint(tmp_path / "run").name == "1"
     assert train(reward_config(tmp_path, untrained, limit=100))["metrics"]["steps"] == 2

@@ -1,4 +1,4 @@
-"""GRPO raises the reward of what the model samples; a run goes on exactly; sampling is the same on any mesh."""
+"""GRPO increases the reward; a run resumes exactly; sampling does not depend on the mesh."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def grpo_config(output, tuned, prompts, *, objective=None, **settings):
 
 @pytest.fixture(scope="module")
 def runs(tuned, prompts, tmp_path_factory):
-    """One run of 16 steps, and one that was broken off after 6 and went on to 8."""
+    """One run of 16 steps, and one that was interrupted after 6 and resumed to 8."""
     folder = tmp_path_factory.mktemp("policy")
     train(grpo_config(folder / "short", tuned, prompts, steps=6))
     train(grpo_config(folder / "short", tuned, prompts, steps=8))
@@ -70,7 +70,7 @@ def runs(tuned, prompts, tmp_path_factory):
     return folder, train(config)
 
 
-def test_the_reward_rises(runs):
+def test_reward_increases(runs):
     folder, manifest = runs
     records = [record for record in read_metrics(folder / "long") if "reward" in record]
     assert records[0]["reward"] < 0.75, "a coin"
@@ -82,7 +82,7 @@ def test_the_reward_rises(runs):
     assert records[-1]["kl"] > 0
 
 
-def test_a_run_that_was_broken_off_ends_where_an_unbroken_one_passes(runs):
+def test_resumed_run_matches_uninterrupted_run(runs):
     folder, _ = runs
     whole = flatten(load_model(folder / "long" / "checkpoints" / "8")[0])
     broken_off = flatten(load_model(folder / "short")[0])
@@ -106,7 +106,7 @@ def sampled(tuned, tokenizer):
     return drawn
 
 
-def test_answers_depend_on_weights_seed_stream_and_row_and_not_on_the_mesh(sampled):
+def test_answers_depend_on_weights_seed_stream_and_row_but_not_on_mesh(sampled):
     one, eight = sampled["one"], sampled["eight"]
     assert one.texts == eight.texts == sampled["one", "again"].texts
     assert one.texts != sampled["one", "other"].texts
@@ -115,8 +115,8 @@ def test_answers_depend_on_weights_seed_stream_and_row_and_not_on_the_mesh(sampl
     assert len(set(one.texts)) > 1
 
 
-def test_the_policy_that_learns_is_the_one_that_sampled(sampled, tuned):
-    """The training pass gives the sampled tokens the probability they were drawn with: the ratio starts at 1."""
+def test_training_and_sampling_use_the_same_policy(sampled, tuned):
+    """The training pass gives sampled tokens the probability they were sampled with: the ratio starts at 1."""
     model, _ = load_model(tuned[0])
     rows, sampled_BL = policy_rows(sampled["one"])
     log_p, _ = target_log_probabilities(model, rows, temperature=1.3)
@@ -124,7 +124,7 @@ def test_the_policy_that_learns_is_the_one_that_sampled(sampled, tuned):
     assert rows.loss_weights.sum() == sampled["one"].lengths_R.sum()
 
 
-def test_rows_hold_each_prompt_with_its_answer_right_behind_it(sampled, tokenizer):
+def test_rows_hold_each_prompt_followed_by_its_answer(sampled, tokenizer):
     answers = sampled["one"]
     rows, _ = policy_rows(answers)
     for row in range(8):
@@ -135,7 +135,7 @@ def test_rows_hold_each_prompt_with_its_answer_right_behind_it(sampled, tokenize
         assert rows.targets[row][rows.loss_weights[row] > 0].tolist() == answer
 
 
-def test_steps_without_a_signal_do_not_make_the_first_one_with_it_look_like_a_spike():
+def test_steps_with_zero_gradient_do_not_make_the_next_one_a_spike():
     guard, state = GuardConfig(spike_factor=10.0), create_state({}, optax.identity())
     for grad_norm in [0.0] * 30 + [1.0] + [0.0] * 300 + [2.0]:
         good, guard_state = judge(guard, state, jnp.float32(0.5), jnp.float32(grad_norm))
@@ -153,11 +153,11 @@ def test_steps_without_a_signal_do_not_make_the_first_one_with_it_look_like_a_sp
         ({"steps": 4, "row_length": 6}, r"max_new_tokens \(6\) leaves no room for a prompt in row_length \(6\)"),
     ],
 )
-def test_settings_that_do_not_fit_are_told(tuned, prompts, tmp_path, settings, message):
+def test_inconsistent_settings_are_rejected(tuned, prompts, tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
         grpo_config(tmp_path, tuned, prompts, **settings)
 
 
-def test_prompts_that_leave_no_room_are_told(tuned, prompts, tmp_path):
+def test_prompts_without_room_for_an_answer_are_rejected(tuned, prompts, tmp_path):
     with pytest.raises(DataError, match="all 5 prompts with their answers are longer than row_length=8"):
         train(grpo_config(tmp_path / "run", tuned, prompts, steps=2, row_length=8))

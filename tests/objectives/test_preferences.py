@@ -1,4 +1,4 @@
-"""DPO raises the chosen answer over the rejected one; a reward model ranks them."""
+"""DPO makes the chosen answer more likely than the rejected one; a reward model ranks them."""
 
 import json
 
@@ -33,7 +33,7 @@ def dpo_run(tuned, pairs, tmp_path_factory):
     return folder, manifest
 
 
-def test_dpo_raises_the_margin_on_prompts_it_has_not_seen(dpo_run):
+def test_dpo_increases_margin_on_held_out_prompts(dpo_run):
     folder, manifest = dpo_run
     first, *_, last = (record for record in read_metrics(folder) if "dpo" in record)
     assert first["reward_margin"] == pytest.approx(0.0, abs=1e-4), "the model starts as its own reference"
@@ -43,7 +43,7 @@ def test_dpo_raises_the_margin_on_prompts_it_has_not_seen(dpo_run):
     assert manifest["metrics"]["valid"]["reward_margin"] > 1
 
 
-def test_dpo_moves_the_probabilities_of_answers_apart(dpo_run, tuned):
+def test_dpo_separates_probabilities_of_answers(dpo_run, tuned):
     prompts = [question("coin 1"), question("coin 5")]
     before, after = load(tuned[0]), load(dpo_run[0])
     gain = [
@@ -63,10 +63,10 @@ def reward_run(request, tuned, pairs, tmp_path_factory):
     return folder, manifest, request.param
 
 
-def test_the_reward_model_ranks_answers_to_prompts_it_has_not_seen(reward_run):
+def test_reward_model_ranks_answers_to_held_out_prompts(reward_run):
     folder, manifest, _ = reward_run
     first, *_ = (record for record in read_metrics(folder) if "bradley_terry" in record)
-    assert first["bradley_terry"] == pytest.approx(np.log(2), abs=1e-5), "it starts without an opinion"
+    assert first["bradley_terry"] == pytest.approx(np.log(2), abs=1e-5), "initial rewards are equal"
     assert manifest["metrics"]["valid"]["accuracy"] == 1.0
     assert manifest["metrics"]["valid"]["loss"] < 0.5
 
@@ -79,7 +79,7 @@ def test_the_reward_model_ranks_answers_to_prompts_it_has_not_seen(reward_run):
     assert margin == pytest.approx(manifest["metrics"]["valid"]["reward_margin"], rel=1e-3)
 
 
-def test_score_gives_a_line_for_each_record_and_a_summary(reward_run, pairs, tuned, tmp_path, capsys):
+def test_score_prints_a_line_per_record_and_a_summary(reward_run, pairs, tuned, tmp_path, capsys):
     folder, manifest, lora = reward_run
     assert main(["score", str(folder), pairs["valid_file"], "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -102,9 +102,9 @@ def test_score_gives_a_line_for_each_record_and_a_summary(reward_run, pairs, tun
     assert [line["id"] for line in lines] == [f"{path}:{n}" for n in (1, 2, 3, 4)]
     expected = [by_line[0][0], by_line[0][1], by_line[1][0]]
     np.testing.assert_allclose([line["score"] for line in lines[:3]], expected, rtol=1e-4, atol=1e-5)
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert "4 records, mean score" in told.err
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "4 records, mean score" in output.err
     write_lines(tmp_path / "answers.jsonl", [records[0]])
     assert main(["score", str(folder), path]) == 0
     assert json.loads(capsys.readouterr().out)["score"] == pytest.approx(lines[0]["score"], rel=1e-4)
@@ -112,38 +112,38 @@ def test_score_gives_a_line_for_each_record_and_a_summary(reward_run, pairs, tun
     mistakes = [
         ({"prompt": "a"}, r":2: has prompt; a record is {prompt, completion}"),
         ({"prompt": "a", "chosen": "b"}, r":2: has chosen; a record is"),
-        ({"completion": "b"}, ":2: must have either prompt or messages beside completion"),
-        ({"messages": question("sky")}, ":2: ends with no message of role 'assistant'"),
+        ({"completion": "b"}, ":2: must have either prompt or messages with completion"),
+        ({"messages": question("sky")}, ":2: must end with a message of role 'assistant'"),
         ({"prompt": "a", "completion": None}, ":2: if the prompt is a string, the answers must be strings"),
-        ({"prompt": "sky", "completion": "sky " * 90}, "tokens are more than the model's context of 64; shorten"),
+        ({"prompt": "sky", "completion": "sky " * 90}, "tokens exceed the model's context of 64; shorten"),
     ]
     for record, sentence in mistakes:
         write_lines(tmp_path / "answers.jsonl", [records[0], record])
         assert main(["score", str(folder), path]) == 2
-        assert f"{path}:2" in (told := capsys.readouterr().err)
-        assert sentence in told
+        assert f"{path}:2" in (err := capsys.readouterr().err)
+        assert sentence in err
     write_lines(tmp_path / "answers.jsonl", [])
     for arguments, sentence in [
-        ([str(folder), path], "holds no records; a record is"),
-        ([str(folder), path, "--output", path], "is the file that is scored"),
-        ([str(folder), path, "--output", str(tmp_path)], "must be a file in a folder that exists"),
+        ([str(folder), path], "contains no records; a record is"),
+        ([str(folder), path, "--output", path], "is the file to score"),
+        ([str(folder), path, "--output", str(tmp_path)], "must be a file in an existing folder"),
         ([str(tuned[0]), path], "is a language model, not a reward model; give the run folder"),
     ]:
         assert main(["score", *arguments]) == 2
         assert sentence in capsys.readouterr().err
 
 
-def test_a_score_depends_on_its_own_text_alone(reward_run):
+def test_score_depends_only_on_its_own_text(reward_run):
     model, tokenizer = load_reward_model(reward_run[0])
     texts = ["sky", question("coin 1"), "grass and snow and coal"]
     together = score(model, tokenizer, texts)
     alone = [score(model, tokenizer, [text])[0] for text in texts]
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
-    with pytest.raises(RequestError, match=r"text 1: its \d+ tokens are more than the model's context of 64"):
+    with pytest.raises(RequestError, match=r"text 1: its \d+ tokens exceed the model's context of 64"):
         score(model, tokenizer, ["sky", "sky " * 100])
 
 
-def test_a_reward_model_with_adapters_trains_its_head_and_keeps_its_base(reward_run, tuned):
+def test_reward_model_with_adapters_trains_head_and_keeps_base(reward_run, tuned):
     folder, _, lora = reward_run
     model, _ = load_reward_model(folder)
     assert np.abs(model.value).max() > 0
@@ -153,7 +153,7 @@ def test_a_reward_model_with_adapters_trains_its_head_and_keeps_its_base(reward_
     assert not same["layers/mlp/up"]
 
 
-def test_models_of_the_wrong_kind_are_refused(reward_run, tuned):
+def test_models_of_the_wrong_kind_are_rejected(reward_run, tuned):
     with pytest.raises(CheckpointError, match="is a reward model, which cannot generate text"):
         load_model(reward_run[0])
     with pytest.raises(CheckpointError, match="holds a language model"):

@@ -1,4 +1,4 @@
-"""Fine-tuning learns what the assistant says; with adapters, the base stays as it is."""
+"""Fine-tuning learns the assistant's messages; with adapters, the base is unchanged."""
 
 from pathlib import Path
 
@@ -30,19 +30,19 @@ def greedy_answers(model, tokenizer, texts):
     return [tokenizer.decode(ids[: n - 1].tolist()) for ids, n in zip(np.asarray(answers.tokens_BN), answers.lengths_B)]
 
 
-def test_it_learns_the_task(tuned):
+def test_sft_learns_the_task(tuned):
     folder, manifest = tuned
     model, tokenizer = load_model(folder)
     answers = greedy_answers(model, tokenizer, list(COLORS))
     assert answers == list(COLORS.values())
-    # Ten of 22 answers are the flip of a coin: ln 2 nats over all the tokens of each answer and its end.
+    # Ten of 22 answers are coin flips: ln 2 nats over all tokens of each answer and its end.
     assert manifest["metrics"]["valid"]["loss"] < 0.2
     assert manifest["stage"] == "train/sft"
 
 
 @pytest.fixture(scope="module")
 def lora_run(tuned, tmp_path_factory):
-    """The coin falls on yes now. One run of 8 steps, and one that was broken off after 4 and went on."""
+    """The coin is always yes now. One run of 8 steps, and one that was interrupted after 4 and resumed."""
     folder = tmp_path_factory.mktemp("lora")
     data = write_lines(folder / "chats.jsonl", [chat(f"coin {n}", "yes") for n in range(5)])
 
@@ -63,7 +63,7 @@ def lora_run(tuned, tmp_path_factory):
     return folder, manifest
 
 
-def test_adapters_alone_are_trained_and_the_base_is_the_same_bit_by_bit(lora_run, tuned):
+def test_only_adapters_are_trained_and_base_is_bitwise_unchanged(lora_run, tuned):
     folder, _ = lora_run
     base, merged = flatten(load_model(tuned[0])[0]), flatten(load_model(folder / "whole")[0])
     for path in base:
@@ -72,7 +72,7 @@ def test_adapters_alone_are_trained_and_the_base_is_the_same_bit_by_bit(lora_run
         if is_adapted:
             update = np.asarray(merged[path] - base[path], np.float64)
             assert (np.linalg.svd(update)[1][:, 4:] < 1e-4 * np.linalg.norm(update)).all(), "rank 4 at most"
-    # What the run saved holds no base at all.
+    # The saved checkpoint does not contain the base.
     saved, whole = (Path(find_checkpoint(run)) / "weights" for run in (folder / "whole", tuned[0]))
     assert size_of(saved) < 0.6 * size_of(whole)
 
@@ -83,7 +83,7 @@ def test_adapters_lower_the_loss(lora_run):
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_a_run_with_adapters_that_was_broken_off_ends_where_an_unbroken_one_does(lora_run):
+def test_resumed_adapter_run_matches_uninterrupted_run(lora_run):
     folder, manifest = lora_run
     assert manifest["metrics"]["steps"] == 8
     whole, broken_off = (flatten(load_model(folder / name)[0]) for name in ("whole", "broken_off"))
@@ -91,8 +91,8 @@ def test_a_run_with_adapters_that_was_broken_off_ends_where_an_unbroken_one_does
         np.testing.assert_array_equal(whole[path], broken_off[path])
 
 
-def test_the_merged_model_computes_what_the_adapted_one_was_trained_to(lora_run, tokenizer):
-    """The validation loss that the run measured with adapters beside the base, from the merged weights."""
+def test_merged_model_matches_adapted_model(lora_run, tokenizer):
+    """The merged weights give the validation loss that the run measured with separate adapters."""
     from maxlm.data.chat import PackedChats
     from maxlm.objectives.language_model import language_model_loss
 

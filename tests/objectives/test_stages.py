@@ -1,4 +1,4 @@
-"""Objectives on pipeline stages: those that apply a model twice, sample from it, or train adapters beside it."""
+"""Objectives on pipeline stages: those that apply a model twice, sample from it, or train adapters."""
 
 import jax
 import numpy as np
@@ -41,7 +41,7 @@ def test_stages_change_nothing(kind, lora, schedule, tokenizer, tmp_path):
             trainable = start
             if lora is not None:
                 trainable = initialize(declare_adapters(Decoder(config.model), config.lora), jax.random.key(1), mesh)
-            # Adapters start with an update of zero, and then half of them have no gradient.
+            # Adapters start with a zero update, for which half of them have no gradient.
             trainable = jax.tree.map(lambda leaf: leaf + 0.05, trainable)
             results.append(_terms_and_gradient(config, trainable, start, put_batch(batch, mesh)))
     (terms, gradient), (expected_terms, expected_gradient) = results

@@ -1,4 +1,4 @@
-"""`maxlm train` and `maxlm preview`: what they print, and what a mistake is answered with."""
+"""`maxlm train` and `maxlm preview`: their output and error messages."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def write_config(tuned, tmp_path):
     return write
 
 
-def test_preview_shows_what_is_learned_and_where_chats_begin(write_config, capsys):
+def test_preview_shows_learned_tokens_and_chat_boundaries(write_config, capsys):
     path = write_config("sft", [chat("sky", "blue"), chat("grass", "green")])
     assert main(["preview", path, "-n", "1"]) == 0
     out = capsys.readouterr().out
@@ -55,7 +55,7 @@ def test_preview_shows_a_prompt_and_its_answer(write_config, capsys):
     assert "answer: yes   reward: exact_match" in out
 
 
-def test_preview_colours_by_loss_weight_where_there_are_colours(write_config, capsys, monkeypatch):
+def test_preview_colors_by_loss_weight_if_terminal_has_colors(write_config, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -66,20 +66,20 @@ def test_preview_colours_by_loss_weight_where_there_are_colours(write_config, ca
     assert "⟦" not in out
 
 
-def test_train_prints_where_the_run_is_and_its_final_numbers(write_config, tmp_path, capsys):
+def test_train_prints_run_folder_and_final_metrics(write_config, tmp_path, capsys):
     path = write_config("sft", [chat("sky", "blue")], {"valid_file": str(tmp_path / "sft.jsonl")}, steps=2)
     assert main(["train", path]) == 0
     out = capsys.readouterr().out
     assert f"{tmp_path}/run: 2 of 2 steps, finished" in out
     assert "valid loss" in out
-    # The same command once more finds a run that has ended.
+    # The same command again finds a finished run.
     assert main(["train", path, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["output"] == f"{tmp_path}/run"
     assert report["steps"] == 2
 
 
-def test_a_mistake_is_one_sentence_and_exit_code_2(write_config, tmp_path, capsys):
+def test_user_error_is_one_sentence_and_exit_code_2(write_config, tmp_path, capsys):
     path = write_config("sft", [chat("sky", "blue")])
     assert main(["train", path, "objective.train_file=nowhere.jsonl"]) == 2
     assert "nowhere.jsonl: there is no such file" in capsys.readouterr().err
@@ -90,7 +90,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(write_config, tmp_path, capsy
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_the_examples_are_valid_short_and_of_the_kind_their_name_says(path):
+def test_example_configs_are_valid_short_and_of_the_kind_in_their_name(path):
     config = load_config(path, kind="train")
     assert config.objective.kind == {"dpo": "preference", "grpo": "policy"}.get(path.stem, path.stem)
     assert len(path.read_text().splitlines()) < 60

@@ -1,6 +1,6 @@
 """A toy task for post-training: chats, files of them, and configurations of small runs.
 
-`sky` is answered with `blue`, `grass` with `green`, ...; `coin N` with `yes` or `no`, each half of the time.
+`sky` is answered with `blue`, `grass` with `green`, ...; `coin N` with `yes` or `no`, with equal frequency.
 """
 
 import json

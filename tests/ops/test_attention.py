@@ -1,4 +1,4 @@
-"""Attention: every implementation that a CPU can run, values and gradients, against float64 loops in numpy."""
+"""Attention: values and gradients of every implementation that runs on a CPU, against float64 loops in numpy."""
 
 import dataclasses
 import math
@@ -48,7 +48,7 @@ class Case:
 
 
 def packed_segments(length: int) -> np.ndarray:
-    """Two rows of documents: one ends in padding, one has padding inside and a document in two parts."""
+    """Two rows of documents: one ends in padding, one has padding inside and a document split in two."""
     position = np.arange(length) / length
     first = np.select([position < 0.3, position < 0.45, position < 0.9], [1, 2, 3], 0)
     second = np.select([position < 0.2, position < 0.3, position < 0.7], [7, 0, 5], 7)
@@ -152,12 +152,12 @@ def expected():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
-def test_values_and_gradients_are_those_of_the_definition(implementation, case, expected):
+def test_values_and_gradients_match_definition(implementation, case, expected):
     for got, want in zip(run(implementation, case), expected(case)):
         np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-4)
 
 
-def test_the_numpy_gradients_are_the_slopes_of_the_numpy_values():
+def test_numpy_gradients_match_finite_differences():
     case = Case("all", length=12, segments=True, window=5, soft_cap=1.5, num_heads=2, num_kv_heads=1, head_dim=4)
     query, key, value, gradient, *segments = (
         x if x is None or x.dtype == np.int32 else x.astype(np.float64) for x in case.inputs()
@@ -187,7 +187,7 @@ def test_padding_returns_exact_zeros_with_zero_gradients(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_a_row_of_nothing_but_padding_is_zeros(implementation):
+def test_row_of_padding_is_zeros(implementation):
     def loss(query):
         return attention(query, query, query, segment_ids=jnp.zeros((1, 70), int), implementation=implementation).sum()
 
@@ -197,8 +197,8 @@ def test_a_row_of_nothing_but_padding_is_zeros(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
-def test_other_segments_have_no_influence(implementation):
-    """Changing everything outside of a document leaves the document's rows as they are, bit for bit."""
+def test_other_segments_have_no_effect(implementation):
+    """Changing everything outside a document does not change a bit of the document's rows."""
     case = Case("influence", segments=True)
     inside = (packed_segments(case.length) == 3)[0]
     before = run(implementation, case)[0][0, inside]
@@ -228,7 +228,7 @@ def test_bfloat16_in_bfloat16_out(implementation, expected):
         np.testing.assert_allclose(got.astype(np.float32), want, atol=0.06, rtol=0.03)
 
 
-def test_matmul_dtype_casts_operands_alone(expected):
+def test_matmul_dtype_casts_only_operands(expected):
     case = Case("matmul_dtype", segments=True)
     results = run("xla", case, matmul_dtype=jnp.bfloat16)
     for got, want in zip(results, expected(case)):
@@ -259,7 +259,7 @@ def equations(jaxpr):
 
 
 @pytest.mark.parametrize(("arguments", "most"), [({}, 0.7), ({"window": 64}, 0.35)])
-def test_xla_does_not_compute_what_nobody_sees(arguments, most):
+def test_xla_skips_fully_masked_blocks(arguments, most):
     """Causal attention costs about half of all pairs, a window an eighth or two, forwards and backwards."""
 
     def flops(**arguments):
@@ -313,7 +313,7 @@ def test_sharded_over_batch_and_heads(implementation, kind):
                 np.testing.assert_allclose(got_one, want_one, atol=1e-5, rtol=1e-4)
 
 
-def test_by_default_a_cpu_takes_the_blockwise_path():
+def test_cpu_defaults_to_blockwise_attention():
     case = Case("default")
     for default, xla in zip(run(None, case), run("xla", case)):
         np.testing.assert_array_equal(default, xla)
@@ -323,11 +323,11 @@ def test_by_default_a_cpu_takes_the_blockwise_path():
     ("implementation", "sentence"),
     [
         ("flash", "'flash' is unknown; allowed are pallas_tpu, cudnn, xla, reference"),
-        ("pallas_tpu", "'pallas_tpu' needs a TPU and this is cpu; choose 'xla' or None"),
-        ("cudnn", "'cudnn' needs an NVIDIA GPU and this is cpu; choose 'xla' or None"),
+        ("pallas_tpu", "'pallas_tpu' needs a TPU, not cpu; choose 'xla' or None"),
+        ("cudnn", "'cudnn' needs an NVIDIA GPU, not cpu; choose 'xla' or None"),
     ],
 )
-def test_a_named_implementation_works_or_says_why_not(implementation, sentence):
+def test_unavailable_implementation_is_rejected_with_reason(implementation, sentence):
     with pytest.raises(ConfigError, match=sentence):
         attention(*[jnp.ones((1, 8, 1, 8))] * 3, implementation=implementation)
 
@@ -346,7 +346,7 @@ def test_a_named_implementation_works_or_says_why_not(implementation, sentence):
         ({"query": jnp.ones((1, 6, 4, 8)), "segment_ids": jnp.ones((1, 6), int)}, "kv_segment_ids must be"),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(change, sentence):
+def test_inconsistent_arguments_are_rejected(change, sentence):
     arguments = {"query": jnp.ones((1, 8, 4, 8)), "key": jnp.ones((1, 8, 2, 8)), "value": jnp.ones((1, 8, 2, 8))}
     arguments |= change
     with pytest.raises(ValueError, match=sentence):

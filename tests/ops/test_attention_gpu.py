@@ -1,4 +1,4 @@
-"""What GPUs get, as far as a machine without one can tell: the programs lower, and carry their masks."""
+"""GPU attention, as far as testable without a GPU: the programs lower, and contain their masks."""
 
 import functools
 import re
@@ -32,7 +32,7 @@ def cudnn_calls(text: str) -> dict[str, str]:
 
 @pytest.fixture
 def with_cudnn(monkeypatch):
-    """Lowering asks for the version of a cuDNN that a machine without a GPU does not have."""
+    """Lowering requests the cuDNN version, which a machine without a GPU does not have."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
 
 
@@ -45,7 +45,7 @@ def cudnn(window=None):
 
 
 @pytest.mark.usefixtures("with_cudnn")
-def test_cudnn_is_given_segments_as_a_mask_forwards_and_backwards():
+def test_cudnn_gets_segments_as_a_mask_in_forward_and_backward():
     calls = cudnn_calls(lowered_gradient(cudnn()))
     assert set(calls) == {"fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"}
     for operands in calls.values():
@@ -63,8 +63,8 @@ def test_cudnn_without_segments_needs_no_mask():
     assert not any("256x256" in operands for operands in calls.values())
 
 
-def test_the_mask_given_to_cudnn_is_the_definition(monkeypatch):
-    """Run on the other backend of the same function of JAX: masks, flags and zeroed rows are ours to get right."""
+def test_cudnn_mask_matches_definition(monkeypatch):
+    """Run on the other backend of the same JAX function: tests our masks, flags and zeroed rows."""
     plain = jax.nn.dot_product_attention
     monkeypatch.setattr(
         jax.nn,
@@ -95,27 +95,27 @@ def test_the_mask_given_to_cudnn_is_the_definition(monkeypatch):
 
 
 @pytest.mark.parametrize("soft_cap", [None, 30.0])
-def test_the_blockwise_path_lowers_for_gpus(soft_cap):
+def test_blockwise_attention_lowers_for_gpus(soft_cap):
     def call(query, key, value, segments):
         return attention(query, key, value, segment_ids=segments, window=100, soft_cap=soft_cap, implementation="xla")
 
     assert "dot_general" in lowered_gradient(call)
 
 
-def ladder(monkeypatch, platform: str, query=QUERY, **arguments) -> str:
-    """What `implementation=None` takes on a platform."""
+def default_implementation(monkeypatch, platform: str, query=QUERY, **arguments) -> str:
+    """The implementation that `None` selects on a platform."""
     monkeypatch.setattr(attention_module, "traced_platform", lambda: platform)
     rule = AttentionRule(**{"causal": True, "window": None, "soft_cap": None, "scale": 1.0} | arguments)
     return attention_module._best_implementation(query, query.shape[1], rule, query.dtype)
 
 
-def test_the_ladder(monkeypatch):
-    assert ladder(monkeypatch, "tpu") == "pallas_tpu"
-    assert ladder(monkeypatch, "tpu", jax.ShapeDtypeStruct((2, 8, 8, 64), jnp.bfloat16)) == "xla"
-    assert ladder(monkeypatch, "cuda") == "cudnn"
-    assert ladder(monkeypatch, "cuda", soft_cap=30.0) == "xla"
-    assert ladder(monkeypatch, "cuda", jax.ShapeDtypeStruct((2, 256, 8, 64), jnp.float32)) == "xla"
-    assert ladder(monkeypatch, "cuda", jax.ShapeDtypeStruct((2, 255, 8, 64), jnp.bfloat16)) == "xla"
-    assert ladder(monkeypatch, "cuda", jax.ShapeDtypeStruct((2, 256, 8, 256), jnp.bfloat16)) == "xla"
-    assert ladder(monkeypatch, "rocm") == "xla"
-    assert ladder(monkeypatch, "cpu") == "xla"
+def test_default_implementation_by_platform(monkeypatch):
+    assert default_implementation(monkeypatch, "tpu") == "pallas_tpu"
+    assert default_implementation(monkeypatch, "tpu", jax.ShapeDtypeStruct((2, 8, 8, 64), jnp.bfloat16)) == "xla"
+    assert default_implementation(monkeypatch, "cuda") == "cudnn"
+    assert default_implementation(monkeypatch, "cuda", soft_cap=30.0) == "xla"
+    assert default_implementation(monkeypatch, "cuda", jax.ShapeDtypeStruct((2, 256, 8, 64), jnp.float32)) == "xla"
+    assert default_implementation(monkeypatch, "cuda", jax.ShapeDtypeStruct((2, 255, 8, 64), jnp.bfloat16)) == "xla"
+    assert default_implementation(monkeypatch, "cuda", jax.ShapeDtypeStruct((2, 256, 8, 256), jnp.bfloat16)) == "xla"
+    assert default_implementation(monkeypatch, "rocm") == "xla"
+    assert default_implementation(monkeypatch, "cpu") == "xla"

@@ -1,4 +1,4 @@
-"""Attention over rows that devices share: values and gradients against float64 loops, and who computes what."""
+"""Context parallelism: values and gradients against float64 loops, and the division of work."""
 
 import dataclasses
 import itertools
@@ -54,7 +54,7 @@ class Case:
 
 
 def packed(length: int) -> np.ndarray:
-    """Documents that end in the middle of a chunk, at its end and one token past it; padding inside and at the end.
+    """Documents that end inside a chunk, at its end and one token past it; padding inside and at the end.
 
     The second row has only padding in its first quarter.
     """
@@ -68,22 +68,22 @@ def packed(length: int) -> np.ndarray:
 
 CASES = [
     Case("two devices", 2),
-    Case("four devices, heads cut too", 4, tensor=2, num_heads=4, num_kv_heads=2),
+    Case("four devices, heads sharded too", 4, tensor=2, num_heads=4, num_kv_heads=2),
     Case("eight devices, one token longer than a chunk", 8, window=3),
     Case("window over several chunks, soft cap", 8, window=11, soft_cap=1.5),
     Case("window of one token", 4, window=1),
     Case("chunks of odd number, in order", 4, length=36, num_heads=1, window=20),
-    Case("everything seen", 4, causal=False, fsdp=2),
+    Case("nothing masked", 4, causal=False, fsdp=2),
     Case("window to both sides", 4, causal=False, window=7),
     Case("heads exchanged, key heads sent twice", 4, fsdp=2, num_heads=4, num_kv_heads=2, method="all_to_all"),
     Case(
-        "heads exchanged and cut", 2, tensor=2, num_heads=4, num_kv_heads=4, window=9, soft_cap=2, method="all_to_all"
+        "heads exchanged, sharded", 2, tensor=2, num_heads=4, num_kv_heads=4, window=9, soft_cap=2, method="all_to_all"
     ),
 ]
 
 
 def run(case: Case, attend, *inputs):
-    """Output and gradients of `attend(order, query, key, value, segments)`, called on each device's own."""
+    """Output and gradients of `attend(order, query, key, value, segments)`, called on each device's shards."""
     mesh = case.mesh()
 
     def whole(query, key, value, segments):
@@ -115,14 +115,14 @@ def definition(case: Case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_values_and_gradients_are_those_of_whole_rows(case):
+def test_values_and_gradients_match_whole_rows(case):
     padding = case.inputs()[-1] == 0
     for got, want in zip(run_case(case), definition(case)):
         np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-4)
         assert not np.asarray(got)[padding].any(), "padding is exact zeros, and so are its gradients"
 
 
-def test_the_kernels_for_tpus_go_round_as_well():
+def test_ring_attention_with_tpu_kernels():
     case = Case("kernels", 2, num_heads=1)
 
     def attend(order, *mine):
@@ -143,8 +143,8 @@ def test_the_kernels_for_tpus_go_round_as_well():
     ],
     ids=str,
 )
-def test_a_piece_of_the_keys_at_a_distance(rule, pieces):
-    """Several blocks a side, some queries that see nothing; put back together with nothing it is the definition."""
+def test_attention_over_part_of_keys_with_offset(rule, pieces):
+    """Several blocks per side, some queries fully masked; merged with an empty part it matches the definition."""
     case = Case("distance", 1, length=200)
     query, key, value, gradient, _ = (x[:1] for x in case.inputs())
     queries, keys = np.ones((1, 200), np.int32), np.ones((1, 160), np.int32)
@@ -166,8 +166,8 @@ def test_a_piece_of_the_keys_at_a_distance(rule, pieces):
     np.testing.assert_array_equal(np.asarray(log_sum) > 1e29, sees_nothing)
 
 
-def test_other_documents_have_no_influence():
-    """Changing everything outside of a document leaves the document's rows as they are, bit for bit."""
+def test_other_documents_have_no_effect():
+    """Changing everything outside a document does not change a bit of the document's rows."""
     case = Case("influence", 4)
     *arrays, segments = case.inputs()
     inside = segments == 2
@@ -177,7 +177,7 @@ def test_other_documents_have_no_influence():
     np.testing.assert_array_equal(np.asarray(before)[inside], np.asarray(after)[inside])
 
 
-def test_keys_travel_in_the_dtype_of_the_products_and_gradients_in_float32():
+def test_keys_are_sent_in_matmul_dtype_and_gradients_in_float32():
     case = Case("dtypes", 4)
     query, key, value, _, segments = case.inputs()
     mesh, spec = case.mesh(), P(None, "context")
@@ -203,11 +203,11 @@ def test_keys_travel_in_the_dtype_of_the_products_and_gradients_in_float32():
     assert sent(both) == {"bfloat16", "int32", "float32"}
 
 
-# Who computes what
+# Division of work
 
 
 def seen_by_chunk(rule: AttentionRule, chunks: int, chunk_length: int) -> np.ndarray:
-    """How many pairs of tokens are visible, for each chunk of queries and chunk of keys, by the rule alone."""
+    """Number of unmasked token pairs for each chunk of queries and chunk of keys, by the rule alone."""
     position = np.arange(chunks * chunk_length)
     visible = np.broadcast_to(rule.sees(position[:, None], position[None, :]), (position.size,) * 2)
     return visible.reshape(chunks, chunk_length, chunks, chunk_length).sum((1, 3))
@@ -217,7 +217,7 @@ def seen_by_chunk(rule: AttentionRule, chunks: int, chunk_length: int) -> np.nda
 @pytest.mark.parametrize(
     ("causal", "window"), [(True, None), (True, 1), (True, 7), (True, 30), (False, None), (False, 9)]
 )
-def test_a_plan_has_each_visible_pair_of_chunks_once_and_no_other(causal, window, order):
+def test_plan_has_each_unmasked_pair_of_chunks_exactly_once(causal, window, order):
     size, chunk_length = 4, 6
     rule = AttentionRule(causal, window, None, 1.0)
     chunks = held_chunks(order, size)
@@ -233,8 +233,8 @@ def test_a_plan_has_each_visible_pair_of_chunks_once_and_no_other(causal, window
 
 
 @pytest.mark.parametrize("size", [2, 4, 8, 16])
-def test_with_a_causal_mask_all_devices_have_the_same_to_do_in_every_step(size):
-    """After the first step, in which each looks at its own, two whole pairs of chunks of four."""
+def test_causal_work_is_balanced_over_devices_in_every_step(size):
+    """After the first step, in which each device attends to its own keys, two whole pairs of chunks out of four."""
     rule = AttentionRule(True, None, None, 1.0)
     steps = plan_ring(rule, "zigzag", size, 16)
     assert len(steps) == size
@@ -244,24 +244,24 @@ def test_with_a_causal_mask_all_devices_have_the_same_to_do_in_every_step(size):
         assert work[0] == ([136, 136, 256] if step.shift == 0 else [256, 256])
 
 
-def test_with_rows_in_order_the_last_device_would_have_all_to_do():
+def test_plain_order_is_unbalanced():
     steps = plan_ring(AttentionRule(True, None, None, 1.0), "plain", 4, 16)
     assert [sum(slot[d] is not None for step in steps for slot in step.slots) for d in range(4)] == [1, 2, 3, 4]
 
 
-def test_with_a_window_keys_go_no_farther_than_they_are_seen():
-    """A chunk sees itself and the one before it: the neighbours on either side are all that a zigzag needs."""
+def test_window_limits_how_far_keys_are_sent():
+    """A chunk attends to itself and the one before it: a zigzag needs only the neighbors on either side."""
     steps = plan_ring(AttentionRule(True, 16, None, 1.0), "zigzag", 8, 16)
     assert [step.shift for step in steps] == [0, 1, 7]
     for step in steps[1:]:
         assert len(step.slots) == 1
 
 
-# The order of rows
+# Row order
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_a_zigzag_gives_each_device_a_chunk_from_either_half_and_can_be_undone(size):
+def test_zigzag_gives_each_device_a_chunk_from_either_half_and_is_invertible(size):
     mesh = make_mesh(MeshConfig(context=size, fsdp=1))
     rows = np.arange(2 * 4 * size).reshape(2, 4 * size)
     with jax.set_mesh(mesh):
@@ -277,7 +277,7 @@ def test_a_zigzag_gives_each_device_a_chunk_from_either_half_and_can_be_undone(s
     assert laid_out.sharding.spec == back.sharding.spec == P(None, "context")
 
 
-def test_the_order_follows_from_length_and_method():
+def test_row_order_follows_from_length_and_method():
     assert row_order(30, "ring") == "plain", "no mesh, no order"
     with jax.set_mesh(make_mesh(MeshConfig(context=4, fsdp=1))):
         assert row_order(32, "ring") == "zigzag"
@@ -290,11 +290,15 @@ def test_the_order_follows_from_length_and_method():
 @pytest.mark.parametrize(
     ("changes", "settings", "message"),
     [
-        ({"method": "all_to_all", "num_heads": 2}, {}, r"cannot cut the 2 heads .* choose ring, or mesh.context=2"),
-        ({}, {"implementation": "reference"}, "'reference' cannot work in a ring .* choose 'xla' or 'auto'"),
-        ({}, {"implementation": "pallas_tpu"}, "'pallas_tpu' needs a TPU and this is cpu"),
+        (
+            {"method": "all_to_all", "num_heads": 2},
+            {},
+            "cannot split a device's 2 heads .* choose ring, or mesh.context=2",
+        ),
+        ({}, {"implementation": "reference"}, "'reference' does not support ring attention .* choose 'xla' or 'auto'"),
+        ({}, {"implementation": "pallas_tpu"}, "'pallas_tpu' needs a TPU, not cpu"),
     ],
 )
-def test_what_cannot_work_says_what_to_change(changes, settings, message):
+def test_unsupported_settings_are_rejected_with_a_remedy(changes, settings, message):
     with pytest.raises(ConfigError, match=message):
         run_case(dataclasses.replace(Case("refused", 4), **changes), **settings)

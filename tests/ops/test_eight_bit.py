@@ -1,4 +1,4 @@
-"""8-bit products in training: exact integer arithmetic, gradients straight through the rounding, same on any mesh."""
+"""8-bit training products: exact integer arithmetic, straight-through gradients, the same on any mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,8 @@ def product_and_gradients(kind, x, weight, grad):
     return linear(x, weight, kind), *jax.grad(loss, (0, 1))(x, weight)
 
 
-def test_int8_products_are_those_of_rounded_operands():
-    """y = Q(x) Q(W); dx = Q(dy) Q(W^T), each rounded along what is summed; dW = x^T dy, unrounded but for bfloat16."""
+def test_int8_products_match_rounded_operands():
+    """y = Q(x) Q(W); dx = Q(dy) Q(W^T), each rounded along the contraction; dW = x^T dy, rounded only to bfloat16."""
     x, weight, grad = draw(6, 5, 32), draw(32, 24, seed=1), draw(6, 5, 24, seed=2)
     got, grad_x, grad_weight = product_and_gradients("int8", jnp.asarray(x), jnp.asarray(weight), grad)
     np.testing.assert_allclose(got, rounded(x, -1) @ rounded(weight, 0), atol=2e-5)
@@ -43,10 +43,10 @@ def test_int8_products_are_those_of_rounded_operands():
 
 
 @pytest.mark.parametrize(("kind", "bounds"), [("int8", (0.012, 0.012, 0.005)), ("fp8", (0.045, 0.07, 0.005))])
-def test_the_error_of_a_product_is_that_of_8_bits(kind, bounds):
+def test_product_error_matches_8_bits(kind, bounds):
     """Relative to the norm of the result.
 
-    With m bits behind the leading one a value is off by 2^-(m+1) / (sqrt(3) sqrt(2)) or so in the mean square: 0.026 in
+    With m bits after the leading one, the RMS error of a value is about 2^-(m+1) / (sqrt(3) sqrt(2)): 0.026 in
     e4m3 and 0.051 in e5m2, so 0.036 for a product of two e4m3 and 0.057 for one with e5m2.
     """
     x, weight, grad = draw(64, 256), draw(256, 128, seed=1), draw(64, 128, seed=2)
@@ -71,8 +71,8 @@ def test_zeros_and_outliers_stay_finite(kind):
     "sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 2, "context": 2, "tensor": 2}], ids=str
 )
 @pytest.mark.parametrize("axes", [("embed", "mlp"), ("mlp", "embed")], ids=["column", "row"])
-def test_a_mesh_changes_nothing(sizes, axes):
-    """Scales are of whole rows and columns, also where the axis that is summed lies on several devices."""
+def test_mesh_changes_nothing(sizes, axes):
+    """Scales are of whole rows and columns, also if the contracted axis is sharded."""
     x, weight, grad = draw(8, 8, 32), draw(32, 16, seed=1), draw(8, 8, 16, seed=2)
     alone = product_and_gradients("int8", jnp.asarray(x), jnp.asarray(weight), grad)
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
@@ -95,7 +95,7 @@ def test_a_mesh_changes_nothing(sizes, axes):
         np.testing.assert_allclose(b, a, rtol=1e-6, atol=1e-4 if name == "dW" else 1e-5, err_msg=name)
 
 
-def test_adapters_on_a_rounded_base_are_not_rounded_to_8_bits():
+def test_adapters_on_an_8_bit_base_are_not_rounded():
     x, base, down, up = draw(4, 32), draw(32, 24, seed=1), draw(32, 4, seed=2), draw(4, 24, seed=3)
     got = linear(jnp.asarray(x), AdaptedWeight(jnp.asarray(base), jnp.asarray(down), jnp.asarray(up), 0.5), "int8")
     base_alone = linear(jnp.asarray(x), jnp.asarray(base), "int8")
@@ -103,12 +103,12 @@ def test_adapters_on_a_rounded_base_are_not_rounded_to_8_bits():
     np.testing.assert_allclose(got, base_alone + 0.5 * update, rtol=1e-6, atol=1e-5)
 
 
-def test_fp8_is_refused_where_the_device_has_none(tmp_path):
+def test_fp8_is_rejected_on_devices_without_it(tmp_path):
     config = TrainConfig(
         kind="train",
         output=str(tmp_path),
         model={"eight_bit": "fp8"},
         objective={"kind": "pretrain", "sources": [{"path": "x"}]},
     )
-    with pytest.raises(ConfigError, match=r"model\.eight_bit: fp8 needs matrix units .* cpu has none; set int8"):
+    with pytest.raises(ConfigError, match=r"model\.eight_bit: fp8 needs fp8 matrix units, .* cpu has none; set int8"):
         check_precision(config, jax.devices()[0])

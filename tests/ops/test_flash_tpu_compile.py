@@ -1,4 +1,4 @@
-"""The flash kernels compile for real TPUs: the TPU compiler runs on this CPU and needs no TPU."""
+"""The flash kernels compile for real TPUs: the TPU compiler runs on a CPU without a TPU."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ CASES = {
 
 
 def compile_all(target: str) -> None:
-    """Compile every case, forward and backward, on a mesh of the target's chips, and print what is in it."""
+    """Compile every case, forward and backward, on a mesh of the target's chips, and print its kernels and FLOPs."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -57,7 +57,7 @@ def compile_all(target: str) -> None:
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, tuple[int, int]]]:
-    """Of each case on each target, how many kernels and operations it has; all out of one process."""
+    """Number of kernels and FLOPs of each case on each target; all from one process."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -77,9 +77,9 @@ def compiled() -> dict[str, dict[str, tuple[int, int]]]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_forward_and_backward_compile_to_mosaic_kernels(target, compiled):
-    # The forward pass, the queries' gradient, and the keys' and values'.
+    # The forward pass, the query gradient, and the key and value gradients.
     assert {name: kernels for name, (kernels, _) in compiled[target].items()} == dict.fromkeys(CASES, 3)
-    # The planner reads these: 9 products of 2 x length^2 x head_dim for each head. With two blocks a side, causal
+    # Cost estimates for the compiler: 9 products of 2 x length^2 x head_dim per head. With two blocks per side, causal
     # attention skips a quarter.
     _, flops = compiled[target]["grouped heads"]
     assert flops == pytest.approx(9 * 4 * 2 * 1024**2 * 128 * 3 / 4, rel=0.02)

@@ -1,4 +1,4 @@
-"""Products of activations and weights: plain, adapted, quantised and cut over devices."""
+"""Products of activations and weights: plain, adapted, quantized and sharded."""
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +58,8 @@ class TestLinear:
         np.testing.assert_allclose(grad_table, expected, atol=tolerance * np.sqrt(len(tokens)))
 
 
-def test_sums_are_float32_though_operands_are_bfloat16():
-    """In bfloat16, 256 + 1 is 256: a sum of 1,024 ones kept in it would stop there."""
+def test_bfloat16_operands_accumulate_in_float32():
+    """In bfloat16, 256 + 1 is 256: a bfloat16 sum of 1,024 ones would stop there."""
     ones = jnp.ones((1, 1024))
     assert linear(ones, jnp.ones((1024, 1)), "bfloat16")[0, 0] == 1024
 
@@ -76,7 +76,7 @@ class TestAdaptedWeight:
     def adapted(self):
         return AdaptedWeight(*(jnp.asarray(draw(*s, seed=i)) for i, s in enumerate([(24, 16), (24, 3), (3, 16)])), 0.5)
 
-    def test_is_the_weight_and_its_update(self):
+    def test_adapted_product_is_weight_plus_update(self):
         weight, x = self.adapted(), draw(2, 5, 24, seed=9)
         base, down, up = float64(weight.base, weight.down, weight.up)
         got = linear(jnp.asarray(x), weight, "float32")
@@ -89,14 +89,14 @@ class TestAdaptedWeight:
         np.testing.assert_allclose(grads.down, 0.5 * x.T @ grad @ up.T, atol=1e-4)
         np.testing.assert_allclose(grads.up, 0.5 * (x @ down).T @ grad, atol=1e-4)
 
-    def test_over_a_quantised_weight(self):
+    def test_over_a_quantized_weight(self):
         weight, x = self.adapted(), jnp.asarray(draw(5, 24, seed=9))
         base = quantize(weight.base.T)
         got = linear(x, AdaptedWeight(base, weight.down, weight.up, 0.5), "float32")
         np.testing.assert_allclose(got, base.multiply(x) + 0.5 * x @ weight.down @ weight.up, atol=1e-4)
 
 
-class TestQuantised:
+class TestQuantized:
     def test_weights_and_tables_are_multiplied_as_integers(self):
         x, weight = jnp.asarray(draw(3, 24)), jnp.asarray(draw(24, 16, seed=1))
         expected = quantize(weight.T).multiply(x)
@@ -110,14 +110,14 @@ class TestQuantised:
         assert np.abs(np.asarray(got, np.float32) - table[np.asarray(tokens)]).max() < 0.02 * np.abs(table).max()
 
 
-def test_embed_takes_rows():
+def test_embed_selects_rows():
     table, tokens = draw(11, 8), np.array([[3, 0], [10, 3]])
     np.testing.assert_array_equal(embed(jnp.asarray(table), jnp.asarray(tokens), "float32"), table[tokens])
 
 
 @pytest.mark.parametrize("weight_axes", [("embed", "mlp"), ("mlp", "embed")])
-def test_on_a_mesh_values_and_gradients_are_those_of_one_device(weight_axes):
-    """Fully sharded (the weight is gathered) and tensor parallel, cut along the output or along the sum."""
+def test_values_and_gradients_do_not_depend_on_mesh(weight_axes):
+    """Fully sharded (the weight is gathered) and tensor parallel, along the output or the contraction."""
     x, weight, grad = draw(8, 4, 16), draw(16, 32, seed=1), draw(8, 4, 32, seed=2)
 
     def loss(x, weight, grad):
@@ -135,7 +135,7 @@ def test_on_a_mesh_values_and_gradients_are_those_of_one_device(weight_axes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
 
 
-def test_embedding_on_a_mesh_is_that_of_one_device():
+def test_embedding_does_not_depend_on_mesh():
     table, tokens = draw(16, 8), np.arange(32).reshape(8, 4) % 16
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
@@ -155,7 +155,7 @@ def test_embedding_on_a_mesh_is_that_of_one_device():
         ("avx512_bf16 amx_bf16", "--xla_cpu_max_isa=AVX512_BF16", "bfloat16"),
     ],
 )
-def test_auto_takes_bfloat16_operands_where_the_processor_multiplies_them(monkeypatch, flags, xla_flags, expected):
+def test_auto_uses_bfloat16_operands_if_the_processor_supports_them(monkeypatch, flags, xla_flags, expected):
     monkeypatch.setenv("XLA_FLAGS", xla_flags)
     monkeypatch.setattr(hardware.Path, "read_text", lambda path, encoding: f"processor : 0\nflags : {flags}\n")
     hardware._cpu_multiplies_bfloat16.cache_clear()

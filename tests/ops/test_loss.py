@@ -1,4 +1,4 @@
-"""Log-probabilities of targets: equal to log_softmax, in chunks, without ever holding all logits."""
+"""Log-probabilities of targets: equal to log_softmax, in chunks, without materializing all logits."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def inputs():
 
 
 def loss_of(chunk_length, targets, weights, squares):
-    """A loss in which log p and log Z of every token have weights of their own."""
+    """A loss in which log p and log Z of every token have their own weights."""
 
     def loss(hidden, head):
         log_p, log_z = log_probabilities_in_chunks(hidden, project, head, targets, chunk_length=chunk_length)
@@ -36,7 +36,7 @@ def loss_of(chunk_length, targets, weights, squares):
 
 
 @pytest.mark.parametrize("chunk_length", [1, 4, 5, 12, 100])
-def test_values_and_gradients_are_those_of_log_softmax(chunk_length, inputs):
+def test_values_and_gradients_match_log_softmax(chunk_length, inputs):
     hidden, head, targets = inputs
     random = np.random.default_rng(1)
     weights, squares = random.standard_normal((2, B, L))
@@ -67,7 +67,7 @@ def test_large_logits_do_not_overflow():
 
 
 def shapes_in(jaxpr) -> set[tuple[int, ...]]:
-    """Shapes of all values in a computation and in those inside it."""
+    """Shapes of all values in a jaxpr and its nested ones."""
     shapes = set()
     for equation in jaxpr.eqns:
         shapes |= {tuple(variable.aval.shape) for variable in equation.outvars if hasattr(variable.aval, "shape")}
@@ -94,7 +94,7 @@ def test_no_array_holds_all_logits(inputs):
     assert f"[{B},4,{V}]" in text
 
 
-def test_the_vocabulary_may_lie_on_several_devices(inputs):
+def test_vocabulary_may_be_sharded(inputs):
     hidden, head, targets = inputs
     head = np.concatenate([head, head[:, :1]], axis=1)
     ones = np.ones((B, L), np.float32)
@@ -104,5 +104,5 @@ def test_the_vocabulary_may_lie_on_several_devices(inputs):
         cut = jax.device_put(targets, P("data"))
         got = jax.jit(jax.grad(loss_of(5, cut, jax.device_put(ones, P("data")), 1.0), argnums=(0, 1)))(*arguments)
     for a, b in zip(got, expected):
-        # Devices add in another order: the rounding is that of the largest terms, near 10.
+        # Devices add in a different order: the rounding error is that of the largest terms, near 10.
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

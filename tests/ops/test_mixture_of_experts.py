@@ -30,7 +30,7 @@ def group_rows(sizes, rows):
 
 @pytest.mark.parametrize("implementation", ["ragged", "blocks"])
 @pytest.mark.parametrize("sizes", [(9, 0, 33, 1), (0, 0, 0, 0), (60, 0, 0, 0), (15, 15, 15, 15)], ids=str)
-def test_each_group_of_rows_meets_its_matrix(implementation, sizes):
+def test_each_group_of_rows_is_multiplied_by_its_matrix(implementation, sizes):
     random = np.random.default_rng(1)
     x, weight, cotangent = (random.normal(size=s).astype("float32") for s in ((60, 5), (4, 5, 7), (60, 7)))
     product = lambda x, w: grouped_linear(x, w, jnp.array(sizes), "float32", implementation, 1, ())  # noqa: E731
@@ -46,7 +46,7 @@ def test_each_group_of_rows_meets_its_matrix(implementation, sizes):
 
 
 def test_bfloat16_operands_have_float32_sums_in_both_directions():
-    """Of 512 small products, which a bfloat16 sum would stop counting at 256."""
+    """A sum of 512 small products, which in bfloat16 would stop at 256."""
     x, weight = np.ones((8, 512), "float32"), np.ones((1, 512, 2), "float32")
     y, pull = jax.vjp(lambda x, w: grouped_linear(x, w, jnp.array([8]), "bfloat16", "blocks", 1, ()), x, weight)
     np.testing.assert_array_equal(y, 512)
@@ -60,7 +60,7 @@ def test_bfloat16_operands_have_float32_sums_in_both_directions():
 # Routing
 
 
-def test_the_best_experts_are_chosen_and_the_first_of_equals():
+def test_best_experts_are_chosen_and_ties_go_to_the_lower_index():
     scores = np.array([[[0.1, 0.4, 0.4, 0.1], [0.25, 0.25, 0.25, 0.25]]], "float32")
     routing = route(scores, None, experts_per_token=2, normalize_weights=True, scaling=3.0)
     np.testing.assert_array_equal(routing.experts_BLK, [[[1, 2], [0, 1]]])
@@ -69,7 +69,7 @@ def test_the_best_experts_are_chosen_and_the_first_of_equals():
     np.testing.assert_allclose(plain.weights_BLK, [[[0.4, 0.4], [0.25, 0.25]]])
 
 
-def test_a_bias_changes_the_choice_and_not_the_weights():
+def test_bias_changes_the_choice_but_not_the_weights():
     scores = np.array([[[0.1, 0.5, 0.4]]], "float32")
     routing = route(scores, np.array([1.0, 0, 0]), experts_per_token=2, normalize_weights=False, scaling=1.0)
     np.testing.assert_array_equal(routing.experts_BLK, [[[0, 1]]])
@@ -132,11 +132,11 @@ def numpy_mixture():
     return y, chosen
 
 
-def test_the_reference_is_the_formula(reference):
+def test_reference_matches_formula(reference):
     np.testing.assert_allclose(reference[0], numpy_mixture()[0], atol=1e-5)
 
 
-def test_gradients_of_the_reference_are_finite_differences(reference):
+def test_reference_gradients_match_finite_differences(reference):
     random = np.random.default_rng(3)
     step = [random.normal(size=w.shape) for w in (GATE, UP, DOWN)]
     saved = [w.copy() for w in (GATE, UP, DOWN)]
@@ -161,20 +161,20 @@ MESHES = [
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_tokens_reach_their_experts_on_every_mesh(sizes, reference):
+def test_dispatch_matches_reference_on_every_mesh(sizes, reference):
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
     output_axes = RESIDUAL if sizes.get("tensor") else TOKENS
     y, gradients = mixture(mesh, output_axes=output_axes)
     assert_same((y, gradients), reference)
-    assert not y[~REAL].any(), "padding goes nowhere"
+    assert not y[~REAL].any(), "padding is not routed"
 
 
-def test_bfloat16_is_near(reference):
+def test_bfloat16_is_close(reference):
     assert_same(mixture(dtype="bfloat16"), reference, relative=0.03)
 
 
 def spread_by_definition(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
-    """`jax.lax.ragged_all_to_all` by what its documentation says, since XLA's CPU backend has none."""
+    """`jax.lax.ragged_all_to_all` as documented, since XLA's CPU backend does not implement it."""
     del recv_sizes
     everything = jax.lax.all_gather((operand, input_offsets, send_sizes, output_offsets), axis_name)
     me, place = jax.lax.axis_index(axis_name), jnp.arange(len(output))
@@ -186,22 +186,22 @@ def spread_by_definition(operand, output, input_offsets, send_sizes, output_offs
     return output
 
 
-def test_the_ragged_exchange_is_the_padded_one(reference, monkeypatch):
-    """The kernels of a TPU's rung: its all-to-all spelled out, and its products, which run everywhere."""
+def test_ragged_exchange_matches_padded_exchange(reference, monkeypatch):
+    """The TPU implementation: its all-to-all emulated, and its products, which run on any device."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", spread_by_definition)
     monkeypatch.setattr("maxlm.ops.moe.traced_platform", lambda: "tpu")
     assert_same(mixture(make_mesh(MeshConfig(expert=4, fsdp=2)), implementation=None), reference)
 
 
 @pytest.mark.parametrize(("name", "message"), [("ragged", "choose 'padded'"), ("sorted", "allowed: ragged, padded")])
-def test_an_implementation_that_cannot_work_here_is_refused(name, message):
+def test_unavailable_implementation_is_rejected(name, message):
     with pytest.raises(ConfigError, match=message):
         mixture(implementation=name)
 
 
 # Balance
 
-# The first document of the second row goes on from one device of a context axis to the next; the last row is padding.
+# The first document of the second row spans two devices of a context axis; the last row is padding.
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 2, 2], [1, 0, 0, 0, 0, 0, 0, 0], [0] * 8] * 2)
 
 
@@ -215,7 +215,7 @@ def balance(mesh=None):
         return jax.device_get(jax.jit(jax.value_and_grad(loss))(LOGITS))
 
 
-def test_the_balance_is_that_of_each_document():
+def test_balance_loss_matches_formula_per_document():
     """Equations 17 to 20 of arXiv:2412.19437, document by document, in float64."""
 
     def formula(logits):
@@ -238,15 +238,15 @@ def test_the_balance_is_that_of_each_document():
     assert not gradient[SEGMENTS == 0].any()
 
 
-def test_the_balance_is_the_same_where_rows_are_cut():
+def test_balance_loss_is_the_same_for_sharded_rows():
     value, gradient = balance(make_mesh(MeshConfig(fsdp=1, context=4, expert=2)))
     expected_value, expected_gradient = balance()
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-7)
 
 
-def test_an_even_spread_has_the_lowest_balance():
-    """1 for each token where all experts are equal, and E / K where all tokens go to the same ones."""
+def test_uniform_load_has_the_lowest_balance_loss():
+    """1 per token if all experts have equal load, and E / K if all tokens go to the same ones."""
     segments = np.ones((1, E // K), int)
     even = np.arange(E).reshape(1, -1, K)
     flat = np.full((1, E // K, E), 0.5, "float32")
@@ -256,7 +256,7 @@ def test_an_even_spread_has_the_lowest_balance():
     np.testing.assert_allclose(document_balance(first, same, segments), (E / K) * (E // K), rtol=1e-6)
 
 
-def test_the_bias_is_pulled_by_the_error_of_the_load_and_the_loss_is_zero():
+def test_bias_gradient_is_load_error_and_loss_is_zero():
     experts = np.array([[[0, 1], [0, 2], [0, 1]]])
     load = choices(experts, np.array([[True, True, False]]), 4).sum((0, 1))
     value, gradient = jax.value_and_grad(bias_pull)(jnp.array([0.3, -0.2, 0.1, 7.0]), load)

@@ -29,8 +29,8 @@ def test_values_and_gradients(epsilon):
     np.testing.assert_allclose(got[1], (weights * x * inverse).sum((0, 1)), rtol=1e-5, atol=1e-6)
 
 
-def test_it_is_computed_in_float32_and_keeps_the_dtype():
-    """Squares of values like these leave what 16 bits can hold apart."""
+def test_rms_norm_computes_in_float32_and_keeps_dtype():
+    """Squares of these values exceed the precision of 16 bits."""
     x = np.random.default_rng(0).standard_normal((2, 512)) * 100
     got = rms_norm(jnp.asarray(x, "bfloat16"), jnp.ones(512), 1e-6)
     assert got.dtype == jnp.bfloat16

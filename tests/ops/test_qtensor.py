@@ -1,4 +1,4 @@
-"""int8 weights and two-digit activations: what is stored, how far it may be off, and that products are of integers."""
+"""int8 weights and two-digit activations: stored values, error bounds, and exact integer products."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 from maxlm.ops.qtensor import QTensor, quantize, split
 
-# Row sizes over six orders of magnitude, as those of real layers are not equal either.
+# Row magnitudes over six decades, since those of real layers vary too.
 ROW_SIZES = np.logspace(-3, 3, 7)[:, None]
 
 
@@ -62,7 +62,7 @@ class TestQuantize:
         values = np.asarray(quantize(x).values)
         assert (np.sign(values) * np.sign(np.asarray(x)) >= 0).all()
 
-    def test_what_is_not_finite_does_not_pass_for_a_number(self):
+    def test_non_finite_values_stay_non_finite(self):
         weight = quantize(jnp.asarray(draw(3, 4)))
         for bad in (np.nan, np.inf):
             got = weight.multiply(jnp.asarray([[1.0, bad, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0]]))
@@ -76,12 +76,12 @@ class TestSplit:
         got, (digits, scales) = split(jnp.asarray(x)), reference_digits(x)
         np.testing.assert_allclose(got.scales, scales, rtol=1e-6)
         np.testing.assert_array_equal(got.values[0], digits[0])
-        # float32 leaves two decimal digits of a step to the low digit: where it lies half-way it may round to either.
+        # float32 leaves two decimal digits of a step for the low digit: half-way values may round to either side.
         assert np.abs(np.asarray(got.values[1], np.float64) - digits[1]).max() <= 1
         assert (np.asarray(got.values[1]) == digits[1]).mean() > 0.95
         assert got.values.dtype == jnp.int8
 
-    def test_is_off_by_a_32000th_of_the_largest_value(self):
+    def test_error_is_at_most_a_32000th_of_the_largest_value(self):
         x = draw(7, 1000) * ROW_SIZES.astype(np.float32)
         got = split(jnp.asarray(x))
         values = np.asarray(got.values, np.float64)
@@ -108,8 +108,8 @@ class TestMultiply:
         assert got.shape == (*leading, 20)
         np.testing.assert_allclose(got, (high + low / 256) * scales, rtol=5e-7, atol=1e-7 * np.abs(high * scales).max())
 
-    def test_equals_the_product_with_the_dequantised_weight(self):
-        """In float64: what is left of the activations' rounding is a thousandth of what int8 alone would cost."""
+    def test_equals_the_product_with_the_dequantized_weight(self):
+        """In float64: the rounding error of the activations is a thousandth of that of plain int8."""
         x = draw(64, 256) * np.float32(10.0) ** np.arange(-2, 2)[np.arange(64) % 4, None]
         weight = quantize(jnp.asarray(draw(32, 256, seed=1)))
         exact = x.astype(np.float64) @ np.asarray(weight.dequantize(), np.float64).T
@@ -118,7 +118,7 @@ class TestMultiply:
 
     @pytest.mark.parametrize("rows", [1, 2, 64])
     def test_sums_are_exact_where_float32_sums_are_not(self, rows):
-        """4,097 products of 127 * 127 exceed 2^24; the odd one at the end is lost by a sum in float32."""
+        """4,097 products of 127 * 127 exceed 2^24; a float32 sum loses the odd one at the end."""
         features = 4097
         row = np.full(features, 127, np.int8)
         row[-1] = 1
@@ -135,7 +135,7 @@ class TestMultiply:
         for dtype in (jnp.float32, jnp.bfloat16):
             assert weight.multiply(jnp.asarray(draw(2, 8), dtype)).dtype == dtype
 
-    def test_a_token_does_not_depend_on_its_neighbours(self):
+    def test_a_token_does_not_depend_on_its_neighbors(self):
         x, weight = draw(4, 3, 32), quantize(jnp.asarray(draw(16, 32, seed=1)))
         x[1] *= 1e4
         whole = np.asarray(weight.multiply(jnp.asarray(x)))
@@ -165,7 +165,7 @@ class TestMultiply:
         assert np.sqrt(np.mean((got - exact) ** 2)) < 0.01 * exact.std()
 
 
-def test_rows_are_those_of_the_table():
+def test_rows_match_the_dequantized_table():
     table = quantize(jnp.asarray(draw(11, 8)))
     index = jnp.asarray([[0, 10, 3], [3, 3, 1]])
     np.testing.assert_array_equal(table.rows(index), np.asarray(table.dequantize())[np.asarray(index)])

@@ -1,4 +1,4 @@
-"""RoPE against rotations of complex numbers, and what makes it a position embedding."""
+"""RoPE against rotations of complex numbers, and its properties as a position embedding."""
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,14 @@ def rotate(x, positions, theta=10_000.0):
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 500.0])
-def test_pairs_turn_as_complex_numbers_do(theta):
+def test_channel_pairs_rotate_like_complex_numbers(theta):
     random = np.random.default_rng(0)
     x, positions = random.standard_normal((2, 5, 3, 8)), random.integers(0, 300, (2, 5))
     z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[..., None, None] * theta ** (-2.0 * np.arange(4) / 8))
     np.testing.assert_allclose(rotate(x, positions, theta), np.concatenate([z.real, z.imag], -1), rtol=1e-4, atol=1e-4)
 
 
-def test_only_distances_count():
+def test_dot_products_depend_only_on_distance():
     random = np.random.default_rng(0)
     query, key = random.standard_normal((2, 1, 1, 1, 16))
     products = [(rotate(query, [[40 + shift]]) * rotate(key, [[33 + shift]])).sum() for shift in (0, 5, 1000)]
@@ -28,8 +28,8 @@ def test_only_distances_count():
     assert abs((rotate(query, [[40]]) * rotate(key, [[34]])).sum() - products[0]) > 0.01
 
 
-def test_far_positions_keep_their_precision():
-    """Angles are computed in float32 however low the activations are."""
+def test_large_positions_keep_precision():
+    """Angles are float32 for any dtype of the activations."""
     x = np.random.default_rng(0).standard_normal((1, 1, 1, 8))
     angles = rope_angles(jnp.asarray([[4001]]), 8, 10_000.0)
     got = apply_rope(jnp.asarray(x, "bfloat16"), angles)
@@ -38,7 +38,7 @@ def test_far_positions_keep_their_precision():
     np.testing.assert_allclose(np.float32(got), rotate(x, [[4001]]), atol=0.03)
 
 
-def test_the_gradient_turns_back():
+def test_gradient_is_rotated_back():
     random = np.random.default_rng(0)
     x, grad = random.standard_normal((2, 1, 6, 2, 8))
     positions = np.arange(6)[None]

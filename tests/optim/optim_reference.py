@@ -1,7 +1,7 @@
-"""Optimizers in numpy float64, one array at a time, and a tree of parameters to try them on.
+"""Optimizers in numpy float64, one array at a time, and a tree of parameters to test them on.
 
-Each rule is a class called with the gradients of one parameter, in order; it returns the direction that the learning
-rate multiplies.
+Each rule is a class called with the gradients of one parameter, in order; it returns the direction, to be multiplied
+by the learning rate.
 """
 
 import jax
@@ -13,7 +13,7 @@ from maxlm.core.tree import flatten
 
 
 def plan(num_layers=4, embed=32, mlp=48, experts=2, vocab=64):
-    """Declarations as a decoder with experts has them."""
+    """Parameter declarations like those of a decoder with experts."""
 
     def declare(*sizes_and_axes):
         sizes, axes = zip(*sizes_and_axes)
@@ -37,7 +37,7 @@ def plan(num_layers=4, embed=32, mlp=48, experts=2, vocab=64):
 
 
 def random_tree(plan, seed, dtype="float32"):
-    """An array in the place of each declaration."""
+    """A random array for each declaration."""
     random = np.random.default_rng(seed)
     is_parameter = lambda leaf: isinstance(leaf, Parameter)  # noqa: E731
     return jax.tree.map(lambda p: jnp.asarray(random.standard_normal(p.shape), dtype), plan, is_leaf=is_parameter)
@@ -52,7 +52,7 @@ def is_matrix(path):
 
 
 def each_matrix(function, array):
-    """`function` of each matrix of a stack."""
+    """Apply `function` to each matrix of a stack."""
     stack = array.reshape(-1, *array.shape[-2:])
     return np.stack([function(matrix) for matrix in stack]).reshape(array.shape)
 
@@ -85,7 +85,7 @@ class Lion:
 
 
 class Sgd:
-    """Nesterov momentum as torch.optim.SGD has it."""
+    """Nesterov momentum as in torch.optim.SGD."""
 
     def __init__(self, config):
         self.config, self.m = config, 0.0
@@ -117,7 +117,7 @@ class Adafactor:
 
 
 class Muon:
-    """Nesterov momentum, orthogonalised by five quintic steps."""
+    """Nesterov momentum, orthogonalized by five quintic steps."""
 
     def __init__(self, config):
         self.config, self.trace = config, 0.0
@@ -127,7 +127,7 @@ class Muon:
         self.trace = beta * self.trace + (1 - beta) * grad
 
         def orthogonal(matrix):
-            # A polynomial of the matrix acts on its singular values alone.
+            # A polynomial of the matrix acts only on its singular values.
             u, s, vt = np.linalg.svd(matrix / np.linalg.norm(matrix), full_matrices=False)
             for _ in range(5):
                 s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
@@ -137,7 +137,7 @@ class Muon:
 
 
 class Soap:
-    """arXiv:2409.11321, algorithm 3, of one matrix; the first gradient sets the bases."""
+    """arXiv:2409.11321, algorithm 3, for one matrix; the first gradient sets the bases."""
 
     def __init__(self, config, shape):
         self.config, self.adam = config, Adam(config)
@@ -150,7 +150,7 @@ class Soap:
         if self.count:
             left, right = self.bases
             self.m = c.beta1 * self.m + (1 - c.beta1) * grad
-            # Adam of the turned gradient, with the first moment taken before the turn.
+            # Adam on the rotated gradient, with the first moment taken before the rotation.
             self.adam(left.T @ grad @ right)
             first = left.T @ self.m @ right / (1 - c.beta1**self.count)
             second = np.sqrt(self.adam.v / (1 - c.beta2**self.count))
@@ -170,7 +170,7 @@ class Soap:
 
 
 class SoapStack:
-    """Soap of each matrix of a stack."""
+    """Soap applied to each matrix of a stack."""
 
     def __init__(self, config, shape):
         self.rules = [Soap(config, shape[-2:]) for _ in range(int(np.prod(shape[:-2])))]

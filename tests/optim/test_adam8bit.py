@@ -1,4 +1,4 @@
-"""Moments of one byte: how far codes are from values, and what rounding at random does for small steps."""
+"""8-bit moments: quantization error, and the effect of stochastic rounding on small steps."""
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,15 @@ CODES = {
 
 
 def values(name, shape=(2, 32, 48), seed=0):
-    """Over six decades; the second moments of what the first are the moments of."""
+    """Moments over six decades; the second moments are of the same values as the first."""
     random = np.random.default_rng(seed)
     x = random.choice([-1, 1], shape) * 10 ** random.uniform(-6, 0, shape)
     return x if name == "first" else x**2
 
 
 @pytest.mark.parametrize("name", CODES)
-def test_codes_are_the_nearest_of_the_formula(name):
-    """With a noise of one half, to float64 of scale * (code / largest)^power, each tile of 16 by 16 by itself."""
+def test_codes_are_nearest_to_formula(name):
+    """With noise of one half, nearest to float64 scale * (code / largest)^power, for each tile of 16 by 16."""
     power, num_codes = CODES[name].values()
     x = values(name)
     x[0, :16, :16] *= 1e3
@@ -42,7 +42,7 @@ def test_codes_are_the_nearest_of_the_formula(name):
     scales = np.repeat(np.repeat(np.float64(scale), 16, 1), 16, 2)
     nearest = np.abs(np.abs(x)[..., None] / scales[..., None] - table).argmin(-1)
     nearest = np.maximum(nearest, 1) if name == "second" else nearest * np.sign(x)
-    # Where a value is as good as half way, float32 may choose the other side.
+    # Where a value is almost half way, float32 may choose the other side.
     assert (np.abs(np.int64(codes) - nearest) > 0).mean() < 1e-3
     decoded = np.float64(decode(codes, scale, **CODES[name]))
     expected = np.sign(x) * table[np.abs(np.int64(codes))] * scales
@@ -52,7 +52,7 @@ def test_codes_are_the_nearest_of_the_formula(name):
 
 
 @pytest.mark.parametrize("name", CODES)
-def test_rounding_does_not_change_the_mean(name):
+def test_rounding_is_unbiased(name):
     x = jnp.asarray(values(name, (1, 16, 16)), jnp.float32)
 
     def once(key):
@@ -60,13 +60,13 @@ def test_rounding_does_not_change_the_mean(name):
 
     samples = np.float64(jax.jit(jax.vmap(once))(jax.random.split(jax.random.key(0), 2000)))
     error, deviation = np.abs(samples.mean(0) - np.float64(x)), samples.std(0) / np.sqrt(2000)
-    # The smallest second moments never fall to zero and are left out.
+    # The smallest second moments never reach zero and are excluded.
     seen = np.abs(x) > (0 if name == "first" else 1 / SECOND_CODES**SECOND_POWER) * np.abs(x).max()
-    # Of 256 normal numbers, where both codes were drawn.
+    # Over 256 normal numbers, where both codes were drawn.
     assert (error < np.where(deviation > 0, 4.5 * deviation, 0.02 * np.abs(x)))[seen].all()
 
 
-def test_values_of_codes_and_zeros_stay():
+def test_representable_values_and_zeros_are_unchanged():
     codes = np.arange(-127, 129).clip(max=127).astype(np.int8).reshape(16, 16)
     scale = jnp.full((1, 1), 0.37)
     again, scale_again = encode(decode(codes, scale, **CODES["first"]), jnp.full((16, 16), 0.5), **CODES["first"])
@@ -77,8 +77,8 @@ def test_values_of_codes_and_zeros_stay():
         np.testing.assert_array_equal(decode(*zeros, **CODES[name]), 0)
 
 
-def test_a_parameter_without_gradients_comes_to_rest():
-    """Its first moment falls by a tenth each step: rounded to the nearest code it would stop at 1e-3."""
+def test_moments_without_gradients_decay_to_zero():
+    """The first moment decays by a tenth per step: with rounding to nearest it would stop at 1e-3."""
     optimizer = scale_by_adam8bit(0.9, 0.95, 1e-8)
     update = jax.jit(optimizer.update)
     grad = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
@@ -92,8 +92,8 @@ def test_a_parameter_without_gradients_comes_to_rest():
     assert first[:15].max() < 1e-6
 
 
-def test_steps_are_near_those_of_adam():
-    """Of gradients whose sizes span three decades within each tile."""
+def test_steps_are_close_to_adam():
+    """With gradients that span three decades within each tile."""
     optimizer = scale_by_adam8bit(0.9, 0.95, 1e-8)
     update = jax.jit(optimizer.update)
     random = np.random.default_rng(0)
@@ -110,7 +110,7 @@ def test_steps_are_near_those_of_adam():
     assert abs((error * np.sign(expected)).mean()) < 0.01
 
 
-def test_a_matrix_takes_two_bytes_a_parameter_and_a_vector_eight():
+def test_state_takes_two_bytes_per_matrix_entry_and_eight_per_vector_entry():
     state = scale_by_adam8bit(0.9, 0.95, 1e-8).init({"w": jnp.zeros((4, 64, 64)), "layers/norm": jnp.zeros((4, 64))})
     sizes = {path: sum(leaf.nbytes for leaf in leaves.values()) for path, leaves in state["moments"].items()}
     assert sizes == {"w": 4 * 64 * 64 * (2 + 2 * 4 / 256), "layers/norm": 4 * 64 * 8}

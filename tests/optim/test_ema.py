@@ -1,4 +1,4 @@
-"""The running mean of the weights: its formula, and that it is trained, validated, saved, resumed and loaded."""
+"""The moving average of the weights: formula, validation, saving, resuming and loading."""
 
 from functools import partial
 
@@ -27,7 +27,7 @@ from maxlm.train.state import create_state
 from maxlm.train.step import train_step
 
 
-def test_the_mean_is_that_of_the_formula():
+def test_average_matches_formula():
     values = np.random.default_rng(0).standard_normal((40, 5))
     mean, ema = values[0], create_ema({"w": jnp.asarray(values[0], jnp.bfloat16)})
     mean = np.float64(jnp.asarray(mean, jnp.bfloat16))
@@ -48,7 +48,7 @@ def loaded(path, **settings):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_data_folder):
-    """The configuration of a run of four steps, two and then two more, with a checkpoint after each."""
+    """The configuration of a run of two and then two more steps, with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("ema") / "run"
     optim = {"learning_rate": 1e-2, "ema_decay": 0.25, "schedule": {"warmup_steps": 1, "kind": "constant"}}
     settings = {"optim": optim, "checkpoint": {"every": 1, "keep": 4}, "eval_every": 0}
@@ -58,7 +58,7 @@ def run(tmp_path_factory, tiny_data_folder):
     return config
 
 
-def test_a_run_keeps_validates_resumes_and_loads_the_mean(run):
+def test_run_saves_validates_resumes_and_loads_average(run):
     model, last = loaded(run.output)
     start = initialize(Decoder(model.config), jax.random.key(run.seed))
     mean = {path: np.float64(leaf) for path, leaf in flatten(start).items()}
@@ -75,7 +75,7 @@ def test_a_run_keeps_validates_resumes_and_loads_the_mean(run):
     assert record["valid_ema_loss"] == pytest.approx(record["valid_loss"], rel=0.1)
 
 
-def test_a_run_without_the_mean_says_so(tmp_path):
+def test_loading_average_of_run_without_one_is_an_error(tmp_path):
     weights = {"w": jnp.ones(3)}
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         checkpointer.save(create_state(weights, make_optimizer(OptimConfig())), {})
@@ -83,7 +83,7 @@ def test_a_run_without_the_mean_says_so(tmp_path):
         restore_ema(find_checkpoint(tmp_path), weights)
 
 
-def test_a_step_that_is_skipped_changes_no_mean():
+def test_skipped_step_does_not_change_average():
     def loss(trainable, frozen, batch, key):
         return LossOutput({"loss": Term(jnp.sum(trainable["w"] * batch), jnp.float32(1))}, {})
 

@@ -1,4 +1,4 @@
-"""Learning rates and decays by path, and what is said of a pattern that fits nothing."""
+"""Learning rates and decays by path, and errors for patterns that match nothing."""
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ def updates_of(groups, grads=None, **settings):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_the_first_group_that_matches_sets_rate_and_decay(kind):
+def test_first_matching_group_sets_rate_and_decay(kind):
     groups = [
         {"match": "layers/mlp/*", "learning_rate_factor": 0.5},
         {"match": "*norm*", "weight_decay": 0.2},
@@ -46,7 +46,7 @@ def test_the_first_group_that_matches_sets_rate_and_decay(kind):
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-7, err_msg=path)
 
 
-def test_patterns_that_fit_nothing_are_told_all_at_once():
+def test_patterns_that_match_nothing_are_reported_together():
     groups = [
         {"match": "layers/mpl/down"},
         {"match": "layers/*"},
@@ -58,11 +58,11 @@ def test_patterns_that_fit_nothing_are_told_all_at_once():
     first, second, third = error.value.problems
     assert first.startswith("optim.groups.0.match: 'layers/mpl/down' matches no parameter; the nearest are ")
     assert "layers/mlp/down" in first
-    assert second.startswith("optim.groups.2.match: 'layers/mlp/down' matches only what groups before it match")
+    assert second.startswith("optim.groups.2.match: 'layers/mlp/down' matches only parameters of earlier groups")
     assert third.startswith("optim.groups.3.match: '*router_bias' matches no parameter; the nearest are ")
 
 
-def test_a_run_is_refused_before_anything_is_made(tmp_path, tiny_data_folder):
+def test_run_is_rejected_before_anything_is_created(tmp_path, tiny_data_folder):
     with pytest.raises(ConfigError, match=r"'layers/mpl/[*]' matches no parameter"):
         train(tiny_config(tmp_path / "run", tiny_data_folder, optim={"groups": [{"match": "layers/mpl/*"}]}))
     assert not (tmp_path / "run" / "config.yaml").exists()

@@ -24,14 +24,14 @@ from maxlm.optim.build import apply_updates, gradient_norm, labels, make_optimiz
 PLAN = plan()
 DECODER = Decoder(ModelConfig(**{**MODEL, "vocab_size": 64, "qk_norm": True}))
 KINDS = ("adamw", "adam8bit", "adafactor", "lion", "sgd", "muon", "soap")
-# adam8bit rounds its moments to codes 1 to 10 percent apart; how well is tested beside its codes.
+# adam8bit rounds its moments to codes 1 to 10 percent apart; its accuracy is tested in test_adam8bit.py.
 EXACT = tuple(kind for kind in KINDS if kind != "adam8bit")
 
 
 def config_of(kind, **settings):
     if kind == "soap":
-        # Directions that have hardly had a gradient hold rounding errors, which differ from processor to processor:
-        # a small epsilon would divide them by themselves.
+        # Directions with almost no gradient contain rounding errors, which differ between processors:
+        # with a small epsilon they would be divided by themselves.
         settings = {"epsilon": 1e-4, **settings}
     return OptimConfig(kind=kind, **{"learning_rate": 0.01, "precondition_every": 2, **settings})
 
@@ -64,7 +64,7 @@ def in_reference(config, *, plan=PLAN, steps=4):
 
 
 def assert_moved_alike(got, expected, *, rtol, start=None):
-    """Equal to a part of how far each parameter has moved."""
+    """Assert equality relative to how far each parameter moved."""
     start = start or in_numpy(random_tree(PLAN, 0))
     for path, value in expected.items():
         moved = np.abs(value - start[path]).max()
@@ -79,7 +79,7 @@ def alone():
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_updates_are_those_of_the_formulas(kind, alone):
+def test_updates_match_formulas(kind, alone):
     assert_moved_alike(alone[kind], in_reference(config_of(kind)), rtol=1e-3)
 
 
@@ -97,13 +97,13 @@ def test_updates_are_those_of_the_formulas(kind, alone):
     ],
     ids=str,
 )
-def test_settings_are_those_of_the_formulas(kind, settings):
+def test_settings_match_formulas(kind, settings):
     config = config_of(kind, **settings)
     assert_moved_alike(in_numpy(run(config)[0]), in_reference(config), rtol=2e-3)
 
 
 def test_adafactor_factors_each_matrix_of_a_stack():
-    """Of more layers than a matrix has rows, and of sides long enough to be factored."""
+    """With more layers than a matrix has rows, and sides long enough to be factored."""
     wide = plan(num_layers=2, embed=128, mlp=136, experts=2, vocab=130)
     deep = plan(num_layers=130, embed=8, mlp=128, experts=2, vocab=16)
     for each in (wide, deep):
@@ -119,24 +119,24 @@ MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, {"stage": 2, "expert": 2, "contex
 @pytest.mark.parametrize(
     ("kind", "sizes"), [("muon", {"fsdp": 8}), *((kind, sizes) for kind in KINDS for sizes in MESHES)], ids=str
 )
-def test_a_mesh_changes_no_update(kind, sizes, alone):
-    """And a device's part of the state is as its part of the parameters."""
+def test_updates_do_not_depend_on_mesh(kind, sizes, alone):
+    """And a device's share of the state is like its share of the parameters."""
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
     params, state = run(config_of(kind), mesh=mesh)
-    # Where compilers order sums differently, a code of adam8bit may be rounded to its other neighbour.
+    # If compilers order sums differently, a code of adam8bit may be rounded to its other neighbor.
     assert_moved_alike(in_numpy(params), alone[kind], rtol=0.03 if kind == "adam8bit" else 1e-3)
     assert part_of_a_device(state) < 1.15 * part_of_a_device(params)
 
 
 def part_of_a_device(tree):
-    """Of a tree's bytes, those that lie on one device."""
+    """Fraction of a tree's bytes on one device."""
     leaves = jax.tree.leaves(tree)
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves) / sum(leaf.nbytes for leaf in leaves)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adam8bit", "adafactor", "soap"])
-def test_state_of_bfloat16_parameters_is_kept_in_float32(kind):
-    """The same updates as of float32 parameters with those values, to the last place of bfloat16."""
+def test_state_of_bfloat16_parameters_is_float32(kind):
+    """The same updates as for float32 parameters of the same values, to the last place of bfloat16."""
     params, state = run(config_of(kind), dtype="bfloat16", steps=2)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"bfloat16"}
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} <= {"float32", "int32", "int8", "uint8"}
@@ -151,8 +151,8 @@ def test_state_of_bfloat16_parameters_is_kept_in_float32(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_decay_is_for_matrices_alone(kind):
-    """With gradients of zero, only what decays moves."""
+def test_decay_applies_only_to_matrices(kind):
+    """With zero gradients, only decayed parameters change."""
     optimizer = make_optimizer(config_of(kind, learning_rate=0.1, muon_learning_rate=0.1, weight_decay=0.5))
     params = random_tree(PLAN, 0)
     update = jax.jit(
@@ -166,8 +166,8 @@ def test_decay_is_for_matrices_alone(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_router_bias_moves_by_the_sign_of_its_error(kind):
-    """Whatever the optimizer, the clipping and the schedule, and of however large an error."""
+def test_router_bias_moves_by_sign_of_its_error(kind):
+    """For any optimizer, clipping and schedule, and any size of the error."""
     optimizer = make_optimizer(config_of(kind, clip_norm=0.1, router_bias_rate=0.25))
     params, grads = random_tree(PLAN, 0), random_tree(PLAN, 1)
     bias, error = (
@@ -187,30 +187,32 @@ def test_a_router_bias_moves_by_the_sign_of_its_error(kind):
             np.testing.assert_array_equal(value, flatten(updates)[path], err_msg=path)
 
 
-def test_the_norm_of_a_gradient_is_in_float32_and_without_router_biases():
+def test_gradient_norm_is_float32_and_excludes_router_biases():
     grads = random_tree(PLAN, 0, "bfloat16")
     squares = sum((leaf**2).sum() for path, leaf in in_numpy(grads).items() if "bias" not in path)
     assert float(gradient_norm(grads)) == pytest.approx(np.sqrt(squares), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["muon", "soap"])
-def test_matrices_of_layers_have_an_optimizer_of_their_own(kind):
+def test_only_matrices_of_layers_use_the_matrix_optimizer(kind):
     found = flatten(labels(kind, random_tree(DECODER, 0)))
     assert {path for path, label in found.items() if label == "main"} == {
         *(f"layers/attention/{name}" for name in ("query", "key", "value", "out")),
         *(f"layers/mlp/{name}" for name in ("gate", "up", "down")),
     }
     adapters = random_tree(declare_adapters(DECODER, LoraConfig(rank=2)), 0)
-    assert set(jax.tree.leaves(labels(kind, adapters))) == {"adam"}, "a product of two is no matrix to orthogonalise"
+    assert set(jax.tree.leaves(labels(kind, adapters))) == {"adam"}, (
+        "a low-rank factor is not a matrix to orthogonalize"
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [("adamw", 8), ("adam8bit", 2.03), ("adafactor", 0.055), ("lion", 4), ("sgd", 4), ("muon", 4.99), ("soap", 11.97)],
 )
-def test_state_takes_so_many_bytes_a_parameter(kind, expected):
-    """Of a model with a quarter of its parameters in the table. Muon keeps one number for a parameter of the layers,
-    soap two and, for each side of a matrix that is not over 256, two squares."""
+def test_state_bytes_per_parameter(kind, expected):
+    """For a model with a quarter of its parameters in the table. Muon keeps one number per parameter of the layers,
+    soap two and, for each side of a matrix up to 256, two square matrices."""
     layers = plan(num_layers=4, embed=256, mlp=512, experts=2, vocab=2048)
     params = abstract(layers)
     optimizer = make_optimizer(OptimConfig(kind=kind, precondition_max_dim=256))

@@ -1,4 +1,4 @@
-"""bfloat16 parameters learn as float32 ones do: on average, and from updates smaller than their spacing."""
+"""bfloat16 parameters learn like float32 ones: on average, and from updates smaller than their spacing."""
 
 import jax
 import jax.numpy as jnp
@@ -15,33 +15,33 @@ from maxlm.train.state import create_state
 from maxlm.train.step import train_step
 
 
-def neighbours(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The bfloat16 numbers towards zero and away from it, as float32."""
+def neighbors(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The adjacent bfloat16 numbers towards zero and away from it, as float32."""
     low = x.view(np.uint32) & np.uint32(0xFFFF0000)
     return low.view(np.float32), (low + np.uint32(0x10000)).view(np.float32)
 
 
-def test_a_number_goes_to_a_neighbour_and_to_itself_on_average():
+def test_stochastic_rounding_is_unbiased_and_goes_to_a_neighbor():
     x = np.array([1.001, -3.14159, 1e-20, 0.5, -0.0, 300.7], np.float32)
     draws = jax.vmap(lambda key: stochastic_round(jnp.asarray(x), key))(jax.random.split(jax.random.key(0), 4000))
     draws = np.asarray(draws, np.float32)
-    low, high = neighbours(x)
+    low, high = neighbors(x)
     assert (((draws == low) | (draws == high)).all(axis=0)).all()
-    # Exact bfloat16 numbers stay what they are.
+    # Exact bfloat16 numbers are unchanged.
     np.testing.assert_array_equal(draws[:, 3:5], np.broadcast_to(x[3:5], (4000, 2)))
     spacing = np.abs(high - low)
-    # The mean of 4,000 draws lies within five standard deviations, of at most spacing / 2 each.
+    # The mean of 4,000 draws is within five standard deviations, of at most spacing / 2 each.
     assert (np.abs(draws.astype(np.float64).mean(axis=0) - x) <= 5 * spacing / 2 / np.sqrt(4000)).all()
 
 
-def test_what_is_not_finite_stays_so():
+def test_non_finite_values_stay_non_finite():
     x = jnp.array([jnp.inf, -jnp.inf, jnp.nan])
     rounded = np.asarray(stochastic_round(x, jax.random.key(1)), np.float32)
     np.testing.assert_array_equal(rounded, np.asarray(x))
 
 
-def test_small_updates_add_up():
-    """A thousand updates of 1e-4 on 1.0, its bfloat16 neighbour 0.0078 away: rounded to the nearest, it stays."""
+def test_small_updates_accumulate():
+    """A thousand updates of 1e-4 on 1.0, whose bfloat16 neighbor is 0.0078 away: to nearest, it would stay."""
     parameters = {"w": jnp.ones(256, jnp.bfloat16), "exact": jnp.ones(4)}
     change = {"w": jnp.full(256, 1e-4), "exact": jnp.full(4, 1e-4)}
     update = jax.jit(lambda parameters, step: apply_updates(parameters, change, 1.0, step))
@@ -52,7 +52,7 @@ def test_small_updates_add_up():
     np.testing.assert_allclose(parameters["exact"], 1.1, rtol=1e-4)
 
 
-def test_draws_do_not_depend_on_the_mesh():
+def test_random_bits_do_not_depend_on_mesh():
     values = np.random.default_rng(0).standard_normal((16, 24)).astype(np.float32)
     key = jax.random.key(3)
     alone = stochastic_round(jnp.asarray(values), key)
@@ -61,8 +61,8 @@ def test_draws_do_not_depend_on_the_mesh():
     np.testing.assert_array_equal(np.asarray(cut, np.float32), np.asarray(alone, np.float32))
 
 
-def test_the_optimizer_works_in_float32():
-    """Adam's moments of bfloat16 parameters are float32, and a run of accumulated gradients sums in float32."""
+def test_optimizer_computes_in_float32():
+    """Adam's moments of bfloat16 parameters are float32, and gradients are accumulated in float32."""
 
     def loss(trainable, frozen, batch, key):
         errors = (batch @ trainable["w"].astype(jnp.float32)) ** 2

@@ -1,4 +1,4 @@
-"""Schedules against closed forms, and those of optax where it has them."""
+"""Schedules against closed forms, and against optax where available."""
 
 import math
 
@@ -54,7 +54,7 @@ def test_inverse_square_root():
 
 
 def test_warm_restarts():
-    """Cycles of equal and of growing length, as optax joins them (arXiv:1608.03983)."""
+    """Cycles of equal and of growing length, against joined optax schedules (arXiv:1608.03983)."""
     equal = {"kind": "cosine_restarts", "warmup_steps": 0, "final_factor": 0.1, "cycles": 4}
     growing = {**equal, "cycles": 3, "cycle_growth": 2.0}
     for settings, lengths in ((equal, [25] * 4), (growing, [20, 40, 80])):
@@ -71,7 +71,7 @@ def test_warm_restarts():
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "inverse_sqrt", "cosine_restarts", "constant"])
-def test_a_run_may_end_within_its_warm_up(kind):
+def test_run_may_end_during_warmup(kind):
     got = factors(5, kind=kind, warmup_steps=10)
     assert (np.diff(got) > 0).all() or kind == "wsd"
     assert got.max() <= 1

@@ -1,4 +1,4 @@
-"""What muon and soap do to a matrix: singular vectors stay, bases turn to eigenvectors, work is shared out."""
+"""Muon and soap on whole matrices: singular vectors, eigenbases, and distribution of the work."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def random(*shape, seed=0):
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (3, 24, 8), (3, 2, 8, 40)])
-def test_orthogonalised_matrices_keep_their_singular_vectors(shape):
+def test_orthogonalized_matrices_keep_their_singular_vectors(shape):
     matrices = random(*shape)
     orthogonal = np.float64(orthogonalize(jnp.asarray(matrices * 1e-3)))
     for matrix, got in zip(np.float64(matrices).reshape(-1, *shape[-2:]), orthogonal.reshape(-1, *shape[-2:])):
@@ -34,8 +34,8 @@ def test_orthogonalised_matrices_keep_their_singular_vectors(shape):
         assert usual.max() < 1.25
 
 
-def test_muon_is_that_of_optax():
-    """Its orthogonalisation and momentum; the scale and bias correction are chosen alike."""
+def test_muon_matches_optax():
+    """Its orthogonalization and momentum, with the same choice of scale and bias correction."""
     grads = {"w": jnp.asarray(random(2, 32, 48))}
     dimensions = {"w": optax.contrib.MuonDimensionNumbers((1,), (2,))}
     theirs = optax.contrib.scale_by_muon(beta=0.95, nesterov=True, weight_dimension_numbers=dimensions)
@@ -45,8 +45,8 @@ def test_muon_is_that_of_optax():
     np.testing.assert_allclose(mine["w"], other["w"] * np.sqrt(48 / 32), rtol=1e-3, atol=2e-4)
 
 
-def test_soap_turns_its_bases_to_the_eigenvectors():
-    """Of gradients whose left factor has well separated singular values, in directions that no axis has."""
+def test_soap_bases_converge_to_eigenvectors():
+    """For gradients whose left factor has well separated singular values, along no axis."""
     steps, turn = 120, np.linalg.qr(random(8, 8, seed=1))[0]
     optimizer = scale_by_soap(0.9, 0.95, 1e-8, every=2, max_dim=8)
     state = optimizer.init({"w": jnp.zeros((1, 8, 12))})
@@ -70,8 +70,8 @@ SPECS = [
 
 
 @pytest.mark.parametrize(("sizes", "spec"), SPECS, ids=str)
-def test_each_device_gets_its_share_of_the_matrices_whole(sizes, spec):
-    """Six matrices on eight devices: one each, and none of them twice."""
+def test_each_device_gets_its_share_of_whole_matrices(sizes, spec):
+    """Six matrices on eight devices: at most one each, and none twice."""
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))
     num_stages = sizes.get("stage", 1)
     matrices, vectors = random(6, 16, 24), random(6, 16, 8, seed=1)

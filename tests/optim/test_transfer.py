@@ -1,4 +1,4 @@
-"""One learning rate for all widths: what steps change in the activations does not grow with the width."""
+"""Learning-rate transfer over widths: the change of activations per step does not grow with the width."""
 
 import functools
 
@@ -58,7 +58,7 @@ def gradient_and_activations(model):
 
 
 def change_of(width, base, config, steps):
-    """Root mean square of what steps on one batch change in the final hidden states, and in the logits."""
+    """RMS change of the final hidden states, and of the logits, after steps on one batch."""
     model = decoder(width, base)
     optimizer = make_optimizer(config, width=model.config.width)
 
@@ -77,7 +77,7 @@ def change_of(width, base, config, steps):
 
 
 def slopes(kind, learning_rate, base, *, steps=3):
-    """Exponents of the width in the changes of hidden states and logits."""
+    """Exponents of the width in the change of hidden states and logits."""
     config = OptimConfig(
         kind=kind, learning_rate=learning_rate, muon_learning_rate=learning_rate, weight_decay=0, clip_norm=None
     )
@@ -85,20 +85,20 @@ def slopes(kind, learning_rate, base, *, steps=3):
     return np.polyfit(np.log(WIDTHS), np.log(changes), 1)[0]
 
 
-# Rates so small that the change is far from where it must end: two unit vectors are at most 2 apart.
-def test_activations_change_alike_at_all_widths():
+# Small rates, so that the change is far from saturation: two unit vectors are at most 2 apart.
+def test_activation_change_does_not_depend_on_width():
     hidden, logits = slopes("adamw", 1e-4, 32)
     assert abs(hidden) < 0.1
-    # What a random table makes of the change falls with the root of the width.
+    # A random table maps the change to one that decreases with the square root of the width.
     assert -0.5 < logits < 0.1
     hidden, logits = slopes("adamw", 1e-4, None)
-    assert hidden > 0.4, "the check sees what goes wrong without the rule"
+    assert hidden > 0.4, "the check detects the missing rule"
     assert logits > 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "rate"), [("muon", 2e-4), ("sgd", 0.01), ("adam8bit", 1e-4)])
-def test_activations_change_alike_with_other_optimizers(kind, rate):
+def test_activation_change_does_not_depend_on_width_for_other_optimizers(kind, rate):
     hidden, logits = slopes(kind, rate, 32)
     assert abs(hidden) < 0.15
     assert -0.5 < logits < 0.1
@@ -106,7 +106,7 @@ def test_activations_change_alike_with_other_optimizers(kind, rate):
     assert logits > 0.5
 
 
-def test_the_base_width_changes_nothing_but_the_scale_of_logits():
+def test_base_width_only_changes_scale_of_logits():
     model, base, wide = (decoder(64, base) for base in (None, 64, 16))
     hidden = model(BATCH.tokens).hidden_BLD
     np.testing.assert_array_equal(base.logits(base(BATCH.tokens).hidden_BLD), model.logits(hidden))
@@ -117,8 +117,8 @@ def test_the_base_width_changes_nothing_but_the_scale_of_logits():
     ("kind", "hidden", "rest"),
     [("adamw", 0.25, 1), ("lion", 0.25, 1), ("adafactor", 0.25, 1), ("muon", 1, 1), ("sgd", 1, 4)],
 )
-def test_learning_rates_follow_the_width(kind, hidden, rest):
-    """Decay does not: what is left of an old value after so many steps is the same at all widths."""
+def test_learning_rates_scale_with_width(kind, hidden, rest):
+    """Decay does not: old values shrink at the same rate at all widths."""
     params = decoder(32, None)
     grads = jax.tree.map(jnp.ones_like, params)
 

@@ -1,4 +1,4 @@
-"""What a completion must look like to be rewarded."""
+"""Rewards of completions."""
 
 import pytest
 
@@ -129,39 +129,39 @@ def test_rewards(cases, expected):
 @pytest.mark.parametrize(
     ("name", "answer", "sentence"),
     [
-        ("exact_match", None, "must be a text or a number, and is null"),
-        ("exact_match", True, "must be a text or a number, and is true"),
-        ("contains", ["4"], r'must be a text or a number, and is \["4"\]'),
+        ("exact_match", None, "must be a text or a number, not null"),
+        ("exact_match", True, "must be a text or a number, not true"),
+        ("contains", ["4"], r'must be a text or a number, not \["4"\]'),
         ("contains", " ", "is empty"),
         ("exact_match", float("nan"), "is nan, which no completion can equal"),
-        ("last_number", "four", 'must hold one number, and "four" holds none'),
-        ("last_number", "十八", 'must hold one number, and "十八" holds none'),
-        ("last_number", "3 or 4", 'must hold one number, and "3 or 4" holds 2'),
-        ("last_number", "1.000,50", ".*holds 2"),
+        ("last_number", "four", 'must contain one number, and "four" contains none'),
+        ("last_number", "十八", 'must contain one number, and "十八" contains none'),
+        ("last_number", "3 or 4", 'must contain one number, and "3 or 4" contains 2'),
+        ("last_number", "1.000,50", ".*contains 2"),
         ("last_number", "1e99999", ".*is too large, or divides by zero"),
-        ("last_number_zh", "三个苹果和四个梨", ".*holds 2"),
-        ("tagged_answer", {}, "must be a text or a number, and is {}"),
+        ("last_number_zh", "三个苹果和四个梨", ".*contains 2"),
+        ("tagged_answer", {}, "must be a text or a number, not {}"),
     ],
 )
-def test_an_answer_that_no_completion_could_meet_is_refused_where_it_stands(name, answer, sentence):
-    with pytest.raises(DataError, match=f"^prompts.jsonl:7: for the reward {name} answer {sentence}; mend or remove"):
+def test_answer_that_no_completion_can_match_is_rejected_with_its_line(name, answer, sentence):
+    with pytest.raises(DataError, match=f"^prompts.jsonl:7: for the reward {name} answer {sentence}; fix or remove"):
         check_answer(name, {"answer": answer}, "prompts.jsonl:7")
     with pytest.raises(ValueError, match=sentence):
         find_reward(name)("4", {"answer": answer})
 
 
-def test_a_function_of_ones_own_may_take_any_answer():
+def test_custom_reward_accepts_any_answer():
     check_answer("my.module:reward", {"answer": None}, "prompts.jsonl:7")
 
 
-def test_an_unknown_name_is_answered_with_the_nearest():
+def test_unknown_reward_suggests_nearest_name():
     with pytest.raises(ConfigError, match=r"objective\.reward: 'exact_mach' .* did you mean exact_match\?"):
         find_reward("exact_mach")
     with pytest.raises(ConfigError, match="allowed: exact_match"):
         find_reward("zzz")
 
 
-def test_a_function_of_ones_own_is_named_by_its_module():
+def test_custom_reward_is_imported_from_its_module():
     assert find_reward("maxlm.scoring.rewards:contains") is REWARDS["contains"]
     with pytest.raises(ConfigError, match="cannot be imported"):
         find_reward("maxlm.scoring.rewards:nothing")

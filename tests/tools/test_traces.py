@@ -1,4 +1,4 @@
-"""The tool that compares what is computed before and after a refactoring."""
+"""Regression traces, compared before and after a refactoring."""
 
 import json
 import math
@@ -23,18 +23,18 @@ import traces
         ({"a": 1}, {"b": 1}, 0, ["/a", "/b"]),
         ({"a": "text"}, {"a": "other"}, 1e-6, ["/a"]),
         ({"sha256": "0"}, {"sha256": "1"}, 0, ["/sha256"]),
-        # Where the numbers may differ, their hash will.
+        # If the numbers may differ, their hashes will.
         ({"sha256": "0"}, {"sha256": "1"}, 1e-6, []),
         (None, {"a": 1}, 0, [""]),
     ],
 )
 def test_differences_are_found_and_named(old, new, rtol, places):
     found = traces.differences(old, new, rtol=rtol)
-    assert sorted(text.partition(":")[0].split(" is in")[0] for text in found) == places
+    assert sorted(text.partition(":")[0].split(" is only in")[0] for text in found) == places
 
 
 @pytest.mark.slow
-def test_a_run_is_the_same_as_recorded_and_a_change_is_told(tmp_path, monkeypatch, capsys):
+def test_run_matches_its_trace_and_a_change_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(traces, "STEPS", 4)
     file, only = tmp_path / "traces.json", ["--only", "optimizer sgd"]
     assert traces.main(["record", str(file), *only]) == 0

@@ -1,4 +1,4 @@
-"""A run that several modules look at."""
+"""A run shared by several test modules."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""Steps that go wrong: the run goes back, passes over their batches, and ends as one that never had them."""
+"""Bad steps: the run rolls back, excludes their batches, and ends like a run without those batches."""
 
 import json
 from dataclasses import replace
@@ -44,14 +44,14 @@ def assert_same_weights(folder, other):
 
 
 @pytest.mark.parametrize("passed_over", [[], [0], [3], [0, 1, 2], [7, 2, 2, 3], [5, 4, 9, 10, 30]])
-def test_steps_read_the_batches_that_are_left_in_order(passed_over):
+def test_steps_read_remaining_batches_in_order(passed_over):
     left = [batch for batch in range(60) if batch not in passed_over]
     assert [batch_of_step(step, passed_over) for step in range(40)] == left[:40]
 
 
 @pytest.fixture(scope="module")
 def without_them(tmp_path_factory, tiny_data_folder):
-    """A run over data in which the bad batches do not occur at all."""
+    """A run over data without the bad batches."""
     read = PackedRowsData.batches
 
     def left_out(self, start_step, current_model):
@@ -65,18 +65,18 @@ def without_them(tmp_path_factory, tiny_data_folder):
     return folder
 
 
-def test_a_run_goes_back_and_passes_over_what_went_wrong(without_them, tmp_path, tiny_data_folder, capsys, monkeypatch):
+def test_run_rolls_back_and_excludes_bad_batches(without_them, tmp_path, tiny_data_folder, capsys, monkeypatch):
     monkeypatch.setattr(PackedRowsData, "batches", poison(BAD))
     config = config_of(tmp_path / "run", tiny_data_folder)
     manifest = train(config)
     assert manifest["metrics"]["steps"] == 12
-    assert manifest["metrics"]["skipped"] == 0, "the state is that of a run that never met them"
+    assert manifest["metrics"]["skipped"] == 0, "the state is that of a run without them"
     assert_same_weights(tmp_path / "run", without_them)
-    told = capsys.readouterr().err
-    assert "steps 7 to 9 went wrong (the loss is nan): going back to the last checkpoint" in told
-    assert "resuming" in told
-    assert "at step 4" in told
-    # Metrics are those of the steps that count, each once.
+    output = capsys.readouterr().err
+    assert "steps 7 to 9 are bad (the loss is nan): rolling back to the last checkpoint" in output
+    assert "resuming" in output
+    assert "at step 4" in output
+    # Metrics are those of the steps that remain, each once.
     timing = ("time", "tokens_per_second", "data_wait", "goodput")
     same = [
         [{name: value for name, value in record.items() if name not in timing} for record in read_metrics(folder)]
@@ -98,7 +98,7 @@ def test_a_run_goes_back_and_passes_over_what_went_wrong(without_them, tmp_path,
         assert record["documents"]
     assert read_metadata(find_checkpoint(tmp_path / "run"))["quarantine"] == {"batches": [6, 7, 8], "rollbacks": 1}
 
-    # What the command says a step reads is what it read.
+    # The command names the data that the step read.
     capsys.readouterr()
     main(["data", "at-step", "7", "--run", str(tmp_path / "run"), "--json"])
     shown = [json.loads(line)["id"] for line in capsys.readouterr().out.splitlines()]
@@ -107,13 +107,13 @@ def test_a_run_goes_back_and_passes_over_what_went_wrong(without_them, tmp_path,
 
 @pytest.fixture(scope="module")
 def toy_without(tmp_path_factory):
-    """Weights of a toy run over data in which the bad batches do not occur."""
+    """Weights of a toy run over data without the bad batches."""
     folder = tmp_path_factory.mktemp("toy") / "run"
     return weights(toy_run(folder, data=ToyData(leave_out=BAD)))
 
 
 class Crash(BaseException):
-    """Not one that anything catches."""
+    """An exception that nothing catches."""
 
 
 def crash_at(count_of_batches: int):
@@ -127,8 +127,8 @@ def crash_at(count_of_batches: int):
 
 
 @pytest.mark.parametrize("crash", [1, 7, 9, 11, 12, 13, 16, 20])
-def test_a_crash_around_a_rollback_changes_nothing(crash, toy_without, tmp_path):
-    """Before the bad steps, among them, right after going back, and later: the resumed run ends the same."""
+def test_crash_around_a_rollback_changes_nothing(crash, toy_without, tmp_path):
+    """Before the bad steps, among them, right after the rollback, and later: the resumed run ends the same."""
     with pytest.raises(Crash):
         toy_run(tmp_path / "run", data=ToyData(poison=BAD, at_batch=crash_at(crash)))
     result = toy_run(tmp_path / "run", data=ToyData(poison=BAD))
@@ -137,15 +137,15 @@ def test_a_crash_around_a_rollback_changes_nothing(crash, toy_without, tmp_path)
     assert {record["rollback"] for record in read_quarantine(tmp_path / "run")} == {1}
 
 
-def test_it_may_go_back_more_than_once(tmp_path):
+def test_run_may_roll_back_more_than_once(tmp_path):
     bad = {1, 2, 3, 9, 10, 11}
     result = toy_run(tmp_path / "run", data=ToyData(poison=bad))
     assert weights(result) == weights(toy_run(tmp_path / "other", data=ToyData(leave_out=bad)))
     assert [record["rollback"] for record in read_quarantine(tmp_path / "run")] == [1, 1, 1, 2, 2, 2]
 
 
-def test_a_lone_bad_step_is_skipped_and_no_more(tmp_path):
-    """Its update is dropped as the step is taken, and what it read is told; nothing is done again."""
+def test_single_bad_step_is_only_skipped(tmp_path):
+    """Its update is dropped within the step, and its data is recorded; nothing is repeated."""
     result = toy_run(tmp_path / "run", data=ToyData(poison={5, 6}))
     assert int(result.state.guard.skipped) == 2
     assert read_quarantine(tmp_path / "run") == []
@@ -155,35 +155,35 @@ def test_a_lone_bad_step_is_skipped_and_no_more(tmp_path):
     assert result.goodput.seconds["rolled_back"] == 0
 
 
-def test_before_the_first_checkpoint_a_run_goes_back_to_its_start(tmp_path):
+def test_rollback_before_first_checkpoint_restarts_from_initial_state(tmp_path):
     bad = {0, 1, 2}
     result = toy_run(tmp_path / "run", data=ToyData(poison=bad), steps=3)
     assert weights(result) == weights(toy_run(tmp_path / "other", data=ToyData(leave_out=bad), steps=3))
 
 
-def test_no_checkpoint_is_saved_amid_refused_steps(tmp_path):
-    """One that falls due among them waits for the first good step."""
+def test_no_checkpoint_is_saved_amid_skipped_steps(tmp_path):
+    """A checkpoint due among them waits for the first good step."""
     toy_run(tmp_path / "run", data=ToyData(poison={2, 3}), steps=6, checkpoint={"every": 4, "keep": 5})
     steps = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
     assert steps == [5, 6]
 
 
-def test_after_as_many_times_as_allowed_it_stops(tmp_path):
-    """And goes on stopping, until the user has done something."""
+def test_run_stops_after_max_rollbacks(tmp_path):
+    """And stops again on restart, until the user changes something."""
     objective = ToyData(poison=set(range(5, 100)))
     for _ in range(2):
         with pytest.raises(TrainingError) as error:
             toy_run(tmp_path / "run", data=objective)
         assert "3 steps in a row up to step 8 were skipped (the loss is nan)" in str(error.value)
-        assert "the run has gone back 2 times (guard.max_rollbacks)" in str(error.value)
-        assert "lower optim.learning_rate, or look at the data" in str(error.value)
+        assert "the run has been rolled back 2 times (guard.max_rollbacks)" in str(error.value)
+        assert "lower optim.learning_rate, or check the data" in str(error.value)
     assert [record["batch"] for record in read_quarantine(tmp_path / "run")] == [5, 6, 7, 8, 9, 10]
     guard = {"max_skipped_in_a_row": 3, "max_rollbacks": 3}
     assert toy_run(tmp_path / "run", data=ToyData(poison=set(range(5, 14))), guard=guard).steps == 12
 
 
-def test_a_state_that_is_not_finite_is_never_saved(monkeypatch, tmp_path):
-    """Losses are finite all the while; the step that made it is the one that is passed over."""
+def test_non_finite_state_is_never_saved(monkeypatch, tmp_path):
+    """Losses stay finite; the step that produced the state is excluded."""
     step_function = loop.train_step
 
     def overflow(state, frozen, batch, **settings):
@@ -209,14 +209,14 @@ def test_a_state_that_is_not_finite_is_never_saved(monkeypatch, tmp_path):
 
 
 def sampling_config(folder):
-    """A run whose answers are sampled for four steps at a time."""
+    """A run that samples answers for four steps at a time."""
     objective = {"kind": "policy", "train_file": "x", "max_new_tokens": 4, "updates_per_rollout": 4}
     settings = {"init_from": "x", "batch_size": 2, "steps": 12, "checkpoint": {"every": 4}}
     return tiny_config(folder, "x", objective=objective, **settings)
 
 
 class FakeData:
-    """Counts batches."""
+    """Yields batch numbers."""
 
     def batches(self, start_step, current_model):
         return count(start_step)
@@ -225,19 +225,19 @@ class FakeData:
         return [{"id": f"document {batch}"}]
 
 
-def test_steps_whose_answers_were_sampled_together_go_together(tmp_path):
-    """A checkpoint lies between rounds of sampling, before and after."""
+def test_batches_sampled_together_are_excluded_together(tmp_path):
+    """Checkpoints are between rounds of sampling, before and after."""
     quarantine = Quarantine(storage_path(tmp_path), sampling_config(tmp_path))
     quarantine.add([BadStep(7, "the loss is nan"), BadStep(8, "the loss is nan")], FakeData())
     assert quarantine.batches == list(range(4, 12))
     again = Quarantine(storage_path(tmp_path), sampling_config(tmp_path))
     assert list(islice(again.batches_from(0, FakeData(), None), 8)) == [0, 1, 2, 3, 12, 13, 14, 15]
-    # Step 8 begins a round as batch 16 does.
+    # Step 8 starts a round, as batch 16 does.
     assert next(again.batches_from(8, FakeData(), None)) == 16
     assert [r["documents"] for r in read_quarantine(tmp_path)] == [[{"id": f"document {n}"}] for n in range(4, 12)]
 
 
-def test_a_quarantine_file_that_is_lost_is_known_from_the_checkpoint(tmp_path):
+def test_lost_quarantine_file_is_restored_from_checkpoint(tmp_path):
     quarantine = Quarantine(storage_path(tmp_path), sampling_config(tmp_path))
     quarantine.restore({"batches": [3, 5], "rollbacks": 2})
     assert quarantine.batches == [3, 5]
@@ -246,8 +246,8 @@ def test_a_quarantine_file_that_is_lost_is_known_from_the_checkpoint(tmp_path):
     assert quarantine.rollbacks == 2
 
 
-def test_the_watch_lags_by_two_steps_and_forgives_fewer_than_the_limit():
-    """Verdicts as the device gives them: (loss, how many were refused in a row)."""
+def test_watch_lags_two_steps_and_tolerates_fewer_bad_steps_than_limit():
+    """Verdicts as from the device: (loss, number of steps skipped in a row)."""
     refused = []
     watch = GuardWatch(GuardConfig(max_skipped_in_a_row=2), 0, refused.append)
     seen = []
@@ -257,6 +257,6 @@ def test_the_watch_lags_by_two_steps_and_forgives_fewer_than_the_limit():
         watch.add(step, metrics)
         if len(watch._refused) >= 2:
             seen.append(step)
-    assert seen[0] == 6, "known when two more steps are under way"
-    assert [bad.step for bad in watch.bad_steps(jax.numpy.zeros(1))] == [3, 4], "good steps after them forgive nothing"
+    assert seen[0] == 6, "known when two more steps are in flight"
+    assert [bad.step for bad in watch.bad_steps(jax.numpy.zeros(1))] == [3, 4], "good steps do not clear them"
     assert [bad.step for bad in refused] == [1, 3, 4]

@@ -1,4 +1,4 @@
-"""Every second of a run is counted, once, as what it went to."""
+"""Every second of a run is counted once, under the correct part."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ def total(goodput: Goodput) -> float:
     return sum(goodput.seconds.values())
 
 
-def test_parts_add_up_to_the_time_that_has_passed():
+def test_parts_add_up_to_elapsed_time():
     began = time.perf_counter()
     with Stopwatch() as stopwatch:
         time.sleep(0.02)
@@ -46,7 +46,7 @@ def test_parts_add_up_to_the_time_that_has_passed():
     assert second["validation"] >= 0.01
 
 
-def test_compiling_counts_as_such_wherever_it_happens():
+def test_compilation_is_counted_in_any_part():
     @jax.jit
     def inner(x):
         return jnp.sin(x) * 3
@@ -70,13 +70,13 @@ def test_compiling_counts_as_such_wherever_it_happens():
     assert again.get("compile", 0.0) == 0.0
 
 
-def test_work_done_again_after_a_restart_is_lost_and_so_is_the_time_between():
+def test_repeated_work_and_time_between_attempts_are_lost():
     goodput = Goodput()
     goodput.add(interval(1, 0, 0, 102.0, start_up=2.0))
     goodput.add(interval(1, 0, 4, 110.0, step=7.0, data_wait=1.0))
     goodput.add(interval(1, 4, 8, 119.0, step=8.0, checkpoint=1.0))
     assert goodput.productive == pytest.approx(15 / 19)
-    # Killed; the checkpoint of step 4 is the newest. 6 s pass, and 3 s of start-up.
+    # Killed; the checkpoint of step 4 is the newest. 6 s pass, then 3 s of start-up.
     goodput.add(interval(2, 4, 4, 128.0, start_up=3.0))
     goodput.add(interval(2, 4, 8, 136.0, step=8.0))
     assert goodput.seconds["redone_after_restart"] == 9.0
@@ -86,14 +86,14 @@ def test_work_done_again_after_a_restart_is_lost_and_so_is_the_time_between():
     assert total(goodput) == 136.0 - 100.0
     assert goodput.total == 30.0
     assert goodput.attempts == 2
-    # A checkpoint is broken: it goes back further still. What was lost before is not counted again.
+    # A checkpoint is corrupt: the run goes back further. Time lost before is not counted again.
     goodput.add(interval(3, 0, 0, 136.5, start_up=0.5))
     assert goodput.seconds["redone_after_restart"] == 9.0 + 8.0 + 3.0 + 8.0
     assert goodput.seconds["step"] == 0.0
     assert total(goodput) == 36.5
 
 
-def test_going_back_within_an_attempt_is_another_loss():
+def test_rollback_within_an_attempt_counts_as_rolled_back():
     goodput = Goodput()
     goodput.add(interval(1, 0, 4, 10.0, step=10.0))
     goodput.add(interval(1, 4, 9, 16.0, step=6.0))
@@ -103,8 +103,8 @@ def test_going_back_within_an_attempt_is_another_loss():
     assert goodput.summary() == {"productive": round(20 / 27, 4), "seconds": {"step": 20.0, "rolled_back": 7.0}}
 
 
-def test_a_run_accounts_for_all_of_its_time_over_crashes_and_rollbacks(tmp_path):
-    """Checked against a clock that knows nothing of it."""
+def test_run_accounts_for_all_time_over_crashes_and_rollbacks(tmp_path):
+    """Checked against an independent clock."""
     began = time.time()
     numbers = count(1)
     slow = crash_at(7)
@@ -127,20 +127,20 @@ def test_a_run_accounts_for_all_of_its_time_over_crashes_and_rollbacks(tmp_path)
         assert goodput.seconds[part] > 0, part
     assert goodput.seconds["between_attempts"] >= 0.3
     assert goodput.seconds["data_wait"] >= 0.05
-    # What the file says is what the run has counted.
+    # The file matches the counts of the run.
     again = read_goodput(tmp_path / "run")
     assert again.attempts == 2
     assert total(again) == pytest.approx(total(goodput), abs=1e-3)
-    # And the metrics say how it went on.
+    # And the metrics record the progress.
     shares = [record["goodput"] for record in read_metrics(tmp_path / "run") if "goodput" in record]
     assert len(shares) == 6
     assert all(0 < share < 1 for share in shares)
-    # A finished run that is asked for again takes no attempt.
+    # Rerunning a finished run is not an attempt.
     toy_run(tmp_path / "run")
     assert read_goodput(tmp_path / "run").attempts == 2
 
 
-def test_a_line_that_was_cut_off_is_dropped(tmp_path):
+def test_truncated_line_is_dropped(tmp_path):
     whole = json.dumps(interval(1, 0, 3, 5.0, step=5.0))
     (tmp_path / "goodput.jsonl").write_text(whole + '\n{"attempt": 1, "sta')
     with Stopwatch() as stopwatch:

@@ -1,4 +1,4 @@
-"""A model with experts from training on a mesh to generation, and what a configuration of one may ask for."""
+"""A model with experts, from training on a mesh to generation, and validation of its configuration."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def run_folder(tmp_path_factory, tiny_data_folder):
     return folder
 
 
-def test_a_run_reports_its_experts_and_moves_their_bias_by_whole_steps(run_folder):
+def test_run_reports_expert_load_and_moves_bias_by_whole_steps(run_folder):
     record = read_metrics(run_folder)[0]
     assert record["router_bias"] == 0
     assert 1 <= record["max_expert_load"] <= 4
@@ -42,12 +42,12 @@ def test_a_run_reports_its_experts_and_moves_their_bias_by_whole_steps(run_folde
     assert 0 < np.abs(steps).max() <= 4
 
 
-def test_it_is_generated_from_like_any_other(run_folder, capsys):
+def test_moe_model_generates_like_any_other(run_folder, capsys):
     assert main(["generate", str(run_folder), "The", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out.strip()
 
 
-def test_a_run_may_start_from_it_with_another_balance_and_not_with_other_experts(run_folder, tiny_data_folder):
+def test_run_may_start_from_moe_model_with_other_balance_but_not_other_experts(run_folder, tiny_data_folder):
     tokenizer = Tokenizer.load(run_folder / "tokenizer")
     other = {**MOE, "balance": {"loss_weight": 0.5, "bias": True}, "router_z_loss": 0.1}
     config = moe_config("x", tiny_data_folder, moe=other, init_from=str(run_folder))
@@ -57,10 +57,12 @@ def test_a_run_may_start_from_it_with_another_balance_and_not_with_other_experts
         resolve_model(config, tokenizer)
 
 
-def test_experts_that_cannot_be_cut_are_told(tiny_data_folder):
+def test_indivisible_experts_are_rejected(tiny_data_folder):
     config = moe_config("x", tiny_data_folder, moe={**MOE, "num_experts": 6}, mesh={"fsdp": 1, "expert": 4})
-    with pytest.raises(ConfigError, match=r"model.moe.num_experts: 6 .* mesh.expert = 4; make it 8, or mesh.expert=3"):
+    with pytest.raises(
+        ConfigError, match=r"model.moe.num_experts: 6 .* mesh.expert = 4; set it to 8, or mesh.expert=3"
+    ):
         check_layout(config, mesh_sizes(config.mesh, 8))
     config = moe_config("x", tiny_data_folder, moe={**MOE, "mlp_dim": 18}, mesh={"fsdp": 1, "tensor": 4})
-    with pytest.raises(ConfigError, match=r"model.moe.mlp_dim: 18 .* mesh.tensor = 4; make it 16, or mesh.tensor=3"):
+    with pytest.raises(ConfigError, match=r"model.moe.mlp_dim: 18 .* mesh.tensor = 4; set it to 16, or mesh.tensor=3"):
         check_layout(config, mesh_sizes(config.mesh, 8))

@@ -1,4 +1,4 @@
-"""Runs in folders whose names libraries below take for patterns, separators or buckets; saves that cannot be read."""
+"""Run folders whose names libraries treat as patterns, separators or buckets; unreadable checkpoints."""
 
 import os
 
@@ -18,7 +18,7 @@ from maxlm.runtime.storage import plain_path, storage_path
 
 @pytest.fixture(autouse=True)
 def temporaries(tmp_path, monkeypatch):
-    """Links for names are made in here."""
+    """The folder in which links for names are created."""
     (tmp_path / "temporaries").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporaries"))
 
@@ -30,7 +30,7 @@ def steps_in(folder) -> list[str]:
 @pytest.mark.parametrize(
     "name", ["run[1]", "back\\slash", "**/gs:", "new\nline ? # % 😀.", "-\"'&;${x}|<>`~", "é" * 127]
 )
-def test_a_run_goes_on_and_is_read_whatever_its_folder_is_called(tmp_path, name):
+def test_run_resumes_and_loads_with_any_folder_name(tmp_path, name):
     folder = tmp_path / name
     toy_run(folder, steps=2, checkpoint={"every": 2, "keep": 1})
     result = toy_run(folder, steps=4, checkpoint={"every": 2, "keep": 1})
@@ -38,11 +38,11 @@ def test_a_run_goes_on_and_is_read_whatever_its_folder_is_called(tmp_path, name)
     assert steps_in(folder) == ["4"]
     read = restore_weights(find_checkpoint(folder), {"w": jax.ShapeDtypeStruct((4,), jnp.float32)})
     assert read["w"].tolist() == result.state.trainable["w"].tolist()
-    # Nothing is left beside it, as where a name was cut in two.
+    # No other folders exist, as from a name that was split in two.
     assert sorted(os.listdir(tmp_path)) == sorted({name.partition("/")[0], "temporaries"})
 
 
-def test_a_name_that_needs_a_link_is_refused_where_none_can_be_made(tmp_path, monkeypatch):
+def test_name_that_needs_a_link_is_rejected_if_none_can_be_created(tmp_path, monkeypatch):
     (tmp_path / "a file").write_text("")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "a file"))
     with pytest.raises(
@@ -53,20 +53,20 @@ def test_a_name_that_needs_a_link_is_refused_where_none_can_be_made(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "message"),
     [
         ("http://x/y", "starts with an unknown kind of storage"),
         ("runs/a://b", "starts with an unknown kind of storage"),
         ("/hf/run", "would be read as the bucket hf://run; give another folder"),
     ],
 )
-def test_a_folder_that_is_taken_for_a_bucket_is_refused(path, told):
-    with pytest.raises(ConfigError, match=told):
+def test_folder_that_would_be_read_as_a_bucket_is_rejected(path, message):
+    with pytest.raises(ConfigError, match=message):
         storage_path(path)
 
 
-def test_a_checkpoint_that_cannot_be_read_back_never_replaces_one_that_can(tmp_path, monkeypatch):
-    """As where a name splits its files: without the link, pieces and index lie in different folders."""
+def test_unreadable_checkpoint_never_replaces_a_readable_one(tmp_path, monkeypatch):
+    """As when a name splits its files: without the link, data and index are in different folders."""
     folder = tmp_path / "run[1]"
     toy_run(folder, steps=2, checkpoint={"every": 2, "keep": 1})
     monkeypatch.setattr(checkpointer, "plain_path", lambda path: path)
@@ -79,14 +79,14 @@ def test_a_checkpoint_that_cannot_be_read_back_never_replaces_one_that_can(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("damaged", "told"),
+    ("damaged", "message"),
     [
         ("ocdbt.process_0/d/*", "weights/ocdbt.process_0/d/.* is truncated: 1 of at least "),
         ("d/*", "OUT_OF_RANGE|DATA_LOSS|NOT_FOUND"),
         ("manifest.ocdbt", "OUT_OF_RANGE|DATA_LOSS|NOT_FOUND"),
     ],
 )
-def test_what_a_reader_would_miss_is_noticed_without_reading_arrays(tmp_path, damaged, told):
+def test_missing_or_truncated_files_are_detected_without_reading_arrays(tmp_path, damaged, message):
     values = {"w": jax.random.normal(jax.random.key(0), (2000,)), "b": jnp.zeros(3)}
     shapes = {"w": [2000, "float32"], "b": [3, "float32"]}
     with ocp.StandardCheckpointer() as handler:
@@ -96,5 +96,5 @@ def test_what_a_reader_would_miss_is_noticed_without_reading_arrays(tmp_path, da
         check_arrays(storage_path(tmp_path / "weights"), {"c": [1, "float32"]})
     for file in (tmp_path / "weights").glob(damaged):
         file.write_bytes(b"x")
-    with pytest.raises((ValueError, OSError), match=told):
+    with pytest.raises((ValueError, OSError), match=message):
         check_arrays(storage_path(tmp_path / "weights"), shapes)

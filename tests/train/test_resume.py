@@ -1,4 +1,4 @@
-"""Whose run it is: what may change when a run is resumed, what is recorded, and what lies elsewhere than it did."""
+"""Lineage: what may change when a run is resumed, what is recorded, and inputs that were moved."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ TOLD = {
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> set[str]:
-    """Dotted keys of all fields, those of optional and alternative sections among them."""
+    """Dotted keys of all fields, including those of optional and alternative sections."""
     found = set()
     for name, field in model.model_fields.items():
         sections = [each for each in _types(field.annotation) if isinstance(each, type) and issubclass(each, BaseModel)]
@@ -56,13 +56,13 @@ def _types(annotation) -> set:
     return {annotation}.union(*map(_types, parts)) if parts else {annotation}
 
 
-def test_every_setting_is_part_of_what_a_run_means_unless_it_is_listed_here():
+def test_every_setting_is_compared_on_resume_unless_listed_here():
     keys = leaves(TrainConfig)
     assert {"optim.schedule.kind", "objective.loss.beta", "lora.rank", "objective.sources.weight", "seed"} <= keys
     assert {key for key in keys if change_of(key) is Change.FREE} == FREE
     assert {key for key in keys if change_of(key) is Change.TOLD} == TOLD
     assert all(change_of(key) is Change.ASKED for key in keys if key.startswith("optim.") and key != "optim.kind")
-    # No pattern outlives its field, or is hidden behind another one.
+    # Every pattern still matches a field, and is not shadowed by another one.
     for change, patterns in _RULES:
         for pattern in patterns:
             named = {pattern} if "*" not in pattern else {key for key in keys if key.startswith(pattern[:-1])}
@@ -76,7 +76,7 @@ def moved_data(tmp_path_factory, tiny_data_folder):
 
 @pytest.fixture(scope="module")
 def other_data(tmp_path_factory, tiny_data_folder):
-    """Rows of the same shape that hold something else."""
+    """Rows of the same shape with different contents."""
     folder = shutil.copytree(tiny_data_folder, tmp_path_factory.mktemp("other") / "data")
     manifest = read_manifest(folder)
     manifest["metrics"]["splits"]["train"]["hash"] = "0" * 32
@@ -92,7 +92,7 @@ HEADS = {"num_heads": 2 * MODEL["num_heads"], "num_kv_heads": 2 * MODEL["num_kv_
 
 
 @pytest.mark.parametrize(
-    ("settings", "told", "acceptable"),
+    ("settings", "message", "acceptable"),
     [
         ({"seed": 1}, "seed: 0 -> 1", True),
         ({"batch_size": 16}, "batch_size: 8 -> 16", True),
@@ -113,21 +113,21 @@ HEADS = {"num_heads": 2 * MODEL["num_heads"], "num_kv_heads": 2 * MODEL["num_kv_
         ({"lora": {"rank": 2}}, "lora: nothing -> {'rank': 2", False),
     ],
 )
-def test_what_changes_the_meaning_of_a_run_is_refused_and_leaves_it_as_it_was(
-    settings, told, acceptable, short_run, tiny_data_folder
+def test_changes_of_meaning_are_rejected_and_leave_run_unchanged(
+    settings, message, acceptable, short_run, tiny_data_folder
 ):
     before = contents(short_run)
     with pytest.raises(ConfigError) as error:
         train(tiny_config(short_run, tiny_data_folder, steps=8, **settings), accept_changes=not acceptable)
     first, *differences, last = error.value.problems
     assert first == f"{short_run}: has a run of 4 steps that was trained with other settings:"
-    assert any(line.startswith(f"  {told}") for line in differences), differences
+    assert any(line.startswith(f"  {message}") for line in differences), differences
     assert last.startswith("give the settings that it was trained with, or a new folder (output=...)")
     assert last.endswith("or --accept-changes to resume with them, which records them in the manifest") == acceptable
     assert contents(short_run) == before
 
 
-def test_other_data_is_refused_and_the_same_elsewhere_is_not(short_run, tiny_data_folder, moved_data, other_data):
+def test_different_data_is_rejected_but_moved_data_is_not(short_run, tiny_data_folder, moved_data, other_data):
     changes = lineage(tiny_config(short_run, moved_data, steps=8)).changes_since(saved_in(short_run))
     assert changes == [{"step": 4, "key": "steps", "from": 4, "to": 8}]
     wanted = rf"objective.sources.0.path: {tiny_data_folder} \([0-9a-f]{{8}}\) -> {other_data} \([0-9a-f]{{8}}\)"
@@ -144,7 +144,7 @@ def saved_in(folder):
     return read_metadata(find_checkpoint(folder))
 
 
-def test_fine_tuning_in_the_folder_of_a_pretrained_model_is_refused(short_run, tiny_data_folder, tmp_path):
+def test_fine_tuning_in_folder_of_pretrained_model_is_rejected(short_run, tiny_data_folder, tmp_path):
     (tmp_path / "chats.jsonl").write_text("{}\n")
     objective = {"kind": "sft", "train_file": str(tmp_path / "chats.jsonl")}
     config = tiny_config(short_run, tiny_data_folder, objective=objective, init_from=str(short_run), model=None)
@@ -173,7 +173,7 @@ def test_fine_tuning_in_the_folder_of_a_pretrained_model_is_refused(short_run, t
     assert contents(short_run) == before
 
 
-def test_a_finished_run_is_not_rewritten_by_what_is_asked_of_it_later(short_run, tiny_data_folder):
+def test_finished_run_is_not_rewritten_by_later_requests(short_run, tiny_data_folder):
     before = contents(short_run, "*")
     again = train(tiny_config(short_run, tiny_data_folder, steps=4, log_every=1, eval_batches=1), accept_changes=True)
     assert again == read_manifest(short_run)
@@ -182,16 +182,16 @@ def test_a_finished_run_is_not_rewritten_by_what_is_asked_of_it_later(short_run,
         train(tiny_config(short_run, tiny_data_folder, steps=4, seed=1), accept_changes=True)
 
 
-def test_changes_that_are_accepted_are_recorded_at_their_step(tmp_path, capsys):
-    """Over several resumptions, and told as they are made; steps that were undone take theirs with them."""
+def test_accepted_changes_are_recorded_at_their_step(tmp_path, capsys):
+    """Over several resumptions, and printed at each; changes of undone steps are dropped."""
     toy_run(tmp_path / "run", steps=4)
     settings = {"optim": {"learning_rate": 0.2, "schedule": {"warmup_steps": 0}}, "log_every": 1}
     with pytest.raises(ConfigError, match=r"optim\.learning_rate: 0\.1 -> 0\.2"):
         toy_run(tmp_path / "run", steps=8, **settings)
     toy_run(tmp_path / "run", steps=8, accept_changes=True, **settings)
-    told = capsys.readouterr().err
-    assert "optim.learning_rate: 0.1 -> 0.2\n" in told
-    assert "the learning rate of step 5 changes from 0.01 to 0.11 (schedule cosine, 8 steps)" in told
+    message = capsys.readouterr().err
+    assert "optim.learning_rate: 0.1 -> 0.2\n" in message
+    assert "the learning rate of step 5 changes from 0.01 to 0.11 (schedule cosine, 8 steps)" in message
     objective = ToyData(poison={9, 10, 11})
     result = toy_run(tmp_path / "run", steps=12, data=objective, seed=1, accept_changes=True, **settings)
     wanted = [
@@ -205,7 +205,7 @@ def test_changes_that_are_accepted_are_recorded_at_their_step(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "told"),
+    ("schedule", "message"),
     [
         ({"kind": "constant"}, "stays 0.0003 (schedule constant, 200 steps)"),
         ({"kind": "inverse_sqrt"}, "stays 0.000133 (schedule inverse_sqrt, 200 steps)"),
@@ -213,14 +213,14 @@ def test_changes_that_are_accepted_are_recorded_at_their_step(tmp_path, capsys):
         ({"kind": "wsd"}, "changes from 3e-05 to 0.0003 (schedule wsd, 200 steps)"),
     ],
 )
-def test_more_steps_say_what_becomes_of_the_learning_rate(schedule, told):
+def test_extending_a_run_reports_change_of_learning_rate(schedule, message):
     before = tiny_config("run", "data", steps=100, optim={"schedule": schedule})
-    assert schedule_change(before, before.model_copy(update={"steps": 200}), 100).endswith(told)
+    assert schedule_change(before, before.model_copy(update={"steps": 200}), 100).endswith(message)
     assert schedule_change(before, before.model_copy(update={"seed": 1}), 100) is None
 
 
-def test_the_manifest_tells_what_was_run_and_what_it_read(tmp_path, short_run, tiny_data_folder):
-    """The manifest of a run that was killed before it was written is of the settings that it was trained with."""
+def test_manifest_records_what_was_run_and_read(tmp_path, short_run, tiny_data_folder):
+    """If a run was killed before writing its manifest, the manifest has the settings that it was trained with."""
     run = shutil.copytree(short_run, tmp_path / "run")
     (run / "manifest.json").unlink()
     config = tiny_config(run, tiny_data_folder, steps=4, log_every=1)
@@ -230,7 +230,7 @@ def test_the_manifest_tells_what_was_run_and_what_it_read(tmp_path, short_run, t
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory, short_run, tiny_data_folder):
-    """A folder with a model, and a run of adapters on it beside it."""
+    """A folder with a model, and next to it a run of adapters on it."""
     folder = tmp_path_factory.mktemp("adapters")
     base = shutil.copytree(short_run, folder / "home" / "base")
     train(adapters_config(folder / "home", tiny_data_folder, base))
@@ -242,7 +242,7 @@ def adapters_config(folder, data, base, **settings):
     return config.model_copy(update={"model": None, "lora": LoraConfig(rank=2)})
 
 
-def test_adapters_refuse_a_base_that_has_changed(tmp_path, adapters, tiny_data_folder):
+def test_adapters_reject_a_changed_base(tmp_path, adapters, tiny_data_folder):
     folder = shutil.copytree(adapters, tmp_path / "home")
     metadata = folder / "base" / "checkpoints" / "4" / "metadata" / "metadata"
     saved = json.loads(metadata.read_text())
@@ -258,13 +258,13 @@ def test_adapters_refuse_a_base_that_has_changed(tmp_path, adapters, tiny_data_f
     away.rename(adapters)
 
 
-def test_adapters_find_their_base_wherever_both_have_moved(adapters, tiny_data_folder):
+def test_adapters_find_their_base_after_both_moved(adapters, tiny_data_folder):
     start = read_manifest(adapters / "adapters")["start"]
     assert start["checkpoint"] == "../base/checkpoints/4"
     moved = adapters.rename(adapters.with_name("moved"))
     try:
         load_model(moved / "adapters")
-        # Alone, beside its base and away from it.
+        # The checkpoint alone, next to its base and away from it.
         alone = (moved / "adapters").rename(moved / "renamed")
         load_model(alone)
         alone = alone.rename(moved / "adapters")

@@ -1,4 +1,4 @@
-"""Runs from a configuration to a finished folder, and what is left of one that was killed."""
+"""Runs from a configuration to a finished folder, and recovery of killed runs."""
 
 import json
 
@@ -17,7 +17,7 @@ from maxlm.train import run
 from maxlm.train.metrics import read_metrics
 from maxlm.train.run import train
 
-# What two equal runs may differ in.
+# Values in which two equal runs may differ.
 TIMING = ("time", "tokens_per_second", "data_wait", "goodput")
 
 
@@ -36,14 +36,14 @@ def assert_same_run(folder, other):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory, tiny_data_folder):
-    """A run that nothing interrupted."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     result = train_process(tiny_config(folder, tiny_data_folder))
     assert result.returncode == 0, result.stderr
     return folder
 
 
-def test_a_run_folder_holds_all_that_belongs_to_the_run(unbroken, tiny_data_folder):
+def test_run_folder_is_complete(unbroken, tiny_data_folder):
     names = {path.name for path in unbroken.iterdir()}
     assert names == {
         *("config.yaml", "manifest.json", "metrics.jsonl", "goodput.jsonl", ".lock"),
@@ -60,7 +60,7 @@ def test_a_run_folder_holds_all_that_belongs_to_the_run(unbroken, tiny_data_fold
     assert "data" in [link["stage"] for link in manifest_chain(unbroken)]
 
 
-def test_metrics_tell_of_every_window_and_every_validation(unbroken):
+def test_metrics_record_every_window_and_validation(unbroken):
     train = [record["step"] for record in records(unbroken) if "loss" in record]
     valid = [record["step"] for record in records(unbroken) if "valid_loss" in record]
     assert {3, 6, 9, 12} <= set(train)
@@ -71,8 +71,8 @@ def test_metrics_tell_of_every_window_and_every_validation(unbroken):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 10])
-def test_a_killed_run_goes_on_to_the_same_end(step, unbroken, tmp_path, tiny_data_folder):
-    """Before the first checkpoint, and between two: weights and metrics are those of a run that was not killed."""
+def test_killed_run_resumes_to_the_same_result(step, unbroken, tmp_path, tiny_data_folder):
+    """Killed before the first checkpoint, and between two: weights and metrics match an uninterrupted run."""
     config = tiny_config(tmp_path / "run", tiny_data_folder)
     killed = train_process(config, signal_at=("SIGKILL", step))
     assert killed.returncode == -9, killed.stderr
@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on_to_the_same_end(step, unbroken, tmp_path, tiny_dat
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_ends_in_order(unbroken, tmp_path, tiny_data_folder):
+def test_signal_saves_and_exits_cleanly(unbroken, tmp_path, tiny_data_folder):
     config = tiny_config(tmp_path / "run", tiny_data_folder)
     stopped = train_process(config, signal_at=("SIGTERM", 6))
     assert stopped.returncode == 0, stopped.stderr
@@ -102,8 +102,8 @@ def test_a_signal_saves_and_ends_in_order(unbroken, tmp_path, tiny_data_folder):
 
 
 @pytest.mark.slow
-def test_a_finished_run_stays_as_it_is(unbroken, tiny_data_folder):
-    """Running the command again neither trains nor forgets what was measured."""
+def test_finished_run_is_unchanged_by_rerun(unbroken, tiny_data_folder):
+    """Running the command again neither trains nor loses metrics."""
     before = (unbroken / "manifest.json").read_text(), (unbroken / "metrics.jsonl").read_text()
     again = train_process(tiny_config(unbroken, tiny_data_folder))
     assert again.returncode == 0, again.stderr
@@ -111,9 +111,9 @@ def test_a_finished_run_stays_as_it_is(unbroken, tiny_data_folder):
     assert "12 of 12 steps, finished" in again.stdout
 
 
-def test_a_run_that_another_process_trains_is_refused(unbroken, tiny_data_folder, monkeypatch):
+def test_run_in_use_by_another_process_is_rejected(unbroken, tiny_data_folder, monkeypatch):
     monkeypatch.setattr(run, "_ENDING_SECONDS", 0.1)
-    wanted = rf"{unbroken}: another process trains there; wait until it has ended"
+    wanted = rf"{unbroken}: another process is training there; wait until it ends"
     with locked(epath.Path(unbroken), seconds=0), pytest.raises(CheckpointError, match=wanted):
         train(tiny_config(unbroken, tiny_data_folder))
 

@@ -1,4 +1,4 @@
-"""What processes of a run compare before they train, and how a difference is told."""
+"""The comparison of processes before training, and its error messages."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from maxlm.train.startup import data_hashes, refuse_differences, source_hash, st
 def record(tiny_data_folder):
     config = tiny_config("runs/x", tiny_data_folder)
     record = start_record(config, {"tokenizer": "abc", **data_hashes(config)}) | {"host": "host0"}
-    # It travels as JSON.
+    # Records are sent as JSON.
     return json.loads(json.dumps(record))
 
 
@@ -25,11 +25,11 @@ def differing(record: dict, host: str, **same) -> dict:
     return other
 
 
-def test_equal_processes_pass(record):
+def test_identical_processes_pass(record):
     refuse_differences([record, record, differing(record, "host2")])
 
 
-def test_each_process_that_differs_is_named_with_what_and_how(record, tiny_data_folder):
+def test_each_differing_process_is_named_with_its_differences(record, tiny_data_folder):
     others = [
         differing(record, "host1", **{"config optim.learning_rate": 0.5, "package jax": "0.0.1"}),
         differing(record, "host2"),
@@ -39,26 +39,26 @@ def test_each_process_that_differs_is_named_with_what_and_how(record, tiny_data_
         refuse_differences([record, *others])
     first, second, advice = caught.value.problems
     assert first.startswith("process 1 (host1) differs from process 0 (host0) in ")
-    assert "config optim.learning_rate (0.5 and not 0.01)" in first
-    assert "package jax (0.0.1 and not " in first
+    assert "config optim.learning_rate (0.5, not 0.01)" in first
+    assert "package jax (0.0.1, not " in first
     assert second.startswith("process 3 (host3) differs from process 0 (host0) in ")
     for what in (
-        f"data {tiny_data_folder} (ffff and not ",
-        "code of maxlm (eeee and not ",
-        "tokenizer (def and not abc)",
+        f"data {tiny_data_folder} (ffff, not ",
+        "code of maxlm (eeee, not ",
+        "tokenizer (def, not abc)",
     ):
         assert what in second
-    assert "start them again" in advice
+    assert "restart them" in advice
 
 
-def test_a_setting_that_one_has_not_is_a_difference_and_long_lists_are_cut(record):
+def test_missing_setting_is_a_difference_and_long_lists_are_truncated(record):
     other = copy.deepcopy(record)
     other["same"] = {"config seed": other["same"]["config seed"]}
-    with pytest.raises(ConfigError, match=r"\(nothing and not .*\) and \d+ more"):
+    with pytest.raises(ConfigError, match=r"\(nothing, not .*\) and \d+ more"):
         refuse_differences([record, other])
 
 
-def test_data_is_told_apart_by_its_manifest(tmp_path, tiny_data_folder):
+def test_data_is_identified_by_its_manifest(tmp_path, tiny_data_folder):
     [before] = data_hashes(tiny_config("runs/x", tiny_data_folder)).values()
     folder = tmp_path / "data"
     folder.mkdir()
@@ -69,7 +69,7 @@ def test_data_is_told_apart_by_its_manifest(tmp_path, tiny_data_folder):
         data_hashes(tiny_config("runs/x", tmp_path / "none"))
 
 
-def test_the_code_is_hashed_by_its_files(tmp_path):
+def test_code_hash_covers_all_files(tmp_path):
     assert source_hash() == source_hash()
     for name in ("a.py", "b.py"):
         (tmp_path / name).write_text("x = 1\n")

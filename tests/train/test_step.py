@@ -1,4 +1,4 @@
-"""One step of training: the same on any mesh, however the batch is cut, packed or padded; and what the guard skips."""
+"""The training step: the same for any mesh, accumulation, packing or padding; and what the guard skips."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ PACKED = pack(documents(), rows=8, length=30, per_row=3)
 
 @functools.cache
 def weights():
-    """Drawn once for all meshes."""
+    """Weights, drawn once for all meshes."""
     return jax.tree.map(lambda leaf: 1.5 * np.asarray(leaf), initialize(PLAN, jax.random.key(0)))
 
 
@@ -62,13 +62,13 @@ def terms_and_gradient(batch, *, mesh=None, accumulate=1):
 
 @pytest.fixture(scope="module")
 def whole():
-    """Terms and gradient of the packed batch, in one piece on one device."""
+    """Terms and gradient of the packed batch, without accumulation, on one device."""
     return terms_and_gradient(PACKED)
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 8])
 def test_microbatches_change_nothing(accumulate, whole):
-    """Though they hold different numbers of tokens, and some none."""
+    """Although they have different numbers of tokens, some none."""
     weights = PACKED.loss_weights.reshape(8 // accumulate, accumulate, -1).sum((0, 2))
     assert len(set(weights.round(3))) > 1
     assert_same(terms_and_gradient(PACKED, accumulate=accumulate), whole)
@@ -84,7 +84,7 @@ def test_packing_and_padding_change_nothing(layout, whole):
     [({"fsdp": 8}, 1), ({"tensor": 8}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 2), ({"data": 8}, 2)],
     ids=str,
 )
-def test_the_mesh_changes_nothing(sizes, accumulate, whole):
+def test_mesh_changes_nothing(sizes, accumulate, whole):
     batch = PACKED
     if sizes == {"data": 8}:
         # Each microbatch must fill all devices.
@@ -93,7 +93,7 @@ def test_the_mesh_changes_nothing(sizes, accumulate, whole):
     assert_same(terms_and_gradient(batch, mesh=mesh, accumulate=accumulate), whole)
 
 
-def test_the_weight_of_a_term_does_not_depend_on_parameters():
+def test_weight_of_a_term_does_not_depend_on_parameters():
     def weights(model):
         output = loss_function(model, None, PACKED, None)
         return sum(term.weight for term in output.terms.values())
@@ -145,7 +145,7 @@ def three_steps(*, mesh=None, **settings):
 
 @pytest.fixture(scope="module")
 def alone():
-    """The result of steps on one device, in one piece."""
+    """The result of steps on one device, without accumulation."""
     return {kind: three_steps(kind=kind) for kind in ("adamw", "muon")}
 
 
@@ -163,13 +163,13 @@ def test_steps_are_the_same_on_every_mesh(kind, sizes, accumulate, alone):
     for path, value in parameters.items():
         moved = np.abs(value - start[path]).max()
         assert moved > 1e-3, path
-        # Adam's first steps go by the sign of a gradient, however small: rounding shows in single weights.
+        # Adam's first steps follow the sign of a gradient, however small: rounding affects single weights.
         near = np.abs(other_parameters[path] - value) <= 0.02 * moved
         assert near.mean() > 0.99, path
 
 
-def test_the_learning_rate_follows_the_schedule():
-    """Of two warm-up steps the first goes half as far: with Adam, by half the rate in each weight."""
+def test_learning_rate_follows_schedule():
+    """Of two warm-up steps the first is half as large: with Adam, half the rate in each weight."""
     optimizer, step = make_step()
     state, _ = step(create_state(model_of(), optimizer), PACKED)
     moved = np.abs(np.asarray(state.trainable.final_norm) - 1.5)
@@ -180,7 +180,7 @@ def test_the_learning_rate_follows_the_schedule():
 
 
 def poisoned(model, frozen, batch, key):
-    """The loss, times the weight of the batch's first token: NaN or large at will."""
+    """The loss times the weight of the batch's first token, to make it NaN or large."""
     output = language_model_loss(model, batch)
     factor = batch.loss_weights[0, 0]
     return LossOutput({name: Term(term.sum * factor, term.weight) for name, term in output.terms.items()}, {})
@@ -203,27 +203,27 @@ def guarded(factors, **settings):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(bad):
+def test_non_finite_step_is_skipped_and_counted(bad):
     before, skipped, after = (state for state, _ in guarded([1.0, bad, 1.0]))
     for part in ("trainable", "optimizer"):
         for old, new in zip(jax.tree.leaves(getattr(before, part)), jax.tree.leaves(getattr(skipped, part))):
             np.testing.assert_array_equal(old, new)
-    assert [int(state.step) for state in (before, skipped, after)] == [1, 2, 3], "the batch is consumed all the same"
+    assert [int(state.step) for state in (before, skipped, after)] == [1, 2, 3], "the batch is consumed anyway"
     assert [int(state.guard.skipped) for state in (before, skipped, after)] == [0, 1, 1]
     assert [int(state.guard.skipped_in_a_row) for state in (before, skipped, after)] == [0, 1, 0]
     assert float(skipped.guard.norm_mean) == float(before.guard.norm_mean)
     assert not np.array_equal(before.trainable.embedding, after.trainable.embedding)
 
 
-def test_a_first_step_that_is_not_finite_leaves_the_start():
+def test_non_finite_first_step_leaves_initial_state():
     [(state, _)] = guarded([np.nan])
     np.testing.assert_array_equal(state.trainable.embedding, model_of().embedding)
     assert np.isfinite(float(state.guard.norm_mean))
 
 
-def test_a_spike_is_skipped_once_the_usual_is_known():
+def test_spike_is_skipped_after_warmup_of_guard():
     early = guarded([1.0, 100.0])
-    assert int(early[-1][0].guard.skipped) == 0, "nothing is usual yet"
+    assert int(early[-1][0].guard.skipped) == 0, "the guard is still in warm-up"
     late = guarded([1.0] * GUARD_WARMUP_STEPS + [9.0, 100.0, 1.0], spike_factor=10.0)
     assert [int(state.guard.skipped) for state, _ in late[-3:]] == [0, 1, 1]
     np.testing.assert_array_equal(late[-2][0].trainable.embedding, late[-3][0].trainable.embedding)
@@ -231,7 +231,7 @@ def test_a_spike_is_skipped_once_the_usual_is_known():
     assert int(never[-1][0].guard.skipped) == 0
 
 
-def test_batches_are_cut_along_their_rows():
+def test_batches_are_split_along_rows():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     batch = put_batch(PACKED, mesh)
     assert batch.tokens.sharding.spec == P(("data", "stage", "fsdp", "expert"), "context")
@@ -242,7 +242,7 @@ def test_batches_are_cut_along_their_rows():
 
 
 def noisy(model, frozen, batch, key):
-    """A loss that is what was drawn, times a weight."""
+    """A loss that is a random draw times a weight."""
     drawn = jnp.zeros(()) if key is None else jax.random.normal(key)
     return LossOutput({"noise": Term(drawn * model, jnp.float32(len(batch)))}, {})
 
@@ -255,7 +255,7 @@ def noise_of_step(step, *, accumulate=1, seed=0):
     return float(metrics["terms"]["noise"].sum)
 
 
-def test_each_step_and_each_microbatch_has_a_random_key_of_its_own():
+def test_each_step_and_microbatch_has_its_own_random_key():
     drawn = [noise_of_step(step, seed=seed) for step in (0, 1) for seed in (0, 1)]
     assert len({*drawn, 0.0}) == 5
     assert noise_of_step(0) == drawn[0], "a step draws the same each time"

@@ -1,4 +1,4 @@
-"""Training from Python: what a run refuses, what it tells, adapters, and metrics."""
+"""Training from Python: rejected configurations, messages, adapters, and metrics."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def other_tokenizer(tmp_path_factory):
-    """Of the same size as that of the data, trained on other text."""
+    """A tokenizer of the same size as the data's, trained on other text."""
     folder = tmp_path_factory.mktemp("other")
     text = "\n\n".join(topics[name] for name in sorted(topics)[40:60])
     (folder / "text.txt").write_text(text, encoding="utf-8")
@@ -45,7 +45,7 @@ def other_tokenizer(tmp_path_factory):
     return str(folder / "out")
 
 
-def test_a_run_of_another_tokenizer_is_refused_and_left_as_it_was(short_run, tiny_data_folder, other_tokenizer):
+def test_run_with_another_tokenizer_is_rejected_and_left_unchanged(short_run, tiny_data_folder, other_tokenizer):
     before = contents(short_run)
     with pytest.raises(ConfigError, match=r"tokenizer: that of its input \([0-9a-f]{8}\) -> .*/out \([0-9a-f]{8}\)"):
         train(tiny_config(short_run, tiny_data_folder, steps=8, tokenizer=other_tokenizer))
@@ -56,8 +56,8 @@ def test_a_run_of_another_tokenizer_is_refused_and_left_as_it_was(short_run, tin
         )
 
 
-def test_a_run_that_never_saved_takes_the_tokenizer_it_is_given(tmp_path, tiny_data_folder, other_tokenizer):
-    """Of a run that was killed before its first checkpoint nothing is left that could mislead."""
+def test_run_without_checkpoints_accepts_another_tokenizer(tmp_path, tiny_data_folder, other_tokenizer):
+    """A run killed before its first checkpoint leaves nothing that could conflict."""
     from maxlm.tokenizer.codec import Tokenizer
 
     Tokenizer.load(other_tokenizer).save(tmp_path / "run" / "tokenizer")
@@ -66,31 +66,31 @@ def test_a_run_that_never_saved_takes_the_tokenizer_it_is_given(tmp_path, tiny_d
     assert Tokenizer.load(tmp_path / "run" / "tokenizer").fingerprint == fingerprint
 
 
-def test_rows_of_another_length_are_refused(tmp_path, tiny_data_folder):
+def test_rows_of_another_length_are_rejected(tmp_path, tiny_data_folder):
     with pytest.raises(DataError, match="its rows have 32 tokens, but 16 are needed"):
         train(tiny_config(tmp_path / "run", tiny_data_folder, row_length=16))
 
 
-def test_rows_longer_than_the_context_of_the_start_are_refused(short_run, tmp_path, tiny_data_folder):
+def test_rows_longer_than_context_of_starting_model_are_rejected(short_run, tmp_path, tiny_data_folder):
     config = tiny_config(tmp_path / "run", tiny_data_folder, init_from=str(short_run))
     with pytest.raises(ConfigError, match="exceeds the model's max_length of"):
         train(config.model_copy(update={"model": None, "row_length": 4096}))
 
 
-def test_a_start_is_computed_as_the_new_run_says(short_run, tmp_path, tiny_data_folder):
-    """What changes how a model is computed, and not its weights, is the new run's to choose."""
+def test_starting_model_uses_settings_of_new_run(short_run, tmp_path, tiny_data_folder):
+    """The new run chooses settings that change how a model is computed, not its weights."""
     model = {**MODEL, "remat": "full", "max_length": 48}
     train(tiny_config(tmp_path / "run", tiny_data_folder, init_from=str(short_run), model=model, steps=1))
     loaded, _ = load_model(tmp_path / "run")
     assert (loaded.config.remat, loaded.config.max_length) == ("full", 48)
 
 
-def test_a_vocabulary_of_another_size_is_refused(tmp_path, tiny_data_folder):
+def test_vocabulary_of_another_size_is_rejected(tmp_path, tiny_data_folder):
     with pytest.raises(ConfigError, match=r"model\.vocab_size: 512 differs from the tokenizer's 400; leave it out"):
         train(tiny_config(tmp_path / "run", tiny_data_folder, model={**MODEL, "vocab_size": 512}))
 
 
-def test_a_run_goes_on_with_more_steps(short_run, tiny_data_folder, tmp_path):
+def test_finished_run_can_be_extended(short_run, tiny_data_folder, tmp_path):
     """With a constant rate, four steps and four more are eight."""
     optim = {"learning_rate": 1e-2, "schedule": {"kind": "constant", "warmup_steps": 2}}
     whole = train(tiny_config(tmp_path / "whole", tiny_data_folder, steps=8, optim=optim))
@@ -101,8 +101,8 @@ def test_a_run_goes_on_with_more_steps(short_run, tiny_data_folder, tmp_path):
         np.testing.assert_array_equal(weights(tmp_path / "parts")[path], value, err_msg=path)
 
 
-def test_the_manifest_of_fewer_steps_is_not_taken_for_that_of_more(tiny_data_folder, tmp_path, monkeypatch):
-    """A run that ended, was given more steps, and was killed after its last checkpoint."""
+def test_manifest_of_fewer_steps_does_not_count_as_finished(tiny_data_folder, tmp_path, monkeypatch):
+    """A run that finished, was extended, and was killed after its last checkpoint."""
     train(tiny_config(tmp_path / "run", tiny_data_folder, steps=2))
     with monkeypatch.context() as patch:
         patch.setattr("maxlm.train.run.finish", lambda *_: 1 / 0)
@@ -113,7 +113,7 @@ def test_the_manifest_of_fewer_steps_is_not_taken_for_that_of_more(tiny_data_fol
     assert manifest == read_manifest(tmp_path / "run")
 
 
-def test_rows_that_processes_cannot_share_are_refused_before_anything_is_made(tiny_data_folder, tmp_path, monkeypatch):
+def test_rows_indivisible_by_processes_are_rejected_before_anything_is_created(tiny_data_folder, tmp_path, monkeypatch):
     def refuse(mesh):
         raise ConfigError(["mesh: process 0 would hold 2 of 3 groups of rows"])
 
@@ -123,15 +123,15 @@ def test_rows_that_processes_cannot_share_are_refused_before_anything_is_made(ti
     assert not (tmp_path / "run").exists()
 
 
-def test_fewer_steps_than_were_done_are_refused_and_the_run_left_as_it_was(short_run, tiny_data_folder):
+def test_fewer_steps_than_done_are_rejected_and_run_left_unchanged(short_run, tiny_data_folder):
     before = contents(short_run)
     with pytest.raises(ConfigError, match=r"steps: 3 is less than the 4 steps that the run in .* has already done"):
         train(tiny_config(short_run, tiny_data_folder, steps=3))
     assert contents(short_run) == before
 
 
-def test_settings_of_another_version_keep_no_model_from_being_loaded(tmp_path, tiny_data_folder):
-    """Those that say how it was trained; what it computes is of the model's section alone."""
+def test_unknown_training_settings_do_not_prevent_loading_a_model(tmp_path, tiny_data_folder):
+    """Training settings do not affect what the model computes; only the model section does."""
     train(tiny_config(tmp_path / "run", tiny_data_folder, steps=1))
     metadata = find_checkpoint(tmp_path / "run") / "metadata" / "metadata"
     saved = json.loads(metadata.read_text())
@@ -144,7 +144,7 @@ def test_settings_of_another_version_keep_no_model_from_being_loaded(tmp_path, t
         load_model(tmp_path / "run")
 
 
-def test_a_checkpoint_alone_is_loaded_without_a_tokenizer(short_run, tmp_path):
+def test_checkpoint_loads_without_tokenizer(short_run, tmp_path):
     alone = shutil.copytree(find_checkpoint(short_run), tmp_path / "alone" / "checkpoints" / "4")
     model = maxlm.load(alone)
     assert model.logits(np.asarray([[1, 2, 3]])).shape == (1, 3, model.config.vocab_size)
@@ -152,7 +152,7 @@ def test_a_checkpoint_alone_is_loaded_without_a_tokenizer(short_run, tmp_path):
         model.generate("The", max_new_tokens=2)
 
 
-def test_a_manifest_that_is_lost_is_written_again(short_run, tiny_data_folder):
+def test_lost_manifest_is_rewritten(short_run, tiny_data_folder):
     """As after a kill between the last checkpoint and the manifest."""
     before = read_manifest(short_run)
     (short_run / "manifest.json").unlink()
@@ -175,7 +175,7 @@ def test_too_many_bad_steps_end_the_run_with_advice(tmp_path, tiny_data_folder):
     with pytest.raises(TrainingError) as error:
         train(config)
     assert "steps in a row up to step 25 were skipped" in str(error.value)
-    assert "lower optim.learning_rate, or look at the data" in str(error.value)
+    assert "lower optim.learning_rate, or check the data" in str(error.value)
     assert find_checkpoint(tmp_path / "run").name == "15"
     assert [record["skipped"] for record in read_metrics(tmp_path / "run")][-2:] == [0, 5]
 
@@ -185,7 +185,7 @@ def test_too_many_bad_steps_end_the_run_with_advice(tmp_path, tiny_data_folder):
     [
         (
             {"batch_size": 12},
-            r"batch_size: 12 in accumulate=1 microbatches cannot be cut over mesh.fsdp = 8; .* fits is 16",
+            r"batch_size: 12 in accumulate=1 microbatches is not divisible by mesh.fsdp = 8; .* fits is 16",
         ),
         (
             {"batch_size": 16, "accumulate": 4},
@@ -193,13 +193,13 @@ def test_too_many_bad_steps_end_the_run_with_advice(tmp_path, tiny_data_folder):
         ),
     ],
 )
-def test_a_batch_that_cannot_be_cut_is_told(settings, message, tmp_path, tiny_data_folder):
+def test_indivisible_batch_is_rejected(settings, message, tmp_path, tiny_data_folder):
     with pytest.raises(ConfigError, match=message):
         train(tiny_config(tmp_path / "run", tiny_data_folder, mesh={"fsdp": 8}, **settings))
     assert not (tmp_path / "run").exists()
 
 
-def test_heads_that_cannot_be_cut_are_told_with_all_else(tiny_data_folder):
+def test_indivisible_heads_are_reported_with_all_other_problems(tiny_data_folder):
     config = tiny_config(
         "x", tiny_data_folder, mesh={"fsdp": 1, "tensor": 8}, model={**MODEL, "mlp_dim": 12, "vocab_size": 4}
     )
@@ -207,9 +207,9 @@ def test_heads_that_cannot_be_cut_are_told_with_all_else(tiny_data_folder):
         check_layout(config, mesh_sizes(config.mesh, 8))
     problems = "\n".join(error.value.problems)
     for name in ("num_heads: 4", "num_kv_heads: 2", "mlp_dim: 12", "vocab_size: 4"):
-        assert f"model.{name} cannot be cut over mesh.tensor = 8; make it" in problems
-    # And the mesh that would fit.
-    assert "model.num_kv_heads: 2 cannot be cut over mesh.tensor = 8; make it 8, or mesh.tensor=2" in problems
+        assert f"model.{name} is not divisible by mesh.tensor = 8; set it to" in problems
+    # The message also names a mesh that fits.
+    assert "model.num_kv_heads: 2 is not divisible by mesh.tensor = 8; set it to 8, or mesh.tensor=2" in problems
 
 
 @pytest.mark.parametrize(
@@ -217,16 +217,16 @@ def test_heads_that_cannot_be_cut_are_told_with_all_else(tiny_data_folder):
     [
         (
             {"attention": "reference"},
-            "model.attention: reference .* ring over mesh.context = 8 does; make it auto or xla",
+            "model.attention: reference .* ring attention over mesh.context = 8 does; set it to auto or xla",
         ),
         ({}, "row_length: 40 .* mesh.context = 8, each with two chunks of a row; the nearest that fits is 32"),
         (
             {"context_attention": "all_to_all"},
-            "num_heads: 4 cannot be cut over mesh.context = 8; make it 8, or mesh.con",
+            "num_heads: 4 is not divisible by mesh.context = 8; set it to 8, or mesh.con",
         ),
     ],
 )
-def test_rows_and_heads_that_devices_cannot_share_are_told(settings, message, tiny_data_folder):
+def test_indivisible_rows_and_heads_are_rejected(settings, message, tiny_data_folder):
     config = tiny_config(
         "x",
         tiny_data_folder,
@@ -239,19 +239,19 @@ def test_rows_and_heads_that_devices_cannot_share_are_told(settings, message, ti
 
 
 @pytest.mark.parametrize(
-    ("mesh", "told"),
+    ("mesh", "message"),
     [
         ({"data": 2, "fsdp": 1}, "mesh uses 2 of 8 devices; set an axis, such as mesh.data, to -1 to use all\n"),
         ({"slices": 2, "fsdp": 4}, ""),
         ({}, ""),
     ],
 )
-def test_devices_without_work_are_told(mesh, told, capsys):
+def test_idle_devices_are_reported(mesh, message, capsys):
     note_idle_devices(mesh_sizes(MeshConfig(**mesh), 8), 8)
-    assert capsys.readouterr().err == told
+    assert capsys.readouterr().err == message
 
 
-def test_adapters_are_trained_beside_a_base_that_stays(short_run, tmp_path, tiny_data_folder):
+def test_adapters_are_trained_and_base_is_unchanged(short_run, tmp_path, tiny_data_folder):
     base = weights(short_run)
     settings = {"init_from": str(short_run), "model": None, "lora": {"rank": 2, "targets": ["query", "down"]}}
     optim = {"kind": "muon", "learning_rate": 1e-2, "schedule": {"kind": "constant"}}
@@ -270,20 +270,20 @@ def test_adapters_are_trained_beside_a_base_that_stays(short_run, tmp_path, tiny
     assert manifest["metrics"]["valid"]["loss"] < read_manifest(short_run)["metrics"]["valid"]["loss"]
 
 
-def test_an_adapter_for_no_weight_is_told(short_run, tmp_path, tiny_data_folder):
+def test_adapter_for_unknown_weight_is_rejected(short_run, tmp_path, tiny_data_folder):
     config = tiny_config(tmp_path / "run", tiny_data_folder, init_from=str(short_run), lora={"targets": ["quary"]})
-    with pytest.raises(ConfigError, match=r"lora.targets: 'quary' names no weight; allowed: down, gate, key, out"):
+    with pytest.raises(ConfigError, match=r"lora.targets: 'quary' is not a weight; allowed: down, gate, key, out"):
         train(config)
 
 
-def test_a_start_of_another_shape_is_told(short_run, tmp_path, tiny_data_folder):
+def test_starting_model_of_another_shape_is_rejected(short_run, tmp_path, tiny_data_folder):
     config = tiny_config(tmp_path / "run", tiny_data_folder, init_from=str(short_run), model={**MODEL, "num_layers": 4})
     with pytest.raises(CheckpointError, match=r"is a model with num_layers 2, but model\.num_layers is 4"):
         train(config)
 
 
-def test_a_source_without_rows_to_hold_out_is_not_validated(tmp_path, tiny_data_folder):
-    """Its manifest says that there are none."""
+def test_source_without_held_out_rows_is_not_validated(tmp_path, tiny_data_folder):
+    """Its manifest lists none."""
     import shutil
 
     data = shutil.copytree(tiny_data_folder, tmp_path / "data")
@@ -295,8 +295,8 @@ def test_a_source_without_rows_to_hold_out_is_not_validated(tmp_path, tiny_data_
     assert train(tiny_config(tmp_path / "run", data, steps=1))["metrics"]["valid"] == {}
 
 
-def test_a_metrics_log_goes_on_where_the_checkpoint_stands(tmp_path):
-    """What a killed run logged after its checkpoint is dropped, and a line that was cut off with it."""
+def test_metrics_log_resumes_at_checkpoint(tmp_path):
+    """Records that a killed run logged after its checkpoint are dropped, and a truncated line too."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 5, "loss": 2.0}\n{"step": 6, "lo')
     record = {"step": 4, "loss": 1.5, "tokens_per_second": 1.0, "skipped": 0}
     with MetricsLog(storage_path(tmp_path), start_step=3, total_steps=9) as log:

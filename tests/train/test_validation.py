@@ -1,4 +1,4 @@
-"""Validation of pretraining: figures by source that add up to the mean, whatever the order and the processes."""
+"""Validation of pretraining: values by source that add up to the mean, for any order and number of processes."""
 
 import math
 
@@ -24,7 +24,7 @@ from maxlm.train.setup import resolve_model
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory, tiny_tokenizer_folder) -> str:
-    """A few rows of text unlike that of the other folder."""
+    """A few rows of text that differs from that of the other folder."""
     folder = tmp_path_factory.mktemp("digits")
     lines = [" ".join(str(7919 * (n + k) % 10007) for k in range(12)) for n in range(4)]
     (folder / "digits.txt").write_text("\n".join(lines), encoding="utf-8")
@@ -35,7 +35,7 @@ def digits(tmp_path_factory, tiny_tokenizer_folder) -> str:
     return config["output"]
 
 
-def test_each_source_counts_whatever_the_order_and_the_processes(
+def test_values_by_source_do_not_depend_on_order_or_processes(
     tmp_path, tiny_data_folder, digits, tiny_tokenizer_folder
 ):
     tokenizer = Tokenizer.load(tiny_tokenizer_folder)
@@ -49,7 +49,7 @@ def test_each_source_counts_whatever_the_order_and_the_processes(
     def part_of_one(*paths, index=0, count=1):
         part = objective(*paths)
         vars(part._context)["rows"] = RowShard(index, count)
-        vars(part)["_evaluator"] = one._evaluator  # compiled already
+        vars(part)["_evaluator"] = one._evaluator  # already compiled
         return part
 
     one = objective(tiny_data_folder, digits)
@@ -87,14 +87,14 @@ def test_values_do_not_depend_on_the_order_of_sources():
     assert alone.keys() == {"loss", "perplexity", "bits_per_byte"}
 
 
-def test_figures_by_source_are_told_in_short(tmp_path, capsys):
+def test_values_by_source_are_abbreviated_in_progress_line(tmp_path, capsys):
     values = {"loss": 2.0, "bits_per_byte": 1.5, **{f"bits_per_byte/s{n}": float(n) for n in range(8)}}
     with MetricsLog(tmp_path, start_step=0, total_steps=4) as log:
         log.valid(4, values)
-    told = capsys.readouterr().err
+    output = capsys.readouterr().err
     assert (
         "loss 2.0000  bits_per_byte 1.5000 (s0 0.0000, s1 1.0000, s2 2.0000, s3 3.0000, s4 4.0000, s5 5.0000, 2 more)"
-        in told
+        in output
     )
     records = [{"step": 4, **{f"valid_{name}": value for name, value in values.items()}}]
     view = view_run(Run("run", records, {}))

@@ -1,4 +1,4 @@
-"""Configurations to verify; none of what they name exists."""
+"""Configurations to verify; their files do not exist."""
 
 from maxlm.config.load import parse_config
 

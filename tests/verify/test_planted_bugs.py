@@ -1,4 +1,4 @@
-"""Bugs that training stacks have had, each planted here: verification must find it, and by the right variant."""
+"""Known bugs of training stacks, each planted here: verification must find it, by the correct variant."""
 
 import re
 from dataclasses import replace
@@ -26,7 +26,7 @@ def failed(config, *only):
     return [finding.name for finding in report.failed]
 
 
-def test_a_mean_of_means(monkeypatch):
+def test_mean_of_means(monkeypatch):
     original = step.loss_and_gradient
 
     def mean_of_means(trainable, frozen, batch, *, loss_function, accumulate, pipeline, **settings):
@@ -45,7 +45,7 @@ def test_a_mean_of_means(monkeypatch):
     assert failed(config_of("sft"), "accumulation: 2", "token ids") == ["accumulation: 2"]
 
 
-def test_an_auxiliary_loss_that_each_microbatch_adds_whole(monkeypatch):
+def test_auxiliary_loss_not_scaled_by_microbatch_weight(monkeypatch):
     original = sft.language_model_loss
 
     def unscaled(model, batch, *, z_loss):
@@ -53,7 +53,7 @@ def test_an_auxiliary_loss_that_each_microbatch_adds_whole(monkeypatch):
         return LossOutput({**output.terms, "z_loss": Term(output.terms["z_loss"].mean(), jnp.float32(1))}, {})
 
     monkeypatch.setattr(sft, "language_model_loss", unscaled)
-    # The weight of all microbatches together is that of one: each adds its own z-loss whole.
+    # The weight of all microbatches together is that of one: each adds its full z-loss.
     monkeypatch.setattr(
         step.Term, "mean", lambda term: term.sum / jnp.where(term.weight > 1, term.weight, 1.0), raising=True
     )
@@ -75,7 +75,7 @@ def test_attention_that_ignores_segments(monkeypatch):
     assert failed(config_of("sft"), "packing", "token ids", "accumulation: 2") == ["packing: a row for each document"]
 
 
-def test_the_command_tells_a_bug_and_ends_with_1(monkeypatch, tmp_path, capsys):
+def test_command_reports_a_bug_and_exits_with_1(monkeypatch, tmp_path, capsys):
     file = tmp_path / "config.yaml"
     file.write_text(dump_yaml(config_of("sft")))
     command = ["verify", str(file), "--only", "packing"]
@@ -84,16 +84,16 @@ def test_the_command_tells_a_bug_and_ends_with_1(monkeypatch, tmp_path, capsys):
     ignore_segments(monkeypatch)
     assert main(command) == 1
     # A terminal of 80 columns wraps the sentence.
-    told = " ".join(capsys.readouterr().out.split())
+    output = " ".join(capsys.readouterr().out.split())
     number = r"\d\.\de[+-]\d\d"
     sentence = (
         rf"packing: a row for each document differs: \w+ by {number} of it;"
         rf" gradients from embedding on, by {number} of its largest entry"
     )
-    assert re.search(sentence, told), told
+    assert re.search(sentence, output), output
 
 
-def test_weights_that_are_read_off_the_token(monkeypatch):
+def test_loss_weights_derived_from_token_id(monkeypatch):
     original = sft.language_model_loss
 
     def masked(model, batch, *, z_loss):
@@ -104,7 +104,7 @@ def test_weights_that_are_read_off_the_token(monkeypatch):
     assert failed(config_of("sft"), "token ids", "accumulation: 2") == ["token ids: renamed"]
 
 
-def test_padding_that_is_told_by_its_token(monkeypatch):
+def test_padding_identified_by_token_id(monkeypatch):
     original = sft.language_model_loss
 
     def masked(model, batch, *, z_loss):
@@ -115,7 +115,7 @@ def test_padding_that_is_told_by_its_token(monkeypatch):
     assert "padding: more rows and columns" in failed(config_of("sft"), "padding")
 
 
-def test_adapters_that_the_rollout_does_not_see(monkeypatch):
+def test_rollout_without_adapters(monkeypatch):
     original = Sampler.__call__
 
     def without_adapters(self, model, *args, **settings):
@@ -130,7 +130,7 @@ def test_adapters_that_the_rollout_does_not_see(monkeypatch):
     assert failed(config, only) == [only]
 
 
-def test_a_rollout_that_keeps_its_first_weights(monkeypatch):
+def test_rollout_with_stale_weights(monkeypatch):
     original, kept = Sampler.__call__, []
 
     def stale(self, model, *args, **settings):
@@ -142,8 +142,8 @@ def test_a_rollout_that_keeps_its_first_weights(monkeypatch):
     assert failed(config_of("policy"), only) == [only]
 
 
-def test_a_gradient_that_one_device_keeps_to_itself(monkeypatch):
-    """The sum over the data axis is left out for the final norm: what a shard_map without its psum does."""
+def test_gradient_missing_an_all_reduce(monkeypatch):
+    """The sum over the data axis is missing for the final norm, as in a shard_map without its psum."""
 
     @jax.custom_vjp
     def local(x):
@@ -160,7 +160,7 @@ def test_a_gradient_that_one_device_keeps_to_itself(monkeypatch):
     assert [(finding.name, finding.first) for finding in report.failed] == [("mesh: data=2", "final_norm")]
 
 
-def test_a_ring_that_takes_a_zigzag_for_rows_in_order(monkeypatch):
+def test_ring_that_treats_zigzag_as_plain_order(monkeypatch):
     original = layers.context_attention
     monkeypatch.setattr(
         layers, "context_attention", lambda *args, order, **settings: original(*args, order="plain", **settings)
@@ -168,7 +168,7 @@ def test_a_ring_that_takes_a_zigzag_for_rows_in_order(monkeypatch):
     assert failed(config_of("sft"), "mesh: context=2", "mesh: tensor=2") == ["mesh: context=2"]
 
 
-def test_a_balance_of_experts_that_is_a_product_of_means_over_the_batch(monkeypatch):
+def test_expert_balance_computed_over_the_batch(monkeypatch):
     def product_of_means(scores_BLE, experts_BLK, segment_ids_BL):
         real_BL1 = (segment_ids_BL != 0)[..., None].astype(jnp.float32)
         chosen_BLE = jnp.sum(jax.nn.one_hot(experts_BLK, scores_BLE.shape[-1]), axis=-2)

@@ -1,4 +1,4 @@
-"""What verification compares, of which configurations, and how it tells what it found."""
+"""Verification: variants, reduced configurations, and reports."""
 
 import io
 import itertools
@@ -26,7 +26,7 @@ SAME = Finding("mesh", "data=2, fsdp=2", 1e-7, "policy", 3e-6, "embedding", seco
 WRONG = Finding(
     "padding", "more rows", 1e-9, "preference", 0.02, "final_norm", first="layers/mlp/up[1]", first_difference=3e-4
 )
-SKIPPED = Finding("mesh", "tensor=2", skipped="num_heads: 3 cannot be cut")
+SKIPPED = Finding("mesh", "tensor=2", skipped="num_heads: 3 is not divisible")
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ SKIPPED = Finding("mesh", "tensor=2", skipped="num_heads: 3 cannot be cut")
     [("reward", {}), ("preference", {}), ("distill", {}), ("policy", {"lora": {"rank": 4}})],
     ids=["reward", "preference", "distill", "grpo with adapters"],
 )
-def test_each_objective_is_the_same_padded_and_on_three_axes(kind, settings):
+def test_every_objective_passes_with_padding_and_on_three_axes(kind, settings):
     report = verify(config_of(kind, **settings), only=["padding", "mesh: data=2, fsdp=2, tensor=2"])
     assert [finding.verdict for finding in report.findings] == ["same", "same"], report
 
@@ -44,38 +44,38 @@ def variants(kind="sft", **settings):
     return list(variants_of(config, reduced_config(config, vocab_size=64), num_devices=8))
 
 
-def test_each_two_axes_of_a_mesh_meet():
+def test_every_pair_of_mesh_axes_is_covered():
     wide = [{axis for axis in MESH_AXES if getattr(mesh, axis) == 2} for mesh in meshes(all_products=False)]
     assert all(any({left, right} <= axes for axes in wide) for left, right in itertools.combinations(MESH_AXES, 2))
     assert all({axis} in wide for axis in MESH_AXES)
     assert len(list(meshes(all_products=True))) == 6 + 15 + 20 + 1
 
 
-def test_a_mesh_that_the_model_does_not_fit_is_skipped_with_the_number_to_change():
+def test_mesh_that_does_not_fit_is_skipped_with_the_number_to_change():
     found = {variant.name: variant.skipped for variant in variants(model={"num_heads": 3, "num_kv_heads": 1})}
-    assert "num_heads: 3 cannot be cut over mesh.tensor = 2" in found["mesh: tensor=2"]
+    assert "num_heads: 3 is not divisible by mesh.tensor = 2" in found["mesh: tensor=2"]
     assert found["mesh: data=2"] is None
 
 
-def test_there_are_as_many_devices_as_a_mesh_needs():
+def test_meshes_need_enough_devices():
     config = config_of("sft")
     found = variants_of(config, reduced_config(config, vocab_size=64), num_devices=1)
     reasons = [variant.skipped for variant in found if variant.mesh is not None]
     assert all("there are 1" in reason for reason in reasons)
 
 
-def test_names_choose_variants_whole_before_in_part():
+def test_exact_names_take_precedence_over_partial_ones():
     assert [variant.detail for variant in choose(variants(), ["mesh: data=2"])] == ["data=2"]
     assert [variant.detail for variant in choose(variants(), ["accumulation"])] == ["2", "4"]
     staged = choose(variants(), ["mesh.stage"])
     assert {"mesh: stage=2", "mesh: stage=2, fsdp=2, context=2"} <= {variant.name for variant in staged}
     assert all(variant.mesh.stage == 2 for variant in staged)
     assert [variant.name for variant in choose(variants(), ["one dev"])] == ["one device: as configured"]
-    with pytest.raises(RequestError, match="--only 'packs': names no variant; groups are accumulation, packing"):
+    with pytest.raises(RequestError, match="--only 'packs': matches no variant; groups are accumulation, packing"):
         choose(variants(), ["packs"])
 
 
-def test_a_small_model_keeps_the_structure():
+def test_reduced_model_keeps_structure():
     config = config_of(
         "sft",
         model={
@@ -101,7 +101,7 @@ def test_a_small_model_keeps_the_structure():
 
 
 @pytest.mark.parametrize(("turns", "kept"), [(1, 1), (2, 2), (3, 3), (5, 1), (6, 2), (12, 4), (18, 2), (30, 2)])
-def test_a_small_model_can_be_cut_into_stages_where_the_whole_one_can(turns, kept):
+def test_reduced_model_fits_stages_if_full_model_does(turns, kept):
     for pattern in ([None], [None] * 6):
         model = {"num_layers": turns * len(pattern), "window_pattern": pattern}
         assert reduced_model(config_of("sft", model=model).model, vocab_size=64).num_layers == kept * len(pattern)
@@ -109,14 +109,14 @@ def test_a_small_model_can_be_cut_into_stages_where_the_whole_one_can(turns, kep
         assert (skipped["mesh: stage=2"] is None) is (turns % 2 == 0)
 
 
-def test_the_mesh_of_the_configuration_is_among_them():
+def test_configured_mesh_is_a_variant():
     skipped = {variant.name: variant.skipped for variant in variants(mesh={"tensor": 4}, model={"num_kv_heads": 4})}
     assert skipped["mesh: fsdp=2, tensor=4, the configuration's own"] is None
     skipped = {variant.name: variant.skipped for variant in variants(mesh={"tensor": 3})}
-    assert "cannot be cut over mesh.tensor = 3" in skipped["mesh: fsdp=2, tensor=3, the configuration's own"]
+    assert "is not divisible by mesh.tensor = 3" in skipped["mesh: fsdp=2, tensor=3, the configuration's own"]
 
 
-def test_every_term_is_on():
+def test_every_loss_term_is_enabled():
     small = reduced_config(config_of("preference"), vocab_size=64)
     assert small.objective.sft_weight >= 0.1
     assert reduced_config(config_of("policy"), vocab_size=64).objective.kl_beta >= 0.1
@@ -126,13 +126,13 @@ def test_every_term_is_on():
     ("eight_bit", "ending"),
     [(None, "float32"), ("int8", "float32, without the 8-bit rounding of model.eight_bit=int8")],
 )
-def test_the_subject_says_that_rounding_to_8_bits_is_left_off(eight_bit, ending):
+def test_subject_says_that_8_bit_rounding_is_disabled(eight_bit, ending):
     config = config_of("sft", model={"num_heads": 4, "num_kv_heads": 2, "eight_bit": eight_bit})
     subject = describe_subject(reduced_config(config, vocab_size=64), *full_model(config))
     assert subject.endswith(f"8 rows of 96 tokens, {ending}")
 
 
-def test_examples_hold_what_brings_bugs_to_light():
+def test_examples_cover_known_bugs():
     rows = examples.make_documents(np.random.default_rng(0), num_rows=8, length=96, vocab_size=64)
     batch = examples.lay_out_rows(rows, length=96)
     real = batch.segment_ids > 0
@@ -147,7 +147,7 @@ def test_examples_hold_what_brings_bugs_to_light():
     assert alone.segment_ids.max() == 1
 
 
-def test_the_first_parameter_that_differs_and_its_layer_are_named():
+def test_first_differing_parameter_and_layer_are_named():
     gradient = {"embedding": np.ones((4, 2)), "layers/mlp/up": np.ones((3, 2, 2)), "final_norm": np.full(2, 5.0)}
     other = {path: leaf.copy() for path, leaf in gradient.items()}
     other["layers/mlp/up"][1, 0, 0] += 0.5
@@ -159,12 +159,12 @@ def test_the_first_parameter_that_differs_and_its_layer_are_named():
     assert numbers["loss_difference"] == pytest.approx(0.1)
 
 
-def test_what_is_no_number_differs():
+def test_nan_counts_as_difference():
     assert Finding("mesh", "data=2", gradient_difference=float("nan")).verdict == "differs"
     assert Finding("mesh", "data=2", loss_difference=float("nan")).verdict == "differs"
 
 
-def test_a_report_is_told_in_words_and_tables():
+def test_report_as_text_and_tables():
     report = Report("a.yaml", "sft", (SAME, WRONG, SKIPPED), 2.0)
     assert not report.passed
     assert report.largest() == {"mesh.data": 3e-6, "mesh.fsdp": 3e-6, "padding": 0.02}
@@ -177,26 +177,26 @@ def test_a_report_is_told_in_words_and_tables():
     )
     text = markdown(report)
     assert "| mesh: data=2, fsdp=2 | 1.0e-07 | 3.0e-06 | embedding | same | 1.0 |" in text
-    assert "skipped: num_heads: 3 cannot be cut" in text
+    assert "skipped: num_heads: 3 is not divisible" in text
     assert "| mesh.data | 3.0e-06 |" in summary([report])
     terminal = Console(file=io.StringIO(), width=200)
     terminal.print(table(Report("a.yaml", "sft", (SAME, WRONG, SKIPPED, replace(SKIPPED, detail="tensor=4")), 2.0)))
     *rows, skipped, failed = terminal.file.getvalue().splitlines()
     assert sum("same" in row for row in rows) == sum("differs" in row for row in rows) == 1
-    assert skipped == "skipped (num_heads: 3 cannot be cut): mesh: tensor=2; mesh: tensor=4"
+    assert skipped == "skipped (num_heads: 3 is not divisible): mesh: tensor=2; mesh: tensor=4"
     assert failed.startswith("padding: more rows differs")
 
 
-def test_a_report_in_which_nothing_was_compared_has_not_passed():
+def test_report_without_comparisons_does_not_pass():
     report = Report("a.yaml", "sft", (SKIPPED,), 2.0)
     assert not report.passed
-    assert conclusion(report) == "nothing was compared: mesh: tensor=2: num_heads: 3 cannot be cut"
+    assert conclusion(report) == "nothing was compared: mesh: tensor=2: num_heads: 3 is not divisible"
     assert conclusion(Report("a.yaml", "sft", (SKIPPED, SAME), 2.0)).startswith(
         "1 way gives the same: largest gradient difference 3.0e-06 (mesh: data=2, fsdp=2;"
     )
 
 
-def test_the_command_ends_with_1_where_something_differs(monkeypatch, tmp_path, capsys):
+def test_command_exits_with_1_if_something_differs(monkeypatch, tmp_path, capsys):
     file = tmp_path / "config.yaml"
     file.write_text(dump_yaml(config_of("sft")))
     for findings, code in (((SAME, SKIPPED), 0), ((SAME, WRONG), 1), ((SKIPPED,), 1)):
