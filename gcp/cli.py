@@ -14,7 +14,7 @@ DESCRIPTION = """\
 Train on a Cloud TPU: create it, send the last commit of this folder, install it, and start
 `maxlm train CONFIG` on all workers. Needs gcloud, logged in, with the TPU API enabled.
 
-Look first at what would run, then run it:
+Check first what would run, then run it:
   maxlm submit configs/quickstart/pretrain.yaml steps=2000 --dry-run \\
       --name=tiny-1 --project=my-project --zone=us-west4-a --accelerator=v5litepod-16 --bucket=gs://my-bucket/runs \\
       --input=runs/quickstart/data=gs://my-bucket/data --input=runs/quickstart/tokenizer=gs://my-bucket/tokenizer
@@ -22,7 +22,7 @@ Look first at what would run, then run it:
       --name=tiny-1 --project=my-project --zone=us-west4-a --accelerator=v5litepod-16 --bucket=gs://my-bucket/runs \\
       --input=runs/quickstart/data=gs://my-bucket/data --input=runs/quickstart/tokenizer=gs://my-bucket/tokenizer
 
-Submitting again goes on where it stopped. Then, with the same name, project and zone:
+Submitting again resumes where it stopped. Then, with the same name, project and zone:
   maxlm submit --action=status --name=tiny-1 --project=my-project --zone=us-west4-a
   maxlm submit --action=logs   --name=tiny-1 --project=my-project --zone=us-west4-a
   maxlm submit --action=delete --name=tiny-1 --project=my-project --zone=us-west4-a
@@ -38,9 +38,9 @@ ACTIONS = {
 
 
 def register(subparsers) -> None:
-    """Add `maxlm submit` to the command line."""
+    """Add the subcommand `maxlm submit`."""
     parser = subparsers.add_parser(
-        "submit", help="train on a Cloud TPU: create it, send the code, start, watch, delete"
+        "submit", help="train on a Cloud TPU: create it, send the code, start, monitor, delete"
     )
     add_arguments(parser)
     parser.set_defaults(func=run)
@@ -56,24 +56,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="overrides of the configuration")
     actions = "; ".join(f"{name}: {what}" for name, what in ACTIONS.items())
     parser.add_argument("--action", choices=ACTIONS, default="all", metavar="ACTION", help=actions)
-    parser.add_argument("--dry-run", action="store_true", help="print the shell commands, one a line, and run nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the shell commands, one per line, and run nothing"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
-    where = parser.add_argument_group("where")
-    where.add_argument("--name", required=True, help="of the TPU and of the run folder in the bucket")
+    where = parser.add_argument_group("TPU")
+    where.add_argument("--name", required=True, help="name of the TPU and of the run folder in the bucket")
     where.add_argument("--project", required=True, help="Google Cloud project")
     where.add_argument("--zone", required=True, help="such as us-west4-a")
-    where.add_argument("--internal-ips", action="store_true", help="no external addresses; needs the same network")
+    where.add_argument("--internal-ips", action="store_true", help="no external IPs; connect from the same network")
 
     what = parser.add_argument_group("what to create and run")
     known = ", ".join(f"{name}-N" for name in GENERATIONS)
     what.add_argument("--accelerator", metavar="TYPE", help=f"{known}; such as v5litepod-16, v5p-128 or v6e-8")
     what.add_argument("--bucket", metavar="gs://...", help="runs are written to <bucket>/<name>")
-    what.add_argument("--runtime-version", metavar="IMAGE", help="default: the one that the generation needs")
+    what.add_argument("--runtime-version", metavar="IMAGE", help="default: the image for the TPU generation")
     capacity = what.add_mutually_exclusive_group()
-    capacity.add_argument("--spot", action="store_true", help="cheaper, and may be taken back at any time")
+    capacity.add_argument("--spot", action="store_true", help="cheaper, but may be preempted at any time")
     capacity.add_argument("--reserved", action="store_true", help="use your reservation")
-    what.add_argument("--service-account", metavar="EMAIL", help="that the workers act as; it must reach the bucket")
+    what.add_argument("--service-account", metavar="EMAIL", help="identity of the workers; needs access to the bucket")
     what.add_argument("--network", help="default: the project's default network")
     what.add_argument("--subnetwork")
     what.add_argument("--code", type=Path, default=Path("."), help="git folder or .tar.gz to send (default: .)")
@@ -82,19 +84,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATH=gs://...",
-        help="copy a folder of a bucket to PATH on each worker first, such as data/packed=gs://my-bucket/packed",
+        help="copy a bucket folder to PATH on each worker first, such as data/packed=gs://my-bucket/packed",
     )
     what.add_argument(
-        "--env", action="append", default=[], metavar="NAME=VALUE", help="variable of the training process; repeatable"
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="environment variable of training; repeatable"
     )
     what.add_argument(
         "--restarts",
         type=count_or_zero,
         default=10,
         metavar="N",
-        help="start training again when it dies, at most N times (10)",
+        help="restart training when it dies, at most N times (10)",
     )
-    what.add_argument("--delete-after", action="store_true", help="stay until training has ended, then delete the TPU")
+    what.add_argument("--delete-after", action="store_true", help="wait until training has ended, then delete the TPU")
 
     logs = parser.add_argument_group("for --action=logs")
     logs.add_argument("--worker", type=count_or_zero, default=0, help="which worker (default: 0)")
@@ -102,10 +104,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `maxlm submit`; returns the exit code.
+    """Run `maxlm submit`; return the exit code.
 
     Raises:
-      ConfigError: bad values, all told at once.
+      ConfigError: with all invalid values.
       RequestError: a command failed.
     """
     tpu = Tpu(name=args.name, project=args.project, zone=args.zone, internal_ips=args.internal_ips)
@@ -121,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         submit.follow_logs(tpu, worker=args.worker, tail=args.tail)
         return 0
     deleted = submit.delete(tpu)
-    message = "deleted" if deleted else "was not there"
+    message = "deleted" if deleted else "does not exist"
     print(json.dumps({"name": tpu.name, "deleted": deleted}) if args.json else f"{tpu.name} {message}")
     return 0
 
@@ -147,7 +149,7 @@ def _status(args: argparse.Namespace, tpu: Tpu) -> int:
     if args.json:
         print(json.dumps(dataclasses.asdict(status)))
         return 0
-    print(f"{status.name}: {status.state or 'not there'}")
+    print(f"{status.name}: {status.state or 'does not exist'}")
     for worker in status.workers:
         print(f"  {worker.host}: {worker.state}  {worker.last_line}")
     return 0
@@ -167,7 +169,7 @@ def _print_command(args: argparse.Namespace, tpu: Tpu) -> int:
 
 
 def _job(args: argparse.Namespace, tpu: Tpu) -> TpuJob:
-    """The job that the arguments describe, its configuration checked before a TPU costs money."""
+    """The job that the arguments describe, with its configuration checked before a TPU costs money."""
     needed = {"CONFIG": args.config, "--accelerator": args.accelerator, "--bucket": args.bucket}
     missing = [name for name, value in needed.items() if value is None]
     if missing:

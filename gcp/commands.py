@@ -1,9 +1,9 @@
-"""Every command line as a list of arguments, built without running anything.
+"""Build command lines as argument lists, without running anything.
 
-On a worker all files of a job are in `~/maxlm-<name>`:
+On a worker, all files of a job are in `~/maxlm-<name>`:
   .venv       the Python environment
   train.log   output of all attempts, appended
-  train.pid   process of the last attempt
+  train.pid   process id of the last attempt
   train.exit  its exit code; absent while it runs
 """
 
@@ -15,19 +15,19 @@ from maxlm_gcp.job import Capacity, Tpu, TpuJob
 
 Argv = list[str]
 
-# A worker's answer to `status_script` begins with this word, which tells it from banners of the login.
+# A worker's reply to `status_script` starts with this word, which distinguishes it from login banners.
 STATUS_MARK = "maxlm-worker"
 
 
 def pack_code(job: TpuJob) -> Argv | None:
-    """The last commit of the code folder as one file; None where the code already is an archive."""
+    """Archive the last commit of the code folder; None if the code is already an archive."""
     if job.code.is_file():
         return None
     return ["git", "-C", str(job.code), "archive", "--format=tar.gz", f"--output={archive_path(job)}", "HEAD"]
 
 
 def create(job: TpuJob) -> Argv:
-    """Request the TPU; it stands in a queue until there is room."""
+    """Request the TPU as a queued resource, which waits for capacity."""
     argv = [
         *_queued_resources("create", job.tpu),
         f"--node-id={job.tpu.name}",
@@ -50,7 +50,7 @@ def create(job: TpuJob) -> Argv:
 
 
 def describe(tpu: Tpu, *, output: str = "json") -> Argv:
-    """All that is known about the queued resource; `output` is a gcloud --format."""
+    """Describe the queued resource; `output` is a gcloud --format."""
     return [*_queued_resources("describe", tpu), f"--format={output}"]
 
 
@@ -60,7 +60,7 @@ def delete(tpu: Tpu) -> Argv:
 
 
 def copy_code(job: TpuJob) -> Argv:
-    """Send the archive into the home folder of every worker."""
+    """Copy the archive to the home folder of every worker."""
     destination = f"{job.tpu.name}:{_folder(job.tpu)}.tar.gz"
     scp = ["gcloud", "compute", "tpus", "tpu-vm", "scp", str(archive_path(job)), destination]
     return [*scp, *_reach(job.tpu, worker="all")]
@@ -72,28 +72,28 @@ def install(job: TpuJob) -> Argv:
 
 
 def start(job: TpuJob) -> Argv:
-    """Start training on every worker; it goes on when the connection ends."""
+    """Start training on every worker; it keeps running after the connection ends."""
     return _ssh(job.tpu, start_script(job), worker="all")
 
 
 def logs(tpu: Tpu, *, worker: int = 0, tail: int | None = None) -> Argv:
-    """Follow one worker's log until training ends; `tail` bounds how many earlier lines come first."""
+    """Follow one worker's log until training ends; `tail` limits how many earlier lines are shown."""
     return _ssh(tpu, logs_script(tpu, tail=tail), worker=str(worker))
 
 
 def status(tpu: Tpu) -> Argv:
-    """Ask every worker whether training runs."""
+    """Query the state of training on every worker."""
     return _ssh(tpu, status_script(tpu), worker="all")
 
 
 def wait_in_shell(tpu: Tpu, *, seconds: int) -> str:
-    """A shell line that returns when the TPU is ready: what `submit` does between create and copy."""
+    """A shell line that waits until the TPU is ready, as `submit` does between create and copy."""
     ask = shell_line(describe(tpu, output="value(state.state)"))
     return f'until [ "$({ask})" = ACTIVE ]; do sleep {seconds}; done'
 
 
 def shell_line(argv: Argv) -> str:
-    """A command as a shell reads it; of `--flag=value` only the value is quoted, which is easier to read."""
+    """A shell-quoted command; of `--flag=value` only the value is quoted, for readability."""
     return " ".join(flag + shlex.quote(value) for flag, value in map(_split_flag, argv))
 
 
@@ -103,9 +103,9 @@ def archive_path(job: TpuJob) -> Path:
 
 
 def install_script(job: TpuJob) -> str:
-    """What `install` runs on a worker; running it twice does no harm.
+    """The script of `install` on a worker; idempotent.
 
-    The TPU images bring Python 3.10, so uv installs a newer one into the job's own environment.
+    The TPU images have Python 3.10, so uv installs a newer one into the job's own environment.
     """
     folder = _folder(job.tpu)
     steps = [
@@ -122,9 +122,9 @@ def install_script(job: TpuJob) -> str:
 
 
 def start_script(job: TpuJob) -> str:
-    """What `start` runs on a worker.
+    """The script of `start` on a worker.
 
-    gcloud repeats a command whose connection broke, so a second start beside a running one must do nothing.
+    gcloud retries a command whose connection was lost, so starting again while training runs must do nothing.
     """
     # The workers of a slice are processes of one run.
     environment = {"MAXLM_DISTRIBUTED": "auto", **job.environment}
@@ -132,20 +132,20 @@ def start_script(job: TpuJob) -> str:
     train = shlex.join(["env", *assignments, ".venv/bin/maxlm", *job.train_arguments])
     keep_log = f'{shlex.join(upload_log(job.run_folder))}"$(hostname)".log'
     return (
-        f"cd {_folder(job.tpu)} && if {_IS_RUNNING}; then echo training already runs; else "
+        f"cd {_folder(job.tpu)} && if {_IS_RUNNING}; then echo training is already running; else "
         f'rm -f train.exit && {{ (trap "" HUP; {train}; echo $? > train.exit; {keep_log}) '
         ">> train.log 2>&1 < /dev/null & echo $! > train.pid; }; fi"
     )
 
 
 def logs_script(tpu: Tpu, *, tail: int | None) -> str:
-    """What `logs` runs on a worker: ends by itself when training has ended."""
+    """The script of `logs` on a worker; exits when training has ended."""
     lines = "+1" if tail is None else str(tail)
     return f'cd {_folder(tpu)} && tail -n {lines} -F --pid="$(cat train.pid)" train.log'
 
 
 def status_script(tpu: Tpu) -> str:
-    """What `status` runs on a worker: one line of mark, host, state and last line of the log, tabs between."""
+    """The script of `status` on a worker: one tab-separated line of mark, host, state and last log line."""
     return (
         f"if ! cd {_folder(tpu)} 2> /dev/null; then state=absent; "
         f"elif {_IS_RUNNING}; then state=running; "
@@ -157,12 +157,12 @@ def status_script(tpu: Tpu) -> str:
 
 
 def fetch_input(source: str, path: str) -> Argv:
-    """Run on a worker: bring one input folder up to date."""
+    """Run on a worker: sync one input folder."""
     return ["gcloud", "storage", "rsync", source, path, "--recursive"]
 
 
 def upload_log(run_folder: str) -> Argv:
-    """Run on a worker when training has ended; the last argument wants the worker's name appended."""
+    """Run on a worker when training has ended; the caller appends the worker's name to the last argument."""
     return ["gcloud", "storage", "cp", "train.log", f"{run_folder}/logs/"]
 
 

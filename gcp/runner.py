@@ -1,4 +1,4 @@
-"""Run one command: show what it prints, keep what a caller or an error message needs."""
+"""Run one command: show its output, and keep what the caller or an error message needs."""
 
 import itertools
 import shutil
@@ -10,13 +10,13 @@ from typing import Protocol
 
 from maxlm.errors import RequestError
 
-# What the details of an API's error begin with.
+# The details of an API error start with one of these.
 _DETAILS = ("- '@type'", '- "@type"', "'@type'", "details:")
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a command ended; `stdout` is empty where it was shown instead of captured."""
+    """Result of a command; `stdout` is empty if it was shown instead of captured."""
 
     returncode: int
     stdout: str
@@ -24,35 +24,35 @@ class Result:
 
     @property
     def error_message(self) -> str:
-        """What went wrong, on one line: gcloud's whole message without its appendix, else the last line of the errors.
+        """The error on one line: gcloud's whole message without its details, else the last line of stderr.
 
-        gcloud's begins with ERROR:, goes on over several lines, and may end in a dump of details in YAML.
+        gcloud's message starts with ERROR:, may span several lines, and may end with details in YAML.
         """
         lines = [line.strip() for line in self.stderr.splitlines()]
         starts = [index for index, line in enumerate(lines) if line.startswith("ERROR:")]
         if not any(lines):
-            return f"exit code {self.returncode}, and no message"
+            return f"exit code {self.returncode}, no message"
         if not starts:
             return next(line for line in reversed(lines) if line)
         message = list(itertools.takewhile(lambda line: not line.startswith(_DETAILS), lines[starts[-1] :]))
         if "exited with return code" in message[0]:
-            # Of ssh and scp gcloud knows the exit code alone: the reason is what they said before.
+            # For ssh and scp gcloud knows only the exit code: the reason is in the output before.
             message += next(([f"({line})"] for line in reversed(lines[: starts[-1]]) if line), [])
         return " ".join(line for line in message if line)
 
 
 class Runner(Protocol):
-    """Whatever runs a command line; tests put a recorder here."""
+    """Runs a command line; tests substitute a recorder."""
 
     def __call__(self, argv: list[str], *, capture: bool) -> Result: ...
 
 
 def run_command(argv: list[str], *, capture: bool) -> Result:
-    """Run a command to its end.
+    """Run a command to completion.
 
     Args:
       argv: the program and its arguments; no shell reads them.
-      capture: keep standard output and show nothing; otherwise both streams are shown as they come.
+      capture: keep standard output and show nothing; otherwise both streams are shown as they arrive.
 
     Raises:
       RequestError: the program is not installed.

@@ -1,6 +1,6 @@
-"""Run a job's steps in order, and look after it: `submit`, `status`, `follow_logs`, `delete`.
+"""Submit a job and monitor it: `submit`, `status`, `follow_logs`, `delete`.
 
-Every step may be repeated, so a submission that failed or was interrupted goes on when it is submitted again.
+Every step is idempotent, so submitting again resumes a submission that failed or was interrupted.
 """
 
 import json
@@ -16,9 +16,9 @@ from maxlm.errors import RequestError
 from maxlm.runtime.progress import console
 
 POLL_SECONDS = 30
-# Between two tries of something that failed: doubled from POLL_SECONDS to this.
+# Longest delay between retries: doubled from POLL_SECONDS up to this.
 MOST_SECONDS = 600
-# About an hour of tries that fail: what waits in the queue is given up then.
+# About an hour of failed retries, after which waiting in the queue is given up.
 MOST_TRIES = 10
 
 # States of a queued resource: cloud.google.com/tpu/docs/queued-resources
@@ -37,7 +37,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class Status:
-    """State of the queued resource (None: there is none), and of the workers once it is ACTIVE."""
+    """State of the queued resource (None: does not exist), and of the workers once it is ACTIVE."""
 
     name: str
     state: str | None
@@ -45,7 +45,7 @@ class Status:
 
 
 def dry_run(job: TpuJob, *, create_only: bool = False, delete_after: bool = False) -> list[str]:
-    """The shell lines that `submit` stands for, in order, each ready to be pasted."""
+    """The shell lines that `submit` runs, in order, ready to paste."""
     tpu = job.tpu
     wait = commands.wait_in_shell(tpu, seconds=POLL_SECONDS)
     if create_only:
@@ -67,18 +67,18 @@ def submit(
     runner: Runner = run_command,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Create the TPU unless it stands, wait for it, send the code, install it, and start training on all workers.
+    """Create the TPU unless it exists, wait for it, send the code, install it, and start training on all workers.
 
     Args:
-      job: what to run and where.
+      job: the job and its TPU.
       create_only: stop once the TPU is ready.
-      delete_after: stay until training has ended on every worker, then delete the TPU, whatever the outcome.
+      delete_after: wait until training has ended on every worker, then delete the TPU, whatever the outcome.
       runner: runs the commands.
-      sleep: waits that many seconds between two looks at the queue.
+      sleep: waits the given seconds between polls of the queue.
 
     Raises:
-      RequestError: a step failed (with the command to repeat, and the one that deletes), or, with `delete_after`,
-        training ended with an error on some worker, or in a way that is not known.
+      RequestError: a step failed (with the commands to repeat it and to delete the TPU), or, with `delete_after`,
+        training failed on some worker, or its outcome is unknown.
         Once training has started, `delete_after` leaves no TPU behind.
     """
     steps = _Steps(job.tpu, runner, total=2 if create_only else 6)
@@ -110,7 +110,7 @@ def submit(
                 raise
             _delete_for_certain(job.tpu, runner, sleep)
     except KeyboardInterrupt:
-        _say(f"interrupted; submit again to go on\n{_how_to_delete(job.tpu)}")
+        _say(f"interrupted; submit again to resume\n{_how_to_delete(job.tpu)}")
         raise
     if not delete_after:
         _say(_how_to_delete(job.tpu))
@@ -120,7 +120,7 @@ def status(tpu: Tpu, *, runner: Runner = run_command) -> Status:
     """The state of the queued resource and, once it is ACTIVE, of training on every worker.
 
     Raises:
-      RequestError: gcloud could not answer.
+      RequestError: gcloud failed.
     """
     resource = _describe(tpu, runner)
     if resource is None:
@@ -135,7 +135,7 @@ def follow_logs(tpu: Tpu, *, worker: int = 0, tail: int | None = None, runner: R
     """Show one worker's log until training ends.
 
     Raises:
-      RequestError: the log could not be read, or the connection broke.
+      RequestError: the log could not be read, or the connection was lost.
     """
     argv = commands.logs(tpu, worker=worker, tail=tail)
     result = runner(argv, capture=False)
@@ -144,7 +144,7 @@ def follow_logs(tpu: Tpu, *, worker: int = 0, tail: int | None = None, runner: R
 
 
 def delete(tpu: Tpu, *, runner: Runner = run_command) -> bool:
-    """Delete the queued resource and its node; False where there was none.
+    """Delete the queued resource and its node; False if there was none.
 
     Raises:
       RequestError: gcloud could not delete it, so that it may still cost money.
@@ -159,7 +159,7 @@ def delete(tpu: Tpu, *, runner: Runner = run_command) -> bool:
 
 
 class _Steps:
-    """Numbers the steps for the eye, and turns a failed command into a sentence that says how to go on."""
+    """Prints numbered steps, and turns a failed command into an error that says how to resume."""
 
     def __init__(self, tpu: Tpu, runner: Runner, *, total: int):
         self.tpu, self.runner, self.total = tpu, runner, total
@@ -176,7 +176,7 @@ class _Steps:
 
     def failed(self, argv: list[str], result: Result) -> RequestError:
         message = _failure(f"step {self.number} of {self.total} ({self.title}) failed", argv, result)
-        return RequestError(f"{message}\nsubmit again to go on from there{self.remains()}")
+        return RequestError(f"{message}\nsubmit again to resume from there{self.remains()}")
 
     def remains(self) -> str:
         return f"\n{_how_to_delete(self.tpu)}" if self.may_exist else ""
@@ -189,14 +189,14 @@ def _create_unless_there(job: TpuJob, steps: _Steps) -> None:
         return
     there = resource["tpu"]["nodeSpec"][0]["node"]["acceleratorType"]
     if there != job.accelerator_type:
-        what = f"{job.tpu.name} stands already, as {there} and not {job.accelerator_type}"
+        what = f"{job.tpu.name} already exists, as {there} and not {job.accelerator_type}"
         raise RequestError(f"{what}: choose another name or delete it{steps.remains()}")
-    _say(f"{job.tpu.name} stands already ({_state(resource)})")
+    _say(f"{job.tpu.name} already exists ({_state(resource)})")
 
 
 def _wait_until_active(tpu: Tpu, steps: _Steps, sleep: Callable[[float], None]) -> None:
     shown, failures = None, 0
-    with console.status(f"waiting for {tpu.name}; interrupt at will, it keeps its place in the queue"):
+    with console.status(f"waiting for {tpu.name}; after an interrupt it keeps its place in the queue"):
         while True:
             try:
                 resource = _describe(tpu, steps.runner)
@@ -204,7 +204,7 @@ def _wait_until_active(tpu: Tpu, steps: _Steps, sleep: Callable[[float], None]) 
                 failures += 1
                 if failures == MOST_TRIES:
                     raise RequestError(f"{error}{steps.remains()}") from None
-                _say(f"{error}; trying again")
+                _say(f"{error}; retrying")
                 sleep(_pause(failures))
                 continue
             failures = 0
@@ -220,9 +220,9 @@ def _wait_until_active(tpu: Tpu, steps: _Steps, sleep: Callable[[float], None]) 
 
 
 def _follow_to_the_end(job: TpuJob, steps: _Steps, sleep: Callable[[float], None]) -> None:
-    """Follow the log over broken connections until no worker runs, and report the outcome.
+    """Follow the log, reconnecting as needed, until no worker runs, and report the outcome.
 
-    A question that is not answered is asked again for as long as the TPU stands: given up, it would go on costing.
+    Failed queries are retried as long as the TPU exists: giving up would leave it running and costing money.
     """
     tail, failures = None, 0
     while True:
@@ -231,16 +231,14 @@ def _follow_to_the_end(job: TpuJob, steps: _Steps, sleep: Callable[[float], None
                 resource = _describe(job.tpu, steps.runner)
                 state = "gone" if resource is None else _state(resource)
                 if state in (*_LOST, "gone"):
-                    raise _LostError(
-                        f"{_lost(job.tpu, state, resource)}; how far training came stands in {job.run_folder}"
-                    )
+                    raise _LostError(f"{_lost(job.tpu, state, resource)}; the progress so far is in {job.run_folder}")
             steps.runner(commands.logs(job.tpu, tail=tail), capture=False)
             workers = _ask_workers(job.tpu, steps.runner)
         except _LostError:
             raise
         except RequestError as error:
             failures += 1
-            _say(f"{error}\ntry {failures} failed; trying again for as long as it stands. {_how_to_delete(job.tpu)}")
+            _say(f"{error}\nattempt {failures} failed; retrying as long as the TPU exists. {_how_to_delete(job.tpu)}")
             sleep(_pause(failures))
             continue
         if not any(worker.state == "running" for worker in workers):
@@ -253,60 +251,62 @@ def _follow_to_the_end(job: TpuJob, steps: _Steps, sleep: Callable[[float], None
 
 
 class _LostError(RequestError):
-    """The TPU is gone while training ran."""
+    """The TPU disappeared during training."""
 
 
 def _lost(tpu: Tpu, state: str, resource: dict | None) -> str:
     reason = _reason(resource) if resource else ""
     return (
-        f"{tpu.name} is {state}{reason}, and will not come back: delete it and submit again; "
-        "training then goes on from its last checkpoint"
+        f"{tpu.name} is {state}{reason} and will not recover: delete it and submit again; "
+        "training then resumes from its last checkpoint"
     )
 
 
 def _delete_for_certain(tpu: Tpu, runner: Runner, sleep: Callable[[float], None]) -> None:
-    """Delete until there is nothing left to pay for; only Ctrl-C gives up before."""
+    """Retry deletion until it succeeds; only Ctrl-C gives up earlier."""
     failures = 0
     while True:
         try:
-            was_there = delete(tpu, runner=runner)
+            existed = delete(tpu, runner=runner)
         except RequestError as error:
             failures += 1
-            _say(f"{error}\nTHE TPU IS STILL PAID FOR: try {failures} to delete it failed; trying again")
+            _say(f"{error}\nTHE TPU STILL COSTS MONEY: attempt {failures} to delete it failed; retrying")
             sleep(_pause(failures))
         else:
-            _say(f"deleted {tpu.name}" if was_there else f"{tpu.name} is gone")
+            _say(f"deleted {tpu.name}" if existed else f"{tpu.name} is gone")
             return
 
 
 def _pause(failures: int) -> float:
-    """Seconds before the next try."""
+    """Seconds before the next attempt."""
     return min(POLL_SECONDS * 2 ** min(failures - 1, 10), MOST_SECONDS)
 
 
 def _refuse_uncommitted_changes(job: TpuJob, runner: Runner) -> None:
-    """What runs is a commit, so that a run can be traced; edits beside it would be missed without a word."""
+    """A commit is sent, so that a run is traceable; uncommitted edits would be silently left out."""
     git = ["git", "-C", str(job.code)]
     result = runner([*git, "status", "--porcelain", "--untracked-files=no", "--", "."], capture=True)
     if result.returncode:
-        raise RequestError(f"{job.code} is no git folder and no archive: {result.error_message}")
+        raise RequestError(f"{job.code} is neither a git folder nor an archive: {result.error_message}")
     if runner([*git, "cat-file", "-e", f"HEAD:./{job.config}"], capture=True).returncode:
-        raise RequestError(f"{job.config} is not in the last commit of {job.code}, which is what is sent: commit it")
+        raise RequestError(f"{job.config} is not in the last commit of {job.code}, and only that is sent: commit it")
     changed = [line[3:] for line in result.stdout.splitlines()]
     if changed:
         some = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-        raise RequestError(f"{job.code} has uncommitted changes ({some}), and what is sent is a commit: commit them")
+        raise RequestError(
+            f"{job.code} has uncommitted changes ({some}), but only the last commit is sent: commit them"
+        )
 
 
 def _describe(tpu: Tpu, runner: Runner) -> dict | None:
-    """The queued resource as the API gives it, or None where it is not there."""
+    """The queued resource as the API returns it, or None if it does not exist."""
     argv = commands.describe(tpu)
     result = runner(argv, capture=True)
     if result.returncode == 0:
         return json.loads(result.stdout)
     if "NOT_FOUND" in result.stderr:
         return None
-    raise RequestError(_failure(f"cannot look at {tpu.name}", argv, result))
+    raise RequestError(_failure(f"cannot describe {tpu.name}", argv, result))
 
 
 def _state(resource: dict) -> str:
@@ -322,20 +322,20 @@ def _ask_workers(tpu: Tpu, runner: Runner) -> tuple[Worker, ...]:
     argv = commands.status(tpu)
     result = runner(argv, capture=True)
     if result.returncode:
-        raise RequestError(_failure(f"cannot ask the workers of {tpu.name}", argv, result))
+        raise RequestError(_failure(f"cannot query the workers of {tpu.name}", argv, result))
     answers = [line.split("\t", 3) for line in result.stdout.splitlines() if line.startswith(commands.STATUS_MARK)]
     return tuple(sorted((Worker(*answer[1:]) for answer in answers), key=lambda worker: worker.host))
 
 
 def _failure(what: str, argv: list[str], result: Result) -> str:
-    """gcloud's message, what to do about it where it does not say so itself, and the command to repeat."""
+    """gcloud's message, a remedy if one is known, and the command to repeat."""
     message = result.error_message
     remedy = next((remedy for sign, remedy in _REMEDIES.items() if sign in message or sign in result.stderr), None)
-    told = f"{message}\nremedy: {remedy}" if remedy else message
-    return f"{what}: {told}\nrepeat it with: {commands.shell_line(argv)}"
+    explained = f"{message}\nremedy: {remedy}" if remedy else message
+    return f"{what}: {explained}\nrepeat it with: {commands.shell_line(argv)}"
 
 
-# What a failure tells itself by, and what helps; the first that is found counts.
+# Text in an error message -> remedy; the first match wins.
 _REMEDIES = {
     "SERVICE_DISABLED": "enable the API: gcloud services enable tpu.googleapis.com (add --project)",
     "has not been used in project": "enable the API: gcloud services enable tpu.googleapis.com (add --project)",
@@ -343,10 +343,10 @@ _REMEDIES = {
     "Reauthentication": "log in again: gcloud auth login",
     "Permission denied (publickey": "gcloud compute config-ssh, then ssh-add ~/.ssh/google_compute_engine",
     "PERMISSION_DENIED": "ask for the role TPU Admin (roles/tpu.admin) in the project, or log in as someone who has it",
-    "Quota": "ask for quota of this TPU in this zone (console: IAM & Admin, Quotas), or take another zone or --spot",
-    "RESOURCE_EXHAUSTED": "ask for quota, or take another zone, a smaller accelerator or --spot",
-    "no more capacity": "take another zone or --spot, or leave it in the queue",
-    "Connection timed out": "allow ssh (port 22) in the network's firewall, or give --internal-ips from within it",
+    "Quota": "request quota for this TPU in this zone (console: IAM & Admin, Quotas), or use another zone or --spot",
+    "RESOURCE_EXHAUSTED": "request quota, or use another zone, a smaller accelerator or --spot",
+    "no more capacity": "use another zone or --spot, or leave it in the queue",
+    "Connection timed out": "allow ssh (port 22) in the network's firewall, or use --internal-ips from inside it",
 }
 
 

@@ -1,4 +1,4 @@
-"""Whether a configuration fits the TPU that is asked for, and whether what it reads will be there."""
+"""Check that a configuration fits the requested TPU, and that its inputs will be on the workers."""
 
 import math
 import os
@@ -13,7 +13,7 @@ from maxlm.config import TrainConfig
 
 
 def misfits(job: TpuJob, config: TrainConfig) -> list[str]:
-    """One sentence for each thing that would fail once the TPU is paid for."""
+    """One sentence for each problem that would only show up on the running TPU."""
     return [*_mesh_problem(job, config), *_missing_inputs(job, config)]
 
 
@@ -22,11 +22,11 @@ def _mesh_problem(job: TpuJob, config: TrainConfig) -> Iterator[str]:
     fixed = math.prod(max(size, 1) for size in sizes.values())
     chips, what = job.num_chips, f"{job.accelerator_type} has {job.num_chips} chips"
     if fixed > chips:
-        yield f"mesh: needs {fixed} devices, and {what}; take smaller sizes or a larger accelerator"
+        yield f"mesh: needs {fixed} devices, but {what}; use smaller sizes or a larger accelerator"
     elif -1 in sizes.values() and chips % fixed:
-        yield f"mesh: its sizes multiply to {fixed}, which does not divide the chips: {what}"
+        yield f"mesh: its sizes multiply to {fixed}, which does not divide the number of chips: {what}"
     elif -1 not in sizes.values() and fixed < chips:
-        yield f"mesh: uses {fixed} devices, and {what}; give one axis -1, which takes those that are left"
+        yield f"mesh: uses {fixed} devices, but {what}; set one axis to -1, which takes the remaining ones"
 
 
 def _missing_inputs(job: TpuJob, config: TrainConfig) -> Iterator[str]:
@@ -35,14 +35,14 @@ def _missing_inputs(job: TpuJob, config: TrainConfig) -> Iterator[str]:
         if "://" in path:
             continue
         if os.path.isabs(path) or ".." in Path(path).parts:
-            yield f"{key}: {path} is outside of the code folder, and so not on the workers; give --input PATH=gs://..."
+            yield f"{key}: {path} is outside the code folder, so it is not on the workers; give --input PATH=gs://..."
             continue
         if any(_is_below(path, brought) for brought in job.inputs):
             continue
         if committed is None:
             committed = _committed_files(job.code)
         if not any(_is_below(file, path) for file in committed):
-            yield f"{key}: {path} is not in what is sent; bring it with --input {path}=gs://... or commit it"
+            yield f"{key}: {path} is not in the archive that is sent; add it with --input {path}=gs://... or commit it"
 
 
 def _read_paths(config: TrainConfig) -> Iterator[tuple[str, str]]:
@@ -65,7 +65,7 @@ def _is_below(path: str, folder: str) -> bool:
 
 
 def _committed_files(code: Path) -> list[str]:
-    """Files of the archive, or of the last commit; none where the folder is no checkout, which is told later."""
+    """Files of the archive or the last commit; empty if the folder is not a checkout, which is reported later."""
     if code.is_file():
         with tarfile.open(code) as archive:
             return archive.getnames()

@@ -1,4 +1,4 @@
-"""The wheel, installed outside of the checkout: recipes by name, a small training, its report and a server."""
+"""The wheel, installed outside the checkout: recipes by name, a small training run, its report and a server."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def maxlm(tmp_path_factory):
-    """Runs the installed `maxlm` in an empty folder; returns its output."""
+    """Run the installed `maxlm` in an empty folder; returns its output."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for name in ("maxlm", "gcp", "configs"):
@@ -37,7 +37,7 @@ def maxlm(tmp_path_factory):
     venv.create(environment, symlinks=True)
     python = environment / "bin" / "python"
     subprocess.run([*pip, "--python", str(python), "install", *options[:2], str(wheel)], check=True, timeout=300)
-    # Dependencies come from the test environment, without the checkout that is installed there.
+    # Dependencies come from the environment of the tests, without the checkout that is installed there.
     [packages] = (environment / "lib").glob("*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     work = folder / "work"
@@ -50,8 +50,8 @@ def maxlm(tmp_path_factory):
 
     def run(*command: str) -> str:
         with start(*command, stderr=subprocess.PIPE) as process:
-            printed, told = process.communicate(timeout=300)
-            assert process.returncode == 0, told
+            printed, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
             return printed
 
     run.start, run.work, run.environment = start, work, environment
@@ -59,7 +59,7 @@ def maxlm(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_installed_package_trains_reports_and_serves(maxlm):
+def test_installed_package_trains_reports_and_serves(maxlm):
     assert "post/sft" in maxlm("config", "list")
     [packages] = (maxlm.environment / "lib").glob("*/site-packages")
     assert (packages / "maxlm" / "py.typed").exists()

@@ -16,6 +16,7 @@ import annotated_types
 import yaml
 from pydantic import BaseModel, Field, Tag, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from maxlm.config.data import DataConfig, TokenizerConfig
 from maxlm.config.objective import ObjectiveConfig, objective_classes
@@ -28,7 +29,12 @@ from maxlm.errors import ConfigError
 MAX_SHOWN = 60  # characters of a value quoted in a message
 
 AnyConfig = Annotated[TrainConfig | DataConfig | TokenizerConfig | SweepConfig, Field(discriminator="kind")]
-_MODELS = {"train": TrainConfig, "data": DataConfig, "tokenizer": TokenizerConfig, "sweep": SweepConfig}
+_MODELS: dict[str, type[BaseModel]] = {
+    "train": TrainConfig,
+    "data": DataConfig,
+    "tokenizer": TokenizerConfig,
+    "sweep": SweepConfig,
+}
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *, kind: str | None = None) -> Any:
@@ -156,7 +162,7 @@ def _apply_override(tree: dict, override: str) -> str | None:
     return None
 
 
-def _follows(item: dict, items: list[dict]) -> bool:
+def _follows(item: ErrorDetails, items: list[ErrorDetails]) -> bool:
     """Whether an error only follows from another one: a list is too short because its invalid elements are dropped."""
     loc = item["loc"]
     return item["type"] == "too_short" and any(len(i["loc"]) > len(loc) and i["loc"][: len(loc)] == loc for i in items)
@@ -172,7 +178,7 @@ def _bad_kind(path: str, given: Any, allowed: Iterable[str]) -> str:
     return f"{path}: {given!r} must be one of {', '.join(map(repr, allowed))}{hint}"
 
 
-def _explain(item: dict, root: type[BaseModel]) -> str:
+def _explain(item: ErrorDetails, root: type[BaseModel]) -> str:
     """One line for one pydantic error: dotted path, value, what is allowed, closest key."""
     location, model = _locate(item["loc"], root)
     path = ".".join(location) or "(top)"

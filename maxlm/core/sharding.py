@@ -7,6 +7,7 @@ function is traced, also on virtual CPU devices. Without a mesh every helper her
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,7 +51,8 @@ def logical_to_spec(axes: Sequence[str | None]) -> P:
     Raises:
       ValueError: an axis is not in the table, or two axes use the same mesh axis.
     """
-    entries, used = [], set()
+    entries: list[Any] = []
+    used: set[str] = set()
     for axis in axes:
         if axis is not None and axis not in LOGICAL_AXES:
             raise ValueError(f"logical axis {axis!r} is not in the table: {', '.join(LOGICAL_AXES)}")

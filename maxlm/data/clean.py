@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Callable
+from typing import Literal
 
 from maxlm.config.data import CleanConfig
 
@@ -12,7 +13,7 @@ _TRAILING_SPACE = re.compile(r"[ \t]+$", re.MULTILINE)
 _MANY_NEWLINES = re.compile(r"\n{4,}")
 
 
-def normalise(text: str, unicode_form: str) -> str:
+def normalize(text: str, unicode_form: Literal["NFC", "NFKC", "none"]) -> str:
     """Normalize line ends and Unicode; remove control characters, trailing whitespace and runs of empty lines."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\f", "\n")
     text = _CONTROLS.sub("", text)

@@ -21,7 +21,7 @@ import pyarrow.parquet as parquet
 import xxhash
 
 from maxlm.config import DataConfig
-from maxlm.data.clean import find_abnormal, normalise
+from maxlm.data.clean import find_abnormal, normalize
 from maxlm.data.datasets import local_data_files
 from maxlm.data.decontaminate import count_overlaps, evaluation_ngrams
 from maxlm.data.deduplicate import NearDuplicates, make_signatures
@@ -227,7 +227,7 @@ class _Preparer:
         return results
 
     def _clean(self, document: Document) -> tuple[Record, np.ndarray | None]:
-        text = normalise(document.text, self._config.clean.unicode_form)
+        text = normalize(document.text, self._config.clean.unicode_form)
         if problem := find_abnormal(text, self._config.clean):
             return _reject(document, *problem), None
         words = hash_words(text)

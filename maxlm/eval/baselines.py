@@ -1,6 +1,6 @@
-"""What needs no neural network: counts of tokens and bytes, and a general compressor, on the same held-out documents.
+"""Baselines without a neural network: n-gram models and a general compressor, on the same held-out documents.
 
-A language model that does not beat them has learnt nothing worth its training.
+A language model that does not beat them has learned nothing worth its training.
 """
 
 import lzma
@@ -15,7 +15,7 @@ from maxlm.errors import DataError
 from maxlm.tokenizer.codec import Tokenizer
 
 _SMALLEST_DICTIONARY, _LARGEST_DICTIONARY = 1 << 16, 1536 << 20  # what xz accepts
-_BYTE_SYMBOLS = 257  # the bytes, and the boundary between documents
+_BYTE_SYMBOLS = 257  # the bytes, plus the boundary between documents
 _BOUNDARY = 256
 
 
@@ -23,10 +23,10 @@ _BOUNDARY = 256
 class Baselines:
     """Bits per byte of held-out text.
 
-    unigram, bigram: models over the tokenizer's tokens, counted on the training text.
-    byte_bigram: the same over bytes, which knows no words.
-    xz: `xz -9e` on the held-out text alone.
-    xz_after_training: what the held-out text adds to the compressed training text.
+    unigram, bigram: count models over the tokenizer's tokens, fitted to the training text.
+    byte_bigram: the same over bytes.
+    xz: `xz -9e` on the held-out text only.
+    xz_after_training: what the held-out text adds to the compressed size of the training text.
     train_bytes, valid_bytes: bytes of text.
     """
 
@@ -51,12 +51,12 @@ def baselines(
     xz takes about a second for each megabyte, and ten times the text in memory.
 
     Raises:
-      DataError: one of the two holds no text.
+      DataError: one of the two is empty.
     """
     if not any(train_texts) or not any(valid_texts):
         raise DataError("the baselines need both training text and held-out text; one of them is empty")
     valid_bytes = np.array([len(text.encode()) for text in valid_texts])
-    # lzma lets go of the interpreter's lock, so it runs beside the counting.
+    # lzma releases the GIL, so it runs in parallel with the counting.
     with ThreadPoolExecutor(3) as pool:
         train, valid = _joined(train_texts), _joined(valid_texts)
         sizes = [pool.submit(xz_size, data) for data in (valid, train, train + valid)]
@@ -83,9 +83,9 @@ def baselines(
 
 
 class BigramModel:
-    """Probability of a symbol after the one before it, from counts.
+    """Bigram probabilities of symbols, from counts.
 
-    A sequence's first symbol is given, and is not predicted; its last one marks the end and is, as a language model
+    A sequence's first symbol is given, not predicted; its last one marks the end and is predicted, as a language model
     predicts the end of a document.
 
     Attributes:
@@ -103,10 +103,10 @@ class BigramModel:
         self._successors = np.maximum(np.bincount(self._seen_pairs // vocab_size, minlength=vocab_size), 1)
 
     def probabilities(self, sequence: np.ndarray) -> np.ndarray:
-        """p(symbol | the one before), float64 [length - 1], interpolated with the unigram.
+        """p(symbol | previous symbol), float64 [length - 1], interpolated with the unigram.
 
         Witten & Bell (1991), IEEE Trans. Information Theory 37, method C: after a context seen c times with t different
-        successors, the share t / (c + t) goes to the shorter context.
+        successors, the weight t / (c + t) goes to the shorter context.
         """
         pairs = self._pairs(sequence)
         places = np.minimum(np.searchsorted(self._seen_pairs, pairs), len(self._seen_pairs) - 1)
@@ -119,7 +119,7 @@ class BigramModel:
         return np.array([-np.log2(self.probabilities(sequence)).sum() for sequence in sequences])
 
     def unigram_bits(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
-        """Bits of each sequence where no symbol is told of the one before, float64 [n]."""
+        """Bits of each sequence under the unigram model, float64 [n]."""
         return np.array([-np.log2(self.unigram[sequence[1:]]).sum() for sequence in sequences])
 
     def _pairs(self, sequence: np.ndarray) -> np.ndarray:
@@ -127,7 +127,7 @@ class BigramModel:
 
 
 def xz_size(data: bytes) -> int:
-    """Bytes of `xz -9e`, with a dictionary that holds all of `data`, or as much as xz can."""
+    """Compressed size by `xz -9e` in bytes, with a dictionary as large as `data`, within the limits of xz."""
     dictionary = min(max(_SMALLEST_DICTIONARY, len(data)), _LARGEST_DICTIONARY)
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": dictionary}]
     return len(lzma.compress(data, format=lzma.FORMAT_XZ, check=lzma.CHECK_NONE, filters=filters))
@@ -144,5 +144,5 @@ def _byte_sequence(text: str) -> np.ndarray:
 
 
 def _joined(texts: Sequence[str]) -> bytes:
-    """Documents with a byte after each, so that xz too has to tell where they end."""
+    """Documents with a separator byte after each, so that xz too has to encode where they end."""
     return b"".join(text.encode() + b"\0" for text in texts)

@@ -14,14 +14,14 @@ from maxlm.errors import DataError
 from maxlm.runtime.manifest import manifest_chain
 from maxlm.runtime.written import table_batches
 
-# Training text that the baselines count: xz takes about a second for each megabyte.
+# Training text for the baselines: xz takes about a second per megabyte.
 MAX_TRAIN_BYTES = 64 << 20
 
 
 def find_data_folders(model_path: str | Path) -> list[Path]:
-    """The data folders that a model stands on, as its manifests tell, those that are still there.
+    """The data folders that a model was trained on, from its manifests; only those that still exist.
 
-    A checkpoint stands two folders below its run, which has the manifest.
+    A checkpoint is two folders below its run, which has the manifest.
     """
     path = Path(model_path).resolve()
     chain = manifest_chain(path) or manifest_chain(path.parent.parent)
@@ -38,19 +38,19 @@ def read_held_out_by_source(path: str | Path, *, limit: int | None = None) -> tu
 
     Args:
       path: the folder or the file.
-      limit: take no more than this many documents, spread evenly over the sources and the documents of each.
+      limit: at most this many documents, spread evenly over the sources and the documents of each.
 
     Returns:
       (texts, the source of each: a short name).
 
     Raises:
-      DataError: there is nothing at `path`, or it holds no documents.
+      DataError: `path` does not exist or has no documents.
     """
     path = Path(path)
     documents = _split(path, "valid") if path.is_dir() else _file_documents(path)
     texts, sources = documents["text"], documents["source"]
     if not any(texts):
-        raise DataError(f"{path}: holds no held-out text; build the data with a larger valid_fraction")
+        raise DataError(f"{path}: has no held-out text; build the data with a larger valid_fraction")
     short = distinct_ends(list(dict.fromkeys(sources)))
     if limit is not None and limit < len(texts):
         groups = [np.flatnonzero(np.array(sources) == source) for source in sorted(short)]
@@ -60,7 +60,7 @@ def read_held_out_by_source(path: str | Path, *, limit: int | None = None) -> tu
 
 
 def read_training(folder: str | Path, *, max_bytes: int = MAX_TRAIN_BYTES) -> list[str]:
-    """Texts of the training split of a data folder, thinned evenly to about `max_bytes`."""
+    """Texts of the training split of a data folder, subsampled evenly to about `max_bytes`."""
     texts = _split(Path(folder), "train")["text"]
     total = sum(map(len, texts))
     return texts[:: max(1, -(-total // max_bytes))]
@@ -75,7 +75,7 @@ def _split(folder: Path, split: str) -> dict[str, list[str]]:
                 name: [value for batch in batches for value in batch.column(name).to_pylist()]
                 for name in ("text", "source")
             }
-    raise DataError(f"{folder}: is no folder of `maxlm data build`: it holds no documents/{split}.parquet")
+    raise DataError(f"{folder}: is not a folder of `maxlm data build`: it has no documents/{split}.parquet")
 
 
 def _file_documents(path: Path) -> dict[str, list[str]]:

@@ -1,9 +1,9 @@
 """Perplexity and bits per byte of whole documents.
 
-A document is scored as start token, text, end token. Each of its tokens but the first is predicted exactly once. A
-document longer than the model's context is read through windows: each overlaps the one before by a quarter of the
-context, and scores only what that one did not. So every token but those of the first window sees at least that quarter,
-and the work is a third more than without overlap.
+A document is scored as start token, text, end token. Every token except the first is predicted exactly once. A
+document longer than the model's context is split into windows: each overlaps the previous one by a quarter of the
+context and scores only new tokens. So every token after the first window has at least that quarter as context,
+at a third more compute than without overlap.
 
 Shapes: L length of a window.
 """
@@ -25,9 +25,9 @@ from maxlm.models.decoder import Decoder
 class Likelihood:
     """How well a model predicts documents.
 
-    bits_per_byte: the cost of all tokens, the end tokens included, over the bytes of the text.
-    perplexity: of a token.
-    bits, num_bytes, num_tokens: [n], of each document.
+    bits_per_byte: bits of all tokens, end tokens included, over the bytes of the text.
+    perplexity: per token.
+    bits, num_bytes, num_tokens: [n], per document.
     """
 
     bits_per_byte: Interval
@@ -39,7 +39,7 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class _Window:
-    """Ids start..end of a document, of which those from `first_scored` on are predicted here."""
+    """Ids start..end of a document; this window scores those from `first_scored` on."""
 
     document: int
     start: int
@@ -70,10 +70,10 @@ def bits_per_byte(model: LoadedModel, texts: Sequence[str], *, seed: int = 0) ->
 
 
 def bits_per_byte_by_source(likelihood: Likelihood, sources: Sequence[str], *, seed: int = 0) -> dict[str, Interval]:
-    """Bits per byte of the documents of each source, by name; empty where all are of one.
+    """Bits per byte of the documents of each source, by name; empty if all have the same source.
 
     Args:
-      sources: [n], of each document.
+      sources: [n], the source of each document.
     """
     names = list(dict.fromkeys(sources))
     members = {name: np.array(sources) == name for name in names if len(names) > 1}
@@ -90,7 +90,7 @@ def likelihood_difference(before: Likelihood, after: Likelihood, *, seed: int = 
 
 
 def _document_nats(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> np.ndarray:
-    """Minus the log-probability of each sequence given its first token, float64 [n]."""
+    """Negative log-likelihood of each sequence given its first token, float64 [n]."""
     windows = [window for index, ids in enumerate(sequences) for window in _windows(index, len(ids), decoder)]
     ids = [sequences[window.document][window.start : window.end] for window in windows]
     scores = score_sequences(
@@ -98,13 +98,13 @@ def _document_nats(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> np.n
     )
     nats = np.zeros(len(sequences), np.float64)
     for window, (log_p_L, _) in zip(windows, scores):
-        # Place 0 predicts the second id of the window.
+        # Position 0 predicts the second id of the window.
         nats[window.document] -= log_p_L[window.first_scored - window.start - 1 :].sum(dtype=np.float64)
     return nats
 
 
 def _windows(document: int, length: int, decoder: Decoder) -> Iterator[_Window]:
-    """Windows that together score ids 1..length of a document once; a window feeds at most a context of tokens."""
+    """Windows that together score ids 1..length of a document once; a window is at most one context long."""
     context = decoder.config.max_length
     start, scored = 0, 1
     while True:

@@ -1,4 +1,4 @@
-"""`maxlm eval`: all that is asked of a model, as one result."""
+"""`maxlm eval`: all requested measurements of a model, as one result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,9 +21,9 @@ from maxlm.interop.load import check_folder
 
 @dataclass(frozen=True)
 class TextEvaluation:
-    """Held-out text: the model, the one it is compared with, the other minus the model in bits per byte, baselines.
+    """Held-out text: the model, the compared model, the difference in bits per byte (compared minus model), baselines.
 
-    sources: that of each document, by a short name.
+    sources: the source of each document, as a short name.
     """
 
     name: str
@@ -45,7 +45,7 @@ class TextEvaluation:
 
 @dataclass(frozen=True)
 class TaskEvaluation:
-    """A task file: the model, the one it is compared with, and the other's accuracy minus the model's."""
+    """A task file: the model, the compared model, and the latter's accuracy minus the model's."""
 
     name: str
     examples: list[Example]
@@ -75,7 +75,7 @@ class TaskEvaluation:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `maxlm eval` found. Differences are the other model's figure minus the model's."""
+    """Result of `maxlm eval`. Differences are the compared model's value minus the model's."""
 
     model: str
     other: str | None
@@ -110,14 +110,14 @@ def evaluate(
     """Evaluate a model on held-out text, on task files, or on both.
 
     Args:
-      data: a data folder or a text file; None takes the data that the model was trained on, unless there are tasks.
-      ignore_keys: keys of task files that are left out of account; other unknown ones are refused.
+      data: a data folder or a text file; None takes the model's training data, unless there are tasks.
+      ignore_keys: unknown keys of task files to ignore; others raise an error.
       compare: another model, measured on the same documents and examples.
 
     Raises:
-      MaxlmError: what the user can mend: a model, data or task file that is not there or cannot be read.
+      MaxlmError: an error the user can fix: a model, data or task file is missing or cannot be read.
     """
-    # Inputs first: a mistake in them must not cost the wait for a model.
+    # Inputs first, so that mistakes in them show before the slow model loading.
     for path in (model_path, compare):
         if path is not None:
             check_folder(path)
@@ -125,9 +125,7 @@ def evaluate(
     if data is None and not tasks:
         folders = find_data_folders(model_path)
         if not folders:
-            raise DataError(
-                f"{model_path}: does not lead to its training data; name a data folder or a file with --data"
-            )
+            raise DataError(f"{model_path}: its training data was not found; give a data folder or a file with --data")
         data = folders[0]
     valid, sources = read_held_out_by_source(data, limit=max_documents) if data is not None else ([], [])
     train = _training_texts(data, model_path) if data is not None and with_baselines else []
@@ -147,7 +145,7 @@ def evaluate(
 
 
 def _training_texts(data: str | Path, model_path: str | Path) -> list[str]:
-    """Training documents for the baselines: those beside the held-out ones, or those of the model."""
+    """Training documents for the baselines: from the same data folder as the held-out ones, or the model's."""
     folders = [Path(data)] if Path(data).is_dir() else find_data_folders(model_path)
     return read_training(folders[0]) if folders else []
 

@@ -1,4 +1,4 @@
-"""An evaluation for the terminal."""
+"""Print an evaluation in the terminal."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,7 +13,7 @@ _SHOWN_CHARACTERS = 60
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """Tables on standard output; figures stand with their 95 % intervals."""
+    """Print tables to standard output; values have 95% intervals."""
     console = Console(highlight=False)
     if evaluation.text:
         _print_text(console, evaluation, evaluation.text)
@@ -48,7 +48,7 @@ def _print_text(console: Console, evaluation: Evaluation, text: TextEvaluation) 
 def _print_task(console: Console, evaluation: Evaluation, task: TaskEvaluation) -> None:
     console.print(escape(f"{task.name}: {len(task.examples):,} examples"), soft_wrap=True)
     table = Table()
-    _add_columns(table, "right", "95 %")
+    _add_columns(table, "accuracy", "95 %")
     for name, result in ((evaluation.model, task.model), (evaluation.other, task.other)):
         if result is not None:
             table.add_row(escape(name), *_figure(result.accuracy, percent=True), style="bold")
@@ -58,7 +58,7 @@ def _print_task(console: Console, evaluation: Evaluation, task: TaskEvaluation) 
         table.add_row("difference", *_figure(task.difference, signed=True, percent=True))
     console.print(table)
     if task.model.too_long:
-        console.print(f"{task.model.too_long} examples are longer than the model's context and count as wrong")
+        console.print(f"{task.model.too_long} examples exceed the model's context and count as wrong")
     for example, output, correct in list(zip(task.examples, task.model.outputs, task.model.correct))[:_SHOWN_EXAMPLES]:
         prompt = example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
         mark = "[green]right[/]" if correct else "[red]wrong[/]"
@@ -66,7 +66,7 @@ def _print_task(console: Console, evaluation: Evaluation, task: TaskEvaluation) 
 
 
 def _add_columns(table: Table, *names: str) -> None:
-    """A first column that folds where a path is long, and figures that are never cut."""
+    """A first column that wraps long paths, and number columns that are never truncated."""
     table.add_column("", overflow="fold")
     for name in names:
         table.add_column(name, no_wrap=True)

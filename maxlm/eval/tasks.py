@@ -1,4 +1,4 @@
-"""Task files: questions with one right answer, generated or chosen."""
+"""Task files: questions with one correct answer, generated or multiple choice."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ class Example:
     """A question.
 
     prompt: a text to continue, or the messages of a chat to answer.
-    answer: the right answer's text.
-    choices: what to choose among, `answer` being one of them; empty where the answer is to be generated.
-    kind: a label to report by.
+    answer: text of the correct answer.
+    choices: the options, one of which is `answer`; empty if the answer is to be generated.
+    kind: a label to group results by.
     """
 
     prompt: Prompt
@@ -34,13 +34,13 @@ class Example:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """How a model answered.
+    """Results of a model on a task.
 
-    accuracy: share of right answers, over all examples.
+    accuracy: fraction of correct answers, over all examples.
     correct: [n], 0 or 1 for each example.
-    outputs: [n], what was generated or chosen.
-    by_kind: accuracy of the examples of each kind.
-    too_long: examples that do not fit the model's context; they count as wrong, with an empty output.
+    outputs: [n], the generated or chosen answers.
+    by_kind: accuracy per kind.
+    too_long: examples that exceed the model's context; they count as wrong, with an empty output.
     """
 
     accuracy: Interval
@@ -51,28 +51,28 @@ class TaskResult:
 
 
 def read_examples(path: str | Path, *, ignore_keys: Sequence[str] = ()) -> list[Example]:
-    """Examples of a file, one object each: `prompt` or `messages`, `answer`, and perhaps `choices` and `kind`.
+    """Read examples, one object each: `prompt` or `messages`, `answer`, and optionally `choices` and `kind`.
 
-    With `choices`, `answer` is the index of the right one, from 0. Without, it is the text; it may be left out where
-    the messages end with the assistant's, which then is the answer.
+    With `choices`, `answer` is the 0-based index of the correct one. Without, it is the text; it may be left out if
+    the last message is the assistant's, which then is the answer.
 
     Raises:
-      DataError: naming file and line of the first mistake; an unknown key that is not to be ignored is one.
+      DataError: with file and line of the first mistake, such as an unknown key that is not in `ignore_keys`.
     """
     form = RecordFormat(ignore_keys=tuple(ignore_keys))
     examples = [parse_example(record, where=where, form=form) for where, record in read_records(path)]
     if not examples:
-        raise DataError(f"{path}: holds no examples")
+        raise DataError(f"{path}: has no examples")
     if len({bool(example.choices) for example in examples}) > 1:
         raise DataError(f"{path}: some examples have choices and some do not; put them into two files")
     return examples
 
 
 def parse_example(record: dict, *, where: str, form: RecordFormat) -> Example:
-    """One object of a task file.
+    """Parse one object of a task file.
 
     Raises:
-      DataError: beginning with `where`.
+      DataError: its message starts with `where`.
     """
     check_keys(record, _FIELDS, where, form)
     chats = [key for key in ("messages", "conversations") if key in record]
@@ -87,18 +87,18 @@ def parse_example(record: dict, *, where: str, form: RecordFormat) -> Example:
             *prompt, last = prompt
             answer = last["content"]
     if not prompt or not isinstance(prompt, str | list):
-        raise DataError(f"{where}: prompt must be a text, and not empty")
+        raise DataError(f"{where}: prompt must be a non-empty string")
     if choices is not None:
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
-            raise DataError(f"{where}: choices must be a list of two or more texts")
+            raise DataError(f"{where}: choices must be a list of two or more strings")
         if type(answer) is not int or not 0 <= answer < len(choices):
-            raise DataError(f"{where}: answer must be the index of the right choice, 0 to {len(choices) - 1}")
+            raise DataError(f"{where}: answer must be the index of the correct choice, 0 to {len(choices) - 1}")
         answer = choices[answer]
     if not isinstance(answer, str) or not answer.strip():
-        raise DataError(f"{where}: answer must be a text, and not empty")
+        raise DataError(f"{where}: answer must be a non-empty string")
     kind = record.get("kind")
     if kind is not None and not isinstance(kind, str):
-        raise DataError(f"{where}: kind must be a text")
+        raise DataError(f"{where}: kind must be a string")
     return Example(prompt, answer, tuple(choices or ()), kind)
 
 
@@ -111,7 +111,7 @@ def answer_by_generation(
     seed: int = 0,
     stop: Sequence[str] = (),
 ) -> TaskResult:
-    """Generate an answer to each prompt; right is one that equals the answer, white space around both aside."""
+    """Generate an answer to each prompt; correct if it equals the reference, ignoring surrounding whitespace."""
     lengths = [len(model.encode(example.prompt)) + max_new_tokens for example in examples]
     fitting = [index for index, length in enumerate(lengths) if length <= model.config.max_length]
     outputs = [""] * len(examples)
@@ -130,7 +130,7 @@ def answer_by_generation(
 
 
 def answer_by_choice(model: LoadedModel, examples: Sequence[Example], *, seed: int = 0) -> TaskResult:
-    """Choose the continuation that the model gives the highest log-probability, as a whole and not for each token."""
+    """Choose the continuation with the highest total log-probability, not normalized by length."""
     context = model.config.max_length
     fitting = [index for index, example in enumerate(examples) if _longest(model, example) <= context]
     pairs = [(index, choice) for index in fitting for choice in examples[index].choices]
@@ -153,7 +153,7 @@ def run_task(
     seed: int = 0,
     stop: Sequence[str] = (),
 ) -> TaskResult:
-    """`answer_by_choice` where the examples have choices, else `answer_by_generation`."""
+    """`answer_by_choice` if the examples have choices, else `answer_by_generation`."""
     if examples[0].choices:
         return answer_by_choice(model, examples, seed=seed)
     return answer_by_generation(
@@ -179,7 +179,7 @@ def _result(
 
 
 def _longest(model: LoadedModel, example: Example) -> int:
-    """Tokens of the prompt with its longest choice, as `LoadedModel.score` sees them."""
+    """Number of tokens of the prompt with its longest choice, as `LoadedModel.score` counts them."""
     if isinstance(example.prompt, str):
         return max(len(model.encode(example.prompt + choice)) for choice in example.choices)
     return len(model.encode(example.prompt)) + max(len(model.tokenizer.encode(choice)) for choice in example.choices)

@@ -12,13 +12,12 @@ if TYPE_CHECKING:
     from maxlm.export.receipt import Receipt
 
 DESCRIPTION = """\
-Quantise a trained model to int8: weights with one scale for each output channel; activations are two digits of 8 bits
-each, made on the fly. The bundle takes about a quarter of the memory, decodes faster, and is used as a run folder is.
+Quantize a trained model to int8: weights have one scale per output channel; activations are quantized dynamically to
+two 8-bit digits. The bundle takes about a quarter of the memory, decodes faster, and is used like a run folder.
 
-Both models are first compared on what the model is for: held-out documents, or the assistant's tokens of held-out
-chats. What int8 costs is printed with its 95 % interval and kept in the bundle as its receipt. If a whole interval lies
-beyond its bound, the tables of the vocabulary are tried with 16 bits; if that is not enough, nothing is written and the
-exit code is 1.
+Both models are first compared on held-out documents, or on the assistant tokens of held-out chats. The quality loss is
+printed with its 95% interval and saved in the bundle as its receipt. If a whole interval is out of bounds, the
+vocabulary tables are kept in 16 bits; if that is not enough, nothing is written and the exit code is 1.
 """
 
 EPILOG = """\
@@ -30,41 +29,41 @@ examples:
 
 
 def register(subparsers) -> None:
-    """Add the command to the command line."""
+    """Add the subcommand."""
     parser = subparsers.add_parser(
         "export",
-        help="quantise a model to an int8 bundle",
+        help="quantize a model to an int8 bundle",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="a run folder or a checkpoint")
     parser.add_argument("output", metavar="OUTPUT", help="folder of the bundle; an older bundle there is replaced")
-    parser.add_argument("--ema", action="store_true", help="the running mean of a run's weights (optim.ema_decay)")
-    parser.add_argument("--format", default="int8", metavar="NAME", help="what to write (int8)")
+    parser.add_argument("--ema", action="store_true", help="export the run's EMA weights (optim.ema_decay)")
+    parser.add_argument("--format", default="int8", metavar="NAME", help="export format (int8)")
     parser.add_argument(
         "--data",
         metavar="PATH",
-        help="what to compare on: a folder of `maxlm data build`, for its held-out documents, or a .jsonl file of chats"
-        " (what the run, or the one that it started from, was validated on)",
+        help="data to compare on: a folder of `maxlm data build`, for its held-out documents, or a .jsonl file of chats"
+        " (the validation data of the run, or of the run it started from)",
     )
     parser.add_argument(
         "--max-perplexity-change",
         type=at_least_zero,
         metavar="X",
-        help="bound on the relative change of perplexity, up or down (0.005, half a per cent)",
+        help="bound on the relative change of perplexity, up or down (0.005)",
     )
     parser.add_argument(
         "--max-mean-kl",
         type=at_least_zero,
         metavar="X",
-        help="bound on the mean KL divergence from the float model, in nats a token (0.01)",
+        help="bound on the mean KL divergence from the float model, in nats per token (0.01)",
     )
     parser.add_argument(
         "--max-tokens",
         type=count,
         metavar="N",
-        help="compare on rows of at most this many tokens, spread evenly over the held-out ones (65536)",
+        help="limit on held-out tokens to compare on, in evenly spread rows (65536)",
     )
     parser.add_argument("--json", action="store_true", help="print the receipt as one JSON object")
     parser.set_defaults(func=run_export)
@@ -81,7 +80,7 @@ def run_export(args: argparse.Namespace) -> int:
     try:
         receipt = export_model(args.model, args.output, format=args.format, data=args.data, ema=args.ema, **given)
     except ReceiptOutOfBounds as error:
-        # Not left to the caller, which knows nothing of receipts.
+        # Handled here because the caller knows nothing of receipts.
         _print_receipt(error.receipt, args, error=str(error))
         print(f"maxlm: {error}", file=sys.stderr)
         return error.exit_code
@@ -118,7 +117,7 @@ def _print_receipt(receipt: "Receipt", args: argparse.Namespace, **more: str) ->
     )
     table.add_row("KL, mean", "", "", f"{receipt.mean_kl:.5f} nats", _interval(receipt.kl, ".5f"))
     table.add_row("KL, largest", "", "", f"{receipt.max_kl:.5f} nats", "")
-    table.add_row("same likeliest token", "", "", f"{receipt.top1_agreement:.2%}", "")
+    table.add_row("same top-1 token", "", "", f"{receipt.top1_agreement:.2%}", "")
     console = Console(soft_wrap=True, markup=False, highlight=False)
     console.print(f"{args.model} on {where}")
     console.print(table)

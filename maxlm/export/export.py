@@ -1,4 +1,4 @@
-"""Export: write a trained model in another format; measure what that costs, and write nothing where it is too much."""
+"""Export a trained model to another format; measure the quality loss, and write nothing if it is too large."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ MAX_TOKENS = 1 << 16
 
 
 class ReceiptOutOfBounds(CheckFailed):
-    """The quantised model is too far from the float model; `receipt` says how far."""
+    """The quantized model differs too much from the float model; `receipt` has the measurements."""
 
     def __init__(self, message: str, receipt: Receipt):
         self.receipt = receipt
@@ -44,37 +44,37 @@ def export_model(
     max_mean_kl: float = MAX_MEAN_KL,
     max_tokens: int = MAX_TOKENS,
 ) -> Receipt | None:
-    """Write a trained model to `output` in another format, all at once, or nothing.
+    """Write a trained model to `output` in another format, atomically.
 
-    A format that quantises is compared with the float model on held-out text. One that does not must give back the same
-    bits, and has no receipt.
+    A quantized model is compared with the float model on held-out text. An unquantized one must read back bit-exactly,
+    and has no receipt.
 
     Args:
       model_path: a run folder or a checkpoint.
-      output: a new folder, or one of the same format to replace once the new one has passed.
+      output: a new folder, or one of the same format, which is replaced if the export passes.
       format: the name of one of `maxlm.interop.formats.formats`.
-      data: what the two models are compared on: a folder of `maxlm data build`, for its held-out documents, or a .jsonl
-        file of chats, as SFT reads it. None takes what the run was validated on, or the run that it started from.
-      ema: export the running mean of the run's weights instead of the weights.
+      data: data to compare the two models on: a folder of `maxlm data build`, for its held-out documents, or a .jsonl
+        file of chats in SFT format. None takes the validation data of the run, or of the run it started from.
+      ema: export the run's EMA weights instead of the raw weights.
       max_perplexity_change: bound on the relative change of perplexity, up or down.
-      max_mean_kl: bound on the mean of KL(float || quantised), in nats a token.
-      max_tokens: at most so many tokens are read, in rows that are spread evenly over the held-out ones.
+      max_mean_kl: bound on the mean of KL(float || quantized), in nats per token.
+      max_tokens: at most this many tokens are read, in rows spread evenly over the held-out ones.
 
     Raises:
-      ReceiptOutOfBounds: a whole interval lies beyond its bound; nothing is written, an older folder stays as it was.
-      CheckpointError: there is no float model at `model_path`, or the disk does not take the folder.
-      ConfigError: `output` holds something else.
+      ReceiptOutOfBounds: a whole interval is out of bounds; nothing is written, an existing folder is unchanged.
+      CheckpointError: there is no float model at `model_path`, or writing to disk failed.
+      ConfigError: `output` contains something else.
       RequestError: there is no such format.
       TokenizerError: the data was made with another tokenizer.
-      DataError: there is nothing to compare on, or nothing that the model can read.
+      DataError: there is no data to compare on, or the model cannot read it.
     """
     target = named_format(format)
     model_path = Path(model_path)
-    check_output(output, "export", key="OUTPUT", suffix=len(_beside("")))
-    # `.` has no name to write another beside.
+    check_output(output, "export", key="OUTPUT", suffix=len(_temporary_name("")))
+    # `.` has no name from which to derive the temporary folder.
     output = Path(os.path.abspath(output))
     if (exported := find_format(model_path)) is not None:
-        raise CheckpointError(f"{model_path}: is {exported.title} already; give the run that it was exported from")
+        raise CheckpointError(f"{model_path}: is already {exported.title}; give the run that it was exported from")
     if output.exists() and not target.recognizes(output) and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError([f"{output}: exists and is not {target.title}; give a new folder"])
 
@@ -85,16 +85,16 @@ def export_model(
         written, receipt = model, None
     else:
         if tokenizer is None:
-            raise CheckpointError(f"{model_path}: has no tokenizer, which the comparison on text needs; put it back")
+            raise CheckpointError(f"{model_path}: has no tokenizer, which the comparison on text needs; restore it")
         held_out = read_held_out(paths, tokenizer, max_length=model.config.max_length, max_tokens=max_tokens)
         written, receipt = _quantize_within(model, target.quantize, held_out, bounds)
 
-    temporary = output.with_name(_beside(output.name))
+    temporary = output.with_name(_temporary_name(output.name))
     measured = {} if receipt is None else asdict(receipt)
     try:
         temporary.mkdir(parents=True)
         target.write(temporary, written, tokenizer, measured)
-        _check_same(target.load(temporary)[0], written, temporary)
+        _check_bit_exact(target.load(temporary)[0], written, temporary)
         write_manifest(
             temporary,
             stage=f"export/{target.name}",
@@ -108,31 +108,31 @@ def export_model(
         )
         _put_in_place(temporary, output)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{output}: could not be written: {error}; make room and run again") from error
+        raise CheckpointError(f"{output}: could not be written: {error}; free disk space and run again") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return receipt
 
 
 def named_format(name: str) -> Format:
-    """The format of this name.
+    """Look up a format by name.
 
     Raises:
-      RequestError: there is none.
+      RequestError: there is no such format.
     """
     found = {each.name: each for each in formats()}
     if name not in found:
-        raise RequestError(f"--format {name!r}: there is no such format; there is {', '.join(found)}")
+        raise RequestError(f"--format {name!r}: there is no such format; the formats are {', '.join(found)}")
     return found[name]
 
 
 def _quantize_within(
     model: Decoder, quantize: Callable[[Decoder], Iterable[Candidate]], held_out: HeldOut, bounds: dict[str, float]
 ) -> tuple[Decoder, Receipt]:
-    """The first candidate that lies within bounds.
+    """The first candidate within bounds.
 
     Raises:
-      ReceiptOutOfBounds: none does; the receipt is that of the last one.
+      ReceiptOutOfBounds: none is; the receipt is that of the last one.
     """
     for candidate in quantize(model):
         title = f"comparing with float on {held_out.kind}: {candidate.description}"
@@ -146,22 +146,22 @@ def _quantize_within(
     raise refused
 
 
-def _check_same(read: Decoder, written: Decoder, folder: Path) -> None:
-    """Raise CheckpointError where what was written is not what is read: a fault of the format's module."""
+def _check_bit_exact(read: Decoder, written: Decoder, folder: Path) -> None:
+    """Raise CheckpointError if the written model does not read back bit-exactly: a bug in the format's module."""
     same = jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True), read, written)
     if not all(jax.tree.leaves(same)):
-        raise CheckpointError(f"{folder}: what was written cannot be read back; this is a fault of the format")
+        raise CheckpointError(f"{folder}: does not read back bit-exactly; this is a bug in the format")
 
 
 def check_receipt(receipt: Receipt, *, max_perplexity_change: float, max_mean_kl: float) -> None:
-    """Raise ReceiptOutOfBounds if an interval lies wholly beyond its bound, or a number is not finite.
+    """Raise ReceiptOutOfBounds if a whole interval is out of bounds, or a number is not finite.
 
-    An interval that reaches within the bound does not show that the model breaks it: other held-out text of that size
-    could well have said the opposite. Where there is none, the number itself counts.
+    An interval that overlaps the bound does not show a violation: other held-out text of that size could well have
+    passed. Without an interval, the number itself counts.
     """
     low, high = receipt.change.bounds if receipt.perplexity_change_low is not None else 2 * (receipt.perplexity_change,)
     least_kl = receipt.mean_kl if receipt.mean_kl_low is None else receipt.mean_kl_low
-    # Comparisons with what is no number are false.
+    # Comparisons with NaN are false.
     if low <= max_perplexity_change and high >= -max_perplexity_change and least_kl <= max_mean_kl:
         return
     raise ReceiptOutOfBounds(
@@ -172,13 +172,13 @@ def check_receipt(receipt: Receipt, *, max_perplexity_change: float, max_mean_kl
     )
 
 
-def _beside(name: str) -> str:
-    """What a bundle is called until it is whole."""
+def _temporary_name(name: str) -> str:
+    """Name of a bundle's temporary folder."""
     return f".{name}.{os.getpid()}.partial"
 
 
 def _put_in_place(temporary: Path, output: Path) -> None:
-    """Rename, so that a reader sees the old bundle, the new one, or for a moment none; never a part."""
+    """Rename into place: a reader sees the old bundle, the new one or briefly none, but never a partial one."""
     if not output.exists():
         temporary.rename(output)
         return

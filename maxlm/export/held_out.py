@@ -1,4 +1,4 @@
-"""What two models are compared on: held-out documents or chats, as rows that tell which of them each target is of.
+"""Held-out documents or chats to compare two models on, as rows with the unit (document or chat) of each target.
 
 Shapes: B rows of a batch, L length.
 """
@@ -23,18 +23,18 @@ from maxlm.runtime.manifest import FILE_NAME, read_manifest
 from maxlm.runtime.storage import resolve_path
 from maxlm.tokenizer.codec import Tokenizer
 
-# Tokens of a batch, padding included.
+# Tokens per batch, padding included.
 BATCH_TOKENS = 4096
 
-_NAME_DATA = "name held-out documents (a folder of `maxlm data build`) or chats (a .jsonl file) with --data"
+_NAME_DATA = "give held-out documents (a folder of `maxlm data build`) or chats (a .jsonl file) with --data"
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """Rows [n, length] of documents or of chats.
 
-    units: [n, length] int: a number for the document or chat that each token is of, the same in all rows.
-    paths: where they were read.
+    units: [n, length] int: index of the document or chat of each token, consistent across rows.
+    paths: where they were read from.
     """
 
     kind: Literal["documents", "chats"]
@@ -43,29 +43,29 @@ class HeldOut:
     units: np.ndarray
 
     def batches(self) -> Iterator[tuple[Stream, np.ndarray]]:
-        """All rows once, as batches of one shape, each with its units; what is missing in the last is padding."""
+        """All rows once, in batches of one shape, each with its units; the last batch is padded."""
         num_rows, length = self.units.shape
         size = min(num_rows, max(1, BATCH_TOKENS // length))
         for start in range(0, num_rows, size):
 
-            def cut(x: np.ndarray, start=start) -> np.ndarray:
+            def slice_rows(x: np.ndarray, start=start) -> np.ndarray:
                 part = x[start : start + size]
                 return np.pad(part, ((0, size - len(part)), (0, 0)))
 
-            fields = {name: cut(value) for name, value in vars(self.rows).items()}
-            yield Stream(**fields), cut(self.units)
+            fields = {name: slice_rows(value) for name, value in vars(self.rows).items()}
+            yield Stream(**fields), slice_rows(self.units)
 
 
 def read_held_out(paths: Sequence[str | Path], tokenizer: Tokenizer, *, max_length: int, max_tokens: int) -> HeldOut:
-    """Rows that are spread evenly over what there is, as many as `max_tokens` allow, one at least.
+    """Read evenly spread rows, as many as `max_tokens` allows and at least one.
 
     Args:
-      paths: folders of `maxlm data build`, for the documents that they hold out, or one .jsonl file of chats, of which
-        the assistant's tokens are compared.
+      paths: folders of `maxlm data build`, for their held-out documents, or one .jsonl file of chats, of which
+        the assistant tokens are compared.
       max_length: the model's context.
 
     Raises:
-      DataError: there is nothing to read, or rows are longer than the context.
+      DataError: there is nothing to read, or rows exceed the context.
       TokenizerError: the rows were made with another tokenizer.
     """
     paths = tuple(map(Path, paths))
@@ -74,39 +74,39 @@ def read_held_out(paths: Sequence[str | Path], tokenizer: Tokenizer, *, max_leng
     (path,) = paths
     chats = PackedChats.read(path, tokenizer, row_length=max_length)
     rows = chats.batch(even_sample([np.arange(len(chats))], max(1, max_tokens // max_length)))["text"]
-    # A chat lies in one row, as one segment of it.
+    # A chat is one segment of one row.
     units = np.arange(len(rows.tokens))[:, None] * (rows.segment_ids.max() + 1) + rows.segment_ids
     return HeldOut("chats", paths, rows, units)
 
 
 def find_held_out(model_path: str | Path) -> list[Path]:
-    """What a run was validated on: the data of pretraining, the chats of SFT; of alignment, those of its start.
+    """The validation data of a run: the data of pretraining, the chats of SFT; for alignment, of its initial model.
 
     Raises:
-      DataError: the run's manifests lead to none, or it is gone.
+      DataError: the run's manifests name none, or it no longer exists.
     """
     folder, chat_model = Path(run_folder_of(find_checkpoint(model_path))), False
     while True:
         if not (folder / FILE_NAME).is_file():
-            raise DataError(f"{folder}: has no {FILE_NAME} that tells what it was validated on; {_NAME_DATA}")
+            raise DataError(f"{folder}: has no {FILE_NAME} that names its validation data; {_NAME_DATA}")
         manifest = read_manifest(folder)
         objective, inputs = manifest["config"]["objective"], manifest["inputs"]
         kind = find_objective(objective["kind"])
         learns_text = kind is not None and kind.learns_text
         if learns_text and objective.get("valid_file") is not None:
-            found = [_beside(objective, resolve_path(inputs["train_file"]["path"], folder))]
+            found = [_validation_file(objective, resolve_path(inputs["train_file"]["path"], folder))]
             break
         if learns_text and "sources" in objective and not chat_model:
             found = [resolve_path(item["path"], folder) for name, item in inputs.items() if name.startswith("data_")]
-            # A run takes no validation rows from a source that holds none out.
+            # A source without held-out rows contributes none to validation.
             found = [path for path in found if _holds_rows_out(path)] or found
             break
         if learns_text:
-            raise DataError(f"{model_path}: leads to no file of held-out chats; {_NAME_DATA}")
+            raise DataError(f"{model_path}: names no file of held-out chats; {_NAME_DATA}")
         folder, chat_model = Path(resolve_path(inputs["init_from"]["path"], folder)), True
     found = [Path(os.path.relpath(path)) for path in found]
     if gone := [path for path in found if not path.exists()]:
-        raise DataError(f"{gone[0]}: {model_path} was validated on it, and it is not there; {_NAME_DATA}")
+        raise DataError(f"{gone[0]}: does not exist, but {model_path} was validated on it; {_NAME_DATA}")
     return found
 
 
@@ -114,8 +114,8 @@ def _holds_rows_out(path: Path) -> bool:
     return not path.exists() or bool(read_manifest(path)["metrics"]["splits"]["valid"]["rows"])
 
 
-def _beside(objective: dict[str, Any], train_file: Path) -> Path:
-    """The validation file of a run whose training file lies there now: a manifest links to the latter alone."""
+def _validation_file(objective: dict[str, Any], train_file: Path) -> Path:
+    """The validation file of a run, found next to its training file: the manifest links only to the latter."""
     return train_file.parent / os.path.relpath(objective["valid_file"], Path(objective["train_file"]).parent)
 
 
@@ -123,7 +123,7 @@ def _read_documents(paths: tuple[Path, ...], tokenizer: Tokenizer, *, max_length
     _, row_length = open_splits(paths, "valid", tokenizer.fingerprint)
     if row_length > max_length:
         raise DataError(
-            f"{paths[0]}: its rows of {row_length} tokens are longer than the model's context of {max_length};"
+            f"{paths[0]}: its rows of {row_length} tokens exceed the model's context of {max_length};"
             f" build the data with row_length={max_length}"
         )
     stored = open_held_out(paths, batch_size=1, num_batches=max(1, max_tokens // row_length))
@@ -131,7 +131,7 @@ def _read_documents(paths: tuple[Path, ...], tokenizer: Tokenizer, *, max_length
     read, unit_rows = [], []
     for index in range(stored.num_steps):
         row = stored.batch(index)
-        # A document may go on over many rows; they are no samples of their own.
+        # A document may span many rows, which are not independent samples.
         numbers = [units.setdefault((item.folder, item.ordinal), len(units)) for item in stored.documents(index)]
         read.append(row)
         unit_rows.append(np.array([0, *numbers])[row["segment_ids"]])

@@ -1,4 +1,4 @@
-"""What quantisation cost: a quantised model against the float model that it was made of, on held-out text.
+"""Receipt: the quality loss of a quantized model against its float model on held-out text.
 
 Dimensions: B batch, L length, D embed, V vocab, C tokens in a chunk.
 """
@@ -18,23 +18,23 @@ from maxlm.errors import DataError
 from maxlm.models.decoder import Decoder, with_config
 from maxlm.ops.loss import in_chunks
 
-# Tokens whose logits, of both models, live at a time.
+# Tokens whose logits, of both models, are in memory at a time.
 CHUNK_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """Means are over targets, by their loss weights. Bounds `*_low` and `*_high` are those of 95 % intervals over
-    documents or chats (`core/interval.py`), None where there is one alone, which tells no spread.
+    """Quality loss. Means are over targets, by loss weight. `*_low` and `*_high` are bounds of 95% intervals over
+    documents or chats (`core/interval.py`), None if there is only one.
 
-    kind: what was compared: documents, or the assistant's tokens of chats.
+    kind: the data compared: documents, or assistant tokens of chats.
     perplexity_float, perplexity_int8: exp of the mean cross-entropy.
     perplexity_change: perplexity_int8 / perplexity_float - 1.
     mean_kl, max_kl: KL(float || int8) of the next-token distributions, in nats.
-    top1_agreement: share of targets for which both models find the same token likeliest.
-    num_tokens, num_units: targets that were compared, and the documents or chats that they are of.
-    bytes_float, bytes_int8: of the weights in memory.
-    dtypes: what each weight of the int8 model is kept as, by path.
+    top1_agreement: fraction of targets for which both models have the same most likely token.
+    num_tokens, num_units: number of targets compared, and of their documents or chats.
+    bytes_float, bytes_int8: size of the weights in memory.
+    dtypes: dtype of each weight of the int8 model, by path.
     """
 
     kind: Literal["documents", "chats"]
@@ -63,10 +63,10 @@ class Receipt:
         *,
         kind: Literal["documents", "chats"],
     ) -> Self:
-        """Run both models over held-out rows, each batch with the unit [B, L] of each of its tokens.
+        """Run both models over held-out batches, each with the unit [B, L] of its tokens.
 
-        What is not of 8 bits is computed in float32 in both, so that the difference is that of quantisation, the same
-        on every machine, and not that of a matrix unit's rounding, which the float model has when it is served too.
+        Everything not in 8 bits is computed in float32 in both models, so that the difference is due to quantization
+        and the same on every machine, without the rounding of matrix units, which the float model has in serving too.
 
         Raises:
           DataError: no target in the batches has a weight.
@@ -74,22 +74,22 @@ class Receipt:
         float_model, int8_model = _in_float32(float_model), _in_float32(int8_model)
         values, weights, units = [], [], []
         for batch, units_BL in batches:
-            # On a TPU and on some GPUs a float32 product is one of fewer bits unless it is asked for.
+            # TPUs and some GPUs use fewer bits in float32 products unless full precision is requested.
             with jax.default_matmul_precision("float32"):
                 found = np.stack([np.asarray(x, np.float32) for x in _compare(float_model, int8_model, batch)])
-            # Elsewhere (padding) the values mean nothing, and need not be finite.
+            # Elsewhere (padding) the values are meaningless and may not be finite.
             counted_BL = np.asarray(batch.loss_weights) > 0
             values.append(found[:, counted_BL].astype(np.float64))
             weights.append(np.asarray(batch.loss_weights, np.float64)[counted_BL])
             units.append(units_BL[counted_BL])
         weight = np.concatenate(weights)
         if not len(weight):
-            raise DataError("the held-out rows hold no target to compare the models on; give others with --data")
+            raise DataError("the held-out rows have no targets to compare the models on; give other data with --data")
         of_unit = np.unique(np.concatenate(units), return_inverse=True)[1]
         loss_float, loss_int8, kl, agreement = np.concatenate(values, axis=1)
 
         def mean(x: np.ndarray) -> Interval:
-            """By weight, units being resampled."""
+            """Weighted mean; the bootstrap resamples units."""
             return ratio_interval(np.bincount(of_unit, x * weight), np.bincount(of_unit, weight))
 
         change, mean_kl = mean(loss_int8 - loss_float).map(lambda nats: float(np.expm1(nats))), mean(kl)
@@ -114,12 +114,12 @@ class Receipt:
 
     @property
     def change(self) -> Interval:
-        """Of perplexity, relative."""
+        """Relative change of perplexity."""
         return Interval(self.perplexity_change, self.perplexity_change_low, self.perplexity_change_high)
 
     @property
     def kl(self) -> Interval:
-        """The mean, in nats."""
+        """Mean KL divergence, in nats."""
         return Interval(self.mean_kl, self.mean_kl_low, self.mean_kl_high)
 
     def format_change(self) -> str:
@@ -130,14 +130,14 @@ class Receipt:
 
 
 def _in_float32(model: Decoder) -> Decoder:
-    """The same weights, with activations and operands of float32 where they are not of 8 bits."""
+    """The same weights, with float32 activations and operands except those in 8 bits."""
     exact = {"activation_dtype": "float32", "matmul_dtype": "float32", "eight_bit": None}
     return with_config(model, model.config.model_copy(update=exact))
 
 
 @jax.jit
 def _compare(float_model: Decoder, int8_model: Decoder, batch: Stream) -> tuple[jax.Array, ...]:
-    """Each [batch, length]: -log p(target) of either model, KL(float || int8), whether the likeliest tokens agree."""
+    """Each [batch, length]: -log p(target) of either model, KL(float || int8), whether the top-1 tokens agree."""
 
     def chunk(models, float_BCD, int8_BCD, targets_BC):
         float_model, int8_model = models
@@ -165,7 +165,7 @@ def _num_bytes(model: Decoder) -> int:
 
 
 def _dtypes(model: Decoder) -> dict[str, str]:
-    """int8 with scales counts as int8."""
+    """Dtype of each weight, by path; int8 with scales counts as int8."""
     return {
         path.removesuffix("/values"): str(leaf.dtype)
         for path, leaf in flatten(model).items()

@@ -10,7 +10,7 @@ from maxlm.generate.request import Request
 
 
 class Chat:
-    """Keeps the history of a conversation and prints answers as they are written."""
+    """Keeps the history of a conversation and prints answers as they are generated."""
 
     def __init__(
         self,
@@ -37,10 +37,10 @@ class Chat:
         self.messages: list[dict] = list(self._opening)
 
     def run(self, read_line: Callable[[str], str] = input) -> int:
-        """Read lines until /quit or the end of input; returns the exit code."""
+        """Read lines until /quit or end of input; return the exit code."""
         interactive = sys.stdin.isatty()
         if interactive:
-            print(f"{self._model.name}: /reset forgets the conversation, /quit leaves, Ctrl-C ends an answer")
+            print(f"{self._model.name}: /reset clears the conversation, /quit exits, Ctrl-C stops an answer")
         while True:
             try:
                 line = read_line("> " if interactive else "").strip()
@@ -48,23 +48,23 @@ class Chat:
                 print()
                 return 0
             except UnicodeDecodeError as error:
-                raise RequestError(f"standard input is no {error.encoding.upper()} text; give it as UTF-8") from None
+                raise RequestError(f"standard input is not {error.encoding.upper()}; encode it as UTF-8") from None
             if line == "/quit":
                 return 0
             if line == "/reset":
                 self.messages = list(self._opening)
-                print("(the conversation is forgotten)")
+                print("(conversation cleared)")
             elif line.startswith("/"):
-                print(f"(there is no command {line.split()[0]}; there are /reset and /quit)")
+                print(f"(unknown command {line.split()[0]}; the commands are /reset and /quit)")
             elif line:
                 self._answer(line)
 
     def _answer(self, question: str) -> None:
-        """Print an answer and keep it; a question that cannot be answered is taken back."""
+        """Print an answer and append the turn to the history; on an error the history is left as it was."""
         messages = [*self.messages, {"role": "user", "content": question}]
         answer = ""
         try:
-            # Each turn draws from a stream of its own, so that a question asked again may be answered anew.
+            # Each turn has its own random stream, so a repeated question may get a different answer.
             stream = (len(messages), 0)
             request = Request(tuple(self._model.encode(messages)), seed=self._seed, stream=stream, **self._settings)
             for event in self._engine.stream(request):
@@ -72,8 +72,8 @@ class Chat:
                 print(event.text, end="", flush=True)
             print()
         except KeyboardInterrupt:
-            print(" (ended)")
+            print(" (stopped)")
         except MaxlmError as error:
-            print(f"({error}; /reset starts anew)")
+            print(f"({error}; /reset clears the conversation)")
             return
         self.messages = [*messages, {"role": "assistant", "content": answer}]

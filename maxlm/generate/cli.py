@@ -8,31 +8,31 @@ from maxlm.runtime.arguments import at_least_zero, count, count_or_zero, seed, t
 
 
 def register(subparsers) -> None:
-    """Add both commands to the command line."""
+    """Add both subcommands."""
     generate = subparsers.add_parser(
         "generate",
         help="continue a text",
-        description="Continue a text with a model and print the continuation as it is written.",
+        description="Continue a text with a model and print the continuation as it is generated.",
         epilog="example: maxlm generate runs/small 'def main():' --max-new-tokens 40 --temperature 0.8 --seed 1",
     )
     _add_model(generate)
-    generate.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads standard input")
+    generate.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads standard input")
     _add_sampling(generate, temperature=0.0, max_new_tokens=64)
     generate.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
+        "--stop", action="append", default=[], metavar="TEXT", help="stop before this text; repeatable"
     )
-    generate.add_argument("--json", action="store_true", help="print one JSON object at the end instead")
+    generate.add_argument("--json", action="store_true", help="print one JSON object at the end instead of text")
     generate.set_defaults(func=run_generate)
 
     chat = subparsers.add_parser(
         "chat",
-        help="talk to a model in the terminal",
-        description="Talk to a model. It sees the whole conversation. /reset forgets it, /quit or Ctrl-D leaves,"
-        " Ctrl-C ends an answer.",
+        help="chat with a model in the terminal",
+        description="Chat with a model. It sees the whole conversation. /reset clears it, /quit or Ctrl-D exits,"
+        " Ctrl-C stops an answer.",
         epilog="example: maxlm chat runs/small-sft --system 'You answer in one sentence.' --temperature 0.7",
     )
     _add_model(chat)
-    chat.add_argument("--system", metavar="TEXT", help="a system message that stands before the conversation")
+    chat.add_argument("--system", metavar="TEXT", help="system message at the start of the conversation")
     _add_sampling(chat, temperature=0.7, max_new_tokens=None)
     chat.set_defaults(func=run_chat)
 
@@ -97,28 +97,28 @@ def run_chat(args: argparse.Namespace) -> int:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run folder, a checkpoint folder or an int8 bundle")
-    parser.add_argument("--ema", action="store_true", help="the running mean of a run's weights (optim.ema_decay)")
+    parser.add_argument("--ema", action="store_true", help="use the run's EMA weights (optim.ema_decay)")
 
 
 def _add_sampling(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int | None) -> None:
-    told = "as many as fit" if max_new_tokens is None else max_new_tokens
+    default = "as many as fit in the context" if max_new_tokens is None else max_new_tokens
     parser.add_argument(
-        "--max-new-tokens", type=count, default=max_new_tokens, metavar="N", help=f"longest answer, in tokens ({told})"
+        "--max-new-tokens", type=count, default=max_new_tokens, metavar="N", help=f"max tokens to generate ({default})"
     )
     parser.add_argument(
         "--temperature",
         type=at_least_zero,
         default=temperature,
         metavar="T",
-        help=f"0 is deterministic ({temperature})",
+        help=f"sampling temperature; 0 is greedy ({temperature})",
     )
     parser.add_argument(
-        "--top-p", type=at_least_zero, default=1.0, metavar="P", help="likeliest tokens of this mass (1: all)"
+        "--top-p", type=at_least_zero, default=1.0, metavar="P", help="sample from the top tokens of this mass (1: all)"
     )
     parser.add_argument(
-        "--top-k", type=count_or_zero, default=0, metavar="K", help="this many likeliest tokens (0: all)"
+        "--top-k", type=count_or_zero, default=0, metavar="K", help="sample from this many top tokens (0: all)"
     )
-    parser.add_argument("--seed", type=seed, metavar="S", help="the same seed gives the same text (a random one)")
+    parser.add_argument("--seed", type=seed, metavar="S", help="the same seed gives the same text (random)")
 
 
 def _seed(args: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
-"""The two compiled functions of the engine: put a prompt into a slot, and advance all slots by one token.
+"""The two compiled functions of the engine: prefill a prompt into a slot, and decode one token for all slots.
 
-Both work on a fixed number of slots, so each compiles once (prefill: once for each bucket of prompt lengths), and both
+Both work on a fixed number of slots, so each compiles once (prefill: once per bucket of prompt lengths), and both
 donate the state, so that the cache is updated in place.
 
 Shapes: B slots, L prompt length after padding, V vocabulary.
@@ -29,10 +29,10 @@ MIN_BUCKET = 16
 )
 @dataclass(frozen=True)
 class SamplingRow:
-    """How one request samples, or with a leading [B] how all do: see `maxlm.generate.sampling`.
+    """Sampling settings of one request, or with a leading [B] of all: see `maxlm.generate.sampling`.
 
     seed: uint32 [..., 2], the high and the low half of a 64-bit seed.
-    stream: uint32 [..., 2], which of the seed's streams: index of the prompt, index of the choice.
+    stream: uint32 [..., 2], the random stream under that seed: index of the prompt, index of the choice.
     """
 
     seed: jax.Array
@@ -59,9 +59,9 @@ class SamplingRow:
 )
 @dataclass(frozen=True)
 class SlotState:
-    """What lives on the device between steps.
+    """State kept on the device between steps.
 
-    tokens_B: the newest token of each slot, sampled and not yet in the cache.
+    tokens_B: the newest token of each slot, sampled but not yet in the cache.
     positions_B: its position.
     counts_B: how many tokens the slot has sampled.
     """
@@ -88,7 +88,7 @@ class SlotState:
 @partial(jax.tree_util.register_dataclass, data_fields=["tokens_B", "log_probabilities_B", "logits_BV"], meta_fields=[])
 @dataclass(frozen=True)
 class StepOutput:
-    """Sampled tokens and their log-probabilities under the model itself: temperature 1, nothing cut off."""
+    """Sampled tokens and their log-probabilities under the model: temperature 1, no top-k or top-p."""
 
     tokens_B: jax.Array
     log_probabilities_B: jax.Array
@@ -96,7 +96,7 @@ class StepOutput:
 
 
 def bucket_length(length: int, max_length: int) -> int:
-    """The power of two that `length` is padded to, at least MIN_BUCKET and at most `max_length`."""
+    """Padded length: `length` rounded up to a power of two, between MIN_BUCKET and `max_length`."""
     return min(max(MIN_BUCKET, 1 << (length - 1).bit_length()), max_length)
 
 
@@ -104,7 +104,7 @@ def bucket_length(length: int, max_length: int) -> int:
 def prefill(
     model: Decoder, state: SlotState, tokens_L: jax.Array, length: jax.Array, slot: jax.Array, sampling: SamplingRow
 ) -> tuple[SlotState, StepOutput]:
-    """Run a right-padded prompt of `length` tokens, put its keys and values into `slot`, sample the first new token.
+    """Run a right-padded prompt of `length` tokens, write its keys and values to `slot`, sample the first new token.
 
     The outputs have a leading dimension of 1.
     """
@@ -127,7 +127,7 @@ def prefill(
 
 @partial(jax.jit, donate_argnames="state")
 def decode_step(model: Decoder, state: SlotState, active_B: jax.Array) -> tuple[SlotState, StepOutput]:
-    """One token for each active slot. The others run along at position 0 of their slot, which nobody reads."""
+    """Decode one token for each active slot. Inactive slots are computed too, at position 0; their output is unused."""
     positions_B = jnp.where(active_B, state.positions_B, 0)
     hidden_B1D, cache = model.decode(state.tokens_B[:, None], state.cache, positions_B[:, None])
     sampling = replace(state.sampling, temperature=jnp.where(active_B, state.sampling.temperature, 0.0))
@@ -149,7 +149,7 @@ def decode_step(model: Decoder, state: SlotState, active_B: jax.Array) -> tuple[
 )
 @dataclass(frozen=True)
 class TokenScores:
-    """Log-probabilities of given tokens [batch], and the likeliest ones with their ids, likeliest first [batch, K]."""
+    """Log-probabilities of given tokens [batch], and the top K with their ids, most likely first [batch, K]."""
 
     log_probabilities_B: jax.Array
     top_BK: jax.Array
@@ -158,9 +158,9 @@ class TokenScores:
 
 @partial(jax.jit, static_argnames="count")
 def token_scores(logits_BV: jax.Array, tokens_B: jax.Array, *, count: int) -> TokenScores:
-    """Rate tokens beside the `count` likeliest of their rows.
+    """Log-probabilities of given tokens and of the top `count` of their rows.
 
-    Both come from one array: clients find out whether a token is the likeliest by comparing the two for equality.
+    Both come from one array, because clients compare the two for equality to see whether a token is the most likely.
     """
     log_probabilities_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     chosen_B = jnp.take_along_axis(log_probabilities_BV, tokens_B[:, None], axis=-1)[:, 0]
@@ -169,16 +169,16 @@ def token_scores(logits_BV: jax.Array, tokens_B: jax.Array, *, count: int) -> To
 
 @partial(jax.jit, static_argnames="count")
 def score_prompt(model: Decoder, tokens_L: jax.Array, length: jax.Array, *, count: int) -> TokenScores:
-    """Rate each token of a right-padded prompt of `length` tokens, given those before it.
+    """Log-probability of each token of a right-padded prompt of `length` tokens, given those before it.
 
-    Row i of the result is for token i + 1; the last row, and those of the padding, mean nothing.
+    Row i of the result is for token i + 1; the last row and the padding rows are meaningless.
     """
     hidden_LD = _prompt_hidden(model, tokens_L, length, jnp.dtype(model.config.activation_dtype))[0][0]
     targets_L = jnp.roll(tokens_L, -1)
-    # Place by place: the logits of a whole prompt would be the largest array by far.
+    # One position at a time: the logits of a whole prompt would be the largest array by far.
     return jax.lax.map(
-        lambda place: jax.tree.map(
-            lambda leaf: leaf[0], token_scores(model.logits(place[0][None]), place[1][None], count=count)
+        lambda position: jax.tree.map(
+            lambda leaf: leaf[0], token_scores(model.logits(position[0][None]), position[1][None], count=count)
         ),
         (hidden_LD, targets_L),
         batch_size=MIN_BUCKET,
@@ -186,7 +186,7 @@ def score_prompt(model: Decoder, tokens_L: jax.Array, length: jax.Array, *, coun
 
 
 def request_key(seed_2: jax.Array, stream_2: jax.Array) -> jax.Array:
-    """The key of a request's stream: a function of its seed and its place among those that share it."""
+    """PRNG key of a request: a function of its seed and its stream."""
     key = jax.random.wrap_key_data(seed_2, impl="threefry2x32")
     return jax.random.fold_in(jax.random.fold_in(key, stream_2[0]), stream_2[1])
 

@@ -1,7 +1,7 @@
-"""Continuous batching: requests join and leave a fixed set of slots between any two decode steps.
+"""Continuous batching: requests enter and leave a fixed set of slots between decode steps.
 
-One thread runs the device. It admits waiting requests to free slots (one prefill each), advances all slots together,
-and hands each new token to its request's callback. There is one transfer from the device for each step.
+One thread drives the device. It admits waiting requests to free slots (one prefill each), advances all slots together,
+and passes each new token to its request's callback. There is one device-to-host transfer per step.
 """
 
 import queue
@@ -48,9 +48,9 @@ class Engine:
     Args:
       model, tokenizer: the tokenizer gives `stream_decoder()`.
       stop_ids: tokens that end an answer.
-      num_slots: at least 2 are made, as products of a single row are slow on CPU.
-      max_length: None takes the model's; more than the model's is not used.
-      max_waiting: requests that may wait beyond those that have a slot; None sets no limit.
+      num_slots: at least 2 are allocated, because matrix products of a single row are slow on CPU.
+      max_length: None takes the model's context, which also bounds it.
+      max_waiting: requests that may wait for a slot; None sets no limit.
     """
 
     def __init__(
@@ -101,17 +101,17 @@ class Engine:
 
         Raises:
           ContextLengthError: it does not fit the context.
-          RequestError: it names tokens that the model does not have.
-          QueueFullError: too many wait already.
+          RequestError: it contains token ids outside the vocabulary.
+          QueueFullError: the queue is full.
           EngineStoppedError: the engine has failed or was closed.
         """
         return self.submit_all([request], lambda _, event: on_event(event))[0]
 
     def submit_all(self, requests: Sequence[Request], on_event: Callable[[int, Event], None]) -> list[Generation]:
-        """`submit` for several requests, all or none; `on_event` gets the index of the request too.
+        """`submit` several requests, all or none; `on_event` also gets the index of the request.
 
         Raises:
-          BatchTooLargeError: they are more than an idle engine takes.
+          BatchTooLargeError: they are more than an idle engine accepts.
         """
         generations = [
             Generation(request, self._room_for(request), self._tokenizer.stream_decoder(), partial(on_event, index))
@@ -125,17 +125,17 @@ class Engine:
                 busy = len(self._active) + len(self._waiting)
                 if len(requests) > capacity:
                     raise BatchTooLargeError(
-                        f"{len(requests)} answers are asked for at once, and {capacity} are the most that run and wait;"
-                        " ask in several requests"
+                        f"{len(requests)} answers are requested at once, but at most {capacity} can run and wait;"
+                        " send several smaller requests"
                     )
                 if busy + len(requests) > capacity:
-                    raise QueueFullError(f"{busy} requests run or wait already; try again later")
+                    raise QueueFullError(f"{busy} requests are already running or waiting; try again later")
             self._waiting.extend(generations)
             self._wake.notify()
         return generations
 
     def stream(self, request: Request) -> Iterator[Event]:
-        """Queue a request; the events follow as they come. Leaving the iteration cancels it."""
+        """Queue a request; yields its events as they arrive. Leaving the iteration cancels it."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         generation = self.submit(request, events.put)
 
@@ -154,7 +154,7 @@ class Engine:
         return follow()
 
     def warm_up(self) -> None:
-        """Compile what requests need, by running one of every prompt bucket; scoring of prompts compiles when used."""
+        """Compile by running one request per prompt bucket; prompt scoring compiles on first use."""
         length = 1
         while True:
             length = min(bucket_length(length, self.max_length), self.max_length - 2)
@@ -166,23 +166,23 @@ class Engine:
             length += 1
 
     def close(self) -> None:
-        """Cancel what runs and waits, and end the thread."""
+        """Cancel running and waiting requests, and stop the thread."""
         with self._wake:
             self._closing = True
             self._wake.notify()
         self._thread.join()
 
     def _room_for(self, request: Request) -> int:
-        """The number of new tokens that the request may have."""
+        """The largest number of new tokens for the request."""
         length = len(request.prompt_ids)
         vocab_size = self._model.config.vocab_size
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab_size:
-            raise RequestError(f"the prompt has a token outside of the vocabulary: ids go from 0 to {vocab_size - 1}")
+            raise RequestError(f"the prompt has a token id outside the vocabulary; ids are 0 to {vocab_size - 1}")
         room = self.max_length - length
         wanted = 1 if request.max_new_tokens is None else request.max_new_tokens
         if wanted > room:
             raise ContextLengthError(
-                f"the prompt has {length} tokens and {wanted} new ones are asked for, but the context holds"
+                f"the prompt has {length} tokens and {wanted} new ones are requested, but the context holds"
                 f" {self.max_length}; shorten the prompt or ask for fewer tokens"
             )
         return room if request.max_new_tokens is None else request.max_new_tokens

@@ -1,4 +1,4 @@
-"""A model ready for use: logits, scores and text.
+"""A model loaded for inference: logits, scores and text.
 
 Shapes: B rows, L length, V vocabulary.
 """
@@ -23,17 +23,17 @@ from maxlm.tokenizer.codec import Tokenizer
 # A text to continue, or the messages of a chat to answer.
 Prompt = str | Sequence[dict]
 
-# Two sizes of engine, so that no more than two are ever compiled.
+# Two engine sizes, so that at most two are ever compiled.
 _FEW_SLOTS, _MANY_SLOTS = 2, 8
 
 
 def load(path: str | Path, *, ema: bool = False) -> "LoadedModel":
     """Load a model for inference: a run folder, a checkpoint folder, or a folder of another format (an int8 bundle).
 
-    A folder without a tokenizer gives a model that takes token ids alone.
+    Without a tokenizer in the folder, the model takes only token ids.
 
     Args:
-      ema: the running mean of a run's weights instead of the weights.
+      ema: load the run's EMA weights instead of the raw weights.
 
     Raises:
       CheckpointError: there is no model at `path`, or it cannot be read.
@@ -43,10 +43,10 @@ def load(path: str | Path, *, ema: bool = False) -> "LoadedModel":
 
 
 def for_this_backend(decoder: Decoder) -> Decoder:
-    """The same weights, computed as suits the backend: on a CPU with float32 activations.
+    """Adapt the computation to the backend, with the same weights: on CPU, activations are float32.
 
-    CPUs add and multiply bfloat16 in software, which makes a decode step three times as slow. Matrix products keep
-    the operands that the model was trained with.
+    CPUs emulate bfloat16 arithmetic, which makes a decode step three times slower. Matrix products keep
+    the operand dtype that the model was trained with.
     """
     if jax.default_backend() != "cpu":
         return decoder
@@ -55,10 +55,10 @@ def for_this_backend(decoder: Decoder) -> Decoder:
 
 @dataclass(frozen=True)
 class Score:
-    """How a model rates a continuation.
+    """Log-probability of a continuation under a model.
 
-    log_probability: of all its tokens together, in nats.
-    is_greedy: whether each of its tokens is the model's likeliest.
+    log_probability: sum over its tokens, in nats.
+    is_greedy: whether each of its tokens is the model's most likely one.
     """
 
     log_probability: float
@@ -69,14 +69,14 @@ class Score:
 class LoadedModel:
     """A decoder and its tokenizer.
 
-    Without one, what takes text raises RequestError; `logits` and `score_tokens` take token ids.
+    Without a tokenizer, methods that take text raise RequestError; `logits` and `score_tokens` take token ids.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None, *, name: str = "model"):
         if tokenizer is not None and decoder.config.vocab_size != tokenizer.vocab_size:
             raise CheckpointError(
-                f"the model has {decoder.config.vocab_size} tokens and the tokenizer {tokenizer.vocab_size};"
-                " give the tokenizer that the model was trained with"
+                f"the model has {decoder.config.vocab_size} tokens but the tokenizer has {tokenizer.vocab_size};"
+                " use the tokenizer that the model was trained with"
             )
         self.decoder = decoder
         self._tokenizer = tokenizer
@@ -90,7 +90,7 @@ class LoadedModel:
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
             raise RequestError(
-                f"{self.name}: has no tokenizer, and so takes token ids (`logits`, `score_tokens`) and no text; put the"
+                f"{self.name}: has no tokenizer, so it takes token ids (`logits`, `score_tokens`) but no text; put the"
                 " tokenizer that it was trained with into its run folder as `tokenizer`"
             )
         return self._tokenizer
@@ -101,10 +101,10 @@ class LoadedModel:
         return tuple(sorted({self.tokenizer.eos_id, self.tokenizer.end_of_turn_id}))
 
     def encode(self, prompt: Prompt, *, continue_final: bool = False) -> list[int]:
-        """The ids that a model continues: of a text with its start token, or of a chat up to the next answer.
+        """Token ids of a prompt: of a text with its start token, or of a chat up to the next answer.
 
         Args:
-          continue_final: the last message is the beginning of the answer.
+          continue_final: the last message is the start of the answer.
         """
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True)
@@ -126,16 +126,16 @@ class LoadedModel:
     def logits(self, tokens: np.ndarray, segment_ids: np.ndarray | None = None) -> np.ndarray:
         """float32 logits [batch, length, vocab] of tokens [batch, length].
 
-        With `segment_ids` [batch, length] a token sees its own segment alone, and positions restart at each; 0 is
+        With `segment_ids` [batch, length] a token attends only to its own segment, and positions restart at each; 0 is
         padding.
 
         Raises:
-          RequestError: a wrong shape, a row longer than the model's context, a token outside of the vocabulary.
+          RequestError: a wrong shape, a row longer than the model's context, a token outside the vocabulary.
         """
         tokens_BL = self._checked(tokens)
         segment_ids_BL = np.ones_like(tokens_BL) if segment_ids is None else np.asarray(segment_ids, np.int32)
         if segment_ids_BL.shape != tokens_BL.shape:
-            raise RequestError(f"segment_ids have shape {segment_ids_BL.shape}, and tokens {tokens_BL.shape}")
+            raise RequestError(f"segment_ids have shape {segment_ids_BL.shape}, but tokens have {tokens_BL.shape}")
         length = tokens_BL.shape[1]
         padding = ((0, 0), (0, bucket_length(length, self.config.max_length) - length))
         tokens_BL, segment_ids_BL = np.pad(tokens_BL, padding), np.pad(segment_ids_BL, padding)
@@ -143,9 +143,9 @@ class LoadedModel:
         return np.asarray(logits_BLV)[:, :length]
 
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[Score]:
-        """Rate each continuation after its prompt.
+        """Log-probability of each continuation after its prompt.
 
-        A text and its continuation are tokenised together; a token that reaches over the seam counts as continuation.
+        Prompt and continuation are tokenized together; a token that spans the boundary counts as continuation.
 
         Raises:
           RequestError: the two differ in number, a continuation is empty, or a pair is longer than the context.
@@ -156,7 +156,7 @@ class LoadedModel:
         return self.score_tokens([pair[0] for pair in pairs], [pair[1] for pair in pairs])
 
     def score_tokens(self, prompts: Sequence[list[int]], continuations: Sequence[list[int]]) -> list[Score]:
-        """`score` on token ids; a prompt must hold at least one, such as the tokenizer's `bos_id`."""
+        """`score` on token ids; a prompt needs at least one, such as the tokenizer's `bos_id`."""
         for index, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
             if not prompt or not continuation:
                 raise RequestError(f"pair {index}: the prompt or its continuation is empty")
@@ -184,13 +184,13 @@ class LoadedModel:
         seed: int = 0,
         stop: Sequence[str] = (),
     ) -> list[str]:
-        """Continue texts or answer chats; one prompt is a list of one.
+        """Continue texts or answer chats; a single prompt is treated as a list of one.
 
-        Each prompt draws from a stream of its own, a function of the seed and its place in the list: equal prompts
-        give different texts, and each gives the same every time.
+        Each prompt has its own random stream, a function of the seed and its index in the list: equal prompts give
+        different texts, and the output is reproducible.
 
         Raises:
-          RequestError: a prompt with its new tokens is longer than the context, or a setting is out of range.
+          RequestError: prompt and new tokens exceed the context, or a setting is out of range.
         """
         prompts = [prompts] if _is_one_prompt(prompts) else list(prompts)
         requests = [
@@ -226,15 +226,15 @@ class LoadedModel:
             )
         if tokens_BL.shape[1] > self.config.max_length:
             raise RequestError(
-                f"{where}{tokens_BL.shape[1]} tokens are more than the model's context of {self.config.max_length}"
+                f"{where}{tokens_BL.shape[1]} tokens exceed the model's context of {self.config.max_length}"
             )
         if tokens_BL.min() < 0 or tokens_BL.max() >= self.config.vocab_size:
-            raise RequestError(f"{where}token ids must lie between 0 and {self.config.vocab_size - 1}")
+            raise RequestError(f"{where}token ids must be between 0 and {self.config.vocab_size - 1}")
         return tokens_BL.astype(np.int32)
 
 
 def segment_positions(segment_ids_BL: np.ndarray) -> np.ndarray:
-    """Position of each token in its segment: a count that restarts where the segment id changes."""
+    """Position of each token in its segment; restarts where the segment id changes."""
     columns_L = np.arange(segment_ids_BL.shape[1])
     starts_BL = np.ones(segment_ids_BL.shape, bool)
     starts_BL[:, 1:] = segment_ids_BL[:, 1:] != segment_ids_BL[:, :-1]

@@ -1,4 +1,4 @@
-"""A request to the engine, and how its tokens become text with an end."""
+"""A request to the engine, and the decoding of its tokens to text up to a stop."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,26 +11,26 @@ MAX_TOP_TOKENS = 20
 
 
 class ContextLengthError(RequestError):
-    """A prompt with its new tokens is longer than the context."""
+    """The prompt and its new tokens exceed the context."""
 
 
 class BatchTooLargeError(RequestError):
-    """Requests that are submitted together are more than the engine ever holds."""
+    """Requests submitted together are more than the engine can hold."""
 
 
 class QueueFullError(RequestError):
-    """As many requests wait as the engine lets wait; try again later."""
+    """The queue of waiting requests is full; try again later."""
 
 
 class EngineStoppedError(RuntimeError):
-    """The engine has failed or was closed, and takes no more requests."""
+    """The engine has failed or was closed, and accepts no more requests."""
 
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 class TextDecoder(Protocol):
-    """Token ids to text, piece by piece."""
+    """Incremental detokenizer."""
 
     def push(self, token_id: int) -> str: ...
 
@@ -39,20 +39,20 @@ class TextDecoder(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """What to continue, and how.
+    """A prompt and its generation settings.
 
     prompt_ids: at least one token.
-    max_new_tokens: None takes as many as the context has room for; 0, with `score_prompt`, generates nothing.
+    max_new_tokens: None fills the context; 0, with `score_prompt`, generates nothing.
     temperature, top_k, top_p: see `maxlm.generate.sampling.sample`.
-    seed: any integer; its low 64 bits count. Prompt, settings, seed and stream decide the text, and nothing else does.
-    stream: (index of the prompt, index of the choice) among the requests that share a seed. Each pair draws from a
-      random stream of its own.
+    seed: any integer; its low 64 bits count. The text depends only on prompt, settings, seed and stream.
+    stream: (index of the prompt, index of the choice) among the requests that share a seed. Each pair has its own
+      random stream.
     stop: the text ends before the first of these.
-    top_tokens: how many of the likeliest tokens to report at each place.
+    top_tokens: how many of the most likely tokens to report at each position.
     score_prompt: the first event reports the prompt's own tokens.
 
     Raises:
-      RequestError: a value is out of its range.
+      RequestError: a value is out of range.
     """
 
     prompt_ids: tuple[int, ...]
@@ -87,7 +87,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Token:
-    """A token, its log-probability under the model (temperature 1), and the likeliest tokens at its place.
+    """A token, its log-probability under the model (temperature 1), and the most likely tokens at its position.
 
     The first token of a prompt has no log-probability.
     """
@@ -99,9 +99,9 @@ class Token:
 
 @dataclass(frozen=True)
 class Event:
-    """One step of a request: the text that became certain, the token behind it, and at the end why it ended.
+    """One step of a request: newly final text, the token that produced it, and at the end the finish reason.
 
-    end_token: the stop token that ended the answer. It is no part of the text, but counts in `Generation.num_tokens`.
+    end_token: the stop token that ended the answer. Not part of the text, but counted in `Generation.num_tokens`.
     prompt: the prompt's tokens, in the first event of a request with `score_prompt`.
     """
 
@@ -126,11 +126,11 @@ class Generation:
         self._on_event = on_event
 
     def cancel(self) -> None:
-        """Ask the engine to drop the request; its slot is free after the step that is running."""
+        """Ask the engine to drop the request; its slot is freed after the current step."""
         self.cancelled = True
 
     def accept(self, token: Token, is_stop: bool) -> bool:
-        """Take the next token and emit its event; returns whether the request has ended."""
+        """Take the next token and emit its event; return whether the request has ended."""
         self.num_tokens += 1
         text = "" if is_stop else self._scanner.push(self._decoder.push(token.id))
         finish_reason = None
@@ -148,5 +148,5 @@ class Generation:
         try:
             self._on_event(event)
         except Exception:
-            # A listener that is gone (its event loop has closed) must not take the engine down.
+            # A listener that is gone (its event loop is closed) must not crash the engine.
             self.cancelled = True

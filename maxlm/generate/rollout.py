@@ -1,4 +1,4 @@
-"""Sampling of whole answers inside one compiled function: what policy optimization trains on.
+"""Rollouts: whole completions sampled inside one compiled function, for policy optimization.
 
 Shapes: B prompts, P prompt length after padding, N new tokens, D embed.
 """
@@ -19,11 +19,11 @@ from maxlm.models.decoder import Decoder
 )
 @dataclass(frozen=True)
 class Rollout:
-    """Sampled answers.
+    """Sampled completions.
 
-    tokens_BN: int32; 0 after the end of an answer.
-    lengths_B: tokens of each answer, its stop token included.
-    log_probabilities_BN: float32, log-probability of each token under the policy that drew it, that is under
+    tokens_BN: int32; 0 after the end of a completion.
+    lengths_B: tokens of each completion, stop token included.
+    log_probabilities_BN: float32, log-probability of each token under the sampling policy, i.e. under
       softmax(logits / temperature); at temperature 0 under softmax(logits). 0 after the end.
     """
 
@@ -43,15 +43,15 @@ def rollout(
     temperature: float | jax.Array,
     stop_ids: tuple[int, ...],
 ) -> Rollout:
-    """Continue each prompt until it draws one of `stop_ids` or has `max_new_tokens` tokens.
+    """Continue each prompt until it samples one of `stop_ids` or has `max_new_tokens` tokens.
 
-    Decoding ends when the last answer does. A row's answer depends on its prompt and its key alone.
+    Decoding ends when the last completion does. A row's completion depends only on its prompt and its key.
 
     Args:
       prompt_tokens_BP: prompts, padded on the right.
       prompt_lengths_B: their lengths, each at least 1.
-      keys_B: typed PRNG keys; token t is drawn with `fold_in(key, t)`.
-      temperature: of all rows; 0 takes the likeliest token.
+      keys_B: typed PRNG keys; token t is sampled with `fold_in(key, t)`.
+      temperature: of all rows; 0 takes the most likely token.
     """
     batch_size, prompt_length = prompt_tokens_BP.shape
     cache_dtype = jnp.dtype(model.config.activation_dtype)

@@ -1,4 +1,4 @@
-"""From logits to tokens: pure functions in which every row has its own settings and its own random key.
+"""Sampling tokens from logits: pure functions in which every row has its own settings and PRNG key.
 
 Shapes: B requests, V vocabulary.
 """
@@ -6,24 +6,24 @@ Shapes: B requests, V vocabulary.
 import jax
 import jax.numpy as jnp
 
-# Below this temperature the distribution is a point in float32; the bound keeps the division finite.
+# Below this temperature the distribution is one-hot in float32; the bound keeps the division finite.
 _MIN_TEMPERATURE = 1e-6
 
 
 def sample(
     logits_BV: jax.Array, keys_B: jax.Array, *, temperature_B: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array
 ) -> jax.Array:
-    """Draw one token for each row.
+    """Sample one token for each row.
 
-    The order is temperature, then top-k, then top-p among what top-k left (Holtzman et al. 2020, "nucleus"). Tokens
-    that tie with the last one kept are kept too. A row depends on its own inputs alone.
+    The order is temperature, top-k, then top-p (nucleus sampling, Holtzman et al. 2020) over what top-k kept. Tokens
+    that tie with the last one kept are kept too. A row depends only on its own inputs.
 
     Args:
       logits_BV: float32 [batch, vocab].
       keys_B: PRNG keys [batch], one for each draw.
-      temperature_B: float32 [batch]; 0 takes the likeliest token and reads no key.
+      temperature_B: float32 [batch]; 0 takes the most likely token and uses no key.
       top_k_B: int32 [batch]; 0 keeps all.
-      top_p_B: float32 [batch]; 1 keeps all, 0 takes the likeliest token as temperature 0 does.
+      top_p_B: float32 [batch]; 1 keeps all, 0 takes the most likely token, as temperature 0 does.
 
     Returns:
       int32 [batch].
@@ -32,7 +32,7 @@ def sample(
 
     def draw() -> jax.Array:
         scaled_BV = scale(logits_BV, temperature_B)
-        # Cutoffs cost two passes of bisection: skipped when no row asks for them.
+        # Top-k and top-p cost two passes of bisection: skipped when no row uses them.
         kept_BV = jax.lax.cond(
             jnp.any(top_k_B > 0) | jnp.any(top_p_B < 1),
             lambda: truncate(scaled_BV, top_k_B, top_p_B),
@@ -47,15 +47,15 @@ def sample(
 
 
 def scale(logits_BV: jax.Array, temperature_B: jax.Array) -> jax.Array:
-    """Logits over temperature, shifted so that a row's largest is 0; a temperature of 0 leaves the scale alone."""
+    """Logits over temperature, shifted so that a row's largest is 0; a temperature of 0 leaves the scale unchanged."""
     divisor_B = jnp.where(temperature_B > 0, jnp.maximum(temperature_B, _MIN_TEMPERATURE), 1.0)
     return (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / divisor_B[:, None]
 
 
 def truncate(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    """Set to -inf what top-k and then top-p remove; 0 and 1 turn them off. The likeliest token always stays."""
+    """Mask with -inf what top-k, then top-p remove; 0 and 1 turn them off. The most likely token is always kept."""
     vocab_size = logits_BV.shape[-1]
-    # A target that cannot be reached keeps everything.
+    # An unreachable target keeps everything.
     count_B = jnp.where(top_k_B > 0, top_k_B, vocab_size + 1).astype(jnp.float32)
     kept_BV = _keep_top(logits_BV, jnp.ones_like(logits_BV), count_B)
     mass_B = jnp.where(top_p_B < 1, jnp.maximum(top_p_B, 1e-9), 2.0)
@@ -69,10 +69,10 @@ def log_probabilities_of(logits_BV: jax.Array, tokens_B: jax.Array) -> jax.Array
 
 
 def _keep_top(values_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array) -> jax.Array:
-    """Keep the fewest largest values whose weights add up to the target; all if it is out of reach.
+    """Keep the fewest largest values whose weights add up to the target; all if the target is out of reach.
 
     Finds the cutoff bit by bit, from the highest, over an integer that orders like the float: 32 sums instead of a
-    sort, which is the slowest operation of a decode step on CPU and TPU alike.
+    sort, which is the slowest operation of a decode step on both CPU and TPU.
     """
     order_BV = _ordered_bits(values_BV)
 
@@ -86,7 +86,7 @@ def _keep_top(values_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array) 
 
 
 def _ordered_bits(values: jax.Array) -> jax.Array:
-    """uint32 that compare like the float32 they come from (-0 below +0)."""
+    """uint32 that order like the float32 they come from (-0 below +0)."""
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
     negative = bits >> 31 == 1
     return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))

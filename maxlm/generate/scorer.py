@@ -1,4 +1,4 @@
-"""Sequences of tokens read by a model in batches: what likelihoods, choices and rewards are computed with.
+"""Batched scoring of token sequences, shared by likelihoods, multiple choice and rewards.
 
 Dimensions: B rows, L length.
 """
@@ -18,17 +18,17 @@ from maxlm.models.decoder import Decoder
 from maxlm.ops.loss import in_chunks
 from maxlm.runtime.progress import track
 
-# Of a batch: tokens, and bytes of the logits that live at a time.
+# Limits of a batch: tokens, and bytes of logits in memory at a time.
 _BATCH_TOKENS = 8192
 _LOGIT_BYTES = 256 << 20
 
-# (model, rows) -> numbers of each token: arrays [batch, length].
+# (model, rows) -> per-token values: arrays [batch, length].
 Program = Callable[[Any, Stream], tuple[jax.Array, ...]]
 
 
 @jax.jit
 def target_scores(model: Decoder, rows: Stream) -> tuple[jax.Array, jax.Array]:
-    """log p(target) of each token in nats, and whether the target is the likeliest one: [B, L]."""
+    """log p(target) of each token in nats, and whether the target is the argmax: [B, L]."""
 
     def chunk(model, hidden_BCD, targets_BC):
         logits_BCV = model.logits(hidden_BCD)
@@ -48,14 +48,14 @@ def score_sequences(
     *,
     title: str | None = None,
 ) -> list[tuple[np.ndarray, ...]]:
-    """What `program` says of each token of each sequence: for each sequence, arrays [its length].
+    """Run `program` over sequences; return its per-token values: for each sequence, arrays [its length].
 
-    Sequences share rows, kept apart by segment ids, so that few shapes are compiled and little of a row is padding.
+    Sequences are packed into rows, separated by segment ids, to compile few shapes and waste little on padding.
 
     Args:
-      tokens: ids, in each sequence at least one and no more than the model's context.
-      targets: what the program looks for behind each token; None where it looks for nothing.
-      title: of a progress bar; None shows none.
+      tokens: ids; each sequence has at least one and fits the model's context.
+      targets: the target of each token; None for programs that use no targets.
+      title: of the progress bar; None shows none.
     """
     lengths = [len(ids) for ids in tokens]
     row_length = bucket_length(max(lengths), model.config.max_length)
@@ -80,7 +80,7 @@ def _lay_out(
     *,
     shape: tuple[int, int],
 ) -> Stream:
-    """Rows of sequences, each of which is a segment with positions from 0."""
+    """Pack sequences into rows; each is a segment with positions from 0."""
     rows = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
     for row, indices in enumerate(members):
         start = 0
@@ -101,5 +101,5 @@ def _rows_of_a_batch(length: int, config: ModelConfig) -> int:
 
 
 def _power_of_two(count: int) -> int:
-    """At least `count`."""
+    """The smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()

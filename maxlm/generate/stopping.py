@@ -1,10 +1,10 @@
-"""Stop strings in text that arrives in pieces."""
+"""Stop strings in streamed text."""
 
 
 class StopScanner:
-    """Passes text on until a stop string appears, and holds back what may be the start of one.
+    """Pass text through until a stop string appears, and hold back what may be the start of one.
 
-    The text passed on never contains a stop string or what follows it.
+    The output never contains a stop string or what follows it.
     """
 
     def __init__(self, stop: tuple[str, ...]):
@@ -13,7 +13,7 @@ class StopScanner:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """Take the next piece; returns what can be passed on now."""
+        """Take the next piece; return the text that can be released now."""
         if self.stopped:
             return ""
         self._held += text
@@ -24,7 +24,7 @@ class StopScanner:
         return self._release(len(self._held) - self._length_to_hold())
 
     def flush(self) -> str:
-        """The text has ended: returns what was held back."""
+        """End of the text: return what was held back."""
         return "" if self.stopped else self._release(len(self._held))
 
     def _release(self, length: int) -> str:
@@ -32,7 +32,7 @@ class StopScanner:
         return released
 
     def _length_to_hold(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+        """Length of the longest suffix of the text that is a prefix of a stop string."""
         longest = min(len(self._held), max((len(string) for string in self._stop), default=1) - 1)
         for length in range(longest, 0, -1):
             ending = self._held[-length:]

@@ -39,4 +39,4 @@ class KVCache:
         def put(old, new):
             return old.at[layer, rows, :, slots].set(new.astype(old.dtype), mode="drop")
 
-        return KVCache(put(self.keys, keys_BLHD), put(self.values, values_BLHD))
+        return type(self)(put(self.keys, keys_BLHD), put(self.values, values_BLHD))

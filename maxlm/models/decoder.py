@@ -158,7 +158,7 @@ def with_config(model: Decoder, config: ModelConfig) -> Decoder:
     return jax.tree.unflatten(jax.tree.structure(type(model)(config)), weights)
 
 
-def _table(config: ModelConfig) -> Parameter:
+def _table(config: ModelConfig) -> Any:
     shape = (config.vocab_size, config.embed_dim)
     return nnx.data(Parameter(shape, ("vocab", "embed"), Normal(0.02), jnp.dtype(config.parameter_dtype)))
 

@@ -6,6 +6,7 @@ Dimensions: B batch, L length, D embed, H query heads, K key-value heads, E head
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,14 +48,14 @@ class TokenContext:
     row_order: RowOrder = "plain"
 
 
-def weight(config: ModelConfig, inputs: tuple[int, str], outputs: tuple[int, str], scale: float = 1.0) -> Parameter:
+def weight(config: ModelConfig, inputs: tuple[int, str], outputs: tuple[int, str], scale: float = 1.0) -> Any:
     """A matrix [in, out], each side given as (size, logical axis), drawn with variance scale^2 / in."""
     (in_size, in_axis), (out_size, out_axis) = inputs, outputs
     initializer = Normal(scale / math.sqrt(in_size))
     return nnx.data(Parameter((in_size, out_size), (in_axis, out_axis), initializer, jnp.dtype(config.parameter_dtype)))
 
 
-def norm_scale(size: int) -> Parameter:
+def norm_scale(size: int) -> Any:
     return nnx.data(Parameter((size,), ("norm",), ones))
 
 

@@ -4,6 +4,7 @@ Dimensions: B batch, L length, D embed, F channels of an expert, E experts, K ex
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,5 +104,5 @@ class MixtureOfExperts(nnx.Module):
         return y_BLD
 
 
-def _parameter(*declared) -> Parameter:
+def _parameter(*declared) -> Any:
     return nnx.data(Parameter(*declared))

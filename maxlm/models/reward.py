@@ -1,5 +1,7 @@
 """Reward model: a decoder with a scalar head."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,7 +24,7 @@ class RewardModel(Decoder):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        self.value = nnx.data(Parameter((config.embed_dim,), (None,), zeros))
+        self.value: Any = nnx.data(Parameter((config.embed_dim,), (None,), zeros))
 
     @classmethod
     def from_decoder(cls, decoder: Decoder, key: jax.Array) -> "RewardModel":

@@ -72,7 +72,7 @@ class PreferenceOptimization(Objective, RecordsConfig):
         gain_rejected_B = jnp.sum(rejected_BL, axis=1) - batch.values["reference_rejected_B"]
         margin_B = gain_chosen_B - gain_rejected_B
 
-        terms = {pair_loss.kind: Term(jnp.sum(real_B * pair_loss(margin_B)), weight)}
+        terms: dict[str, Term] = {pair_loss.kind: Term(jnp.sum(real_B * pair_loss(margin_B)), weight)}
         if self.sft_weight:
             terms["sft"] = Term(-self.sft_weight * jnp.sum(chosen_BL), jnp.sum(chosen.loss_weights))
         metrics = {

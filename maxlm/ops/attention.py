@@ -12,6 +12,8 @@
 Shapes: B batch, T query length, S key length, N query heads, K key-value heads, G = N / K, H head dim.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -89,7 +91,7 @@ def attention(
         case "xla":
             return flash_xla.flash_attention(rule, matmul_dtype, query, key, value, segment_ids, kv_segment_ids)
     operands = (x.astype(matmul_dtype) for x in (query, key, value))
-    kernel = flash_tpu.flash_attention if implementation == "pallas_tpu" else _cudnn_attention
+    kernel: Any = flash_tpu.flash_attention if implementation == "pallas_tpu" else _cudnn_attention
     return kernel(rule, *operands, segment_ids, kv_segment_ids).astype(query.dtype)
 
 

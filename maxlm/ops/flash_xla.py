@@ -88,7 +88,7 @@ class Blockwise:
         gradient_BTNH,
     ):
         """Gradients of query, key and value, float32; `log_sum_BTN` and `mean_BTN` are over all keys."""
-        length, key_length, num_kv_heads = query_BTNH.shape[1], *key_BSKH.shape[1:3]
+        length, (key_length, num_kv_heads) = query_BTNH.shape[1], key_BSKH.shape[1:3]
         query_BKGTH, gradient_BKGTH, log_sum_BKGT1, mean_BKGT1 = (
             _group(x, num_kv_heads) for x in (query_BTNH, gradient_BTNH, log_sum_BTN[..., None], mean_BTN[..., None])
         )

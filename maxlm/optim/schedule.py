@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from maxlm.config.optim import ScheduleConfig
 
 
-def schedule_factor(config: ScheduleConfig, num_steps: int, step: jax.Array) -> jax.Array:
+def schedule_factor(config: ScheduleConfig, num_steps: int, step: ArrayLike) -> jax.Array:
     """Factor on the learning rate at `step` (0-based): warm-up from 1/warmup_steps to 1, then decay."""
     step = jnp.asarray(step, jnp.float32)
     warmup_steps = config.warmup(num_steps)

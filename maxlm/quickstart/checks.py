@@ -1,4 +1,4 @@
-"""What the main job must show, in numbers."""
+"""Acceptance checks of the quickstart."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from maxlm.errors import CheckFailed
 
 Summary = dict[str, Any]
 
-# What int8 may cost in perplexity, as a share.
+# Largest relative change of perplexity by int8.
 INT8_BOUND = 0.005
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that the main job must show, what was measured, and what to do where that is not enough."""
+    """A requirement on the quickstart, what was measured, and what to do if it fails."""
 
     name: str
     passed: bool
@@ -23,14 +23,14 @@ class Check:
 
 
 class ChecksFailed(CheckFailed):
-    """The main job ran to its end and did not show all that it must."""
+    """The quickstart completed, but some checks failed."""
 
     def __init__(self, failed: list[Check]):
         super().__init__("; ".join(f"{check.name}: {check.told}; {check.remedy}" for check in failed))
 
 
 def checks(summary: Summary) -> list[Check]:
-    """The checks of a `summary.json`; what a stage that did not end should have measured is a failed check."""
+    """The checks of a `summary.json`; a check whose stage did not complete fails."""
     found = []
     for name, stage, judge, remedy in _CHECKS:
         missing = summary["not_done"].get(stage)
@@ -60,7 +60,7 @@ def _lifts_reward(summary: Summary) -> tuple[bool, str]:
 
 
 def _keeps_perplexity(summary: Summary) -> tuple[bool, str]:
-    """Fails where the whole interval lies beyond the bound: a point beyond it may be chance."""
+    """Fails if the whole interval is out of bounds: a point estimate alone may be chance."""
     int8 = summary["int8"]
     low, high = int8["perplexity_change_low"], int8["perplexity_change_high"]
     size = 1 - int8["bytes_int8"] / int8["bytes_float"]
@@ -75,7 +75,7 @@ def _streams_answers(summary: Summary) -> tuple[bool, str]:
     right = sum(answer["right"] for answer in answers)
     return (
         all(answer["reply"].strip() and answer["events"] > 1 for answer in answers),
-        f"{len(answers)} questions asked, {right} answers right",
+        f"{len(answers)} questions asked, {right} answers correct",
     )
 
 
@@ -87,7 +87,7 @@ def _before_after(values: dict[str, Any]) -> str:
     )
 
 
-# Name, the stage that measures it, (summary) -> (passed, what was measured), and what to do where it fails.
+# Name, the stage that measures it, (summary) -> (passed, what was measured), and what to do if it fails.
 _CHECKS: tuple[tuple[str, str, Callable[[Summary], tuple[bool, str]], str], ...] = (
     (
         "pretraining beats a bigram model and xz",
@@ -96,13 +96,13 @@ _CHECKS: tuple[tuple[str, str, Callable[[Summary], tuple[bool, str]], str], ...]
         "train longer: maxlm quickstart pretrain.steps=800",
     ),
     (
-        "SFT lifts exact match on held-out questions",
+        "SFT improves exact match on held-out questions",
         "evaluate",
         _lifts_exact_match,
         "train longer: maxlm quickstart sft.steps=200",
     ),
     (
-        "alignment lifts its reward",
+        "alignment improves its reward",
         "evaluate",
         _lifts_reward,
         "train longer: maxlm quickstart align.steps=150",
@@ -111,12 +111,12 @@ _CHECKS: tuple[tuple[str, str, Callable[[Summary], tuple[bool, str]], str], ...]
         f"int8 costs at most {INT8_BOUND:.1%} perplexity",
         "int8",
         _keeps_perplexity,
-        "the float model is served in its place; maxlm export MODEL OUTPUT --max-perplexity-change X allows more",
+        "the float model is served instead; maxlm export MODEL OUTPUT --max-perplexity-change X allows more",
     ),
     (
         "the server streams answers",
         "chat",
         _streams_answers,
-        "start it by hand to see why: maxlm serve MODEL",
+        "start it manually to see why: maxlm serve MODEL",
     ),
 )

@@ -7,11 +7,11 @@ import sys
 def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "quickstart",
-        help="the whole way, from text to a served chat model, in minutes on a CPU",
+        help="run the whole pipeline, from text to a served chat model, in minutes on a CPU",
         description=(
-            "Build a small chat model from the text that this Python carries: clean and pack it, train a tokenizer,"
-            " pretrain, fine-tune on questions about the standard library, align by reward, evaluate, quantise to int8,"
-            " and chat with it over HTTP. Run it again to go on where it stopped."
+            "Build a small chat model from the text that ships with Python: clean and pack it, train a tokenizer,"
+            " pretrain, fine-tune on questions about the standard library, align by reward, evaluate, quantize to int8,"
+            " and chat with it over HTTP. Run it again to resume where it stopped."
         ),
     )
     parser.add_argument(
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from maxlm.quickstart.stages import Quickstart
     from maxlm.serve.cli import need_server
 
-    need_server()  # the last stage: told before the minutes of the others
+    need_server()  # the last stage: fail before the others have run for minutes
     job = Quickstart(args.output, args.overrides)
     summary = job.run()
     if args.json:
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         show(job, summary)
     failed = [check for check in checks(summary) if not check.passed]
-    # The mistake itself where there was one, not the checks that it left without a figure.
+    # If a stage failed, report its error, not the checks that it left unmeasured.
     error = next(iter(job.errors.values()), None) or (ChecksFailed(failed) if failed else None)
     if error is not None:
         print(f"maxlm: {error}", file=sys.stderr)
@@ -46,22 +46,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def show(job, summary: dict) -> None:
-    """What was reached, where it lies, and how to talk to it."""
+    """Print the results, where they are, and how to chat with the model."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console()
     if answers := summary.get("chat", {}).get("answers"):
-        asked = Table(title="Held-out questions, asked of the running server", title_justify="left")
+        asked = Table(title="Held-out questions, answered by the running server", title_justify="left")
         for column in ("question", "answer", ""):
             asked.add_column(column, overflow="fold")
         for answer in answers:
-            verdict = "[green]right" if answer["right"] else f"[red]wrong:[/] {escape(answer['answer'])}"
+            verdict = "[green]correct" if answer["right"] else f"[red]wrong:[/] {escape(answer['answer'])}"
             asked.add_row(escape(answer["prompt"]), escape(answer["reply"]), verdict)
         console.print(asked)
     table = Table(title="maxlm quickstart", title_justify="left")
-    table.add_column("must show")
+    table.add_column("check")
     table.add_column("measured", overflow="fold")
     table.add_column("")
     for check in summary["checks"]:

@@ -1,4 +1,4 @@
-"""The paths of the recipes under another folder."""
+"""Move the paths of the recipes to another folder."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""How good each stage's model is, on text and questions that no stage has seen."""
+"""Evaluate each stage's model on held-out text and questions."""
 
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,16 @@ def evaluate_stages(folder: Path) -> dict[str, Any]:
     """Bits per byte of pretraining, exact match before and after SFT, reward before and after alignment, samples.
 
     Args:
-      folder: of the quickstart, with data, tasks, pretrain, sft and align.
+      folder: the quickstart folder, with data, tasks, pretrain, sft and align.
     """
     base, tuned, aligned = (maxlm.load(folder / name) for name in ("pretrain", "sft", "align"))
-    console.print("measuring held-out text", markup=False)
+    console.print("evaluating on held-out text", markup=False)
     valid_texts = read_held_out_texts(folder / "data")
     simple = baselines(read_training(folder / "data"), valid_texts, base.tokenizer).to_dict()
     sizes = {name: simple.pop(name) for name in ("train_bytes", "valid_bytes")}
     likelihood = bits_per_byte(base, valid_texts)
 
-    console.print("asking held-out questions", markup=False)
+    console.print("evaluating on held-out questions", markup=False)
     questions = read_examples(folder / "tasks" / "questions.jsonl")
     (greedy_base, _), (greedy_tuned, reward_tuned), (greedy_aligned, reward_aligned) = (
         rate_answers(model, questions) for model in (base, tuned, aligned)
@@ -57,12 +57,12 @@ def evaluate_stages(folder: Path) -> dict[str, Any]:
 
 
 def rate_answers(model: LoadedModel, questions: list[Example]) -> tuple[np.ndarray, np.ndarray]:
-    """For each question, what exact match gives its greedy answer, and a sampled answer on average.
+    """Exact match of each question's greedy answer, and the expected exact match of a sampled answer.
 
-    One forward pass over question, right answer and end of turn tells both, without generating: the greedy answer is
-    the right one where each token of it is the likeliest, and an answer sampled at temperature 1 is the right one with
-    the product of its tokens' probabilities, which is the expectation of alignment's reward and has no noise of
-    sampling. Both leave out that a model may spell the same text with other tokens.
+    One forward pass over question, correct answer and end of turn gives both, without generation: the greedy answer is
+    correct if each of its tokens is the most likely one, and the probability of sampling the correct answer at
+    temperature 1 is the product of its tokens' probabilities, which is the expected alignment reward without sampling
+    noise. Both ignore that other token sequences may spell the same text.
 
     Returns:
       (greedy [questions], 0 or 1; expected reward [questions], 0 to 1).
@@ -77,7 +77,7 @@ def rate_answers(model: LoadedModel, questions: list[Example]) -> tuple[np.ndarr
 
 
 def _before_after(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
-    """Both means, and the interval of their difference on the same questions."""
+    """Both means, and the interval of the paired difference."""
     return {
         "before": float(before.mean()),
         "after": float(after.mean()),

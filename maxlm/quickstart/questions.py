@@ -1,7 +1,7 @@
-"""Questions and answers about the Python standard library, made from its signatures and docstrings by templates.
+"""Questions and answers about the Python standard library, generated from signatures and docstrings by templates.
 
-Every answer can be checked: it follows from the signature or the sentence that the question quotes. Functions are
-held out by a hash of their name, so that a held-out question is one of a trained kind about a function never seen.
+Every answer is verifiable: it follows from the signature or the sentence that the question quotes. Functions are
+held out by a hash of their name, so that a held-out question is of a trained kind but about an unseen function.
 """
 
 import ast
@@ -22,13 +22,13 @@ _SENTENCE = re.compile(r"[A-Z][a-z]+ [^\n`\"]{12,70}[.]?")
 
 @dataclass(frozen=True)
 class Function:
-    """A function of the library as its source states it."""
+    """A function of the library, parsed from its source."""
 
     module: str
     name: str
     parameters: tuple[str, ...]
     defaults: tuple[tuple[str, str], ...]
-    summary: str  # the first line of the docstring where that is a plain sentence, else empty
+    summary: str  # first line of the docstring if it is a plain sentence, else empty
 
     @property
     def signature(self) -> str:
@@ -39,7 +39,7 @@ class Function:
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a kind, with its only right answer."""
+    """One question of a kind, with its only correct answer."""
 
     kind: str
     prompt: str
@@ -60,7 +60,7 @@ def read_functions() -> list[Function]:
 
 
 def is_held_out(function: Function, fraction: float) -> bool:
-    """Whether questions about this function are kept for testing; decided by its name alone."""
+    """Whether questions about this function are held out; depends only on its name."""
     return zlib.crc32(function.name.encode()) % 1000 < 1000 * fraction
 
 
@@ -96,7 +96,7 @@ def _functions_of(path: Path, module: str) -> Iterator[Function]:
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """What holds statements, breadth first as by `ast.walk`, without expressions: they are most of a tree."""
+    """Nodes that contain statements, breadth first like `ast.walk`, skipping expressions, which are most of a tree."""
     nodes: deque[ast.AST] = deque([tree])
     while nodes:
         yield (node := nodes.popleft())

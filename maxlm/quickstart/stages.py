@@ -1,7 +1,7 @@
-"""The main job: text to a tokenizer, a pretrained model, a chat model, an aligned model, int8, and a server.
+"""The quickstart pipeline: text to a tokenizer, a pretrained model, a chat model, an aligned model, int8, a server.
 
-Every stage is the same function that its own command calls. A stage whose folder is complete is skipped, so a run that
-was interrupted goes on where it stopped. A stage that fails withholds those alone that need it.
+Every stage calls the same function as its own command. A stage whose folder is complete is skipped, so an interrupted
+run resumes where it stopped. If a stage fails, only the stages that depend on it are skipped.
 """
 
 import json
@@ -25,7 +25,7 @@ from maxlm.runtime.storage import resolve_path
 
 RECIPES = ("data", "tokenizer", "pretrain", "sft", "align")
 
-# In the order in which they run, each with the stages that it needs.
+# In execution order, each with the stages that it depends on.
 STAGES = {
     "documents": (),
     "tokenizer": ("documents",),
@@ -39,7 +39,7 @@ STAGES = {
     "chat": ("align",),
 }
 
-# Held-out questions of each kind that are asked in the end and shown.
+# Held-out questions of each kind for the final chat stage.
 SHOWN_OF_A_KIND = 2
 
 
@@ -47,28 +47,28 @@ class Quickstart:
     """The stages in one output folder."""
 
     def __init__(self, output: str | Path, overrides: Sequence[str] = ()):
-        """`overrides` begin with the name of a recipe: `pretrain.steps=800`.
+        """`overrides` start with the name of a recipe: `pretrain.steps=800`.
 
         Raises:
           ConfigError: an override names no recipe.
         """
         self.folder = Path(output)
-        # Why stages have not ended, by name.
+        # Errors of stages that did not complete, by name.
         self.errors: dict[str, MaxlmError] = {}
         self._overrides: dict[str, list[str]] = {name: [] for name in RECIPES}
         for override in overrides:
             name, _, rest = override.partition(".")
             if name not in self._overrides:
-                raise ConfigError([f"override {override!r}: must begin with one of {', '.join(RECIPES)} and a dot"])
+                raise ConfigError([f"override {override!r}: must start with one of {', '.join(RECIPES)} and a dot"])
             self._overrides[name].append(rest)
 
     def run(self) -> dict[str, Any]:
-        """Run or finish all stages; returns the summary that stands in `summary.json`, its checks in it.
+        """Run or resume all stages; return the contents of `summary.json`, including its checks.
 
-        A stage that fails is noted in `errors`, and those that do not need it run all the same.
+        A failed stage is recorded in `errors`, and stages that do not depend on it still run.
 
         Raises:
-          ConfigError: a recipe with its overrides is wrong; told before the first stage.
+          ConfigError: a recipe with its overrides is invalid; raised before the first stage.
         """
         for name in RECIPES:
             self.config(name)
@@ -76,7 +76,7 @@ class Quickstart:
         not_done: dict[str, str] = {}
         for name, needs in STAGES.items():
             if lacking := [need for need in needs if need in not_done]:
-                not_done[name] = f"the stage {name} needs {lacking[0]}, which did not end"
+                not_done[name] = f"the stage {name} needs {lacking[0]}, which did not complete"
                 continue
             try:
                 self._timed(name)
@@ -94,9 +94,9 @@ class Quickstart:
         return self.folder / name
 
     def served(self) -> Path:
-        """The model to talk to: the int8 bundle, or the float model where int8 was refused."""
+        """The model to chat with: the int8 bundle, or the float model if int8 was out of bounds."""
         bundle, aligned = self.path("int8"), self.path("align")
-        return bundle if self._is_done("int8") and self._is_of(bundle, "model", aligned) else aligned
+        return bundle if self._is_done("int8") and self._has_input(bundle, "model", aligned) else aligned
 
     def config(self, name: str) -> Any:
         """A recipe of configs/quickstart with its paths moved to this output folder, and the user's overrides."""
@@ -133,7 +133,7 @@ class Quickstart:
         self._train("align")
 
     def evaluate(self) -> None:
-        """Held-out text and held-out questions for each stage; kept until a stage is trained anew."""
+        """Evaluate each stage on held-out text and questions; kept until a stage is retrained."""
         key = {name: content_hash(self.path(name)) for name in ("data", "tasks", "pretrain", "sft", "align")}
         target = self.path("evaluation.json")
         if target.exists() and json.loads(target.read_text())["of"] == key:
@@ -144,7 +144,7 @@ class Quickstart:
         write_json(target, {"of": key, **evaluate_stages(self.folder)})
 
     def int8(self) -> None:
-        """The bundle and its receipt; a receipt that is out of bounds is kept without a bundle, and fails its check."""
+        """Export the bundle and its receipt; an out-of-bounds receipt is kept without a bundle, and fails its check."""
         from maxlm.export.export import ReceiptOutOfBounds, export_model
 
         if self.served() == self.path("int8") and self.path("int8.json").exists():
@@ -156,7 +156,7 @@ class Quickstart:
         write_json(self.path("int8.json"), asdict(receipt))
 
     def chat(self) -> None:
-        """Held-out questions to a server that runs on its own, as a client would ask them."""
+        """Ask held-out questions to a server in its own process, as a client would."""
         from maxlm.eval.tasks import read_examples
 
         questions = read_examples(self.path("tasks") / "questions.jsonl")
@@ -174,7 +174,7 @@ class Quickstart:
         write_json(self.path("chat.json"), {"model": str(self.served()), "answers": answers})
 
     def summarize(self, not_done: dict[str, str]) -> dict[str, Any]:
-        """Write and return what was measured by the stages that have ended; `not_done` says why others have not."""
+        """Write and return the results of completed stages; `not_done` says why others are not completed."""
         summary: dict[str, Any] = {"seconds": self._seconds(), "not_done": not_done}
         if "pretrain" not in not_done:
             summary["tokens_per_second"] = read_manifest(self.path("pretrain"))["metrics"]["tokens_per_second"]
@@ -191,15 +191,15 @@ class Quickstart:
         return summary
 
     def _train(self, name: str) -> None:
-        """Train, resume, or skip; what stands there with other settings or on other inputs is made anew."""
+        """Train, resume, or skip; a run with other settings or inputs is trained from scratch."""
         from maxlm.train.run import train
 
         config = self.config(name)
         if self._is_stale(name, config):
-            console.print(f"{self.path(name)}: settings or inputs have changed; it is made anew", markup=False)
+            console.print(f"{self.path(name)}: settings or inputs have changed; training from scratch", markup=False)
             shutil.rmtree(self.path(name))
         elif self._is_done(name):
-            console.print(f"{self.path(name)}: is done", markup=False)
+            console.print(f"{self.path(name)}: is complete", markup=False)
             return
         if not train(config)["metrics"]["finished"]:
             raise KeyboardInterrupt
@@ -215,18 +215,18 @@ class Quickstart:
         if not (folder / "config.yaml").exists():
             return False
         former = load_config(folder / "config.yaml")
-        # A run's own copy has its model filled in, from the tokenizer or from the run that it started from.
+        # The run's own copy has its model config completed from the tokenizer or from the run it started from.
         model = config.model and config.model.model_copy(update={"vocab_size": former.model.vocab_size})
         if config.model_copy(update={"model": model or former.model}) != former:
             return True
         inputs = read_manifest(folder)["inputs"].values() if (folder / "manifest.json").exists() else ()
         return any(content_hash(resolve_path(item["path"], folder)) != item["hash"] for item in inputs)
 
-    def _is_of(self, folder: Path, name: str, source: Path) -> bool:
+    def _has_input(self, folder: Path, name: str, source: Path) -> bool:
         return read_manifest(folder)["inputs"][name]["hash"] == content_hash(source)
 
     def _timed(self, name: str) -> None:
-        """Run a stage and note its seconds; one that is skipped takes none, and keeps those of when it worked."""
+        """Run a stage and record its seconds; a skipped stage keeps the recorded time."""
         console.rule(f"[bold]{name}")
         began = time.perf_counter()
         getattr(self, name)()

@@ -1,4 +1,4 @@
-"""The files that SFT, alignment and evaluation read: chats, prompts whose answers are checked, questions held out."""
+"""Input files of SFT, alignment and evaluation: chats, prompts with verifiable answers, held-out questions."""
 
 import json
 import platform
@@ -9,16 +9,16 @@ from maxlm.quickstart.questions import Question, is_held_out, questions_about, r
 from maxlm.runtime.manifest import write_manifest
 
 HELD_OUT_FRACTION = 0.15
-ALIGNMENT_FRACTION = 0.3  # of the functions that are not held out
+ALIGNMENT_FRACTION = 0.3  # of the functions not held out
 CHATS_OF_A_FUNCTION = 2
 SEED = 0
 
 
 def write_tasks(folder: Path) -> dict:
-    """Write sft_{train,valid}.jsonl, prompts.jsonl and questions.jsonl, and return the manifest.
+    """Write sft_{train,valid}.jsonl, prompts.jsonl and questions.jsonl; return the manifest.
 
-    Alignment asks about functions that SFT has not told the answers for, so that no reward is earned by memory.
-    Questions for evaluation are about functions that no stage saw.
+    Alignment asks about functions that SFT has not seen, so that memorization earns no reward.
+    Evaluation questions are about functions that no stage has seen.
     """
     folder.mkdir(parents=True, exist_ok=True)
     functions = read_functions()
@@ -27,11 +27,11 @@ def write_tasks(folder: Path) -> dict:
     unseen = [function for function, out in zip(functions, held_out) if out]
     seen = [function for function, out in zip(functions, held_out) if not out]
     rng.shuffle(seen)
-    cut = round(ALIGNMENT_FRACTION * len(seen))
-    rewarded, taught = seen[:cut], seen[cut:]
+    num_alignment = round(ALIGNMENT_FRACTION * len(seen))
+    for_alignment, for_sft = seen[:num_alignment], seen[num_alignment:]
 
-    chats = [_chat(questions_about(function, rng)) for function in taught for _ in range(CHATS_OF_A_FUNCTION)]
-    prompts = [question for function in rewarded for question in questions_about(function, rng)]
+    chats = [_chat(questions_about(function, rng)) for function in for_sft for _ in range(CHATS_OF_A_FUNCTION)]
+    prompts = [question for function in for_alignment for question in questions_about(function, rng)]
     questions = [question for function in unseen for question in questions_about(function, rng)]
     valid = [_chat(questions_about(function, rng)) for function in unseen]
     for items in (chats, prompts, questions, valid):
@@ -53,12 +53,12 @@ def write_tasks(folder: Path) -> dict:
 
 
 def settings() -> dict:
-    """What the files depend on: another Python has another library."""
+    """Settings that the files depend on; the Python version determines the library."""
     return {"held_out_fraction": HELD_OUT_FRACTION, "seed": SEED, "python": platform.python_version()}
 
 
 def _chat(questions: list[Question]) -> dict:
-    """All questions about one function as one chat: more answers to learn from than one chat for each."""
+    """All questions about one function as one chat: more answers per chat to learn from."""
     turns = [({"role": "user", "content": q.prompt}, {"role": "assistant", "content": q.answer}) for q in questions]
     return {"messages": [message for turn in turns for message in turn]}
 

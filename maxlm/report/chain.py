@@ -1,4 +1,4 @@
-"""Provenance: every stage's manifest, from documents to the last model."""
+"""Provenance: every stage's manifest, from documents to the final model."""
 
 import json
 import os
@@ -14,7 +14,7 @@ _KEY_FACTS = 14
 
 @dataclass(frozen=True)
 class StageInput:
-    """What a stage read; `made_by` is the place in the chain of the stage that made it, None where none did."""
+    """An input of a stage; `made_by` is the index in the chain of the stage that produced it, or None."""
 
     name: str
     path: str
@@ -25,7 +25,7 @@ class StageInput:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a page shows of a manifest; `folded` holds titles with texts."""
+    """A manifest as shown on a page; `folded` has (title, text) pairs."""
 
     name: str
     folder: str
@@ -37,7 +37,7 @@ class Stage:
 
 
 def view_chain(chain: list[dict[str, Any]], folder: Path) -> list[Stage]:
-    """The manifests in the order in which their stages ran; paths are as seen from `folder`."""
+    """Stages in execution order; paths are relative to `folder`."""
     places = {str(item.get("folder")): index for index, item in enumerate(chain)}
     return [_stage(item, chain, places, folder) for item in chain]
 
@@ -72,7 +72,7 @@ def _input(
 
 
 def _relative(path: str, folder: Path) -> str:
-    """As seen from the report, where it is near; else whole."""
+    """Relative to the report if it is nearby, else absolute."""
     if not path:
         return ""
     relative = os.path.relpath(path, folder.resolve())

@@ -1,7 +1,7 @@
-"""Charts as SVG that follows the page's style sheet: lines over an axis, and horizontal bars with intervals.
+"""SVG charts styled by the page's CSS: line charts, and horizontal bar charts with intervals.
 
-Matplotlib draws with stand-in colours, which become variables of the style sheet, so that one picture serves a light
-and a dark page. Charts are drawn for a width of 400 and scale with the page: their text is readable on a phone.
+Matplotlib draws with placeholder colors, which become CSS variables, so that one picture works on a light
+and a dark page. Charts are drawn for a width of 400 and scale with the page; their text is readable on a phone.
 """
 
 import io
@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from maxlm.report.text import format_number
 
-# Style: colour of the style sheet, width of a line, opacity.
+# Style: CSS color, line width, opacity.
 STYLES = {
     "series-1": ("one", 1.5, 1.0),
     "series-2": ("two", 1.5, 1.0),
@@ -31,7 +31,7 @@ STYLES = {
     "shade-4": ("one", 1.5, 0.22),
 }
 _VARIABLES = ("one", "two", "three", "four", "plain", "text", "muted", "grid", "card")
-_STAND_INS = {name: f"#0a0b{number:02x}" for number, name in enumerate(_VARIABLES)}
+_PLACEHOLDERS = {name: f"#0a0b{number:02x}" for number, name in enumerate(_VARIABLES)}
 _SIZE = (4.0, 2.4)  # inches of 100 units
 _BAR_HEIGHT, _GROUP_GAP = 0.16, 0.26  # inches
 
@@ -50,7 +50,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Band:
-    """What lies between `low` and `high` of (x, low, high) points; of a single one, a whisker."""
+    """The area between `low` and `high` of (x, low, high) points; a single point gives an error bar."""
 
     points: Sequence[tuple[float, float, float]]
     style: str
@@ -58,7 +58,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Reference:
-    """A value to compare with: a dashed line across the chart."""
+    """A reference value: a dashed line across the chart."""
 
     name: str
     value: float
@@ -66,7 +66,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar from zero to `value`, with its interval."""
+    """A bar from zero to `value`, with an interval."""
 
     value: float
     style: str
@@ -85,7 +85,7 @@ def line_chart(
     log_x: bool = False,
     log_y: bool = False,
 ) -> str:
-    """Lines, of which at least one has a point. `title` and `description` are for screen readers."""
+    """Draw lines, at least one of which has a point. `title` and `description` are for screen readers."""
     figure, axes = _new_figure(_SIZE)
     for line in lines:
         color, width, alpha = STYLES[line.style]
@@ -94,7 +94,7 @@ def line_chart(
         axes.plot(
             xs,
             ys,
-            color=_STAND_INS[color],
+            color=_PLACEHOLDERS[color],
             alpha=alpha,
             linewidth=width if line.is_joined else 0,
             marker="o" if has_marks else None,
@@ -103,7 +103,7 @@ def line_chart(
     for band in bands:
         _draw_band(axes, band)
     for reference in references:
-        axes.axhline(reference.value, color=_STAND_INS["muted"], linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.axhline(reference.value, color=_PLACEHOLDERS["muted"], linewidth=0.8, linestyle=(0, (4, 3)))
     if log_x:
         axes.set_xscale("log")
     elif lines:
@@ -114,7 +114,7 @@ def line_chart(
     axes.set_xlabel(x_label)
     for axis, is_log in ((axes.xaxis, log_x), (axes.yaxis, log_y)):
         _set_ticks(axis, is_log=is_log)
-    axes.grid(axis="y", color=_STAND_INS["grid"], linewidth=0.7)
+    axes.grid(axis="y", color=_PLACEHOLDERS["grid"], linewidth=0.7)
     axes.set_axisbelow(True)
     return _svg(figure, title, description)
 
@@ -122,7 +122,7 @@ def line_chart(
 def bar_chart(
     title: str, description: str, groups: Sequence[tuple[str, Sequence[Bar]]], *, value_format: Format = format_number
 ) -> str:
-    """Groups of horizontal bars under their labels, on one scale from zero."""
+    """Draw groups of horizontal bars under their labels, on one scale from zero."""
     num_bars = sum(len(bars) for _, bars in groups)
     height = num_bars * _BAR_HEIGHT + len(groups) * _GROUP_GAP
     figure, axes = _new_figure((_SIZE[0], height))
@@ -134,7 +134,7 @@ def bar_chart(
             xycoords=("axes fraction", "data"),
             xytext=(2, 0),
             textcoords="offset points",
-            color=_STAND_INS["text"],
+            color=_PLACEHOLDERS["text"],
         )
         y += _GROUP_GAP
         for bar in bars:
@@ -143,9 +143,9 @@ def bar_chart(
     axes.set_ylim(height, 0)
     longest = max(len(value_format(bar.value)) for _, bars in groups for bar in bars)
     low, high = axes.get_xlim()
-    # Room for the values behind the bars.
+    # Room for the values to the right of the bars.
     axes.set_xlim(low, high + (high - low) * 0.028 * longest)
-    axes.axvline(0, color=_STAND_INS["muted"], linewidth=0.7)
+    axes.axvline(0, color=_PLACEHOLDERS["muted"], linewidth=0.7)
     axes.axis("off")
     return _svg(figure, title, description)
 
@@ -154,8 +154,8 @@ def _new_figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01)
     axes = figure.add_subplot()
-    axes.tick_params(colors=_STAND_INS["muted"], labelsize=8.5, which="both", left=False, bottom=False)
-    axes.xaxis.label.set(color=_STAND_INS["muted"], fontsize=8.5)
+    axes.tick_params(colors=_PLACEHOLDERS["muted"], labelsize=8.5, which="both", left=False, bottom=False)
+    axes.xaxis.label.set(color=_PLACEHOLDERS["muted"], fontsize=8.5)
     for side in axes.spines.values():
         side.set_visible(False)
     figure.patch.set_visible(False)
@@ -167,28 +167,34 @@ def _draw_band(axes: Axes, band: Band) -> None:
     color, _, _ = STYLES[band.style]
     xs, lows, highs = zip(*band.points)
     if len(xs) == 1:
-        axes.vlines(xs, lows, highs, color=_STAND_INS["text"], linewidth=1)
+        axes.vlines(xs, lows, highs, color=_PLACEHOLDERS["text"], linewidth=1)
     else:
-        axes.fill_between(xs, lows, highs, color=_STAND_INS[color], alpha=0.16, linewidth=0)
+        axes.fill_between(xs, lows, highs, color=_PLACEHOLDERS[color], alpha=0.16, linewidth=0)
 
 
-def _draw_bar(axes: Axes, bar: Bar, y: float, told: str) -> None:
+def _draw_bar(axes: Axes, bar: Bar, y: float, label: str) -> None:
     color, _, alpha = STYLES[bar.style]
-    axes.barh(y, bar.value, height=0.8 * _BAR_HEIGHT, color=_STAND_INS[color], alpha=alpha)
+    axes.barh(y, bar.value, height=0.8 * _BAR_HEIGHT, color=_PLACEHOLDERS[color], alpha=alpha)
     end = max(bar.value, 0.0)
     if bar.low is not None and bar.high is not None:
         spread = [[max(bar.value - bar.low, 0)], [max(bar.high - bar.value, 0)]]
         axes.errorbar(
-            bar.value, y, xerr=spread, color=_STAND_INS["text"], elinewidth=1, capsize=2, capthick=1, linestyle=""
+            bar.value, y, xerr=spread, color=_PLACEHOLDERS["text"], elinewidth=1, capsize=2, capthick=1, linestyle=""
         )
         end = max(end, bar.high)
     axes.annotate(
-        told, (end, y), xytext=(4, 0), textcoords="offset points", va="center", color=_STAND_INS["text"], weight="bold"
+        label,
+        (end, y),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        color=_PLACEHOLDERS["text"],
+        weight="bold",
     )
 
 
 def _label_references(axes: Axes, references: Sequence[Reference]) -> None:
-    """Names at the left end: of the highest line above it, of the others below theirs."""
+    """Label the lines at their left end: the highest one above the line, the others below."""
     for number, reference in enumerate(sorted(references, key=lambda each: -each.value)):
         axes.annotate(
             f"{reference.name} {format_number(reference.value)}",
@@ -197,7 +203,7 @@ def _label_references(axes: Axes, references: Sequence[Reference]) -> None:
             xytext=(0, -3 if number else 3),
             textcoords="offset points",
             va="top" if number else "bottom",
-            color=_STAND_INS["muted"],
+            color=_PLACEHOLDERS["muted"],
         )
 
 
@@ -222,9 +228,9 @@ def _tick(value: float) -> str:
 
 
 def _svg(figure: Figure, title: str, description: str) -> str:
-    """The picture as an element of a page: its colours are those of the style sheet, its size that of its place."""
+    """The figure as an inline SVG element: colors come from the page's CSS, the size from its container."""
     buffer = io.StringIO()
-    # Text stays text; identical charts have identical names of their parts.
+    # Keep text as text; identical charts get identical ids.
     settings = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 8.5, "font.family": "sans-serif"}
     with matplotlib.rc_context(settings):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -233,13 +239,13 @@ def _svg(figure: Figure, title: str, description: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1)
     svg = svg.replace("xlink:href", "href").replace("\n", "")
-    # The parts of all charts are named alike; what refers to a part has its name from the title.
+    # Element ids repeat across charts; ids that are referenced are derived from the title.
     referred = set(re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', svg))
     kept = {name for pair in referred for name in pair if name}
     svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in kept else "", svg)
     svg = re.sub(r"(\d+\.\d\d)\d+", r"\1", re.sub(r"> +<", "><", svg))
     svg = re.sub(r"font: [^;\"]*;? ?|font-size: [^;\"]*;? ?|font-family: [^;\"]*;? ?", "", svg)
-    for name, color in _STAND_INS.items():
+    for name, color in _PLACEHOLDERS.items():
         svg = svg.replace(color, f"var(--{name})")
     described = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
     return re.sub(r'(<svg [^>]*role="img">)', lambda match: match[1] + described, svg, count=1)

@@ -9,21 +9,21 @@ from maxlm.runtime.arguments import count
 
 EPILOG = """\
 examples:
-  maxlm report runs/small                   loss curves, configuration, where its data came from: runs/small/report.html
-  maxlm report runs/small --watch           while it trains: the page is made again, and the browser reads it again
-  maxlm report runs/small runs/large        curves of several runs laid over each other: runs/small/compare.html
+  maxlm report runs/small                   loss curves, configuration, data provenance: runs/small/report.html
+  maxlm report runs/small --watch           while it trains: rewrite the page, and let the browser reload it
+  maxlm report runs/small runs/large        overlaid curves of several runs: runs/small/compare.html
   maxlm report runs/quickstart              all stages of a quickstart on one page
 """
 _WATCH_SECONDS = 5
 
 
 def register(subparsers) -> None:
-    """Add the command to the command line."""
+    """Add the subcommand."""
     report = subparsers.add_parser(
         "report",
-        help="one HTML page about a run, several runs, or a quickstart",
-        description="Write one HTML file that needs no network: of a run its curves, of several runs a comparison, of\n"
-        "a quickstart folder the whole story. An unfinished run is shown as far as it has come.",
+        help="write an HTML report of a run, several runs, or a quickstart",
+        description="Write one self-contained HTML file: curves of a run, a comparison of runs, or all stages of\n"
+        "a quickstart. An unfinished run is shown with the records so far.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -34,7 +34,7 @@ def register(subparsers) -> None:
         type=count,
         const=_WATCH_SECONDS,
         metavar="SECONDS",
-        help=f"write the page again every SECONDS ({_WATCH_SECONDS}) until the runs have ended; the browser reloads it",
+        help=f"rewrite the page every SECONDS ({_WATCH_SECONDS}) until the runs have ended; the browser reloads it",
     )
     report.add_argument("--json", action="store_true", help="print the path as JSON")
     report.set_defaults(func=run_report)
@@ -58,6 +58,6 @@ def run_report(args: argparse.Namespace) -> int:
             write(args.watch)
     except KeyboardInterrupt:
         pass
-    # What is left behind does not reload for nothing.
+    # The final page does not reload.
     write(0)
     return 0

@@ -1,4 +1,4 @@
-"""Several runs laid over each other: a chart for each metric, and the settings in which they differ."""
+"""Comparison of several runs: an overlaid chart per metric, and the settings that differ."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +11,11 @@ from maxlm.report.text import format_number
 
 MAX_RUNS = 4
 _STYLES = ("series-1", "series-2", "series-3", "series-4")
-_UNTOLD = ("output",)
+_HIDDEN_SETTINGS = ("output",)
 
 
 def view_comparison(runs: Sequence[Run]) -> RunView:
-    """Each metric that two of the runs have, in one chart; validation where there is any, else training, smoothed."""
+    """One chart for each metric that at least two runs have: validation if there is any, else smoothed training."""
     names = dict.fromkeys(name for run in runs for name in metric_names(run.records))
     charts = {name: chart for name in names if (chart := _chart(runs, name))}
     return RunView(
@@ -29,11 +29,11 @@ def view_comparison(runs: Sequence[Run]) -> RunView:
 
 
 def differing_settings(runs: Sequence[Run]) -> Table | None:
-    """The settings in which some run differs from the first."""
+    """The settings in which any run differs from the first."""
     found: dict[str, list[str]] = {}
     for index, run in enumerate(runs[1:], 1):
         for key, first, other in differences(runs[0].config, run.config):
-            if key not in _UNTOLD:
+            if key not in _HIDDEN_SETTINGS:
                 found.setdefault(key, [_shown(first)] * len(runs))[index] = _shown(other)
     header = ("setting", *(run.name for run in runs))
     return Table(header, [(key, *values) for key, values in found.items()], is_text=True) if found else None

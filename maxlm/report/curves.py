@@ -11,7 +11,7 @@ from maxlm.report.text import duration, flat_facts, format_number, percent, to_d
 
 Points = list[tuple[float, float]]
 
-# How a run went rather than what it reached: shown folded, under the rest.
+# Machinery rather than quality metrics: shown collapsed, below the rest.
 MACHINERY = ("learning_rate", "grad_norm", "tokens_per_second", "mfu", "data_wait", "goodput", "skipped")
 _HIDDEN = ("step", "time", "skipped_in_a_row", "perplexity")
 _FIRST = ("loss", "bits_per_byte")
@@ -19,10 +19,10 @@ _TITLES = {
     "loss": "Loss, nats per token",
     "bits_per_byte": "Bits per byte",
     "tokens_per_second": "Tokens per second",
-    "mfu": "Model FLOPs utilisation",
+    "mfu": "Model FLOPs utilization",
     "grad_norm": "Gradient norm",
     "data_wait": "Share of time waiting for data",
-    "goodput": "Share of all time so far that was productive",
+    "goodput": "Goodput: share of total time that was productive",
     "skipped": "Skipped steps",
 }
 _TABLE_ROWS = 20
@@ -32,7 +32,7 @@ _TABLE_ROWS = 20
 class Run:
     """A training run: its name, the records of its metrics file, and its manifest, which may be missing.
 
-    config: what it was asked for; known before there is a manifest.
+    config: its configuration; known before there is a manifest.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Run:
 
 @dataclass(frozen=True)
 class RunView:
-    """What a page shows of a run."""
+    """A run as shown on a page."""
 
     name: str
     facts: list[tuple[str, str]]
@@ -58,18 +58,18 @@ class RunView:
 
 
 def view_run(run: Run, *, references: Sequence[Reference] = ()) -> RunView:
-    """Curves of one run; `references` are drawn into its bits per byte."""
+    """Curves of one run; `references` are drawn in its bits-per-byte chart."""
     names = metric_names(run.records)
     main = [name for name in names if name not in MACHINERY]
     drawn = {name: _curve(run, name, references if name == "bits_per_byte" else ()) for name in (*main, *MACHINERY)}
     metrics = to_dict(run.manifest.get("metrics"))
     tokens = (to_number(run.config.get("batch_size")) or 0) * (to_number(run.config.get("row_length")) or 0)
-    told = flat_facts({name: value for name, value in metrics.items() if name not in ("valid", "goodput")})
+    facts = flat_facts({name: value for name, value in metrics.items() if name not in ("valid", "goodput")})
     if tokens:
-        told.append(("tokens in a step", format_number(tokens)))
+        facts.append(("tokens per step", format_number(tokens)))
     return RunView(
         run.name,
-        told,
+        facts,
         [chart for name in main if (chart := drawn[name])],
         _by_source(run),
         [chart for name in MACHINERY if (chart := drawn[name])],
@@ -78,7 +78,7 @@ def view_run(run: Run, *, references: Sequence[Reference] = ()) -> RunView:
 
 
 def metric_names(records: list[dict[str, Any]]) -> list[str]:
-    """Names without `valid_`: what matters most first, then in the order of the records."""
+    """Metric names without `valid_`: the most important first, then in the order of the records."""
     found = dict.fromkeys(name.removeprefix("valid_") for record in records for name in record)
     shown = [name for name in found if name not in _HIDDEN and not _repeats_loss(records, name) and "/" not in name]
     return sorted(shown, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
@@ -89,15 +89,15 @@ def metric_title(name: str) -> str:
 
 
 def points(records: list[dict[str, Any]], name: str) -> Points:
-    """(step, value) where a record has a finite number of this name."""
+    """(step, value) of the records that have a finite value of this metric."""
     pairs = [(to_number(record.get("step")), to_number(record.get(name))) for record in records]
     return [(step, value) for step, value in pairs if step is not None and value is not None]
 
 
 def smooth(values: Points) -> Points:
-    """The mean of each point and its neighbours, fewer towards the ends.
+    """Centered moving average, with smaller windows towards the ends.
 
-    The neighbours are as many on either side, so that a falling curve is not drawn above its points.
+    The window is symmetric, so that a falling curve is not drawn above its points.
     """
     half, result = max(5, len(values) // 15) // 2, []
     for index, (x, _) in enumerate(values):
@@ -108,7 +108,7 @@ def smooth(values: Points) -> Points:
 
 
 def thin(values: Points, limit: int = 400) -> Points:
-    """Every k-th point and the last one, so that a long run stays a small page."""
+    """Every k-th point and the last one, to keep the page of a long run small."""
     step = max(1, -(-len(values) // limit))
     kept = list(values[::step])
     return kept if not values or kept[-1] == values[-1] else [*kept, values[-1]]
@@ -133,12 +133,12 @@ def _curve(run: Run, name: str, references: Sequence[Reference]) -> Chart | None
     described = "; ".join(_describe(kind, values) for kind, values in kinds)
     svg = line_chart(f"{run.name}: {title}", described, lines, references=references, x_label="step")
     ends = [f"{kind} {format_number(values[-1][1])}" for kind, values in kinds]
-    note = f"at the end: {', '.join(ends)}" if name not in MACHINERY else ""
+    note = f"final: {', '.join(ends)}" if name not in MACHINERY else ""
     return Chart(title, svg, _numbers(train, valid), note=note, legend=legend if valid else ())
 
 
 def _by_source(run: Run) -> Table | None:
-    """What the last validation gave for each source: `valid_bits_per_byte/SOURCE`."""
+    """Results of the last validation per source: `valid_bits_per_byte/SOURCE`."""
     last = next((record for record in reversed(run.records) if any("/" in name for name in record)), {})
     found = {name.removeprefix("valid_"): to_number(value) for name, value in last.items() if "/" in name}
     rows = [
@@ -146,25 +146,25 @@ def _by_source(run: Run) -> Table | None:
         for name, value in found.items()
         if value is not None
     ]
-    return Table(("source", "figure", "last validation"), rows) if rows else None
+    return Table(("source", "metric", "last validation"), rows) if rows else None
 
 
 def _goodput(name: str, goodput: dict[str, Any]) -> Chart | None:
-    """Seconds of all attempts by what they went to."""
+    """Seconds of all attempts by activity."""
     found = [(str(part), to_number(value)) for part, value in to_dict(goodput.get("seconds")).items()]
-    told = [(part.replace("_", " "), seconds) for part, seconds in found if seconds]
+    parts = [(part.replace("_", " "), seconds) for part, seconds in found if seconds]
     share = to_number(goodput.get("productive"))
-    if not told or share is None:
+    if not parts or share is None:
         return None
-    total = sum(seconds for _, seconds in told)
-    described = "; ".join(f"{part} {duration(seconds)}" for part, seconds in told)
+    total = sum(seconds for _, seconds in parts)
+    described = "; ".join(f"{part} {duration(seconds)}" for part, seconds in parts)
     groups = [
         (part, [Bar(seconds, "series-1" if part == "step" else "series-2")])
-        for part, seconds in sorted(told, key=lambda item: -item[1])
+        for part, seconds in sorted(parts, key=lambda item: -item[1])
     ]
     svg = bar_chart(f"{name}: where the time went", described, groups, value_format=duration)
-    rows = [(part, f"{seconds:.2f}", percent(seconds / total)) for part, seconds in told]
-    note = f"{percent(share)} of {duration(total)} went to steps that the result stands on"
+    rows = [(part, f"{seconds:.2f}", percent(seconds / total)) for part, seconds in parts]
+    note = f"{percent(share)} of {duration(total)} went to steps that count towards the result"
     return Chart("Where the time went", svg, Table(("part", "seconds", "share"), rows), note=note)
 
 
@@ -175,14 +175,14 @@ def _describe(kind: str, values: Points) -> str:
 
 
 def _repeats_loss(records: list[dict[str, Any]], name: str) -> bool:
-    """A run with one term logs it beside a total that is the same but for how windows are averaged."""
+    """A run with one loss term logs it next to a total that differs only in how windows are averaged."""
     losses = dict(points(records, "loss"))
     values = [(losses[step], value) for step, value in points(records, name) if step in losses]
     return name != "loss" and len(values) > 1 and all(math.isclose(a, b, rel_tol=0.02) for a, b in values)
 
 
 def _numbers(train: Points, valid: Points) -> Table:
-    """Every validation, and some of the steps between."""
+    """Every validation, and some of the steps in between."""
     by_step = {step: (format_number(value), "") for step, value in thin(train, _TABLE_ROWS)}
     training = dict(train)
     for step, value in thin(valid, _TABLE_ROWS):

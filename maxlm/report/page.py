@@ -1,4 +1,4 @@
-"""Pages from Jinja templates, which escape every text that comes from outside."""
+"""Pages from Jinja templates, with autoescaping of all external text."""
 
 import os
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _environment = Environment(
 
 @dataclass(frozen=True)
 class Table:
-    """The first column is text, the others are numbers, unless it is all text."""
+    """A table: the first column is text, the others are numbers, unless it is all text."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -29,7 +29,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture with its numbers beside it; `legend` holds (style, name)."""
+    """A chart with a table of its numbers; `legend` has (style, name) pairs."""
 
     title: str
     svg: str
@@ -39,12 +39,12 @@ class Chart:
 
     @property
     def picture(self) -> Markup:
-        """The SVG, which `report/charts.py` has made and escaped."""
+        """The SVG, already escaped by `report/charts.py`."""
         return Markup(self.svg)
 
 
 def write_page(path: Path, template: str, **context: Any) -> None:
-    """A whole page from a template of this package; a reader sees the old one or the new one."""
+    """Write a page from a template of this package, atomically."""
     page = _environment.get_template(template).render(context)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(page, encoding="utf-8")

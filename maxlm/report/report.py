@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run, a pipeline of runs, or several runs side by side."""
+"""Self-contained HTML report of a run, a pipeline of runs, or a comparison of several runs."""
 
 import json
 import time
@@ -25,20 +25,20 @@ PAGE, COMPARISON = "report.html", "compare.html"
 def write_report(folder: str | Path, *, refresh_seconds: int = 0) -> Path:
     """Write `folder/report.html` and return its path.
 
-    A folder with `summary.json` gives the whole story of its stages, a run folder that of the run. What is missing is
+    A folder with `summary.json` gives a report of all its stages, a run folder one of the run. Missing parts are
     named, and the rest is shown.
 
     Args:
-      refresh_seconds: how often a browser is to read the page again; 0: never.
+      refresh_seconds: how often the browser reloads the page; 0: never.
 
     Raises:
-      DataError: the folder is missing, or holds nothing to report on.
+      DataError: the folder is missing, or has nothing to report on.
     """
     folder = _existing(folder)
     summary, runs = _read_summary(folder), _read_runs(folder)
     chain = [item for item in to_list(summary.get("manifest_chain")) if isinstance(item, dict)] or _chain(folder)
     if not (summary or runs or chain):
-        raise DataError(f"{folder}: holds no {SUMMARY}, no run with metrics.jsonl and no {FILE_NAME} to report on")
+        raise DataError(f"{folder}: has no {SUMMARY}, no run with metrics.jsonl and no {FILE_NAME} to report on")
     name, config = folder.resolve().name, folder / "config.yaml"
     path = folder / PAGE
     write_page(
@@ -59,10 +59,10 @@ def write_report(folder: str | Path, *, refresh_seconds: int = 0) -> Path:
 
 
 def write_comparison(folders: Sequence[str | Path], *, refresh_seconds: int = 0) -> Path:
-    """Write `compare.html` into the first folder: the curves of several runs laid over each other.
+    """Write `compare.html` into the first folder: overlaid curves of several runs.
 
     Raises:
-      DataError: a folder is missing, or is no run that has logged anything.
+      DataError: a folder is missing, or is not a run with logged metrics.
       RequestError: there are more runs than a chart can show.
     """
     if len(folders) > MAX_RUNS:
@@ -70,7 +70,7 @@ def write_comparison(folders: Sequence[str | Path], *, refresh_seconds: int = 0)
     runs = []
     for folder in map(_existing, folders):
         if (run := _read_run(folder)) is None:
-            raise DataError(f"{folder}: is no run: it holds no metrics.jsonl; give run folders of `maxlm train`")
+            raise DataError(f"{folder}: is not a run: it has no metrics.jsonl; give run folders of `maxlm train`")
         runs.append(run)
     runs = _with_distinct_names(runs, folders)
     path = Path(folders[0]) / COMPARISON
@@ -93,24 +93,24 @@ def write_comparison(folders: Sequence[str | Path], *, refresh_seconds: int = 0)
 
 
 def unfinished(run: Run) -> str:
-    """What a run that has not ended lacks, in a sentence; empty where it has ended."""
+    """A sentence on what an unfinished run lacks; empty if it has finished."""
     metrics = to_dict(run.manifest.get("metrics"))
     if metrics.get("finished", bool(run.manifest)):
         return ""
     step, steps = run.records[-1].get("step"), to_number(run.config.get("steps"))
     of = f" of {steps:,.0f}" if steps else ""
     if run.manifest:
-        return f"{run.name}: stopped at step {step}{of}; the same command goes on from there."
+        return f"{run.name}: stopped at step {step}{of}; the same command resumes from there."
     logged = to_number(run.records[-1].get("time"))
     when = f", logged at {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(logged))}" if logged else ""
     return (
-        f"{run.name}: has not ended. The last record is of step {step}{of}{when}. What is missing: the steps after it,"
-        f" the last validation, and {FILE_NAME} with the totals. If nothing trains there, the same command goes on."
+        f"{run.name}: has not finished. The last record is of step {step}{of}{when}. Missing: the steps after it,"
+        f" the last validation, and {FILE_NAME} with the totals. If it is not running, the same command resumes it."
     )
 
 
 def have_finished(folder: Path) -> bool:
-    """Whether all runs of a folder have ended."""
+    """Whether all runs of a folder have finished."""
     runs = _read_runs(folder)
     return bool(runs) and not any(unfinished(run) for run in runs)
 
@@ -127,7 +127,7 @@ def _run_headline(run: Run) -> list[tuple[str, str]]:
     named = (("loss", "training loss"), ("valid_loss", "validation loss"), ("valid_bits_per_byte", "bits per byte"))
     items = [(format_number(value), what) for name, what in named if (value := run.last(name)) is not None]
     if rate := to_number(metrics.get("tokens_per_second")) or run.last("tokens_per_second"):
-        items.append((f"{rate:,.0f}", "tokens a second"))
+        items.append((f"{rate:,.0f}", "tokens per second"))
     if seconds := to_number(metrics.get("seconds")):
         items.append((duration(seconds), "of training"))
     return items
@@ -140,11 +140,11 @@ def _read_summary(folder: Path) -> dict[str, Any]:
     try:
         return to_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError):
-        raise DataError(f"{path}: is not valid JSON; run the quickstart again, or remove the file") from None
+        raise DataError(f"{path}: is not valid JSON; run the quickstart again, or delete the file") from None
 
 
 def _read_runs(folder: Path) -> list[Run]:
-    """The folder itself, if it is a run, and the runs right below it, in the order of their first records."""
+    """The folder itself, if it is a run, and the runs directly in it, in the order of their first records."""
     found = [run for path in _folders(folder) if (run := _read_run(path))]
     return sorted(found, key=lambda run: to_number(run.records[0].get("time")) or 0.0)
 
@@ -158,7 +158,7 @@ def _read_run(folder: Path) -> Run | None:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """What a run was asked for. It is not validated: another version of maxlm may have trained it."""
+    """The configuration of a run, not validated: another version of maxlm may have trained it."""
     try:
         return to_dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError):
@@ -166,7 +166,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _chain(folder: Path) -> list[dict[str, Any]]:
-    """The manifests under the folder and all that they stand on, each once, inputs first."""
+    """The manifests under the folder and all their inputs' manifests, each once, inputs first."""
     found: dict[str, dict] = {}
     for path in _folders(folder):
         for item in manifest_chain(path):
@@ -179,7 +179,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _with_distinct_names(runs: list[Run], folders: Sequence[str | Path]) -> list[Run]:
-    """Runs whose folders are called alike are told apart by their paths."""
+    """Runs whose folders have the same name are distinguished by their paths."""
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
         return runs

@@ -1,4 +1,4 @@
-"""Values from files as numbers, intervals and texts of a page. Whatever is not what it should be is left out."""
+"""Values from files as numbers, intervals and texts of a page. Malformed values are left out."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ _LONGEST_FACT = 60
 
 
 def format_number(value: float) -> str:
-    """Four significant digits, thousands apart: 1,234,567, 12.34, 0.001234; three of what is smaller still."""
+    """Four significant digits with thousands separators: 1,234,567, 12.34, 0.001234; three for smaller values."""
     if value == 0:
         return "0"
     if abs(value) >= 1000:
@@ -28,7 +28,7 @@ def to_number(value: Any) -> float | None:
 
 
 def to_interval(value: Any) -> Interval | None:
-    """A number, or an object with `value` and perhaps `low` and `high`."""
+    """A number, or an object with `value` and optionally `low` and `high`."""
     if isinstance(value, dict):
         number = to_number(value.get("value"))
         low, high = to_number(value.get("low")), to_number(value.get("high"))

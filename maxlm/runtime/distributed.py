@@ -195,7 +195,7 @@ def stop_on_signal() -> Iterator[Callable[[int], bool]]:
         # JAX handles SIGTERM itself, notifies the other processes, and agrees with them on the step.
         from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-        reached = []
+        reached: list[int] = []
         # The first Ctrl-C acts like SIGTERM; a second one interrupts.
         previous = signal.signal(signal.SIGINT, lambda number, frame: _terminate_self())
 
@@ -210,7 +210,7 @@ def stop_on_signal() -> Iterator[Callable[[int], bool]]:
             signal.signal(signal.SIGINT, previous)
         return
 
-    asked = []
+    asked: list[int] = []
 
     def ask(number, frame):
         if asked and number == signal.SIGINT:

@@ -1,7 +1,7 @@
 """Progress bars for long steps."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -43,7 +43,7 @@ def progress_bar(label: str, total: float | None) -> Iterator[tuple[Progress, Ta
 
 def track(items: Iterable[Item], label: str, total: float | None = None) -> Iterator[Item]:
     """Iterate with a progress bar."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with progress_bar(label, total) as (progress, task):
         for item in items:

@@ -1,8 +1,8 @@
-"""Who may use the server: names that it answers to, web pages that may call it, and a key.
+"""Access control: host names that the server answers to, origins that may call it, and an API key.
 
-A browser sends a page's requests wherever the page's scripts want. A page from elsewhere reaches a server on this
-machine by having its own name resolve to 127.0.0.1 (DNS rebinding), which shows in the header Host, or by calling it
-across origins, which shows in the header Origin.
+A browser sends requests wherever a page's scripts direct them. A foreign page can reach a server on this machine by
+resolving its own name to 127.0.0.1 (DNS rebinding), which shows in the Host header, or by a cross-origin request,
+which shows in the Origin header.
 """
 
 import ipaddress
@@ -17,22 +17,22 @@ from maxlm.errors import RequestError
 from maxlm.serve.replies import error_body
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-# What needs no key: the page has to be there to ask for it, and health is for whoever starts servers.
+# Paths that need no key: the page, because it asks for the key, and the health check.
 _OPEN_PATHS = ("/", "/health")
 
 
 @dataclass(frozen=True)
 class Access:
-    """Who may use the server.
+    """Access rules of the server.
 
-    hosts: names and addresses that requests may be addressed to, beside those of the loopback; "*" allows any.
-    any_address: whether an address may stand for every name, as on a server that listens on all of a machine's
-      addresses. No rebound name is an address.
-    origins: origins of web pages elsewhere that may call the API; "*" allows any.
-    api_key: what `Authorization: Bearer ...` must hold; None asks for no key.
+    hosts: host names and addresses to answer to, besides those of the loopback; "*" allows any.
+    any_address: whether to answer to any IP address, as on a server that listens on all of a machine's
+      addresses. DNS rebinding needs a name, so an address is safe.
+    origins: other origins whose web pages may call the API; "*" allows any.
+    api_key: the key in `Authorization: Bearer ...`; None requires no key.
 
     Raises:
-      RequestError: an origin or the key is none.
+      RequestError: a host, an origin or the key is malformed.
     """
 
     hosts: tuple[str, ...] = ()
@@ -49,12 +49,12 @@ class Access:
             if origin not in ("*", "null") and (parts is None or origin != f"{parts.scheme}://{parts.netloc}"):
                 raise RequestError(f"--cors {origin!r} is not an origin such as https://example.com, or * for any")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
-            raise RequestError("the API key is empty or has characters that no header carries; use letters and digits")
+            raise RequestError("the API key is empty or has characters not allowed in a header; use letters and digits")
         if self.api_key is not None and " " in self.api_key:
-            raise RequestError("the API key has a space in it; use letters and digits")
+            raise RequestError("the API key contains a space; use letters and digits")
 
     def takes_host(self, header: str) -> bool:
-        """Whether a request with this header Host is meant for this server."""
+        """Whether this Host header names this server."""
         host = _hostname(header)
         if host is None:
             return False
@@ -62,33 +62,33 @@ class Access:
         return "*" in self.hosts or host in allowed or (self.any_address and _is_address(host))
 
     def lists_origin(self, origin: str) -> bool:
-        """Whether pages of this origin may read answers."""
+        """Whether pages of this origin may read responses."""
         return "*" in self.origins or origin in self.origins
 
     def takes_origin(self, origin: str) -> bool:
-        """Whether a request with this header Origin comes from the server's own page, or one that is listed."""
+        """Whether this Origin header is the server's own page or a listed origin."""
         parts = _split(origin)
         is_own = parts is not None and parts.scheme in ("http", "https") and self.takes_host(parts.netloc)
         return is_own or self.lists_origin(origin)
 
     def takes_key(self, authorization: str) -> bool:
-        """Whether the header Authorization holds the key; takes the same time however much of it is right."""
+        """Whether the Authorization header holds the key; constant-time comparison."""
         scheme, _, given = authorization.partition(" ")
         is_equal = secrets.compare_digest(given.strip().encode("utf-8", "surrogateescape"), self.api_key.encode())
         return is_equal and scheme.lower() == "bearer"
 
 
 class CheckSource:
-    """Refuses what is addressed to another host, or comes from the page of another origin."""
+    """Reject requests addressed to another host, or from pages of an unlisted origin."""
 
     def __init__(self, app: ASGIApp, *, access: Access):
         self._app, self._access = app, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         host, origin = header(scope, b"host"), header(scope, b"origin")
-        # Without Host it is HTTP/1.0, and no browser.
+        # A request without Host is HTTP/1.0, so not from a browser.
         if host and not self._access.takes_host(host):
-            remedy = "start the server with --allowed-host NAME to have it answer to that name"
+            remedy = "start the server with --allowed-host NAME to make it answer to that name"
             await _refuse(f"this server is not {host!r}; {remedy}", code="host_not_allowed")(scope, receive, send)
         elif origin and not self._access.takes_origin(origin):
             remedy = "start the server with --cors ORIGIN to allow them"
@@ -99,7 +99,7 @@ class CheckSource:
 
 
 class AllowBrowsers:
-    """Tells browsers that the listed origins may read answers, and answers what they ask beforehand (CORS)."""
+    """CORS: add the headers that let listed origins read responses, and answer preflight requests."""
 
     def __init__(self, app: ASGIApp, *, access: Access):
         self._app, self._access = app, access
@@ -134,7 +134,7 @@ class AllowBrowsers:
 
 
 class CheckKey:
-    """Asks for the key, where there is one, on all paths but the page's and `/health`."""
+    """Require the API key, if one is set, on all paths except the page's and `/health`."""
 
     def __init__(self, app: ASGIApp, *, access: Access):
         self._app, self._access = app, access
@@ -145,14 +145,14 @@ class CheckKey:
         if self._access.api_key is None or is_open or self._access.takes_key(given):
             await self._app(scope, receive, send)
             return
-        what = "the API key is not the right one" if given else "this server asks for an API key"
+        what = "the API key is wrong" if given else "this server requires an API key"
         message = f"{what}; send the header Authorization: Bearer KEY"
         body = error_body(message, code="invalid_api_key")
         await JSONResponse(body, 401, headers={"WWW-Authenticate": "Bearer"})(scope, receive, send)
 
 
 def header(scope: Scope, name: bytes) -> str:
-    """A header of a request; empty where there is none."""
+    """A header of a request; empty if missing."""
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
 
 
@@ -169,7 +169,7 @@ def _split(url: str):
 
 
 def _hostname(netloc: str) -> str | None:
-    """The host of `host:port` in its canonical form, without brackets; None if it is none."""
+    """The host of `host:port` in canonical form, without brackets; None if it is not valid."""
     parts = _split(f"http://{netloc}") or _split(f"http://[{netloc}]")
     if parts is None or parts.netloc.strip("[]") != netloc.strip("[]") or "@" in netloc:
         return None

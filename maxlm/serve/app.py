@@ -28,13 +28,13 @@ from maxlm.serve.schema import ChatBody, CompletionBody, SamplingBody
 
 
 def create_app(model: LoadedModel, engine: Engine, *, name: str | None = None, access: Access | None = None) -> FastAPI:
-    """The application that serves one model from one engine; the engine stays the caller's to close.
+    """Create the application that serves one model from one engine; the caller closes the engine.
 
     Args:
-      name: what the API calls the model; None takes the model's own.
-      access: who may use it; None lets in what reaches a loopback address, without a key.
+      name: the model's name in the API; None takes the model's own.
+      access: the access rules; None allows requests to a loopback address, without a key.
     """
-    # The pages of API documentation that FastAPI adds load scripts from elsewhere.
+    # FastAPI's built-in API documentation pages load scripts from other hosts.
     app = FastAPI(title="maxlm", version=__version__, docs_url=None, redoc_url=None)
     app.router.route_class = StrictRoute
     name = name or model.name
@@ -112,7 +112,7 @@ def create_app(model: LoadedModel, engine: Engine, *, name: str | None = None, a
         }
 
     add_page(app)
-    # The last is the outermost.
+    # The last one added is the outermost.
     app.add_middleware(LimitBody)
     app.add_middleware(CheckKey, access=access)
     app.add_middleware(AllowBrowsers, access=access)
@@ -123,7 +123,7 @@ def create_app(model: LoadedModel, engine: Engine, *, name: str | None = None, a
 
 def _check_model(asked: str | None, name: str) -> None:
     if asked is not None and asked != name:
-        message = f"model {asked!r} is not served here; there is {name!r}"
+        message = f"model {asked!r} is not served here; use {name!r}"
         raise ApiError(message, param="model", code="model_not_found", status=404)
 
 
@@ -133,13 +133,13 @@ def _chat_ids(body: ChatBody, model: LoadedModel) -> list[int]:
     ends_with_answer = messages[-1]["role"] == answering_role
     if ends_with_answer and not body.continue_final_message:
         raise ApiError(
-            f"the last message is of the {answering_role}, which is to answer; end with another, or send"
-            " continue_final_message: true to have it continued",
+            f"the last message is from the {answering_role}, which is to answer; end with another role, or send"
+            " continue_final_message: true to continue it",
             param="messages",
         )
     if body.continue_final_message and not ends_with_answer:
         raise ApiError(
-            f"continue_final_message needs a last message of the {answering_role}", param="continue_final_message"
+            f"continue_final_message needs a last message from the {answering_role}", param="continue_final_message"
         )
     try:
         return model.encode(messages, continue_final=ends_with_answer)
@@ -155,7 +155,7 @@ def _prompt_ids(body: CompletionBody, model: LoadedModel) -> list[list[int]]:
 
 
 def _seed(body: SamplingBody) -> int:
-    """The seed asked for, or one that every JSON reader holds exactly: some have no other numbers than float64."""
+    """The requested seed, or a random one that float64 holds exactly, as some JSON parsers have only float64."""
     return secrets.randbits(53) if body.seed is None else body.seed
 
 
@@ -169,10 +169,10 @@ def _engine_requests(
     top_tokens: int,
     score_prompt: bool = False,
 ) -> list[engine_request.Request]:
-    """n requests for each prompt, each with a random stream of its own and as many tokens as the context has room."""
+    """n requests for each prompt, each with its own random stream and at most as many new tokens as fit the context."""
 
     def room(prompt: list[int]) -> int | None:
-        # Where not one fits, the engine tells so.
+        # If none fits, the engine raises the error.
         return max_tokens and min(max_tokens, max(max_length - len(prompt), 1))
 
     return [
@@ -199,7 +199,7 @@ def _submit(
     try:
         return RunningRequests(engine, requests, metrics)
     except engine_request.ContextLengthError as error:
-        # Clients know this kind of error by its code, or by how it begins.
+        # Clients recognize this error by its code or by how it begins.
         message = f"This model's maximum context length is {engine.max_length} tokens: {error}"
         raise ApiError(message, param=param, code="context_length_exceeded") from None
     except engine_request.BatchTooLargeError as error:
@@ -209,7 +209,7 @@ def _submit(
 async def _respond(http: Request, body: SamplingBody, reply: Reply, running: RunningRequests, num_prompt_tokens: int):
     if body.stream:
         chunks = _stream(reply, running, num_prompt_tokens, include_usage=body.include_usage)
-        # Proxies must hand each chunk on at once.
+        # Proxies must not buffer chunks.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
     return await _unless_client_leaves(http, _collect(reply, running, num_prompt_tokens))
@@ -228,7 +228,7 @@ async def _collect(reply: Reply, running: RunningRequests, num_prompt_tokens: in
 async def _stream(
     reply: Reply, running: RunningRequests, num_prompt_tokens: int, *, include_usage: bool
 ) -> AsyncIterator[str]:
-    """Server-sent events, `[DONE]` at the end."""
+    """Server-sent events, ending with `[DONE]`."""
     opened: set[int] = set()
     async for index, event in running.events():
         if event.finish_reason in ("error", "cancelled"):
@@ -255,12 +255,12 @@ def _interrupted(event: engine_request.Event) -> dict:
 
 
 async def _unless_client_leaves(http: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """The result of `work`, which is cancelled if the client closes the connection first."""
+    """The result of `work`; cancelled if the client disconnects first."""
     task = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnect(http))
     try:
         await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
-        # Nobody reads what is sent to a client that left; 499 is for the metrics.
+        # Nobody reads this response, as the client has disconnected; 499 is for the metrics.
         return task.result() if task.done() else Response(status_code=499)
     finally:
         task.cancel()

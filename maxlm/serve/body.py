@@ -1,4 +1,4 @@
-"""The JSON of a request's body, read strictly: a key that stands twice is refused, and not the last one taken."""
+"""Strict JSON parsing of request bodies: a duplicate key is an error, instead of the last one winning."""
 
 import json
 from collections.abc import Callable, Coroutine
@@ -13,7 +13,7 @@ _MAX_SHOWN = 80  # characters of a key in a message
 
 
 class StrictRoute(APIRoute):
-    """A route whose body is read by `parse_body`."""
+    """A route whose body is parsed by `parse_body`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -30,23 +30,23 @@ class _StrictRequest(Request):
 
 
 def parse_body(body: bytes) -> Any:
-    """The value of a body.
+    """Parse a body.
 
     Raises:
-      json.JSONDecodeError: it is not JSON, or JSON with a key twice in one object, nested too deep, or with a number of
-        thousands of digits; FastAPI answers it as it does for what is not JSON.
+      json.JSONDecodeError: it is not JSON, has a duplicate key, is nested too deeply, or has a number of thousands of
+        digits; FastAPI handles it as invalid JSON.
     """
     try:
         return json.loads(body, object_pairs_hook=unique_keys)
     except json.JSONDecodeError:
         raise
     except RecursionError:
-        problem = "nested too deep"
+        problem = "nested too deeply"
     except UnicodeDecodeError:
         problem = "it is not UTF-8"
     except DuplicateKeyError as error:
         problem = str(DuplicateKeyError(error.key[:_MAX_SHOWN]))
     except ValueError:
-        # Python's own limit, against quadratic time.
-        problem = "it holds a number of thousands of digits"
+        # Python's own limit, which guards against quadratic time.
+        problem = "it contains a number of thousands of digits"
     raise json.JSONDecodeError(problem, "", 0)

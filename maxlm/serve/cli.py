@@ -10,54 +10,52 @@ KEY_VARIABLE = "MAXLM_API_KEY"
 
 
 def register(subparsers) -> None:
-    """Add the command to the command line."""
+    """Add the subcommand."""
     serve = subparsers.add_parser(
         "serve",
         help="serve a model over HTTP",
-        description="Serve a model with the OpenAI API and a chat page at /. Ctrl-C or SIGTERM finishes the answers"
-        " that are being written, then ends.",
+        description="Serve a model with the OpenAI API and a chat page at /. Ctrl-C or SIGTERM finishes running"
+        " requests, then exits.",
         epilog="example: maxlm serve runs/small-sft --port 8000, then open http://127.0.0.1:8000/ or set the base_url"
         " of an OpenAI client to http://127.0.0.1:8000/v1",
     )
     serve.add_argument("model", metavar="MODEL", help="a run folder, a checkpoint folder or an int8 bundle")
-    serve.add_argument("--ema", action="store_true", help="the running mean of a run's weights (optim.ema_decay)")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
-    serve.add_argument("--port", type=port, default=8000, help="port to listen on; 0 takes a free one (8000)")
-    serve.add_argument("--slots", type=count, default=8, metavar="N", help="answers written at the same time (8)")
+    serve.add_argument("--ema", action="store_true", help="use the run's EMA weights (optim.ema_decay)")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
+    serve.add_argument("--port", type=port, default=8000, help="port to listen on; 0 picks a free one (8000)")
+    serve.add_argument("--slots", type=count, default=8, metavar="N", help="requests decoded concurrently (8)")
     serve.add_argument(
         "--queue", type=count_or_zero, default=64, metavar="N", help="requests that may wait for a slot (64)"
     )
     serve.add_argument(
-        "--max-length", type=count, metavar="N", help="tokens of prompt and answer (the model's context)"
+        "--max-length", type=count, metavar="N", help="limit on prompt plus completion, in tokens (the model's context)"
     )
-    serve.add_argument(
-        "--served-model-name", metavar="NAME", help="what clients call the model (the name of its folder)"
-    )
+    serve.add_argument("--served-model-name", metavar="NAME", help="model name in the API (the name of its folder)")
     serve.add_argument(
         "--api-key",
         metavar="KEY",
-        help=f"ask clients for this key; better set as {KEY_VARIABLE}, which other users of the machine do not see",
+        help=f"require this key from clients; prefer {KEY_VARIABLE}, which other users of the machine cannot see",
     )
     serve.add_argument(
         "--allowed-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="answer to this name too, as in http://NAME:8000; repeatable, * for any (localhost and --host alone)",
+        help="also answer to this host name, as in http://NAME:8000; repeatable, * for any (only localhost and --host)",
     )
     serve.add_argument(
         "--cors",
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="let web pages of this origin call the API, as https://example.com; repeatable, * for any (none)",
+        help="let web pages of this origin call the API, such as https://example.com; repeatable, * for any (none)",
     )
-    serve.add_argument("--quiet", action="store_true", help="print no line for each request")
+    serve.add_argument("--quiet", action="store_true", help="no access log")
     serve.set_defaults(func=run)
 
 
 def need_server() -> None:
-    """Raises RequestError where the packages of the extra `serve` are not installed."""
+    """Raise RequestError if the packages of the extra `serve` are not installed."""
     from maxlm.errors import RequestError
 
     try:
@@ -98,11 +96,11 @@ def run(args: argparse.Namespace) -> int:
             engine.warm_up()
         print(
             f"Serving {name} on {server.url_of(listener)} with {engine.num_slots} slots"
-            f" of {engine.max_length} tokens; Ctrl-C ends",
+            f" of {engine.max_length} tokens; Ctrl-C stops",
             flush=True,
         )
         if access.api_key is None and not address.is_loopback:
-            print("There is no --api-key: whoever reaches this port can use the model", file=sys.stderr, flush=True)
+            print("No --api-key is set: anyone who can reach this port can use the model", file=sys.stderr, flush=True)
         server.run(create_app(model, engine, name=name, access=access), listener)
     return 0
 

@@ -1,4 +1,4 @@
-"""Connections that end within a bounded time, whatever their client does or leaves undone."""
+"""Connections with timeouts against slow or stalled clients."""
 
 import h11
 from starlette.responses import JSONResponse
@@ -7,17 +7,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from maxlm.serve.middleware import log, request_id
 from maxlm.serve.replies import error_body
 
-# How long a client may take to send a request's head, and to take in what has been written to it.
+# How long a client may take to send a request's head, and to read what has been written to it.
 HEAD_SECONDS = 20.0
 READ_SECONDS = 20.0
 TICK_SECONDS = 1.0
 
 
 class BoundedConnection(H11Protocol):
-    """uvicorn's HTTP/1.1, which by itself bounds the time between two requests alone.
+    """uvicorn's HTTP/1.1 protocol with more timeouts; uvicorn itself only has the keep-alive timeout.
 
-    Once a second it looks at what the connection waits for. One that waits too long for its client is aborted, which
-    cancels the answer that is being written. (The time for a body is bounded where it is read: `LimitBody`.)
+    Once a second it checks what the connection is waiting for. One that waits too long for its client is aborted,
+    which cancels the response in progress. (`LimitBody` has the timeout for bodies.)
     """
 
     def connection_made(self, transport) -> None:
@@ -30,16 +30,16 @@ class BoundedConnection(H11Protocol):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """The server ends: what has been asked is answered, and what has been half asked is not waited for."""
+        """Shut down: complete requests are answered, incomplete ones are dropped."""
         super().shutdown()
         if self.cycle is not None and not self.cycle.response_complete and self.cycle.more_body:
             self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
-        """As uvicorn's, in the form of all other errors."""
+        """Like uvicorn's, in the format of all other errors."""
         id_ = request_id()
-        log.info("%s %s sent no HTTP request: 400", id_, self.client[0] if self.client else "-")
-        response = JSONResponse(error_body("this is no valid HTTP/1.1 request"), 400)
+        log.info("%s %s sent an invalid HTTP request: 400", id_, self.client[0] if self.client else "-")
+        response = JSONResponse(error_body("this is not a valid HTTP/1.1 request"), 400)
         headers = [*response.raw_headers, (b"connection", b"close"), (b"x-request-id", id_.encode())]
         for event in (
             h11.Response(status_code=400, headers=headers),
@@ -60,7 +60,7 @@ class BoundedConnection(H11Protocol):
             self._ticking = self.loop.call_later(TICK_SECONDS, self._tick)
 
     def _wait(self) -> tuple[str, object] | None:
-        """What the connection waits for, and the request by which a wait is told from the next of its kind."""
+        """What the connection waits for, and the request, which distinguishes this wait from the next of its kind."""
         if self.transport.is_closing() or self.flow.write_paused:
             return "reading", self.cycle
         is_between = self.cycle is None or self.cycle.response_complete

@@ -1,4 +1,4 @@
-"""Every error has the shape that clients of the OpenAI API expect, whatever part of the server refuses."""
+"""Error responses in the format of the OpenAI API, from every part of the server."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from maxlm.serve.replies import error_body
 
 
 class ApiError(RequestError):
-    """A refusal that names the field and, for programs, the kind of mistake."""
+    """An error response with the field at fault and a machine-readable code."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400):
         super().__init__(message)
@@ -21,7 +21,7 @@ class ApiError(RequestError):
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Answer exceptions of the routes."""
+    """Register handlers that turn exceptions of the routes into responses."""
 
     def handle(kind: type[Exception]) -> Callable:
         return app.exception_handler(kind)
@@ -32,7 +32,7 @@ def add_error_handlers(app: FastAPI) -> None:
             message = "send the body as JSON, with the header Content-Type: application/json"
             return JSONResponse(error_body(message), 400)
         problems = [_describe(item) for item in error.errors()]
-        return JSONResponse(error_body("; ".join(told for _, told in problems), param=problems[0][0]), 400)
+        return JSONResponse(error_body("; ".join(message for _, message in problems), param=problems[0][0]), 400)
 
     @handle(QueueFullError)
     async def queue_full(_: Request, error: QueueFullError) -> Response:
@@ -53,11 +53,11 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @handle(HTTPException)
     async def http_error(http: Request, error: HTTPException) -> Response:
-        told = {404: "there is no such path", 405: "this path does not take the method"}.get(
+        problem = {404: "there is no such path", 405: "this path does not support the method"}.get(
             error.status_code, error.detail
         )
         hint = "; the API is POST /v1/chat/completions, POST /v1/completions and GET /v1/models"
-        message = f"{http.method} {http.url.path}: {told}{hint if error.status_code in (404, 405) else ''}"
+        message = f"{http.method} {http.url.path}: {problem}{hint if error.status_code in (404, 405) else ''}"
         return JSONResponse(error_body(message), error.status_code, headers=error.headers)
 
 
@@ -68,8 +68,8 @@ def _describe(item: dict) -> tuple[str | None, str]:
         return None, f"the body is not valid JSON: {context.get('error', item['msg'])}"
     path = ".".join(str(part) for part in item["loc"][1:])
     if item["type"] == "fields":
-        return context["field"], f"{context['field']} {context['told']}"
+        return context["field"], f"{context['field']} {context['problem']}"
     if item["type"] == "not_supported":
         return path, f"{path} {item['msg']}"
-    told = "this field is unknown" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
-    return path or None, f"{path}: {told}" if path else told
+    problem = "unknown field" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+    return path or None, f"{path}: {problem}" if path else problem

@@ -1,4 +1,4 @@
-"""Counters, gauges and histograms in the text format that Prometheus scrapes.
+"""Counters, gauges and histograms in the Prometheus text format.
 
 https://prometheus.io/docs/instrumenting/exposition_formats/
 """
@@ -11,7 +11,7 @@ Labels = tuple[tuple[str, str], ...]
 
 
 class Counter:
-    """A number that only grows, for each set of labels."""
+    """A monotonic counter for each set of labels."""
 
     def __init__(self, name: str, description: str):
         self.name, self.description = name, description
@@ -26,7 +26,7 @@ class Counter:
 
 
 class Gauge:
-    """A number that is read when somebody looks."""
+    """A number that is read on each scrape."""
 
     def __init__(self, name: str, description: str, read: Callable[[], float]):
         self.name, self.description, self._read = name, description, read
@@ -36,7 +36,7 @@ class Gauge:
 
 
 class Histogram:
-    """How many observations are at most as large as each bound."""
+    """Counts of observations at or below each bound."""
 
     def __init__(self, name: str, description: str, bounds: tuple[float, ...]):
         self.name, self.description, self._bounds = name, description, bounds
@@ -56,12 +56,12 @@ class Histogram:
 
 
 class ServerMetrics:
-    """Everything that `/metrics` shows. Written from the event loop alone."""
+    """All metrics of `/metrics`. Updated only from the event loop."""
 
     def __init__(self, *, slots: Callable[[], float], active: Callable[[], float], waiting: Callable[[], float]):
         self.requests = Counter("maxlm_http_requests_total", "HTTP requests answered, by path and status.")
         self.finished = Counter("maxlm_generations_total", "Generations ended, by reason.")
-        self.prompt_tokens = Counter("maxlm_prompt_tokens_total", "Prompt tokens taken in.")
+        self.prompt_tokens = Counter("maxlm_prompt_tokens_total", "Prompt tokens processed.")
         self.generated_tokens = Counter("maxlm_generated_tokens_total", "Tokens sampled.")
         self.first_token = Histogram(
             "maxlm_time_to_first_token_seconds",
@@ -70,7 +70,7 @@ class ServerMetrics:
         )
         self.token_interval = Histogram(
             "maxlm_time_per_output_token_seconds",
-            "Mean time between the tokens of a generation, from the second on.",
+            "Mean time between the tokens of a generation, after the first.",
             (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
         )
         self.duration = Histogram(
@@ -86,9 +86,9 @@ class ServerMetrics:
             self.first_token,
             self.token_interval,
             self.duration,
-            Gauge("maxlm_slots", "Generations that can run at once.", slots),
-            Gauge("maxlm_slots_active", "Generations that run now.", active),
-            Gauge("maxlm_queue_length", "Generations that wait for a slot.", waiting),
+            Gauge("maxlm_slots", "Generations that can run concurrently.", slots),
+            Gauge("maxlm_slots_active", "Generations running.", active),
+            Gauge("maxlm_queue_length", "Generations waiting for a slot.", waiting),
         ]
 
     def render(self) -> str:

@@ -1,6 +1,6 @@
-"""What surrounds every request: its id, its log line, counting, and a limit on bodies.
+"""Middleware of every request: its id, its log line, metrics, and a limit on bodies.
 
-Plain ASGI, so that streams pass untouched.
+Plain ASGI, so that streams are not buffered.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from maxlm.serve.metrics import Counter
 from maxlm.serve.replies import error_body
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
-# How long a body may take to arrive, and how long the rest of one that is refused is read.
+# How long a body may take to arrive, and how long to drain a rejected one.
 BODY_SECONDS = 60.0
 REFUSED_BODY_SECONDS = 2.0
 
@@ -28,15 +28,15 @@ log = logging.getLogger("maxlm.serve")
 
 
 def request_id(given: str = "") -> str:
-    """The id that a client gave its request, or a new one where that is none to put into logs."""
+    """The client's request id, or a new one if that is missing or unsafe to log."""
     return given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
 
 
 class Observe:
-    """Gives every request an id, counts answers by path and status, and logs one line for each.
+    """Give every request an id, count responses by path and status, and log one line for each.
 
-    Paths that do not exist share one label. HEAD is answered as GET is; the HTTP layer leaves the body out. What no
-    handler has caught is logged with its traceback, and answered with 500.
+    Nonexistent paths share one label. HEAD is handled as GET; the HTTP layer drops the body. An uncaught exception is
+    logged with its traceback and answered with 500.
     """
 
     def __init__(self, app: ASGIApp, *, counter: Counter):
@@ -68,13 +68,13 @@ class Observe:
                 self._counter.add(path=path, status=str(status))
             asked = f"{scope['method']} {scope['raw_path'].decode('ascii', 'backslashreplace'):.200}"
             client = scope["client"][0] if scope["client"] else "-"
-            # The chat page has its answers rendered piece by piece.
+            # The chat page calls this for every piece of an answer.
             level = logging.DEBUG if scope["path"] == "/render" else logging.INFO
             log.log(level, "%s %s %s %s %.3f s", id_, client, asked, status or "-", time.perf_counter() - started)
 
 
 class LimitBody:
-    """Answers 413 to a body of more than MAX_BODY_BYTES, before it is held in memory, and 408 to a slow one."""
+    """Answer 413 to a body of more than MAX_BODY_BYTES, before it is held in memory, and 408 to a slow one."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -87,7 +87,7 @@ class LimitBody:
         if declared.isdigit() and int(declared[:20]) > MAX_BODY_BYTES:
             await self._refuse(413, scope, receive, send)
             return
-        # A body sent in chunks declares no length: it is read here, and handed on whole.
+        # A chunked body declares no length: it is read here and passed on whole.
         body = bytearray()
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -115,13 +115,13 @@ class LimitBody:
 
     async def _refuse(self, status: int, scope: Scope, receive: Receive, send: Send) -> None:
         message = {
-            408: f"the body has not come whole in {BODY_SECONDS:g} seconds",
+            408: f"the body did not arrive in full within {BODY_SECONDS:g} seconds",
             413: f"the body is larger than {MAX_BODY_BYTES} bytes",
         }[status]
         response = JSONResponse(error_body(message), status, headers={"Connection": "close"})
         await send({"type": "http.response.start", "status": status, "headers": response.raw_headers})
         await send({"type": "http.response.body", "body": response.body, "more_body": True})
-        # A connection that is closed over unread data is reset, and the client may lose the answer: read on a while.
+        # Closing a connection with unread data resets it, and the client may lose the response: drain it first.
         try:
             async with asyncio.timeout(REFUSED_BODY_SECONDS):
                 while (message := await receive())["type"] == "http.request" and message.get("more_body", False):

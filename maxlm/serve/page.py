@@ -1,4 +1,4 @@
-"""The chat page: its files, and the Markdown of its answers as HTML."""
+"""The chat page: its static files, and rendering of Markdown answers to HTML."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,10 +12,10 @@ from maxlm.serve.markdown import Rendered, render_markdown
 
 STATIC = Path(__file__).parent / "static"
 
-# Rendering takes a second for the worst text of this length; the page shows a longer one as it is.
+# Rendering takes a second for the worst text of this length; the page shows a longer one as plain text.
 MAX_MARKDOWN_LENGTH = 50_000
 
-# The page loads nothing from elsewhere, and the browser holds it to that.
+# The page loads nothing from other hosts, and the browser enforces it.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
     " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -39,14 +39,14 @@ async def page() -> Response:
     return FileResponse(STATIC / "index.html", headers=_HEADERS)
 
 
-# Not async: rendering must not hold up the event loop, which passes the tokens on.
+# Not async: rendering must not block the event loop, which streams the tokens.
 @router.post("/render")
 def render(body: MarkdownBody) -> Rendered:
     return render_markdown(body.text)
 
 
 class _StaticFiles(StaticFiles):
-    """Files that the browser asks for anew each time, so that those of two versions never meet."""
+    """Static files that the browser revalidates each time, so that two versions never mix."""
 
     def file_response(self, *args, **kwargs) -> Response:
         response = super().file_response(*args, **kwargs)

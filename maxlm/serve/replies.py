@@ -1,6 +1,6 @@
-"""Bodies of replies, whole and in chunks, as OpenAI shapes them.
+"""Response bodies in the OpenAI format, whole and in chunks.
 
-A choice is made of its events; a chunk is the same choice made of one of them.
+A choice is built from its events; a chunk is the same choice built from one of them.
 """
 
 import time
@@ -16,7 +16,7 @@ from maxlm.tokenizer.codec import StreamDecoder, Tokenizer
 def error_body(
     message: str, *, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
 ) -> dict:
-    """The shape of every error. What it quotes of a request may hold halves of surrogate pairs, which no JSON can."""
+    """Body of every error. Lone surrogates quoted from a request are replaced, as JSON cannot encode them."""
     message, param = (
         text if text is None else text.encode("utf-8", "backslashreplace").decode() for text in (message, param)
     )
@@ -32,7 +32,7 @@ def usage(num_prompt_tokens: int, num_new_tokens: int) -> dict:
 
 
 class Reply(ABC):
-    """One reply; all its chunks share an id. `seed` gives the same choices again."""
+    """One reply; all its chunks share an id. `seed` reproduces its choices."""
 
     prefix: str
     whole_object: str
@@ -52,22 +52,22 @@ class Reply(ABC):
 
     @abstractmethod
     def opening(self, index: int) -> list[dict]:
-        """Choices of the chunk that comes before the first event."""
+        """Choices of the chunk before the first event."""
 
     @abstractmethod
     def choice(self, index: int, events: Sequence[Event]) -> dict:
-        """A whole answer from all its events."""
+        """A whole choice from all its events."""
 
     @abstractmethod
     def delta(self, index: int, event: Event) -> dict:
-        """What one event adds to an answer that is streamed."""
+        """What one event adds to a streamed choice."""
 
 
 class CompletionReply(Reply):
     """Replies of `/v1/completions`.
 
     Args:
-      echo: the prompt of each choice, which its text begins with; empty for none.
+      echo: the prompt that each choice's text begins with; empty for none.
     """
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
@@ -98,7 +98,7 @@ class CompletionReply(Reply):
         }
 
     def _logprobs(self, index: int, events: Sequence[Event]) -> dict:
-        """Of every token that was sampled, the one that ended the text too, so that they are as many as usage says."""
+        """Logprobs of every sampled token, the stop token included, so that their number matches usage."""
         if index not in self._places:
             is_continued = bool(self._echo) and not events[0].prompt
             self._places[index] = _TextPlaces(self._tokenizer, len(self._echo[index]) if is_continued else 0)
@@ -114,7 +114,7 @@ class CompletionReply(Reply):
         }
 
     def _top(self, token: Token) -> dict[str, float] | None:
-        """The likeliest tokens, and the token itself where it is none of them."""
+        """The most likely tokens, plus the token itself if it is not among them."""
         if token.log_probability is None:
             return None
         entries = (*token.top, (token.id, token.log_probability))
@@ -122,7 +122,7 @@ class CompletionReply(Reply):
 
 
 class _TextPlaces:
-    """Where each token of a text begins, in characters; a part of a character begins where the character does."""
+    """Character offset of each token of a text; a token that is part of a character gets that character's offset."""
 
     def __init__(self, tokenizer: Tokenizer, start: int):
         self._decoder: StreamDecoder = tokenizer.stream_decoder()

@@ -10,7 +10,7 @@ from maxlm.serve.metrics import ServerMetrics
 
 
 class RunningRequests:
-    """The requests of one HTTP call, submitted together, and their events as they come.
+    """The engine requests of one HTTP call, submitted together, and their events as they arrive.
 
     Raises: as `Engine.submit_all`.
     """
@@ -33,7 +33,7 @@ class RunningRequests:
             generation.cancel()
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """(index of the request, event) until all have ended; leaving the iteration cancels what still runs."""
+        """(index of the request, event) until all have ended; leaving the iteration cancels those still running."""
         running = len(self._generations)
         try:
             while running:
@@ -47,7 +47,7 @@ class RunningRequests:
         self._loop.call_soon_threadsafe(self._note, index, event)
 
     def _note(self, index: int, event: Event) -> None:
-        """Runs for every event, also when nobody iterates any more."""
+        """Update the metrics; runs for every event, even if nobody iterates any more."""
         now = time.perf_counter()
         if index not in self._first_token and event.error is None and event.finish_reason != "cancelled":
             self._first_token[index] = now

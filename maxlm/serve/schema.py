@@ -1,7 +1,7 @@
-"""Bodies of requests: the part of the OpenAI API that this server speaks.
+"""Request bodies: the part of the OpenAI API that this server supports.
 
-Every field is used or refused by name. One that is known and not supported is accepted with the values that ask for
-nothing, as clients send those by default.
+Every field is used or rejected by name. A known but unsupported field is accepted with its no-op values, because
+clients send those by default.
 """
 
 from typing import Annotated, Any, Self
@@ -13,19 +13,19 @@ MAX_STOP_STRINGS = 16
 
 
 def only(*values: Any) -> Any:
-    """The type of a field that is not supported: null, or one of the values that ask for nothing."""
+    """The type of an unsupported field: null, or one of its no-op values."""
 
     def check(value: Any) -> Any:
         if value is None or any(type(value) is type(one) and value == one for one in values):
             return value
-        but = f" but as {' or '.join(map(repr, values))}" if values and isinstance(values[0], str) else ""
+        but = f" except as {' or '.join(map(repr, values))}" if values and isinstance(values[0], str) else ""
         raise PydanticCustomError("not_supported", f"is not supported by this server{but}; leave it out")
 
     return Annotated[Any, AfterValidator(check)]
 
 
 def _not_a(*kinds: type) -> BeforeValidator:
-    """Refuses what pydantic would convert: `true` is no number, and "5" neither."""
+    """Reject what pydantic would convert: neither `true` nor "5" is a number."""
 
     def check(value: Any) -> Any:
         if isinstance(value, kinds):
@@ -38,7 +38,7 @@ def _not_a(*kinds: type) -> BeforeValidator:
 Flag = Annotated[bool, _not_a(str)]
 Whole = Annotated[int, _not_a(bool, str)]
 Number = Annotated[float, _not_a(bool, str)]
-# What a client writes on its request for itself; it changes nothing here.
+# Client-side annotations of a request; they have no effect here.
 Label = str | None
 
 
@@ -50,7 +50,7 @@ def _stop_strings(value: Any) -> tuple[str, ...]:
     if not isinstance(strings, list) or not all(isinstance(string, str) and string for string in strings):
         raise ValueError("give a string, or a list of strings, none of them empty")
     if len(strings) > MAX_STOP_STRINGS:
-        raise ValueError(f"there are {len(strings)} strings; at most {MAX_STOP_STRINGS} are taken")
+        raise ValueError(f"there are {len(strings)} strings; at most {MAX_STOP_STRINGS} are allowed")
     return tuple(strings)
 
 
@@ -69,7 +69,7 @@ def _prompts(value: Any) -> list[str | list[int]]:
 
 
 def _text(content: Any) -> Any:
-    """The text of a message's content, which may come in parts."""
+    """The text of a message's content, which may be a list of parts."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -95,7 +95,7 @@ class StreamOptions(BaseModel):
 
 
 class SamplingBody(BaseModel):
-    """What both endpoints share. `top_k` is an addition to the OpenAI API."""
+    """Fields of both endpoints. `top_k` is an extension of the OpenAI API."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -133,7 +133,7 @@ class Message(BaseModel):
     role: str
     content: Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[dict])]
 
-    # An answer of this server has `refusal: null`, and may be sent back as it is.
+    # Messages from this server have `refusal: null`, and clients may send them back unchanged.
     refusal: only() = None
     annotations: only([]) = None
     audio: only() = None
@@ -147,7 +147,7 @@ class Message(BaseModel):
 
 
 class ChatBody(SamplingBody):
-    """`POST /v1/chat/completions`. `continue_final_message` goes on with a final message of the assistant."""
+    """`POST /v1/chat/completions`. `continue_final_message` continues a final assistant message."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[Whole, Field(ge=1)] | None = None
@@ -181,8 +181,8 @@ class ChatBody(SamplingBody):
         _check("max_tokens", None in both or both[0] == both[1], "is the older name of max_completion_tokens; give one")
         ends_early = self.add_generation_prompt is False and not self.continue_final_message
         _check("add_generation_prompt", not ends_early, "can be false only with continue_final_message: true")
-        begins_anew = self.add_generation_prompt and self.continue_final_message
-        _check("add_generation_prompt", not begins_anew, "cannot be true with continue_final_message: true")
+        opens_new_turn = self.add_generation_prompt and self.continue_final_message
+        _check("add_generation_prompt", not opens_new_turn, "cannot be true with continue_final_message: true")
         return self
 
 
@@ -203,10 +203,10 @@ class CompletionBody(SamplingBody):
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:
         _check("max_tokens", self.max_tokens != 0 or self.echo, "can be 0 only with echo: true")
-        _check("best_of", self.best_of in (None, self.n or 1), "is not supported by this server but as n; leave it out")
+        _check("best_of", self.best_of in (None, self.n or 1), "is supported only if equal to n; leave it out")
         return self
 
 
-def _check(field: str, holds: Any, told: str) -> None:
+def _check(field: str, holds: Any, problem: str) -> None:
     if not holds:
-        raise PydanticCustomError("fields", "{told}", {"field": field, "told": told})
+        raise PydanticCustomError("fields", "{problem}", {"field": field, "problem": problem})

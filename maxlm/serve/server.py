@@ -1,4 +1,4 @@
-"""Binding a port, and running the application until a signal."""
+"""Bind a port, and run the application until a signal."""
 
 import ipaddress
 import signal
@@ -14,13 +14,13 @@ DRAIN_SECONDS = 30
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one.
+    """Open a listening socket; port 0 picks a free one.
 
     Raises:
-      RequestError: the port is in use, or the address is not this machine's.
+      RequestError: the port is in use, or the address does not belong to this machine.
     """
     if not 0 <= port <= 65535:
-        raise RequestError(f"cannot listen on port {port}: ports go from 0 to 65535; try --port 8000")
+        raise RequestError(f"cannot listen on port {port}: ports are 0 to 65535; try --port 8000")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, ValueError):
@@ -33,7 +33,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise RequestError(
-            f"cannot listen on {host}:{port}: {error.strerror}; give another --port or stop what listens there"
+            f"cannot listen on {host}:{port}: {error.strerror}; use another --port or stop what listens there"
         ) from None
     return listener
 
@@ -48,7 +48,7 @@ def address_of(listener: socket.socket) -> ipaddress.IPv4Address | ipaddress.IPv
 
 
 def server_of(app: FastAPI) -> uvicorn.Server:
-    """A server whose connections are bounded in time; it logs nothing but faults of its own."""
+    """A server with connection timeouts; it logs only its own faults."""
     config = uvicorn.Config(
         app,
         loop="asyncio",
@@ -64,8 +64,8 @@ def server_of(app: FastAPI) -> uvicorn.Server:
 
 
 def run(app: FastAPI, listener: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM; then take no new requests, finish those that run, and return."""
-    # uvicorn raises the signal again once it has drained; here that is the end of the work, not an error.
+    """Serve until SIGINT or SIGTERM; then accept no new requests, finish the running ones, and return."""
+    # uvicorn re-raises the signal once it has drained; here that is a normal exit, not an error.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     server_of(app).run(sockets=[listener])

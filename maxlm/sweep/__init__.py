@@ -1,1 +1,1 @@
-"""Many short runs of one configuration: which settings are best, and what a larger model would reach."""
+"""Hyperparameter sweeps and scaling laws from many short runs of one configuration."""

@@ -1,4 +1,4 @@
-"""What follows from a sweep's outcomes: the best setting, the laws, the prediction for a larger size."""
+"""Analysis of a sweep's outcomes: the best setting, the laws, the prediction for a larger size."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,9 +24,9 @@ class FieldLaw:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the target will reach with `setting`: `low` and `high` bound one run's result with 95 %, noise included.
+    """Predicted metric of the target with `setting`: `low` and `high` bound one run's result with 95%, noise included.
 
-    They are None where there were too few points to tell the noise.
+    They are None if there are too few points to estimate the noise.
     """
 
     setting: Setting
@@ -38,7 +38,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Analysis:
-    """`outcomes` holds all that was run; `final` those of the last round at each size, the best first."""
+    """`outcomes` has all outcomes; `final` those of the last round at each size, best first."""
 
     outcomes: tuple[Outcome, ...]
     final: dict[int, list[Outcome]]
@@ -50,7 +50,7 @@ class Analysis:
     notes: tuple[str, ...] = ()
 
     def summary(self, plan: Plan) -> dict[str, Any]:
-        """All figures, as JSON has them."""
+        """All results, as JSON values."""
         records = [record for outcome in self._all() for record in outcome.records]
         return {
             "trials": {
@@ -80,7 +80,7 @@ class Analysis:
         }
 
     def law_rows(self, plan: Plan) -> list[tuple[str, str, str, str]]:
-        """For each size: label, x, what the law says with where one run should lie, what was measured."""
+        """For each size: label, x, the law's value with the interval for one run, the measured value."""
         against, rows = plan.config.scales.against, []
         for scale, ranking in self.final.items():
             if ranking:
@@ -102,12 +102,12 @@ class Analysis:
 
 
 def analyse(plan: Plan, outcomes: Sequence[Outcome]) -> Analysis:
-    """Order the outcomes and, of several sizes, fit the laws and predict the target. One at least has finished."""
+    """Rank the outcomes and, for several sizes, fit the laws and predict the target. At least one has finished."""
     goal = plan.config.goal
     final = {}
     for scale in range(len(plan.sizes)):
         here = [outcome for outcome in outcomes if outcome.scale == scale]
-        # Rounds of different lengths cannot be compared: the longest that any trial has finished counts.
+        # Rounds of different lengths are not comparable: use the longest that any trial has finished.
         longest = max((outcome.steps for outcome in here if outcome.value is not None), default=None)
         final[scale] = ranked([outcome for outcome in here if outcome.steps == longest], goal)
     best = [ranking[0] for ranking in final.values() if ranking][-1]
@@ -122,20 +122,22 @@ def analyse(plan: Plan, outcomes: Sequence[Outcome]) -> Analysis:
     if len({x for x, _ in points}) >= 3:
         law = fit_scaling_law(*zip(*points))
         if law.noise is None:
-            notes.append("Three points fix the law's three numbers and leave nothing that tells how certain they are.")
+            notes.append(
+                "Three points determine the law's three parameters and leave nothing to estimate the noise from."
+            )
     else:
-        notes.append("Fewer than three sizes have a trial that finished: no law can be fitted.")
+        notes.append("Fewer than three sizes have a finished trial: no law can be fitted.")
     field_laws = tuple(_field_law(plan, name, final) for name in plan.config.fields)
     field_laws = tuple(field for field in field_laws if field is not None)
     prediction = None
     if law is not None and plan.config.scales.target is not None:
-        prediction, told = _predict(plan, law, field_laws, tops[-1])
-        notes += told
+        prediction, found = _predict(plan, law, field_laws, tops[-1])
+        notes += found
     return Analysis(tuple(outcomes), final, best, law, field_laws, prediction, notes=tuple(notes))
 
 
 def best_config(plan: Plan, analysis: Analysis) -> TrainConfig:
-    """The configuration to train with: the target with the setting that was predicted, or else the best trial's."""
+    """The configuration to train with: the target with the predicted setting, or else the best trial's."""
     setting = analysis.prediction.setting if analysis.prediction else analysis.best.setting
     if analysis.prediction:
         config = plan.target(setting)[0].config
@@ -147,7 +149,7 @@ def best_config(plan: Plan, analysis: Analysis) -> TrainConfig:
 
 
 def _field_law(plan: Plan, name: str, final: dict[int, list[Outcome]]) -> FieldLaw | None:
-    """None for a field whose values are not numbers above zero."""
+    """The law of a field; None if its values are not positive numbers."""
     points = []
     for ranking in final.values():
         optimum = find_optimum(ranking, name)
@@ -162,28 +164,28 @@ def _field_law(plan: Plan, name: str, final: dict[int, list[Outcome]]) -> FieldL
 def _predict(
     plan: Plan, law: ScalingLaw, field_laws: Sequence[FieldLaw], largest: Outcome
 ) -> tuple[Prediction, list[str]]:
-    """At the target: each field where its law leads, or else as it is best at the largest size of the ladder.
+    """Predict the target's setting: each field from its law, or else its best value at the largest size of the ladder.
 
-    A law is followed to larger sizes, and not to values that no trial has shown to be sound.
+    A law is extrapolated to larger sizes, but not to values outside the tried range.
     """
     against = plan.config.scales.against
     x = float(getattr(plan.target(largest.setting)[0].size, against))
-    led: Setting = {}
+    predicted_fields: Setting = {}
     notes = []
     for field in field_laws:
         if field.law is None:
             continue
         tried = [setting[field.name] for setting in plan.settings]
-        led_to = float(field.law.value(x))
-        value = min(max(led_to, min(tried)), max(tried))
-        if value != led_to:
-            notes.append(f"{field.name}: its law leads to {led_to:.3g} at the target, beyond all that was tried.")
-        led[field.name] = round(value) if field.name in plan.integers else round_digits(value)
-    setting = {**largest.setting, **led}
+        extrapolated = float(field.law.value(x))
+        value = min(max(extrapolated, min(tried)), max(tried))
+        if value != extrapolated:
+            notes.append(f"{field.name}: its law gives {extrapolated:.3g} at the target, outside the tried range.")
+        predicted_fields[field.name] = round(value) if field.name in plan.integers else round_digits(value)
+    setting = {**largest.setting, **predicted_fields}
     try:
         size = plan.target(setting)[0].size
     except ConfigError as error:
-        notes.append(f"The target keeps the best setting of the size before it: {error.problems[0]}")
+        notes.append(f"The target uses the best setting of the previous size: {error.problems[0]}")
         setting = largest.setting
         size = plan.target(setting)[0].size
     value, low, high = law.predict(float(getattr(size, against)))
@@ -197,7 +199,7 @@ def _edge_notes(plan: Plan, final: dict[int, list[Outcome]]) -> tuple[str, ...]:
             optimum = find_optimum(ranking, name, sign=1 if plan.config.goal == "minimize" else -1)
             if optimum is not None and optimum.at_edge and len({o.setting[name] for o in ranking}) > 1:
                 where = f" at {plan.label(scale)}" if len(final) > 1 else ""
-                notes.append(f"{name}: {optimum.value:g} is at the edge of what was tried{where}; try beyond it.")
+                notes.append(f"{name}: {optimum.value:g} is at the edge of the tried range{where}; extend the range.")
     return tuple(notes)
 
 

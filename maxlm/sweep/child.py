@@ -1,6 +1,6 @@
-"""One trial in a process of its own: `python -m maxlm.sweep.child CONFIG`.
+"""One trial in its own process: `python -m maxlm.sweep.child CONFIG`.
 
-Whatever ends it, a crash or too little memory, ends the trial and not the sweep.
+A crash or running out of memory ends only the trial, not the sweep.
 """
 
 import sys
@@ -8,18 +8,18 @@ import sys
 from maxlm.errors import DivergenceError, MaxlmError
 from maxlm.runtime.platform import prepare_platform
 
-# The exit code of a trial that trained, and lost its way.
+# The exit code of a trial that diverged.
 DIVERGED = 10
 
 
 def main(path: str) -> int:
-    """Train as `maxlm train` does; returns the exit code, DIVERGED of a run that has."""
+    """Train as `maxlm train` does; return the exit code, DIVERGED for a diverged run."""
     prepare_platform()
     from maxlm.config.load import load_config
     from maxlm.runtime.distributed import stop_with_parent
     from maxlm.train.run import train
 
-    # When the sweep has ended, however it did, its trial saves and stops.
+    # When the sweep ends, for any reason, its trial saves and stops.
     stop_with_parent()
     try:
         train(load_config(path, kind="train"))

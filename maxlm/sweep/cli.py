@@ -6,20 +6,20 @@ from maxlm.runtime.arguments import add_config
 
 EPILOG = """\
 examples:
-  maxlm sweep configs/sweep/learning_rate.yaml --dry-run    which trials there would be, and what they would cost
-  maxlm sweep configs/sweep/learning_rate.yaml              run them; the same command goes on where it was stopped
-  maxlm sweep FILE method.trials=16 overrides.steps=200     any setting of the sweep can be given as key=value
-  maxlm train runs/sweep/learning_rate/best.yaml            train with what was found
+  maxlm sweep configs/sweep/learning_rate.yaml --dry-run    list the trials and their cost
+  maxlm sweep configs/sweep/learning_rate.yaml              run them; the same command resumes
+  maxlm sweep FILE method.trials=16 overrides.steps=200     override any setting of the sweep
+  maxlm train runs/sweep/learning_rate/best.yaml            train with the best setting
 """
 
 
 def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "sweep",
-        help="try settings of a training configuration, and predict a larger model from small ones",
-        description="Run many trials of one training configuration: a grid, random settings, or successive halving;"
-        " over a ladder of sizes, fit a scaling law and the best setting at each size, and predict a larger one."
-        " The output folder holds index.html, trials.jsonl, best.yaml and manifest.json.",
+        help="search hyperparameters, and predict a larger model by a scaling law",
+        description="Run many trials of one training configuration: grid search, random search or successive halving."
+        " Over a ladder of sizes, fit a scaling law and the best setting at each size, and predict a larger one."
+        " The output folder has index.html, trials.jsonl, best.yaml and manifest.json.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides, kind="sweep")
     environment = dict(os.environ)
-    # The accelerator is the trials': this process counts and fits, and must not take it from them.
+    # The trials need the accelerator: this process must not claim it.
     os.environ["JAX_PLATFORMS"] = "cpu"
 
     from maxlm.sweep.run import run_sweep
@@ -55,6 +55,6 @@ def run(args: argparse.Namespace) -> int:
     print(json.dumps(summary, indent=2)) if args.json else print_summary(config, summary)
     if failed := summary["trials"].get("failed", 0):
         log = f"{config.output}/trials/*.log"
-        print(f"maxlm: {failed} trials failed ({log} tell why); the same command runs them again", file=sys.stderr)
+        print(f"maxlm: {failed} trials failed (see {log}); the same command runs them again", file=sys.stderr)
         return CheckFailed.exit_code
     return 0

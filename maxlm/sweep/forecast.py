@@ -1,4 +1,4 @@
-"""`maxlm sweep --dry-run`: which trials there would be, and what they would cost."""
+"""`maxlm sweep --dry-run`: the trials of a sweep and their cost."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,11 +13,11 @@ from maxlm.sweep.trials import TARGET, Plan, Trial, size_of
 
 
 def forecast(config: SweepConfig) -> dict[str, Any]:
-    """The trials of a sweep and what they cost; nothing is run or written.
+    """List the trials of a sweep and their cost; nothing is run or written.
 
-    A trial whose setting will follow from others names none. The time follows from the speed of the trials that have
-    been run, start-up included, or else from that of the run which the training configuration itself has made;
-    without either it is None.
+    A trial whose setting depends on the results of others has none. The time is estimated from the speed of finished
+    trials, start-up included, or else of an earlier run of the training configuration itself; without either it is
+    None.
 
     Raises:
       ConfigError: as the sweep itself would.
@@ -42,7 +42,7 @@ def forecast(config: SweepConfig) -> dict[str, Any]:
 
 
 def _search(plan: Plan, scale: int, records: Records) -> Iterator[dict[str, Any]]:
-    """The trials at one size; of the rounds after the first, which settings go on is known once all before have run."""
+    """The trials at one size; settings of rounds after the first are known only once all earlier trials have run."""
     alive, known = plan.settings, True
     for index, rung in enumerate(plan.rungs(scale)):
         groups = [plan.trials(scale, setting, index) for setting in alive[: rung.count]]

@@ -1,4 +1,4 @@
-"""Laws fitted to the results of small models: the loss that a larger one will reach, and the settings that it wants."""
+"""Scaling laws fitted to small models: the loss of a larger one, and its best hyperparameters."""
 
 import math
 from dataclasses import dataclass
@@ -9,25 +9,25 @@ from scipy import optimize, stats
 
 from maxlm.core.interval import CONFIDENCE
 
-# Where a residual of the log loss begins to count by its size and not by its square: just above the noise of one run.
-# Hoffmann et al. take 1e-3 for hundreds of runs. docs/sweep.md has what either costs with a few.
+# Huber delta: where a residual of the log loss turns from quadratic to linear, just above the noise of one run.
+# Hoffmann et al. use 1e-3 for hundreds of runs. docs/sweep.md compares the two for a few runs.
 HUBER_DELTA = 1e-2
 RESAMPLES = 400
 _MAX_EXPONENT = 2.0
 _EXPONENTS = np.geomspace(0.01, _MAX_EXPONENT, 60)
-# The least irreducible loss, as a share of the lowest one seen: its logarithm is what is fitted.
-_LEAST_SHARE = 1e-6
+# Lower bound of the irreducible loss, relative to the lowest loss seen, because its logarithm is fitted.
+_MIN_IRREDUCIBLE = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
 class ScalingLaw:
-    """L(x) = E + A x^-alpha, with the laws that other draws of the noise would have given.
+    """L(x) = E + A x^-alpha, with bootstrap resamples of the fit.
 
     Attributes:
       irreducible, coefficient, exponent: E, A, alpha.
-      noise: standard deviation of the log loss about the law; None where there are no more points than numbers.
-      draws: [resamples, 3] of E, A, alpha; empty where there is no noise to draw from.
-      draw_noise: [resamples], the noise that each was drawn with.
+      noise: standard deviation of the log loss around the law; None if there are no more points than parameters.
+      draws: [resamples, 3] of E, A, alpha; empty without a noise estimate.
+      draw_noise: [resamples], the noise of each draw.
     """
 
     irreducible: float
@@ -41,11 +41,11 @@ class ScalingLaw:
         return self.irreducible + self.coefficient * np.asarray(x, np.float64) ** -self.exponent
 
     def band(self, x: np.ndarray | float) -> tuple[np.ndarray, np.ndarray] | None:
-        """95 % interval of the law at each x; None where nothing tells the noise."""
+        """95% interval of the law at each x; None without a noise estimate."""
         return None if not len(self.draws) else _quantiles(self._drawn(x))
 
     def predict(self, x: float) -> tuple[float, float, float] | tuple[float, None, None]:
-        """The loss of one more run at x, and the 95 % interval that it should lie in, its own noise included."""
+        """Predicted loss of one more run at x, with its 95% prediction interval."""
         value = float(self.loss(x))
         if not len(self.draws):
             return value, None, None
@@ -55,7 +55,7 @@ class ScalingLaw:
         return value, float(low), float(high)
 
     def interval(self, name: str) -> tuple[float, float] | None:
-        """95 % interval of `irreducible`, `coefficient` or `exponent`."""
+        """95% interval of `irreducible`, `coefficient` or `exponent`."""
         if not len(self.draws):
             return None
         low, high = _quantiles(self.draws[:, ("irreducible", "coefficient", "exponent").index(name)])
@@ -69,10 +69,10 @@ class ScalingLaw:
 
 @dataclass(frozen=True, eq=False)
 class PowerLaw:
-    """y(x) = c x^b: a line in logarithms, by least squares.
+    """y(x) = c x^b: a log-log line, fitted by least squares.
 
     Attributes:
-      log_x, log_y: [n], what it was fitted to.
+      log_x, log_y: [n], the data.
     """
 
     log_x: np.ndarray
@@ -86,7 +86,7 @@ class PowerLaw:
         return np.exp(self.log_y.mean() + self.exponent * (np.log(x) - self.log_x.mean()))
 
     def band(self, x: np.ndarray | float) -> tuple[np.ndarray, np.ndarray] | None:
-        """95 % interval of the law at x, by Student's t; None of two points, which any line passes through."""
+        """95% interval of the law at x, by Student's t; None for two points, which determine the line."""
         if len(self.log_x) < 3:
             return None
         distance = np.log(x) - self.log_x.mean()
@@ -118,34 +118,34 @@ class PowerLaw:
 def fit_scaling_law(
     x: np.ndarray, loss: np.ndarray, *, delta: float = HUBER_DELTA, resamples: int = RESAMPLES, seed: int = 0
 ) -> ScalingLaw:
-    """Fit L = E + A x^-alpha as Hoffmann et al. (2022, arXiv:2203.15556, section D.2) do.
+    """Fit L = E + A x^-alpha like Hoffmann et al. (2022, arXiv:2203.15556, section D.2).
 
-    The sum of Huber losses of log(E + A x^-alpha) - log L is minimised over log E, log A and alpha, which keeps all
-    three positive, from the best of many starts.
+    The sum of Huber losses of log(E + A x^-alpha) - log L is minimized over log E, log A and alpha, which keeps all
+    three positive, from the best of many initial values.
 
-    The interval is a parametric bootstrap. With n points and three numbers, the noise of the log loss is
-    s^2 = (sum of squared residuals) / (n - 3); each draw takes a variance that s^2 may have come from,
-    (n - 3) s^2 / chi^2, and refits to losses with that noise about the law. So few points give wide intervals.
+    The interval is a parametric bootstrap. With n points and three parameters, the noise variance of the log loss is
+    s^2 = (sum of squared residuals) / (n - 3); each draw samples a variance (n - 3) s^2 / chi^2 and refits to losses
+    with that noise around the law. So few points give wide intervals.
 
     Args:
-      x: [n], FLOPs, weights or tokens, above zero; three or more different ones.
-      loss: [n], above zero.
-      delta: where Huber's loss turns from a square into a line.
+      x: [n], FLOPs, weights or tokens, positive; at least three distinct values.
+      loss: [n], positive.
+      delta: where the Huber loss turns from quadratic to linear.
 
     Raises:
-      ValueError: too few different x, or a value that is not above zero.
+      ValueError: too few distinct x, or a value that is not positive.
     """
     x, loss = np.asarray(x, np.float64), np.asarray(loss, np.float64)
     if x.shape != loss.shape or x.ndim != 1 or len(np.unique(x)) < 3:
-        raise ValueError("a law of three numbers needs the losses of three different sizes")
+        raise ValueError("a law of three parameters needs losses at three distinct sizes")
     if not (np.all(x > 0) and np.all(loss > 0)):
-        raise ValueError("sizes and losses must be above zero")
-    # About 1 in the middle of the points, so that A and alpha are told apart.
+        raise ValueError("sizes and losses must be positive")
+    # About 1 in the middle of the points, so that A and alpha are not confounded.
     unit = math.exp(np.log(x).mean())
     log_u = np.log(x / unit)
     best = _fit(log_u, np.log(loss), delta)
-    # What ends at the bound is none.
-    least = 10 * _LEAST_SHARE * float(loss.min())
+    # A value at the bound counts as zero.
+    least = 10 * _MIN_IRREDUCIBLE * float(loss.min())
 
     freedom = len(x) - 3
     draws, noises, noise = np.empty((0, 3)), np.empty(0), None
@@ -164,17 +164,17 @@ def fit_power_law(x: np.ndarray, y: np.ndarray) -> PowerLaw:
     """Fit y = c x^b.
 
     Raises:
-      ValueError: fewer than two different x, or a value that is not above zero.
+      ValueError: fewer than two distinct x, or a value that is not positive.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if x.shape != y.shape or len(np.unique(x)) < 2 or not (np.all(x > 0) and np.all(y > 0)):
-        raise ValueError("a power law needs two different sizes, and values above zero")
+        raise ValueError("a power law needs two distinct sizes and positive values")
     return PowerLaw(np.log(x), np.log(y))
 
 
 def _fit(log_u: np.ndarray, log_loss: np.ndarray, delta: float, start: np.ndarray | None = None) -> np.ndarray:
-    """(log E, log A, alpha), A in the unit of u."""
-    floor = float(log_loss.min()) + math.log(_LEAST_SHARE)
+    """Fit (log E, log A, alpha), with A in the unit of u."""
+    floor = float(log_loss.min()) + math.log(_MIN_IRREDUCIBLE)
     starts = [_best_start(log_u, log_loss, floor)]
     if start is not None:
         starts.append(np.maximum(start, [floor, -np.inf, _EXPONENTS[0]]))
@@ -196,15 +196,15 @@ def _fit(log_u: np.ndarray, log_loss: np.ndarray, delta: float, start: np.ndarra
 
 
 def _best_start(log_u: np.ndarray, log_loss: np.ndarray, floor: float) -> np.ndarray:
-    """For a given alpha the law is linear in E and A: the best of a list of alphas, each with its least squares.
+    """Initial value: the best of several alphas, each with a linear least-squares fit of E and A.
 
-    The residuals are relative ones, which are those of the logarithm while they are small.
+    The residuals are relative, which approximates those of the logarithm while they are small.
     """
     weights = np.exp(-log_loss)
     falling = np.exp(-_EXPONENTS[:, None] * log_u) * weights
     a, b, c = weights @ weights, falling @ weights, np.sum(falling**2, axis=1)
     right, right_falling = weights.sum(), falling.sum(axis=1)
-    # Points on a line in u^-alpha, to rounding, leave E and A apart all the same.
+    # Even points that are collinear in u^-alpha, up to rounding, determine E and A.
     determinant = np.maximum(a * c - b**2, 1e-12 * a * c)
     irreducible = (c * right - b * right_falling) / determinant
     coefficient = np.where(irreducible > 0, (a * right_falling - b * right) / determinant, right_falling / c)
@@ -213,7 +213,7 @@ def _best_start(log_u: np.ndarray, log_loss: np.ndarray, floor: float) -> np.nda
         log_a = np.log(coefficient)
     starts = np.stack([log_e, log_a, _EXPONENTS], axis=1)[coefficient > 0]
     if not len(starts):
-        # Losses that rise with size: as flat as can be.
+        # Losses that rise with size: start as flat as possible.
         return np.array([float(log_loss.mean()), floor, _EXPONENTS[0]])
     misses = np.logaddexp(starts[:, :1], starts[:, 1:2] - starts[:, 2:] * log_u) - log_loss
     return starts[np.argmin(np.abs(misses).sum(axis=1))]
@@ -231,7 +231,7 @@ def _jacobian(parameters: np.ndarray, log_u: np.ndarray) -> np.ndarray:
 
 
 def _natural(parameters: np.ndarray, unit: float, least: float) -> np.ndarray:
-    """E, A, alpha for x in its own unit; an E below `least` is 0."""
+    """E, A, alpha for x in its original unit; an E below `least` is 0."""
     log_e, log_a, alpha = parameters
     irreducible = math.exp(log_e)
     return np.array([irreducible if irreducible > least else 0.0, math.exp(log_a + alpha * math.log(unit)), alpha])

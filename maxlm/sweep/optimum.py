@@ -1,4 +1,4 @@
-"""Where between the values that were tried the best one lies."""
+"""Interpolate the best value of a field between the tried ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 
 from maxlm.sweep.outcome import Outcome
 
-# The parabola goes through this share of the values, the best ones: far from the optimum a loss is no parabola.
+# The parabola is fitted to this fraction of the values, the best ones: far from the optimum a loss is not parabolic.
 _SHARE = 0.5
 
 
@@ -15,7 +15,7 @@ _SHARE = 0.5
 class Optimum:
     """The best value of a field at one size.
 
-    `at_edge`: it is the least or the greatest that was tried, so that the true one may lie beyond.
+    `at_edge`: it is the smallest or largest tried value, so the true optimum may lie outside.
     """
 
     value: float
@@ -23,18 +23,18 @@ class Optimum:
 
 
 def find_optimum(outcomes: Sequence[Outcome], name: str, *, sign: int = 1) -> Optimum | None:
-    """The vertex of a parabola in the logarithm of a field, through the better half of its values, three at least.
+    """The vertex of a parabola in the logarithm of a field, fitted to the better half of its values, at least three.
 
-    Of several outcomes with one value, which differ in other fields, the best counts. Where the parabola has no
-    vertex between the values that it goes through, or there are fewer than three, the best value itself is taken.
+    Of several outcomes with the same value, which differ in other fields, the best one counts. If the parabola has no
+    vertex between the fitted values, or there are fewer than three, the best value itself is returned.
 
     Args:
-      outcomes: of one size and one number of steps.
+      outcomes: all of the same size and number of steps.
       name: a field whose values are numbers.
-      sign: -1 where more is better.
+      sign: -1 if higher is better.
 
     Returns:
-      None where a value is not above zero, or no trial has finished.
+      None if a value is not positive, or no trial has finished.
     """
     best: dict[float, float] = {}
     for outcome in outcomes:

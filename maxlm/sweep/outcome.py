@@ -1,4 +1,4 @@
-"""What settings came to: the mean over seeds, and their order."""
+"""Outcomes of settings: the mean over seeds, and their ranking."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from maxlm.sweep.space import Setting
 
 @dataclass(frozen=True)
 class Outcome:
-    """A setting at one size, trained to one number of steps with each seed."""
+    """A setting at one size, trained for a given number of steps with each seed."""
 
     scale: int
     setting: Setting
@@ -19,7 +19,7 @@ class Outcome:
 
     @property
     def value(self) -> float | None:
-        """The mean over seeds; None where one of them has not finished, for it would make the others look better."""
+        """The mean over seeds; None if any of them has not finished, as leaving it out would bias the mean."""
         whole = len(self.values) == len(self.records)
         return sum(self.values) / len(self.values) if whole and self.values else None
 
@@ -35,6 +35,6 @@ def outcome_of(records: Sequence[Record], metric: str) -> Outcome:
 
 
 def ranked(outcomes: Sequence[Outcome], goal: Literal["minimize", "maximize"]) -> list[Outcome]:
-    """Those that have a value, the best first; equal ones in the order in which they were tried."""
+    """The outcomes with a value, best first; ties in trial order."""
     sign = 1 if goal == "minimize" else -1
     return sorted((o for o in outcomes if o.value is not None), key=lambda o: sign * o.value)

@@ -1,4 +1,4 @@
-"""`index.html` of a sweep: the laws with their bands, each field's curve, and every trial."""
+"""`index.html` of a sweep: the laws with their confidence bands, each field's curve, and all trials."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +15,14 @@ from maxlm.sweep.outcome import Outcome, ranked
 from maxlm.sweep.records import Record
 from maxlm.sweep.trials import TARGET, Plan, describe_setting
 
-AXES = {"flops": "FLOPs of training", "parameters": "weights", "tokens": "tokens of training"}
-# The largest size is the strongest.
+AXES = {"flops": "training FLOPs", "parameters": "parameters", "tokens": "training tokens"}
+# The largest size has the strongest color.
 _SHADES = ("series-1", "shade-1", "shade-2", "shade-3", "shade-4")
 _CURVE_POINTS = 60
 
 
 def write_sweep_page(path: Path, plan: Plan, analysis: Analysis) -> None:
-    """Write the page of a sweep that has ended."""
+    """Write the page of a completed sweep."""
     name = plan.folder.resolve().name
     write_page(
         path,
@@ -49,14 +49,14 @@ def _headline(plan: Plan, analysis: Analysis) -> list[tuple[str, str]]:
     items = [
         (format_number(analysis.best.value), f"best {metric}: {_where(plan, analysis.best)}"),
         (f"{sum(counts.values())}", "trials" + (f", {lost}" if lost else "")),
-        (duration(summary["seconds"]), "of trials"),
+        (duration(summary["seconds"]), "total time of trials"),
     ]
     prediction, measured = analysis.prediction, analysis.measured
     if prediction is not None:
         items.append((format_number(prediction.value), f"{metric} predicted for {plan.label(TARGET)}"))
         if measured is not None and measured.value is not None:
             off = prediction.value / measured.value - 1
-            items.append((format_number(measured.value), f"measured there: predicted {100 * off:+.1f} % off"))
+            items.append((format_number(measured.value), f"measured there: prediction off by {100 * off:+.1f} %"))
     return items
 
 
@@ -69,10 +69,10 @@ def _law_facts(analysis: Analysis) -> list[tuple[str, str]]:
     law = analysis.law
     if law is None:
         return []
-    told = [(name, _with_interval(getattr(law, key), law.interval(key))) for name, key in _LAW_NAMES]
+    facts = [(name, _with_interval(getattr(law, key), law.interval(key))) for name, key in _LAW_NAMES]
     if law.noise is not None:
-        told.append(("noise about the law", f"{100 * law.noise:.2g} %"))
-    return told
+        facts.append(("noise around the law", f"{100 * law.noise:.2g} %"))
+    return facts
 
 
 def _law_chart(plan: Plan, analysis: Analysis) -> Chart | None:
@@ -88,13 +88,13 @@ def _law_chart(plan: Plan, analysis: Analysis) -> Chart | None:
         Line(list(zip(curve.tolist(), law.loss(curve).tolist())), "series-1"),
         Line(points, "series-1", is_joined=False),
     ]
-    bands, legend = _bands(law.band(curve), curve), [("series-1", "ladder: measured, law, 95 % band")]
+    bands, legend = _bands(law.band(curve), curve), [("series-1", "ladder: measured, law, 95% band")]
     if prediction is not None:
         x = float(getattr(prediction.size, against))
         if prediction.low is not None:
             bands.append(Band([(x, prediction.low, prediction.high)], "series-2"))
         lines.append(Line([(x, prediction.value)], "plain"))
-        legend.append(("plain", "target, predicted, 95 % for one run"))
+        legend.append(("plain", "target, predicted, 95% for one run"))
         if analysis.measured is not None and analysis.measured.values:
             lines.append(Line([(x, v) for v in analysis.measured.values], "series-2", is_joined=False))
             legend.append(("series-2", "target, measured"))
@@ -125,7 +125,7 @@ def _field_law_chart(plan: Plan, analysis: Analysis, field: FieldLaw) -> Chart:
         Line(list(zip(curve.tolist(), field.law.value(curve).tolist())), "series-1"),
         Line(points, "series-1", is_joined=False),
     ]
-    legend = [("series-1", "ladder: best, law, 95 % band")]
+    legend = [("series-1", "ladder: best, law, 95% band")]
     if prediction is not None:
         lines.append(Line([(target[0], prediction.setting[field.name])], "series-2"))
         legend.append(("series-2", "target"))
@@ -139,7 +139,7 @@ def _field_law_chart(plan: Plan, analysis: Analysis, field: FieldLaw) -> Chart:
         log_y=True,
     )
     rows = [
-        (f"{x:.3g}", format_number(optimum.value), "edge of what was tried" if optimum.at_edge else "")
+        (f"{x:.3g}", format_number(optimum.value), "edge of the tried range" if optimum.at_edge else "")
         for x, optimum in field.points
     ]
     note = f"∝ x^{_with_interval(field.law.exponent, field.law.exponent_interval)}"
@@ -166,7 +166,7 @@ def _field_chart(plan: Plan, analysis: Analysis, name: str) -> Chart:
     lines, legend = [], []
     for index, (label, ranking) in enumerate(reversed(rankings.items())):
         points = sorted((float(outcome.setting[name]), outcome.value) for outcome in ranking)
-        # Settings that differ in other fields too lie off any line.
+        # Settings that also differ in other fields are not on one line.
         joined = len(plan.config.fields) == 1
         style = _SHADES[min(index, len(_SHADES) - 1)]
         lines.append(Line(points, style, has_marks=True, is_joined=joined))
@@ -186,7 +186,7 @@ def _field_chart(plan: Plan, analysis: Analysis, name: str) -> Chart:
 
 
 def _groups(plan: Plan, analysis: Analysis) -> dict[str, list[Outcome]]:
-    """What is drawn as one curve: the last round of each size, or, of one size alone, each round."""
+    """Outcomes drawn as one curve: the last round of each size or, for a single size, each round."""
     if plan.config.scales is not None:
         return {plan.label(scale): ranking for scale, ranking in analysis.final.items() if ranking}
     lengths = sorted({outcome.steps for outcome in analysis.outcomes if outcome.value is not None})
@@ -198,13 +198,13 @@ def _groups(plan: Plan, analysis: Analysis) -> dict[str, list[Outcome]]:
 
 def _bars(ranking: Sequence[Outcome], name: str) -> list[tuple[str, Bar]]:
     best: dict[str, float] = {}
-    for outcome in ranking:  # the best first
+    for outcome in ranking:  # best first
         best.setdefault(str(outcome.setting[name]), outcome.value)
     return [(value, Bar(number, "series-1")) for value, number in best.items()]
 
 
 def _trials(plan: Plan, analysis: Analysis) -> Table:
-    """The largest size and its best settings first."""
+    """All trials; the largest size and its best settings first."""
     config = plan.config
     sizes, seeds = ("size",) if config.scales else (), ("seed",) if config.seeds else ()
     names = (name.rpartition(".")[2] for name in config.fields)
@@ -215,13 +215,13 @@ def _trials(plan: Plan, analysis: Analysis) -> Table:
         size = (plan.label(record.scale),) if config.scales else ()
         settings = (str(record.setting[name]) for name in config.fields)
         seed = (str(record.seed),) if config.seeds else ()
-        told = f"{value:.4f}" if value is not None else record.status
-        rows.append((*size, *settings, *seed, f"{record.steps:,}", told, f"{record.seconds:.0f}", record.id))
+        result = f"{value:.4f}" if value is not None else record.status
+        rows.append((*size, *settings, *seed, f"{record.steps:,}", result, f"{record.seconds:.0f}", record.id))
     return Table(header, rows)
 
 
 def _not_finished(plan: Plan, analysis: Analysis) -> Table:
-    """Why trials did not finish."""
+    """The unfinished trials and their errors."""
     rows = []
     for record in _records(plan, analysis):
         if record.error:
@@ -253,7 +253,7 @@ def _bands(ends: tuple[np.ndarray, np.ndarray] | None, curve: np.ndarray) -> lis
 def _within(
     ends: tuple[np.ndarray, np.ndarray] | None, values: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """A band of few points may span orders of magnitude: it is cut where it would flatten what it surrounds."""
+    """Clip a band, which with few points may span orders of magnitude, so that it does not flatten the curve."""
     return ends and (np.maximum(ends[0], min(values) / 10), np.minimum(ends[1], max(values) * 10))
 
 

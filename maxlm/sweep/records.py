@@ -1,4 +1,4 @@
-"""What became of each trial, one line each in `trials.jsonl`."""
+"""Results of the trials, one line each in `trials.jsonl`."""
 
 import json
 import math
@@ -13,10 +13,10 @@ from maxlm.sweep.space import Setting
 
 @dataclass(frozen=True)
 class Record:
-    """A trial that has ended: `finished`, `diverged` (it lost its way: no finite loss), or `failed` (it broke).
+    """A trial that has ended: `finished`, `diverged` (no finite loss), or `failed` (an error).
 
-    `steps`, `tokens`, `flops` are those of the whole run, from its first step, and `seconds` those of this command's
-    part of it, start-up included; `valid` holds its last validation, null for what is not finite.
+    `steps`, `tokens`, `flops` are of the whole run, from its first step; `seconds` only of this command's
+    part of it, start-up included; `valid` is its last validation, null for values that are not finite.
     """
 
     id: str
@@ -35,29 +35,29 @@ class Record:
 
     @property
     def new_flops(self) -> float:
-        """Of the steps after `since`, where the round before had ended."""
+        """FLOPs of the steps after `since`, where the previous round ended."""
         return self.flops * (self.steps - self.since) / self.steps
 
     def value(self, metric: str) -> float | None:
-        """The metric, of a trial that has finished."""
+        """The metric of a finished trial, else None."""
         return self.valid.get(metric) if self.status == "finished" else None
 
 
 class Records:
-    """The lines of the file, the newest of each run and length."""
+    """The records of the file: the newest for each run and number of steps."""
 
     def __init__(self, path: Path):
         self.path = path
         self._found: dict[tuple[str, int], Record] = {}
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        # The last line of a command that was killed may be cut off.
+        # The last line may be truncated if the command was killed.
         self._is_cut = bool(text) and not text.endswith("\n")
         for number, line in enumerate(text.split("\n")[:-1], start=1):
             try:
                 record = Record(**json.loads(line))
             except (ValueError, TypeError, RecursionError):
                 raise DataError(
-                    f"{path}, line {number}: is no record of a trial; take the line out, and its trial runs again"
+                    f"{path}, line {number}: is not a record of a trial; delete the line, and its trial runs again"
                 ) from None
             self._found[record.id, record.steps] = record
 
@@ -65,7 +65,7 @@ class Records:
         return iter(self._found.values())
 
     def find(self, name: str, steps: int) -> Record | None:
-        """The record of a trial that need not run again; one that failed may fare better the next time."""
+        """The record of a trial that need not run again; a failed one is retried."""
         record = self._found.get((name, steps))
         return record if record is not None and record.status != "failed" else None
 
@@ -80,5 +80,5 @@ class Records:
 
 
 def finite(values: dict[str, Any]) -> dict[str, float | None]:
-    """Numbers as JSON knows them: null for what is not finite."""
+    """Numbers as valid JSON: null for values that are not finite."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -1,7 +1,7 @@
-"""`maxlm sweep`: trials one after another, each in a process of its own, and what follows from them.
+"""`maxlm sweep`: run trials one after another, each in its own process, and analyze them.
 
-A trial that is recorded in `trials.jsonl` is not run again, and one that was cut off goes on from its checkpoint: the
-same command goes on where it was stopped.
+A trial recorded in `trials.jsonl` is not run again, and an interrupted one resumes from its checkpoint: the same
+command resumes where it stopped.
 """
 
 import difflib
@@ -28,16 +28,16 @@ BEST = "best.yaml"
 
 
 def run_sweep(config: SweepConfig, *, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Run or finish a sweep, write its results, and return the summary that stands in `manifest.json`.
+    """Run or resume a sweep, write its results, and return the summary of `manifest.json`.
 
     Args:
-      config: what is swept.
+      config: the sweep.
       environment: of the trials' processes.
 
     Raises:
-      ConfigError: the sweep or a training configuration that it makes has mistakes.
+      ConfigError: the sweep or one of its training configurations is invalid.
       CheckFailed: every trial failed or diverged.
-      MaxlmError: data or tokenizer are missing; another sweep works in the folder.
+      MaxlmError: data or tokenizer are missing; another sweep runs in the folder.
     """
     check_sweep_output(config)
     plan = Plan(config)
@@ -73,7 +73,7 @@ class _Sweep:
         return self._write(analysis)
 
     def _search(self, scale: int) -> list[Outcome]:
-        """Every round at one size; the outcomes of all of them."""
+        """Run every round at one size; return all outcomes."""
         alive, outcomes, best = self.plan.settings, [], []
         for index, rung in enumerate(self.plan.rungs(scale)):
             latest = [self._outcome(self.plan.trials(scale, setting, index)) for setting in alive[: rung.count]]
@@ -89,7 +89,7 @@ class _Sweep:
         return outcome_of([self._record(trial) for trial in trials], self.config.metric)
 
     def _record(self, trial: Trial) -> Record:
-        """Of a trial that is run now, or was before."""
+        """The record of a trial, which is run unless it has one."""
         record = self.records.find(trial.id, trial.config.steps)
         if record is None:
             known = self.progress.tasks[0].completed
@@ -111,10 +111,10 @@ class _Sweep:
     def _line(self, trial: Trial, record: Record) -> str:
         size = f"{self.plan.label(trial.scale)}: " if self.config.scales else ""
         value = record.value(self.config.metric)
-        told = f"{self.config.metric} {value:.4f}" if value is not None else f"{record.status}: {record.error}"
+        outcome = f"{self.config.metric} {value:.4f}" if value is not None else f"{record.status}: {record.error}"
         seed = f" seed={record.seed}" if self.config.seeds else ""
         where = f"{size}{describe_setting(trial.setting)}{seed}, {record.steps} steps"
-        return f"trial {record.id}  {where}  {told}  ({record.seconds:.0f} s)"
+        return f"trial {record.id}  {where}  {outcome}  ({record.seconds:.0f} s)"
 
     def _drop_checkpoints(self, outcomes: list[Outcome], *, keep: Collection[str]) -> None:
         for outcome in outcomes:
@@ -126,7 +126,7 @@ class _Sweep:
         records = [record for outcome in outcomes for record in outcome.records]
         first = next((record for record in records if record.error), records[0])
         log = self.folder / "trials" / f"{first.id}.log"
-        raise CheckFailed(f"{self.folder}: no trial of {len(records)} finished; the first: {first.error} ({log})")
+        raise CheckFailed(f"{self.folder}: none of {len(records)} trials finished; first error: {first.error} ({log})")
 
     def _write(self, analysis: Analysis) -> dict[str, Any]:
         (self.folder / BEST).write_text(dump_yaml(best_config(self.plan, analysis)), encoding="utf-8")
@@ -143,18 +143,18 @@ class _Sweep:
 
 
 def check_metric(config: SweepConfig, record: Record) -> None:
-    """Raise ConfigError when a trial that has finished shows that the metric is not there."""
+    """Raise ConfigError if a finished trial does not have the metric."""
     if record.status != "finished" or config.metric in record.valid:
         return
     if not record.valid:
-        raise ConfigError([f"{config.train}: nothing is held out to validate on; give valid_fraction or a valid_file"])
+        raise ConfigError([f"{config.train}: has no held-out data to validate on; set valid_fraction or valid_file"])
     near = difflib.get_close_matches(config.metric, record.valid, 1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(record.valid)}"
+    hint = f"did you mean {near[0]}?" if near else f"the metrics are {', '.join(record.valid)}"
     raise ConfigError([f"metric: the validation has no {config.metric}; {hint}"])
 
 
 def total_steps(plan: Plan) -> int:
-    """Steps of all trials together, those that are known already included."""
+    """Total steps of all trials, including those already recorded."""
     searched = sum(
         rung.count * (trial.config.steps - trial.since)
         for scale in range(len(plan.sizes))

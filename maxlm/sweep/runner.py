@@ -1,4 +1,4 @@
-"""Trials in processes of their own, one after another."""
+"""Run a trial in its own process."""
 
 import contextlib
 import json
@@ -18,9 +18,9 @@ from maxlm.sweep.child import DIVERGED
 from maxlm.sweep.records import Record, finite
 from maxlm.sweep.trials import Trial
 
-# How often a running trial is looked at.
+# Polling interval of a running trial.
 _POLL_SECONDS = 0.2
-# How long a trial may take to save when it is asked to stop, and a former sweep's last trial to end.
+# Timeout for a stopping trial to save, and for an earlier sweep's last trial to end.
 _STOP_SECONDS = 120.0
 
 
@@ -32,14 +32,14 @@ def run_trial(
     seconds: float | None = None,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Record:
-    """Train in a process of its own, or let a run that stands in the folder go on, and tell what became of it.
+    """Train in a separate process, resuming a run that is in the folder, and return the trial's record.
 
     Args:
-      trial: its configuration is written beside its folder, so that `maxlm train` can repeat it.
-      environment: of the process; the trial, and not this process, has the accelerator.
-      lock: descriptor of the sweep's lock, which the process holds as long as it lives.
-      seconds: a trial that takes longer is ended.
-      on_step: is told the step that the trial has reached.
+      trial: its configuration is written next to its folder, so that `maxlm train` can repeat it.
+      environment: of the process; the trial uses the accelerator, this process does not.
+      lock: file descriptor of the sweep's lock, which the process holds until it exits.
+      seconds: timeout of the trial.
+      on_step: called with the step that the trial has reached.
     """
     folder = Path(trial.config.output)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def _wait(
     seconds: float | None,
     on_step: Callable[[int], None],
 ) -> int | None:
-    """The exit code; None of a trial that took too long."""
+    """The exit code; None if the trial timed out."""
     try:
         while process.poll() is None:
             if seconds is not None and time.monotonic() - began > seconds:
@@ -94,7 +94,7 @@ def _wait(
             time.sleep(_POLL_SECONDS)
         return process.returncode
     finally:
-        # Also when this process is interrupted: the end of its input tells the trial to save and stop.
+        # Also when this process is interrupted: end of input makes the trial save and stop.
         process.stdin.close()
         try:
             process.wait(_STOP_SECONDS)
@@ -106,7 +106,7 @@ def _wait(
 def _outcome(
     trial: Trial, folder: Path, code: int | None, log: str, seconds: float | None
 ) -> tuple[str, dict[str, float | None], str | None]:
-    """Status, last validation, and what went wrong."""
+    """Status, last validation, and the error, if any."""
     if code == 0:
         with contextlib.suppress(DataError):
             metrics = read_manifest(folder)["metrics"]
@@ -118,13 +118,13 @@ def _outcome(
     if code is None:
         return "failed", {}, f"took longer than trial_seconds ({seconds:g} s)"
     if code < 0:
-        return "failed", {}, f"was killed by signal {-code}" + (", perhaps for want of memory" if code == -9 else "")
-    told = (log.strip().splitlines() or [f"exit code {code}"])[-1].removeprefix("maxlm: ")
-    return ("diverged" if code == DIVERGED else "failed"), {}, told
+        return "failed", {}, f"was killed by signal {-code}" + (", perhaps out of memory" if code == -9 else "")
+    message = (log.strip().splitlines() or [f"exit code {code}"])[-1].removeprefix("maxlm: ")
+    return ("diverged" if code == DIVERGED else "failed"), {}, message
 
 
 def last_record(path: Path) -> dict[str, Any]:
-    """The last whole line of a metrics file; empty where there is none."""
+    """The last complete record of a metrics file; empty if there is none."""
     if not path.exists():
         return {}
     with path.open("rb") as file:
@@ -137,14 +137,14 @@ def last_record(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def hold_folder(folder: Path) -> Iterator[int]:
-    """Hold the folder for this sweep and its trials; the lock ends with the last process that holds it.
+    """Lock the folder for this sweep and its trials; the lock is released with the last process that holds it.
 
     Raises:
-      DataError: another sweep works there.
+      DataError: another sweep runs there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
         waiting = f"{folder}: waiting for a trial of another sweep to end there"
         if not acquire(file, seconds=_STOP_SECONDS, waiting=waiting):
-            raise DataError(f"{folder}: another sweep is at work there; wait for it, or give another output")
+            raise DataError(f"{folder}: another sweep is running there; wait for it, or give another output")
         yield file.fileno()

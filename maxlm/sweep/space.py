@@ -1,4 +1,4 @@
-"""Which settings are tried, and for how many steps."""
+"""Search space: the settings to try, and for how many steps."""
 
 import itertools
 import json
@@ -13,10 +13,10 @@ from maxlm.config.sweep import Dimension, HalvingMethod, Method, Range
 
 Setting = dict[str, Any]
 
-# Drawn values are rounded, so that they can be read and typed.
+# Sampled values are rounded to be easy to read and type.
 _DIGITS = 4
-# Draws in a row that are all known already, before a space of choices counts as used up.
-_VAIN_DRAWS = 1000
+# Consecutive duplicate draws after which a space of choices counts as exhausted.
+_MAX_DUPLICATES = 1000
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Rung:
 
 
 def draw_settings(fields: Mapping[str, Dimension], method: Method, *, integers: Collection[str]) -> list[Setting]:
-    """The settings that a search begins with, always the same for the same arguments.
+    """The initial settings of a search; deterministic.
 
     Args:
-      fields: dotted key -> range or choices. Without any, the one empty setting.
-      method: a larger number of random trials begins with those of a smaller one.
-      integers: keys whose values are whole numbers.
+      fields: dotted key -> range or choices. Without any, there is one empty setting.
+      method: a larger number of random trials starts with those of a smaller one.
+      integers: keys whose values are integers.
     """
     if not fields:
         return [{}]
@@ -42,20 +42,20 @@ def draw_settings(fields: Mapping[str, Dimension], method: Method, *, integers: 
         return [dict(zip(fields, combination)) for combination in itertools.product(*values)]
     generator = np.random.default_rng(method.seed)
     found: dict[str, Setting] = {}
-    vain = 0
-    while len(found) < method.trials and vain < _VAIN_DRAWS:
+    duplicates = 0
+    while len(found) < method.trials and duplicates < _MAX_DUPLICATES:
         setting = {name: _draw(fields[name], name in integers, generator) for name in fields}
         key = json.dumps(setting, sort_keys=True)
-        vain = vain + 1 if key in found else 0
+        duplicates = duplicates + 1 if key in found else 0
         found.setdefault(key, setting)
     return list(found.values())
 
 
 def halving_rungs(method: HalvingMethod, num_settings: int, steps: int) -> list[Rung]:
-    """Rounds of successive halving (Jamieson & Talwalkar, 2016, arXiv:1502.07943, by a factor of eta).
+    """Rounds of successive halving by a factor of eta (Jamieson & Talwalkar, 2016, arXiv:1502.07943).
 
-    Round k of K has floor(n / eta^k) settings, one at least, for R / eta^(K - k) steps, where R is `max_steps` or,
-    without it, `steps`, and K the largest number for which the first round is no shorter than `min_steps`.
+    Round k of K has floor(n / eta^k) settings, at least one, for R / eta^(K - k) steps, where R is `max_steps` or,
+    without it, `steps`, and K is the largest number for which the first round has at least `min_steps`.
     """
     most = method.max_steps or steps
     num_halvings, factor = 0, method.eta
@@ -75,7 +75,7 @@ def _grid_values(dimension: Dimension, whole: bool) -> list[Any]:
 
 
 def _draw(dimension: Dimension, whole: bool, generator: np.random.Generator) -> Any:
-    # One number of the generator for each value, whatever the field: settings do not depend on how they are made.
+    # One random number per value for every kind of field, so that other fields' values do not change.
     fraction = float(generator.random())
     if isinstance(dimension, Range):
         return _at(dimension, fraction, whole)
@@ -94,5 +94,5 @@ def _at(dimension: Range, fraction: float, whole: bool) -> float | int:
 
 
 def round_digits(value: float) -> float:
-    """To four significant digits."""
+    """Round to four significant digits."""
     return float(f"{value:.{_DIGITS}g}")

@@ -1,4 +1,4 @@
-"""What `maxlm sweep` prints."""
+"""Terminal output of `maxlm sweep`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +10,11 @@ from maxlm.config.sweep import SweepConfig
 from maxlm.report.text import duration
 from maxlm.sweep.trials import describe_setting
 
-_MOST_ROWS = 20
+_MAX_ROWS = 20
 
 
 def print_plan(found: Mapping[str, Any]) -> None:
-    """The trials of `--dry-run`."""
+    """Print the trials of `--dry-run`."""
     console = wide_console()
     table = Table(box=None, pad_edge=False)
     for name in ("trial", "size", "setting"):
@@ -23,38 +23,38 @@ def print_plan(found: Mapping[str, Any]) -> None:
         table.add_column(name, justify="right")
     for row in found["trials"]:
         setting = "as predicted" if row["is_target"] else f"the best of round {row['round'] - 1}"
-        told = f"{row['steps']:,}"
+        steps = f"{row['steps']:,}"
         table.add_row(
             "done" if row["done"] else row["trial"] or "",
             row["size"],
             brief(row["setting"]) if row["setting"] is not None else setting,
-            f"{row['steps'] - row['new_steps']:,}-{row['steps']:,}" if row["new_steps"] < row["steps"] else told,
+            f"{row['steps'] - row['new_steps']:,}-{row['steps']:,}" if row["new_steps"] < row["steps"] else steps,
             f"{row['parameters']:,}",
             f"{row['tokens']:,}",
             f"{row['flops']:.2e}",
         )
     console.print(table)
-    told = f"{len(found['trials'])} trials, {found['done']} of them done; to do: {found['steps']:,} steps"
-    time = "no trial has run yet that would tell the time"
+    counts = f"{len(found['trials'])} trials, {found['done']} of them done; to do: {found['steps']:,} steps"
+    time = "no finished trial yet to estimate the time from"
     if found["seconds"] is not None:
-        time = f"about {duration(found['seconds'])} at {found['flops_per_second']:.2e} FLOPs a second"
-        time += "" if found["has_run"] else ", the start of each trial aside"
-    console.print(f"{told}, {found['flops']:.2e} FLOPs; {time}", markup=False)
+        time = f"about {duration(found['seconds'])} at {found['flops_per_second']:.2e} FLOPs per second"
+        time += "" if found["has_run"] else ", without the start-up of each trial"
+    console.print(f"{counts}, {found['flops']:.2e} FLOPs; {time}", markup=False)
 
 
 def wide_console() -> Console:
-    """Standard output; where it is a file or a pipe, rows are not broken at 80 columns."""
+    """Standard output; in a file or a pipe, rows are not wrapped at 80 columns."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=160)
 
 
 def brief(setting: Mapping[str, Any]) -> str:
-    """Of each key its last part."""
+    """A setting with only the last part of each key."""
     return describe_setting({name.rpartition(".")[2]: value for name, value in setting.items()})
 
 
 def print_summary(config: SweepConfig, summary: Mapping[str, Any]) -> None:
-    """What a sweep has found."""
+    """Print the results of a sweep."""
     console = wide_console()
     metric = summary["metric"]
     table = Table(title="the best settings", title_justify="left", box=None, pad_edge=False)
@@ -62,13 +62,13 @@ def print_summary(config: SweepConfig, summary: Mapping[str, Any]) -> None:
         table.add_column(name, overflow="fold")
     for name in ("steps", metric):
         table.add_column(name, justify="right")
-    for row in summary["ranking"][:_MOST_ROWS]:
+    for row in summary["ranking"][:_MAX_ROWS]:
         table.add_row(row["size"], brief(row["setting"]), f"{row['steps']:,}", f"{row['value']:.4f}")
     console.print(table)
     if (law := summary["law"]) is not None:
         console.print(f"law: {metric} = E + A x^-alpha, x = {config.scales.against}", markup=False)
-        for name, told in (("irreducible", "E"), ("coefficient", "A"), ("exponent", "alpha")):
-            console.print(f"  {told} = {law[name]['value']:.4g}{_interval(law[name]['interval'])}", markup=False)
+        for name, symbol in (("irreducible", "E"), ("coefficient", "A"), ("exponent", "alpha")):
+            console.print(f"  {symbol} = {law[name]['value']:.4g}{_interval(law[name]['interval'])}", markup=False)
         sizes = Table(box=None, pad_edge=False)
         sizes.add_column("size", overflow="fold")
         for name in (config.scales.against, "law", "measured"):
@@ -78,8 +78,8 @@ def print_summary(config: SweepConfig, summary: Mapping[str, Any]) -> None:
         console.print(sizes)
     for name, optimum in summary["optima"].items():
         if (exponent := optimum["exponent"]) is not None:
-            told = f"{exponent['value']:.3g}{_interval(exponent['interval'])}"
-            console.print(f"best {name} ∝ {config.scales.against}^{told}", markup=False)
+            power = f"{exponent['value']:.3g}{_interval(exponent['interval'])}"
+            console.print(f"best {name} ∝ {config.scales.against}^{power}", markup=False)
     for note in summary["notes"]:
         console.print(f"note: {note}", markup=False)
     counts = ", ".join(f"{count} {status}" for status, count in summary["trials"].items() if count)

@@ -1,4 +1,4 @@
-"""From a sweep's configuration to its trials: each a complete training configuration with a name of its own."""
+"""Trials of a sweep's configuration: each is a complete training configuration with its own name."""
 
 import contextlib
 import functools
@@ -29,13 +29,13 @@ from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.setup import find_tokenizer, resolve_model
 from maxlm.train.startup import data_hashes
 
-# The target's place among the sizes of a sweep: after the ladder.
+# The target's index among the sizes of a sweep: after the ladder.
 TARGET = -1
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large a trial is: weights, tokens of all its steps, and 6 FLOPs for each weight and token."""
+    """Size of a trial: parameters, tokens of all its steps, and FLOPs, 6 per parameter and token."""
 
     parameters: int
     tokens: int
@@ -44,7 +44,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run. `steps` of the same `id` are one run that goes on; `since` is where it stands already."""
+    """One run. Trials with the same `id` are one run, continued to `steps`; `since` is the step it resumes from."""
 
     id: str
     scale: int
@@ -55,10 +55,10 @@ class Trial:
 
 
 class Plan:
-    """What a sweep will do: its settings, its sizes, the rounds at each size.
+    """Plan of a sweep: its settings, its sizes, the rounds at each size.
 
     Raises:
-      ConfigError: fields, overrides, sizes or values that the training configuration does not take; all at once.
+      ConfigError: all fields, overrides, sizes or values that the training configuration does not accept.
     """
 
     def __init__(self, config: SweepConfig):
@@ -96,9 +96,9 @@ class Plan:
     def trials(self, scale: int, setting: Setting, rung: int) -> list[Trial]:
         """A setting's runs in a round, one for each seed.
 
-        A run goes on from the round before where its learning rates there were those that it has now, so where the
-        schedule does not look ahead to the last step; else it begins anew, because a learning rate that has decayed
-        already would put it behind.
+        A run continues from the previous round if its learning rates there were the same, i.e. if the schedule does
+        not depend on the last step; else it restarts from scratch, because an already decayed learning rate would be
+        a disadvantage.
         """
         rungs = self.rungs(scale)
         halving = self.config.method.kind == "successive_halving"
@@ -106,19 +106,21 @@ class Plan:
         for seed in self._seeds:
             steps = {"steps": rungs[rung].steps} if halving else {}
             config = self._train_config(scale, setting, seed | steps)
-            goes_on = all(is_prefix(config, a.steps, b.steps) for a, b in itertools.pairwise(rungs)) and len(rungs) > 1
-            budget = [each.steps for each in rungs] if goes_on else None
-            since = rungs[rung - 1].steps if goes_on and rung else 0
+            continues = (
+                all(is_prefix(config, a.steps, b.steps) for a, b in itertools.pairwise(rungs)) and len(rungs) > 1
+            )
+            budget = [each.steps for each in rungs] if continues else None
+            since = rungs[rung - 1].steps if continues and rung else 0
             found.append(self._trial(scale, setting, config, budget, since))
         return found
 
     def target(self, setting: Setting) -> list[Trial]:
-        """The runs of the size that is predicted."""
+        """The runs of the target size."""
         configs = [self._train_config(TARGET, setting, seed) for seed in self._seeds]
         return [self._trial(TARGET, setting, config, None, 0) for config in configs]
 
     def label(self, scale: int) -> str:
-        """A size in words."""
+        """A size as text."""
         overrides = self._overrides(scale)
         return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in overrides.items()) or "as configured"
 
@@ -143,7 +145,7 @@ class Plan:
         return Trial(name, scale, setting, config, size_of(config), since)
 
     def _hashes(self, config: TrainConfig) -> dict[str, str]:
-        """Of what a trial reads."""
+        """Hashes of a trial's inputs."""
         key = config.objective.model_dump_json() + str(config.init_from)
         if key not in self._read:
             self._read[key] = data_hashes(config)
@@ -152,12 +154,12 @@ class Plan:
         return self._read[key]
 
     def _integers(self) -> set[str]:
-        """Fields of whole numbers: validation leaves an int as it is where the key takes no other numbers."""
+        """Integer fields: validation keeps an int as it is if the key accepts only integers."""
         found = set()
         for name, dimension in self.config.fields.items():
             tried = (dimension.low, dimension.high) if isinstance(dimension, Range) else dimension
             for value in tried:
-                # What cannot be, alone or at all, is told when all settings are checked.
+                # Invalid values are reported when all settings are checked.
                 with contextlib.suppress(ConfigError):
                     value = int(value) if isinstance(value, float) and value.is_integer() else value
                     if type(_value_at(self._train_config(0, {name: value}), name)) is int:
@@ -165,7 +167,7 @@ class Plan:
         return found
 
     def _check(self) -> None:
-        """Every setting at every size: unknown keys, values out of range, heads that do not divide."""
+        """Validate every setting at every size: unknown keys, values out of range, head counts that do not divide."""
         problems: dict[str, None] = {}
         for scale in self.scales:
             for setting in self.settings:
@@ -183,18 +185,18 @@ class Plan:
         against = self.config.scales.against
         sizes = [getattr(size_of(self._train_config(scale, self.settings[0])), against) for scale in self.scales]
         if any(a >= b for a, b in itertools.pairwise(sizes)):
-            told = ", ".join(f"{size:.4g}" for size in sizes)
-            raise ConfigError([f"scales: must grow in {against} from one to the next, and have {told}"])
+            values = ", ".join(f"{size:.4g}" for size in sizes)
+            raise ConfigError([f"scales: {against} must increase from one to the next, but is {values}"])
 
 
 def describe_setting(setting: Setting) -> str:
     """`optim.learning_rate=0.003 batch_size=16`"""
-    told = (f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in setting.items())
-    return " ".join(told) or "as configured"
+    items = (f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in setting.items())
+    return " ".join(items) or "as configured"
 
 
 def size_of(config: TrainConfig) -> Size:
-    """Weights and tokens of a run. C = 6 N D (Kaplan et al., 2020, arXiv:2001.08361), attention aside."""
+    """Parameters, tokens and FLOPs of a run. C = 6 N D (Kaplan et al., 2020, arXiv:2001.08361), without attention."""
     model = resolve_model(config, _tokenizer(str(find_tokenizer(config)))).model
     parameters = _num_parameters(model)
     tokens = config.steps * config.batch_size * config.row_length
@@ -219,7 +221,7 @@ def _num_parameters(model: ModelConfig) -> int:
 
 
 def _inputs(config: TrainConfig) -> dict[str, str | PathLike]:
-    """What a run reads, for the manifest: name -> file or folder."""
+    """Inputs of a run, for the manifest: name -> file or folder."""
     found: dict[str, str | PathLike] = {
         each.name: each.path for each in config.objective.inputs if each.trains and each.content != "weights"
     }

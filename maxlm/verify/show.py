@@ -20,7 +20,7 @@ def table(report: Report) -> RenderableType:
     for finding in report.compared:
         *cells, verdict, seconds = _cells(finding)
         shown.add_row(*cells, Text(verdict, _STYLES[verdict]), seconds)
-    parts = [shown, *_skipped(report)] if report.compared else []
+    parts: list[RenderableType] = [shown, *_skipped(report)] if report.compared else []
     return Group(Text(report.subject), *parts, Text(conclusion(report)))
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxlm.config.data import CleanConfig
-from maxlm.data.clean import find_abnormal, normalise
+from maxlm.data.clean import find_abnormal, normalize
 
 LOOSE = CleanConfig(min_characters=1)
 
@@ -23,18 +23,18 @@ LOOSE = CleanConfig(min_characters=1)
     ],
 )
 def test_normalization(text, clean):
-    assert normalise(text, "NFC") == clean
+    assert normalize(text, "NFC") == clean
 
 
 def test_unicode_form_is_configurable():
-    assert normalise("ﬁ ①", "NFKC") == "fi 1"
-    assert normalise("cafe\u0301", "none") == "cafe\u0301"
+    assert normalize("ﬁ ①", "NFKC") == "fi 1"
+    assert normalize("cafe\u0301", "none") == "cafe\u0301"
 
 
 @given(st.text())
 def test_normalization_is_idempotent_and_keeps_every_visible_character(text):
-    once = normalise(text, "NFC")
-    assert normalise(once, "NFC") == once
+    once = normalize(text, "NFC")
+    assert normalize(once, "NFC") == once
     letters = [c for c in unicodedata.normalize("NFC", text) if c.isalnum()]
     assert [c for c in once if c.isalnum()] == letters
 

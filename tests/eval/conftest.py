@@ -1,4 +1,4 @@
-"""A real model, small enough for every test: a tokenizer of a few sentences, and a decoder of random weights."""
+"""A model small enough for every test: a tokenizer trained on a few sentences, and a decoder with random weights."""
 
 import jax
 import pytest
@@ -42,7 +42,7 @@ def make_model(tokenizer, *, seed: int, **changes) -> LoadedModel:
         "matmul_dtype": "float32",
     }
     config = ModelConfig(**{**settings, **changes})
-    # Random weights of this size predict almost uniformly; larger ones make the test tell places apart.
+    # Random weights of this size predict almost uniformly; larger ones make positions distinguishable.
     decoder = jax.tree.map(lambda leaf: leaf * 3, initialize(Decoder(config), jax.random.key(seed)))
     return LoadedModel(decoder, tokenizer, name=f"model-{seed}")
 

@@ -1,4 +1,4 @@
-"""The baselines against counts by hand and against lzma itself."""
+"""The baselines against manual counts and against lzma itself."""
 
 import lzma
 import math
@@ -31,7 +31,7 @@ def counted_bits(train: list[list[int]], sequence: list[int], vocab_size: int) -
     return unigram_bits, bigram_bits
 
 
-def test_bigrams_equal_a_count_by_hand():
+def test_bigrams_match_a_manual_count():
     generator = random.Random(0)
     vocab_size = 11
     train = [[10, *(generator.choice((0, 1, 1, 2, 5, 7)) for _ in range(30)), 10] for _ in range(4)]
@@ -44,7 +44,7 @@ def test_bigrams_equal_a_count_by_hand():
     np.testing.assert_allclose(model.bits(sequences), expected[1], rtol=1e-12)
 
 
-def test_probabilities_add_up_to_one():
+def test_probabilities_sum_to_one():
     model = BigramModel([np.array([4, 0, 1, 0, 1, 2, 4])], 5)
     assert model.unigram.sum() == pytest.approx(1)
     for context in range(5):
@@ -55,19 +55,19 @@ def test_probabilities_add_up_to_one():
 def test_xz_is_lzma_at_its_best_preset():
     data = random.Random(0).randbytes(2000) * 20
     plain = len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME, check=lzma.CHECK_NONE))
-    # The same but for the size of the dictionary, which takes no room here.
+    # Identical except for the dictionary size, which does not affect the size here.
     assert xz_size(data) == plain
     assert xz_size(b"") > 0
 
 
-def test_xz_reaches_back_over_all_of_the_training_text():
+def test_xz_dictionary_covers_all_of_the_training_text():
     early = random.Random(1).randbytes(3000)
     between = random.Random(2).randbytes(200_000)
-    # Random bytes: 3000 of them cost 3000, unless they are found again.
+    # Random bytes: 3000 of them cost 3000, unless they are matched in the dictionary.
     assert xz_size(early + between + early) - xz_size(early + between) < 600
 
 
-def test_figures_of_a_corpus(tokenizer, sentences):
+def test_baselines_of_a_corpus(tokenizer, sentences):
     train, valid = sentences[:100], sentences[100:]
     found = baselines(train, valid, tokenizer)
     num_bytes = sum(len(text.encode()) for text in valid)
@@ -86,6 +86,6 @@ def test_figures_of_a_corpus(tokenizer, sentences):
     assert found.to_dict()["bigram"]["value"] == found.bigram.value
 
 
-def test_an_empty_side_is_a_mistake(tokenizer):
+def test_empty_text_raises(tokenizer):
     with pytest.raises(DataError, match="training text and held-out text"):
         baselines(["text"], [], tokenizer)

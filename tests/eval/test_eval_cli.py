@@ -1,4 +1,4 @@
-"""`maxlm eval` and `maxlm report` on runs that were made the way a user makes them."""
+"""`maxlm eval` and `maxlm report` on runs made by the real commands."""
 
 import argparse
 import json
@@ -67,7 +67,7 @@ def pipeline(tmp_path_factory, sentences):
 
 @pytest.fixture
 def run(capsys):
-    """Run a command line; gives its exit code and its standard output."""
+    """Run a command line; returns its exit code and standard output."""
 
     def call(*words) -> tuple[int, str]:
         parser = argparse.ArgumentParser(prog="maxlm")
@@ -82,7 +82,7 @@ def run(capsys):
     return call
 
 
-def test_a_run_is_measured_on_its_own_held_out_documents(pipeline, run):
+def test_run_is_evaluated_on_its_own_held_out_documents(pipeline, run):
     code, out = run("eval", pipeline / "run", "--json")
     assert code == 0
     text = json.loads(out)["text"]
@@ -122,8 +122,8 @@ def test_two_checkpoints_are_compared_on_text_and_tasks(pipeline, run, tmp_path)
     )
     code, out = run("eval", pipeline / "run", *words, "--max-new-tokens", 3, "--no-baselines", "--output", output)
     assert code == 0
-    for told in ("bits per byte", "difference", "needs two or more", "4 examples", "k0", "wrong"):
-        assert told in out, told
+    for text in ("bits per byte", "difference", "needs two or more", "4 examples", "k0", "wrong"):
+        assert text in out, text
     result = json.loads(output.read_text())
     text = result["text"]
     difference = text["compare"]["bits_per_byte"]["value"] - text["bits_per_byte"]["value"]
@@ -134,18 +134,18 @@ def test_two_checkpoints_are_compared_on_text_and_tasks(pipeline, run, tmp_path)
     assert {"prompt", "answer", "output", "correct", "compare_output"} == set(result["tasks"][0]["examples"][0])
 
 
-def test_a_text_of_ones_own(pipeline, run, tmp_path):
+def test_custom_text_file(pipeline, run, tmp_path):
     (tmp_path / "a.txt").write_text("the river carries a stone under the bridge " * 9)
     code, out = run("eval", pipeline / "run", "--data", tmp_path / "a.txt", "--json")
     text = json.loads(out)["text"]
     assert code == 0
     assert text["documents"] == 1
     assert text["bits_per_byte"]["low"] is None
-    # The baselines count the training text that the model's manifests lead to.
+    # The baselines count the training text found through the model's manifests.
     assert text["baselines"]["train_bytes"] > text["bytes"]
 
 
-def test_fewer_documents_are_drawn_evenly(pipeline, run):
+def test_max_documents_samples_evenly(pipeline, run):
     code, out = run("eval", pipeline / "run", "--json", "--no-baselines", "--max-documents", 5)
     assert code == 0
     text = json.loads(out)["text"]
@@ -153,7 +153,7 @@ def test_fewer_documents_are_drawn_evenly(pipeline, run):
     assert text["documents"] == len(texts) == 5
     everything, _ = read_held_out_by_source(pipeline / "data")
     assert {*texts} < {*read_held_out_by_source(pipeline / "data", limit=9)[0]} < {*everything}
-    # The figures of the sources, each of which has some of the five, add up to that of all.
+    # Per-source results, each over some of the five, add up to the total.
     assert text["by_source"].keys() == {*sources} == {"text.jsonl", "few.jsonl"}
     sizes = [len(document.encode()) for document in texts]
     bits = sum(text["by_source"][source]["value"] * size for source, size in zip(sources, sizes)) / sum(sizes)
@@ -166,12 +166,12 @@ def test_bounds_decide_the_exit_code(pipeline, run):
     assert code == 0
     assert "text.jsonl" in out
     assert "few.jsonl" in out
-    with pytest.raises(CheckFailed, match=r"bits per byte are more than 0\.5") as error:
+    with pytest.raises(CheckFailed, match=r"bits per byte exceed 0\.5") as error:
         run(*words, "--max-bits-per-byte", 0.5)
     assert error.value.exit_code == 1
     code, out = run(*words, "--max-bits-per-byte", 0.5, "--json")
     assert code == 1
-    assert "more than 0.5" in json.loads(out)["failed"][0]
+    assert "exceed 0.5" in json.loads(out)["failed"][0]
 
 
 @pytest.mark.parametrize(
@@ -181,27 +181,27 @@ def test_bounds_decide_the_exit_code(pipeline, run):
         (("run", "--compare", "run-9"), CheckpointError, "no such folder"),
         (("data", "--task", "none.jsonl"), DataError, "no such file"),
         (("run", "--data", "none.txt"), DataError, "no such file"),
-        (("run", "--data", "tokenizer"), DataError, "is no folder of `maxlm data build`"),
+        (("run", "--data", "tokenizer"), DataError, "is not a folder of `maxlm data build`"),
         (("run", "--output", "data"), DataError, "is a folder"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(pipeline, run, words, kind, message):
+def test_mistakes_raise_one_sentence_errors(pipeline, run, words, kind, message):
     words = [word if word.startswith("--") else str(pipeline / word) for word in words]
     with pytest.raises(kind, match=message) as error:
         run("eval", *words)
     assert error.value.exit_code == 2
 
 
-def test_a_model_that_does_not_lead_to_data(pipeline, run, tmp_path):
+def test_model_without_known_training_data(pipeline, run, tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(DataError, match="--data"):
         run("eval", tmp_path / "model")
 
 
-def test_the_report_of_a_run(pipeline, run):
+def test_report_of_a_run(pipeline, run):
     code, out = run("report", pipeline / "run", "--json")
     assert code == 0
     assert json.loads(out)["report"] == str(pipeline / "run" / "report.html")
     page = (pipeline / "run" / "report.html").read_text(encoding="utf-8")
-    for told in ("data/documents", "tokenizer", "train/pretrain", "Bits per byte", "same hash"):
-        assert told in page, told
+    for text in ("data/documents", "tokenizer", "train/pretrain", "Bits per byte", "same hash"):
+        assert text in page, text

@@ -1,4 +1,4 @@
-"""Bits per byte count every byte of every document once, however documents are windowed and packed."""
+"""Bits per byte count every byte of every document once, regardless of windowing and packing."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from maxlm.eval.likelihood import bits_per_byte, likelihood_difference
 
 
 def naive_bits(model, text: str) -> float:
-    """One document by itself, one window at a time, softmax in float64 over the whole logits."""
+    """One document alone, one window at a time, float64 softmax over all logits."""
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(text), model.tokenizer.eos_id]
     context, bits, start, done = model.config.max_length, 0.0, 0, 1
     while done < len(ids):
@@ -25,7 +25,7 @@ def naive_bits(model, text: str) -> float:
     return bits
 
 
-def test_equals_a_plain_computation_document_by_document(model, sentences):
+def test_matches_a_naive_computation_per_document(model, sentences):
     texts = [*sentences[:25], " ".join(sentences[:9]), "", "x", "naïve 橋 \n\n\ttabs"]
     result = bits_per_byte(model, texts)
     expected = np.array([naive_bits(model, text) for text in texts])
@@ -36,7 +36,7 @@ def test_equals_a_plain_computation_document_by_document(model, sentences):
     assert result.perplexity.value == pytest.approx(2 ** (expected.sum() / tokens), rel=1e-4)
 
 
-def test_a_long_document_is_predicted_once_through_overlapping_windows(model, sentences):
+def test_long_document_is_scored_once_by_overlapping_windows(model, sentences):
     text = " ".join(sentences)
     assert len(model.tokenizer.encode(text)) > 20 * model.config.max_length
     result = bits_per_byte(model, [text])
@@ -45,12 +45,12 @@ def test_a_long_document_is_predicted_once_through_overlapping_windows(model, se
     assert result.bits_per_byte.low is None
 
 
-def test_a_document_does_not_depend_on_its_neighbours(model, sentences):
+def test_documents_are_scored_independently(model, sentences):
     alone = bits_per_byte(model, sentences[3:4]).bits[0]
     assert bits_per_byte(model, sentences).bits[3] == pytest.approx(alone, rel=1e-5)
 
 
-def test_a_difference_of_two_models_is_that_of_their_figures(model, other_model, sentences):
+def test_difference_of_two_models_matches_their_results(model, other_model, sentences):
     before, after = bits_per_byte(model, sentences), bits_per_byte(other_model, sentences)
     difference = likelihood_difference(before, after)
     assert difference.value == pytest.approx(after.bits_per_byte.value - before.bits_per_byte.value)
@@ -59,6 +59,6 @@ def test_a_difference_of_two_models_is_that_of_their_figures(model, other_model,
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
-def test_no_text_is_a_mistake(model):
+def test_no_text_raises(model):
     with pytest.raises(DataError, match="no text"):
         bits_per_byte(model, ["", ""])

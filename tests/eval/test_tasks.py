@@ -1,4 +1,4 @@
-"""Task files are read strictly; answers are judged as they are written, and choices by their log-probability."""
+"""Strict parsing of task files; exact-match scoring of answers, and choices by log-probability."""
 
 import json
 
@@ -37,37 +37,37 @@ def test_reads_prompts_chats_and_choices(tmp_path):
     [
         ({"answer": "4"}, "either prompt or messages"),
         ({"prompt": "a", "messages": CHAT, "answer": "b"}, "either prompt or messages"),
-        ({"prompt": "", "answer": "b"}, "prompt must be a text"),
-        ({"prompt": "a"}, "answer must be a text"),
-        ({"prompt": "a", "answer": 4}, "answer must be a text"),
+        ({"prompt": "", "answer": "b"}, "prompt must be a non-empty string"),
+        ({"prompt": "a"}, "answer must be a non-empty string"),
+        ({"prompt": "a", "answer": 4}, "answer must be a non-empty string"),
         ({"prompt": "a", "choices": ["b"], "answer": 0}, "two or more"),
-        ({"prompt": "a", "choices": ["b", "c"], "answer": 2}, "index of the right choice, 0 to 1"),
-        ({"prompt": "a", "choices": ["b", "c"], "answer": True}, "index of the right choice"),
+        ({"prompt": "a", "choices": ["b", "c"], "answer": 2}, "index of the correct choice, 0 to 1"),
+        ({"prompt": "a", "choices": ["b", "c"], "answer": True}, "index of the correct choice"),
         ({"messages": [{"role": "user"}], "answer": "b"}, "role and content"),
         ({"messages": "hello", "answer": "b"}, "list of objects"),
-        ({"prompt": "a", "answer": "b", "kind": 3}, "kind must be a text"),
+        ({"prompt": "a", "answer": "b", "kind": 3}, "kind must be a string"),
         ([1], "JSON object"),
     ],
 )
-def test_a_mistake_is_told_with_its_line(tmp_path, record, message):
+def test_mistake_is_reported_with_its_line(tmp_path, record, message):
     path = write(tmp_path / "a.jsonl", {"prompt": "a", "answer": "b"}, record)
     with pytest.raises(DataError, match=message) as error:
         read_examples(path)
     assert str(error.value).startswith(f"{path}:2: ")
 
 
-def test_unknown_keys_are_refused_unless_they_are_to_be_ignored(tmp_path):
+def test_unknown_keys_raise_unless_ignored(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": "a", "answer": "b", "id": 7, "anwser": "c"})
     with pytest.raises(DataError, match=r"a\.jsonl:1: the record has the unknown key 'anwser'; did you mean 'answer'"):
         read_examples(path)
     assert read_examples(path, ignore_keys=["anwser"]) == [Example("a", "b")]
 
 
-def test_files_that_are_no_task_files(tmp_path):
+def test_invalid_task_files_raise(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         read_examples(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(DataError, match="holds no examples"):
+    with pytest.raises(DataError, match="has no examples"):
         read_examples(tmp_path / "empty.jsonl")
     (tmp_path / "text.jsonl").write_text("hello\n")
     with pytest.raises(DataError, match=r"text\.jsonl:1: is not JSON"):
@@ -79,7 +79,7 @@ def test_files_that_are_no_task_files(tmp_path):
         read_examples(mixed)
 
 
-def test_an_answer_is_right_when_it_is_what_the_model_writes(model):
+def test_answer_is_correct_if_it_matches_the_generated_text(model):
     prompts = ["the river", "water", CHAT, "a stone under"]
     written = model.generate(prompts, max_new_tokens=6)
     examples = [
@@ -98,7 +98,7 @@ def test_an_answer_is_right_when_it_is_what_the_model_writes(model):
     assert result.too_long == 0
 
 
-def test_an_example_longer_than_the_context_counts_as_wrong(model, sentences):
+def test_example_longer_than_the_context_counts_as_wrong(model, sentences):
     long = Example(" ".join(sentences), "x")
     short = Example("the river", "x")
     result = answer_by_generation(model, [long, short, long], max_new_tokens=4)
@@ -110,7 +110,7 @@ def test_an_example_longer_than_the_context_counts_as_wrong(model, sentences):
     assert result.correct[0] == 0
 
 
-def test_the_likeliest_choice_is_taken(model):
+def test_most_likely_choice_is_taken(model):
     choices = (" stone", " water and light", " falls")
     examples = [Example(prompt, choices[1], choices) for prompt in ("the river", "a", "under the light")]
     examples.append(Example(CHAT, choices[2], choices))
@@ -122,13 +122,13 @@ def test_the_likeliest_choice_is_taken(model):
 
 
 def naive_log_probability(model, prompt, choice: str) -> float:
-    """Of the choice's tokens, from whole logits in float64."""
+    """Sum over the choice's tokens, from all logits in float64."""
     if isinstance(prompt, str):
         before, ids = model.encode(prompt), model.encode(prompt + choice)
     else:
         before = model.encode(prompt)
         ids = before + model.tokenizer.encode(choice)
-    # Where the tokenizer joins the seam, the joined token belongs to the choice.
+    # A token that spans the boundary belongs to the choice.
     first = next((i for i, (a, b) in enumerate(zip(before, ids)) if a != b), len(before))
     logits = model.logits(np.array([ids]))[0].astype(np.float64)
     log_softmax = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -1,4 +1,4 @@
-"""A run folder, its tokenizer and its data, all made by the real stages, and small."""
+"""A small run folder, its tokenizer and its data, made by the real stages."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ WORDS = TEXT.split()
 
 @dataclass(frozen=True)
 class Run:
-    """A saved model and what it was made with."""
+    """A saved model and its inputs."""
 
     path: Path
     data: Path
@@ -49,7 +49,7 @@ def small_config(**changes) -> ModelConfig:
 
 
 def draw_model(config: ModelConfig) -> Decoder:
-    """Random weights; larger embeddings than at the start of training set the tokens apart from one another."""
+    """Random weights, with larger embeddings than at initialization to separate the tokens."""
     model = initialize(Decoder(config), jax.random.key(0))
     model.embedding = model.embedding * 10
     return model
@@ -91,7 +91,7 @@ def make_data(folder: Path, tokenizer_folder: Path, **changes) -> Path:
 def save_run(
     folder: Path, model: Decoder, *, tokenizer_folder: Path, objective: dict, inputs: dict, adapters=None, **changes
 ) -> Path:
-    """A run folder as training leaves it; with `adapters`, only they are saved."""
+    """A run folder as written by training; with `adapters`, only they are saved."""
     config = parse_config(
         {
             "kind": "train",

@@ -1,4 +1,4 @@
-"""The bundle on disk, and the quantised model in memory."""
+"""The bundle on disk, and the quantized model in memory."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def leaves(model):
 
 class TestQuantizedModel:
     @pytest.mark.parametrize("changes", SHAPES)
-    def test_every_matrix_and_no_norm_is_quantised(self, changes):
+    def test_all_matrices_and_no_norms_are_quantized(self, changes):
         model = draw_model(small_config(vocab_size=50, **changes))
         quantized = leaves(quantize_model(model))
         num_matrices = sum("norm" not in path for path in flatten(model))
@@ -51,7 +51,7 @@ class TestQuantizedModel:
             else:
                 assert leaf.dtype == jnp.float32
 
-    def test_a_matrix_left_in_float_fails_loudly(self, monkeypatch):
+    def test_matrix_left_in_float_raises(self, monkeypatch):
         model = draw_model(small_config(vocab_size=50))
         with pytest.raises(CheckFailed, match="8 matrices were not quantized, embedding first"):
             check_quantized(model)
@@ -77,8 +77,8 @@ class TestQuantizedModel:
         assert 0 < error < 0.02 * float_logits.std()
 
     @pytest.mark.parametrize("changes", SHAPES)
-    def test_decoding_with_a_cache_agrees_with_the_whole_pass(self, changes):
-        """One token at a time and one row: the shapes in which a product has a single row."""
+    def test_cached_decoding_matches_the_full_forward_pass(self, changes):
+        """One token at a time and one row: the shapes in which a matrix product has a single row."""
         config = small_config(vocab_size=50, **changes)
         model = quantize_model(draw_model(config))
         tokens = jax.random.randint(jax.random.key(1), (1, 12), 0, 50)
@@ -95,11 +95,11 @@ class TestQuantizedModel:
         for position in range(5, 12):
             logits, cache = step(model, cache, tokens[:, position], jnp.array([position]))
             outputs.append(logits[:, None])
-        # A last-bit difference before a rounding to int8 may move a value by a whole step.
+        # A last-bit difference before rounding to int8 may move a value by a whole step.
         np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), whole, atol=0.02 * float(whole.std()))
 
-    def test_is_the_model_with_dequantised_weights_but_for_activations(self):
-        """Against float weights of values * scales only the rounding of activations is left: next to nothing."""
+    def test_matches_the_model_with_dequantized_weights(self):
+        """Against float weights of values * scales only activation rounding remains, which is negligible."""
         model = draw_model(small_config(vocab_size=50))
         quantized = quantize_model(model)
         flat = {
@@ -139,7 +139,7 @@ def edit_index(folder, **changes):
 
 
 class TestLoading:
-    def test_gives_back_what_was_written(self, written, run):
+    def test_round_trip(self, written, run):
         folder, quantized = written
         loaded, tokenizer = load_bundle(folder)
         assert tokenizer.fingerprint == run.tokenizer.fingerprint
@@ -148,7 +148,7 @@ class TestLoading:
             assert got.dtype == wanted.dtype
             np.testing.assert_array_equal(got, wanted)
 
-    def test_gives_back_tables_of_16_bits(self, run, tmp_path):
+    def test_round_trip_of_16_bit_tables(self, run, tmp_path):
         quantized = quantize_model(run.model, "float16")
         write_bundle(tmp_path, quantized, run.tokenizer, receipt={})
         loaded, _ = load_bundle(tmp_path)
@@ -158,7 +158,7 @@ class TestLoading:
         tokens = jnp.arange(12)[None]
         np.testing.assert_array_equal(logits_of(loaded, tokens), logits_of(quantized, tokens))
 
-    def test_names_and_layout_are_plain_safetensors(self, written, run):
+    def test_weights_are_plain_safetensors(self, written, run):
         tensors = load_file(written[0] / "model.safetensors")
         assert tensors["layers/attention/query/values"].shape == (2, 32, 32)
         assert tensors["layers/mlp/up/values"].shape == (2, 48, 32)
@@ -166,23 +166,23 @@ class TestLoading:
         assert tensors["embedding/values"].shape == (run.tokenizer.vocab_size, 32)
         assert tensors["layers/mlp_norm"].shape == (2, 32)
 
-    def test_who_may_read_one_file_may_read_all(self, written):
+    def test_all_files_have_the_same_permissions(self, written):
         modes = {path.stat().st_mode for path in written[0].iterdir() if path.is_file()}
         assert len(modes) == 1
 
-    def test_without_an_index_it_is_no_bundle(self, written):
+    def test_folder_without_an_index_is_not_a_bundle(self, written):
         (written[0] / "bundle.json").unlink()
         with pytest.raises(CheckpointError, match=r"is not an int8 bundle: it has no bundle\.json"):
             load_bundle(written[0])
 
     @pytest.mark.parametrize("text", ["", "{", '{"format": "maxlm/int8", "version": 2}', "[]"])
-    def test_a_damaged_index(self, written, text):
+    def test_damaged_index(self, written, text):
         (written[0] / "bundle.json").write_text(text)
         with pytest.raises(CheckpointError, match="export the model again"):
             load_bundle(written[0])
 
     @pytest.mark.parametrize("changes", [{"version": 1}, {"version": 3}, {"format": "other"}])
-    def test_an_unknown_version(self, written, changes):
+    def test_unknown_version(self, written, changes):
         edit_index(written[0], **changes)
         with pytest.raises(CheckpointError, match="this release reads maxlm/int8 version 2"):
             load_bundle(written[0])
@@ -193,7 +193,7 @@ class TestLoading:
             load_bundle(written[0])
 
     @pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])
-    def test_weights_cut_short(self, written, kept):
+    def test_truncated_weights(self, written, kept):
         file = written[0] / "model.safetensors"
         data = file.read_bytes()
         file.write_bytes(data[: int(len(data) * kept)])
@@ -208,7 +208,7 @@ class TestLoading:
         with pytest.raises(CheckpointError, match="differs from what was exported"):
             load_bundle(written[0])
 
-    def test_a_tensor_too_few_or_too_many(self, written):
+    def test_missing_or_extra_tensor(self, written):
         file = written[0] / "model.safetensors"
         tensors = load_file(file)
         save_file({name: tensor for name, tensor in tensors.items() if name != "final_norm"}, file)
@@ -218,7 +218,7 @@ class TestLoading:
         with pytest.raises(CheckpointError, match="has, in addition to its model, the tensor extra"):
             load_bundle(written[0])
 
-    def test_a_model_of_another_shape(self, written, run):
+    def test_model_of_another_shape(self, written, run):
         edit_index(written[0], model=run.model.config.model_dump(mode="json") | {"mlp_dim": 64})
         with pytest.raises(CheckpointError, match=r"layers/mlp/.* but the model needs"):
             load_bundle(written[0])
@@ -229,7 +229,7 @@ class TestLoading:
         with pytest.raises(CheckpointError, match="does not describe a model"):
             load_bundle(written[0])
 
-    def test_a_tokenizer_that_is_missing_or_another(self, written):
+    def test_missing_or_different_tokenizer(self, written):
         edit_index(written[0], tokenizer_fingerprint="0" * 32)
         with pytest.raises(CheckpointError, match="not the one it was exported with"):
             load_bundle(written[0])

@@ -1,4 +1,4 @@
-"""`maxlm export --format int8`: what it writes, what it measures, and what it refuses."""
+"""`maxlm export --format int8`: bundles, receipts and errors."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
-def test_the_receipt_is_that_of_whole_logits_in_float64(run, exported):
+def test_receipt_matches_full_logits_in_float64(run, exported):
     """Every held-out row (there are fewer than would be sampled), all logits at once, means by loss weight."""
     _, receipt = exported
     quantized = quantize_model(run.model)
@@ -53,7 +53,7 @@ def test_the_receipt_is_that_of_whole_logits_in_float64(run, exported):
         np.concatenate([batch[name] for batch in batches])
         for name in ("tokens", "targets", "loss_weights", "segment_ids", "positions")
     )
-    # The document of each token, by its place in the stream: a document that goes on in the next row is the same one.
+    # The document of each token, by its position in the stream: a document that spans rows is one document.
     firsts = [rows.documents(step)[0].ordinal for step in range(rows.num_steps)]
     documents = np.array(firsts)[:, None] + segments - 1
     assert segments.max() > 1
@@ -72,7 +72,7 @@ def test_the_receipt_is_that_of_whole_logits_in_float64(run, exported):
     assert receipt.num_tokens == counted.sum()
     assert receipt.num_units == len(np.unique(documents[counted]))
     assert receipt.perplexity_float == pytest.approx(np.exp(losses[0]), rel=1e-5)
-    # An activation half-way between two int8 values rounds as the compiler orders its sums: that moves one token's loss
+    # An activation halfway between two int8 values rounds by the compiler's summation order: this moves a token's loss
     # by 0.01 nats, the mean of these thousands by some 1e-6.
     assert receipt.perplexity_int8 == pytest.approx(np.exp(losses[1]), rel=5e-5)
     assert receipt.perplexity_change == pytest.approx(np.exp(losses[1]) / np.exp(losses[0]) - 1, abs=5e-5)
@@ -93,7 +93,7 @@ def test_the_receipt_is_that_of_whole_logits_in_float64(run, exported):
         assert got.bounds == pytest.approx(wanted.bounds, abs=tolerance)
 
 
-def test_the_receipt_does_not_depend_on_how_the_rows_are_cut(run, monkeypatch):
+def test_receipt_does_not_depend_on_batches_and_chunks(run, monkeypatch):
     from maxlm.export import held_out, receipt
 
     quantized = quantize_model(run.model)
@@ -109,11 +109,11 @@ def test_the_receipt_does_not_depend_on_how_the_rows_are_cut(run, monkeypatch):
     cut = measure()
     for name in ("kind", "num_tokens", "num_units", "dtypes"):
         assert cut.pop(name) == whole.pop(name)
-    # Logits that differ in the last bit may be rounded to another int8 in the layers; hence not equal.
+    # Values that differ in the last bit may round to another int8 in the layers, so the receipts are only close.
     assert cut == pytest.approx(whole, rel=5e-3, abs=1e-4)
 
 
-def test_a_model_costs_nothing_against_itself(run):
+def test_model_has_no_loss_against_itself(run):
     found = read_held_out([run.data], run.tokenizer, max_length=64, max_tokens=128)
     receipt = Receipt.measure(run.model, run.model, found.batches(), kind="documents")
     assert receipt.change.bounds == (0, 0)
@@ -121,8 +121,8 @@ def test_a_model_costs_nothing_against_itself(run):
     assert receipt.top1_agreement == 1
 
 
-def test_operands_of_fewer_bits_are_no_cost_of_int8(run, exported):
-    """The float model's own rounding when it is served is in neither side."""
+def test_low_precision_operands_do_not_count_as_int8_loss(run, exported):
+    """Neither side includes the float model's own rounding in serving."""
     config = run.model.config.model_copy(update={"activation_dtype": "bfloat16", "matmul_dtype": "bfloat16"})
     rounded = jax.tree.unflatten(jax.tree.structure(Decoder(config)), jax.tree.leaves(run.model))
     found = read_held_out([run.data], run.tokenizer, max_length=64, max_tokens=1 << 16)
@@ -136,7 +136,7 @@ class TestBundle:
         assert 0.25 < receipt.bytes_int8 / receipt.bytes_float < 0.35
         assert (output / "model.safetensors").stat().st_size < receipt.bytes_int8 + 4096
 
-    def test_holds_the_quantised_weights_of_the_run(self, run, exported):
+    def test_has_the_quantized_weights_of_the_run(self, run, exported):
         bundle, _ = load_bundle(exported[0])
         weights = flatten(run.model)
         for path in ("layers/attention/query", "layers/attention/out", "layers/mlp/down", "embedding"):
@@ -150,7 +150,7 @@ class TestBundle:
         np.testing.assert_array_equal(bundle.final_norm, run.model.final_norm)
         assert bundle.config == run.model.config
 
-    def test_says_what_it_was_made_of(self, run, exported):
+    def test_manifest_names_its_inputs(self, run, exported):
         output, receipt = exported
         manifest = read_manifest(output)
         assert manifest["stage"] == "export/int8"
@@ -167,7 +167,7 @@ class TestBundle:
         assert first == again
         assert len(model.encode(first[0])) > 1
 
-    def test_a_better_export_replaces_it_whole(self, run, tmp_path):
+    def test_new_export_replaces_the_bundle(self, run, tmp_path):
         output = tmp_path / "int8"
         export_model(run.path, output, data=run.data)
         (output / "left-over").write_text("of the old bundle")
@@ -190,15 +190,15 @@ class TestBounds:
         ("change", "kl"),
         [
             ((0.004, 0.003, 0.005), (0.009, 0.008, 0.01)),
-            # An interval that reaches within the bound shows nothing, whatever its middle says.
+            # An interval that overlaps the bound shows no violation, wherever its center is.
             ((0.0058, 0.0048, 0.0068), (0.001, 0.001, 0.001)),
             ((-0.0058, -0.0068, -0.0048), (0.001, 0.001, 0.001)),
             ((0.0, 0.0, 0.0), (0.011, 0.0099, 0.012)),
-            # One document tells no spread.
+            # One document gives no interval.
             ((0.005, None, None), (0.01, None, None)),
         ],
     )
-    def test_what_may_lie_within_bounds_passes(self, change, kl):
+    def test_interval_overlapping_the_bounds_passes(self, change, kl):
         check_receipt(a_receipt(change, kl), **BOUNDS)
 
     @pytest.mark.parametrize(
@@ -215,13 +215,13 @@ class TestBounds:
             ((float("inf"),) * 3, (0.001, 0.001, 0.001)),
         ],
     )
-    def test_what_lies_beyond_either_as_a_whole_fails(self, change, kl):
+    def test_interval_outside_either_bound_fails(self, change, kl):
         with pytest.raises(ReceiptOutOfBounds, match="no bundle was written") as caught:
             check_receipt(a_receipt(change, kl), **BOUNDS)
         assert caught.value.exit_code == 1
         assert caught.value.receipt.perplexity_change is change[0]
 
-    def test_says_how_far_it_is_off(self):
+    def test_error_reports_the_measurements(self):
         with pytest.raises(ReceiptOutOfBounds) as caught:
             check_receipt(a_receipt((0.006, 0.0051, 0.007), (0.001, 0.0009, 0.0011)), **BOUNDS)
         assert str(caught.value) == (
@@ -229,8 +229,8 @@ class TestBounds:
             " 0.00100 [0.00090, 0.00110] nats (at most 0.01000) on 30 documents, so no bundle was written"
         )
 
-    def test_tables_have_16_bits_where_8_are_too_few(self, run, exported, tmp_path):
-        """A bound between the two receipts: the weights alone cost less than the weights with the tables."""
+    def test_tables_fall_back_to_16_bits(self, run, exported, tmp_path):
+        """With a bound between the two receipts: 8-bit weights alone lose less than with 8-bit tables."""
         eight = exported[1]
         limit = eight.mean_kl_low * 0.999
         sixteen = export_model(run.path, tmp_path / "int8", data=run.data, max_mean_kl=limit)
@@ -242,12 +242,12 @@ class TestBounds:
         assert sixteen.bytes_int8 - eight.bytes_int8 == size - 4 * run.model.config.vocab_size
         assert load_bundle(tmp_path / "int8")[0].embedding.dtype == np.float16
 
-    def test_nothing_is_left_behind(self, run, tmp_path):
+    def test_failed_export_leaves_nothing_behind(self, run, tmp_path):
         with pytest.raises(ReceiptOutOfBounds):
             export_model(run.path, tmp_path / "int8", data=run.data, max_mean_kl=1e-9)
         assert not list(tmp_path.iterdir())
 
-    def test_an_earlier_bundle_stays(self, run, tmp_path):
+    def test_failed_export_keeps_an_earlier_bundle(self, run, tmp_path):
         export_model(run.path, tmp_path / "int8", data=run.data)
         before = read_manifest(tmp_path / "int8")
         with pytest.raises(ReceiptOutOfBounds):
@@ -256,18 +256,18 @@ class TestBounds:
         load_bundle(tmp_path / "int8")
 
 
-class TestRefuses:
-    def test_a_folder_that_is_no_bundle(self, run, tmp_path):
+class TestInvalidInputs:
+    def test_output_that_is_not_a_bundle(self, run, tmp_path):
         (tmp_path / "precious.txt").write_text("mine")
         with pytest.raises(ConfigError, match="exists and is not an int8 bundle"):
             export_model(run.path, tmp_path, data=run.data)
         assert (tmp_path / "precious.txt").read_text() == "mine"
 
-    def test_a_bundle_as_model(self, exported, run, tmp_path):
-        with pytest.raises(CheckpointError, match="is an int8 bundle already"):
+    def test_bundle_as_model(self, exported, run, tmp_path):
+        with pytest.raises(CheckpointError, match="is already an int8 bundle"):
             export_model(exported[0], tmp_path / "again", data=run.data)
 
-    def test_a_folder_without_a_model(self, run, tmp_path):
+    def test_folder_without_a_model(self, run, tmp_path):
         with pytest.raises(CheckpointError, match="no complete checkpoint"):
             export_model(run.data, tmp_path / "int8", data=run.data)
 
@@ -280,7 +280,7 @@ class TestRefuses:
 
     def test_rows_longer_than_the_context(self, run, tmp_path):
         data = make_data(tmp_path / "data", run.path / "tokenizer", row_length=65)
-        with pytest.raises(DataError, match="longer than the model's context of 64"):
+        with pytest.raises(DataError, match="exceed the model's context of 64"):
             export_model(run.path, tmp_path / "int8", data=data)
 
     def test_data_without_held_out_rows(self, run, tmp_path):
@@ -303,7 +303,7 @@ class TestCommandLine:
             "perplexity",
             "KL, mean",
             "nats",
-            "same likeliest token",
+            "same top-1 token",
             f"{receipt['num_units']} documents",
             change,
         ):
@@ -317,7 +317,7 @@ class TestCommandLine:
         printed = json.loads(capsys.readouterr().out)
         assert printed == read_manifest(tmp_path / "int8")["metrics"]
 
-    def test_out_of_bounds_prints_the_receipt_and_fails_with_1(self, run, tmp_path, capsys):
+    def test_out_of_bounds_prints_the_receipt_and_exits_with_1(self, run, tmp_path, capsys):
         assert main(self.command(run, tmp_path / "int8", "--max-mean-kl", "0", "--json")) == 1
         captured = capsys.readouterr()
         printed = json.loads(captured.out)
@@ -327,19 +327,19 @@ class TestCommandLine:
         assert len(captured.err.strip().splitlines()) == 1
         assert not list(tmp_path.iterdir())
 
-    def test_a_mistake_is_one_sentence_and_2(self, run, tmp_path, capsys):
+    def test_mistake_is_one_sentence_and_exit_code_2(self, run, tmp_path, capsys):
         assert main(["export", str(tmp_path / "nothing"), str(tmp_path / "out"), "--data", str(run.data)]) == 2
         assert "there is no such folder" in capsys.readouterr().err
 
     @pytest.mark.parametrize("wrong", [("--max-tokens", "0"), ("--max-mean-kl", "-1"), ("--max-mean-kl", "nan")])
-    def test_a_setting_out_of_range(self, run, tmp_path, capsys, wrong):
+    def test_setting_out_of_range(self, run, tmp_path, capsys, wrong):
         with pytest.raises(SystemExit) as caught:
             main(self.command(run, tmp_path / "int8", *wrong))
         assert caught.value.code == 2
         assert "must be" in capsys.readouterr().err
 
 
-def test_an_adapted_run_is_exported_with_its_adapters_merged(run, tmp_path):
+def test_adapters_are_merged_on_export(run, tmp_path):
     lora = LoraConfig(rank=2, alpha=4.0, targets=("query", "down"))
     adapters = initialize(declare_adapters(Decoder(run.model.config), lora), jax.random.key(5))
     adapters = jax.tree.map(lambda leaf: leaf + 0.1, adapters)
@@ -365,7 +365,7 @@ def test_an_adapted_run_is_exported_with_its_adapters_merged(run, tmp_path):
 
 @pytest.fixture(scope="module")
 def chats(run, tmp_path_factory):
-    """A file of 30 chats beside training data of the same kind, and what SFT and GRPO leave after it."""
+    """Training and validation files of chats, and run folders as written by SFT and GRPO."""
     folder = tmp_path_factory.mktemp("chats")
     words = ["fox", "dog", "wizard", "judge"]
     lines = [
@@ -400,7 +400,7 @@ def chats(run, tmp_path_factory):
 
 
 class TestHeldOut:
-    def test_chats_are_measured_on_what_the_assistant_says(self, chats, run, tmp_path):
+    def test_chats_are_compared_on_assistant_tokens(self, chats, run, tmp_path):
         receipt = export_model(chats / "sft", tmp_path / "int8", data=chats / "valid.jsonl", max_perplexity_change=1.0)
         encoded = [
             run.tokenizer.encode_chat(json.loads(line)["messages"])
@@ -411,7 +411,7 @@ class TestHeldOut:
         assert receipt.num_tokens == sum(sum(chat.loss_weights) for chat in encoded)
         assert receipt.perplexity_change_low < receipt.perplexity_change < receipt.perplexity_change_high
 
-    def test_a_document_in_many_rows_is_one_unit(self, run):
+    def test_document_in_many_rows_is_one_unit(self, run):
         found = read_held_out([run.data], run.tokenizer, max_length=64, max_tokens=1 << 16)
         rows = open_in_order([run.data], batch_size=1)
         ordinals = {item.ordinal for step in range(rows.num_steps) for item in rows.documents(step)}
@@ -422,38 +422,38 @@ class TestHeldOut:
             last = found.rows.positions[inside & (found.units == unit)]
             assert len(last) >= last.max()
 
-    def test_so_many_rows_are_read_as_the_tokens_allow(self, chats, run):
+    def test_max_tokens_limits_the_rows(self, chats, run):
         for path, length in ((run.data, 32), (chats / "valid.jsonl", 64)):
             for num_rows in (1, 3):
                 found = read_held_out([path], run.tokenizer, max_length=64, max_tokens=num_rows * length + 1)
                 assert found.rows.tokens.shape == found.units.shape == (num_rows, length)
         assert len(read_held_out([run.data], run.tokenizer, max_length=64, max_tokens=1).units) == 1
 
-    def test_without_data_it_is_what_the_run_was_validated_on(self, chats, run):
+    def test_default_data_is_the_validation_data_of_the_run(self, chats, run):
         assert [path.resolve() for path in find_held_out(run.path)] == [run.data]
         for name in ("sft", "align"):
             assert [path.resolve() for path in find_held_out(chats / name)] == [chats / "valid.jsonl"]
 
-    def test_it_is_found_after_all_has_moved(self, chats, run, tmp_path):
+    def test_validation_data_is_found_after_a_move(self, chats, run, tmp_path):
         shutil.copytree(chats, tmp_path / "moved", symlinks=True)
         (found,) = find_held_out(tmp_path / "moved" / "align")
         assert found.resolve() == tmp_path / "moved" / "valid.jsonl"
 
     @pytest.mark.parametrize("name", ["unchecked", "direct"])
-    def test_a_chat_model_is_not_judged_on_documents(self, chats, tmp_path, name):
-        with pytest.raises(DataError, match=r"leads to no file of held-out chats; name held-out .* with --data"):
+    def test_chat_model_is_not_compared_on_documents(self, chats, tmp_path, name):
+        with pytest.raises(DataError, match=r"names no file of held-out chats; give held-out .* with --data"):
             export_model(chats / name, tmp_path / "int8")
 
-    def test_what_is_gone_is_named(self, chats, tmp_path):
+    def test_missing_validation_data_is_named(self, chats, tmp_path):
         shutil.copytree(chats, tmp_path / "moved", symlinks=True)
         (tmp_path / "moved" / "valid.jsonl").unlink()
-        with pytest.raises(DataError, match=r"valid\.jsonl: .* was validated on it, and it is not there"):
+        with pytest.raises(DataError, match=r"valid\.jsonl: does not exist, but .* was validated on it"):
             find_held_out(tmp_path / "moved" / "align")
         (tmp_path / "moved" / "align" / "manifest.json").unlink()
-        with pytest.raises(DataError, match=r"has no manifest\.json that tells what it was validated on"):
+        with pytest.raises(DataError, match=r"has no manifest\.json that names its validation data"):
             find_held_out(tmp_path / "moved" / "align")
 
-    def test_a_file_of_something_else(self, run, tmp_path):
+    def test_file_without_chats(self, run, tmp_path):
         (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "answer": "b"}\n', encoding="utf-8")
         with pytest.raises(DataError, match=r"prompts\.jsonl:1: lacks 'messages'"):
             export_model(run.path, tmp_path / "int8", data=tmp_path / "prompts.jsonl")

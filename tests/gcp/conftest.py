@@ -1,4 +1,4 @@
-"""Jobs to build commands from, and a stand-in worker: a home folder with stubs for the programs of a TPU image."""
+"""Jobs to build commands from, and a fake worker: a home folder with stubs for the programs of a TPU image."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from maxlm_gcp.job import Tpu, TpuJob
 
-# Stands for `python3 -m pip`, `-m uv venv` and `-m uv pip`: makes an environment whose maxlm records how it was called.
+# Stub for `python3 -m pip`, `-m uv venv` and `-m uv pip`: makes an environment whose maxlm records its calls.
 PYTHON_STUB = f"""#!{sys.executable}
 import os, sys
 with open(os.path.join(os.environ["HOME"], "python.calls"), "a") as calls:
@@ -41,7 +41,7 @@ def tpu() -> Tpu:
 
 @pytest.fixture
 def make_job(tpu, tmp_path):
-    """A job of which every field can be given; its code is an archive, so that no git folder is needed."""
+    """Make a job with any fields; its code is an archive, so that no git folder is needed."""
     archive = tmp_path / "code.tar.gz"
     (tmp_path / "train.yaml").write_text("kind: train\n")
     subprocess.run(["tar", "-czf", archive, "-C", tmp_path, "train.yaml"], check=True)
@@ -61,7 +61,7 @@ def make_job(tpu, tmp_path):
 
 @dataclass(frozen=True)
 class StubWorker:
-    """A folder that stands for the home of one worker."""
+    """A folder used as the home of one worker."""
 
     home: Path
 
@@ -70,7 +70,7 @@ class StubWorker:
         return {**os.environ, "HOME": str(self.home), "PATH": f"{self.home / 'bin'}:/usr/bin:/bin"}
 
     def run(self, script: str) -> subprocess.CompletedProcess:
-        """Run what would be sent over ssh, the way sshd does: the login shell reads one string."""
+        """Run a script as sshd would: the login shell reads one string."""
         return subprocess.run(
             ["bash", "-c", script], cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=60
         )

@@ -1,7 +1,7 @@
-"""The real gcloud, against a stand-in of Google's API on this machine and workers that are folders.
+"""The real gcloud against a local fake of Google's API, with folders as workers.
 
-Everything between `submit` and the network is real: gcloud parses, asks, waits, and starts ssh and scp; only the
-servers, ssh and scp are stood in for.
+Everything between `submit` and the network is real: gcloud parses, sends requests, waits, and starts ssh and scp; only
+the servers, ssh and scp are fakes.
 """
 
 import http.server
@@ -41,7 +41,7 @@ cp "$source" "$WORKERS/${target%%:*}/${target#*:}"
 
 @dataclass
 class StandIn:
-    """What the API holds: at most one queued resource, and what was asked of it."""
+    """State of the fake API: at most one queued resource, and the requests it got."""
 
     address: str = ""
     resource: dict | None = None
@@ -105,7 +105,7 @@ def stand_in():
 
 @pytest.fixture
 def workers(stand_in, make_worker, tmp_path, monkeypatch):
-    """Two workers, and an environment in which gcloud knows this machine alone."""
+    """Two workers, and an environment in which gcloud reaches only this machine."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name, text in (("ssh", SSH_STUB), ("scp", SCP_STUB)):
@@ -126,7 +126,7 @@ def workers(stand_in, make_worker, tmp_path, monkeypatch):
     return [make_worker(tmp_path / "workers" / address) for address in WORKERS]
 
 
-def test_a_job_goes_on_after_a_failure_runs_on_all_workers_and_is_deleted(make_job, stand_in, workers):
+def test_job_resumes_after_a_failure_runs_on_all_workers_and_is_deleted(make_job, stand_in, workers):
     job = make_job(overrides=('note=it\'s  "here" $HOME',))
     python = workers[1].home / "bin" / "python3"
     python.rename(python.with_name("hidden"))
@@ -146,7 +146,7 @@ def test_a_job_goes_on_after_a_failure_runs_on_all_workers_and_is_deleted(make_j
     assert ("DELETE", f"{PLACE}/queuedResources/tiny-1") in stand_in.asked
 
 
-def test_what_is_asked_for_reaches_the_api_and_its_state_comes_back(make_job, tpu, stand_in, workers):
+def test_request_reaches_the_api_and_its_state_is_reported(make_job, tpu, stand_in, workers):
     job = make_job(accelerator_type="v6e-8", service_account="trainer@my-project.iam.gserviceaccount.com")
     assert status(tpu).state is None
     assert not delete(tpu)

@@ -1,4 +1,4 @@
-"""What is sent to a worker does, in a real shell, what it says; and the dry run is as it was."""
+"""Worker scripts run correctly in a real shell, and dry runs match the golden files."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from maxlm_gcp.submit import dry_run
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# Characters that a shell, gcloud's own splitting at blanks, or YAML could spoil.
+# Characters that a shell, gcloud's splitting at spaces, or YAML could corrupt.
 AWKWARD = (
     'optim.name=it\'s "quoted"',
     "note=two  blanks",
@@ -36,7 +36,7 @@ def wait_for(path: Path, *, seconds: float = 20) -> str:
 
 
 def ready(worker, job):
-    """A worker onto which the code was copied and installed."""
+    """A worker with the code copied and installed."""
     (worker.home / "maxlm-tiny-1.tar.gz").write_bytes(commands.archive_path(job).read_bytes())
     done = worker.run(commands.install_script(job))
     assert done.returncode == 0, done.stderr
@@ -65,7 +65,7 @@ def ready(worker, job):
         ("v6e-image", {"accelerator_type": "v6e-8", "runtime_version": "my-image"}, {}),
     ],
 )
-def test_the_dry_run_prints_these_commands(make_job, name, fields, options):
+def test_dry_run_matches_the_golden_file(make_job, name, fields, options):
     job = make_job(**fields)
     if name == "v5p-everything":
         job = replace(job, tpu=replace(job.tpu, internal_ips=True))
@@ -74,16 +74,16 @@ def test_the_dry_run_prints_these_commands(make_job, name, fields, options):
     golden = GOLDEN / f"{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.write_text(text)
-    assert text == golden.read_text(), f"UPDATE_GOLDEN=1 rewrites {golden.name}; look at the difference first"
+    assert text == golden.read_text(), f"UPDATE_GOLDEN=1 rewrites {golden.name}; review the diff first"
 
 
-def test_every_line_of_a_dry_run_is_a_whole_shell_command(make_job):
+def test_every_line_of_a_dry_run_is_a_complete_shell_command(make_job):
     for line in dry_run(make_job(overrides=AWKWARD[:-1]), delete_after=True):
         assert "\n" not in line
         assert subprocess.run(["bash", "-n", "-c", line]).returncode == 0
 
 
-def test_a_git_folder_is_packed_from_its_last_commit(make_job, tmp_path):
+def test_git_folder_is_packed_from_its_last_commit(make_job, tmp_path):
     code = tmp_path / "code"
     code.mkdir()
     (code / "train.yaml").write_text("kind: train\n")
@@ -101,7 +101,7 @@ def test_a_git_folder_is_packed_from_its_last_commit(make_job, tmp_path):
     assert listed.stdout.split() == ["train.yaml"]
 
 
-def test_installing_unpacks_installs_and_fetches_and_may_be_repeated(make_job, worker):
+def test_install_unpacks_installs_and_fetches_and_is_idempotent(make_job, worker):
     job = make_job(inputs={"data/my rows": "gs://my-bucket/packed"})
     folder = ready(worker, job)
     assert ready(worker, job) == folder
@@ -115,12 +115,12 @@ def test_installing_unpacks_installs_and_fetches_and_may_be_repeated(make_job, w
     assert "storage rsync gs://my-bucket/packed data/my rows --recursive" in (worker.home / "gcloud.calls").read_text()
 
 
-def test_a_failed_installation_fails_the_command(make_job, worker):
+def test_failed_installation_fails_the_command(make_job, worker):
     (worker.home / "maxlm-tiny-1.tar.gz").write_text("no archive")
     assert worker.run(commands.install_script(make_job())).returncode != 0
 
 
-def test_training_gets_its_arguments_and_environment_untouched(make_job, worker):
+def test_training_gets_its_arguments_and_environment_unchanged(make_job, worker):
     job = make_job(overrides=AWKWARD, environment={"NOTE": 'it\'s "two"  words $HOME'})
     folder = ready(worker, job)
     assert worker.run(commands.start_script(job)).returncode == 0
@@ -131,20 +131,20 @@ def test_training_gets_its_arguments_and_environment_untouched(make_job, worker)
     assert "train.yaml" in called["files"]
 
 
-def test_the_argument_survives_gclouds_way_of_passing_it_on(make_job):
-    """gcloud splits --command at single blanks and ssh joins the pieces with one blank each."""
+def test_argument_survives_gclouds_splitting(make_job):
+    """gcloud splits --command at single spaces and ssh joins the parts with one space each."""
     script = commands.start_script(make_job(overrides=AWKWARD))
     assert " ".join(script.split(" ")) == script
 
 
-def test_starting_returns_while_training_goes_on_and_a_second_start_does_nothing(make_job, worker):
+def test_start_returns_while_training_runs_and_a_second_start_does_nothing(make_job, worker):
     gate = worker.home / "gate"
     job = make_job(environment={"WAIT_FOR": str(gate), "EXIT_CODE": "3"})
     ready(worker, job)
     assert worker.run(commands.start_script(job)).returncode == 0
     assert status_of(worker, job).startswith("running")
     again = worker.run(commands.start_script(job))
-    assert (again.returncode, again.stdout.strip()) == (0, "training already runs")
+    assert (again.returncode, again.stdout.strip()) == (0, "training is already running")
     gate.touch()
     followed = worker.run(commands.logs_script(job.tpu, tail=None))
     assert followed.returncode == 0
@@ -154,7 +154,7 @@ def test_starting_returns_while_training_goes_on_and_a_second_start_does_nothing
     assert uploads == "storage cp train.log gs://my-bucket/runs/tiny-1/logs/worker-0.log\n"
 
 
-def test_training_that_ended_may_be_started_again_and_keeps_the_old_log(make_job, worker):
+def test_ended_training_can_be_restarted_and_keeps_the_old_log(make_job, worker):
     folder = ready(worker, make_job())
     for _ in range(2):
         worker.run(commands.start_script(make_job()))
@@ -162,7 +162,7 @@ def test_training_that_ended_may_be_started_again_and_keeps_the_old_log(make_job
     assert (folder / "train.log").read_text().count('"argv"') == 2
 
 
-def test_status_tells_killed_from_absent(make_job, worker):
+def test_status_distinguishes_killed_from_absent(make_job, worker):
     job = make_job()
     assert status_of(worker, job) == "absent\t"
     folder = ready(worker, job)
@@ -179,7 +179,7 @@ def status_of(worker, job) -> str:
     return rest
 
 
-def test_waiting_in_the_shell_ends_when_the_tpu_is_ready(make_job, worker):
+def test_shell_wait_ends_when_the_tpu_is_ready(make_job, worker):
     (worker.home / "bin" / "gcloud").write_text(
         "#!/bin/sh\necho x >> $HOME/asked\n"
         "if [ $(wc -l < $HOME/asked) -ge 3 ]; then echo ACTIVE; else echo WAITING_FOR_RESOURCES; fi\n"

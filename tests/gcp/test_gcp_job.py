@@ -1,4 +1,4 @@
-"""Bad values are told before any command is built, all of them at once, with what is allowed."""
+"""All invalid values are reported at once, with the allowed ones, before any command is built."""
 
 import pytest
 from maxlm_gcp.job import GENERATIONS, Tpu
@@ -15,7 +15,7 @@ from maxlm.errors import ConfigError
         ("v6e-8", "v2-alpha-tpuv6e"),
     ],
 )
-def test_each_generation_boots_its_own_image(make_job, accelerator_type, runtime_version):
+def test_each_generation_has_its_own_image(make_job, accelerator_type, runtime_version):
     assert make_job(accelerator_type=accelerator_type).generation.runtime_version == runtime_version
 
 
@@ -27,16 +27,16 @@ def test_every_generation_is_covered_above():
     ("accelerator_type", "said"),
     [
         ("v5e-16", "is called v5litepod-16"),
-        ("tpu7x-8", "through GKE alone"),
-        ("v5litepod-17", "comes with 1, 4, 8, 16"),
-        ("v5p-12", "multiples of 8"),
-        ("v9-8", "is one of v4-N, v5litepod-N, v5p-N, v6e-N"),
-        ("v4", "is not known"),
-        ("v6e-08", "is not known"),
-        ("v5p--8", "is not known"),
+        ("tpu7x-8", "only through GKE"),
+        ("v5litepod-17", "has sizes 1, 4, 8, 16"),
+        ("v5p-12", "multiple of 8"),
+        ("v9-8", "use one of v4-N, v5litepod-N, v5p-N, v6e-N"),
+        ("v4", "is unknown"),
+        ("v6e-08", "is unknown"),
+        ("v5p--8", "is unknown"),
     ],
 )
-def test_an_accelerator_that_cannot_be_had_is_refused_with_the_remedy(make_job, accelerator_type, said):
+def test_invalid_accelerator_raises_with_the_remedy(make_job, accelerator_type, said):
     with pytest.raises(ConfigError, match=said):
         make_job(accelerator_type=accelerator_type)
 
@@ -44,37 +44,37 @@ def test_an_accelerator_that_cannot_be_had_is_refused_with_the_remedy(make_job, 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"bucket": "my-bucket"}, "is no gs:// path"),
-        ({"bucket": "gs://my bucket"}, "is no gs:// path"),
+        ({"bucket": "my-bucket"}, "is not a gs:// path"),
+        ({"bucket": "gs://my bucket"}, "is not a gs:// path"),
         ({"config": "/etc/train.yaml"}, "inside the code folder"),
         ({"config": "../train.yaml"}, "inside the code folder"),
         ({"overrides": ("steps",)}, "is not key=value"),
         ({"overrides": ("output=/tmp/x",)}, "the run folder is <bucket>/<name>"),
         ({"inputs": {"../x": "gs://my-bucket/x"}}, "inside the code folder"),
-        ({"inputs": {"x": "/x"}}, "is no gs:// path"),
-        ({"environment": {"A B": "1"}}, "is no name of a variable"),
-        ({"service_account": "me"}, "is no e-mail address"),
-        ({"python_version": "latest"}, "is not like 3.11"),
+        ({"inputs": {"x": "/x"}}, "is not a gs:// path"),
+        ({"environment": {"A B": "1"}}, "is not a valid variable name"),
+        ({"service_account": "me"}, "is not an e-mail address"),
+        ({"python_version": "latest"}, "is not a version such as 3.11"),
     ],
 )
-def test_a_bad_value_is_refused_with_its_name(make_job, fields, said):
+def test_invalid_value_raises_with_its_name(make_job, fields, said):
     with pytest.raises(ConfigError, match=said):
         make_job(**fields)
 
 
-def test_all_mistakes_are_told_at_once(make_job):
+def test_all_mistakes_are_reported_at_once(make_job):
     with pytest.raises(ConfigError) as caught:
         make_job(accelerator_type="v9-8", bucket="my-bucket", overrides=("steps",))
     assert len(caught.value.problems) == 3
 
 
-def test_where_is_checked_too():
+def test_tpu_fields_are_validated_too():
     with pytest.raises(ConfigError) as caught:
         Tpu(name="Big_One", project="x", zone="west")
     assert [problem.partition(":")[0] for problem in caught.value.problems] == ["name", "project", "zone"]
 
 
-def test_the_run_folder_is_named_after_the_job(make_job):
+def test_run_folder_is_named_after_the_job(make_job):
     job = make_job(bucket="gs://my-bucket/runs/", overrides=("steps=2",))
     assert job.run_folder == "gs://my-bucket/runs/tiny-1"
     arguments = ("train", "train.yaml", "steps=2", "output=gs://my-bucket/runs/tiny-1")
@@ -83,6 +83,6 @@ def test_the_run_folder_is_named_after_the_job(make_job):
     assert alone.train_arguments == arguments
 
 
-def test_a_negative_number_of_restarts_is_refused(make_job):
+def test_negative_restarts_raise(make_job):
     with pytest.raises(ConfigError, match="restarts: -1 must be 0 or more"):
         make_job(restarts=-1)

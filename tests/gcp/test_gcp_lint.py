@@ -1,4 +1,4 @@
-"""gcloud's own parser accepts every command that is built, and refuses one that is wrong."""
+"""gcloud's own parser accepts every command that is built, and rejects invalid ones."""
 
 import json
 import shutil
@@ -17,8 +17,8 @@ EVERY_GENERATION = ("v4-32", "v5litepod-16", "v5p-128", "v6e-8")
 
 
 def lint(argvs, tmp_path) -> list[dict]:
-    """One answer of `gcloud meta lint-gcloud-commands` for each command, from a single start of gcloud."""
-    # It drops what follows a "#" and takes one answer for equal commands, so neither may occur.
+    """Results of `gcloud meta lint-gcloud-commands`, one per command, from a single gcloud process."""
+    # It drops text after a "#" and gives one result for equal commands, so neither may occur.
     strings = [commands.shell_line(argv) for argv in argvs]
     assert not any("#" in string for string in strings)
     assert len(set(strings)) == len(strings)
@@ -56,7 +56,7 @@ def every_command(make_job) -> list[commands.Argv]:
     return [*argvs, commands.fetch_input("gs://my-bucket/x", "x"), [*commands.upload_log("gs://my-bucket/x"), "w.log"]]
 
 
-def test_gcloud_accepts_every_command_and_refuses_wrong_ones(make_job, tmp_path):
+def test_gcloud_accepts_every_command_and_rejects_invalid_ones(make_job, tmp_path):
     good = every_command(make_job)
     job = make_job()
     wrong = [

@@ -1,4 +1,4 @@
-"""The order of the steps, what is done a second time, and what a failure says, with a runner that records."""
+"""Order of the steps, resubmission, and error messages, with a recording runner."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def workers(*states: str) -> Result:
 
 
 class Recorder:
-    """Answers each kind of command from its own list (the last answer stays), and keeps what was run."""
+    """Returns results for each kind of command from its own list (the last one repeats), and records the commands."""
 
     def __init__(self, **answers):
         self.answers = {kind: list(values) for kind, values in answers.items()}
@@ -59,7 +59,7 @@ def run(job, recorder, **options) -> list[float]:
     return slept
 
 
-def test_a_new_job_is_created_awaited_copied_installed_and_started(make_job, capsys):
+def test_new_job_is_created_awaited_copied_installed_and_started(make_job, capsys):
     recorder = Recorder(
         describe=[NOT_THERE, resource("WAITING_FOR_RESOURCES"), resource("PROVISIONING"), resource("ACTIVE")]
     )
@@ -74,14 +74,14 @@ def test_a_new_job_is_created_awaited_copied_installed_and_started(make_job, cap
         assert part in said
 
 
-def test_a_resource_that_stands_is_taken_up_where_it_is(make_job):
+def test_existing_resource_is_reused(make_job):
     recorder = Recorder(describe=[resource("ACTIVE")])
     run(make_job(), recorder)
     assert "create" not in recorder.kinds
     assert recorder.kinds[-1] == "start"
 
 
-def test_a_resource_of_another_size_is_not_taken(make_job):
+def test_resource_of_another_size_raises(make_job):
     recorder = Recorder(describe=[resource("ACTIVE", accelerator_type="v6e-8")])
     with pytest.raises(RequestError, match="as v6e-8 and not v5litepod-16"):
         run(make_job(), recorder)
@@ -95,7 +95,7 @@ def test_create_only_stops_when_the_tpu_is_ready(make_job):
 
 
 @pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
-def test_a_resource_that_is_lost_is_told_with_the_reason_and_the_way_out(make_job, state):
+def test_lost_resource_raises_with_the_reason_and_the_remedy(make_job, state):
     recorder = Recorder(describe=[NOT_THERE, resource(state, reason="quota of v5e is 0")])
     with pytest.raises(RequestError, match="quota of v5e is 0") as caught:
         run(make_job(), recorder)
@@ -104,7 +104,7 @@ def test_a_resource_that_is_lost_is_told_with_the_reason_and_the_way_out(make_jo
 
 
 @pytest.mark.parametrize("step", ["create", "scp", "install", "start"])
-def test_a_failed_step_says_which_why_how_to_repeat_and_how_to_delete(make_job, step):
+def test_failed_step_error_has_the_step_the_reason_and_the_commands(make_job, step):
     failure = Result(1, "", "warming up\nERROR: (gcloud) it is broken\n\n")
     recorder = Recorder(describe=[NOT_THERE, resource("ACTIVE")], **{step: [failure]})
     with pytest.raises(RequestError) as caught:
@@ -118,14 +118,14 @@ def test_a_failed_step_says_which_why_how_to_repeat_and_how_to_delete(make_job, 
     assert recorder.kinds[-1] == step
 
 
-def test_a_question_that_gcloud_cannot_answer_creates_nothing(make_job):
+def test_failed_describe_creates_nothing(make_job):
     recorder = Recorder(describe=[Result(1, "", "ERROR: PERMISSION_DENIED: no\n")])
     with pytest.raises(RequestError, match="PERMISSION_DENIED"):
         run(make_job(), recorder)
     assert recorder.kinds == ["describe"]
 
 
-def test_an_interruption_says_how_to_delete(make_job, capsys):
+def test_interrupt_prints_how_to_delete(make_job, capsys):
     def interrupt(seconds):
         raise KeyboardInterrupt
 
@@ -134,7 +134,7 @@ def test_an_interruption_says_how_to_delete(make_job, capsys):
     assert "queued-resources delete tiny-1" in capsys.readouterr().err
 
 
-def test_delete_after_follows_over_a_broken_connection_and_then_deletes(make_job, capsys):
+def test_delete_after_reconnects_and_then_deletes(make_job, capsys):
     recorder = Recorder(
         describe=[NOT_THERE, resource("ACTIVE")],
         logs=[Result(255, "", "broken pipe"), OK],
@@ -145,14 +145,14 @@ def test_delete_after_follows_over_a_broken_connection_and_then_deletes(make_job
     assert "costs money" not in capsys.readouterr().err
 
 
-def test_delete_after_deletes_after_a_failure_too_and_reports_it(make_job):
+def test_delete_after_deletes_also_after_a_failure_and_reports_it(make_job):
     recorder = Recorder(describe=[resource("ACTIVE")], status=[workers("exit 0", "exit 1")])
     with pytest.raises(RequestError, match=r"w-1: exit 1.*gs://my-bucket/runs/tiny-1/logs"):
         run(make_job(), recorder, delete_after=True)
     assert recorder.kinds[-1] == "delete"
 
 
-def test_delete_after_asks_again_for_as_long_as_the_tpu_stands(make_job, capsys):
+def test_delete_after_retries_as_long_as_the_tpu_exists(make_job, capsys):
     unreachable = Result(255, "", "no route to host")
     recorder = Recorder(
         describe=[
@@ -168,20 +168,20 @@ def test_delete_after_asks_again_for_as_long_as_the_tpu_stands(make_job, capsys)
     assert recorder.kinds.count("delete") == 2
     assert slept == [POLL_SECONDS, 2 * POLL_SECONDS, 4 * POLL_SECONDS, POLL_SECONDS]
     said = capsys.readouterr().err
-    assert "try 3 failed; trying again for as long as it stands" in said
-    assert "THE TPU IS STILL PAID FOR" in said
+    assert "attempt 3 failed; retrying as long as the TPU exists" in said
+    assert "THE TPU STILL COSTS MONEY" in said
     assert said.rstrip().endswith("deleted tiny-1")
 
 
 @pytest.mark.parametrize("after", [NOT_THERE, resource("SUSPENDED", reason="taken back")])
-def test_delete_after_tells_of_a_tpu_that_was_taken_away(make_job, after):
+def test_delete_after_reports_a_preempted_tpu(make_job, after):
     recorder = Recorder(describe=[resource("ACTIVE"), resource("ACTIVE"), after], status=[Result(255, "", "reset")])
-    with pytest.raises(RequestError, match=r"will not come back.*how far training came stands in gs://my-bucket"):
+    with pytest.raises(RequestError, match=r"will not recover.*the progress so far is in gs://my-bucket"):
         run(make_job(), recorder, delete_after=True)
     assert ("delete" in recorder.kinds) == (after is not NOT_THERE)
 
 
-def test_a_question_that_fails_in_the_queue_is_asked_again(make_job):
+def test_failed_describe_in_the_queue_is_retried(make_job):
     later = Result(1, "", "ERROR: UNAVAILABLE: later\n")
     slept = run(make_job(), Recorder(describe=[NOT_THERE, later, later, resource("ACTIVE")]), create_only=True)
     assert slept == [POLL_SECONDS, 2 * POLL_SECONDS]
@@ -223,39 +223,39 @@ ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited with return code [
         (DISABLED, "Cloud TPU API has not been used before.\n", "gcloud services enable tpu.googleapis.com"),
         (NO_ROUTE, "code [255]. (ssh: connect to host 10.0.0.2 port 22: Connection timed out)", "port 22"),
         ("ERROR: PERMISSION_DENIED: no\n", "PERMISSION_DENIED: no", "roles/tpu.admin"),
-        ("ERROR: Quota limit 'TPUV5' has been exceeded.\n", "has been exceeded.", "ask for quota"),
+        ("ERROR: Quota limit 'TPUV5' has been exceeded.\n", "has been exceeded.", "request quota"),
     ],
 )
-def test_gclouds_whole_message_is_told_with_what_helps(tpu, stderr, message, remedy):
+def test_error_has_gclouds_whole_message_and_a_remedy(tpu, stderr, message, remedy):
     with pytest.raises(RequestError) as caught:
         status(tpu, runner=Recorder(describe=[Result(1, "", stderr)]))
-    told = str(caught.value)
-    assert message in told
-    assert "'@type'" not in told
-    assert remedy in told.partition("remedy: ")[2]
+    error = str(caught.value)
+    assert message in error
+    assert "'@type'" not in error
+    assert remedy in error.partition("remedy: ")[2]
 
 
-def test_status_of_a_ready_tpu_asks_every_worker(tpu):
+def test_status_of_a_ready_tpu_queries_every_worker(tpu):
     found = status(tpu, runner=Recorder(describe=[resource("ACTIVE")], status=[workers("running", "killed")]))
     assert found.state == "ACTIVE"
     assert found.workers == (Worker("w-0", "running", "step 7"), Worker("w-1", "killed", "step 7"))
 
 
-def test_status_before_it_is_ready_asks_no_worker(tpu):
+def test_status_of_a_waiting_tpu_queries_no_worker(tpu):
     assert status(tpu, runner=Recorder(describe=[NOT_THERE])).state is None
     recorder = Recorder(describe=[resource("WAITING_FOR_RESOURCES")])
     assert status(tpu, runner=recorder).state == "WAITING_FOR_RESOURCES"
     assert recorder.kinds == ["describe"]
 
 
-def test_delete_tells_whether_there_was_anything(tpu):
+def test_delete_returns_whether_the_tpu_existed(tpu):
     assert delete(tpu, runner=Recorder(describe=[resource("ACTIVE")]))
     assert not delete(tpu, runner=Recorder(describe=[NOT_THERE]))
     with pytest.raises(RequestError, match="may still cost money: ERROR: busy"):
         delete(tpu, runner=Recorder(describe=[resource("ACTIVE")], delete=[Result(1, "", "ERROR: busy\n")]))
 
 
-def test_logs_that_cannot_be_read_are_an_error(tpu):
+def test_unreadable_logs_raise(tpu):
     with pytest.raises(RequestError, match="log of worker 2"):
         follow_logs(tpu, worker=2, runner=Recorder(logs=[Result(1, "", "tail: no such file\n")]))
 
@@ -264,7 +264,7 @@ def git(folder, *arguments):
     subprocess.run(["git", "-C", folder, "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments], check=True)
 
 
-def test_only_what_is_committed_is_sent(make_job, tmp_path):
+def test_only_committed_files_are_sent(make_job, tmp_path):
     code = tmp_path / "code"
     code.mkdir()
     config = code / "train.yaml"
@@ -276,7 +276,7 @@ def test_only_what_is_committed_is_sent(make_job, tmp_path):
         submit(make_job(code=code), runner=runner, sleep=lambda seconds: None)
 
     config.write_text("kind: train\n")
-    with pytest.raises(RequestError, match="is no git folder and no archive"):
+    with pytest.raises(RequestError, match="is neither a git folder nor an archive"):
         begin()
     git(code, "init", "-q")
     git(code, "commit", "-q", "--allow-empty", "-m", "empty")
@@ -290,15 +290,15 @@ def test_only_what_is_committed_is_sent(make_job, tmp_path):
         begin()
 
 
-def test_a_missing_program_is_one_sentence(monkeypatch, tmp_path):
+def test_missing_program_raises(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RequestError, match=r"gcloud is not installed or not on PATH; install it from https://"):
         run_command(["gcloud", "version"], capture=True)
 
 
-def test_the_runner_shows_errors_as_they_come_and_keeps_the_last_line(capsys):
+def test_runner_shows_errors_as_they_arrive_and_keeps_the_last_line(capsys):
     result = run_command(["bash", "-c", "echo first >&2; echo last >&2; exit 3"], capture=False)
     assert (result.returncode, result.error_message) == (3, "last")
     assert capsys.readouterr().err == "first\nlast\n"
     assert run_command(["bash", "-c", "echo out; exit 4"], capture=True) == Result(4, "out\n", "")
-    assert Result(4, "", "").error_message == "exit code 4, and no message"
+    assert Result(4, "", "").error_message == "exit code 4, no message"

@@ -1,4 +1,4 @@
-"""A tiny tokenizer, trained here, and a tiny decoder with random weights."""
+"""A tiny tokenizer trained on the spot, and a tiny decoder with random weights."""
 
 import jax
 import pytest
@@ -37,7 +37,7 @@ def decoder(tokenizer):
         matmul_dtype="float32",
     )
     decoder = initialize(Decoder(config), jax.random.key(0))
-    # Freshly drawn, all tokens are nearly as likely as one another; larger embeddings set them apart.
+    # At initialization all tokens are nearly equally likely; larger embeddings separate them.
     decoder.embedding = decoder.embedding * 12
     return decoder
 

@@ -1,4 +1,4 @@
-"""Continuous batching: what a request gets does not depend on its company, and slots always come back."""
+"""Continuous batching: results do not depend on concurrent requests, and slots are always freed."""
 
 import threading
 import time
@@ -32,11 +32,11 @@ def wait_until(condition, seconds=20):
     "settings",
     [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.9, "top_p": 0.8}, {"temperature": 1.2, "top_k": 9}],
 )
-def test_a_request_alone_and_amid_seven_others_gets_the_same_text(model, settings):
+def test_text_does_not_depend_on_concurrent_requests(model, settings):
     request = Request(random_ids(model, 0, 13), max_new_tokens=30, seed=7, **settings)
     with model.engine(num_slots=8) as engine:
         alone = follow(engine.stream(request))
-        # The others differ in length, settings and end, so they leave and let more join while this one runs.
+        # The others differ in length, settings and stops, so they leave and let more join while this one runs.
         others = [
             Request(
                 random_ids(model, index, 5 + 9 * index % 60),
@@ -56,7 +56,7 @@ def test_a_request_alone_and_amid_seven_others_gets_the_same_text(model, setting
             follow(stream)
 
 
-def test_more_requests_than_slots_all_end(model):
+def test_more_requests_than_slots_all_finish(model):
     with model.engine(num_slots=2) as engine:
         streams = [engine.stream(Request(random_ids(model, i, 4), max_new_tokens=1 + i, seed=i)) for i in range(9)]
         for index, stream in enumerate(streams):
@@ -74,7 +74,7 @@ def test_without_a_limit_the_answer_fills_the_context(model):
             if reason == "length":
                 assert len(tokens) == model.config.max_length - 100
                 return
-    pytest.fail("no seed gave an answer without an end")
+    pytest.fail("no seed gave an answer without a stop token")
 
 
 def test_cancelling_frees_the_slot_and_the_queue(model):
@@ -96,7 +96,7 @@ def test_leaving_a_stream_cancels_it(model):
         wait_until(lambda: engine.num_active == 0)
 
 
-def test_a_listener_that_fails_ends_only_its_own_request(model):
+def test_failing_callback_ends_only_its_own_request(model):
     def broken(event):
         raise OSError("gone")
 
@@ -106,7 +106,7 @@ def test_a_listener_that_fails_ends_only_its_own_request(model):
         assert follow(engine.stream(Request(random_ids(model, 2, 5), max_new_tokens=2)))[2] in ("length", "stop")
 
 
-def test_the_queue_has_a_limit(model):
+def test_queue_is_bounded(model):
     entered, go_on = threading.Event(), threading.Event()
 
     def block(event):
@@ -117,15 +117,15 @@ def test_the_queue_has_a_limit(model):
         engine.submit(Request(random_ids(model, 0, 5), max_new_tokens=1), block)
         entered.wait(20)
         streams = [engine.stream(Request(random_ids(model, i, 5), max_new_tokens=1)) for i in range(2)]
-        with pytest.raises(QueueFullError, match="3 requests run or wait"):
+        with pytest.raises(QueueFullError, match="3 requests are already running or waiting"):
             engine.submit(Request(random_ids(model, 3, 5)), print)
-        with pytest.raises(BatchTooLargeError, match=r"4 answers .* 3 are the most"):
+        with pytest.raises(BatchTooLargeError, match=r"4 answers .* at most 3"):
             engine.submit_all([Request((1,))] * 4, print)
         go_on.set()
         assert [follow(stream)[2] for stream in streams] == ["length", "length"]
 
 
-def test_closing_ends_what_runs(model):
+def test_closing_cancels_running_requests(model):
     ended = []
     engine = model.engine(num_slots=2)
     for index in range(3):
@@ -137,7 +137,7 @@ def test_closing_ends_what_runs(model):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_failure_of_the_device_is_told_to_every_request(model):
+def test_device_failure_reaches_every_request(model):
     with model.engine(num_slots=2) as engine:
         engine._state.cache.keys.delete()
         with pytest.raises(RuntimeError, match="deleted"):
@@ -147,7 +147,7 @@ def test_a_failure_of_the_device_is_told_to_every_request(model):
             engine.submit(Request((1,)), print)
 
 
-def test_log_probabilities_are_those_of_the_model(model):
+def test_log_probabilities_match_the_model(model):
     prompt = random_ids(model, 4, 6)
     with model.engine(num_slots=2) as engine:
         request = Request(prompt, max_new_tokens=8, temperature=0.7, top_p=0.9, seed=1, top_tokens=3)
@@ -161,7 +161,7 @@ def test_log_probabilities_are_those_of_the_model(model):
         np.testing.assert_allclose([value for _, value in event.token.top], np.sort(row)[::-1][:3], atol=1e-4)
 
 
-def test_a_prompt_is_rated_as_the_forward_pass_rates_it(model):
+def test_prompt_scores_match_the_forward_pass(model):
     prompt = random_ids(model, 5, 37)
     with model.engine(num_slots=2) as engine:
         events = list(engine.stream(Request(prompt, max_new_tokens=0, score_prompt=True, top_tokens=2)))
@@ -179,7 +179,7 @@ def test_a_prompt_is_rated_as_the_forward_pass_rates_it(model):
     assert [token.log_probability for token in rated.prompt[1:]] == values
 
 
-def test_the_context_can_be_shorter_than_the_model(model):
+def test_context_can_be_shorter_than_the_models(model):
     with model.engine(num_slots=2, max_length=32) as engine:
         with pytest.raises(RequestError, match="the context holds 32"):
             engine.submit(Request(random_ids(model, 0, 30), max_new_tokens=3), print)
@@ -188,14 +188,14 @@ def test_the_context_can_be_shorter_than_the_model(model):
         model.engine(num_slots=2, max_length=3)
 
 
-def test_warming_up_leaves_the_engine_free(model):
+def test_warm_up_leaves_all_slots_free(model):
     with model.engine(num_slots=2, max_length=40) as engine:
         engine.warm_up()
         assert engine.num_active == engine.num_waiting == 0
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"prompt_ids": ()}, "prompt is empty"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
@@ -208,19 +208,19 @@ def test_warming_up_leaves_the_engine_free(model):
         ({"top_tokens": 21}, "top_tokens"),
     ],
 )
-def test_requests_out_of_range_are_refused(fields, told):
-    with pytest.raises(RequestError, match=told):
+def test_settings_out_of_range_raise(fields, message):
+    with pytest.raises(RequestError, match=message):
         Request(**{"prompt_ids": (1,), **fields})
 
 
 @pytest.mark.parametrize("token", [-1, 10_000])
-def test_tokens_outside_of_the_vocabulary_are_refused(model, token):
-    with model.engine(num_slots=2) as engine, pytest.raises(RequestError, match="outside of the vocabulary"):
+def test_token_ids_outside_the_vocabulary_raise(model, token):
+    with model.engine(num_slots=2) as engine, pytest.raises(RequestError, match="outside the vocabulary"):
         engine.submit(Request((1, token)), print)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 2**70])
-def test_any_integer_is_a_seed(model, seed):
+def test_any_integer_is_a_valid_seed(model, seed):
     with model.engine(num_slots=2) as engine:
         request = Request((1, 20), max_new_tokens=5, seed=seed)
         assert follow(engine.stream(request)) == follow(engine.stream(request))

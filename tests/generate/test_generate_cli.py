@@ -40,7 +40,7 @@ def test_generate_prints_the_continuation(bundle, loaded, capsys):
     assert capsys.readouterr().out == loaded.generate("The quick", max_new_tokens=8)[0] + "\n"
 
 
-def test_generate_as_json_can_be_repeated_from_its_seed(bundle, capsys):
+def test_generate_json_output_is_reproducible_from_its_seed(bundle, capsys):
     command = ["generate", bundle, "The", "--temperature", 1, "--top-p", 0.9, "--max-new-tokens", 12, "--json"]
     run(*command)
     first = json.loads(capsys.readouterr().out)
@@ -57,7 +57,7 @@ def test_generate_reads_standard_input(bundle, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["prompt"] == "The quick"
 
 
-def test_generate_tells_mistakes(bundle, tmp_path):
+def test_generate_reports_errors(bundle, tmp_path):
     with pytest.raises(RequestError, match="the context holds 128"):
         run("generate", bundle, "The", "--max-new-tokens", 999)
     with pytest.raises(RequestError, match="top_p"):
@@ -69,7 +69,7 @@ def test_generate_tells_mistakes(bundle, tmp_path):
 
 
 def converse(loaded, lines, capsys, **settings):
-    """What a chat prints for these lines, and its history at the end."""
+    """Run a chat with these input lines; return its output and final history."""
     given = iter(lines)
 
     def read_line(prompt):
@@ -93,20 +93,20 @@ def test_chat_sees_the_whole_conversation(loaded, capsys):
         assert expected in printed
 
 
-def test_chat_forgets_and_leaves(loaded, capsys):
+def test_chat_reset_and_quit(loaded, capsys):
     printed, messages = converse(loaded, ["The fox", "/reset", "/huh", "/quit", "never read"], capsys)
     assert messages == []
-    assert "forgotten" in printed
-    assert "no command /huh" in printed
+    assert "conversation cleared" in printed
+    assert "unknown command /huh" in printed
 
 
-def test_chat_takes_back_a_question_that_does_not_fit(loaded, capsys):
+def test_chat_drops_a_question_that_does_not_fit(loaded, capsys):
     printed, messages = converse(loaded, ["fox " * 200, "The dog"], capsys)
     assert "the context holds 128" in printed
     assert next(message["content"] for message in messages) == "The dog"
 
 
-def test_help_teaches_by_an_example(capsys):
+def test_help_has_an_example(capsys):
     for command in ("generate", "chat"):
         with pytest.raises(SystemExit):
             run(command, "--help")

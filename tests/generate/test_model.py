@@ -1,4 +1,4 @@
-"""What a loaded model answers: logits, scores, text."""
+"""Logits, scores and text of a loaded model."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def log_softmax(logits):
 
 
 def greedy_by_full_forward(decoder, ids, count, stop_ids):
-    """The reference: no cache, no batch, one whole forward pass for each token."""
+    """Reference: no cache, no batch, one full forward pass per token."""
     ids, new = list(ids), []
     for _ in range(count):
         new.append(int(full_logits(decoder, ids)[-1].argmax()))
@@ -42,7 +42,7 @@ def greedy_by_full_forward(decoder, ids, count, stop_ids):
     return new
 
 
-def test_logits_are_those_of_the_forward_pass(model, decoder):
+def test_logits_match_the_forward_pass(model, decoder):
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (3, 21))
     logits = model.logits(tokens)
     assert logits.shape == (3, 21, model.config.vocab_size)
@@ -50,7 +50,7 @@ def test_logits_are_those_of_the_forward_pass(model, decoder):
     np.testing.assert_allclose(logits, decoder.logits(decoder(jnp.asarray(tokens)).hidden_BLD), atol=2e-5)
 
 
-def test_segments_do_not_see_one_another(model, decoder):
+def test_segments_do_not_attend_to_each_other(model, decoder):
     tokens = np.random.default_rng(1).integers(0, model.config.vocab_size, (1, 20))
     segment_ids = np.asarray([[1] * 8 + [2] * 9 + [0] * 3])
     logits = model.logits(tokens, segment_ids)[0]
@@ -83,7 +83,7 @@ def test_greedy_tokens_cross_prompt_buckets_and_windows(model, decoder, length):
     assert tokens == [id_ for id_ in expected if id_ not in model.stop_ids]
 
 
-def test_a_chat_is_a_prompt(model, decoder, tokenizer):
+def test_chat_is_a_valid_prompt(model, decoder, tokenizer):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     ids = tokenizer.encode_chat(messages, generation_prompt=True).ids
     expected = tokenizer.decode(greedy_by_full_forward(decoder, ids, 10, model.stop_ids))
@@ -91,16 +91,16 @@ def test_a_chat_is_a_prompt(model, decoder, tokenizer):
     assert model.generate([messages, "The"], max_new_tokens=10)[0] == expected
 
 
-def test_text_depends_on_the_seed_alone(model):
+def test_text_depends_only_on_the_seed(model):
     settings = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.95}
     together = model.generate(["The dog"] * 5, seed=100, **settings)
     assert model.generate(["The dog"] * 5, seed=100, **settings) == together
     assert model.generate("The dog", seed=100, **settings) == together[:1]
-    # Each prompt has a random stream of its own, which no other seed has.
+    # Each prompt has its own random stream, shared with no other seed.
     assert len({*together, *model.generate(["The dog"] * 5, seed=101, **settings)}) == 10
 
 
-def test_a_chat_is_continued_from_the_beginning_of_its_answer(model, tokenizer):
+def test_chat_continues_a_partial_answer(model, tokenizer):
     messages = [{"role": "user", "content": "Hello"}]
     ids = model.encode([*messages, {"role": "assistant", "content": "The fox"}], continue_final=True)
     assert ids == model.encode(messages) + tokenizer.encode("The fox")
@@ -138,8 +138,8 @@ def test_the_greedy_continuation_is_scored_as_greedy(model, decoder):
     assert other.log_probability < greedy.log_probability
 
 
-def test_texts_are_scored_with_the_tokens_of_the_whole(model, tokenizer):
-    """The prompt ends inside of what the tokenizer joins: the joined token counts as continuation."""
+def test_prompt_and_continuation_are_tokenized_together(model, tokenizer):
+    """The prompt ends inside a token of the joint text: that token counts as continuation."""
     whole = tokenizer.encode("The quick brown fox")
     seam = len(tokenizer.decode(whole[:2])) + 1
     text = tokenizer.decode(whole)
@@ -161,8 +161,8 @@ def with_bfloat16(decoder):
     return jax.tree.unflatten(jax.tree.structure(Decoder(config)), jax.tree.leaves(decoder))
 
 
-def test_on_a_cpu_activations_are_float32(decoder):
-    """Same weights, and the logits of the float32 model rather than those of the bfloat16 one."""
+def test_activations_are_float32_on_cpu(decoder):
+    """The weights are unchanged, and the logits match the float32 model rather than the bfloat16 one."""
     tokens = jnp.asarray([[5, 50, 100, 150]])
     declared = with_bfloat16(decoder)
     converted = for_this_backend(declared)
@@ -186,7 +186,7 @@ def test_load_reads_an_int8_bundle(decoder, tokenizer, tmp_path):
     assert loaded.generate("The dog", max_new_tokens=5) == loaded.generate("The dog", max_new_tokens=5)
 
 
-def test_a_model_without_a_tokenizer_takes_token_ids_and_refuses_text(decoder, tmp_path):
+def test_model_without_tokenizer_takes_token_ids_but_no_text(decoder, tmp_path):
     folder = tmp_path / "bundle"
     folder.mkdir()
     write_bundle(folder, quantize_model(decoder), None, receipt={})
@@ -204,7 +204,7 @@ def test_a_model_without_a_tokenizer_takes_token_ids_and_refuses_text(decoder, t
 
 
 @pytest.mark.parametrize(
-    ("tokens", "told"),
+    ("tokens", "message"),
     [
         (np.zeros(5, np.int32), "integers"),
         (np.zeros((2, 5)), "integers"),
@@ -213,12 +213,12 @@ def test_a_model_without_a_tokenizer_takes_token_ids_and_refuses_text(decoder, t
         (np.full((1, 4), -1), "between 0 and"),
     ],
 )
-def test_logits_refuse_what_is_no_batch_of_tokens(model, tokens, told):
-    with pytest.raises(RequestError, match=told):
+def test_logits_reject_invalid_token_batches(model, tokens, message):
+    with pytest.raises(RequestError, match=message):
         model.logits(tokens)
 
 
-def test_mistakes_are_told(model, decoder, tokenizer, tmp_path):
+def test_invalid_inputs_raise(model, decoder, tokenizer, tmp_path):
     with pytest.raises(RequestError, match="the context holds 128"):
         model.generate("The quick", max_new_tokens=500)
     with pytest.raises(RequestError, match="temperature"):

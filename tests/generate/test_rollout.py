@@ -15,7 +15,7 @@ NEW = 20
 
 def padded_prompts():
     lengths = np.asarray([len(prompt) for prompt in PROMPTS], np.int32)
-    tokens = np.full((len(PROMPTS), lengths.max()), 299, np.int32)  # what the padding holds must not matter
+    tokens = np.full((len(PROMPTS), lengths.max()), 299, np.int32)  # the contents of the padding must not matter
     for row, prompt in enumerate(PROMPTS):
         tokens[row, : len(prompt)] = prompt
     return jnp.asarray(tokens), jnp.asarray(lengths)
@@ -40,7 +40,7 @@ def run(model, *, temperature, stop_ids=(), keys_B=None):
 
 
 def reference_logits(model, prompt, answer):
-    """float64 logits at the places that chose the answer's tokens, from one forward pass without a cache."""
+    """float64 logits at the positions that predict the answer's tokens, from one forward pass without a cache."""
     return model.logits(np.asarray([[*prompt, *answer]]))[0, len(prompt) - 1 : -1].astype(np.float64)
 
 
@@ -50,7 +50,7 @@ def test_greedy_answers_are_the_argmax_of_the_forward_pass(model):
         np.testing.assert_array_equal(reference_logits(model, prompt, answer).argmax(-1), answer)
 
 
-def test_greedy_answers_equal_the_engines(model):
+def test_greedy_answers_match_the_engine(model):
     result = run(model, temperature=0.0, stop_ids=model.stop_ids)
     with model.engine(num_slots=4) as engine:
         for prompt, tokens, length in zip(PROMPTS, result.tokens_BN, result.lengths_B):
@@ -59,8 +59,8 @@ def test_greedy_answers_equal_the_engines(model):
             assert [id_ for id_ in tokens[:length] if id_ not in model.stop_ids] == expected
 
 
-def test_sampled_answers_equal_the_engines(model):
-    """A request and a rollout with the key of its stream draw the same tokens."""
+def test_sampled_answers_match_the_engine(model):
+    """A request and a rollout with the key of its stream sample the same tokens."""
     streams = [(row, 2 * row) for row in range(len(PROMPTS))]
     keys_B = jax.vmap(request_key)(jnp.asarray([[0, 50]] * len(PROMPTS), jnp.uint32), jnp.asarray(streams, jnp.uint32))
     result = run(model, temperature=0.9, stop_ids=model.stop_ids, keys_B=keys_B)
@@ -74,7 +74,7 @@ def test_sampled_answers_equal_the_engines(model):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 1.7])
-def test_log_probabilities_are_those_of_the_policy_that_drew(model, temperature):
+def test_log_probabilities_match_the_sampling_policy(model, temperature):
     result = run(model, temperature=temperature)
     for prompt, answer, log_probabilities in zip(PROMPTS, result.tokens_BN, result.log_probabilities_BN):
         logits = reference_logits(model, prompt, answer) / (temperature or 1.0)
@@ -83,7 +83,7 @@ def test_log_probabilities_are_those_of_the_policy_that_drew(model, temperature)
         np.testing.assert_allclose(log_probabilities, expected[np.arange(NEW), answer], atol=1e-4)
 
 
-def test_an_answer_ends_with_its_first_stop_token(model):
+def test_answer_ends_with_its_first_stop_token(model):
     free = run(model, temperature=1.0)
     stop_ids = (int(free.tokens_BN[0, 4]), int(free.tokens_BN[3, 9]))
     stopped = run(model, temperature=1.0, stop_ids=stop_ids)
@@ -97,7 +97,7 @@ def test_an_answer_ends_with_its_first_stop_token(model):
     assert stopped.lengths_B[0] <= 5
 
 
-def test_a_row_depends_on_its_prompt_and_key_alone(model):
+def test_row_depends_only_on_its_prompt_and_key(model):
     whole = run(model, temperature=1.0)
     tokens, lengths = padded_prompts()
     order = jnp.asarray([2, 0, 3, 1])

@@ -9,7 +9,7 @@ from maxlm.generate.sampling import log_probabilities_of, sample, scale, truncat
 
 
 def reference_distribution(logits, temperature, top_k, top_p):
-    """float64, by sorting: temperature, top-k, top-p over what is left."""
+    """float64, by sorting: temperature, top-k, then top-p over the rest."""
     scaled = np.asarray(logits, np.float64) / temperature
     order = np.argsort(-scaled, kind="stable")
     kept = order[: top_k or len(order)]
@@ -37,7 +37,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
 @pytest.mark.parametrize("vocab_size", [7, 257])
-def test_truncated_distribution_equals_the_sorted_reference(temperature, top_k, top_p, vocab_size):
+def test_truncated_distribution_matches_the_sorted_reference(temperature, top_k, top_p, vocab_size):
     logits = np.random.default_rng(vocab_size).normal(0, 3, (4, vocab_size)).astype(np.float32)
     rows = len(logits)
     kept = truncate(
@@ -50,7 +50,7 @@ def test_truncated_distribution_equals_the_sorted_reference(temperature, top_k, 
     np.testing.assert_array_equal(np.isfinite(kept), expected > 0)
 
 
-def test_rows_of_one_batch_keep_their_own_settings():
+def test_rows_of_a_batch_have_their_own_settings():
     logits = np.random.default_rng(3).normal(0, 2, (len(SETTINGS), 50)).astype(np.float32)
     temperature, top_k, top_p = (np.asarray(column) for column in zip(*SETTINGS))
     kept = truncate(
@@ -69,7 +69,7 @@ def test_ties_with_the_last_token_kept_are_kept():
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 0.8), (1.5, 3, 1.0)])
 def test_frequencies_follow_the_distribution(temperature, top_k, top_p):
-    """Chi-square over 20,000 draws; the bound is the 99.99 % quantile for at most 7 degrees of freedom."""
+    """Chi-square over 20,000 draws; the bound is the 99.99% quantile for at most 7 degrees of freedom."""
     logits = np.asarray([1.2, 0.3, -0.5, 2.0, 0.0, -3.0, 1.9, 0.1], np.float32)
     draws = 20_000
     tokens = sample(
@@ -86,9 +86,9 @@ def test_frequencies_follow_the_distribution(temperature, top_k, top_p):
     assert np.sum((observed[allowed] - expected[allowed]) ** 2 / expected[allowed]) < 29.9
 
 
-def test_temperature_and_top_p_of_zero_are_greedy_beside_rows_that_draw():
+def test_zero_temperature_or_top_p_is_greedy_next_to_sampled_rows():
     logits = np.random.default_rng(0).normal(size=(6, 40)).astype(np.float32)
-    logits[2, [7, 9]] = 5  # of two that tie, the first
+    logits[2, [7, 9]] = 5  # the first of two ties
     temperature = jnp.asarray([0, 1, 5, 5, 0, 5], jnp.float32)
     tokens = sample(
         jnp.asarray(logits),
@@ -100,8 +100,8 @@ def test_temperature_and_top_p_of_zero_are_greedy_beside_rows_that_draw():
     np.testing.assert_array_equal(np.asarray(tokens)[::2], logits.argmax(-1)[::2])
 
 
-def test_a_row_does_not_see_the_others():
-    """The same logits, key and settings draw the same token alone, and between rows that need no truncation."""
+def test_rows_are_independent():
+    """The same logits, key and settings give the same token alone and next to rows without truncation."""
     rng = np.random.default_rng(5)
     logits = jnp.asarray(rng.normal(size=(8, 300)).astype(np.float32))
     keys = jax.random.split(jax.random.key(2), 8)
@@ -119,7 +119,7 @@ def test_a_row_does_not_see_the_others():
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-12, 1e-3])
-def test_a_tiny_temperature_stays_finite(temperature):
+def test_tiny_temperature_stays_finite(temperature):
     logits = jnp.asarray([[100.0, 101.0, -50.0]])
     tokens = sample(
         logits,
@@ -131,7 +131,7 @@ def test_a_tiny_temperature_stays_finite(temperature):
     assert int(tokens[0]) == 1
 
 
-def test_token_log_probabilities_are_a_log_softmax():
+def test_token_log_probabilities_match_log_softmax():
     logits = np.random.default_rng(1).normal(0, 4, (5, 30))
     tokens = np.asarray([0, 29, 3, 7, 7])
     expected = logits[np.arange(5), tokens] - np.log(np.exp(logits).sum(-1))

@@ -1,4 +1,4 @@
-"""Stop strings in a stream give the same text as in a whole."""
+"""Stop strings truncate a stream at the same place as the whole text."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +19,7 @@ def stream(pieces, stop):
     st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
 )
 def test_text_ends_where_the_first_stop_string_is_complete(pieces, stop):
-    """Reference: grow the text piece by piece; at the first piece that completes stop strings, cut at the leftmost."""
+    """Reference: append piece by piece; at the first piece that completes stop strings, truncate at the leftmost."""
     grown = ""
     expected, expected_stopped = "".join(pieces), False
     for piece in pieces:
@@ -31,7 +31,7 @@ def test_text_ends_where_the_first_stop_string_is_complete(pieces, stop):
     assert stream(pieces, stop) == (expected, expected_stopped)
 
 
-def test_only_what_may_begin_a_stop_string_is_held_back():
+def test_only_a_possible_stop_prefix_is_held_back():
     scanner = StopScanner(("\nUser:",))
     assert scanner.push("Hello") == "Hello"
     assert scanner.push("\nUs") == ""
@@ -42,5 +42,5 @@ def test_only_what_may_begin_a_stop_string_is_held_back():
     assert scanner.flush() == ""
 
 
-def test_without_stop_strings_nothing_is_held():
+def test_nothing_is_held_back_without_stop_strings():
     assert StopScanner(()).push("text") == "text"

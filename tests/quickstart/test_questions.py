@@ -1,4 +1,4 @@
-"""Questions are right by the library's own word, and held-out functions stay unseen."""
+"""Answers agree with the real library, and held-out functions stay unseen."""
 
 import importlib
 import inspect
@@ -11,7 +11,7 @@ import pytest
 from maxlm.quickstart.questions import is_held_out, questions_about, read_functions
 from maxlm.quickstart.tasks import HELD_OUT_FRACTION, write_tasks
 
-# Modules whose import does nothing, and whose functions carry the signature of their source.
+# Modules whose import has no side effects, and whose functions have the signature of their source.
 MODULES = ("bisect", "calendar", "colorsys", "fnmatch", "heapq", "json", "keyword", "shutil", "statistics", "textwrap")
 
 
@@ -24,13 +24,13 @@ def functions():
 def tasks(tmp_path_factory, functions):
     folder = tmp_path_factory.mktemp("tasks")
     with pytest.MonkeyPatch.context() as patch:
-        # Reading them takes most of the time, and is done once.
+        # Reading them takes most of the time, so it is done once.
         patch.setattr("maxlm.quickstart.tasks.read_functions", lambda: functions)
         write_tasks(folder)
     return {path.stem: [json.loads(line) for line in path.open()] for path in folder.glob("*.jsonl")}
 
 
-def test_the_library_gives_enough_functions(functions):
+def test_library_has_enough_functions(functions):
     assert len(functions) > 1500
     assert len({(function.module, function.name) for function in functions}) == len(functions)
 
@@ -65,7 +65,7 @@ def test_answers_agree_with_the_imported_functions(functions):
     assert checked > 20
 
 
-def test_every_answer_stands_in_its_question_or_counts(functions):
+def test_every_answer_is_in_its_question_or_a_count(functions):
     for function in random.Random(1).sample(functions, 200):
         for question in questions_about(function, random.Random(2)):
             assert question.answer in question.prompt or question.kind == "number"
@@ -95,4 +95,4 @@ def test_held_out_functions_are_in_no_training_file(functions, tasks):
 def test_every_kind_is_asked(tasks):
     kinds = {record["kind"] for record in tasks["questions"]}
     assert kinds == {"first parameter", "last parameter", "number", "module", "first word", "default value"}
-    assert len(tasks["questions"]) > 1000  # what an interval needs
+    assert len(tasks["questions"]) > 1000  # enough for a useful interval

@@ -1,4 +1,4 @@
-"""The main job on little data and few steps: every stage runs, what is done is skipped, and failed checks fail."""
+"""The quickstart on little data and few steps: every stage runs, completed ones are skipped, failed checks fail."""
 
 import argparse
 import json
@@ -42,8 +42,8 @@ SMALL = [
 ]
 
 
-# The command, with questions about a few modules of the library. Where torch is installed, tensorboardX would take
-# seconds to import it.
+# The command, with questions about a few modules of the library. If torch is installed, tensorboardX would take seconds
+# to import it.
 FEW_QUESTIONS = """\
 import sys
 from maxlm import cli
@@ -56,12 +56,12 @@ sys.exit(cli.main())
 
 def quickstart(folder, *overrides):
     command = [sys.executable, "-c", FEW_QUESTIONS, "quickstart", "--output", str(folder), "--json"]
-    environment = {**os.environ, "XLA_FLAGS": one_device()}  # as a laptop has
+    environment = {**os.environ, "XLA_FLAGS": one_device()}  # as on a laptop
     return subprocess.run([*command, *SMALL, *overrides], capture_output=True, text=True, timeout=600, env=environment)
 
 
 @pytest.mark.slow
-def test_a_model_that_learned_nothing_fails_its_checks_and_is_reported_all_the_same(tmp_path):
+def test_untrained_model_fails_its_checks_but_is_reported(tmp_path):
     first = quickstart(tmp_path)
     assert first.returncode == 1, first.stderr
     assert "Traceback" not in first.stderr
@@ -89,19 +89,19 @@ def test_a_model_that_learned_nothing_fails_its_checks_and_is_reported_all_the_s
     assert (tmp_path / "align" / "manifest.json").read_bytes() != aligned
 
 
-def test_a_server_that_is_not_installed_is_told_before_the_first_stage(tmp_path, monkeypatch):
+def test_missing_server_extra_raises_before_the_first_stage(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastapi", None)
     with pytest.raises(RequestError, match=r"pip install 'maxlm\[serve\]'"):
         run(argparse.Namespace(output=str(tmp_path / "q"), overrides=[], json=False))
     assert not (tmp_path / "q").exists()
 
 
-def test_an_override_must_name_a_recipe(tmp_path):
-    with pytest.raises(ConfigError, match="must begin with one of data, tokenizer, pretrain, sft, align"):
+def test_override_must_name_a_recipe(tmp_path):
+    with pytest.raises(ConfigError, match="must start with one of data, tokenizer, pretrain, sft, align"):
         Quickstart(tmp_path, ["optim.learning_rate=1"])
 
 
-def test_a_mistake_in_the_last_recipe_is_told_before_the_first_stage(tmp_path):
+def test_mistake_in_the_last_recipe_raises_before_the_first_stage(tmp_path):
     with pytest.raises(ConfigError, match="stepss"):
         Quickstart(tmp_path / "q", ["align.stepss=1"]).run()
     assert not (tmp_path / "q").exists()
@@ -142,7 +142,7 @@ PRETRAIN, SFT, ALIGN, INT8, SERVER = (check.name for check in checks(summary()))
     [
         ({}, []),
         ({"align_reward": {"before": 0.4, "after": 0.5, "interval": [-0.01, 0.2], "questions": 9}}, [ALIGN]),
-        # A point beyond the bound may be chance; a whole interval is not.
+        # A point estimate out of bounds may be chance; a whole interval is not.
         ({"int8": int8(-0.006, -0.008, -0.004)}, []),
         ({"int8": int8(-0.006, -0.007, -0.0051)}, [INT8]),
         ({"int8": int8(0.009, 0.0051, 0.02)}, [INT8]),
@@ -156,16 +156,16 @@ def test_checks_judge_the_numbers(changes, failed):
     assert [check.name for check in checks(summary(**changes)) if not check.passed] == failed
 
 
-def test_a_failed_check_says_what_to_do(tmp_path):
+def test_failed_check_names_a_remedy(tmp_path):
     failed = [check for check in checks(summary(int8=int8(0.009, 0.006, 0.02))) if not check.passed]
     assert str(ChecksFailed(failed)) == (
-        "int8 costs at most 0.5% perplexity: +0.900% [+0.600%, +2.000%], 74% fewer bytes; the float model is served in"
-        " its place; maxlm export MODEL OUTPUT --max-perplexity-change X allows more"
+        "int8 costs at most 0.5% perplexity: +0.900% [+0.600%, +2.000%], 74% fewer bytes; the float model is served"
+        " instead; maxlm export MODEL OUTPUT --max-perplexity-change X allows more"
     )
 
 
-def test_a_stage_that_fails_withholds_those_alone_that_need_it(tmp_path, monkeypatch, capsys):
-    """The stages are replaced: what is tested is what becomes of the others, of summary, report and exit code."""
+def test_failed_stage_skips_only_its_dependents(tmp_path, monkeypatch, capsys):
+    """The stages are replaced: this tests the other stages, summary, report and exit code."""
     ran = []
     for name in STAGES:
         monkeypatch.setattr(Quickstart, name, lambda job, name=name: ran.append(name))
@@ -182,11 +182,11 @@ def test_a_stage_that_fails_withholds_those_alone_that_need_it(tmp_path, monkeyp
     assert ran == ["documents", "tokenizer", "rows", "tasks", "pretrain"]
     assert printed.err.endswith("maxlm: tasks: no room\n")
     kept = json.loads((tmp_path / "summary.json").read_text())
-    assert kept["not_done"]["chat"] == "the stage chat needs align, which did not end"
+    assert kept["not_done"]["chat"] == "the stage chat needs align, which did not complete"
     assert not any(check["passed"] for check in kept["checks"])
-    assert "which did not end" in (tmp_path / "report.html").read_text()
+    assert "which did not complete" in (tmp_path / "report.html").read_text()
 
 
-def test_a_model_no_better_than_bigrams_fails():
+def test_model_no_better_than_bigrams_fails():
     bits = summary()["bits_per_byte"] | {"pretrain": {"value": 2.1, "low": 2.0, "high": 2.25}}
     assert not checks(summary(bits_per_byte=bits))[0].passed

@@ -1,4 +1,4 @@
-"""Charts put points where their numbers say, take their colours from the page, and let no text act as markup."""
+"""Charts: correct positions, colors from the page's CSS, and escaped text."""
 
 import itertools
 import re
@@ -23,17 +23,17 @@ from maxlm.report.text import format_number
         (9.99999, "10"),
     ],
 )
-def test_numbers_are_told_shortly(value, text):
+def test_numbers_are_formatted_briefly(value, text):
     assert format_number(value) == text
 
 
 def paths(svg: str, color: str) -> list[list[tuple[float, float]]]:
-    """The points of each stroked path of a colour."""
+    """The points of each stroked path of a color."""
     found = re.findall(rf'<path d="([^"]*)"[^>]*style="[^"]*stroke: var\(--{color}\)', svg)
     return [[tuple(map(float, pair)) for pair in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path)] for path in found]
 
 
-def test_a_line_is_linear_in_its_values():
+def test_line_is_linear_in_its_values():
     svg = line_chart("t", "d", [Line([(0, 0), (50, 5), (100, 10.5)], "series-1")], x_label="step")
     [[(x0, y0), (x1, y1), (x2, y2)]] = paths(svg, "one")
     assert x1 == pytest.approx((x0 + x2) / 2, abs=0.1)
@@ -42,7 +42,7 @@ def test_a_line_is_linear_in_its_values():
     assert y0 > y2
 
 
-def test_a_power_law_is_a_straight_line_on_logarithmic_axes():
+def test_power_law_is_a_straight_line_on_log_axes():
     points = [(10.0**power, 5 * 10.0 ** (-power / 2)) for power in range(6, 13, 2)]
     svg = line_chart("t", "d", [Line(points, "series-1")], x_label="FLOPs", log_x=True, log_y=True)
     [drawn] = paths(svg, "one")
@@ -51,7 +51,7 @@ def test_a_power_law_is_a_straight_line_on_logarithmic_axes():
     assert ">1e7<" in svg
 
 
-def test_colours_are_those_of_the_page_and_parts_are_named_once():
+def test_colors_are_css_variables_and_ids_are_unique():
     lines = [Line([(0, 1), (1, 2)], "faint"), Line([(0, 1), (1, 2)], "series-2", has_marks=True)]
     band, reference = Band([(0, 0.5, 1.5), (1, 1.5, 2.5)], "series-1"), Reference("a bigram", 1.25)
     svg = line_chart("t", "d", lines, bands=[band], references=[reference], x_label="step")
@@ -73,7 +73,7 @@ def test_markup_is_escaped():
     assert "<script>" not in bar_chart("t", "d", [("<script>", [Bar(1.0, "plain")])])
 
 
-def test_bars_are_proportional_and_tell_their_values():
+def test_bars_are_proportional_and_show_their_values():
     groups = [("one", [Bar(2.0, "series-1", 1.5, 2.5)]), ("two", [Bar(1.0, "plain"), Bar(-1.0, "plain")])]
     svg = bar_chart("t", "d", groups)
     bars = re.findall(r'<path d="([^"]*)"[^>]*style="fill: var\(--(?:one|plain)\)', svg)
@@ -85,8 +85,8 @@ def test_bars_are_proportional_and_tell_their_values():
     assert one - zero == pytest.approx(2 * (two - start), abs=0.3)
     assert two - start == pytest.approx(end - minus, abs=0.3)
     assert zero == pytest.approx(start, abs=0.1)
-    for told in ("one", "two", ">2<", ">1<", "1<"):
-        assert told in svg
+    for text in ("one", "two", ">2<", ">1<", "1<"):
+        assert text in svg
 
 
 def test_smoothing_keeps_a_straight_line_and_its_ends():

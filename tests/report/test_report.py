@@ -1,4 +1,4 @@
-"""The report is one page that tells what the folders hold, needs no network, and lets no text act as markup."""
+"""The report is one self-contained page of the folders' contents, with all text escaped."""
 
 import json
 import math
@@ -16,7 +16,7 @@ VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
 class Checker(HTMLParser):
-    """Every element is closed in order; what could load or run anything is collected."""
+    """Check that elements are closed in order; collect everything that could load or run."""
 
     def __init__(self):
         super().__init__()
@@ -125,11 +125,11 @@ def quickstart(tmp_path):
     return folder
 
 
-def test_a_quickstart_is_told_with_its_numbers(quickstart):
+def test_quickstart_report_has_its_numbers(quickstart):
     path = write_report(quickstart)
     assert path == quickstart / "report.html"
     text = check(path)
-    for told in (
+    for expected in (
         "quick <b>start",
         "1 min 04 s",
         "5,120",
@@ -144,28 +144,28 @@ def test_a_quickstart_is_told_with_its_numbers(quickstart):
         "8.1 MB to 2.2 MB",
         "beats bigrams 1.9 < 2.2 yes",
         "lifts reward by nothing; train <b>longer NO",
-        "How many? 2 right",
+        "How many? 2 correct",
         "0.00031 nats",
         "fine & well wrong: src",
         "same hash",
         "tokens 123,456",
-        "tokens in a step 256",
+        "tokens per step 256",
     ):
-        assert told in text, told
+        assert expected in text, expected
 
 
-def test_text_from_outside_cannot_act(quickstart):
+def test_external_text_is_escaped(quickstart):
     text = check(write_report(quickstart))
-    for told in ("<script>alert(1)</script>", "<img src=x onerror=alert(2)>", "</pre><script>alert(3)</script>"):
-        assert told in text
+    for expected in ("<script>alert(1)</script>", "<img src=x onerror=alert(2)>", "</pre><script>alert(3)</script>"):
+        assert expected in text
 
 
-def test_the_same_folder_gives_the_same_page(quickstart):
+def test_report_is_deterministic(quickstart):
     first = write_report(quickstart).read_bytes()
     assert write_report(quickstart).read_bytes() == first
 
 
-def test_every_part_may_be_missing_or_empty(quickstart):
+def test_any_part_may_be_missing_or_empty(quickstart):
     path = quickstart / "summary.json"
     summary = json.loads(path.read_text())
     for name in summary:
@@ -178,28 +178,28 @@ def test_every_part_may_be_missing_or_empty(quickstart):
     assert "Training: pretrain" in check(write_report(quickstart))
 
 
-def test_a_run_folder_is_told_on_its_own(quickstart):
+def test_report_of_a_single_run(quickstart):
     text = check(write_report(quickstart / "pretrain"))
-    for told in ("pretrain", "1.25", "1.875", "steps: 40 # <i>", "train/pretrain", "Bits per byte", "0.2"):
-        assert told in text, told
+    for expected in ("pretrain", "1.25", "1.875", "steps: 40 # <i>", "train/pretrain", "Bits per byte", "0.2"):
+        assert expected in text, expected
     assert "Results" not in text
 
 
-def test_a_run_tells_where_its_time_went():
+def test_goodput_chart_shows_where_the_time_went():
     goodput = {"productive": 0.6, "seconds": {"step": 60.0, "compile": 10.0, "redone_after_restart": 30.0, "x": None}}
     run = Run("run", [{"step": 1, "loss": 2.0}], {"metrics": {"attempts": 2, "goodput": goodput}})
     [chart] = view_run(run).goodput
-    assert chart.note == "60.0\u00a0% of 1 min 40 s went to steps that the result stands on"
+    assert chart.note == "60.0\u00a0% of 1 min 40 s went to steps that count towards the result"
     assert ("redone after restart", "30.00", "30.0\u00a0%") in chart.numbers.rows
     assert view_run(Run("run", run.records, {"metrics": {"goodput": "odd"}})).goodput == []
 
 
-def test_a_run_without_manifest_or_with_a_single_record(tmp_path):
+def test_run_without_manifest_or_with_a_single_record(tmp_path):
     write_run(tmp_path / "run", steps=1)
     assert "Loss" in check(write_report(tmp_path / "run"))
 
 
-def test_records_that_are_not_finite_are_left_out(tmp_path):
+def test_non_finite_records_are_left_out(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     lines = [{"step": 1, "loss": math.nan}, {"step": 2, "loss": math.inf}, {"step": 3, "loss": 2.5}]
@@ -207,13 +207,13 @@ def test_records_that_are_not_finite_are_left_out(tmp_path):
     assert "2.5" in check(write_report(folder))
 
 
-def test_an_input_that_was_made_again_is_marked(quickstart):
+def test_changed_input_is_marked(quickstart):
     (quickstart / "summary.json").unlink()
     write_manifest(quickstart / "data", stage="data", inputs={}, config={}, metrics={"tokens": 99})
     assert "changed since" in check(write_report(quickstart))
 
 
-def test_a_folder_without_anything_to_tell_is_a_mistake(tmp_path):
+def test_folder_without_anything_to_report_raises(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         write_report(tmp_path / "none")
     with pytest.raises(DataError, match="to report on"):
@@ -223,51 +223,56 @@ def test_a_folder_without_anything_to_tell_is_a_mistake(tmp_path):
         write_report(tmp_path)
 
 
-def test_an_unfinished_run_says_what_is_missing(tmp_path):
+def test_unfinished_run_says_what_is_missing(tmp_path):
     write_run(tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text("steps: 1000\n")
     text = check(write_report(tmp_path / "run"))
-    assert "run: has not ended. The last record is of step 40 of 1,000." in text
-    assert "What is missing: the steps after it, the last validation, and manifest.json" in text
+    assert "run: has not finished. The last record is of step 40 of 1,000." in text
+    assert "Missing: the steps after it, the last validation, and manifest.json" in text
     stopped = {"stage": "train/pretrain", "inputs": {}, "config": {"steps": 50}}
     write_manifest(tmp_path / "run", **stopped, metrics={"steps": 40, "finished": False})
-    assert "run: stopped at step 40 of 50; the same command goes on" in check(write_report(tmp_path / "run"))
+    assert "run: stopped at step 40 of 50; the same command resumes" in check(write_report(tmp_path / "run"))
     write_manifest(tmp_path / "run", **stopped, metrics={"steps": 50, "finished": True})
     assert "stopped" not in check(write_report(tmp_path / "run"))
 
 
-def test_a_page_reloads_only_while_it_is_watched(tmp_path):
+def test_page_reloads_only_while_watched(tmp_path):
     write_run(tmp_path / "run")
     refresh = '<meta http-equiv="refresh" content="3">'
     assert refresh in write_report(tmp_path / "run", refresh_seconds=3).read_text(encoding="utf-8")
     assert "refresh" not in write_report(tmp_path / "run").read_text(encoding="utf-8")
 
 
-def test_several_runs_are_laid_over_each_other(tmp_path):
+def test_comparison_overlays_several_runs(tmp_path):
     for name, rate in (("a", 0.1), ("b <i>", 0.2)):
         write_run(tmp_path / name)
         (tmp_path / name / "config.yaml").write_text(f"steps: 40\noutput: {name}\noptim: {{learning_rate: {rate}}}\n")
     path = write_comparison([tmp_path / "a", tmp_path / "b <i>"])
     assert path == tmp_path / "a" / "compare.html"
     text = check(path)
-    for told in ("a and b <i>", "Loss, nats per token, validation", "optim.learning_rate 0.1 0.2", "a: has not ended"):
-        assert told in text, told
+    for expected in (
+        "a and b <i>",
+        "Loss, nats per token, validation",
+        "optim.learning_rate 0.1 0.2",
+        "a: has not finished",
+    ):
+        assert expected in text, expected
     assert "output" not in text
     assert "var(--one)" in path.read_text()
     assert "var(--two)" in path.read_text()
 
 
-def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
+def test_runs_of_the_same_name_are_distinguished_by_path(tmp_path):
     for name in ("x", "y"):
         write_run(tmp_path / name / "run")
     text = check(write_comparison([tmp_path / "x" / "run", tmp_path / "y" / "run"]))
     assert f"{tmp_path}/x/run and {tmp_path}/y/run" in text
 
 
-def test_what_cannot_be_compared_is_a_mistake(tmp_path):
+def test_runs_that_cannot_be_compared_raise(tmp_path):
     write_run(tmp_path / "run")
     (tmp_path / "other").mkdir()
-    with pytest.raises(DataError, match="other: is no run"):
+    with pytest.raises(DataError, match="other: is not a run"):
         write_comparison([tmp_path / "run", tmp_path / "other"])
     with pytest.raises(RequestError, match="give at most 4"):
         write_comparison([tmp_path / "run"] * 5)

@@ -1,4 +1,4 @@
-"""Chromium without a window, driven by the DevTools protocol over pipes: no port, and no package."""
+"""Headless Chromium, driven by the DevTools protocol over pipes: no port, no package."""
 
 import base64
 import itertools
@@ -16,10 +16,10 @@ _KEYS = {"Enter": 13, "Escape": 27, "Tab": 9}
 
 @contextmanager
 def chromium(profile):
-    """A browser that keeps what it writes in the folder `profile`, until the block ends."""
+    """A browser with its data in the folder `profile`, until the block ends."""
     commands_in, commands = os.pipe()
     replies, replies_out = os.pipe()
-    # The browser reads from descriptor 3 and writes to 4, which the shell arranges.
+    # The browser reads from descriptor 3 and writes to 4, which the shell redirects.
     script = f'exec "$0" "$@" 3<&{commands_in} 4>&{replies_out}'
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
     options += [
@@ -46,7 +46,7 @@ def chromium(profile):
 
 
 class Browser:
-    """Commands of the protocol, one at a time; events are kept for whoever asks for them."""
+    """Protocol commands, one at a time; events are kept for later."""
 
     def __init__(self, commands: int, replies: int):
         self._commands, self._replies = commands, replies
@@ -68,7 +68,7 @@ class Browser:
 
     def _receive(self, seconds=30):
         while b"\0" not in self._pending:
-            assert select.select([self._replies], [], [], seconds)[0], "the browser does not answer"
+            assert select.select([self._replies], [], [], seconds)[0], "the browser does not respond"
             piece = os.read(self._replies, 1 << 20)
             assert piece, "the browser has ended"
             self._pending += piece
@@ -77,7 +77,7 @@ class Browser:
 
     @contextmanager
     def tab(self, *, before=""):
-        """A tab with cookies and storage of its own; `before` is a script that runs before those of each page."""
+        """A tab with its own cookies and storage; `before` is a script that runs before each page's own."""
         context = self.call("Target.createBrowserContext")["browserContextId"]
         target = self.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -93,7 +93,7 @@ class Browser:
 
 
 class Tab:
-    """What a reader does with one page, and sees of it."""
+    """User actions on one page, and its visible state."""
 
     def __init__(self, browser: Browser, session: str):
         self._browser, self._session = browser, session
@@ -106,7 +106,7 @@ class Tab:
         self.wait_for("document.readyState === 'complete' && document.querySelector('#model-name')?.textContent")
 
     def js(self, expression):
-        """The value of an expression of JavaScript, awaited."""
+        """The awaited value of a JavaScript expression."""
         reply = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in reply, (expression, reply["exceptionDetails"])
         return reply["result"].get("value")
@@ -114,7 +114,7 @@ class Tab:
     def wait_for(self, expression, seconds=20):
         deadline = time.monotonic() + seconds
         while (value := self.js(expression)) in (None, False, 0, ""):
-            assert time.monotonic() < deadline, f"{expression} has not become true; the page: {self.text('body')}"
+            assert time.monotonic() < deadline, f"{expression} did not become true; the page: {self.text('body')}"
             time.sleep(0.02)
         return value
 
@@ -128,7 +128,7 @@ class Tab:
         return self.js(f"document.querySelector({json.dumps(selector)}).checkVisibility()")
 
     def click(self, selector, text=""):
-        """Clicks the middle of the first shown element that holds `text`."""
+        """Click the center of the first visible element that contains `text`."""
         found = f"[...document.querySelectorAll({json.dumps(selector)})].find((node) => node.checkVisibility() &&"
         found += f" node.textContent.includes({json.dumps(text)}))"
         box = self.wait_for(
@@ -157,12 +157,12 @@ class Tab:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
     def complaints(self):
-        """Exceptions, violations of the page's policy, and what else the browser logged as an error."""
-        self.js("0")  # has what is on its way arrive
+        """Exceptions, CSP violations, and other errors that the browser logged."""
+        self.js("0")  # flushes pending events
         mine = [event for event in self._browser.events if event.get("sessionId") == self._session]
         thrown = [e["params"] for e in mine if e["method"] == "Runtime.exceptionThrown"]
         logged = [e["params"]["entry"] for e in mine if e["method"] == "Log.entryAdded"]
-        # The browser logs each answer of 4xx and 5xx.
+        # The browser logs each 4xx and 5xx response.
         return thrown + [entry for entry in logged if entry["level"] == "error" and entry["source"] != "network"]
 
     def requested_urls(self):

@@ -39,7 +39,7 @@ def bundle(tmp_path_factory):
         matmul_dtype="float32",
     )
     decoder = initialize(Decoder(config), jax.random.key(0))
-    # Freshly drawn, all tokens are nearly as likely as one another; larger embeddings set them apart.
+    # At initialization all tokens are nearly equally likely; larger embeddings separate them.
     decoder.embedding = decoder.embedding * 12
     bundle = folder / "tiny-int8"
     bundle.mkdir()

@@ -1,4 +1,4 @@
-"""A real server on a free port of the loopback, and how to read from it."""
+"""A real server on a free loopback port, and helpers to read from it."""
 
 import json
 import threading
@@ -11,7 +11,7 @@ from maxlm.serve.app import create_app
 
 @contextmanager
 def serve(model, *, num_slots=4, max_waiting=16, **settings):
-    """The address of a server that runs until the block ends, and its engine; `settings` go to `create_app`."""
+    """Run a server until the block ends; gives its address and engine. `settings` go to `create_app`."""
     listener = serving.bind("127.0.0.1", 0)
     with model.engine(num_slots=num_slots, max_waiting=max_waiting) as engine:
         server = serving.server_of(create_app(model, engine, **settings))

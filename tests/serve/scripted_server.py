@@ -1,4 +1,4 @@
-"""The chat page before a server that answers what a test wants."""
+"""The chat page on a server with scripted responses."""
 
 import json
 import threading
@@ -20,7 +20,7 @@ def sse(content="", *, finish=None, usage=None):
 
 
 def answer(*pieces, finish="stop", total_tokens=9):
-    """The bytes of a stream that says `pieces`."""
+    """The bytes of a stream with the text `pieces`."""
     ending = sse(finish=finish, usage={"completion_tokens": len(pieces), "total_tokens": total_tokens})
     return [*map(sse, pieces), ending, b"data: [DONE]\n\n"]
 
@@ -30,8 +30,8 @@ def failure(status, message, **fields):
 
 
 class Script:
-    """`reply(body)` is the list of bytes that a request gets, or a response; among the bytes numbers are pauses,
-    None waits for `go_on`, and an exception breaks the connection off.
+    """`reply(body)` returns a response, or a list of bytes to stream; in the list, a number is a pause in seconds,
+    None waits for `go_on`, and an exception aborts the connection.
     """
 
     def __init__(self):
@@ -39,9 +39,9 @@ class Script:
 
     def reset(self):
         self.reply = lambda body: answer("fine")
-        self.bodies = []  # of the requests that came
+        self.bodies = []  # of all requests
         self.key = None
-        self.renderings = []  # length of the body of each request for HTML
+        self.renderings = []  # body length of each render request
         self.go_on = threading.Event()
 
 
@@ -52,7 +52,7 @@ def create_scripted_app(script):
     async def check_and_note(http, call_next):
         asks_for_key = http.url.path.startswith("/v1") or http.url.path == "/render"
         if script.key and asks_for_key and http.headers.get("authorization") != f"Bearer {script.key}":
-            return failure(401, "this server asks for an API key", code="invalid_api_key")
+            return failure(401, "this server requires an API key", code="invalid_api_key")
         if http.url.path == "/render":
             script.renderings.append(int(http.headers["content-length"]))
         return await call_next(http)

@@ -1,4 +1,4 @@
-"""Who may use the server: names that it answers to, pages that may call it, and the key."""
+"""Access control: host names, origins and the API key."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ KEY = "sk-test"
 
 @pytest.fixture
 def ask(served, model):
-    """Ask an application of these settings, in this process: (method, path, access, headers) -> reply."""
+    """Send a request to an in-process application: (method, path, access, headers) -> response."""
 
     def ask(method, path, access, **headers):
         async def send():
@@ -33,7 +33,7 @@ def ask(served, model):
     "host",
     ["localhost", "LOCALHOST:8000", "localhost.", "127.0.0.1:5", "[::1]", "[::1]:8000", "box.test", "BOX.test:1"],
 )
-def test_the_server_answers_to_its_own_names(ask, host):
+def test_server_answers_to_its_own_names(ask, host):
     assert ask("GET", "/v1/models", Access(hosts=("box.test",)), host=host).status_code == 200
 
 
@@ -56,7 +56,7 @@ def test_the_server_answers_to_its_own_names(ask, host):
     ],
 )
 @pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/nothing"])
-def test_a_name_that_was_made_to_point_here_does_not_reach_the_server(ask, host, path):
+def test_dns_rebinding_is_blocked(ask, host, path):
     reply = ask("GET", path, Access(), host=host)
     assert reply.status_code == 403
     assert reply.json()["error"]["code"] == "host_not_allowed"
@@ -64,7 +64,7 @@ def test_a_name_that_was_made_to_point_here_does_not_reach_the_server(ask, host,
     assert reply.headers["x-request-id"]
 
 
-def test_on_all_addresses_any_address_is_its_name_and_no_other_name_is(ask):
+def test_listening_on_all_addresses_allows_any_address_but_no_other_name(ask):
     access = Access(any_address=True)
     assert ask("GET", "/health", access, host="192.168.0.9:8000").status_code == 200
     assert ask("GET", "/health", access, host="[fd00::5]:8000").status_code == 200
@@ -86,7 +86,7 @@ def test_on_all_addresses_any_address_is_its_name_and_no_other_name_is(ask):
         ("nonsense", 403),
     ],
 )
-def test_pages_from_elsewhere_may_not_call(ask, origin, status):
+def test_unlisted_origins_are_rejected(ask, origin, status):
     access = Access(origins=("https://page.test",))
     reply = ask("GET", "/v1/models", access, origin=origin)
     assert reply.status_code == status
@@ -96,8 +96,8 @@ def test_pages_from_elsewhere_may_not_call(ask, origin, status):
     assert reply.headers.get("access-control-allow-origin") == (origin if is_listed else None)
 
 
-def test_a_listed_page_may_ask_beforehand(ask):
-    """The browser's question comes without the key, and names the headers that the client's library adds."""
+def test_preflight_of_a_listed_origin(ask):
+    """The browser's preflight request has no key, and names the headers that the client library adds."""
     access = Access(origins=("https://page.test",), api_key=KEY)
     asked = {
         "origin": "https://page.test",
@@ -108,7 +108,7 @@ def test_a_listed_page_may_ask_beforehand(ask):
     assert reply.status_code == 204
     assert reply.headers["access-control-allow-origin"] == "https://page.test"
     assert "x-stainless-os" in reply.headers["access-control-allow-headers"]
-    # An error can be read by the page too, so that it can ask for the key.
+    # The page can read errors too, so that it can ask for the key.
     reply = ask("GET", "/v1/models", access, origin="https://page.test")
     assert reply.status_code == 401
     assert reply.headers["access-control-allow-origin"] == "https://page.test"
@@ -116,7 +116,7 @@ def test_a_listed_page_may_ask_beforehand(ask):
     assert ask("GET", "/health", Access(origins=("*",)), origin="https://any.test").status_code == 200
 
 
-def test_without_the_key_there_is_the_page_and_health_alone(ask):
+def test_only_the_page_and_health_need_no_key(ask):
     access = Access(api_key=KEY)
     for path in ("/", "/health", "/static/app.js"):
         assert ask("GET", path, access).status_code == 200
@@ -131,22 +131,22 @@ def test_without_the_key_there_is_the_page_and_health_alone(ask):
         assert ask("GET", "/v1/models", access, authorization=f"{scheme} {KEY}").status_code == 200
 
 
-def test_the_client_sends_its_key_and_the_name_that_is_served(model):
+def test_client_sends_its_key_and_the_served_model_name(model):
     with serve(model, name="org/best", access=Access(api_key=KEY)) as (url, _):
         stranger = openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0)
-        with stranger, pytest.raises(openai.AuthenticationError, match="not the right one"):
+        with stranger, pytest.raises(openai.AuthenticationError, match="API key is wrong"):
             stranger.models.list()
         with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
             assert [entry.id for entry in client.models.list()] == ["org/best"]
             assert client.models.retrieve("org/best").id == "org/best"
             reply = client.completions.create(model="org/best", prompt="The", max_tokens=1)
             assert reply.model == "org/best"
-            with pytest.raises(openai.NotFoundError, match="'tiny-int8' is not served here; there is 'org/best'"):
+            with pytest.raises(openai.NotFoundError, match="'tiny-int8' is not served here; use 'org/best'"):
                 client.completions.create(model="tiny-int8", prompt="The")
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"hosts": ("http://box.test",)}, "--allowed-host"),
         ({"hosts": ("box.test/page",)}, "--allowed-host"),
@@ -155,11 +155,11 @@ def test_the_client_sends_its_key_and_the_name_that_is_served(model):
         ({"origins": ("https://page.test/",)}, "--cors"),
         ({"origins": ("",)}, "--cors"),
         ({"api_key": ""}, "API key is empty"),
-        ({"api_key": "a b"}, "API key has a space"),
-        ({"api_key": "schlüssel"}, "characters that no header carries"),
-        ({"api_key": "a\n"}, "characters that no header carries"),
+        ({"api_key": "a b"}, "API key contains a space"),
+        ({"api_key": "schlüssel"}, "characters not allowed in a header"),
+        ({"api_key": "a\n"}, "characters not allowed in a header"),
     ],
 )
-def test_settings_that_can_never_match_are_one_sentence(settings, told):
-    with pytest.raises(RequestError, match=told):
+def test_settings_that_can_never_match_raise(settings, message):
+    with pytest.raises(RequestError, match=message):
         Access(**settings)

@@ -1,4 +1,4 @@
-"""Every connection ends within a bounded time, whatever its client does or leaves undone."""
+"""Connection timeouts against slow, stalled and half-closed clients."""
 
 import json
 import socket
@@ -34,7 +34,7 @@ def head(length, *, method="POST", path=CHAT, more=""):
 
 
 def read_all(client):
-    """What the server sends until it closes the connection."""
+    """All bytes until the server closes the connection."""
     received = b""
     try:
         while piece := client.recv(65536):
@@ -62,9 +62,9 @@ GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 @pytest.mark.parametrize("sent", [b"", b"GET", b"GET / HTTP/1.1\r\nHost: loc"])
 @pytest.mark.parametrize("is_second", [False, True])
-def test_a_head_that_never_ends_is_not_waited_for(url, quick, sent, is_second):
+def test_incomplete_head_times_out(url, quick, sent, is_second):
     with connect(url) as client:
-        if is_second and sent:  # without a byte it is an idle connection, which may be used again for 30 s
+        if is_second and sent:  # without a byte it is an idle keep-alive connection, open for 30 s
             client.sendall(GET)
             reply = b""
             while not reply.endswith(b'{"status":"ok"}'):
@@ -73,7 +73,7 @@ def test_a_head_that_never_ends_is_not_waited_for(url, quick, sent, is_second):
         assert read_all(client) == b""
 
 
-def test_a_head_that_drips_is_not_waited_for(url, quick):
+def test_slowly_sent_head_times_out(url, quick):
     with connect(url) as client:
         client.settimeout(0.05)
         for _ in range(400):
@@ -88,17 +88,17 @@ def test_a_head_that_drips_is_not_waited_for(url, quick):
 
 
 @pytest.mark.parametrize("sent", [b"", b'{"messages": '])
-def test_a_body_that_never_ends_is_told_as_408(url, quick, sent):
+def test_incomplete_body_gets_408(url, quick, sent):
     with connect(url) as client:
         client.sendall(head(500) + sent)
         reply = read_all(client)
     assert reply.startswith(b"HTTP/1.1 408 ")
-    assert "has not come whole" in error_of(reply)
+    assert "did not arrive in full" in error_of(reply)
     assert b"\r\nx-request-id: req_" in reply
 
 
-def test_a_huge_body_is_refused_and_its_client_told(url, quick):
-    """Also a client that sends on regardless of the answer reads it."""
+def test_huge_body_gets_413(url, quick):
+    """A client that keeps sending still receives the response."""
     with connect(url) as client:
         client.sendall(head(10**12) + b" " * 3_000_000)
         reply = read_all(client)
@@ -110,17 +110,17 @@ def test_a_huge_body_is_refused_and_its_client_told(url, quick):
 
 
 @pytest.mark.parametrize("noise", [b"\x16\x03\x01\x02\x00\x01\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"A" * 100_000])
-def test_what_is_no_request_is_told_as_all_errors_are(url, noise):
+def test_invalid_http_gets_an_error_body(url, noise):
     with connect(url) as client:
         client.sendall(noise)
         reply = read_all(client)
     assert reply.startswith(b"HTTP/1.1 400 ")
-    assert "no valid HTTP/1.1 request" in error_of(reply)
+    assert "not a valid HTTP/1.1 request" in error_of(reply)
     assert b"\r\nx-request-id: req_" in reply
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_half_closed_connection_ends_and_frees_its_slot(served, stream):
+def test_half_closed_connection_frees_its_slot(served, stream):
     url, engine = served
     body = json.dumps({"messages": MESSAGES, "stream": stream, "n": 16}).encode()
     with connect(url) as client:
@@ -133,8 +133,8 @@ def test_a_half_closed_connection_ends_and_frees_its_slot(served, stream):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_does_not_read_is_cut_off(served, quick, monkeypatch, stream):
-    """The answer is larger than what the server and the system buffer on the way."""
+def test_client_that_does_not_read_is_disconnected(served, quick, monkeypatch, stream):
+    """The response is larger than the buffers of the server and the system."""
     url, engine = served
     made, lost = connections.BoundedConnection.connection_made, connections.BoundedConnection.connection_lost
     ended = []
@@ -156,8 +156,8 @@ def test_a_client_that_does_not_read_is_cut_off(served, quick, monkeypatch, stre
     wait_until(lambda: engine.num_active == engine.num_waiting == 0, seconds=60)
 
 
-def test_half_a_request_does_not_hold_up_the_end(model):
-    """Idle, half-sent and half-answered connections, and a server that is told to stop."""
+def test_incomplete_requests_do_not_block_shutdown(model):
+    """Idle, half-sent and half-answered connections, and a server that is asked to stop."""
     body = json.dumps({"messages": MESSAGES, "stream": True, "max_tokens": 5}).encode()
     with serve(model) as (url, _), connect(url) as idle, connect(url) as begun, connect(url) as asking:
         begun.sendall(b"GET / HTTP/1.1\r\nHost")

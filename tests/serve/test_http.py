@@ -1,4 +1,4 @@
-"""What the server does with odd, hostile and absent clients, and what it tells of itself."""
+"""Malformed requests, hostile and disconnected clients, health and metrics."""
 
 import json
 import re
@@ -52,7 +52,7 @@ MESSAGES = [{"role": "user", "content": "The quick brown"}]
         b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     ],
 )
-def test_a_malformed_body_is_told_as_400(http, body):
+def test_malformed_body_gets_400(http, body):
     reply = http.post(CHAT, content=body, headers={"Content-Type": "application/json"})
     assert reply.status_code == 400
     error = reply.json()["error"]
@@ -62,42 +62,42 @@ def test_a_malformed_body_is_told_as_400(http, body):
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "expected"),
     [
         (b'{"prompt": "a", "seed": 1, "seed": 2}', "the key 'seed' is given twice in one object"),
         (b'{"prompt": "a", "stream_options": {"include_usage": true, "include_usage": false}}', "'include_usage'"),
-        (b"[" * 100_000, "nested too deep"),
+        (b"[" * 100_000, "nested too deeply"),
         (b'{"seed": ' + b"9" * 5000 + b"}", "a number of thousands of digits"),
         (b"\xff", "it is not UTF-8"),
         (b"{", "Expecting property name"),
     ],
 )
-def test_a_body_that_is_no_json_is_told_why(http, body, told):
+def test_invalid_json_error_names_the_reason(http, body, expected):
     reply = http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
     assert reply.status_code == 400
     message = reply.json()["error"]["message"]
     assert message.startswith("the body is not valid JSON: ")
-    assert told in message
+    assert expected in message
 
 
 @pytest.mark.parametrize(
-    ("prompt", "told"),
-    [([], "prompt"), ([5, -1], "outside of the vocabulary"), ([10**9], "outside of the vocabulary"), ({}, "prompt")],
+    ("prompt", "expected"),
+    [([], "prompt"), ([5, -1], "outside the vocabulary"), ([10**9], "outside the vocabulary"), ({}, "prompt")],
 )
-def test_odd_prompts_of_completions(http, prompt, told):
+def test_invalid_prompts_of_completions(http, prompt, expected):
     reply = http.post("/v1/completions", json={"prompt": prompt})
     assert reply.status_code == 400
-    assert told in reply.text
+    assert expected in reply.text
 
 
-def test_mistakes_name_the_field(http):
+def test_errors_name_the_field(http):
     reply = http.post(CHAT, json={"messages": [{"role": "user", "content": "x"}], "top_p": 3, "temprature": 1})
     message = reply.json()["error"]["message"]
     assert "top_p: Input should be less than or equal to 1" in message
-    assert "temprature: this field is unknown" in message
+    assert "temprature: unknown field" in message
 
 
-def test_a_body_of_another_type_is_told_the_header_that_it_lacks(http):
+def test_wrong_content_type_error_names_the_header(http):
     for content_type in ("application/x-www-form-urlencoded", "text/plain", "multipart/form-data; boundary=x"):
         reply = http.post(CHAT, content=json.dumps({"messages": MESSAGES}), headers={"Content-Type": content_type})
         assert reply.status_code == 400
@@ -176,8 +176,8 @@ def test_fields_without_effect_are_accepted(http):
         ("messages.0.content", [{"type": "image_url", "image_url": {"url": "data:"}}]),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(http, field, value):
-    """A field is used or refused, never dropped; the error names it in `param` and in its sentence."""
+def test_unsupported_fields_get_400_with_their_name(http, field, value):
+    """A field is used or rejected, never dropped; the error names it in `param` and in the message."""
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
     *path, last = field.split(".")
     place = body
@@ -192,8 +192,8 @@ def test_what_is_not_supported_is_refused_by_name(http, field, value):
     assert named in error["message"] or last in error["message"]
 
 
-def test_a_chat_that_ends_with_an_answer_is_continued_when_asked(http, model):
-    """The beginning of an answer is no whole turn: without the question what to do with it, it is refused."""
+def test_partial_answer_is_continued_on_request(http, model):
+    """A final assistant message is ambiguous: without continue_final_message it is rejected."""
     whole = model.generate(MESSAGES, max_new_tokens=12)[0]
     ids = model.tokenizer.encode(whole)
     begun = model.tokenizer.decode(ids[:2])
@@ -207,8 +207,8 @@ def test_a_chat_that_ends_with_an_answer_is_continued_when_asked(http, model):
         assert (begun + reply["choices"][0]["message"]["content"]).startswith(whole[: len(begun) + 3])
 
 
-def test_every_answer_has_an_id(http):
-    """The client's own where it can stand in a log line, and one of ours else; errors and the page too."""
+def test_every_response_has_a_request_id(http):
+    """The client's own if it is safe to log, else a new one; also for errors and the page."""
     for reply in (http.get("/health"), http.get("/nothing"), http.post(CHAT, content=b"{"), http.get("/static/app.js")):
         assert re.fullmatch(r"req_[0-9a-f]{32}", reply.headers["x-request-id"])
     assert http.get("/health", headers={"x-request-id": "my-1.2"}).headers["x-request-id"] == "my-1.2"
@@ -217,7 +217,7 @@ def test_every_answer_has_an_id(http):
         assert reply.headers["x-request-id"].startswith("req_")
 
 
-def test_each_request_has_a_line_in_the_log(http, caplog):
+def test_each_request_has_a_log_line(http, caplog):
     with caplog.at_level("INFO", logger="maxlm.serve"):
         http.post("/v1/completions?key=hidden", json={"prompt": "Secret words"}, headers={"x-request-id": "abc"})
         wait_until(lambda: "abc" in caplog.text)
@@ -225,7 +225,7 @@ def test_each_request_has_a_line_in_the_log(http, caplog):
     assert re.fullmatch(r"abc 127\.0\.0\.1 POST /v1/completions 200 \d+\.\d{3} s", line)
 
 
-def test_head_is_answered_as_get_is(http):
+def test_head_matches_get(http):
     for path, status in (
         ("/", 200),
         ("/health", 200),
@@ -240,26 +240,26 @@ def test_head_is_answered_as_get_is(http):
         assert int(reply.headers["content-length"]) > 0
 
 
-def test_a_body_too_large_is_refused(http):
+def test_body_too_large_gets_413(http):
     large = json.dumps({"messages": [{"role": "user", "content": "x" * 9_000_000}]}).encode()
     assert http.post(CHAT, content=large).status_code == 413
     in_chunks = (large[start : start + 65536] for start in range(0, len(large), 65536))
     assert http.post(CHAT, content=in_chunks).status_code == 413
 
 
-def test_a_long_text_within_the_limit_is_told_its_length(http):
+def test_error_of_a_long_text_gives_its_length(http):
     reply = http.post(CHAT, json={"messages": [{"role": "user", "content": "fox " * 100_000}]})
     assert reply.status_code == 400
     assert re.search(r"prompt has \d+ tokens .* the context holds 128", reply.json()["error"]["message"])
 
 
-def test_unknown_paths_and_methods_have_the_same_shape(http):
+def test_unknown_paths_and_methods_have_the_same_error_format(http):
     for reply, status in ((http.get("/nothing"), 404), (http.get(CHAT), 405), (http.get("/static/../app.py"), 404)):
         assert reply.status_code == status
         assert reply.json()["error"]["message"]
 
 
-def test_a_stream_is_server_sent_events(http):
+def test_stream_is_server_sent_events(http):
     reply = http.post(CHAT, json={"messages": MESSAGES, "stream": True, "max_tokens": 5, "seed": 1})
     assert reply.headers["content-type"].startswith("text/event-stream")
     events, done = sse_events(reply.text)
@@ -267,17 +267,17 @@ def test_a_stream_is_server_sent_events(http):
     assert all(event["object"] == "chat.completion.chunk" for event in events)
 
 
-def test_a_stream_that_cannot_start_is_an_error_not_a_stream(http):
+def test_stream_that_cannot_start_is_an_error_response(http):
     reply = http.post(CHAT, json={"messages": [{"role": "user", "content": "fox " * 200}], "stream": True})
     assert reply.status_code == 400
     assert reply.json()["error"]["code"] == "context_length_exceeded"
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_is_killed_frees_its_slots(served, stream):
+def test_killed_client_frees_its_slots(served, stream):
     url, engine = served
     host, port = url.removeprefix("http://").split(":")
-    # Four times as many answers as slots: killed at the first sign of life, most have not begun.
+    # Four times as many answers as slots: when the client is killed at the first bytes, most have not started.
     body = json.dumps({"messages": MESSAGES, "stream": stream, "n": 16}).encode()
     head = (
         f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -286,7 +286,7 @@ def test_a_client_that_is_killed_frees_its_slots(served, stream):
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + body)
         wait_until(lambda: engine.num_active > 0)
-        # A reset in place of a farewell, as of a process that is killed.
+        # A reset instead of an orderly close, as from a killed process.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     wait_until(lambda: sum(finished(url).values()) == sum(before.values()) + 16)
     assert engine.num_active == engine.num_waiting == 0
@@ -294,12 +294,12 @@ def test_a_client_that_is_killed_frees_its_slots(served, stream):
 
 
 def finished(url):
-    """Generations ended, by reason, as /metrics tells."""
+    """Generations ended, by reason, from /metrics."""
     text = httpx.get(f"{url}/metrics").text
     return {m[1]: float(m[2]) for m in re.finditer(r'maxlm_generations_total{reason="(\w+)"} (\S+)', text)}
 
 
-def test_half_a_request_and_noise_do_no_harm(url):
+def test_incomplete_requests_and_noise_do_no_harm(url):
     host, port = url.removeprefix("http://").split(":")
     for noise in (
         b"",
@@ -312,13 +312,13 @@ def test_half_a_request_and_noise_do_no_harm(url):
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
 
 
-def test_a_full_queue_is_told_as_429(model):
-    """What never fits is told as a mistake; what does not fit now, as something to try again."""
+def test_full_queue_gets_429(model):
+    """A batch that can never fit gets 400; one that does not fit now gets 429."""
     with serve(model, num_slots=2, max_waiting=1) as (url, engine):
         reply = httpx.post(f"{url}/v1/completions", json={"prompt": ["The", "A"], "max_tokens": 1, "n": 2})
         assert reply.status_code == 400
         assert reply.json()["error"]["code"] == "batch_too_large"
-        assert "4 answers are asked for at once, and 3 are the most" in reply.json()["error"]["message"]
+        assert "4 answers are requested at once, but at most 3" in reply.json()["error"]["message"]
         assert engine.num_active == engine.num_waiting == 0
         with httpx.stream("POST", f"{url}{CHAT}", json={"messages": MESSAGES, "stream": True, "n": 3}):
             reply = httpx.post(f"{url}{CHAT}", json={"messages": MESSAGES, "max_tokens": 1, "n": 3})
@@ -329,7 +329,7 @@ def test_a_full_queue_is_told_as_429(model):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_health_tells_when_the_engine_has_failed(model):
+def test_health_reports_a_failed_engine(model):
     with serve(model) as (url, engine):
         assert httpx.get(f"{url}/health").status_code == 200
         engine._state.cache.keys.delete()
@@ -342,7 +342,7 @@ def test_health_tells_when_the_engine_has_failed(model):
         assert "the engine has stopped" in reply.json()["error"]["message"]
 
 
-def test_metrics_count_what_happened(model):
+def test_metrics_count_requests_and_tokens(model):
     with serve(model, num_slots=2) as (url, _), httpx.Client(base_url=url, timeout=60) as http:
         tokens = 0
         for seed in range(3):
@@ -369,7 +369,7 @@ def test_metrics_count_what_happened(model):
         assert buckets == sorted(buckets)
 
 
-def test_an_unknown_model_may_have_any_name(http):
+def test_unknown_model_may_have_any_name(http):
     for name in ("other", "a" * 10_000, "\ud800", "\n"):
         body = json.dumps({"messages": MESSAGES, "model": name})
         reply = http.post(CHAT, content=body, headers={"Content-Type": "application/json"})
@@ -377,6 +377,6 @@ def test_an_unknown_model_may_have_any_name(http):
         assert reply.json()["error"]["code"] == "model_not_found"
 
 
-def test_a_chat_without_a_model_asks_the_one_that_is_served(http):
+def test_chat_without_a_model_uses_the_served_one(http):
     reply = http.post(CHAT, json={"messages": MESSAGES, "max_tokens": 1}).json()
     assert reply["model"] == "tiny-int8"

@@ -1,4 +1,4 @@
-"""Markdown of answers: right, harmless, and the same whether it is rendered whole or while it grows."""
+"""Markdown of answers: correct, sanitized, and the same whether rendered at once or incrementally."""
 
 import pytest
 
@@ -52,12 +52,12 @@ def whole(text):
 
 
 @pytest.mark.parametrize("document", [DOCUMENT, DOCUMENT.replace("\n", "\r\n"), DOCUMENT.replace("\n", "\r")])
-def test_finished_blocks_stay_whatever_follows(document):
+def test_finished_blocks_do_not_change_as_text_is_appended(document):
     finished, begin = [], 0
     for end in range(len(document) + 1):
         rendered = render_markdown(document[begin:end])
         finished += rendered.finished
-        # Characters beyond the basic plane count twice, as in JavaScript.
+        # Characters outside the BMP count twice, as in JavaScript.
         begin += len(document[begin:end].encode("utf-16-le")[: 2 * rendered.consumed].decode("utf-16-le"))
     assert len(finished) >= 9
     assert "".join(finished + rendered.open) == whole(document)

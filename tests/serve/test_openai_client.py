@@ -25,7 +25,7 @@ def test_models(client):
         client.models.retrieve("other")
 
 
-def test_a_chat_completion_is_the_models_own_text(client, model):
+def test_chat_completion_matches_the_models_text(client, model):
     reply = client.chat.completions.create(model="tiny-int8", messages=MESSAGES, max_tokens=12, temperature=0)
     [choice] = reply.choices
     assert choice.message.role == "assistant"
@@ -38,7 +38,7 @@ def test_a_chat_completion_is_the_models_own_text(client, model):
         assert reply.usage.completion_tokens == 12
 
 
-def test_a_stream_is_the_same_text_in_pieces(client):
+def test_stream_gives_the_same_text_in_chunks(client):
     settings = {"model": "tiny-int8", "messages": MESSAGES, "max_tokens": 40, "temperature": 0.9, "seed": 5}
     whole = client.chat.completions.create(**settings)
     stream = client.chat.completions.create(**settings, stream=True, stream_options={"include_usage": True})
@@ -55,7 +55,7 @@ def test_a_stream_is_the_same_text_in_pieces(client):
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_every_choice_draws_from_a_stream_of_its_own(client):
+def test_every_choice_has_its_own_random_stream(client):
     settings = {"model": "tiny-int8", "messages": MESSAGES, "max_tokens": 15, "temperature": 1.0}
     several = client.chat.completions.create(**settings, seed=40, n=3)
     assert [choice.index for choice in several.choices] == [0, 1, 2]
@@ -70,7 +70,7 @@ def test_every_choice_draws_from_a_stream_of_its_own(client):
     assert streamed == {choice.index: choice.message.content for choice in several.choices}
 
 
-def test_equal_prompts_give_different_texts_and_the_seed_of_a_reply_gives_them_again(client):
+def test_equal_prompts_give_different_texts_reproducible_from_the_seed(client):
     settings = {"model": "tiny-int8", "prompt": ["The dog"] * 5, "max_tokens": 15, "temperature": 1, "n": 2}
     drawn = client.completions.create(**settings)
     texts = [choice.text for choice in drawn.choices]
@@ -90,7 +90,7 @@ def test_top_p_of_0_is_greedy(client):
     assert client.completions.create(**settings, temperature=1.5, top_p=0).choices[0].text == greedy
 
 
-def test_tokens_beyond_the_room_are_cut(client):
+def test_max_tokens_is_limited_by_the_context(client):
     for settings in ({"max_tokens": 10**6}, {"max_completion_tokens": 10**6}, {}):
         reply = client.chat.completions.create(model="tiny-int8", messages=MESSAGES, seed=1, **settings)
         assert reply.usage.total_tokens == 128 or reply.choices[0].finish_reason == "stop"
@@ -98,8 +98,8 @@ def test_tokens_beyond_the_room_are_cut(client):
     assert reply.usage.total_tokens == 128 or reply.choices[0].finish_reason == "stop"
 
 
-def test_no_parameter_of_the_client_is_unknown(client, http):
-    """A field that this server does not use is refused for its value; null asks for nothing."""
+def test_all_client_parameters_are_known(client, http):
+    """An unsupported field is rejected for its value; null is a no-op."""
     its_own = {"extra_headers", "extra_query", "extra_body", "timeout", "self"}
     for create, path, body in (
         (client.chat.completions.create, "chat/completions", {"messages": MESSAGES}),
@@ -110,7 +110,7 @@ def test_no_parameter_of_the_client_is_unknown(client, http):
         assert reply.status_code == 200, reply.text
 
 
-def test_text_does_not_depend_on_who_else_asks(client):
+def test_text_does_not_depend_on_concurrent_requests(client):
     def ask(index):
         settings = [{"temperature": 0}, {"temperature": 1}, {"temperature": 1, "top_p": 0.8}][index % 3]
         reply = client.completions.create(
@@ -157,7 +157,7 @@ def test_log_probabilities(client, model):
     completion = client.completions.create(**settings, prompt="The", logprobs=3).choices[0]
     assert len(completion.logprobs.tokens) == len(completion.logprobs.token_logprobs)
     assert all(len(top) == 3 for top in completion.logprobs.top_logprobs)
-    # 0 gives the sampled tokens alone, and nothing gives nothing.
+    # 0 gives only the sampled tokens; without the field there are none.
     alone = client.completions.create(**settings, prompt="The", logprobs=0).choices[0].logprobs
     assert alone.top_logprobs == [{name: value} for name, value in zip(alone.tokens, alone.token_logprobs)]
     for nothing in (None, False):
@@ -166,8 +166,8 @@ def test_log_probabilities(client, model):
         assert chat.choices[0].logprobs is None
 
 
-def test_bytes_of_tokens_add_up_to_the_text(client):
-    """Also of tokens that are a part of a character, or of no text at all."""
+def test_bytes_of_tokens_concatenate_to_the_text(client):
+    """Also for tokens that are part of a character, or have no text."""
     for seed in range(20):
         chat = client.chat.completions.create(
             model="tiny-int8", messages=MESSAGES, temperature=2, seed=seed, logprobs=True, top_logprobs=20
@@ -178,10 +178,10 @@ def test_bytes_of_tokens_add_up_to_the_text(client):
         assert all(top.bytes is not None for entry in content for top in entry.top_logprobs)
         if any(len(entry.bytes) == 1 and entry.bytes[0] > 127 for entry in content):
             return
-    pytest.fail("no seed gave a part of a character")
+    pytest.fail("no seed gave a token that is part of a character")
 
 
-def test_offsets_say_where_tokens_begin(client, model):
+def test_offsets_are_the_starts_of_tokens(client, model):
     settings = {"model": "tiny-int8", "max_tokens": 40, "temperature": 1.5, "seed": 3, "logprobs": 0}
     for echo in (False, True):
         prompt = "The é dog"
@@ -196,8 +196,8 @@ def test_offsets_say_where_tokens_begin(client, model):
             place = offset
 
 
-def test_echo_rates_the_prompt_as_harnesses_ask_for_it(client, model):
-    """The request of lm-eval's local-completions: log-probabilities of [ctxlen:-1], greedy where they equal the top."""
+def test_echo_scores_the_prompt_for_lm_eval(client, model):
+    """The request of lm-eval's local-completions: log-probabilities of [ctxlen:-1], greedy if equal to the top one."""
     context, ending = model.encode("A model writes"), [200, 31, 32, 60]
     greedy = [event.token.id for event in stream_of(model, context, 4)]
     prompts = [[*context, *ending], [*context, *greedy], [1, 40]]
@@ -210,7 +210,7 @@ def test_echo_rates_the_prompt_as_harnesses_ask_for_it(client, model):
         values, top = choice.logprobs.token_logprobs, choice.logprobs.top_logprobs
         assert len(values) == len(top) == len(prompt) + 1
         assert values[0] is top[0] is None
-        # Rounding to int8 digits makes a step of what differs in a last bit between batches of other lengths.
+        # Rounding to int8 digits turns last-bit differences between batch shapes into whole steps.
         np.testing.assert_allclose(values[1:-1], expected[np.arange(len(prompt) - 1), prompt[1:]], atol=1e-3)
         is_greedy = [value == max(entry.values()) for value, entry in zip(values[1:], top[1:])]
         assert is_greedy == [*(expected[:-1].argmax(-1) == prompt[1:]), True]
@@ -220,7 +220,7 @@ def test_echo_rates_the_prompt_as_harnesses_ask_for_it(client, model):
 
 
 def test_echo_alone_and_in_a_stream(client, model):
-    full = [1, *[40] * 127]  # a prompt that fills the context can be rated, and not continued
+    full = [1, *[40] * 127]  # a prompt that fills the context can be scored, but not continued
     rated = client.completions.create(model="tiny-int8", prompt=full, max_tokens=0, echo=True, logprobs=0)
     assert len(rated.choices[0].logprobs.token_logprobs) == 128
     assert rated.choices[0].finish_reason == "length"
@@ -255,7 +255,7 @@ def stream_of(model, ids, count):
         return [event for event in engine.stream(request) if event.token]
 
 
-def test_mistakes_are_the_clients_own_exceptions(client):
+def test_errors_raise_the_clients_own_exceptions(client):
     chat = client.chat.completions.create
     with pytest.raises(openai.NotFoundError) as error:
         chat(model="gpt-4", messages=MESSAGES)

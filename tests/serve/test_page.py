@@ -1,4 +1,4 @@
-"""The chat page: complete, and nothing in it comes from elsewhere."""
+"""The chat page: all files exist, and none loads from another host."""
 
 import re
 from pathlib import Path
@@ -8,12 +8,12 @@ import maxlm.serve.page
 STATIC = Path(maxlm.serve.page.__file__).parent / "static"
 
 
-def test_the_page_and_all_it_names_are_served(http):
+def test_page_and_all_its_files_are_served(http):
     page = http.get("/")
     assert page.status_code == 200
     assert page.headers["content-type"].startswith("text/html")
     named = re.findall(r'(?:src|href)="(/[^"]+)"', page.text)
-    for path in named:  # grows by what the scripts import
+    for path in named:  # extended by the scripts' imports
         for name in re.findall(r'from "\./([^"]+)"', http.get(path).text):
             if (imported := f"/static/{name}") not in named:
                 named.append(imported)
@@ -33,7 +33,7 @@ def test_nothing_names_another_host():
         assert not re.search(r"https?:|//[a-z0-9.-]+\.[a-z]{2,}|@import|url\(", text), file.name
 
 
-def test_the_browser_is_told_to_load_nothing_from_elsewhere(http):
+def test_policy_forbids_loading_from_other_hosts(http):
     policy = http.get("/").headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
@@ -55,13 +55,13 @@ def test_every_control_has_a_name_and_every_script_reference_exists():
     assert '<html lang="en">' in page
 
 
-def test_no_documentation_pages_that_load_from_elsewhere(http):
+def test_fastapi_documentation_pages_are_disabled(http):
     assert http.get("/docs").status_code == 404
     assert http.get("/redoc").status_code == 404
     assert http.get("/openapi.json").status_code == 200
 
 
-def test_the_page_asks_for_html_over_http(http):
+def test_render_endpoint(http):
     reply = http.post("/render", json={"text": "**a**\n\nb"})
     assert reply.json() == {"finished": [], "open": ["<p><strong>a</strong></p>\n", "<p>b</p>\n"], "consumed": 0}
     assert http.post("/render", json={"text": "a" * 100_000}).status_code == 400

@@ -1,4 +1,4 @@
-"""The chat page as a reader uses it, in a real browser, before a server that answers what each test wants."""
+"""The chat page in a real browser, on a server with scripted responses."""
 
 import json
 import time
@@ -9,7 +9,7 @@ from running_server import wait_until
 from scripted_server import Script, answer, failure, serve_script, sse
 
 if CHROMIUM is None:
-    pytest.skip("the page is tested where there is a Chromium: apt-get install chromium", allow_module_level=True)
+    pytest.skip("the page tests need Chromium: apt-get install chromium", allow_module_level=True)
 
 DENY_STORAGE = """
 for (const name of ["localStorage", "sessionStorage"])
@@ -61,7 +61,7 @@ def ask(tab, text, until=ENDED):
     tab.wait_for(f"document.querySelector('#question').value === '' && {until}")
 
 
-def test_a_chat_and_what_the_server_is_asked(tab, script, url):
+def test_chat_and_its_requests(tab, script, url):
     script.reply = lambda body: answer("An ", "**answer**\n\n", "- one\n  ```\n  x\n  ```\n", "\n| a |\n|--:|\n| 1 |\n")
     ask(tab, "  First\nquestion ")
     tab.wait_for("document.querySelector('.body td')")
@@ -84,7 +84,7 @@ def test_a_chat_and_what_the_server_is_asked(tab, script, url):
     assert tab.js(unnamed + " !(node.ariaLabel || node.innerText?.trim() || node.labels?.length)).length") == 0
 
 
-def test_a_long_chat_goes_on_without_its_oldest_messages(tab, script):
+def test_long_chat_continues_without_its_oldest_messages(tab, script):
     def reply(body):
         if len(body["messages"]) > 3:
             return failure(400, "the prompt has 200 tokens", code="context_length_exceeded")
@@ -106,7 +106,7 @@ def test_a_long_chat_goes_on_without_its_oldest_messages(tab, script):
     assert notes[0][1] == "three"
     assert [message["content"] for message in script.bodies[-1]["messages"]] == ["three", "heard three", "four"]
 
-    # One message that is too long alone: nothing else is dropped for it, and it can be shortened.
+    # A single message that is too long: nothing else is dropped for it, and it can be edited.
     script.reply = lambda body: failure(400, "the prompt has 200 tokens", code="context_length_exceeded")
     tab.ask("too long")
     tab.wait_for(FAILED)
@@ -115,7 +115,7 @@ def test_a_long_chat_goes_on_without_its_oldest_messages(tab, script):
     assert tab.js("document.querySelector('#question').value") == "too long"
     assert tab.js("document.querySelector('.note').nextSibling.innerText") == "three"
 
-    # An answer that the end of the context cut may be had again with more room.
+    # An answer truncated by the context can be regenerated with more room.
     script.reply = lambda body: answer("and so", finish="length", total_tokens=128)
     tab.js("document.querySelector('#question').value = ''")
     ask(tab, "five")
@@ -125,16 +125,16 @@ def test_a_long_chat_goes_on_without_its_oldest_messages(tab, script):
     assert [message["content"] for message in script.bodies[-1]["messages"]] == ["four", "heard four", "five"]
 
 
-def test_only_transient_failures_can_be_tried_again(tab, script):
+def test_only_transient_failures_can_be_retried(tab, script):
     stopped = b'data: {"error": {"message": "stopped", "type": "server_error"}}\n\n'
     impossible = b'data: {"error": {"message": "impossible", "type": "invalid_request_error"}}\n\n'
     cases = [
         (failure(429, "the queue is full"), "The queue is full", True),
         (failure(408, "too slow"), "Too slow", True),
         (failure(503, "failed"), "Failed", True),
-        ([sse("Half"), 0.1, ConnectionError()], "The connection broke off before the answer was complete.", True),
-        ([sse("Half")], "The connection broke off before the answer was complete.", True),
-        ([b"data: no JSON\n\n"], "The connection broke off before the answer was complete.", True),
+        ([sse("Half"), 0.1, ConnectionError()], "The connection was lost before the answer was complete.", True),
+        ([sse("Half")], "The connection was lost before the answer was complete.", True),
+        ([b"data: no JSON\n\n"], "The connection was lost before the answer was complete.", True),
         ([stopped], "Stopped", True),
         ([impossible], "Impossible", False),
         (failure(400, "top_k: no"), "Top_k: no", False),
@@ -159,7 +159,7 @@ def test_only_transient_failures_can_be_tried_again(tab, script):
         tab.click("#new-chat")
 
 
-def test_an_input_method_does_not_send(tab, script):
+def test_input_method_composition_does_not_send(tab, script):
     tab.click("#question")
     tab.call("Input.imeSetComposition", text="ni", selectionStart=2, selectionEnd=2)
     tab.press("Enter", code=229)
@@ -175,7 +175,7 @@ def test_an_input_method_does_not_send(tab, script):
     assert script.bodies[0]["messages"][0]["content"].startswith("你")
 
 
-def test_any_stream_of_events_is_read(tab, script):
+def test_all_event_stream_syntax_is_parsed(tab, script):
     event = sse("zwölf 😀 ").replace(b"\n\n", b"\r\n\r\n")
     lines = json.dumps({"choices": [{"index": 0, "delta": {"content": "multi"}}]}, indent=1).splitlines()
     stream = b"\xef\xbb\xbf: a comment\r\n\r\nevent: message\r\nid: 7\r\nretry: 10\r\n" + event
@@ -189,7 +189,7 @@ def test_any_stream_of_events_is_read(tab, script):
     assert not tab.is_shown("#error")
 
 
-def test_a_long_answer_is_drawn_in_linear_time_and_a_selection_stays(tab, script):
+def test_long_answer_renders_in_linear_time_and_keeps_a_selection(tab, script):
     block = "Some **bold** and `code`.\n\n- one\n  ```py\n  x = 1\n  ```\n- two, as [this](https://example.org)\n\n"
     text = "Keep *this* selected. " + block * (42_000 // len(block))
     pieces = [text[i : i + 40] for i in range(0, len(text), 40)]
@@ -209,7 +209,7 @@ def test_a_long_answer_is_drawn_in_linear_time_and_a_selection_stays(tab, script
     assert time.monotonic() - started < 30
     tab.wait_for(f"document.querySelectorAll('.body > ul').length === {text.count('- one')}")
     assert tab.js("getSelection().toString()") == "Keep this"
-    # What is sent for rendering adds up to a few times the text, not to its square; the whole text is sent once.
+    # The text sent for rendering is a few times the answer in total, not quadratic; the whole text is sent once.
     wait_until(lambda: script.renderings[-1] > len(text))
     *growing, _ = script.renderings
     assert len(growing) > 10
@@ -217,7 +217,7 @@ def test_a_long_answer_is_drawn_in_linear_time_and_a_selection_stays(tab, script
     assert tab.js("window.longest") < 1000
 
 
-def test_a_reload_keeps_the_conversation_and_a_new_chat_forgets_it(tab, script, url):
+def test_reload_keeps_the_conversation_and_new_chat_clears_it(tab, script, url):
     ask(tab, "First")
     script.reply = lambda body: [sse("Half an"), None]
     tab.ask("Second")
@@ -240,7 +240,7 @@ def test_a_reload_keeps_the_conversation_and_a_new_chat_forgets_it(tab, script, 
     assert tab.is_shown("#welcome")
 
 
-def test_stop_keeps_what_has_come(tab, script):
+def test_stop_keeps_the_partial_answer(tab, script):
     for by_key in (True, False):
         script.reply = lambda body: [sse("Some text"), None]
         tab.ask("Question")
@@ -254,7 +254,7 @@ def test_stop_keeps_what_has_come(tab, script):
         assert not tab.is_shown("#error")
 
 
-def test_nothing_breaks_where_storage_and_clipboard_are_denied(browser, script, url):
+def test_works_without_storage_and_clipboard(browser, script, url):
     with browser.tab(before=DENY_STORAGE + DENY_CLIPBOARD) as tab:
         script.key = "secret"
         tab.call("Page.navigate", url=url)
@@ -271,7 +271,7 @@ def test_nothing_breaks_where_storage_and_clipboard_are_denied(browser, script, 
         assert tab.complaints() == []
 
 
-def test_a_server_with_a_key(tab, script, url):
+def test_server_with_a_key(tab, script, url):
     script.key = "secret"
     tab.ask("Question")
     for key in ("wrong", "secret"):
@@ -315,7 +315,7 @@ def test_settings_are_sent_kept_and_checked(tab, script, url):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_it_fits_a_narrow_screen_and_can_be_read(tab, script, theme):
+def test_fits_a_narrow_screen_with_readable_contrast(tab, script, theme):
     tab.call("Emulation.setDeviceMetricsOverride", width=320, height=600, deviceScaleFactor=1, mobile=True)
     tab.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
     script.reply = lambda body: answer(

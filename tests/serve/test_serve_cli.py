@@ -1,4 +1,4 @@
-"""`maxlm serve` as a process: its address, its signals, its mistakes."""
+"""`maxlm serve` as a process: address, signals and errors."""
 
 import argparse
 import json
@@ -32,15 +32,15 @@ def process(bundle):
 
 
 def address(process):
-    told = process.stdout.readline()
-    match = re.match(r"Serving tiny-int8 on (http://127\.0\.0\.1:\d+) with 2 slots of 128", told)
-    assert match, told
+    line = process.stdout.readline()
+    match = re.match(r"Serving tiny-int8 on (http://127\.0\.0\.1:\d+) with 2 slots of 128", line)
+    assert match, line
     return match[1]
 
 
-def test_sigterm_finishes_what_runs_and_exits_with_0(process):
+def test_sigterm_finishes_running_requests_and_exits_with_0(process):
     url = address(process)
-    # Eight answers for each slot, so that the signal comes while most wait.
+    # Eight answers per slot, so that the signal arrives while most are waiting.
     body = {"messages": [{"role": "user", "content": "The"}], "stream": True, "n": 16, "max_tokens": 60, "seed": 1}
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as reply:
         lines = reply.iter_text()
@@ -55,54 +55,54 @@ def test_sigterm_finishes_what_runs_and_exits_with_0(process):
     assert re.fullmatch(r"\S+ \S+ INFO req_\w+ 127.0.0.1 POST /v1/chat/completions 200 \S+ s\n", process.stderr.read())
 
 
-def test_sigint_ends_an_idle_server_with_0(process):
+def test_sigint_stops_an_idle_server_with_0(process):
     url = address(process)
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 0
 
 
-def test_a_port_in_use_is_one_sentence(bundle):
+def test_port_in_use_raises(bundle):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(RequestError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use; give"):
+        with pytest.raises(RequestError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use; use"):
             cli.run(arguments(bundle, "--port", port))
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.7", "\x00"])
-def test_an_address_that_is_not_ours_is_one_sentence(host):
+def test_foreign_address_raises(host):
     with pytest.raises(RequestError, match="listen on"):
         bind(host, 0)
 
 
 @pytest.mark.parametrize("port", [-1, 65536, 10**10])
-def test_a_port_out_of_range_is_one_sentence(port):
+def test_port_out_of_range_raises(port):
     with pytest.raises(RequestError, match="listen on"):
         bind("127.0.0.1", port)
 
 
-def test_the_address_is_told_as_a_url():
+def test_address_is_printed_as_a_url():
     with bind("127.0.0.1", 0) as listener:
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url_of(listener))
 
 
-def test_without_the_extra_its_name_is_told(bundle, monkeypatch):
+def test_missing_extra_is_named(bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(RequestError, match=r"pip install 'maxlm\[serve\]'"):
         cli.run(arguments(bundle))
 
 
-def test_a_context_too_short_is_one_sentence(bundle):
+def test_context_too_short_raises(bundle):
     with pytest.raises(RequestError, match="max_length is 3"):
         cli.run(arguments(bundle, "--port", 0, "--max-length", 3))
 
 
-def test_the_help_teaches_by_an_example(capsys):
+def test_help_has_an_example(capsys):
     with pytest.raises(SystemExit):
         arguments("--help")
     assert "example: maxlm serve" in capsys.readouterr().out
 
 
-def test_the_openapi_description_names_the_endpoints(http):
+def test_openapi_schema_lists_the_endpoints(http):
     paths = json.loads(http.get("/openapi.json").text)["paths"]
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"} <= set(paths)

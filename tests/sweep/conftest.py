@@ -1,4 +1,4 @@
-"""A training configuration of seconds, and sweeps of it."""
+"""A training configuration that runs in seconds, and sweeps of it."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def train_file(tmp_path_factory, tiny_data_folder) -> Path:
 
 @pytest.fixture(scope="session")
 def sweep_of(tmp_path_factory, train_file):
-    """Makes a sweep's configuration from what differs; each has a folder of its own."""
+    """Make a sweep's configuration from overrides; each has its own folder."""
 
     def make(**settings) -> SweepConfig:
         output = str(tmp_path_factory.mktemp("sweep") / "out")

@@ -1,4 +1,4 @@
-"""From trials to laws, a prediction, a configuration to train, and a page; the trials' results follow a known law."""
+"""Laws, prediction, best configuration and page from trials whose results follow a known law."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def best_rate(flops: float) -> float:
 
 
 def true_loss(trial) -> float:
-    """2 + C^-0.3, more where the learning rate, optimizer or batch is not the best."""
+    """2 + C^-0.3, plus penalties if the learning rate, optimizer or batch is not the best."""
     miss = math.log(trial.setting["optim.learning_rate"] / best_rate(trial.size.flops))
     worse = 0.1 * (trial.setting["optim.kind"] == "muon")
     return 2 + 3 * (trial.size.flops / 1e9) ** -0.3 + 0.02 * miss**2 + worse
@@ -74,7 +74,7 @@ def analysis(plan):
     return analyse(plan, outcomes(plan))
 
 
-def test_the_law_and_the_optimum_are_found_and_carried_to_the_target(plan, analysis):
+def test_law_and_optimum_are_recovered_and_extrapolated_to_the_target(plan, analysis):
     assert analysis.law.irreducible == pytest.approx(2, rel=0.02)
     assert analysis.law.exponent == pytest.approx(0.3, rel=0.03)
     [field] = analysis.field_laws
@@ -87,7 +87,7 @@ def test_the_law_and_the_optimum_are_found_and_carried_to_the_target(plan, analy
     assert prediction.low < prediction.value < prediction.high
 
 
-def test_size_counts_weights_tokens_and_flops(plan):
+def test_size_counts_parameters_tokens_and_flops(plan):
     [trial] = plan.trials(1, plan.settings[0], 0)
     # Tied table, one layer of attention (2 + 1 + 1 heads of 8, and out) and MLP (3), norms.
     width, vocabulary = 16, 400
@@ -97,7 +97,7 @@ def test_size_counts_weights_tokens_and_flops(plan):
     assert trial.size.flops == 6 * trial.size.parameters * trial.size.tokens
 
 
-def test_the_best_configuration_is_the_target_with_the_setting_predicted(plan, analysis, tmp_path):
+def test_best_configuration_is_the_target_with_the_predicted_setting(plan, analysis, tmp_path):
     config = best_config(plan, analysis)
     assert config.output == str(plan.folder / "best")
     assert (config.model.embed_dim, config.steps) == (64, 40)
@@ -107,7 +107,7 @@ def test_the_best_configuration_is_the_target_with_the_setting_predicted(plan, a
     assert load_config(path, kind="train") == config
 
 
-def test_without_sizes_it_is_the_best_trial(sweep_of):
+def test_best_configuration_without_sizes_is_the_best_trial(sweep_of):
     plan = Plan(
         sweep_of(fields={"optim.learning_rate": [0.001, 0.01]}, overrides={"optim.kind": "adamw"}, seeds=[3, 5])
     )
@@ -123,7 +123,7 @@ def test_without_sizes_it_is_the_best_trial(sweep_of):
     assert analysis.best.value == pytest.approx(3.1)
 
 
-def test_whole_numbers_that_follow_a_law_stay_whole(sweep_of):
+def test_integer_fields_stay_integers_under_a_law(sweep_of):
     plan = Plan(sweep_of(scales=SCALES, fields={"batch_size": [8, 16, 32]}, overrides={"optim.learning_rate": 0.01}))
     found = [
         outcome_of([record(trial, 2 + 3 * (trial.size.flops / 1e9) ** -0.3)], "loss")
@@ -134,7 +134,7 @@ def test_whole_numbers_that_follow_a_law_stay_whole(sweep_of):
     assert isinstance(analyse(plan, found).prediction.setting["batch_size"], int)
 
 
-def test_what_cannot_be_told_is_said(sweep_of):
+def test_notes_name_the_limits_of_the_analysis(sweep_of):
     plan = Plan(sweep_of(scales={**SCALES, "ladder": LADDER[:3]}, fields={"optim.learning_rate": [0.001, 0.1]}))
     found = []
     for scale in range(3):
@@ -142,26 +142,26 @@ def test_what_cannot_be_told_is_said(sweep_of):
             [trial] = plan.trials(scale, setting, 0)
             found.append(outcome_of([record(trial, 3.0 - 0.1 * scale + setting["optim.learning_rate"])], "loss"))
     analysis = analyse(plan, found)
-    assert any("edge of what was tried" in note for note in analysis.notes)
-    assert any("how certain" in note for note in analysis.notes)
+    assert any("edge of the tried range" in note for note in analysis.notes)
+    assert any("nothing to estimate the noise from" in note for note in analysis.notes)
     assert analysis.prediction.low is None
 
 
-def test_the_summary_is_json_and_tells_prediction_and_measurement(plan, analysis):
+def test_summary_is_json_with_prediction_and_measurement(plan, analysis):
     [target] = plan.target(analysis.prediction.setting)
     measured = replace(analysis, measured=outcome_of([record(target, 2.5)], "loss"))
     summary = json.loads(json.dumps(measured.summary(plan)))
     assert summary["trials"] == {"finished": 41, "diverged": 0, "failed": 0}
     assert summary["measured"]["value"] == 2.5
     assert summary["seconds"] == 82
-    size, x, predicted, told = summary["sizes"][-1]
+    size, x, predicted, result = summary["sizes"][-1]
     assert "predicted" in size
     assert float(x) == pytest.approx(target.size.flops, rel=0.01)
     assert predicted.startswith(f"{analysis.prediction.value:.4f} [")
-    assert told == "2.5000"
+    assert result == "2.5000"
 
 
-def test_the_page_shows_points_law_band_target_and_every_trial(plan, analysis, tmp_path):
+def test_page_shows_points_law_band_target_and_every_trial(plan, analysis, tmp_path):
     [target] = plan.target(analysis.prediction.setting)
     measured = replace(analysis, measured=outcome_of([record(target, 2.5)], "loss"))
     write_sweep_page(tmp_path / "index.html", plan, measured)
@@ -178,7 +178,7 @@ def test_the_page_shows_points_law_band_target_and_every_trial(plan, analysis, t
     assert "http" not in re.sub(r"http-equiv", "", page)
 
 
-def test_a_failed_trial_is_told_with_its_reason_and_markup_is_escaped(sweep_of, tmp_path):
+def test_page_shows_a_failed_trials_error_with_markup_escaped(sweep_of, tmp_path):
     plan = Plan(sweep_of(fields={"optim.learning_rate": [0.001, 0.01, 0.1]}))
     groups = [plan.trials(0, setting, 0)[0] for setting in plan.settings]
     found = [outcome_of([record(trial, 3.0 + index)], "loss") for index, trial in enumerate(groups[:2])]

@@ -1,4 +1,4 @@
-"""Where the best value of a field lies, and which setting is the best."""
+"""The best value of a field, and the ranking of settings."""
 
 import math
 
@@ -30,7 +30,7 @@ def outcomes(losses: dict) -> list:
     return [outcome_of([record(loss, lr=value)], "loss") for value, loss in losses.items()]
 
 
-def test_the_vertex_of_a_parabola_in_the_logarithm_is_found():
+def test_vertex_of_a_log_parabola_is_found():
     def loss(value):
         return 3 + 0.2 * (math.log(value) - math.log(4e-3)) ** 2
 
@@ -39,7 +39,7 @@ def test_the_vertex_of_a_parabola_in_the_logarithm_is_found():
     assert not found.at_edge
 
 
-def test_values_far_from_the_best_do_not_move_it():
+def test_values_far_from_the_optimum_do_not_move_it():
     def loss(value):
         return 3 + 0.2 * (math.log(value / 4e-3)) ** 2
 
@@ -47,27 +47,27 @@ def test_values_far_from_the_best_do_not_move_it():
     assert find_optimum(outcomes(losses), "lr").value == pytest.approx(4e-3, rel=1e-6)
 
 
-def test_a_best_value_at_the_edge_is_said_to_be_there():
+def test_best_value_at_the_edge_is_flagged():
     assert find_optimum(outcomes({1e-3: 3.0, 1e-2: 3.5, 1e-1: 4.0}), "lr") == Optimum(1e-3, True)
     assert find_optimum(outcomes({1e-3: 5.0, 1e-2: 4.5, 1e-1: 4.0}), "lr") == Optimum(1e-1, True)
 
 
-def test_of_several_settings_with_one_value_the_best_counts():
+def test_best_of_several_settings_with_the_same_value_counts():
     found = [outcome_of([record(loss, lr=lr, other=o)], "loss") for lr, o, loss in
              [(1e-3, 1, 9), (1e-3, 2, 4), (1e-2, 1, 3), (1e-2, 2, 8), (1e-1, 1, 4)]]  # fmt: skip
     assert find_optimum(found, "lr").value == pytest.approx(1e-2)
 
 
-def test_more_can_be_better():
+def test_maximization():
     assert find_optimum(outcomes({1e-3: 0.1, 1e-2: 0.9, 1e-1: 0.1}), "lr", sign=-1).value == pytest.approx(1e-2)
 
 
 @pytest.mark.parametrize("values", [{0.0: 1.0, 0.1: 2.0}, {"adamw": 1.0}, {True: 1.0}])
-def test_what_has_no_logarithm_has_no_optimum(values):
+def test_values_without_a_logarithm_have_no_optimum(values):
     assert find_optimum(outcomes(values), "lr") is None
 
 
-def test_the_mean_over_seeds_counts_and_a_seed_that_is_missing_disqualifies():
+def test_outcome_is_the_mean_over_seeds_and_needs_all_of_them():
     whole = outcome_of([record(3.0, seed=0, lr=1), record(4.0, seed=1, lr=1)], "loss")
     half = outcome_of([record(1.0, seed=0, lr=2), record(None, seed=1, lr=2, status="diverged")], "loss")
     assert whole.value == 3.5

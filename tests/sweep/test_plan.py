@@ -1,4 +1,4 @@
-"""What a sweep refuses before anything runs, how its trials are named, and what it would cost."""
+"""Validation of a sweep before anything runs, names of trials, and dry runs."""
 
 import json
 
@@ -14,15 +14,15 @@ from maxlm.sweep.trials import Plan, is_prefix
 RATES = {"optim.learning_rate": {"low": 1e-3, "high": 1e-1, "log": True, "points": 3}}
 
 
-def test_all_mistakes_of_fields_and_sizes_are_told_at_once_with_the_nearest_name(sweep_of):
+def test_all_mistakes_in_fields_and_sizes_are_reported_with_the_nearest_name(sweep_of):
     config = sweep_of(
         fields={"optim.lerning_rate": [0.1], "batch_size": [0], "optim.kind": ["adamv"]},
         scales={"ladder": [{"modle.embed_dim": 8}, {"model.embed_dim": 16}, {"model.embed_dim": -4}]},
     )
     with pytest.raises(ConfigError) as error:
         Plan(config)
-    told = [problem.removeprefix(f"{config.train} as the sweep changes it: ") for problem in error.value.problems]
-    assert len(told) == 5
+    problems = [problem.removeprefix(f"{config.train} as the sweep changes it: ") for problem in error.value.problems]
+    assert len(problems) == 5
     for start in (
         "optim.lerning_rate: unknown key; did you mean learning_rate?",
         "batch_size: 0: must be a whole number from 1 to",
@@ -30,11 +30,11 @@ def test_all_mistakes_of_fields_and_sizes_are_told_at_once_with_the_nearest_name
         "modle: unknown key; did you mean model?",
         "model.embed_dim: -4: must be",
     ):
-        assert any(text.startswith(start) for text in told), told
+        assert any(text.startswith(start) for text in problems), problems
 
 
-def test_values_that_are_right_together_alone_are_taken(sweep_of):
-    # Four heads for keys need more than the two heads that the file has.
+def test_values_that_are_valid_only_together_are_accepted(sweep_of):
+    # Four key/value heads are invalid with the file's two heads.
     plan = Plan(sweep_of(fields={"model.num_kv_heads": [4], "model.num_heads": [4, 8]}))
     assert len(plan.settings) == 2
     with pytest.raises(ConfigError, match=r"num_heads \(2\) must be a multiple of num_kv_heads \(4\)"):
@@ -64,18 +64,18 @@ def test_values_that_are_right_together_alone_are_taken(sweep_of):
         ),
     ],
 )
-def test_a_sweep_that_makes_no_sense_is_refused(sweep_of, settings, message):
+def test_invalid_sweep_raises(sweep_of, settings, message):
     with pytest.raises(ConfigError, match=message):
         sweep_of(**settings)
 
 
-def test_sizes_must_grow(sweep_of):
+def test_sizes_must_increase(sweep_of):
     ladder = [{"steps": 4}, {"steps": 3}, {"steps": 5}]
-    with pytest.raises(ConfigError, match="scales: must grow in flops"):
+    with pytest.raises(ConfigError, match="scales: flops must increase"):
         Plan(sweep_of(scales={"ladder": ladder}))
 
 
-def test_nested_sections_and_overrides_from_the_command_line_join_dotted_keys(tmp_path, train_file):
+def test_nested_sections_and_command_line_overrides_merge_with_dotted_keys(tmp_path, train_file):
     path = tmp_path / "sweep.yaml"
     path.write_text(
         f"kind: sweep\noutput: {tmp_path}/out\ntrain: {train_file}\n"
@@ -91,7 +91,7 @@ def test_nested_sections_and_overrides_from_the_command_line_join_dotted_keys(tm
     assert trial.config.optim.learning_rate == 0.5
 
 
-def test_a_trial_is_named_by_what_it_trains_and_by_nothing_else(sweep_of):
+def test_trial_name_depends_only_on_what_it_trains(sweep_of):
     def names(**settings):
         plan = Plan(sweep_of(fields=RATES, **settings))
         return [trial.id for setting in plan.settings for trial in plan.trials(0, setting, 0)]
@@ -113,7 +113,7 @@ def test_a_trial_is_named_by_what_it_trains_and_by_nothing_else(sweep_of):
         ({"kind": "wsd", "decay_fraction": 0.0}, True),
     ],
 )
-def test_a_schedule_that_looks_ahead_is_no_prefix_of_a_longer_one(sweep_of, schedule, prefix):
+def test_schedule_that_depends_on_the_last_step_is_not_a_prefix(sweep_of, schedule, prefix):
     plan = Plan(sweep_of(fields=RATES, overrides={"optim.schedule": schedule}))
     config = plan.trials(0, plan.settings[0], 0)[0].config
     assert is_prefix(config, 30, 90) == prefix
@@ -125,12 +125,12 @@ def test_a_schedule_that_looks_ahead_is_no_prefix_of_a_longer_one(sweep_of, sche
     assert len({trial.id for trial in rounds}) == (1 if prefix else 3)
 
 
-def test_a_dry_run_counts_what_is_to_do_and_writes_nothing(sweep_of):
+def test_dry_run_counts_the_remaining_work_and_writes_nothing(sweep_of):
     method = {"kind": "successive_halving", "trials": 4, "eta": 2, "min_steps": 2, "max_steps": 8}
     config = sweep_of(fields=RATES, method=method, seeds=[0, 1])
     found = forecast(config)
     plan = Plan(config)
-    # Rounds of 4, 2 and 1 settings to 2, 4 and 8 steps, each going on from the one before, with two seeds.
+    # Rounds of 4, 2 and 1 settings to 2, 4 and 8 steps, each continuing the previous one, with two seeds.
     assert found["steps"] == 2 * (4 * 2 + 2 * 2 + 1 * 4)
     size = plan.trials(0, plan.settings[0], 0)[0].size
     assert found["flops"] == pytest.approx(6 * size.parameters * found["steps"] * 8 * 32)
@@ -139,7 +139,7 @@ def test_a_dry_run_counts_what_is_to_do_and_writes_nothing(sweep_of):
     assert not plan.folder.exists()
 
 
-def test_the_command_lists_trials_or_tells_mistakes(tmp_path, train_file, capsys):
+def test_command_lists_trials_or_reports_mistakes(tmp_path, train_file, capsys):
     path = tmp_path / "sweep.yaml"
     path.write_text(
         f"kind: sweep\noutput: {tmp_path}/out\ntrain: {train_file}\nfields: {{optim.learning_rate: [0.01, 0.02]}}\n"
@@ -158,10 +158,10 @@ def test_the_command_lists_trials_or_tells_mistakes(tmp_path, train_file, capsys
     assert "this command needs kind: sweep" in capsys.readouterr().err
 
 
-def test_a_record_that_is_cut_off_is_left_out_and_a_wrong_one_is_told(tmp_path):
+def test_truncated_record_is_dropped_and_an_invalid_one_raises(tmp_path):
     path = tmp_path / "trials.jsonl"
     path.write_text('{"id": "a", "sca')
     assert list(Records(path)) == []
     path.write_text("{}\n")
-    with pytest.raises(DataError, match="line 1: is no record of a trial"):
+    with pytest.raises(DataError, match="line 1: is not a record of a trial"):
         Records(path)

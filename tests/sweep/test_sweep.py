@@ -1,4 +1,4 @@
-"""Real sweeps of a tiny model: killed and resumed, with trials that diverge, crash, hang."""
+"""Real sweeps of a tiny model: killed and resumed, with trials that diverge, crash or hang."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from maxlm.sweep.records import Record
 from maxlm.sweep.run import check_metric, run_sweep
 from maxlm.train.metrics import read_metrics
 
-# What every Python process runs first: kills trials with a marked learning rate, as the system does when memory ends.
+# Run by every Python process at start: kills trials with a marked learning rate, like the OOM killer.
 SITE = """\
 import os, sys
 if "maxlm.sweep.child" in sys.orig_argv and "\\n  learning_rate: 0.02\\n" in open(sys.orig_argv[-1]).read():
@@ -32,14 +32,14 @@ def environment(folder: Path, *, kills: bool) -> dict[str, str]:
     folder.mkdir(exist_ok=True)
     if kills:
         (folder / "sitecustomize.py").write_text(SITE)
-    # Where torch is installed, tensorboardX would spend seconds of each trial on importing it.
+    # If torch is installed, tensorboardX would spend seconds of each trial importing it.
     (folder / "torch.py").write_text("raise ImportError")
     return os.environ | {"XLA_FLAGS": one_device(), "PYTHONPATH": str(folder)}
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, train_file):
-    """A sweep that is killed after its first trial, and then goes on; one of its four trials is killed every time."""
+    """A sweep that is killed after its first trial and then resumed; one of its four trials is killed every time."""
     folder = tmp_path_factory.mktemp("swept")
     path = folder / "sweep.yaml"
     rates = [0.01, 0.03, 1e30, 0.02]
@@ -62,7 +62,7 @@ def swept(tmp_path_factory, train_file):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     before = records.read_text().splitlines()
-    # Its trial ends by itself, and until then the folder is held.
+    # Its trial ends by itself, and until then the folder is locked.
     summary = run_sweep(load_config(path), environment=surroundings)
     return path, before, summary
 
@@ -72,7 +72,7 @@ def records(path: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_and_runs_no_trial_twice(swept):
+def test_killed_sweep_resumes_and_runs_no_trial_twice(swept):
     path, before, _ = swept
     assert len(before) >= 1
     lines = (path.parent / "out" / "trials.jsonl").read_text().splitlines()
@@ -81,7 +81,7 @@ def test_a_killed_sweep_goes_on_and_runs_no_trial_twice(swept):
 
 
 @pytest.mark.slow
-def test_trials_that_crash_or_diverge_are_told_apart_and_end_nothing(swept):
+def test_crashed_and_diverged_trials_are_distinguished_and_do_not_end_the_sweep(swept):
     path, _, summary = swept
     by_rate = {record["setting"]["optim.learning_rate"]: record for record in records(path)}
     assert {rate: record["status"] for rate, record in by_rate.items()} == {
@@ -96,7 +96,7 @@ def test_trials_that_crash_or_diverge_are_told_apart_and_end_nothing(swept):
 
 
 @pytest.mark.slow
-def test_the_folder_holds_what_was_found(swept):
+def test_folder_has_the_results(swept):
     path, _, summary = swept
     out = path.parent / "out"
     by_rate = {record["setting"]["optim.learning_rate"]: record for record in records(path)}
@@ -112,14 +112,14 @@ def test_the_folder_holds_what_was_found(swept):
     assert by_rate[0.02]["id"] in (out / "index.html").read_text()
     kept = {file.parent.name for file in (out / "trials").glob("*/checkpoints")}
     assert kept == {by_rate[best]["id"]}
-    # A trial is a run of `maxlm train` like any other.
+    # A trial is an ordinary run of `maxlm train`.
     run = out / "trials" / by_rate[best]["id"]
     assert read_manifest(run)["metrics"]["valid"]["loss"] == by_rate[best]["valid"]["loss"]
     assert load_config(run.with_suffix(".yaml"), kind="train").optim.learning_rate == best
 
 
 @pytest.mark.slow
-def test_the_same_command_tries_what_failed_again_and_nothing_else(swept, capsys, monkeypatch):
+def test_same_command_retries_only_failed_trials(swept, capsys, monkeypatch):
     path, _, _ = swept
     for name, value in environment(path.parent / "calm", kills=False).items():
         monkeypatch.setenv(name, value)
@@ -138,7 +138,7 @@ def test_the_same_command_tries_what_failed_again_and_nothing_else(swept, capsys
 
 
 @pytest.mark.slow
-def test_survivors_of_a_round_go_on_from_their_checkpoints(sweep_of, tmp_path):
+def test_survivors_of_a_round_resume_from_their_checkpoints(sweep_of, tmp_path):
     method = {"kind": "successive_halving", "trials": 2, "eta": 2, "min_steps": 2}
     config = sweep_of(fields={"optim.learning_rate": [0.01, 0.03]}, method=method)
     summary = run_sweep(config, environment=environment(tmp_path / "site", kills=False))
@@ -152,7 +152,7 @@ def test_survivors_of_a_round_go_on_from_their_checkpoints(sweep_of, tmp_path):
     assert load_config(out / "best.yaml").steps == 4
 
 
-def test_a_sweep_in_which_all_trials_fail_exits_with_1(tmp_path, train_file, capsys, monkeypatch):
+def test_sweep_exits_with_1_if_all_trials_fail(tmp_path, train_file, capsys, monkeypatch):
     path = tmp_path / "sweep.yaml"
     path.write_text(
         f"kind: sweep\noutput: {tmp_path}/out\ntrain: {train_file}\nfields: {{optim.beta1: [0.8, 0.9]}}\n"
@@ -161,10 +161,10 @@ def test_a_sweep_in_which_all_trials_fail_exits_with_1(tmp_path, train_file, cap
     for name, value in environment(tmp_path / "site", kills=True).items():
         monkeypatch.setenv(name, value)
     assert main(["sweep", str(path)]) == 1
-    assert "no trial of 2 finished; the first: was killed by signal 9" in capsys.readouterr().err
+    assert "none of 2 trials finished; first error: was killed by signal 9" in capsys.readouterr().err
 
 
-def test_a_trial_that_takes_too_long_is_ended(sweep_of, tmp_path):
+def test_trial_timeout(sweep_of, tmp_path):
     config = sweep_of(fields={"optim.learning_rate": [0.01]}, trial_seconds=0.3)
     with pytest.raises(CheckFailed, match="took longer than trial_seconds"):
         run_sweep(config, environment=environment(tmp_path / "site", kills=False))
@@ -174,11 +174,11 @@ def test_a_trial_that_takes_too_long_is_ended(sweep_of, tmp_path):
     ("valid", "metric", "message"),
     [
         ({"loss": 1.0, "perplexity": 2.7}, "los", "the validation has no los; did you mean loss"),
-        ({"loss": 1.0}, "reward", "the validation has no reward; there are loss"),
-        ({}, "loss", "nothing is held out to validate on"),
+        ({"loss": 1.0}, "reward", "the validation has no reward; the metrics are loss"),
+        ({}, "loss", "has no held-out data to validate on"),
     ],
 )
-def test_a_metric_that_is_not_there_is_told(sweep_of, valid, metric, message):
+def test_missing_metric_raises(sweep_of, valid, metric, message):
     config = sweep_of(fields={"optim.learning_rate": [0.01]}, metric=metric)
     size = {"parameters": 1, "tokens": 1, "flops": 6.0}
     times = {"steps": 1, "since": 0, "seconds": 1.0}
@@ -187,11 +187,11 @@ def test_a_metric_that_is_not_there_is_told(sweep_of, valid, metric, message):
         check_metric(config, record)
 
 
-def test_failed_trials_give_exit_1_after_the_summary_of_the_others(monkeypatch, capsys):
+def test_failed_trials_exit_with_1_after_the_summary_of_the_others(monkeypatch, capsys):
     summary = {"trials": {"finished": 3, "diverged": 0, "failed": 1}}
     monkeypatch.setattr("maxlm.sweep.run.run_sweep", lambda config, environment: summary)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert main(["sweep", "configs/sweep/learning_rate.yaml", "--json"]) == 1
     printed = capsys.readouterr()
     assert json.loads(printed.out) == summary
-    assert printed.err.startswith("maxlm: 1 trials failed (runs/sweep/learning_rate/trials/*.log tell why); the same")
+    assert printed.err.startswith("maxlm: 1 trials failed (see runs/sweep/learning_rate/trials/*.log); the same")

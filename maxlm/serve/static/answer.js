@@ -14,7 +14,7 @@ export function addNote(parent, text, before) {
   return node;
 }
 
-// An answer that is shown while it grows, and ends with what can be done with it.
+// An answer that is shown as it streams, followed by its notes and buttons.
 export function addAnswer(parent, { onDrawn }) {
   const body = element("div", [], "body waiting");
   const node = element("article", [body], "message assistant");
@@ -36,7 +36,7 @@ export function addAnswer(parent, { onDrawn }) {
 }
 
 const ENDINGS = new Map([
-  ["length", "cut at the longest length"],
+  ["length", "truncated at the token limit"],
   ["stopped", "stopped"],
   [null, "incomplete"],
 ]);
@@ -59,12 +59,12 @@ function describe(text, { finish, seed, usage, seconds }, actions) {
 
 async function copyText(text, button) {
   const isCopied = (await writeClipboard(text)) || copySelection(text);
-  button.textContent = isCopied ? "Copied" : "Copying is not allowed here";
+  button.textContent = isCopied ? "Copied" : "Copying is not allowed";
   button.focus();
   setTimeout(() => (button.textContent = "Copy"), 1500);
 }
 
-// There is a clipboard to write to only on https or localhost, and where the reader allows it.
+// The clipboard is available only on https or localhost, and with the user's permission.
 async function writeClipboard(text) {
   try {
     await navigator.clipboard.writeText(text);

@@ -1,4 +1,4 @@
-// Requests to the server: errors that say whether trying again can help, and the API key where one is asked for.
+// Requests to the server: errors that say whether a retry can help, and the API key if one is required.
 
 import { eventData } from "./sse.js";
 import { tabStore } from "./storage.js";
@@ -9,16 +9,16 @@ export class ApiError extends Error {
     this.status = status;
     this.needsKey = status === 401;
     this.tooLong = code === "context_length_exceeded" || status === 413;
-    // The same request will fail the same way: only another one can succeed. In a stream the type says so.
+    // A retry of the same request would fail the same way. In a stream the error type says so.
     this.isPermanent =
       status === 200 ? type === "invalid_request_error" : status >= 400 && status < 500 && ![408, 429].includes(status);
   }
 }
 
 let promptForKey = null;
-let prompting = null; // requests that are refused at the same time share one prompt
+let prompting = null; // requests rejected at the same time share one prompt
 
-// `prompt(isRejected)` resolves to a key, or to null where the user gives none.
+// `prompt(isRejected)` resolves to a key, or to null if the user cancels.
 export function usePromptForKey(prompt) {
   promptForKey = prompt;
 }
@@ -30,7 +30,7 @@ export async function request(path, { body, signal } = {}) {
     if (response.ok) return response;
     const error = await errorOf(response);
     if (!error.needsKey) throw error;
-    if (key !== tabStore.get("api-key")) continue; // another request has been given a key meanwhile
+    if (key !== tabStore.get("api-key")) continue; // another request has got a key in the meantime
     prompting ??= promptForKey(Boolean(key)).finally(() => (prompting = null));
     const given = await prompting;
     if (given === null) throw error;
@@ -50,9 +50,9 @@ async function send(path, { body, signal, key }) {
 }
 
 async function errorOf(response) {
-  const told = (await response.json().catch(() => null))?.error;
-  const message = told?.message ?? `The server answered ${response.status}.`;
-  return new ApiError(message, { ...told, status: response.status });
+  const error = (await response.json().catch(() => null))?.error;
+  const message = error?.message ?? `The server responded with status ${response.status}.`;
+  return new ApiError(message, { ...error, status: response.status });
 }
 
 // Chunks of a streamed chat completion.
@@ -69,5 +69,5 @@ export async function* streamCompletion(body, signal) {
   } catch (error) {
     if (signal.aborted || error instanceof ApiError) throw error;
   }
-  throw new ApiError("The connection broke off before the answer was complete.");
+  throw new ApiError("The connection was lost before the answer was complete.");
 }

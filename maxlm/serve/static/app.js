@@ -1,4 +1,4 @@
-// The chat page: what its controls do.
+// The chat page: its controls and event handlers.
 
 import { addAnswer, addNote, addQuestion } from "./answer.js";
 import { ApiError, request, streamCompletion, usePromptForKey } from "./api.js";
@@ -9,9 +9,9 @@ const $ = (id) => document.getElementById(id);
 const KEPT = ["temperature", "top-p", "seed", "max-tokens", "system"];
 
 const conversation = new Conversation();
-let running = null; // AbortController of the answer that is being written
+let running = null; // AbortController of the answer in progress
 let contextLength = null;
-let dropped = null; // the note in the conversation that says which messages are no longer sent
+let dropped = null; // the note in the conversation that marks which messages are no longer sent
 
 // Asking
 
@@ -28,7 +28,7 @@ async function ask() {
   do {
     await write(answer, view, seed, controller.signal);
   } while (running === controller && answer.error?.tooLong && !answer.text && dropOldest(1));
-  if (running !== controller) return; // a new chat has begun meanwhile
+  if (running !== controller) return; // a new chat was started in the meantime
   running = null;
   showRunning(false);
   conversation.partial = "";
@@ -42,7 +42,7 @@ async function ask() {
     view.remove();
   }
   if (error?.tooLong) {
-    conversation.start = start; // it was the question alone that does not fit
+    conversation.start = start; // the question alone does not fit
     showDropped();
   }
   if (error) showFailure(error);
@@ -87,7 +87,7 @@ function submit() {
     $("settings-form").reportValidity();
     return;
   }
-  // A question that failed stays in the conversation; a new one takes its place.
+  // A failed question stays in the conversation until a new one replaces it.
   if (conversation.isUnanswered) removeLast();
   conversation.turns.push({ role: "user", content: text });
   addQuestion($("messages"), text);
@@ -112,7 +112,7 @@ function removeLast() {
 
 // The model's context
 
-// Sends the `count` oldest questions and their answers no more, and says so where they end.
+// Stops sending the `count` oldest questions and their answers, and adds a note after them.
 function dropOldest(count) {
   let hasDropped = false;
   for (let i = 0; i < count && conversation.dropOldest(); i++) hasDropped = true;
@@ -124,7 +124,7 @@ function showDropped() {
   dropped?.remove();
   dropped = null;
   if (conversation.start === 0) return;
-  const text = "The messages above no longer fit the model’s context and are not sent any more.";
+  const text = "The messages above no longer fit the model’s context and are no longer sent.";
   dropped = addNote($("messages"), text, $("messages").children[conversation.start]);
 }
 
@@ -139,10 +139,10 @@ function answerActions({ isFull }) {
   return actions;
 }
 
-// Failures: a transient one can be tried again; a permanent one gives the question back, to be changed.
+// Errors: a transient one can be retried; a permanent one puts the question back for editing.
 
 function showFailure(error) {
-  if (error.needsKey) return showError("The server asks for an API key.", { label: "Enter the key", run: answerAgain });
+  if (error.needsKey) return showError("The server requires an API key.", { label: "Enter the key", run: answerAgain });
   if (!error.isPermanent) return showError(error.message, { label: "Try again", run: answerAgain });
   if (conversation.isUnanswered && !$("question").value) {
     $("question").value = conversation.last.content;
@@ -168,11 +168,11 @@ function hideError() {
   $("error").hidden = true;
 }
 
-// The key of an API that asks for one, or null.
+// Ask for the API key; null if the user cancels.
 function promptForKey(isRejected) {
   $("key-help").textContent = isRejected
     ? "The server does not accept this key."
-    : "This server asks for a key. It is kept until this tab is closed.";
+    : "This server requires a key. It is kept until this tab is closed.";
   $("api-key").value = "";
   $("key").returnValue = "";
   $("key").showModal();
@@ -207,7 +207,7 @@ function restoreConversation() {
   showDropped();
   scrollDown(true);
   if (conversation.isUnanswered) {
-    showError("The page was loaded anew before the answer came.", { label: "Try again", run: answerAgain });
+    showError("The page was reloaded before the answer arrived.", { label: "Try again", run: answerAgain });
   }
 }
 
@@ -215,7 +215,7 @@ function save() {
   conversation.save($("question").value);
 }
 
-// Follow the text down, unless the reader has scrolled up.
+// Scroll along with the text, unless the user has scrolled up.
 let following = true;
 function scrollDown(force = false) {
   following ||= force;
@@ -281,7 +281,7 @@ $("composer").addEventListener("submit", (event) => {
   submit();
 });
 $("question").addEventListener("keydown", (event) => {
-  // The Enter that ends a word of an input method does not send; Safari tells by the key code alone.
+  // The Enter that commits an input method's composition does not send; Safari shows it only in the key code.
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229) {
     event.preventDefault();
     submit();
@@ -303,7 +303,7 @@ $("settings").addEventListener("click", (event) => {
   if (event.target === $("settings")) $("settings").close(); // the backdrop
 });
 $("key-cancel").addEventListener("click", () => $("key").close());
-document.addEventListener("visibilitychange", save); // also before the page is left or loaded anew
+document.addEventListener("visibilitychange", save); // also before the page is left or reloaded
 
 usePromptForKey(promptForKey);
 restoreSettings();

@@ -1,13 +1,13 @@
-// The turns of the conversation, which a reload of the page keeps.
+// The turns of the conversation, kept across a reload of the page.
 
 import { tabStore } from "./storage.js";
 
 export class Conversation {
   turns = []; // {role, content}; answers have an `outcome` too
   start = 0; // turns before this one no longer fit the model's context and are not sent
-  partial = ""; // the answer that is being written
+  partial = ""; // the answer in progress
 
-  // What the API takes.
+  // The messages to send to the API.
   messages() {
     return this.turns.slice(this.start).map(({ role, content }) => ({ role, content }));
   }
@@ -20,7 +20,7 @@ export class Conversation {
     return this.last?.role === "user";
   }
 
-  // Sends the oldest question and its answer no more; false where only the last question is left.
+  // Stops sending the oldest question and its answer; false if only the last question is left.
   dropOldest() {
     const next = this.turns.findIndex((turn, index) => index > this.start && turn.role === "user");
     if (next < 0) return false;
@@ -44,7 +44,7 @@ export class Conversation {
     tabStore.set("conversation", { turns: this.turns, start: this.start, partial: this.partial, draft });
   }
 
-  // The draft of the next question. An answer that the reload broke off is kept as far as it came.
+  // The draft of the next question. The part of an answer that a reload interrupted is kept.
   restore() {
     const kept = tabStore.get("conversation");
     if (!Array.isArray(kept?.turns)) return "";

@@ -1,17 +1,17 @@
-// Draws Markdown that grows. The server makes sanitised HTML of it; only what may still change is asked for again, and
-// only what differs is changed in the document, so that the time is linear and a selection stays.
+// Renders streamed Markdown. The server returns sanitized HTML; only blocks that may still change are requested again,
+// and only nodes that differ are replaced, so that the time is linear and a selection is kept.
 
 import { request } from "./api.js";
 
-const INTERVAL = 100; // milliseconds from one drawing to the next, at least
-const REST = 4; // and at least this many times the length of the last drawing
-const MAX_LENGTH = 50_000; // the server renders no longer text at once
+const INTERVAL = 100; // minimum milliseconds between renderings
+const REST = 4; // and at least this many times the duration of the last one
+const MAX_LENGTH = 50_000; // limit of the server on one rendering
 
 export class MarkdownView {
   #node;
   #onDrawn;
   #text = "";
-  #drawn = null; // the text that is shown
+  #drawn = null; // the text shown
   #settledText = 0; // length of the text of finished blocks
   #settledNodes = 0; // and the number of their nodes
   #loop = null;
@@ -28,7 +28,7 @@ export class MarkdownView {
     this.#loop ??= this.#follow();
   }
 
-  // The last drawing takes the whole text, because links may be defined at its end.
+  // The last rendering takes the whole text, because links may be defined at its end.
   async end(text) {
     this.#ended = true;
     this.#text = text;
@@ -58,7 +58,7 @@ export class MarkdownView {
   }
 }
 
-// Nodes of the finished and the open blocks; where the server renders nothing the text is shown as it is.
+// Nodes of the finished and the open blocks; if rendering fails, the text is shown as it is.
 async function render(text) {
   try {
     if (text.length > MAX_LENGTH) throw new Error("too long");
@@ -77,7 +77,7 @@ function nodesOf(blocks) {
     table.replaceWith(frame);
     frame.append(table);
   }
-  // What scrolls by itself can be scrolled with the keyboard.
+  // Scrollable elements must be focusable for the keyboard.
   for (const node of template.content.querySelectorAll("pre, .table")) node.tabIndex = 0;
   return [...template.content.childNodes];
 }

@@ -1,6 +1,6 @@
 // Server-sent events, as the HTML standard defines the stream: https://html.spec.whatwg.org/#event-stream-interpretation
 
-// The data of each event of a stream of bytes. An event that the end of the stream cuts off is dropped.
+// The data of each event of a byte stream. An event truncated by the end of the stream is dropped.
 export async function* eventData(stream) {
   let data = [];
   for await (const line of lines(stream)) {
@@ -15,10 +15,10 @@ export async function* eventData(stream) {
   }
 }
 
-// Lines end with LF, CRLF or CR; a CR at the end of a piece may be the first half of a CRLF.
+// Lines end with LF, CRLF or CR; a CR at the end of a chunk may be the first half of a CRLF.
 async function* lines(stream) {
   const reader = stream.getReader();
-  const decoder = new TextDecoder(); // holds characters that are cut between pieces, and drops a byte order mark
+  const decoder = new TextDecoder(); // buffers characters split between chunks, and drops a byte order mark
   let rest = "";
   try {
     while (true) {
@@ -30,6 +30,6 @@ async function* lines(stream) {
       if (done) return;
     }
   } finally {
-    await reader.cancel().catch(() => {}); // the reader of events may leave before the end
+    await reader.cancel().catch(() => {}); // the consumer may stop before the end
   }
 }

@@ -1,4 +1,4 @@
-// What the browser keeps. Where it keeps nothing, as in a strict private window, values last as long as the page.
+// Browser storage. If it is unavailable, as in a strict private window, values last as long as the page.
 
 class Store {
   #open;
@@ -13,7 +13,7 @@ class Store {
       const kept = this.#open().getItem(key);
       return kept === null ? this.#memory.get(key) : JSON.parse(kept);
     } catch {
-      return this.#memory.get(key); // denied, or not what this page wrote
+      return this.#memory.get(key); // denied, or not written by this page
     }
   }
 
@@ -22,11 +22,11 @@ class Store {
     try {
       this.#open().setItem(key, JSON.stringify(value));
     } catch {
-      // Denied or full: the value in memory serves until the page is closed.
+      // Denied or full: the value in memory lasts until the page is closed.
     }
   }
 }
 
-// Reading the property itself throws where storage is denied.
+// Reading the property itself throws if storage is denied.
 export const browserStore = new Store(() => localStorage);
 export const tabStore = new Store(() => sessionStorage);
