@@ -194,11 +194,11 @@ def _job(args: argparse.Namespace, tpu: Tpu) -> TpuJob:
     )
     problems = [job.zone_problem] if job.zone_problem else []
     if args.code.is_dir():
-        from maxlm_gcp.travel import misfits
+        from maxlm_gcp.preflight import find_problems
 
         from maxlm.config.load import load_config
 
-        problems += misfits(job, load_config(args.code / job.config, job.settings, kind="train"))
+        problems += find_problems(job, load_config(args.code / job.config, job.settings, kind="train"))
     if problems:
         raise ConfigError(problems)
     return job

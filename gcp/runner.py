@@ -63,7 +63,7 @@ def run_command(argv: list[str], *, capture: bool) -> Result:
     if capture:
         done = subprocess.run(argv, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
         return Result(done.returncode, done.stdout, done.stderr)
-    last_lines = deque(maxlen=50)
+    last_lines: deque[str] = deque(maxlen=50)
     with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, errors="replace") as process:
         for line in process.stderr:
             sys.stderr.write(line)

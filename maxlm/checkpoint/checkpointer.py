@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -28,11 +28,8 @@ from maxlm.runtime.storage import absolute_path, is_remote, plain_path
 PIECE_BYTES = 1 << 24
 
 
-class State(Protocol):
-    """The state to save: a dataclass with weights in `trainable` and the rest of the training state in other fields."""
-
-    step: Any
-    trainable: Any
+# What is saved: a dataclass with `step`, weights in `trainable`, and the rest of the training state in other fields.
+State = Any
 
 
 class Checkpointer:
@@ -48,6 +45,8 @@ class Checkpointer:
         self._retries = Retries(retries, retry_seconds)
         self._keep = keep
         self._failures = 0
+        self._failure: Exception | None = None
+        self._pending: tuple[int, dict[str, Any]] | None = None
         self._manager = self._retries.call(self._open, f"{self.folder}: opening it")
 
     def __enter__(self) -> "Checkpointer":
@@ -156,8 +155,7 @@ class Checkpointer:
             return None
 
     def _open(self) -> ocp.CheckpointManager:
-        self._failure: Exception | None = None
-        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._failure, self._pending = None, None
         self.folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep,

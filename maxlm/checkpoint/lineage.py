@@ -147,8 +147,8 @@ class Lineage:
         for key in before.keys() & now.keys():
             found.pop(key, None)
             if before[key] != now[key]:
-                paths = _value(saved["config"], key), _value(config, key)
-                found[key] = tuple(_content(*each) for each in zip(paths, (before[key], now[key])))
+                old, new = _value(saved["config"], key), _value(config, key)
+                found[key] = (_content(old, before[key]), _content(new, now[key]))
         return found
 
 

@@ -24,7 +24,7 @@ class RunCheckpoints:
     def __init__(self, run_folder: epath.Path, config: CheckpointConfig):
         self._run_folder, self._config = run_folder, config
         self._stack = contextlib.ExitStack()
-        retries = {"retries": config.retries, "retry_seconds": config.retry_seconds}
+        retries: dict[str, Any] = {"retries": config.retries, "retry_seconds": config.retry_seconds}
         self._main = self._stack.enter_context(Checkpointer(run_folder, keep=config.keep, **retries))
         self._local: Checkpointer | None = None
         if config.local is not None:
@@ -53,7 +53,7 @@ class RunCheckpoints:
         self._local_is_due |= self._local is not None and step % self._config.local.every == 0
         return self._main_is_due or self._local_is_due
 
-    def look_after(self) -> None:
+    def check_failures(self) -> None:
         """Check for a failed background save, after which one is due. All processes must call it at the same step."""
         self._main_is_due |= self._main.has_failed()
         if self._local is not None:

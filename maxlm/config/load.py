@@ -211,7 +211,7 @@ _TYPES = {
 }
 
 
-def _wanted(item: dict, model: type[BaseModel] | None, location: list[str]) -> str:
+def _wanted(item: ErrorDetails, model: type[BaseModel] | None, location: list[str]) -> str:
     """What a value must be; for a number, the full range."""
     field = model.model_fields.get(location[-1]) if model and location else None
     if item["type"] in ("int_type", "int_from_float", "greater_than_equal", "less_than_equal") and field:

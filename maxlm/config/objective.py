@@ -107,4 +107,7 @@ class _ByKind:
 
 
 # What an objective does is declared above this package, in maxlm/train/objective.py.
-AnyObjective = Any if TYPE_CHECKING else Annotated[ObjectiveConfig, _ByKind()]
+if TYPE_CHECKING:
+    AnyObjective = Any
+else:
+    AnyObjective = Annotated[ObjectiveConfig, _ByKind()]

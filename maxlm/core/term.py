@@ -17,8 +17,8 @@ class Term:
     none of them. The weight is a function of the batch only, never of the parameters.
     """
 
-    sum: jax.Array
-    weight: jax.Array
+    sum: jax.Array | float
+    weight: jax.Array | float
 
     def __add__(self, other: "Term") -> "Term":
         return Term(self.sum + other.sum, self.weight + other.weight)

@@ -120,18 +120,18 @@ def _rows_by_source(folder: OpenedSplit, of_document: np.ndarray, num_sources: i
     lasts = np.append(firsts[1:], len(of_document)) - 1
     rows: list[list[np.ndarray]] = [[] for _ in range(num_sources)]
     for first, last in zip(firsts.tolist(), lasts.tolist()):
-        begin = _first_row(folder, lambda row, first=first: row.documents.stop > first)
-        end = _first_row(folder, lambda row, last=last: row.first_document > last)
+        begin = _first_row_beyond(folder, first, lambda row: row.documents.stop)
+        end = _first_row_beyond(folder, last, lambda row: row.first_document)
         rows[of_document[first]].append(np.arange(begin, end))
     return [np.unique(np.concatenate(parts)) for parts in rows]
 
 
-def _first_row(folder: OpenedSplit, is_reached: Callable[[Row], bool]) -> int:
-    """Binary search for the first row with `is_reached`, which holds for all later rows."""
+def _first_row_beyond(folder: OpenedSplit, document: int, number: Callable[[Row], int]) -> int:
+    """Binary search for the first row whose `number`, which never falls from row to row, exceeds `document`."""
     low, high = 0, len(folder.records)
     while low < high:
         middle = (low + high) // 2
-        if is_reached(decode_row(folder.records[middle])):
+        if number(decode_row(folder.records[middle])) > document:
             high = middle
         else:
             low = middle + 1

@@ -66,11 +66,11 @@ class PreferencePairs:
                 raise DataError(
                     f"{where}: chosen and rejected are the same, so there is no preference; remove the line"
                 )
-            pair = tuple(encode_answer(tokenizer, prompt, answer, where) for answer in answers)
-            if max(len(answer.ids) for answer in pair) > row_length:
+            chosen, rejected = (encode_answer(tokenizer, prompt, answer, where) for answer in answers)
+            if max(len(chosen.ids), len(rejected.ids)) > row_length:
                 num_too_long += 1
             else:
-                pairs.append(pair)
+                pairs.append((chosen, rejected))
                 places.append(where)
         check_some_left(path, len(pairs), num_too_long, what="pairs", row_length=row_length)
         return cls(pairs, row_length=row_length, places=places, parts=parts)

@@ -137,7 +137,7 @@ def evaluate(
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "stop": stop, "seed": seed}
     return Evaluation(
         str(model_path),
-        compare and str(compare),
+        None if compare is None else str(compare),
         seed,
         text,
         [_evaluate_task(name, model, other, examples, settings) for name, examples in tasks],
@@ -167,7 +167,7 @@ def _evaluate_text(
         measured,
         sources,
         compared,
-        compared and likelihood_difference(measured, compared, seed=seed),
+        None if compared is None else likelihood_difference(measured, compared, seed=seed),
         baselines(train, valid, model.tokenizer, seed=seed) if train else None,
     )
 

@@ -68,15 +68,15 @@ def read_held_out(paths: Sequence[str | Path], tokenizer: Tokenizer, *, max_leng
       DataError: there is nothing to read, or rows exceed the context.
       TokenizerError: the rows were made with another tokenizer.
     """
-    paths = tuple(map(Path, paths))
-    if all(path.is_dir() for path in paths):
-        return _read_documents(paths, tokenizer, max_length=max_length, max_tokens=max_tokens)
-    (path,) = paths
+    folders = tuple(map(Path, paths))
+    if all(path.is_dir() for path in folders):
+        return _read_documents(folders, tokenizer, max_length=max_length, max_tokens=max_tokens)
+    (path,) = folders
     chats = PackedChats.read(path, tokenizer, row_length=max_length)
     rows = chats.batch(even_sample([np.arange(len(chats))], max(1, max_tokens // max_length)))["text"]
     # A chat is one segment of one row.
     units = np.arange(len(rows.tokens))[:, None] * (rows.segment_ids.max() + 1) + rows.segment_ids
-    return HeldOut("chats", paths, rows, units)
+    return HeldOut("chats", folders, rows, units)
 
 
 def find_held_out(model_path: str | Path) -> list[Path]:

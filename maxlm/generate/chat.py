@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from maxlm.errors import MaxlmError, RequestError
 from maxlm.generate.engine import Engine
@@ -27,7 +28,7 @@ class Chat:
         self._model = model
         self._engine = engine
         self._opening = [] if system is None else [{"role": "system", "content": system}]
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
             "top_k": top_k,

@@ -8,7 +8,7 @@ Shapes: B slots, L prompt length after padding, V vocabulary.
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -43,13 +43,15 @@ class SamplingRow:
 
     @classmethod
     def from_values(cls, *, seed: int, stream: tuple[int, int], temperature: float, top_k: int, top_p: float) -> Self:
-        return cls(
-            seed=np.asarray([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32),
-            stream=np.asarray(stream, np.uint32),
-            temperature=np.float32(temperature),
-            top_k=np.int32(top_k),
-            top_p=np.float32(top_p),
-        )
+        # Of NumPy until a compiled program takes them.
+        fields: dict[str, Any] = {
+            "seed": np.asarray([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32),
+            "stream": np.asarray(stream, np.uint32),
+            "temperature": np.float32(temperature),
+            "top_k": np.int32(top_k),
+            "top_p": np.float32(top_p),
+        }
+        return cls(**fields)
 
 
 @partial(

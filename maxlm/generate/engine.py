@@ -34,6 +34,7 @@ from maxlm.generate.request import (
     ContextLengthError,
     EngineStoppedError,
     Event,
+    FinishReason,
     Generation,
     QueueFullError,
     Request,
@@ -270,7 +271,7 @@ class Engine:
         ids, top_tokens = generation.request.prompt_ids, generation.request.top_tokens
         scores = jax.device_get(score_prompt(self._model, tokens_L, np.int32(len(ids)), count=self._num_top))
         scored = (_scored_token(id_, scores, row, top_tokens) for row, id_ in enumerate(ids[1:]))
-        finish_reason = "length" if generation.max_new_tokens == 0 else None
+        finish_reason: FinishReason | None = "length" if generation.max_new_tokens == 0 else None
         generation.emit(Event(prompt=(Token(ids[0], None), *scored), finish_reason=finish_reason))
 
     def _end_all(self, event: Event) -> None:

@@ -6,6 +6,7 @@ Shapes: B rows, L length, V vocabulary.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -192,7 +193,7 @@ class LoadedModel:
         Raises:
           RequestError: prompt and new tokens exceed the context, or a setting is out of range.
         """
-        prompts = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        listed: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
         requests = [
             Request(
                 tuple(self.encode(prompt)),
@@ -204,9 +205,9 @@ class LoadedModel:
                 stream=(index, 0),
                 stop=tuple(stop),
             )
-            for index, prompt in enumerate(prompts)
+            for index, prompt in enumerate(listed)
         ]
-        with self.engine(num_slots=_FEW_SLOTS if len(prompts) <= _FEW_SLOTS else _MANY_SLOTS) as engine:
+        with self.engine(num_slots=_FEW_SLOTS if len(listed) <= _FEW_SLOTS else _MANY_SLOTS) as engine:
             streams = [engine.stream(request) for request in requests]
             return ["".join(event.text for event in stream) for stream in streams]
 

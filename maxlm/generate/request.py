@@ -133,15 +133,15 @@ class Generation:
         """Take the next token and emit its event; return whether the request has ended."""
         self.num_tokens += 1
         text = "" if is_stop else self._scanner.push(self._decoder.push(token.id))
-        finish_reason = None
+        finish_reason: FinishReason | None = None
         if is_stop or self._scanner.stopped:
             finish_reason = "stop"
         elif self.num_tokens == self.max_new_tokens:
             finish_reason = "length"
         if finish_reason is not None:
             text += self._scanner.push(self._decoder.flush()) + self._scanner.flush()
-        taken = {"end_token": token} if is_stop else {"token": token}
-        self.emit(Event(text, finish_reason=finish_reason, **taken))
+        kept, end = (None, token) if is_stop else (token, None)
+        self.emit(Event(text, kept, end, finish_reason=finish_reason))
         return finish_reason is not None
 
     def emit(self, event: Event) -> None:

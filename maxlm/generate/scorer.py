@@ -27,7 +27,7 @@ Program = Callable[[Any, Stream], tuple[jax.Array, ...]]
 
 
 @jax.jit
-def target_scores(model: Decoder, rows: Stream) -> tuple[jax.Array, jax.Array]:
+def target_scores(model: Decoder, rows: Stream) -> tuple[jax.Array, ...]:
     """log p(target) of each token in nats, and whether the target is the argmax: [B, L]."""
 
     def chunk(model, hidden_BCD, targets_BC):

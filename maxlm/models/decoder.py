@@ -22,7 +22,7 @@ from maxlm.models.cache import KVCache
 from maxlm.models.layers import TOKEN_AXES, DecoderLayer, Mlp, TokenContext, norm_scale
 from maxlm.models.moe import MixtureOfExperts
 from maxlm.models.pipeline_parallelism import fitting_schedule, gpipe, replacement_of_layers
-from maxlm.ops.context import lay_out, put_in_order, row_order
+from maxlm.ops.context import row_order, to_row_order, to_token_order
 from maxlm.ops.linear import embed, unembed
 from maxlm.ops.loss import log_probabilities_in_chunks
 from maxlm.ops.norm import rms_norm
@@ -65,7 +65,7 @@ class Decoder(nnx.Module):
             segment_ids_BL = jnp.ones_like(tokens_BL)
         order = row_order(tokens_BL.shape[1], config.context_attention)
         tokens_BL, positions_BL, segment_ids_BL = (
-            lay_out(shard(x, "batch", "length"), order) for x in (tokens_BL, positions_BL, segment_ids_BL)
+            to_row_order(shard(x, "batch", "length"), order) for x in (tokens_BL, positions_BL, segment_ids_BL)
         )
         angles = rope_angles(positions_BL, config.head_dim, config.rope_theta)
         residual_axes = ("batch", "residual_length", None)
@@ -75,7 +75,7 @@ class Decoder(nnx.Module):
         x_BLD = shard(embed(self.embedding, tokens_BL, config.activation_dtype), *context.residual_axes)
         x_BLD, auxiliary = self._apply_layers(x_BLD, context)
         hidden_BLD = rms_norm(x_BLD, self.final_norm, config.norm_epsilon)
-        return DecoderOutput(put_in_order(shard(hidden_BLD, *TOKEN_AXES), order), auxiliary)
+        return DecoderOutput(to_token_order(shard(hidden_BLD, *TOKEN_AXES), order), auxiliary)
 
     def _apply_layers(self, x_BLD: jax.Array, context: TokenContext) -> tuple[jax.Array, LossOutput]:
         if (replacement := replacement_of_layers()) is not None:

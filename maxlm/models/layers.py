@@ -4,6 +4,7 @@ Dimensions: B batch, L length, D embed, H query heads, K key-value heads, E head
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,11 +39,11 @@ TOKEN_AXES = ("batch", "length", None)
 class TokenContext:
     """Token metadata for all layers; the first axis of each array is the batch.
 
-    angles: of the rotary positions; segment_ids_BL: 0 is padding; residual_axes: sharding of the stream between layers;
-    row_order: order of tokens in rows that are sharded along `context`.
+    angles: cosines and sines of the rotary positions; segment_ids_BL: 0 is padding; residual_axes: sharding of the
+    stream between layers; row_order: order of tokens in rows that are sharded along `context`.
     """
 
-    angles: jax.Array
+    angles: tuple[jax.Array, jax.Array]
     segment_ids_BL: jax.Array
     residual_axes: tuple[str | None, ...]
     row_order: RowOrder = "plain"
@@ -133,7 +134,7 @@ class DecoderLayer(nnx.Module):
     repeated on its devices (arXiv:2205.05198): a block all-gathers them, and reduce-scatters its last product.
     """
 
-    def __init__(self, config: ModelConfig, mlp: nnx.Module):
+    def __init__(self, config: ModelConfig, mlp: Any):
         """`mlp`: an `Mlp`, or a mixture of experts if the configuration has one."""
         self.config = config
         self.attention_norm = norm_scale(config.embed_dim)
@@ -185,7 +186,9 @@ def _sharded_attention(config: ModelConfig, query_BLHE, key_BLKE, value_BLKE, co
         return attention(query_BLHE, key_BLKE, value_BLKE, segment_ids=context.segment_ids_BL, **settings)
     heads = logical_to_spec(("batch", "length", "heads", None))
     kv_heads = logical_to_spec(("batch", "length", "kv_heads", None))
-    local = partial(context_attention, method=config.context_attention, order=context.row_order, **settings)
+    local: Callable[..., jax.Array] = partial(
+        context_attention, method=config.context_attention, order=context.row_order, **settings
+    )
     return jax.shard_map(local, in_specs=(heads, kv_heads, kv_heads, P(*heads[:2])), out_specs=heads, check_vma=False)(
         query_BLHE, key_BLKE, value_BLKE, context.segment_ids_BL
     )

@@ -209,7 +209,7 @@ def to_microbatches(x: jax.Array, schedule: Schedule) -> jax.Array:
     return jax.lax.reshape(stream, (schedule.microbatches, *stream.shape[2:]), out_sharding=P(None, *rest))
 
 
-def cuts_rows(rows: int, parts: int) -> bool:
+def can_split_rows(rows: int, parts: int) -> bool:
     """Whether the rows of a microbatch can be split into `parts` parts, each with rows on every device."""
     sizes = current_mesh().shape
     return rows % (parts * math.prod(sizes[axis] for axis in MICROBATCH_AXES)) == 0

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.config.objective import RecordsConfig
 from maxlm.core.batch import Batch, Stream, put_batch
 from maxlm.data.chat import EpochOrder, padded_batches, share_of, training_order
 from maxlm.data.preference import Prompt, read_prompts, round_up
@@ -152,7 +151,7 @@ class PolicyData:
         return read_policy_prompts(path, config.objective, self._context.tokenizer, row_length=config.row_length)
 
 
-def read_policy_prompts(path: str, objective: RecordsConfig, tokenizer: Tokenizer, *, row_length: int) -> list[Prompt]:
+def read_policy_prompts(path: str, objective: Any, tokenizer: Tokenizer, *, row_length: int) -> list[Prompt]:
     """The prompts of a file that leave room for an answer, each with an answer that the reward can match.
 
     Raises:

@@ -64,7 +64,7 @@ def values_by_source(sums: dict[str, Term], names: list[str], num_bytes: np.ndar
     """
     terms = [sums[str(source)] for source in range(len(names))]
     # fsum rounds once, so the order of the sources does not matter.
-    total = Term(*(math.fsum(float(getattr(term, part)) for term in terms) for part in ("sum", "weight")))
+    total = Term(math.fsum(float(term.sum) for term in terms), math.fsum(float(term.weight) for term in terms))
     values = language_model_values(total, int(num_bytes.sum()))
     if len(names) > 1:
         for name, term, size in zip(names, terms, num_bytes):

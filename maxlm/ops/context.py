@@ -35,12 +35,12 @@ def row_order(length: int, method: str) -> RowOrder:
     return "zigzag" if size > 1 and method == "ring" and length % (2 * size) == 0 else "plain"
 
 
-def lay_out(x_BL: jax.Array, order: RowOrder) -> jax.Array:
+def to_row_order(x_BL: jax.Array, order: RowOrder) -> jax.Array:
     """Rearrange rows [batch, length, ...] from token order to `order`."""
     return _exchange_chunks(x_BL, back=False) if order == "zigzag" else x_BL
 
 
-def put_in_order(x_BL: jax.Array, order: RowOrder) -> jax.Array:
+def to_token_order(x_BL: jax.Array, order: RowOrder) -> jax.Array:
     """Rearrange rows [batch, length, ...] from `order` to token order."""
     return _exchange_chunks(x_BL, back=True) if order == "zigzag" else x_BL
 

@@ -13,6 +13,7 @@ block of queries and a block of keys. Every length is a multiple of its block in
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,22 +78,22 @@ class Kernels:
         return output_BTNH[:, :length], log_sum_BTN
 
     def backward(self, rule: AttentionRule, *operands):
-        *operands, log_sum_BTN, mean_BTN, gradient_BTNH = operands
-        key_length = operands[1].shape[1]
-        length, kernel, operands = self._prepare(rule, *operands)
+        *unpadded, log_sum_BTN, mean_BTN, gradient_BTNH = operands
+        key_length = unpadded[1].shape[1]
+        length, kernel, arrays = self._prepare(rule, *unpadded)
         gradient_BTNH, log_sum_BTN, mean_BTN = (
-            _pad_length(x, operands[0].shape[1] - length)
+            _pad_length(x, arrays[0].shape[1] - length)
             for x in (gradient_BTNH.astype(self.matmul_dtype), log_sum_BTN * _LOG2_E, mean_BTN)
         )
         log_sum_BN1T = log_sum_BTN.swapaxes(1, 2)[:, :, None]
-        query_gradient, *others = _gradients(kernel, *operands, log_sum_BN1T, mean_BTN, gradient_BTNH)
+        query_gradient, *others = _gradients(kernel, *(*arrays, log_sum_BN1T, mean_BTN, gradient_BTNH))
         return query_gradient[:, :length], *(gradient[:, :key_length] for gradient in others)
 
-    def _prepare(self, rule, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
+    def _prepare(self, rule, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS) -> Any:
         length, key_length = query_BTNH.shape[1], key_BSKH.shape[1]
         kernel = _kernel(rule, length, key_length, self.largest_block, self.interpret, jnp.dtype(jnp.float32))
-        arrays = (x.astype(self.matmul_dtype) for x in (query_BTNH, key_BSKH, value_BSKH))
-        return length, kernel, _padded(kernel, *arrays, segments_BT, segments_BS)
+        query_BTNH, key_BSKH, value_BSKH = (x.astype(self.matmul_dtype) for x in (query_BTNH, key_BSKH, value_BSKH))
+        return length, kernel, _padded(kernel, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)
 
 
 def _kernel(rule, length: int, key_length: int, largest_block: int, interpret: bool, result_dtype=None) -> _Kernel:

@@ -32,7 +32,8 @@ def log_probabilities_in_chunks(
     def chunk(head, hidden, targets):
         return _gather_log_probability(project(head, hidden), targets)
 
-    return in_chunks(chunk, head, hidden_BLD, targets_BL, chunk_length=chunk_length)
+    log_p_BL, normalizer_BL = in_chunks(chunk, head, hidden_BLD, targets_BL, chunk_length=chunk_length)
+    return log_p_BL, normalizer_BL
 
 
 def in_chunks(function, head, *tokens: jax.Array, chunk_length: int) -> tuple[jax.Array, ...]:
@@ -49,11 +50,13 @@ def in_chunks(function, head, *tokens: jax.Array, chunk_length: int) -> tuple[ja
     """
     function = jax.checkpoint(function)
     # An array whose rows are sharded over devices has one more axis before its tokens.
-    cut = [_by_device(x) for x in tokens]
-    axis = 1 + cut[0].ndim - tokens[0].ndim
-    length = cut[0].shape[axis]
+    by_device = [_by_device(x) for x in tokens]
+    axis = 1 + by_device[0].ndim - tokens[0].ndim
+    length = by_device[0].shape[axis]
     parts = [
-        function(head, *(jax.lax.slice_in_dim(x, start, min(start + chunk_length, length), axis=axis) for x in cut))
+        function(
+            head, *(jax.lax.slice_in_dim(x, start, min(start + chunk_length, length), axis=axis) for x in by_device)
+        )
         for start in range(0, length, chunk_length)
     ]
     whole = (jnp.concatenate(chunks, axis=-1) for chunks in zip(*parts))

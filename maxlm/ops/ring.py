@@ -14,7 +14,7 @@ chunk.
 import dataclasses
 import functools
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ class Step:
     @property
     def rules(self) -> tuple[tuple[AttentionRule | None, ...], ...]:
         """The distinct rules of the devices in each slot."""
-        return tuple(tuple(dict.fromkeys(pair and pair.rule for pair in slot)) for slot in self.slots)
+        return tuple(tuple(dict.fromkeys(None if pair is None else pair.rule for pair in slot)) for slot in self.slots)
 
 
 def plan_ring(rule: AttentionRule, order: RowOrder, size: int, chunk_length: int) -> tuple[Step, ...]:
@@ -69,11 +69,11 @@ def plan_ring(rule: AttentionRule, order: RowOrder, size: int, chunk_length: int
             _visible_pairs(rule, chunks[device], chunks[(device - shift) % size], chunk_length)
             for device in range(size)
         ]
-        slots = []
+        slots: list[Any] = []
         # Pairs with the same rule share a slot, so that most slots need no choice between rules.
-        for lies_across in (True, False):
-            alike = [[pair for pair in of_device if (pair.query != pair.key) == lies_across] for of_device in pairs]
-            slots += itertools.zip_longest(*alike)
+        for across in (True, False):
+            same = [[pair for pair in of_device if (pair.query != pair.key) == across] for of_device in pairs]
+            slots += itertools.zip_longest(*same)
         if slots:
             steps.append(Step(shift, tuple(slots)))
     return tuple(steps)
@@ -155,11 +155,11 @@ def _backward(ring: Ring, residuals, gradient_BTNH):
         )
 
     def step(steps: "_SameSteps", carry, choices):
-        blocks, query_total, travelling = carry
+        blocks, query_total, circulating = carry
         sent = _send(ring, blocks, steps.leave)
         # The partial sums for this block are in transit while this device computes its own part.
-        arriving = _send(ring, travelling, steps.arrive)
-        totals = (query_total, *(jnp.zeros_like(x) for x in travelling))
+        arriving = _send(ring, circulating, steps.arrive)
+        totals = (query_total, *(jnp.zeros_like(x) for x in circulating))
         for rules, choice in zip(steps.rules, choices):
             totals = _apply(rules, attend, choice, blocks, totals)
         query_total, *own = totals
@@ -168,8 +168,8 @@ def _backward(ring: Ring, residuals, gradient_BTNH):
     blocks = _circulating(ring, key_BTKH, value_BTKH, segments_BT)
     zeros = [jnp.zeros(x.shape, jnp.float32) for x in (query_BncNH, *blocks[:2])]
     length = query_BTNH.shape[1]
-    _, query_total, travelled = _go_around(ring, length, step, (blocks, zeros[0], tuple(zeros[1:])))
-    home = _send(ring, travelled, -_plan(ring, length)[-1].shift % ring.size)
+    _, query_total, circulated = _go_around(ring, length, step, (blocks, zeros[0], tuple(zeros[1:])))
+    home = _send(ring, circulated, -_plan(ring, length)[-1].shift % ring.size)
     return (
         *(x.reshape(like.shape).astype(like.dtype) for x, like in zip((query_total, *home), residuals)),
         None,
@@ -250,7 +250,10 @@ def _go_around(ring: Ring, length: int, step, carry):
             carry = step(steps, carry, [choices[0] for choices in mine])
         else:
             # One body for all: a long ring compiles no slower than a short one.
-            carry, _ = jax.lax.scan(lambda carry, choices, run=steps: (step(run, carry, choices), None), carry, mine)
+            def body(carry, choices, steps=steps):
+                return step(steps, carry, choices), None
+
+            carry, _ = jax.lax.scan(body, carry, mine)
     return carry
 
 

@@ -49,7 +49,7 @@ class Question:
 def read_functions() -> list[Function]:
     """Public functions and methods with two to five plain parameters, in a fixed order."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    functions = {}
+    functions: dict[tuple[str, str], Function] = {}
     for path in sorted(library.rglob("*.py")):
         relative = path.relative_to(library)
         if is_wanted(relative):

@@ -165,7 +165,8 @@ class Quickstart:
             for kind in sorted({question.kind for question in questions})
             for question in [question for question in questions if question.kind == kind][:SHOWN_OF_A_KIND]
         ]
-        texts = [question.prompt[-1]["content"] for question in shown]
+        chats: list[Any] = [question.prompt for question in shown]
+        texts = [chat[-1]["content"] for chat in chats]
         replies = ask_server(self.served(), texts)
         answers = [
             {"prompt": text, "answer": question.answer, "right": reply["reply"].strip() == question.answer, **reply}

@@ -9,10 +9,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from maxlm.report.text import format_number
@@ -151,8 +153,7 @@ def bar_chart(
 
 
 def _new_figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, dpi=100, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01)
+    figure = Figure(figsize=size, dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01))
     axes = figure.add_subplot()
     axes.tick_params(colors=_PLACEHOLDERS["muted"], labelsize=8.5, which="both", left=False, bottom=False)
     axes.xaxis.label.set(color=_PLACEHOLDERS["muted"], fontsize=8.5)
@@ -231,7 +232,12 @@ def _svg(figure: Figure, title: str, description: str) -> str:
     """The figure as an inline SVG element: colors come from the page's CSS, the size from its container."""
     buffer = io.StringIO()
     # Keep text as text; identical charts get identical ids.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 8.5, "font.family": "sans-serif"}
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,
+        "font.size": 8.5,
+        "font.family": "sans-serif",
+    }
     with matplotlib.rc_context(settings):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()

@@ -139,7 +139,7 @@ def _curve(run: Run, name: str, references: Sequence[Reference]) -> Chart | None
 
 def _by_source(run: Run) -> Table | None:
     """Results of the last validation per source: `valid_bits_per_byte/SOURCE`."""
-    last = next((record for record in reversed(run.records) if any("/" in name for name in record)), {})
+    last: dict[str, Any] = next((record for record in reversed(run.records) if any("/" in name for name in record)), {})
     found = {name.removeprefix("valid_"): to_number(value) for name, value in last.items() if "/" in name}
     rows = [
         (name.partition("/")[2], name.partition("/")[0].replace("_", " "), format_number(value))

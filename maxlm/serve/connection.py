@@ -22,7 +22,8 @@ class BoundedConnection(H11Protocol):
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
-        self._waits_for, self._seconds = None, 0.0
+        self._waits_for: tuple[str, object] | None = None
+        self._seconds = 0.0
         self._tick()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -43,7 +44,7 @@ class BoundedConnection(H11Protocol):
         headers = [*response.raw_headers, (b"connection", b"close"), (b"x-request-id", id_.encode())]
         for event in (
             h11.Response(status_code=400, headers=headers),
-            h11.Data(data=response.body),
+            h11.Data(data=bytes(response.body)),
             h11.EndOfMessage(),
         ):
             self.transport.write(self.conn.send(event))

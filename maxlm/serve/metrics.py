@@ -6,6 +6,7 @@ https://prometheus.io/docs/instrumenting/exposition_formats/
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -78,7 +79,7 @@ class ServerMetrics:
             "From submission to the last token.",
             (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0),
         )
-        self._all = [
+        self._all: list[Any] = [
             self.requests,
             self.finished,
             self.prompt_tokens,

@@ -91,7 +91,7 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     include_usage: Flag | None = None
-    include_obfuscation: only(False) = None
+    include_obfuscation: Annotated[Any, only(False)] = None
 
 
 class SamplingBody(BaseModel):
@@ -113,13 +113,13 @@ class SamplingBody(BaseModel):
     metadata: dict[str, str] | None = None
     safety_identifier: Label = None
     prompt_cache_key: Label = None
-    store: only(False) = None
-    service_tier: only("auto", "default") = None
-    frequency_penalty: only(0, 0.0) = None
-    presence_penalty: only(0, 0.0) = None
-    repetition_penalty: only(1, 1.0) = None
-    min_p: only(0, 0.0) = None
-    logit_bias: only({}) = None
+    store: Annotated[Any, only(False)] = None
+    service_tier: Annotated[Any, only("auto", "default")] = None
+    frequency_penalty: Annotated[Any, only(0, 0.0)] = None
+    presence_penalty: Annotated[Any, only(0, 0.0)] = None
+    repetition_penalty: Annotated[Any, only(1, 1.0)] = None
+    min_p: Annotated[Any, only(0, 0.0)] = None
+    logit_bias: Annotated[Any, only({})] = None
 
     @property
     def include_usage(self) -> bool:
@@ -134,13 +134,13 @@ class Message(BaseModel):
     content: Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[dict])]
 
     # Messages from this server have `refusal: null`, and clients may send them back unchanged.
-    refusal: only() = None
-    annotations: only([]) = None
-    audio: only() = None
-    name: only() = None
-    tool_calls: only([]) = None
-    tool_call_id: only() = None
-    function_call: only() = None
+    refusal: Annotated[Any, only()] = None
+    annotations: Annotated[Any, only([])] = None
+    audio: Annotated[Any, only()] = None
+    name: Annotated[Any, only()] = None
+    tool_calls: Annotated[Any, only([])] = None
+    tool_call_id: Annotated[Any, only()] = None
+    function_call: Annotated[Any, only()] = None
 
     def to_chat(self) -> dict[str, str]:
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
@@ -157,22 +157,22 @@ class ChatBody(SamplingBody):
     continue_final_message: Flag | None = None
     add_generation_prompt: Flag | None = None
 
-    prompt_cache_options: only() = None
-    prompt_cache_retention: only() = None
+    prompt_cache_options: Annotated[Any, only()] = None
+    prompt_cache_retention: Annotated[Any, only()] = None
     parallel_tool_calls: Flag | None = None
-    tools: only([]) = None
-    tool_choice: only("none", "auto") = None
-    functions: only([]) = None
-    function_call: only("none", "auto") = None
-    response_format: only({"type": "text"}) = None
-    modalities: only(["text"]) = None
-    audio: only() = None
-    moderation: only() = None
-    prediction: only() = None
-    reasoning_effort: only("none") = None
-    verbosity: only("medium") = None
-    web_search_options: only() = None
-    echo: only(False) = None
+    tools: Annotated[Any, only([])] = None
+    tool_choice: Annotated[Any, only("none", "auto")] = None
+    functions: Annotated[Any, only([])] = None
+    function_call: Annotated[Any, only("none", "auto")] = None
+    response_format: Annotated[Any, only({"type": "text"})] = None
+    modalities: Annotated[Any, only(["text"])] = None
+    audio: Annotated[Any, only()] = None
+    moderation: Annotated[Any, only()] = None
+    prediction: Annotated[Any, only()] = None
+    reasoning_effort: Annotated[Any, only("none")] = None
+    verbosity: Annotated[Any, only("medium")] = None
+    web_search_options: Annotated[Any, only()] = None
+    echo: Annotated[Any, only(False)] = None
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:
@@ -197,7 +197,7 @@ class CompletionBody(SamplingBody):
     logprobs: Annotated[Annotated[Whole, Field(ge=0, le=20)] | None, _FALSE_IS_NULL] = None
     echo: Flag | None = None
 
-    suffix: only("") = None
+    suffix: Annotated[Any, only("")] = None
     best_of: Annotated[Whole, Field(ge=1)] | None = None
 
     @model_validator(mode="after")

@@ -120,7 +120,8 @@ def analyse(plan: Plan, outcomes: Sequence[Outcome]) -> Analysis:
     notes = list(_edge_notes(plan, final))
     law = None
     if len({x for x, _ in points}) >= 3:
-        law = fit_scaling_law(*zip(*points))
+        xs, ys = zip(*points)
+        law = fit_scaling_law(xs, ys)
         if law.noise is None:
             notes.append(
                 "Three points determine the law's three parameters and leave nothing to estimate the noise from."

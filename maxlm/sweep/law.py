@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
 from maxlm.core.interval import CONFIDENCE
@@ -37,7 +38,7 @@ class ScalingLaw:
     draws: np.ndarray
     draw_noise: np.ndarray
 
-    def loss(self, x: np.ndarray | float) -> np.ndarray | float:
+    def loss(self, x: ArrayLike) -> np.ndarray:
         return self.irreducible + self.coefficient * np.asarray(x, np.float64) ** -self.exponent
 
     def band(self, x: np.ndarray | float) -> tuple[np.ndarray, np.ndarray] | None:
@@ -82,7 +83,7 @@ class PowerLaw:
     def exponent(self) -> float:
         return float(self._centered @ self.log_y / (self._centered @ self._centered))
 
-    def value(self, x: np.ndarray | float) -> np.ndarray | float:
+    def value(self, x: ArrayLike) -> np.ndarray:
         return np.exp(self.log_y.mean() + self.exponent * (np.log(x) - self.log_x.mean()))
 
     def band(self, x: np.ndarray | float) -> tuple[np.ndarray, np.ndarray] | None:
@@ -116,7 +117,7 @@ class PowerLaw:
 
 
 def fit_scaling_law(
-    x: np.ndarray, loss: np.ndarray, *, delta: float = HUBER_DELTA, resamples: int = RESAMPLES, seed: int = 0
+    x: ArrayLike, loss: ArrayLike, *, delta: float = HUBER_DELTA, resamples: int = RESAMPLES, seed: int = 0
 ) -> ScalingLaw:
     """Fit L = E + A x^-alpha like Hoffmann et al. (2022, arXiv:2203.15556, section D.2).
 
@@ -157,10 +158,11 @@ def fit_scaling_law(
         noises = np.sqrt(squares / generator.chisquare(freedom, resamples))
         samples = fitted + noises[:, None] * generator.standard_normal((resamples, len(x)))
         draws = np.stack([_natural(_fit(log_u, sample, delta, start=best), unit, least) for sample in samples])
-    return ScalingLaw(*_natural(best, unit, least).tolist(), noise, draws, noises)
+    irreducible, coefficient, exponent = _natural(best, unit, least).tolist()
+    return ScalingLaw(irreducible, coefficient, exponent, noise, draws, noises)
 
 
-def fit_power_law(x: np.ndarray, y: np.ndarray) -> PowerLaw:
+def fit_power_law(x: ArrayLike, y: ArrayLike) -> PowerLaw:
     """Fit y = c x^b.
 
     Raises:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from maxlm.errors import DataError
 from maxlm.sweep.space import Setting
 
+Status = Literal["finished", "diverged", "failed"]
+
 
 @dataclass(frozen=True)
 class Record:
@@ -27,7 +29,7 @@ class Record:
     parameters: int
     tokens: int
     flops: float
-    status: Literal["finished", "diverged", "failed"]
+    status: Status
     valid: dict[str, float | None]
     since: int
     seconds: float

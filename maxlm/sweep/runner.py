@@ -15,7 +15,7 @@ from maxlm.errors import DataError
 from maxlm.runtime.manifest import read_manifest
 from maxlm.runtime.storage import acquire
 from maxlm.sweep.child import DIVERGED
-from maxlm.sweep.records import Record, finite
+from maxlm.sweep.records import Record, Status, finite
 from maxlm.sweep.trials import Trial
 
 # Polling interval of a running trial.
@@ -105,7 +105,7 @@ def _wait(
 
 def _outcome(
     trial: Trial, folder: Path, code: int | None, log: str, seconds: float | None
-) -> tuple[str, dict[str, float | None], str | None]:
+) -> tuple[Status, dict[str, float | None], str | None]:
     """Status, last validation, and the error, if any."""
     if code == 0:
         with contextlib.suppress(DataError):

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +205,8 @@ def size_of(config: TrainConfig) -> Size:
 def is_prefix(config: TrainConfig, short: int, long: int) -> bool:
     """Whether a run of `long` steps has the learning rates of a run of `short` steps in its first `short` steps."""
     steps = np.arange(short)
-    factors = [np.asarray(schedule_factor(config.optim.schedule, total, steps)) for total in (short, long)]
-    return bool(np.array_equal(*factors))
+    first, second = (np.asarray(schedule_factor(config.optim.schedule, total, steps)) for total in (short, long))
+    return bool(np.array_equal(first, second))
 
 
 @functools.cache
@@ -220,13 +219,13 @@ def _num_parameters(model: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(Decoder(model))))
 
 
-def _inputs(config: TrainConfig) -> dict[str, str | PathLike]:
+def _inputs(config: TrainConfig) -> dict[str, str | Path]:
     """Inputs of a run, for the manifest: name -> file or folder."""
-    found: dict[str, str | PathLike] = {
+    found: dict[str, str | Path] = {
         each.name: each.path for each in config.objective.inputs if each.trains and each.content != "weights"
     }
     if config.init_from is not None:
-        found["init_from"] = run_folder_of(find_checkpoint(config.init_from))
+        found["init_from"] = str(run_folder_of(find_checkpoint(config.init_from)))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from typing import Any
 
 from maxlm.runtime.arguments import add_config, text_or_stdin
 
@@ -72,7 +73,7 @@ def run_show(args: argparse.Namespace) -> int:
 
     tokenizer = Tokenizer.load(args.folder)
     text = None if args.text is None else text_or_stdin(args.text)
-    facts = {
+    facts: dict[str, Any] = {
         "vocab_size": tokenizer.vocab_size,
         "fingerprint": tokenizer.fingerprint,
         "control_tokens": tokenizer.control_tokens,

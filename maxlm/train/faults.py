@@ -3,7 +3,7 @@
 import collections
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -142,7 +142,7 @@ class Quarantine:
             batch = batch_of_step(step.step, self.batches)
             self._skipped.append(json.dumps(self._record(step, batch, data)))
 
-    def add(self, bad: list[BadStep], data: TrainingData) -> None:
+    def add(self, bad: Sequence[BadStep], data: TrainingData) -> None:
         """Exclude the batches of these steps from now on, and record their data in the file.
 
         Raises:

@@ -49,7 +49,7 @@ class Stopwatch:
 
     def __enter__(self) -> Self:
         self._part, self._since = "start_up", time.perf_counter()
-        self._seconds: Counter[str] = Counter()
+        self._seconds: Any = Counter()  # of floats, which its type does not know
         self._compiles: list[tuple[float, float]] = []
         self._thread = threading.get_ident()
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
@@ -80,11 +80,11 @@ class Stopwatch:
         self._part, self._since = part, now
         self._compiles.clear()
 
-    def _on_event(self, event: str, duration: float, **_: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
         if event not in _COMPILE_EVENTS or threading.get_ident() != self._thread:
             return
         end = time.perf_counter()
-        begin = max(end - duration, self._since)
+        begin = max(end - duration_secs, self._since)
         # Tracing a function traces those that it calls: their time is already counted.
         known = 0.0
         while self._compiles and self._compiles[-1][1] > begin:
@@ -100,7 +100,7 @@ class Goodput:
     """Seconds of a run by part, over all its attempts."""
 
     def __init__(self):
-        self.seconds: Counter[str] = Counter()
+        self.seconds: Any = Counter()  # of floats, which its type does not know
         self.attempts = 0
         self._ended = 0.0
         # Intervals whose steps the run builds on: (step at the end, seconds by part).

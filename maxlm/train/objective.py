@@ -127,10 +127,12 @@ class Objective(ObjectiveConfig):
     def load_teacher(self, config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Decoder | None:
         """The teacher, sharded over the mesh; None if the objective has none."""
         del config, tokenizer, mesh
+        return None
 
     def declare_teacher(self, config: ModelConfig) -> Decoder | None:
         """A teacher of another width for a student of this shape; None if the objective has none."""
         del config
+        return None
 
     @abstractmethod
     def compute_loss(self, model: Any, batch: Batch, key: jax.Array | None = None) -> LossOutput:

@@ -21,7 +21,7 @@ from maxlm.core.term import LossOutput, Term, add
 from maxlm.models.pipeline_parallelism import (
     STAGE,
     Schedule,
-    cuts_rows,
+    can_split_rows,
     from_chunks,
     layers_replaced,
     merge_rows,
@@ -98,7 +98,9 @@ class _Partition:
 
     def join(self, staged: list[jax.Array], shared: list[jax.Array]) -> Any:
         staged, shared = iter(staged), iter(shared)
-        return jax.tree.unflatten(self._structure, [next(staged if cut else shared) for cut in self._is_staged])
+        return jax.tree.unflatten(
+            self._structure, [next(staged if is_staged else shared) for is_staged in self._is_staged]
+        )
 
 
 class _LayersDone(Exception):  # noqa: N818
@@ -214,7 +216,7 @@ class _Stages:
         """
         stages = self._schedule.stages
         layout = jax.tree.leaves(leaving)[0]
-        shares = cuts_rows(layout.shape[0], stages)
+        shares = can_split_rows(layout.shape[0], stages)
         if not shares:
             leaving = select(self._is_last, leaving, jax.tree.map(jnp.zeros_like, leaving))
             output, shared_grads, turned = self._loss_gradient(leaving, microbatch, self._is_last)
@@ -267,7 +269,7 @@ class _Stages:
 
     def _work(self, chunk: list[jax.Array], turn: Any, state: State, microbatch: Any) -> State:
         """A chunk of layers applied to each model's tokens."""
-        results = []
+        results: list[Any] = []
 
         def replacement(model, _, context):
             x, auxiliary = state[len(results)]

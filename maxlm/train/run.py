@@ -71,8 +71,8 @@ def _alone_in(folder: epath.Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, seconds=_ENDING_SECONDS) as alone:
-        if not alone:
+    with locked(folder, seconds=_ENDING_SECONDS) as acquired:
+        if not acquired:
             raise CheckpointError(
                 f"{folder}: another process is training there; wait until it ends, or set another output"
             )

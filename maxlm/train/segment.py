@@ -115,7 +115,7 @@ class Segment:
             # A window ends at each checkpoint too: a resumed run logs the same as an uninterrupted one.
             if saves or step % config.log_every == 0:
                 report()
-                self.checkpoints.look_after()
+                self.checkpoints.check_failures()
             if last:
                 # Saved before validation: if something fails after training, a restart does the rest.
                 save(is_end=True)

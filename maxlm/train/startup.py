@@ -31,7 +31,7 @@ def check_start(peers: Peers, config: TrainConfig, hashes: dict[str, Any], *, ti
     Raises:
       ConfigError: on process 0, if any process differs; names each process and its differences.
     """
-    peers.compare(start_record(config, hashes), refuse_differences, timeout=timeout)
+    peers.compare(start_record(config, hashes), reject_differences, timeout=timeout)
 
 
 def start_record(config: TrainConfig, hashes: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def source_hash(folder: Path = _PACKAGE) -> str:
     return digest.hexdigest()
 
 
-def refuse_differences(records: list[dict[str, Any]]) -> None:
+def reject_differences(records: list[dict[str, Any]]) -> None:
     """Raise ConfigError with one line for each process whose record differs from that of process 0."""
     first = records[0]
     problems = []

@@ -137,7 +137,8 @@ class Subject:
             flat = flatten(jax.device_get(create(key)))
             return {path: leaf + _noise(random, leaf) for path, leaf in flat.items()}
 
-        return tuple(draw(plan) for plan in self.plans(self.config.model))
+        student, teacher = self.plans(self.config.model)
+        return draw(student), draw(teacher)
 
     @cached_property
     def batch(self) -> Batch:

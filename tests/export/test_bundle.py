@@ -56,7 +56,7 @@ class TestQuantizedModel:
         with pytest.raises(CheckFailed, match="8 matrices were not quantized, embedding first"):
             check_quantized(model)
         monkeypatch.setattr(quantized_module, "_is_matrix", lambda parameter: "mlp" in parameter.axes)
-        with pytest.raises(CheckFailed, match="4 matrices were not quantised"):
+        with pytest.raises(CheckFailed, match="4 matrices were not quantized"):
             quantize_model(model)
 
     @pytest.mark.parametrize("tie_embeddings", [True, False])

@@ -107,7 +107,7 @@ def test_invalid_configuration_raises_before_a_tpu_costs_money(code):
         (["--accelerator=v6e-8"], "zone: us-west4-a has v5litepod, not v6e; use us-central1-b, "),
     ],
 )
-def test_misfits_raise_before_a_tpu_costs_money(code, arguments, message):
+def test_problems_raise_before_a_tpu_costs_money(code, arguments, message):
     settings = [argument for argument in arguments if not argument.startswith("-")]
     options = [argument for argument in arguments if argument.startswith("-")]
     with pytest.raises(ConfigError, match=re.escape(message)):

@@ -16,7 +16,7 @@ from maxlm.core.sharding import make_mesh
 from maxlm.errors import ConfigError
 from maxlm.ops.attention import reference_attention
 from maxlm.ops.attention_rule import AttentionRule, mean_gradient
-from maxlm.ops.context import context_attention, lay_out, put_in_order, row_order
+from maxlm.ops.context import context_attention, row_order, to_row_order, to_token_order
 from maxlm.ops.flash_tpu import Kernels
 from maxlm.ops.flash_xla import Blockwise
 from maxlm.ops.ring import Ring, held_chunks, plan_ring, ring_attention
@@ -88,9 +88,9 @@ def run(case: Case, attend, *inputs):
 
     def whole(query, key, value, segments):
         order = row_order(case.length, case.method) if case.causal else "plain"
-        arrays = [lay_out(x, order) for x in (query, key, value, segments)]
+        arrays = [to_row_order(x, order) for x in (query, key, value, segments)]
         by_device = jax.shard_map(lambda *mine: attend(order, *mine), out_specs=HEADS, check_vma=False)
-        return put_in_order(by_device(*arrays), order)
+        return to_token_order(by_device(*arrays), order)
 
     @jax.jit
     def values_and_gradients(query, key, value, gradient, segments):
@@ -266,8 +266,8 @@ def test_zigzag_gives_each_device_a_chunk_from_either_half_and_is_invertible(siz
     rows = np.arange(2 * 4 * size).reshape(2, 4 * size)
     with jax.set_mesh(mesh):
         x = jax.device_put(rows, NamedSharding(mesh, P(None, "context")))
-        laid_out = jax.jit(lambda x: lay_out(x, "zigzag"))(x)
-        back = jax.jit(lambda x: put_in_order(x, "zigzag"))(laid_out)
+        laid_out = jax.jit(lambda x: to_row_order(x, "zigzag"))(x)
+        back = jax.jit(lambda x: to_token_order(x, "zigzag"))(laid_out)
     chunks = rows.reshape(2, 2 * size, 2)
     for device, (low, high) in enumerate(held_chunks("zigzag", size)):
         np.testing.assert_array_equal(

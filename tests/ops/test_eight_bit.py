@@ -90,8 +90,8 @@ def test_mesh_changes_nothing(sizes, axes):
             (_, y), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, weight)
             return y, *grads
 
-        cut = compute(put(x, in_axes), put(weight, axes), put(grad, ("batch", None, None)))
-    for name, a, b in zip(("y", "dx", "dW"), alone, cut):
+        sharded = compute(put(x, in_axes), put(weight, axes), put(grad, ("batch", None, None)))
+    for name, a, b in zip(("y", "dx", "dW"), alone, sharded):
         np.testing.assert_allclose(b, a, rtol=1e-6, atol=1e-4 if name == "dW" else 1e-5, err_msg=name)
 
 

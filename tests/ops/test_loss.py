@@ -101,8 +101,8 @@ def test_vocabulary_may_be_sharded(inputs):
     expected = jax.grad(loss_of(5, targets, ones, ones), argnums=(0, 1))(hidden, head)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, tensor=4))):
         arguments = jax.device_put(hidden, P("data")), jax.device_put(head, P(None, "tensor"))
-        cut = jax.device_put(targets, P("data"))
-        got = jax.jit(jax.grad(loss_of(5, cut, jax.device_put(ones, P("data")), 1.0), argnums=(0, 1)))(*arguments)
+        sharded = jax.device_put(targets, P("data"))
+        got = jax.jit(jax.grad(loss_of(5, sharded, jax.device_put(ones, P("data")), 1.0), argnums=(0, 1)))(*arguments)
     for a, b in zip(got, expected):
         # Devices add in a different order: the rounding error is that of the largest terms, near 10.
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -57,8 +57,8 @@ def test_random_bits_do_not_depend_on_mesh():
     key = jax.random.key(3)
     alone = stochastic_round(jnp.asarray(values), key)
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=4))):
-        cut = jax.jit(lambda x: stochastic_round(shard(x, "embed", "mlp"), key))(values)
-    np.testing.assert_array_equal(np.asarray(cut, np.float32), np.asarray(alone, np.float32))
+        sharded = jax.jit(lambda x: stochastic_round(shard(x, "embed", "mlp"), key))(values)
+    np.testing.assert_array_equal(np.asarray(sharded, np.float32), np.asarray(alone, np.float32))
 
 
 def test_optimizer_computes_in_float32():

@@ -30,8 +30,8 @@ class Failing(ToyData):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory) -> bytes:
-    return weights(toy_run(tmp_path_factory.mktemp("unbroken")))
+def uninterrupted(tmp_path_factory) -> bytes:
+    return weights(toy_run(tmp_path_factory.mktemp("uninterrupted")))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def unbroken(tmp_path_factory) -> bytes:
     [({"validation": 1}, 5), ({"validation": 3}, 12), ({"batch": 7}, 7), ({"batch": 0}, None)],
     ids=str,
 )
-def test_failure_during_a_run_loses_no_step(tmp_path, failing, saved, unbroken, capsys):
+def test_failure_during_a_run_loses_no_step(tmp_path, failing, saved, uninterrupted, capsys):
     settings = {"eval_every": 5, "checkpoint": {"every": 4, "keep": 1}, "log_every": 3}
     with pytest.raises(DataError):
         toy_run(tmp_path / "run", data=Failing(**failing), **settings)
@@ -57,7 +57,7 @@ def test_failure_during_a_run_loses_no_step(tmp_path, failing, saved, unbroken, 
     # A validation that failed during the run is not repeated; the final one is.
     steps = [record["step"] for record in read_metrics(tmp_path / "run") if "valid_norm" in record]
     assert steps == [step for step in (5, 10, 12) if step != saved or step == 12]
-    assert weights(result) == unbroken
+    assert weights(result) == uninterrupted
 
 
 def test_validation_is_not_logged_twice(tmp_path):

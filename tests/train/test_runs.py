@@ -35,43 +35,43 @@ def assert_same_run(folder, other):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, tiny_data_folder):
+def uninterrupted(tmp_path_factory, tiny_data_folder):
     """An uninterrupted run."""
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     result = train_process(tiny_config(folder, tiny_data_folder))
     assert result.returncode == 0, result.stderr
     return folder
 
 
-def test_run_folder_is_complete(unbroken, tiny_data_folder):
-    names = {path.name for path in unbroken.iterdir()}
+def test_run_folder_is_complete(uninterrupted, tiny_data_folder):
+    names = {path.name for path in uninterrupted.iterdir()}
     assert names == {
         *("config.yaml", "manifest.json", "metrics.jsonl", "goodput.jsonl", ".lock"),
         *("tensorboard", "checkpoints", "tokenizer"),
     }
-    assert list((unbroken / "tensorboard").glob("events.out.tfevents.*"))
-    assert sorted(path.name for path in (unbroken / "checkpoints").iterdir()) == ["12", "8"]
-    manifest = read_manifest(unbroken)
+    assert list((uninterrupted / "tensorboard").glob("events.out.tfevents.*"))
+    assert sorted(path.name for path in (uninterrupted / "checkpoints").iterdir()) == ["12", "8"]
+    manifest = read_manifest(uninterrupted)
     assert manifest["stage"] == "train/pretrain"
     assert manifest["metrics"]["steps"] == 12
     assert manifest["metrics"]["finished"]
     assert manifest["metrics"]["valid"]["bits_per_byte"] > 0
-    assert [link["stage"] for link in manifest_chain(unbroken)][-1] == "train/pretrain"
-    assert "data" in [link["stage"] for link in manifest_chain(unbroken)]
+    assert [link["stage"] for link in manifest_chain(uninterrupted)][-1] == "train/pretrain"
+    assert "data" in [link["stage"] for link in manifest_chain(uninterrupted)]
 
 
-def test_metrics_record_every_window_and_validation(unbroken):
-    train = [record["step"] for record in records(unbroken) if "loss" in record]
-    valid = [record["step"] for record in records(unbroken) if "valid_loss" in record]
+def test_metrics_record_every_window_and_validation(uninterrupted):
+    train = [record["step"] for record in records(uninterrupted) if "loss" in record]
+    valid = [record["step"] for record in records(uninterrupted) if "valid_loss" in record]
     assert {3, 6, 9, 12} <= set(train)
     assert valid == [6, 12]
-    losses = [record["loss"] for record in records(unbroken) if "loss" in record]
+    losses = [record["loss"] for record in records(uninterrupted) if "loss" in record]
     assert losses[-1] < losses[0] - 0.5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 10])
-def test_killed_run_resumes_to_the_same_result(step, unbroken, tmp_path, tiny_data_folder):
+def test_killed_run_resumes_to_the_same_result(step, uninterrupted, tmp_path, tiny_data_folder):
     """Killed before the first checkpoint, and between two: weights and metrics match an uninterrupted run."""
     config = tiny_config(tmp_path / "run", tiny_data_folder)
     killed = train_process(config, signal_at=("SIGKILL", step))
@@ -80,12 +80,12 @@ def test_killed_run_resumes_to_the_same_result(step, unbroken, tmp_path, tiny_da
     resumed = train_process(config)
     assert resumed.returncode == 0, resumed.stderr
     assert ("resuming" in resumed.stderr) == (step > 4)
-    assert_same_run(tmp_path / "run", unbroken)
-    assert records(tmp_path / "run") == records(unbroken)
+    assert_same_run(tmp_path / "run", uninterrupted)
+    assert records(tmp_path / "run") == records(uninterrupted)
 
 
 @pytest.mark.slow
-def test_signal_saves_and_exits_cleanly(unbroken, tmp_path, tiny_data_folder):
+def test_signal_saves_and_exits_cleanly(uninterrupted, tmp_path, tiny_data_folder):
     config = tiny_config(tmp_path / "run", tiny_data_folder)
     stopped = train_process(config, signal_at=("SIGTERM", 6))
     assert stopped.returncode == 0, stopped.stderr
@@ -96,28 +96,28 @@ def test_signal_saves_and_exits_cleanly(unbroken, tmp_path, tiny_data_folder):
     resumed = train_process(config)
     assert resumed.returncode == 0, resumed.stderr
     assert "at step 6" in resumed.stderr
-    assert_same_run(tmp_path / "run", unbroken)
+    assert_same_run(tmp_path / "run", uninterrupted)
     steps = [record["step"] for record in records(tmp_path / "run") if "loss" in record]
     assert steps == sorted(set(steps))
 
 
 @pytest.mark.slow
-def test_finished_run_is_unchanged_by_rerun(unbroken, tiny_data_folder):
+def test_finished_run_is_unchanged_by_rerun(uninterrupted, tiny_data_folder):
     """Running the command again neither trains nor loses metrics."""
-    before = (unbroken / "manifest.json").read_text(), (unbroken / "metrics.jsonl").read_text()
-    again = train_process(tiny_config(unbroken, tiny_data_folder))
+    before = (uninterrupted / "manifest.json").read_text(), (uninterrupted / "metrics.jsonl").read_text()
+    again = train_process(tiny_config(uninterrupted, tiny_data_folder))
     assert again.returncode == 0, again.stderr
-    assert ((unbroken / "manifest.json").read_text(), (unbroken / "metrics.jsonl").read_text()) == before
+    assert ((uninterrupted / "manifest.json").read_text(), (uninterrupted / "metrics.jsonl").read_text()) == before
     assert "12 of 12 steps, finished" in again.stdout
 
 
-def test_run_in_use_by_another_process_is_rejected(unbroken, tiny_data_folder, monkeypatch):
+def test_run_in_use_by_another_process_is_rejected(uninterrupted, tiny_data_folder, monkeypatch):
     monkeypatch.setattr(run, "_ENDING_SECONDS", 0.1)
-    wanted = rf"{unbroken}: another process is training there; wait until it ends"
-    with locked(epath.Path(unbroken), seconds=0), pytest.raises(CheckpointError, match=wanted):
-        train(tiny_config(unbroken, tiny_data_folder))
+    wanted = rf"{uninterrupted}: another process is training there; wait until it ends"
+    with locked(epath.Path(uninterrupted), seconds=0), pytest.raises(CheckpointError, match=wanted):
+        train(tiny_config(uninterrupted, tiny_data_folder))
 
 
-def test_metrics_are_json_lines(unbroken):
-    for line in (unbroken / "metrics.jsonl").read_text().splitlines():
+def test_metrics_are_json_lines(uninterrupted):
+    for line in (uninterrupted / "metrics.jsonl").read_text().splitlines():
         assert json.loads(line)["step"] >= 1

@@ -7,7 +7,7 @@ import pytest
 from tiny_run import tiny_config
 
 from maxlm.errors import ConfigError, DataError
-from maxlm.train.startup import data_hashes, refuse_differences, source_hash, start_record
+from maxlm.train.startup import data_hashes, reject_differences, source_hash, start_record
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def differing(record: dict, host: str, **same) -> dict:
 
 
 def test_identical_processes_pass(record):
-    refuse_differences([record, record, differing(record, "host2")])
+    reject_differences([record, record, differing(record, "host2")])
 
 
 def test_each_differing_process_is_named_with_its_differences(record, tiny_data_folder):
@@ -36,7 +36,7 @@ def test_each_differing_process_is_named_with_its_differences(record, tiny_data_
         differing(record, "host3", **{f"data {tiny_data_folder}": "ffff", "code of maxlm": "eeee", "tokenizer": "def"}),
     ]
     with pytest.raises(ConfigError) as caught:
-        refuse_differences([record, *others])
+        reject_differences([record, *others])
     first, second, advice = caught.value.problems
     assert first.startswith("process 1 (host1) differs from process 0 (host0) in ")
     assert "config optim.learning_rate (0.5, not 0.01)" in first
@@ -55,7 +55,7 @@ def test_missing_setting_is_a_difference_and_long_lists_are_truncated(record):
     other = copy.deepcopy(record)
     other["same"] = {"config seed": other["same"]["config seed"]}
     with pytest.raises(ConfigError, match=r"\(nothing, not .*\) and \d+ more"):
-        refuse_differences([record, other])
+        reject_differences([record, other])
 
 
 def test_data_is_identified_by_its_manifest(tmp_path, tiny_data_folder):

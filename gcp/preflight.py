@@ -12,7 +12,7 @@ from maxlm_gcp.job import TpuJob
 from maxlm.config import TrainConfig
 
 
-def misfits(job: TpuJob, config: TrainConfig) -> list[str]:
+def find_problems(job: TpuJob, config: TrainConfig) -> list[str]:
     """One sentence for each problem that would only show up on the running TPU."""
     return [*_mesh_problem(job, config), *_missing_inputs(job, config)]
 
