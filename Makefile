@@ -32,7 +32,7 @@ test: install-dev lint
 test-fast: install-dev lint
 	$(VENV)/bin/python -m pytest $(SHARED_OUT) -m "not slow"
 
-# All other targets compile tests without optimisation (tests/xla_flags.py), which could hide an error of rounding.
+# All other targets compile tests without optimization (tests/xla_flags.py), which could hide an error of rounding.
 test-optimized: install-dev
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 \
 	  $(VENV)/bin/python -m pytest $(SHARED_OUT) tests/ops tests/train/test_step.py tests/models/test_decoder.py

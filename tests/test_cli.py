@@ -169,9 +169,9 @@ class JaxRuntimeError(RuntimeError):
 )
 def test_exceptions_are_reported_by_kind(error, code, said, run_that, capsys):
     assert run_that(raising(error)) == code
-    told = capsys.readouterr().err
-    assert told.startswith(f"maxlm: {said}")
-    assert told.count("\n") == 1
+    reported = capsys.readouterr().err
+    assert reported.startswith(f"maxlm: {said}")
+    assert reported.count("\n") == 1
 
 
 def test_ascii_terminal_and_closed_pipe():

@@ -34,7 +34,7 @@ def test_signal_to_the_server_ends_its_forked_processes(number):
         while any(map(_runs, children)):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert forked.run([Call("time:sleep", [0])]) == [0], "it starts anew"
+        assert forked.run([Call("time:sleep", [0])]) == [0], "it starts again"
 
 
 def test_module_that_cannot_be_imported_is_reported(capfd):

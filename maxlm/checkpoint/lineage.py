@@ -126,7 +126,7 @@ class Lineage:
         ]
         return [*saved.get("changes", ()), *new]
 
-    def tell_changes(self, saved: Mapping[str, Any]) -> None:
+    def report_changes(self, saved: Mapping[str, Any]) -> None:
         """Print what changes from now on, and how the learning rate changes."""
         if not is_primary() or saved["step"] == self.config.steps:
             return

@@ -14,7 +14,7 @@ class Change(enum.Enum):
 
     REFUSED = "the run would be a different one: a new folder is needed"
     ASKED = "the run would mean something else: refused unless the user accepts it, and then recorded"
-    TOLD = "allowed; reported, and recorded"
+    REPORTED = "allowed; reported, and recorded"
     FREE = "allowed: the trained weights do not depend on it"
 
 
@@ -33,7 +33,7 @@ _RULES: tuple[tuple[Change, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        Change.TOLD,
+        Change.REPORTED,
         (
             # How precisely it is computed.
             *("model.activation_dtype", "model.matmul_dtype", "model.eight_bit"),

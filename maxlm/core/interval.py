@@ -97,11 +97,11 @@ def proportion_interval(correct: np.ndarray, *, seed: int = 0) -> Interval:
 def wilson_interval(successes: int, trials: int) -> Interval:
     """The score interval of Wilson (1927), JASA 22, for a binomial proportion."""
     share, z = successes / trials, _NORMAL_QUANTILE
-    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    center = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2)) / (1 + z * z / trials)
     # The formula gives 0 and 1 at the edges up to rounding.
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == trials else centre + half
+    low = 0.0 if successes == 0 else center - half
+    high = 1.0 if successes == trials else center + half
     return Interval(share, low, high)
 
 

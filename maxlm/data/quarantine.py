@@ -16,9 +16,9 @@ FILE_NAME = "quarantine.jsonl"
 SKIPPED_FILE_NAME = "skipped.jsonl"
 
 
-def batch_of_step(step: int, passed_over: Sequence[int]) -> int:
-    """The batch that a step reads: batches and steps are counted from 0, and batches in `passed_over` are skipped."""
-    for batch in sorted(set(passed_over)):
+def batch_of_step(step: int, excluded: Sequence[int]) -> int:
+    """The batch that a step reads: batches and steps are counted from 0, and batches in `excluded` are skipped."""
+    for batch in sorted(set(excluded)):
         if batch <= step:
             step += 1
     return step

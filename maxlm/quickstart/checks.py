@@ -18,7 +18,7 @@ class Check:
 
     name: str
     passed: bool
-    told: str
+    measured: str
     remedy: str
 
 
@@ -26,7 +26,7 @@ class ChecksFailed(CheckFailed):
     """The quickstart completed, but some checks failed."""
 
     def __init__(self, failed: list[Check]):
-        super().__init__("; ".join(f"{check.name}: {check.told}; {check.remedy}" for check in failed))
+        super().__init__("; ".join(f"{check.name}: {check.measured}; {check.remedy}" for check in failed))
 
 
 def checks(summary: Summary) -> list[Check]:
@@ -34,8 +34,8 @@ def checks(summary: Summary) -> list[Check]:
     found = []
     for name, stage, judge, remedy in _CHECKS:
         missing = summary["not_done"].get(stage)
-        passed, told = (False, f"not measured: {missing}") if missing else judge(summary)
-        found.append(Check(name, passed, told, remedy))
+        passed, measured = (False, f"not measured: {missing}") if missing else judge(summary)
+        found.append(Check(name, passed, measured, remedy))
     return found
 
 

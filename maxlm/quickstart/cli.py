@@ -65,8 +65,8 @@ def show(job, summary: dict) -> None:
     table.add_column("measured", overflow="fold")
     table.add_column("")
     for check in summary["checks"]:
-        told = check["told"] if check["passed"] else f"{check['told']}; {check['remedy']}"
-        table.add_row(check["name"], escape(told), "[green]yes" if check["passed"] else "[red]NO")
+        measured = check["measured"] if check["passed"] else f"{check['measured']}; {check['remedy']}"
+        table.add_row(check["name"], escape(measured), "[green]yes" if check["passed"] else "[red]NO")
     console.print(table)
     seconds = summary["seconds"]
     console.print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()), markup=False)

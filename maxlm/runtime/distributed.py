@@ -18,7 +18,7 @@ from jax._src.clusters import ClusterEnv
 
 from maxlm.config.processes import ProcessesConfig
 from maxlm.errors import ConfigError
-from maxlm.runtime.peers import Peers, meet
+from maxlm.runtime.peers import Peers, connect_all
 from maxlm.runtime.progress import console
 
 # Environment variables of each setting: our own, JAX's, and those of the launchers that count processes.
@@ -61,7 +61,7 @@ def initialize_distributed(settings: ProcessesConfig = ProcessesConfig()) -> Pee
     global _peers
     if _peers is not None or (cluster := find_cluster(settings.start_timeout_seconds)) is None:
         return _peers
-    _peers = meet(
+    _peers = connect_all(
         cluster.address,
         process=cluster.process,
         count=cluster.num_processes,

@@ -101,7 +101,7 @@ class _Link:
 
 
 class Peers:
-    """This process's connections to the other processes of a run. Created by `meet`."""
+    """This process's connections to the other processes of a run. Created by `connect_all`."""
 
     def __init__(self, process: int, count: int, links: list[_Link], heartbeat_seconds: float):
         self.process, self.count = process, count
@@ -252,7 +252,7 @@ def ending_together(peers: Peers | None) -> Iterator[None]:
         peers.fail(error)
 
 
-def meet(address: str, *, process: int, count: int, timeout: float, heartbeat_seconds: float) -> Peers:
+def connect_all(address: str, *, process: int, count: int, timeout: float, heartbeat_seconds: float) -> Peers:
     """Connect all `count` processes at `address` (host:port of process 0), and wait until all are connected.
 
     Raises:

@@ -12,8 +12,8 @@ from pydantic_core import PydanticCustomError
 MAX_STOP_STRINGS = 16
 
 
-def only(*values: Any) -> Any:
-    """The type of an unsupported field: null, or one of its no-op values."""
+def only(*values: Any) -> AfterValidator:
+    """Restricts an unsupported field to null and its no-op values."""
 
     def check(value: Any) -> Any:
         if value is None or any(type(value) is type(one) and value == one for one in values):
@@ -21,7 +21,7 @@ def only(*values: Any) -> Any:
         but = f" except as {' or '.join(map(repr, values))}" if values and isinstance(values[0], str) else ""
         raise PydanticCustomError("not_supported", f"is not supported by this server{but}; leave it out")
 
-    return Annotated[Any, AfterValidator(check)]
+    return AfterValidator(check)
 
 
 def _not_a(*kinds: type) -> BeforeValidator:

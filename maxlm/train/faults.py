@@ -132,9 +132,9 @@ class Quarantine:
     def batches_from(self, step: int, data: TrainingData, current_model: Callable[[], Any]) -> Iterator[Any]:
         """The batches of `step` and later steps."""
         first = batch_of_step(step, self.batches)
-        passed_over = set(self.batches)
+        excluded = set(self.batches)
         numbered = zip(count(first), data.batches(first, current_model))
-        return (batch for number, batch in numbered if number not in passed_over)
+        return (batch for number, batch in numbered if number not in excluded)
 
     def note(self, step: BadStep, data: TrainingData) -> None:
         """Record the data of a step whose update was skipped, whether or not the run is rolled back later."""

@@ -137,7 +137,7 @@ def fit(
                 if is_primary() and restored is not None:
                     console.print(f"resuming {folder} at step {step}", markup=False)
                     if first_step is None:
-                        lineage.tell_changes(saved)
+                        lineage.report_changes(saved)
                 if is_primary() and (step < config.steps or not (folder / "config.yaml").exists()):
                     # Not earlier: a rejected run leaves the folder unchanged.
                     (folder / "config.yaml").write_text(record["config_yaml"], encoding="utf-8")

@@ -268,7 +268,7 @@ def test_too_little_disk_space_is_reported_before_writing(saved, monkeypatch):
     with Checkpointer(saved, keep=3) as checkpointer:
         with pytest.raises(TrainingError, match="free some space") as error:
             checkpointer.save(make_state(4, step=4), {})
-        assert "newest whole checkpoint is of step 3" in str(error.value)
+        assert "newest complete checkpoint is of step 3" in str(error.value)
     assert find_checkpoint(saved).name == "3"
 
 

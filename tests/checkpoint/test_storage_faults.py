@@ -109,8 +109,8 @@ def test_errors_are_classified(error, is_storage, is_full):
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET])
 def test_unreachable_storage_is_a_fault(number):
-    told = r"^/disk/metrics\.jsonl: cannot be read or written: .*; run the same command"
-    with pytest.raises(FaultError, match=told), storage_faults():
+    reported = r"^/disk/metrics\.jsonl: cannot be read or written: .*; run the same command"
+    with pytest.raises(FaultError, match=reported), storage_faults():
         raise OSError(number, os.strerror(number), "/disk/metrics.jsonl")
 
 
@@ -160,11 +160,11 @@ def test_failing_save_is_reported_and_retried(operation, where, disk, tmp_path, 
         checkpointer.save(make_small_state(2), {"note": "two"}, wait=True)
     # Files that could not be removed stay until the next save, and the new checkpoint is valid.
     assert disk.failures == (1 if operation == "shutil.rmtree" else 2)
-    told = capsys.readouterr().err
-    assert "saving a checkpoint failed (" in told
-    assert "Input/output error" in told
-    assert "retrying in" in told
-    assert "(1 of 3)" in told
+    reported = capsys.readouterr().err
+    assert "saving a checkpoint failed (" in reported
+    assert "Input/output error" in reported
+    assert "retrying in" in reported
+    assert "(1 of 3)" in reported
     with Checkpointer(tmp_path, keep=1, **QUICK) as checkpointer:
         restored, metadata = checkpointer.restore(make_small_state(0))
     assert_equal(restored, make_small_state(2))

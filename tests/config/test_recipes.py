@@ -31,14 +31,14 @@ def test_user_file_takes_precedence_over_a_recipe(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [("post/stf", "did you mean post/sft?"), ("x/y/z", "`maxlm config list` lists the recipes")],
 )
-def test_unknown_name_suggests_the_closest(name, told, tmp_path, monkeypatch):
+def test_unknown_name_suggests_the_closest(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="there is no such file") as error:
         find_config(name)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_all_recipes_are_listed_with_kind_and_purpose(capsys):

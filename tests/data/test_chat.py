@@ -175,8 +175,8 @@ def test_file_with_fewer_rows_than_a_batch_prints_a_warning(capsys):
     training_order("chats.jsonl", 16, batch_size=16, seed=0)
     assert capsys.readouterr().err == ""
     training_order("chats.jsonl", 1, batch_size=16, seed=0)
-    told = " ".join(capsys.readouterr().err.split())
-    assert told.startswith("chats.jsonl: has 1 rows, so that a batch of batch_size=16 repeats some; lower")
+    reported = " ".join(capsys.readouterr().err.split())
+    assert reported.startswith("chats.jsonl: has 1 rows, so that a batch of batch_size=16 repeats some; lower")
 
 
 def test_examples_of_a_step_depend_only_on_seed_and_step_and_shards_partition_them():

@@ -39,14 +39,14 @@ def run(*words: object) -> tuple[int, str, str]:
 def check(*words: object) -> int:
     """Run a command that must either succeed or report a user error; returns the exit code."""
     code, _, err = run(*words)
-    told = f"maxlm {' '.join(map(repr, words))}\nexit code {code}\n{err[-4000:]}"
-    assert code in (0, 1, 2, 3), told
-    assert "Traceback" not in err, told
+    reported = f"maxlm {' '.join(map(repr, words))}\nexit code {code}\n{err[-4000:]}"
+    assert code in (0, 1, 2, 3), reported
+    assert "Traceback" not in err, reported
     lines = err.splitlines()
     if code:
-        assert any(line.startswith("maxlm: ") or ": error: " in line for line in lines), told
-        assert len(lines) <= 40, told
-        assert max(map(len, lines)) <= 1000, told
+        assert any(line.startswith("maxlm: ") or ": error: " in line for line in lines), reported
+        assert len(lines) <= 40, reported
+        assert max(map(len, lines)) <= 1000, reported
     return code
 
 

@@ -29,10 +29,10 @@ def test_killed_process_stops_the_others_and_supervisors_restart_all(tmp_path, t
 
     assert "process 1 (" in first.errors
     assert "lost: its connection closed" in first.errors
-    told = f"restart 1 of 3, from step {resumed}, in 0.1 s"
-    assert f"training ended by the loss of a process, machine or storage; {told}" in first.errors
+    reported = f"restart 1 of 3, from step {resumed}, in 0.1 s"
+    assert f"training ended by the loss of a process, machine or storage; {reported}" in first.errors
     assert f"resuming {run} at step {resumed}" in first.errors
-    assert f"training ended by signal SIGKILL; {told}" in second.errors
+    assert f"training ended by signal SIGKILL; {reported}" in second.errors
     assert find_checkpoint(run).name == "10"
     assert read_metrics(run)[-1]["step"] == 10
 
@@ -62,5 +62,5 @@ def test_differing_processes_are_named_before_training(tmp_path, tiny_data_folde
     assert (first.code, second.code) == (2, 2), (first.errors, second.errors)
     assert "process 1 (" in first.errors
     assert "differs from process 0 (" in first.errors
-    assert "in config seed (7 and not 0), data data (" in first.errors
+    assert "in config seed (7, not 0), data data (" in first.errors
     assert not run.exists()

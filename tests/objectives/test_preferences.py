@@ -156,5 +156,5 @@ def test_reward_model_with_adapters_trains_head_and_keeps_base(reward_run, tuned
 def test_models_of_the_wrong_kind_are_rejected(reward_run, tuned):
     with pytest.raises(CheckpointError, match="is a reward model, which cannot generate text"):
         load_model(reward_run[0])
-    with pytest.raises(CheckpointError, match="holds a language model"):
+    with pytest.raises(CheckpointError, match="is a language model"):
         load_reward_model(tuned[0])

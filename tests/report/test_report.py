@@ -115,8 +115,8 @@ def quickstart(tmp_path):
             ]
         },
         "checks": [
-            {"name": "beats bigrams", "passed": True, "told": "1.9 < 2.2", "remedy": "none"},
-            {"name": "lifts reward", "passed": False, "told": "by nothing", "remedy": "train <b>longer"},
+            {"name": "beats bigrams", "passed": True, "measured": "1.9 < 2.2", "remedy": "none"},
+            {"name": "lifts reward", "passed": False, "measured": "by nothing", "remedy": "train <b>longer"},
         ],
         "samples": [{"stage": "pretrain", "prompt": "def ", "text": "</pre><script>alert(3)</script>"}],
         "manifest_chain": manifest_chain(folder / "pretrain"),

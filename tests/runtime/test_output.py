@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("output", "told"),
+    ("output", "message"),
     [
         ("file", "is a file; give a folder"),
         ("file/run", "leads through .*/file, which is a file"),
@@ -50,9 +50,9 @@ def folder(tmp_path):
         ("\udcff", "is not UTF-8 text"),
     ],
 )
-def test_unusable_output_folder_is_rejected(folder, output, told):
+def test_unusable_output_folder_is_rejected(folder, output, message):
     before = sorted(folder.rglob("*"))
-    with pytest.raises(ConfigError, match=f"^output: .*{told}"):
+    with pytest.raises(ConfigError, match=f"^output: .*{message}"):
         check_output(f"{folder}/{output}", "train")
     assert sorted(folder.rglob("*")) == before
 
@@ -67,9 +67,9 @@ def test_usable_output_folders_are_accepted(folder, output, monkeypatch):
     check_output(output, "train")
 
 
-@pytest.mark.parametrize(("output", "told"), [("", "is empty"), ("~/run", "a folder named '~'"), ("~", "named '~'")])
-def test_names_that_mean_another_folder_are_rejected(output, told):
-    with pytest.raises(ConfigError, match=told):
+@pytest.mark.parametrize(("output", "message"), [("", "is empty"), ("~/run", "a folder named '~'"), ("~", "named '~'")])
+def test_names_that_mean_another_folder_are_rejected(output, message):
+    with pytest.raises(ConfigError, match=message):
         check_output(output, "train")
 
 

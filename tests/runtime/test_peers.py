@@ -12,19 +12,19 @@ from pathlib import Path
 import pytest
 
 from maxlm.errors import FaultError
-from maxlm.runtime.peers import meet
+from maxlm.runtime.peers import connect_all
 
 ROOT = Path(__file__).parents[2]
 
 # Arguments: address, process, count, action, start timeout in seconds, heartbeat timeout in seconds.
 SCRIPT = """
 import sys, time
-from maxlm.runtime.peers import meet
+from maxlm.runtime.peers import connect_all
 from maxlm.errors import DataError, MaxlmError
 address, process, count, action = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 try:
     timeout, heartbeat = map(float, sys.argv[5:])
-    peers = meet(address, process=process, count=count, timeout=timeout, heartbeat_seconds=heartbeat)
+    peers = connect_all(address, process=process, count=count, timeout=timeout, heartbeat_seconds=heartbeat)
 except MaxlmError as error:
     print(f"maxlm: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
@@ -159,7 +159,7 @@ def test_conflicting_process_number_or_count_is_reported(start):
 
 def test_missing_process_0_is_reported(address):
     with pytest.raises(FaultError, match=r"could not connect to process 0 at .* within 0\.5 s"):
-        meet(address, process=1, count=2, timeout=0.5, heartbeat_seconds=1)
+        connect_all(address, process=1, count=2, timeout=0.5, heartbeat_seconds=1)
 
 
 def test_foreign_connections_are_closed(address, start):

@@ -58,8 +58,8 @@ def run(tmp_path):
 def test_supervisor_restarts_after_signal_fault_and_error_until_training_ends(run):
     code, records, left = run([[4, 6, -9], [8, 9, 3], [12, 12, 1], [0, 12, 0]], restarts=5)
     assert (code, left) == (0, [])
-    told = [(r["exit_code"], r["step_reached"], r["step_resumed"]) for r in records]
-    assert told == [(-9, 6, 4), (3, 9, 8), (1, 12, 12)]
+    reported = [(r["exit_code"], r["step_reached"], r["step_resumed"]) for r in records]
+    assert reported == [(-9, 6, 4), (3, 9, 8), (1, 12, 12)]
     assert [record["reason"] for record in records] == [
         "signal SIGKILL",
         "the loss of a process, machine or storage",
@@ -78,7 +78,7 @@ def test_success_user_error_and_interrupt_end_the_supervisor(run, code):
 def test_number_of_restarts_is_limited(run, capfd):
     code, records, left = run([[1, 1, -9], [2, 2, -9], [3, 3, -15], [4, 4, 0]], restarts=2)
     assert (code, len(records), len(left)) == (128 + 15, 2, 1)
-    assert "training ended by signal SIGTERM, after 2 restarts: not started again" in capfd.readouterr().err
+    assert "training ended by signal SIGTERM, after 2 restarts: not restarting" in capfd.readouterr().err
 
 
 def test_supervisor_gives_up_without_progress(run, capfd):
@@ -96,9 +96,9 @@ def test_unwritable_or_unreadable_logs_do_not_end_the_supervisor(run, tmp_path, 
     (tmp_path / "run" / "restarts.jsonl.tmp").mkdir()
     monkeypatch.setattr("maxlm.runtime.supervise.newest_step", lambda folder: 1 / 0)
     assert run([[1, 1, -9], [2, 2, 3], [3, 3, 1], [4, 4, 0]], restarts=9) == (0, [], [])
-    told = capfd.readouterr().err
-    assert "restarts.jsonl lacks this restart: IsADirectoryError" in told
-    assert "the newest checkpoint cannot be determined: ZeroDivisionError" in told
+    reported = capfd.readouterr().err
+    assert "restarts.jsonl lacks this restart: IsADirectoryError" in reported
+    assert "the newest checkpoint cannot be determined: ZeroDivisionError" in reported
 
 
 # Saves and ends on SIGTERM, as training does. os.write, because a signal may arrive during the other print.

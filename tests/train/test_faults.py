@@ -43,10 +43,10 @@ def assert_same_weights(folder, other):
         np.testing.assert_array_equal(value, right[path], err_msg=path)
 
 
-@pytest.mark.parametrize("passed_over", [[], [0], [3], [0, 1, 2], [7, 2, 2, 3], [5, 4, 9, 10, 30]])
-def test_steps_read_remaining_batches_in_order(passed_over):
-    left = [batch for batch in range(60) if batch not in passed_over]
-    assert [batch_of_step(step, passed_over) for step in range(40)] == left[:40]
+@pytest.mark.parametrize("excluded", [[], [0], [3], [0, 1, 2], [7, 2, 2, 3], [5, 4, 9, 10, 30]])
+def test_steps_read_remaining_batches_in_order(excluded):
+    left = [batch for batch in range(60) if batch not in excluded]
+    assert [batch_of_step(step, excluded) for step in range(40)] == left[:40]
 
 
 @pytest.fixture(scope="module")

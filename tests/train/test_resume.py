@@ -60,7 +60,7 @@ def test_every_setting_is_compared_on_resume_unless_listed_here():
     keys = leaves(TrainConfig)
     assert {"optim.schedule.kind", "objective.loss.beta", "lora.rank", "objective.sources.weight", "seed"} <= keys
     assert {key for key in keys if change_of(key) is Change.FREE} == FREE
-    assert {key for key in keys if change_of(key) is Change.TOLD} == TOLD
+    assert {key for key in keys if change_of(key) is Change.REPORTED} == TOLD
     assert all(change_of(key) is Change.ASKED for key in keys if key.startswith("optim.") and key != "optim.kind")
     # Every pattern still matches a field, and is not shadowed by another one.
     for change, patterns in _RULES:

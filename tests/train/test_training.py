@@ -148,7 +148,7 @@ def test_checkpoint_loads_without_tokenizer(short_run, tmp_path):
     alone = shutil.copytree(find_checkpoint(short_run), tmp_path / "alone" / "checkpoints" / "4")
     model = maxlm.load(alone)
     assert model.logits(np.asarray([[1, 2, 3]])).shape == (1, 3, model.config.vocab_size)
-    with pytest.raises(RequestError, match="4: has no tokenizer, and so takes token ids"):
+    with pytest.raises(RequestError, match="4: has no tokenizer, so it takes token ids"):
         model.generate("The", max_new_tokens=2)
 
 
