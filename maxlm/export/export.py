@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from maxlm.errors import CheckFailed, CheckpointError, ConfigError, RequestError
 from maxlm.export.held_out import HeldOut, find_held_out, read_held_out
 from maxlm.export.receipt import Receipt
-from maxlm.interop.formats import Candidate, Format, find_format, formats
+from maxlm.interop.formats import Format, find_format, formats
 from maxlm.interop.load import load_model
 from maxlm.models.decoder import Decoder
 from maxlm.runtime.manifest import write_manifest
@@ -87,7 +86,7 @@ def export_model(
         if tokenizer is None:
             raise CheckpointError(f"{model_path}: has no tokenizer, which the comparison on text needs; restore it")
         held_out = read_held_out(paths, tokenizer, max_length=model.config.max_length, max_tokens=max_tokens)
-        written, receipt = _quantize_within(model, target.quantize, held_out, bounds)
+        written, receipt = _quantize_within(model, target, held_out, bounds)
 
     temporary = output.with_name(_temporary_name(output.name))
     measured = {} if receipt is None else asdict(receipt)
@@ -127,18 +126,18 @@ def named_format(name: str) -> Format:
 
 
 def _quantize_within(
-    model: Decoder, quantize: Callable[[Decoder], Iterable[Candidate]], held_out: HeldOut, bounds: dict[str, float]
+    model: Decoder, target: Format, held_out: HeldOut, bounds: dict[str, float]
 ) -> tuple[Decoder, Receipt]:
     """The first candidate within bounds.
 
     Raises:
       ReceiptOutOfBounds: none is; the receipt is that of the last one.
     """
-    for candidate in quantize(model):
+    for candidate in target.quantize(model):
         title = f"comparing with float on {held_out.kind}: {candidate.description}"
         receipt = Receipt.measure(model, candidate.model, track(list(held_out.batches()), title), kind=held_out.kind)
         try:
-            check_receipt(receipt, **bounds)
+            check_receipt(receipt, target.name, **bounds)
         except ReceiptOutOfBounds as error:
             refused = error
         else:
@@ -153,8 +152,8 @@ def _check_bit_exact(read: Decoder, written: Decoder, folder: Path) -> None:
         raise CheckpointError(f"{folder}: does not read back bit-exactly; this is a bug in the format")
 
 
-def check_receipt(receipt: Receipt, *, max_perplexity_change: float, max_mean_kl: float) -> None:
-    """Raise ReceiptOutOfBounds if a whole interval is out of bounds, or a number is not finite.
+def check_receipt(receipt: Receipt, format: str, *, max_perplexity_change: float, max_mean_kl: float) -> None:
+    """Raise ReceiptOutOfBounds, naming the format, if a whole interval is out of bounds or a number is not finite.
 
     An interval that overlaps the bound does not show a violation: other held-out text of that size could well have
     passed. Without an interval, the number itself counts.
@@ -165,15 +164,15 @@ def check_receipt(receipt: Receipt, *, max_perplexity_change: float, max_mean_kl
     if low <= max_perplexity_change and high >= -max_perplexity_change and least_kl <= max_mean_kl:
         return
     raise ReceiptOutOfBounds(
-        f"int8 changes perplexity by {receipt.format_change()} (at most {max_perplexity_change:.3%} is allowed) with a"
-        f" mean KL of {receipt.kl.format(5)} nats (at most {max_mean_kl:.5f}) on {receipt.num_units:,} {receipt.kind},"
-        " so no bundle was written",
+        f"{format} changes perplexity by {receipt.format_change()} (at most {max_perplexity_change:.3%} is allowed)"
+        f" with a mean KL of {receipt.kl.format(5)} nats (at most {max_mean_kl:.5f}) on {receipt.num_units:,}"
+        f" {receipt.kind}, so no bundle was written",
         receipt,
     )
 
 
 def _temporary_name(name: str) -> str:
-    """Name of a bundle's temporary folder."""
+    """Name of the folder that becomes the output `name`."""
     return f".{name}.{os.getpid()}.partial"
 
 

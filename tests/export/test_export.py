@@ -199,7 +199,7 @@ class TestBounds:
         ],
     )
     def test_interval_overlapping_the_bounds_passes(self, change, kl):
-        check_receipt(a_receipt(change, kl), **BOUNDS)
+        check_receipt(a_receipt(change, kl), "int8", **BOUNDS)
 
     @pytest.mark.parametrize(
         ("change", "kl"),
@@ -217,13 +217,13 @@ class TestBounds:
     )
     def test_interval_outside_either_bound_fails(self, change, kl):
         with pytest.raises(ReceiptOutOfBounds, match="no bundle was written") as caught:
-            check_receipt(a_receipt(change, kl), **BOUNDS)
+            check_receipt(a_receipt(change, kl), "int8", **BOUNDS)
         assert caught.value.exit_code == 1
         assert caught.value.receipt.perplexity_change is change[0]
 
     def test_error_reports_the_measurements(self):
         with pytest.raises(ReceiptOutOfBounds) as caught:
-            check_receipt(a_receipt((0.006, 0.0051, 0.007), (0.001, 0.0009, 0.0011)), **BOUNDS)
+            check_receipt(a_receipt((0.006, 0.0051, 0.007), (0.001, 0.0009, 0.0011)), "int8", **BOUNDS)
         assert str(caught.value) == (
             "int8 changes perplexity by +0.600% [+0.510%, +0.700%] (at most 0.500% is allowed) with a mean KL of"
             " 0.00100 [0.00090, 0.00110] nats (at most 0.01000) on 30 documents, so no bundle was written"
