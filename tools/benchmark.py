@@ -81,8 +81,9 @@ def step() -> tuple[str, Variants]:
 
     def variant(optimizer_kind: str, **changes) -> Callable[[], object]:
         model_config = config.model.model_copy(update={"vocab_size": VOCAB_SIZE, **changes})
-        optimizer = make_optimizer(config.optim.model_copy(update={"kind": optimizer_kind}))
-        state = create_state(initialize(Decoder(model_config), jax.random.key(0)), optimizer)
+        plan = Decoder(model_config)
+        optimizer = make_optimizer(config.optim.model_copy(update={"kind": optimizer_kind}), plan)
+        state = create_state(initialize(plan, jax.random.key(0)), optimizer)
         function = partial(
             train_step,
             loss_function=lambda model, frozen, batch, key: language_model_loss(model, batch),

@@ -7,8 +7,8 @@ A model class builds a tree of `Parameter`s. That tree is the model's plan: `ini
 import functools
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +19,34 @@ from maxlm.core.tree import path_of
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
+# matrix: weights [..., in, out] of a product; table: [vocabulary, width]; router: a matrix that selects experts;
+# router_bias: moved by the load of the experts, not by a gradient; adapter: a low-rank factor of a matrix.
+Role = Literal["matrix", "table", "router", "router_bias", "norm", "vector", "adapter"]
+
 
 @dataclass(frozen=True)
 class Parameter:
-    """One declared parameter."""
+    """One declared parameter. Optimizers, quantization, adapters and reports ask its role, never its path or rank."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     initializer: Initializer
     dtype: Any = jnp.float32
+    role: Role = field(kw_only=True)
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
             raise ValueError(f"shape {self.shape} and axes {self.axes} differ in length")
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether its last two axes are a matrix."""
+        return self.role in ("matrix", "table", "router", "adapter")
+
+    @property
+    def num_stacked(self) -> int:
+        """Number of leading axes, over layers and experts, that stack matrices or vectors."""
+        return len(self.shape) - (2 if self.is_matrix else 1)
 
 
 def stack(tree: Any, num_layers: int) -> Any:

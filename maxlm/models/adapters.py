@@ -23,7 +23,7 @@ def declare_adapters(plan: Any, config: LoraConfig) -> dict[str, dict[str, Param
       ConfigError: a target does not name a weight of the model.
     """
     weights = {
-        path: leaf for path, leaf in flatten(plan).items() if path.startswith("layers/") and len(leaf.shape) == 3
+        path: leaf for path, leaf in flatten(plan).items() if leaf.role == "matrix" and leaf.axes[:-2] == ("layers",)
     }
     names = {path.rsplit("/", 1)[-1] for path in weights}
     if unknown := [target for target in config.targets if target not in names]:
@@ -36,9 +36,12 @@ def declare_adapters(plan: Any, config: LoraConfig) -> dict[str, dict[str, Param
         layer_axis, in_axis, out_axis = leaf.axes
         adapters[path] = {
             "down": Parameter(
-                (layers, in_size, config.rank), (layer_axis, in_axis, "rank"), Normal(1 / math.sqrt(in_size))
+                (layers, in_size, config.rank),
+                (layer_axis, in_axis, "rank"),
+                Normal(1 / math.sqrt(in_size)),
+                role="adapter",
             ),
-            "up": Parameter((layers, config.rank, out_size), (layer_axis, "rank", out_axis), zeros),
+            "up": Parameter((layers, config.rank, out_size), (layer_axis, "rank", out_axis), zeros, role="adapter"),
         }
     for path in plan.trained_whole:
         adapters[path] = {"whole": flatten(plan)[path]}

@@ -160,7 +160,8 @@ def with_config(model: Decoder, config: ModelConfig) -> Decoder:
 
 def _table(config: ModelConfig) -> Any:
     shape = (config.vocab_size, config.embed_dim)
-    return nnx.data(Parameter(shape, ("vocab", "embed"), Normal(0.02), jnp.dtype(config.parameter_dtype)))
+    dtype = jnp.dtype(config.parameter_dtype)
+    return nnx.data(Parameter(shape, ("vocab", "embed"), Normal(0.02), dtype, role="table"))
 
 
 def _logits(config: ModelConfig, head: Any, hidden: jax.Array) -> jax.Array:

@@ -53,11 +53,12 @@ def weight(config: ModelConfig, inputs: tuple[int, str], outputs: tuple[int, str
     """A matrix [in, out], each side given as (size, logical axis), drawn with variance scale^2 / in."""
     (in_size, in_axis), (out_size, out_axis) = inputs, outputs
     initializer = Normal(scale / math.sqrt(in_size))
-    return nnx.data(Parameter((in_size, out_size), (in_axis, out_axis), initializer, jnp.dtype(config.parameter_dtype)))
+    dtype = jnp.dtype(config.parameter_dtype)
+    return nnx.data(Parameter((in_size, out_size), (in_axis, out_axis), initializer, dtype, role="matrix"))
 
 
 def norm_scale(size: int) -> Any:
-    return nnx.data(Parameter((size,), ("norm",), ones))
+    return nnx.data(Parameter((size,), ("norm",), ones, role="norm"))
 
 
 class Attention(nnx.Module):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maxlm.config.model import ModelConfig
-from maxlm.core.parameters import Normal, Parameter, zeros
+from maxlm.core.parameters import Normal, Parameter, Role, zeros
 from maxlm.core.term import LossOutput, Term
 from maxlm.models.layers import Mlp
 from maxlm.ops.linear import linear, operand_dtype
@@ -30,12 +30,12 @@ class MixtureOfExperts(nnx.Module):
         widen = Normal(1 / math.sqrt(embed))
         widening, narrowing = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
         # Always float32: rounding two close scores could select another expert.
-        self.router = _parameter((embed, moe.num_experts), ("embed", None), widen)
-        self.gate = _parameter((moe.num_experts, embed, mlp), widening, widen, dtype)
-        self.up = _parameter((moe.num_experts, embed, mlp), widening, widen, dtype)
-        self.down = _parameter((moe.num_experts, mlp, embed), narrowing, narrow, dtype)
+        self.router = _parameter((embed, moe.num_experts), ("embed", None), widen, role="router")
+        self.gate = _parameter((moe.num_experts, embed, mlp), widening, widen, dtype, role="matrix")
+        self.up = _parameter((moe.num_experts, embed, mlp), widening, widen, dtype, role="matrix")
+        self.down = _parameter((moe.num_experts, mlp, embed), narrowing, narrow, dtype, role="matrix")
         if moe.balance.bias:
-            self.router_bias = _parameter((moe.num_experts,), (None,), zeros)
+            self.router_bias = _parameter((moe.num_experts,), (None,), zeros, role="router_bias")
         if moe.num_shared_experts:
             self.shared = Mlp(config, moe.num_shared_experts * mlp)
 
@@ -104,5 +104,5 @@ class MixtureOfExperts(nnx.Module):
         return y_BLD
 
 
-def _parameter(*declared) -> Any:
-    return nnx.data(Parameter(*declared))
+def _parameter(*declared, role: Role) -> Any:
+    return nnx.data(Parameter(*declared, role=role))

@@ -4,7 +4,6 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from maxlm.core.parameters import Parameter
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckFailed
 from maxlm.models.decoder import Decoder
@@ -12,6 +11,8 @@ from maxlm.ops.qtensor import quantize
 
 # Storage format of the vocabulary tables (embedding, head).
 Tables = Literal["int8", "float16"]
+# Rounding a router would select other experts, and save almost nothing.
+_KEPT_IN_FLOAT = ("norm", "vector", "router", "router_bias")
 
 
 def quantize_model(model: Decoder, tables: Tables = "int8") -> Decoder:
@@ -22,10 +23,10 @@ def quantize_model(model: Decoder, tables: Tables = "int8") -> Decoder:
     """
     flat = flatten(model)
     for path, parameter in flatten(Decoder(model.config)).items():
-        if _is_table(parameter):
+        if parameter.role == "table":
             # [vocab, embed] is output-first already, for lookup and product.
             flat[path] = quantize(flat[path]) if tables == "int8" else flat[path].astype(tables)
-        elif _is_matrix(parameter):
+        elif parameter.role == "matrix":
             flat[path] = quantize(jnp.swapaxes(flat[path], -1, -2))
     quantized = unflatten(flat, model)
     check_quantized(quantized)
@@ -35,24 +36,16 @@ def quantize_model(model: Decoder, tables: Tables = "int8") -> Decoder:
 def check_quantized(model: Decoder) -> None:
     """Raise CheckFailed if a matrix of the model is still in floating point, and name it.
 
-    Checks only the arrays, not the declarations that `quantize_model` uses.
+    Checks the arrays: only parameters whose role is listed here stay in floating point.
     """
+    arrays = flatten(model)
     left = [
         path
-        for path, leaf in flatten(model).items()
-        if jnp.issubdtype(leaf.dtype, jnp.floating)
-        and leaf.ndim - path.startswith("layers/") >= 2
-        and not path.endswith(("/router", "/scales"))
-        and not (path in ("embedding", "head") and leaf.dtype == jnp.float16)
+        for path, parameter in flatten(type(model)(model.config)).items()
+        if path in arrays
+        and jnp.issubdtype(arrays[path].dtype, jnp.floating)
+        and parameter.role not in _KEPT_IN_FLOAT
+        and not (parameter.role == "table" and arrays[path].dtype == jnp.float16)
     ]
     if left:
         raise CheckFailed(f"{len(left)} matrices were not quantized, {left[0]} first; quantization must know them all")
-
-
-def _is_table(parameter: Parameter) -> bool:
-    return parameter.axes[0] == "vocab"
-
-
-def _is_matrix(parameter: Parameter) -> bool:
-    # A router has an axis without a name: rounding it would select other experts, and save almost nothing.
-    return "norm" not in parameter.axes and None not in parameter.axes

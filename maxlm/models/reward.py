@@ -24,7 +24,7 @@ class RewardModel(Decoder):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        self.value: Any = nnx.data(Parameter((config.embed_dim,), (None,), zeros))
+        self.value: Any = nnx.data(Parameter((config.embed_dim,), (None,), zeros, role="vector"))
 
     @classmethod
     def from_decoder(cls, decoder: Decoder, key: jax.Array) -> "RewardModel":

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
+from maxlm.core.parameters import Parameter
 from maxlm.core.sharding import current_mesh, is_explicit, spec_of
 from maxlm.core.tree import flatten, unflatten
-from maxlm.optim.groups import is_matrix
+from maxlm.optim.groups import Plan
 from maxlm.optim.spread import axis_names
 
 # Sides of a tile. Unlike blocks along one axis, tiles fit the shards of a matrix sharded along either axis.
@@ -28,13 +29,13 @@ FIRST_POWER, FIRST_CODES = 3, 127
 SECOND_POWER, SECOND_CODES = 4, 255
 
 
-def scale_by_adam8bit(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
+def scale_by_adam8bit(plan: Plan, beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
     """Adam's direction, with bias correction (arXiv:1412.6980)."""
 
     def init(params):
         return {
             "count": jnp.zeros((), jnp.int32),
-            "moments": {path: _init_moments(path, leaf) for path, leaf in flatten(params).items()},
+            "moments": {path: _init_moments(plan[path], leaf) for path, leaf in flatten(params).items()},
         }
 
     def update(updates, state, params=None):
@@ -82,9 +83,9 @@ def decode(codes: jax.Array, scale: jax.Array, *, power: int, num_codes: int) ->
     return jnp.sign(part) * jnp.abs(part) ** power * _spread_scale(scale, codes)
 
 
-def _init_moments(path, leaf):
+def _init_moments(parameter: Parameter, leaf: jax.Array) -> dict[str, jax.Array]:
     # Scales of small tiles would take as much memory as they save, and norm vectors are few.
-    if not is_matrix(path, leaf) or math.prod(_sides(leaf.shape)) < MIN_TILE_SIZE:
+    if not parameter.is_matrix or math.prod(_sides(leaf.shape)) < MIN_TILE_SIZE:
         return {"first": jnp.zeros_like(leaf), "second": jnp.zeros_like(leaf)}
     scale = jnp.zeros_like(jnp.max(_tiles(leaf), axis=(-3, -1)))
     return {

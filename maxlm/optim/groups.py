@@ -1,34 +1,29 @@
-"""Parameter groups: which optimizer settings apply to a parameter, by its path and shape."""
+"""Parameter groups: which optimizer settings apply to a parameter, by its path."""
 
 import difflib
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
 
 from maxlm.config.optim import GroupConfig
-from maxlm.core.tree import flatten, path_of
+from maxlm.core.parameters import Parameter
+from maxlm.core.tree import path_of
 from maxlm.errors import ConfigError
 
-
-def is_stacked(path: str) -> bool:
-    """Whether the first axis of a parameter is the layer axis."""
-    return "layers" in path.split("/")
+# Declarations of the trained parameters, by path.
+Plan = Mapping[str, Parameter]
 
 
-def is_matrix(path: str, leaf: Any) -> bool:
-    """Whether a parameter holds matrices, possibly stacked over layers and experts, and not norm vectors."""
-    return leaf.ndim >= 2 + is_stacked(path)
+def map_with_plan(function, plan: Plan, tree: Any, *others: Any) -> Any:
+    """Apply `function(path, parameter, leaf, *leaves)` to each leaf."""
 
+    def apply(key_path, *leaves):
+        path = path_of(key_path)
+        return function(path, plan[path], *leaves)
 
-def is_router_bias(path: str) -> bool:
-    """Whether a parameter is the bias that balances experts: its gradient is their load error."""
-    return path.rsplit("/", 1)[-1] == "router_bias"
-
-
-def map_with_path(function, tree: Any, *others: Any) -> Any:
-    """Apply `function(path, leaf, *leaves)` to each leaf, with the path as text."""
-    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_of(path), *leaves), tree, *others)
+    return jax.tree_util.tree_map_with_path(apply, tree, *others)
 
 
 def group_of(path: str, groups: tuple[GroupConfig, ...]) -> GroupConfig:
@@ -36,9 +31,9 @@ def group_of(path: str, groups: tuple[GroupConfig, ...]) -> GroupConfig:
     return next((group for group in groups if fnmatchcase(path, group.match)), GroupConfig(match="*"))
 
 
-def check_groups(groups: tuple[GroupConfig, ...], tree: Any) -> None:
-    """Raise ConfigError if a pattern matches no parameter of a tree, or only parameters of earlier groups."""
-    paths = [path for path in flatten(tree) if not is_router_bias(path)]
+def check_groups(groups: tuple[GroupConfig, ...], plan: Plan) -> None:
+    """Raise ConfigError if a pattern matches no parameter, or only parameters of earlier groups."""
+    paths = [path for path, parameter in plan.items() if parameter.role != "router_bias"]
     problems = []
     for index, group in enumerate(groups):
         matched = [path for path in paths if fnmatchcase(path, group.match)]

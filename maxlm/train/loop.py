@@ -74,7 +74,7 @@ def fit(
     """
     config, folder = lineage.config, storage_path(lineage.config.output)
     # The width of adapters is their rank.
-    optimizer = make_optimizer(config.optim, width=config.model.width if config.lora is None else 1.0)
+    optimizer = make_optimizer(config.optim, model.plan, width=config.model.width if config.lora is None else 1.0)
     schedule = partial(schedule_factor, config.optim.schedule, config.steps)
     step_function = jax.jit(
         partial(
@@ -113,9 +113,8 @@ def fit(
             goodput=goodput,
             stopwatch=stopwatch,
             window=StepWindow(
-                (model.like, model.frozen),
+                model.active_parameters,
                 goodput,
-                moe=config.model.moe,
                 peak=peak_flops(mesh.devices.flat[0]),
                 num_devices=mesh.devices.size,
             ),

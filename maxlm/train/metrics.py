@@ -10,7 +10,6 @@ import jax
 from etils import epath
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from maxlm.config.moe import MoeConfig
 from maxlm.runtime.distributed import is_primary
 from maxlm.runtime.progress import console
 from maxlm.runtime.storage import LineLog, storage_path
@@ -20,19 +19,13 @@ from maxlm.train.goodput import GoodputLog
 _SHOWN_PARTS = 6
 
 
-def num_active_parameters(model: Any, moe: MoeConfig | None) -> float:
-    """Parameters that process one token: of routed experts, those that it is routed to."""
-    share = moe.experts_per_token / moe.num_experts if moe else 1
-    # Only weights of routed experts have four axes: layers, experts, in, out.
-    return sum(leaf.size * (share if leaf.ndim == 4 else 1) for leaf in jax.tree.leaves(model))
-
-
 class StepWindow:
     """Accumulates step metrics on the device, and transfers them to the host once per window."""
 
-    def __init__(self, model: Any, goodput: GoodputLog, *, moe: MoeConfig | None, peak: float | None, num_devices: int):
+    def __init__(self, active_parameters: float, goodput: GoodputLog, *, peak: float | None, num_devices: int):
+        """`active_parameters`: how many process one token."""
         # 6 FLOPs per parameter and token (2 forward, 4 backward), without attention.
-        self.flops_per_token = 6 * num_active_parameters(model, moe)
+        self.flops_per_token = 6 * active_parameters
         self.peak = peak and peak * num_devices
         self._goodput = goodput
         self.seconds, self.tokens = 0.0, 0

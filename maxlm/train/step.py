@@ -14,7 +14,7 @@ from maxlm.config.pipeline import PipelineConfig
 from maxlm.core.sharding import is_explicit, spec_of
 from maxlm.core.term import LossOutput, Term, add
 from maxlm.models.pipeline_parallelism import fitting_schedule
-from maxlm.optim.build import apply_updates, gradient_norm
+from maxlm.optim.build import Optimizer
 from maxlm.optim.ema import update_ema
 from maxlm.train.pipeline_1f1b import one_forward_one_backward
 from maxlm.train.state import GuardState, TrainState
@@ -33,7 +33,7 @@ def train_step(
     batch: Any,
     *,
     loss_function: LossFunction,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     schedule: Callable[[jax.Array], jax.Array],
     guard: GuardConfig,
     accumulate: int,
@@ -62,10 +62,10 @@ def train_step(
         key=None if seed is None else jax.random.fold_in(jax.random.key(seed), state.step),
     )
     loss = sum(term.mean() for term in output.terms.values())
-    grad_norm = gradient_norm(grads)
+    grad_norm = optimizer.gradient_norm(grads)
 
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
-    trainable = apply_updates(state.trainable, updates, schedule(state.step), state.step)
+    trainable = optimizer.apply_updates(state.trainable, updates, schedule(state.step), state.step)
     ema = None if state.ema is None else update_ema(state.ema, trainable, ema_decay, state.step)
 
     good, guard_state = judge(guard, state, loss, grad_norm)

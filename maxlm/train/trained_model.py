@@ -1,5 +1,6 @@
 """The parameters that a run trains, and the others that it needs: frozen weights, starting model, teacher."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -7,8 +8,10 @@ from typing import Any
 
 import jax
 
+from maxlm.config.moe import MoeConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.parameters import abstract, initialize
+from maxlm.core.tree import flatten
 from maxlm.interop.load import load_model
 from maxlm.models.adapters import apply_adapters, declare_adapters
 from maxlm.models.decoder import with_config
@@ -20,13 +23,17 @@ from maxlm.train.setup import Setup
 class TrainedModel:
     """The model of a run, in parts.
 
-    like: shapes and shardings of the trained parameters: the whole model, or its adapters.
+    plan: declarations of the trained parameters: the whole model, or its adapters.
+    active_parameters: how many parameters, trained or not, process one token.
+    like: shapes and shardings of the trained parameters.
     create: makes their initial values; called only if there is no checkpoint to resume from or roll back to.
     frozen: weights that are not trained, by name: the `base` of adapters, a `teacher`.
     assemble: (trainable, frozen) -> the model for the loss.
     reference: the starting model, if the objective or adapters need it.
     """
 
+    plan: Any
+    active_parameters: float
     like: Any
     create: Callable[[], Any]
     frozen: dict[str, Any]
@@ -46,17 +53,35 @@ def make_model(setup: Setup) -> TrainedModel:
         decoder, _ = load_model(config.init_from, mesh)
         return objective.from_decoder(with_config(decoder, config.model), key)
 
+    trained, used = plan, [plan]
     if config.lora is None:
-        like, create, frozen = abstract(plan, mesh), starting_model, {}
+        create, frozen = starting_model, {}
         reference = starting_model() if objective.needs_reference else None
     else:
-        adapters = declare_adapters(plan, config.lora)
-        like, create = abstract(adapters, mesh), lambda: initialize(adapters, key, mesh)
+        trained = declare_adapters(plan, config.lora)
+        used.append(trained)
+        create = lambda: initialize(trained, key, mesh)  # noqa: E731
         reference = starting_model()
         frozen = {"base": reference}
     if (teacher := objective.load_teacher(config, setup.tokenizer, mesh)) is not None:
+        used.append(type(teacher)(teacher.config))
         frozen["teacher"] = teacher
-    return TrainedModel(like, create, frozen, partial(assemble, config), reference)
+    return TrainedModel(
+        trained,
+        num_active_parameters(used, config.model.moe),
+        abstract(trained, mesh),
+        create,
+        frozen,
+        partial(assemble, config),
+        reference,
+    )
+
+
+def num_active_parameters(plans: Any, moe: MoeConfig | None) -> float:
+    """Declared parameters that process one token: of routed experts, those that it is routed to."""
+    share = moe.experts_per_token / moe.num_experts if moe else 1
+    declared = flatten(plans).values()
+    return sum(math.prod(each.shape) * (share if "experts" in each.axes else 1) for each in declared)
 
 
 def assemble(config: TrainConfig, trainable: Any, frozen: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from declared import declared
 from tiny_run import MODEL
 
 from maxlm.checkpoint.checkpointer import Checkpointer
@@ -36,20 +37,21 @@ PLAN = Decoder(ModelConfig(**{**MODEL, "vocab_size": 64}))
 @functools.cache
 def make_state(seed: int, *, step: int = 0, plan=PLAN) -> TrainState:
     """A state without all-zero arrays."""
-    state = create_state(initialize(plan, jax.random.key(seed)), make_optimizer(OptimConfig()))
+    state = create_state(initialize(plan, jax.random.key(seed)), make_optimizer(OptimConfig(), plan))
     state = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf) + (seed + 1)), state)
     return replace(state, step=jax.numpy.asarray(step, "int32"))
 
 
 def state_on(mesh) -> TrainState:
     """Abstract state to restore on a mesh."""
-    create = functools.partial(create_state, optimizer=make_optimizer(OptimConfig()))
+    create = functools.partial(create_state, optimizer=make_optimizer(OptimConfig(), PLAN))
     return abstract_state(create, abstract(PLAN, mesh), mesh)
 
 
 def make_small_state(step: int, *, size: int = 4) -> TrainState:
     """A small state of a step, on one device."""
-    state = create_state({"w": jax.numpy.arange(float(size)) + step}, make_optimizer(OptimConfig()))
+    weights = {"w": jax.numpy.arange(float(size)) + step}
+    state = create_state(weights, make_optimizer(OptimConfig(), declared(weights)))
     return replace(state, step=jax.numpy.asarray(step, "int32"))
 
 
@@ -224,7 +226,8 @@ def test_checkpoint_of_another_optimizer_is_rejected_with_one_sentence(changed, 
         checkpointer.save(make_small_state(3), {}, wait=True)
         config = OptimConfig(**changed)
         keep_ema = config.ema_decay is not None
-        like = create_state(make_small_state(0).trainable, make_optimizer(config), keep_ema=keep_ema)
+        weights = make_small_state(0).trainable
+        like = create_state(weights, make_optimizer(config, declared(weights)), keep_ema=keep_ema)
         with pytest.raises(CheckpointError, match="was trained with another optimizer, or with or without ema_decay"):
             checkpointer.restore(like)
         assert int(checkpointer.restore(make_small_state(0))[0].step) == 3

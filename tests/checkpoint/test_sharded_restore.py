@@ -42,7 +42,7 @@ def test_restored_state_is_sharded_over_all_devices(kind, weights):
     """Weights, moments and EMA are sharded; only norms and counters are replicated."""
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     with jax.set_mesh(mesh):
-        create = state_of(make_optimizer(OptimConfig(kind=kind)))
+        create = state_of(make_optimizer(OptimConfig(kind=kind), PLAN))
         like = abstract_state(create, abstract(PLAN, mesh), mesh)
         real = jax.jit(create)(jax.device_put(weights, shardings(PLAN, mesh)))
     for path, leaf in flatten(like).items():
@@ -55,7 +55,7 @@ def test_restored_state_is_sharded_over_all_devices(kind, weights):
 
 def test_checkpoint_restores_into_the_shards_of_another_mesh(weights, tmp_path):
     """Saved in eight shards of rows, restored in shards of rows and heads: the same values without an all-gather."""
-    create = state_of(make_optimizer(OptimConfig()))
+    create = state_of(make_optimizer(OptimConfig(), PLAN))
     wide, other = make_mesh(MeshConfig(fsdp=8)), make_mesh(MeshConfig(fsdp=2, tensor=2, data=2))
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         with jax.set_mesh(wide):
@@ -74,7 +74,9 @@ def test_unsharded_arrays_are_stored_in_chunks(weights, tmp_path, monkeypatch):
     """Chunked along both axes, so that a process that needs a part along either axis need not read the rest."""
     monkeypatch.setattr("maxlm.checkpoint.checkpointer.PIECE_BYTES", 1 << 12)
     with Checkpointer(tmp_path, keep=1) as checkpointer:
-        checkpointer.save(create_state(weights, optimizer=make_optimizer(OptimConfig()), keep_ema=False), {}, wait=True)
+        checkpointer.save(
+            create_state(weights, optimizer=make_optimizer(OptimConfig(), PLAN), keep_ema=False), {}, wait=True
+        )
     folder = tmp_path / "checkpoints" / "0" / "weights"
     kvstore = {"driver": "ocdbt", "base": f"file://{folder}/", "path": "embedding/"}
     table = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()

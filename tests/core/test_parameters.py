@@ -54,7 +54,7 @@ def test_initial_values_are_the_same_on_every_mesh(sizes):
 
 def test_initial_value_depends_only_on_key_and_path():
     def declare(*names):
-        return {name: Parameter((4, 5), ("embed", "mlp"), Normal(1.0)) for name in names}
+        return {name: Parameter((4, 5), ("embed", "mlp"), Normal(1.0), role="matrix") for name in names}
 
     few, many = (arrays(initialize(declare(*names), jax.random.key(0))) for names in (("b",), ("a", "b", "c")))
     np.testing.assert_array_equal(few["b"], many["b"])
@@ -74,7 +74,13 @@ def test_initial_scales_match_the_declaration():
 
 
 def test_stacked_layers_are_drawn_independently():
-    stacked = stack({"w": Parameter((3, 4), ("embed", "mlp"), Normal(1.0)), "b": Parameter((4,), ("norm",), ones)}, 5)
+    stacked = stack(
+        {
+            "w": Parameter((3, 4), ("embed", "mlp"), Normal(1.0), role="matrix"),
+            "b": Parameter((4,), ("norm",), ones, role="norm"),
+        },
+        5,
+    )
     assert stacked["w"].shape == (5, 3, 4)
     assert stacked["w"].axes == ("layers", "embed", "mlp")
     values = arrays(initialize(stacked, jax.random.key(0)))
@@ -101,7 +107,7 @@ def test_shardings_and_shapes_follow_from_the_declaration():
 
 def test_shape_and_axes_must_agree():
     with pytest.raises(ValueError, match="differ in length"):
-        Parameter((3, 4), ("embed",), zeros)
+        Parameter((3, 4), ("embed",), zeros, role="matrix")
 
 
 def test_colliding_axes_are_an_error():
@@ -279,7 +285,7 @@ def test_without_a_mesh_nothing_is_sharded():
 
 def test_gathered_weight_is_replicated_over_fsdp_and_sharded_over_tensor():
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
-    parameter = {"w": Parameter((8, 8), ("embed", "mlp"), Normal(1.0))}
+    parameter = {"w": Parameter((8, 8), ("embed", "mlp"), Normal(1.0), role="matrix")}
     with jax.set_mesh(mesh):
         weight = initialize(parameter, jax.random.key(0), mesh)["w"]
         assert spec_of(weight) == P(("fsdp", "expert", "context"), "tensor")

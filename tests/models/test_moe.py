@@ -12,7 +12,7 @@ from maxlm.config import ModelConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.train import LoraConfig
 from maxlm.core.batch import put_batch
-from maxlm.core.parameters import initialize, shardings
+from maxlm.core.parameters import abstract, initialize, shardings
 from maxlm.core.sharding import make_mesh
 from maxlm.models.adapters import declare_adapters
 from maxlm.models.cache import KVCache
@@ -20,8 +20,8 @@ from maxlm.models.decoder import Decoder
 from maxlm.models.quantized import quantize_model
 from maxlm.objectives.language_model import language_model_loss
 from maxlm.ops.qtensor import QTensor
-from maxlm.train.metrics import num_active_parameters
 from maxlm.train.step import loss_and_gradient
+from maxlm.train.trained_model import num_active_parameters
 
 MOE = {
     "num_experts": 8,
@@ -153,9 +153,9 @@ def test_int8_experts_are_close_and_router_is_unchanged():
 
 def test_active_parameters_are_counted():
     """2 of 8 routed experts are active; everything else is."""
-    plan = initialize(Decoder(config()), jax.random.key(0))
+    plan = Decoder(config())
     routed = 2 * 3 * 8 * 16 * 16  # layers, matrices, experts, embed, mlp
-    total = sum(leaf.size for leaf in jax.tree.leaves(plan))
+    total = sum(leaf.size for leaf in jax.tree.leaves(abstract(plan)))
     assert num_active_parameters(plan, config().moe) == total - routed * 3 / 4
 
 

@@ -17,7 +17,8 @@ def plan(num_layers=4, embed=32, mlp=48, experts=2, vocab=64):
 
     def declare(*sizes_and_axes):
         sizes, axes = zip(*sizes_and_axes)
-        return Parameter(sizes, axes, Normal(1.0))
+        role = {"norm": "norm", None: "router_bias"}.get(axes[-1], "table" if axes[0] == "vocab" else "matrix")
+        return Parameter(sizes, axes, Normal(1.0), role=role)
 
     layers, width, hidden = (num_layers, "layers"), (embed, "embed"), (mlp, "mlp")
     expert, expert_width = (experts, "experts"), (embed, "expert_embed")

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from declared import declared
 
+from maxlm.core.parameters import Parameter, initialize, zeros
 from maxlm.optim.adam8bit import (
     FIRST_CODES,
     FIRST_POWER,
@@ -79,10 +81,11 @@ def test_representable_values_and_zeros_are_unchanged():
 
 def test_moments_without_gradients_decay_to_zero():
     """The first moment decays by a tenth per step: with rounding to nearest it would stop at 1e-3."""
-    optimizer = scale_by_adam8bit(0.9, 0.95, 1e-8)
+    weights = {"w": jnp.zeros((32, 32))}
+    optimizer = scale_by_adam8bit(declared(weights), 0.9, 0.95, 1e-8)
     update = jax.jit(optimizer.update)
     grad = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
-    state = optimizer.init({"w": jnp.zeros((32, 32))})
+    state = optimizer.init(weights)
     for step in range(200):
         # The last row keeps the scale of its tile.
         _, state = update({"w": jnp.asarray(grad if step < 20 else grad * (np.arange(32) % 16 == 15)[:, None])}, state)
@@ -94,11 +97,12 @@ def test_moments_without_gradients_decay_to_zero():
 
 def test_steps_are_close_to_adam():
     """With gradients that span three decades within each tile."""
-    optimizer = scale_by_adam8bit(0.9, 0.95, 1e-8)
+    weights = {"w": jnp.zeros((32, 48))}
+    optimizer = scale_by_adam8bit(declared(weights), 0.9, 0.95, 1e-8)
     update = jax.jit(optimizer.update)
     random = np.random.default_rng(0)
     scales = 10 ** random.uniform(-3, 0, (32, 48))
-    state = optimizer.init({"w": jnp.zeros((32, 48))})
+    state = optimizer.init(weights)
     first = second = 0.0
     for step in range(1, 31):
         grad = (random.standard_normal((32, 48)) + 0.5) * scales
@@ -111,6 +115,10 @@ def test_steps_are_close_to_adam():
 
 
 def test_state_takes_two_bytes_per_matrix_entry_and_eight_per_vector_entry():
-    state = scale_by_adam8bit(0.9, 0.95, 1e-8).init({"w": jnp.zeros((4, 64, 64)), "layers/norm": jnp.zeros((4, 64))})
+    plan = {
+        "w": Parameter((4, 64, 64), ("layers", "embed", "mlp"), zeros, role="matrix"),
+        "norm": Parameter((4, 64), ("layers", "norm"), zeros, role="norm"),
+    }
+    state = scale_by_adam8bit(plan, 0.9, 0.95, 1e-8).init(initialize(plan, jax.random.key(0)))
     sizes = {path: sum(leaf.nbytes for leaf in leaves.values()) for path, leaves in state["moments"].items()}
-    assert sizes == {"w": 4 * 64 * 64 * (2 + 2 * 4 / 256), "layers/norm": 4 * 64 * 8}
+    assert sizes == {"w": 4 * 64 * 64 * (2 + 2 * 4 / 256), "norm": 4 * 64 * 8}

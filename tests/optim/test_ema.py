@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from declared import declared
 from tiny_run import tiny_config
 
 from maxlm.checkpoint.checkpointer import Checkpointer
@@ -78,7 +79,7 @@ def test_run_saves_validates_resumes_and_loads_average(run):
 def test_loading_average_of_run_without_one_is_an_error(tmp_path):
     weights = {"w": jnp.ones(3)}
     with Checkpointer(tmp_path, keep=1) as checkpointer:
-        checkpointer.save(create_state(weights, make_optimizer(OptimConfig())), {})
+        checkpointer.save(create_state(weights, make_optimizer(OptimConfig(), declared(weights))), {})
     with pytest.raises(CheckpointError, match=r"has no EMA weights; train with optim\.ema_decay"):
         restore_ema(find_checkpoint(tmp_path), weights)
 
@@ -87,7 +88,8 @@ def test_skipped_step_does_not_change_average():
     def loss(trainable, frozen, batch, key):
         return LossOutput({"loss": Term(jnp.sum(trainable["w"] * batch), jnp.float32(1))}, {})
 
-    optimizer = make_optimizer(OptimConfig())
+    weights = {"w": jnp.ones(3)}
+    optimizer = make_optimizer(OptimConfig(), declared(weights))
     step = partial(
         train_step,
         loss_function=loss,
@@ -97,7 +99,7 @@ def test_skipped_step_does_not_change_average():
         accumulate=1,
         ema_decay=0.9,
     )
-    start = create_state({"w": jnp.ones(3)}, optimizer, keep_ema=True)
+    start = create_state(weights, optimizer, keep_ema=True)
     good, _ = step(start, None, jnp.ones(3))
     skipped, _ = step(good, None, jnp.full(3, jnp.nan))
     assert not np.array_equal(start.ema["w"], good.ema["w"])

@@ -15,7 +15,7 @@ PLAN = plan()
 
 
 def updates_of(groups, grads=None, **settings):
-    optimizer = make_optimizer(OptimConfig(learning_rate=0.1, weight_decay=0.5, groups=groups, **settings))
+    optimizer = make_optimizer(OptimConfig(learning_rate=0.1, weight_decay=0.5, groups=groups, **settings), PLAN)
     params = random_tree(PLAN, 0)
     grads = random_tree(PLAN, 1) if grads is None else grads
     return in_numpy(jax.jit(lambda: optimizer.update(grads, optimizer.init(params), params)[0])())

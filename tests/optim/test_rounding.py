@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from declared import declared
 
 from maxlm.config.fault import GuardConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.optim import OptimConfig
 from maxlm.core.sharding import make_mesh, shard
 from maxlm.core.term import LossOutput, Term
-from maxlm.optim.build import apply_updates, make_optimizer
+from maxlm.optim.build import make_optimizer
 from maxlm.optim.rounding import stochastic_round
 from maxlm.train.state import create_state
 from maxlm.train.step import train_step
@@ -44,7 +45,8 @@ def test_small_updates_accumulate():
     """A thousand updates of 1e-4 on 1.0, whose bfloat16 neighbor is 0.0078 away: to nearest, it would stay."""
     parameters = {"w": jnp.ones(256, jnp.bfloat16), "exact": jnp.ones(4)}
     change = {"w": jnp.full(256, 1e-4), "exact": jnp.full(4, 1e-4)}
-    update = jax.jit(lambda parameters, step: apply_updates(parameters, change, 1.0, step))
+    optimizer = make_optimizer(OptimConfig(), declared(parameters))
+    update = jax.jit(lambda parameters, step: optimizer.apply_updates(parameters, change, 1.0, step))
     for step in range(1000):
         parameters = update(parameters, step)
     assert parameters["w"].dtype == jnp.bfloat16
@@ -68,8 +70,9 @@ def test_optimizer_computes_in_float32():
         errors = (batch @ trainable["w"].astype(jnp.float32)) ** 2
         return LossOutput({"squares": Term(jnp.sum(errors), jnp.float32(batch.shape[0]))}, {})
 
-    optimizer = make_optimizer(OptimConfig(learning_rate=1e-2))
-    state = create_state({"w": jnp.ones(8, jnp.bfloat16)}, optimizer)
+    weights = {"w": jnp.ones(8, jnp.bfloat16)}
+    optimizer = make_optimizer(OptimConfig(learning_rate=1e-2), declared(weights))
+    state = create_state(weights, optimizer)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim} == {jnp.dtype(jnp.float32)}
     batch = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
 

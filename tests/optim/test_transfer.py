@@ -14,7 +14,7 @@ from maxlm.core.parameters import initialize
 from maxlm.core.tree import flatten
 from maxlm.models.decoder import Decoder
 from maxlm.objectives.language_model import language_model_loss
-from maxlm.optim.build import apply_updates, make_optimizer
+from maxlm.optim.build import make_optimizer
 
 WIDTHS = (32, 256)
 TOKENS = np.random.default_rng(0).integers(0, 64, (4, 17)).astype("int32")
@@ -60,12 +60,12 @@ def gradient_and_activations(model):
 def change_of(width, base, config, steps):
     """RMS change of the final hidden states, and of the logits, after steps on one batch."""
     model = decoder(width, base)
-    optimizer = make_optimizer(config, width=model.config.width)
+    optimizer = make_optimizer(config, Decoder(model.config), width=model.config.width)
 
     @jax.jit
     def update(model, state, grads):
         updates, state = optimizer.update(grads, state, model)
-        return apply_updates(model, updates, 1.0, 0), state
+        return optimizer.apply_updates(model, updates, 1.0, 0), state
 
     state, seen = jax.jit(optimizer.init)(model), []
     for step in range(steps + 1):
@@ -124,7 +124,7 @@ def test_learning_rates_scale_with_width(kind, hidden, rest):
 
     def update(width, decay):
         config = OptimConfig(kind=kind, learning_rate=0.01, muon_learning_rate=0.01, weight_decay=decay, clip_norm=None)
-        optimizer = make_optimizer(config, width=width)
+        optimizer = make_optimizer(config, Decoder(params.config), width=width)
         return flatten(jax.jit(lambda: optimizer.update(grads, optimizer.init(params), params)[0])())
 
     one, four, decayed = update(1.0, 0.0), update(4.0, 0.0), update(4.0, 0.5)

@@ -6,8 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from declared import declared
 from jax.sharding import PartitionSpec as P
 from same_gradient import assert_same, on_host
 from tiny_decoder import documents, pack, tiny_config
@@ -115,7 +115,7 @@ def make_step(*, kind="adamw", accumulate=1, guard=None, loss=loss_function, lea
     config = OptimConfig(
         kind=kind, learning_rate=learning_rate, schedule=ScheduleConfig(kind="constant", warmup_steps=2)
     )
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, PLAN)
 
     def step(state, batch):
         return train_step(
@@ -244,12 +244,13 @@ def test_batches_are_split_along_rows():
 def noisy(model, frozen, batch, key):
     """A loss that is a random draw times a weight."""
     drawn = jnp.zeros(()) if key is None else jax.random.normal(key)
-    return LossOutput({"noise": Term(drawn * model, jnp.float32(len(batch)))}, {})
+    return LossOutput({"noise": Term(drawn * model["w"], jnp.float32(len(batch)))}, {})
 
 
 def noise_of_step(step, *, accumulate=1, seed=0):
-    optimizer = optax.sgd(1.0)
-    state = dataclasses.replace(create_state(jnp.ones(()), optimizer), step=jnp.int32(step))
+    weights = {"w": jnp.ones(())}
+    optimizer = make_optimizer(OptimConfig(kind="sgd"), declared(weights))
+    state = dataclasses.replace(create_state(weights, optimizer), step=jnp.int32(step))
     settings = {"schedule": lambda step: 1.0, "guard": GuardConfig(), "accumulate": accumulate, "seed": seed}
     _, metrics = train_step(state, None, jnp.ones((4, 2)), loss_function=noisy, optimizer=optimizer, **settings)
     return float(metrics["terms"]["noise"].sum)
