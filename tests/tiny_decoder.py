@@ -3,13 +3,15 @@
 import numpy as np
 
 from maxlm.config import ModelConfig
+from maxlm.config.execution import ExecutionConfig
 from maxlm.core.batch import Stream
 
 VOCAB_SIZE = 48
+EXECUTION = ExecutionConfig(max_length=32, activation_dtype="float32", matmul_dtype="float32")
 
 
 def tiny_config(**changes) -> ModelConfig:
-    """Two layers in float32, with small and mostly different sizes."""
+    """Two layers with small and mostly different sizes."""
     base = {
         "vocab_size": VOCAB_SIZE,
         "num_layers": 2,
@@ -18,9 +20,6 @@ def tiny_config(**changes) -> ModelConfig:
         "num_heads": 4,
         "num_kv_heads": 2,
         "head_dim": 4,
-        "max_length": 32,
-        "activation_dtype": "float32",
-        "matmul_dtype": "float32",
     }
     return ModelConfig(**{**base, **changes})
 

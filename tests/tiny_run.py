@@ -17,10 +17,8 @@ MODEL = {
     "num_heads": 4,
     "num_kv_heads": 2,
     "head_dim": 8,
-    "max_length": 64,
-    "activation_dtype": "float32",
-    "matmul_dtype": "float32",
 }
+EXECUTION = {"max_length": 64, "activation_dtype": "float32", "matmul_dtype": "float32"}
 
 
 def tiny_config(output, data, **settings):
@@ -29,6 +27,7 @@ def tiny_config(output, data, **settings):
         "kind": "train",
         "output": str(output),
         "model": MODEL,
+        "execution": EXECUTION,
         "objective": {"kind": "pretrain", "sources": [{"path": str(data)}]},
         "optim": {"learning_rate": 1e-2, "schedule": {"warmup_steps": min(2, settings.get("steps", 12))}},
         "mesh": {"data": 1, "fsdp": 1, "tensor": 1},

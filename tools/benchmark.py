@@ -80,8 +80,9 @@ def step() -> tuple[str, Variants]:
     batch = Stream(tokens, tokens, jnp.ones(shape), ones, jnp.broadcast_to(jnp.arange(shape[1]), shape))
 
     def variant(optimizer_kind: str, **changes) -> Callable[[], object]:
-        model_config = config.model.model_copy(update={"vocab_size": VOCAB_SIZE, **changes})
-        plan = Decoder(model_config)
+        model_config = config.model.model_copy(update={"vocab_size": VOCAB_SIZE})
+        execution = config.execution.model_copy(update=changes)
+        plan = Decoder(model_config, execution)
         optimizer = make_optimizer(config.optim.model_copy(update={"kind": optimizer_kind}), plan)
         state = create_state(initialize(plan, jax.random.key(0)), optimizer)
         function = partial(
@@ -105,11 +106,12 @@ def step() -> tuple[str, Variants]:
 
 def decode() -> tuple[str, Variants]:
     """One decode step of the quickstart model with 8 rows at half of the context."""
-    model_config = load_config("configs/quickstart/pretrain.yaml").model.model_copy(update={"vocab_size": VOCAB_SIZE})
-    model = initialize(Decoder(model_config), jax.random.key(0))
-    cache = KVCache.create(model_config, 8, model_config.max_length)
+    config = load_config("configs/quickstart/pretrain.yaml")
+    model_config, length = config.model.model_copy(update={"vocab_size": VOCAB_SIZE}), config.execution.max_length
+    model = initialize(Decoder(model_config, config.execution), jax.random.key(0))
+    cache = KVCache.create(model_config, 8, length)
     tokens = jnp.ones((8, 1), jnp.int32)
-    positions = jnp.full((8, 1), model_config.max_length // 2)
+    positions = jnp.full((8, 1), length // 2)
 
     @jax.jit
     def one(model, cache):

@@ -40,10 +40,8 @@ MODEL = {
     "num_heads": 4,
     "num_kv_heads": 2,
     "head_dim": 8,
-    "max_length": 64,
-    "matmul_dtype": "float32",
-    "activation_dtype": "float32",
 }
+EXECUTION = {"max_length": 64, "matmul_dtype": "float32", "activation_dtype": "float32"}
 FOUR_LAYERS = MODEL | {"num_layers": 4}
 
 BASE = "optimizer adamw"
@@ -55,15 +53,19 @@ PRETRAINING: dict[str, dict[str, Any]] = {
     "optimizer muon": {"optim.kind": "muon", "optim.muon_learning_rate": 0.02},
     "running mean": {"optim.ema_decay": 0.9},
     "accumulation": {"accumulate": 4},
-    "bfloat16": {"model.matmul_dtype": "bfloat16", "model.activation_dtype": "bfloat16"},
-    "int8 products": {"model.eight_bit": "int8"},
+    "bfloat16": {"execution.matmul_dtype": "bfloat16", "execution.activation_dtype": "bfloat16"},
+    "int8 products": {"execution.eight_bit": "int8"},
     "windows": {"model.window_pattern": [16, None], "model.qk_norm": True},
     "untied": {"model.tie_embeddings": False, "model.logit_soft_cap": 30.0, "model.attention_soft_cap": 50.0},
     "experts": {"model.moe": {"num_experts": 4, "experts_per_token": 2, "mlp_dim": 32}},
     "mesh of rows and heads": {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
     "mesh of context": {"mesh": {"fsdp": 1, "context": 2}},
     "stages, gpipe": {"mesh": {"fsdp": 1, "stage": 2}, "model": FOUR_LAYERS},
-    "stages, 1f1b": {"mesh": {"fsdp": 1, "stage": 2}, "model": FOUR_LAYERS | {"pipeline": {"schedule": "1f1b"}}},
+    "stages, 1f1b": {
+        "mesh": {"fsdp": 1, "stage": 2},
+        "model": FOUR_LAYERS,
+        "execution.pipeline": {"schedule": "1f1b"},
+    },
 }
 LORA = {"rank": 4}
 POST_TRAINING: dict[str, dict[str, Any]] = {
@@ -224,6 +226,7 @@ def configuration(changes: dict[str, Any]) -> dict[str, Any]:
     tree = {
         "kind": "train",
         "model": dict(MODEL),
+        "execution": dict(EXECUTION),
         "objective": {"kind": "pretrain", "sources": [{"path": "rows"}], "z_loss": 1e-4},
         "optim": {"kind": "adamw", "learning_rate": 1e-2, "schedule": {"kind": "cosine", "warmup_steps": 3}},
         "mesh": {"fsdp": 1},

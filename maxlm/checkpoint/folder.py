@@ -7,13 +7,14 @@ of the training state) and `metadata`. Inference reads only the weights.
 import json
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 import xxhash
 from etils import epath
 from pydantic import ValidationError
 
+from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.config.train import LoraConfig
 from maxlm.errors import CheckpointError
@@ -67,8 +68,16 @@ def read_metadata(checkpoint: epath.Path) -> dict[str, Any]:
     return metadata
 
 
-def trained_as(metadata: dict[str, Any], *, where: epath.Path) -> tuple[ModelConfig, LoraConfig | None]:
-    """The model and LoRA configuration in a checkpoint's metadata; other settings may be of any version.
+class Trained(NamedTuple):
+    """What a checkpoint holds, as its run was configured."""
+
+    model: ModelConfig
+    execution: ExecutionConfig
+    lora: LoraConfig | None
+
+
+def trained_as(metadata: dict[str, Any], *, where: epath.Path) -> Trained:
+    """The model, execution and LoRA configuration in a checkpoint's metadata; other settings may be of any version.
 
     Raises:
       CheckpointError: they were written by an incompatible version of maxlm.
@@ -76,7 +85,12 @@ def trained_as(metadata: dict[str, Any], *, where: epath.Path) -> tuple[ModelCon
     config = metadata["config"]
     try:
         lora = config.get("lora")
-        return ModelConfig(**config["model"]), None if lora is None else LoraConfig(**lora)
+        model, execution = ModelConfig(**config["model"]), ExecutionConfig(**config["execution"])
+        return Trained(model, execution, None if lora is None else LoraConfig(**lora))
+    except KeyError as error:
+        raise CheckpointError(
+            f"{where}: was saved by another version of maxlm, without the setting {error}; use that version"
+        ) from None
     except ValidationError as error:
         settings = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
         raise CheckpointError(

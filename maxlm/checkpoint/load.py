@@ -16,11 +16,11 @@ from maxlm.checkpoint.folder import (
     weights_hash,
 )
 from maxlm.checkpoint.restore import restore_ema, restore_weights
-from maxlm.config.model import ModelConfig
+from maxlm.config.execution import ExecutionConfig
 from maxlm.core.parameters import abstract
 from maxlm.errors import CheckpointError
 from maxlm.models.adapters import declare_adapters, merge_adapters
-from maxlm.models.decoder import Decoder, with_config
+from maxlm.models.decoder import Decoder, with_execution
 from maxlm.models.reward import RewardModel
 from maxlm.runtime.storage import absolute_path, real_path, resolve_path, storage_path
 from maxlm.tokenizer.codec import Tokenizer
@@ -42,15 +42,15 @@ def load_checkpoint(
     """
     checkpoint = find_checkpoint(path)
     metadata = read_metadata(checkpoint)
-    config, lora = trained_as(metadata, where=checkpoint)
+    config, execution, lora = trained_as(metadata, where=checkpoint)
     # The weights identify the model: a reward model has a value head, with or without adapters.
     is_reward_model = any(path.split("/")[0] == "value" for path in metadata["shapes"])
-    plan = RewardModel(config) if is_reward_model else Decoder(config)
+    plan = (RewardModel if is_reward_model else Decoder)(config, execution)
     tokenizer = _read_tokenizer(checkpoint, metadata["fingerprint"])
     restore = restore_ema if ema else restore_weights
     if lora is None:
         return restore(checkpoint, abstract(plan, mesh)), tokenizer
-    base = load_start(checkpoint, config, mesh)
+    base = load_start(checkpoint, execution, mesh)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         if is_reward_model:
             base = RewardModel.from_decoder(base, jax.random.key(metadata["config"]["seed"]))
@@ -59,14 +59,14 @@ def load_checkpoint(
     return merged, tokenizer
 
 
-def load_start(checkpoint: epath.Path, config: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> Decoder:
-    """Load the base model of a checkpoint's adapters, with `config`.
+def load_start(checkpoint: epath.Path, execution: ExecutionConfig, mesh: jax.sharding.Mesh | None = None) -> Decoder:
+    """Load the base model of a checkpoint's adapters, to be computed as `execution` says.
 
     Raises:
       CheckpointError: it does not exist, or has changed.
     """
     decoder, _ = load_checkpoint(find_start(checkpoint), mesh)
-    return with_config(decoder, config)
+    return with_execution(decoder, execution)
 
 
 def find_start(checkpoint: epath.Path) -> epath.Path:

@@ -5,25 +5,11 @@ from typing import Any
 from maxlm.config.model import ModelConfig
 from maxlm.errors import CheckpointError
 
-# Fields that change how a model is computed, but not what it computes.
-RUNTIME_FIELDS = (
-    "activation_dtype",
-    "matmul_dtype",
-    "eight_bit",
-    "remat",
-    "unroll",
-    "loss_chunk_length",
-    "pipeline",
-    "attention",
-    "context_attention",
-    "max_length",
-)
-
 
 def check_same_model(wanted: ModelConfig, trained: ModelConfig, where: Any) -> None:
     """Raise CheckpointError if the weights of one model would be loaded as another model."""
     for name in ModelConfig.model_fields:
-        if name in ("vocab_size", *RUNTIME_FIELDS) or not _differs(name, wanted, trained):
+        if name == "vocab_size" or not _differs(name, wanted, trained):
             continue
         raise CheckpointError(
             f"{where}: is a model with {name} {getattr(trained, name)}, but model.{name} is"

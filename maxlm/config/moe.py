@@ -36,14 +36,10 @@ class MoeConfig(Frozen):
     router_z_loss: NonNegativeFloat = Field(
         0.0, description="Weight of the router z-loss: mean squared log-sum-exp of the router logits."
     )
-    implementation: Literal["auto", "ragged", "padded", "reference"] = Field(
-        "auto", description="How tokens are dispatched to experts: see maxlm/ops/moe.py."
-    )
 
     def function(self) -> dict[str, Any]:
-        """Settings without router losses and dispatch: equal for two configurations that the same weights fit."""
-        how = {"router_z_loss": True, "implementation": True}
-        return self.model_dump(exclude={**how, "balance": {"loss_weight"}})
+        """Settings without router losses: equal for two configurations that the same weights fit."""
+        return self.model_dump(exclude={"router_z_loss": True, "balance": {"loss_weight"}})
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

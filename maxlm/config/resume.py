@@ -28,15 +28,16 @@ _RULES: tuple[tuple[Change, tuple[str, ...]], ...] = (
             # How often something is measured, saved or logged, and how processes wait for each other.
             *("log_every", "eval_every", "eval_batches", "objective.valid_file", "checkpoint.*", "processes.*"),
             # How a step is computed: principle 5 of docs/architecture.md.
-            *("mesh.*", "accumulate", "model.remat", "model.unroll", "model.pipeline.*", "model.loss_chunk_length"),
-            *("model.attention", "model.context_attention", "model.moe.implementation", "model.max_length"),
+            *("mesh.*", "accumulate", "execution.remat", "execution.unroll", "execution.pipeline.*"),
+            *("execution.loss_chunk_length", "execution.attention", "execution.context_attention"),
+            *("execution.experts", "execution.max_length"),
         ),
     ),
     (
         Change.REPORTED,
         (
             # How precisely it is computed.
-            *("model.activation_dtype", "model.matmul_dtype", "model.eight_bit"),
+            *("execution.activation_dtype", "execution.matmul_dtype", "execution.eight_bit"),
             # Which steps are skipped, each of which is recorded.
             "guard.*",
             # How long it trains, and thus the position in the schedule.
@@ -50,7 +51,19 @@ _RULES: tuple[tuple[Change, tuple[str, ...]], ...] = (
     ),
     (
         Change.REFUSED,
-        ("kind", "objective.kind", "model", "model.*", "lora", "lora.*", "init_from", "tokenizer", "optim.kind"),
+        (
+            "kind",
+            "objective.kind",
+            "model",
+            "model.*",
+            "execution",
+            "execution.*",
+            "lora",
+            "lora.*",
+            "init_from",
+            "tokenizer",
+            "optim.kind",
+        ),
     ),
     (Change.ASKED, ("*",)),
 )

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
 from maxlm.config.base import Count, CountOrZero, Frozen, Seed
+from maxlm.config.execution import DEFAULT_EXECUTION, ExecutionConfig
 from maxlm.config.fault import CheckpointConfig, GuardConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.model import ModelConfig
@@ -34,6 +35,7 @@ class TrainConfig(Frozen):
     init_from: str | None = Field(None, description="A run folder or checkpoint with the initial weights.")
     tokenizer: str | None = Field(None, description="Tokenizer folder; null uses that of the data or of init_from.")
     model: ModelConfig | None = Field(None, description="null uses the model of init_from.")
+    execution: ExecutionConfig | None = Field(None, description="null uses that of init_from, or the defaults.")
     objective: AnyObjective
     lora: LoraConfig | None = None
     optim: OptimConfig = OptimConfig()
@@ -64,8 +66,9 @@ class TrainConfig(Frozen):
             )
         if self.model is None and self.init_from is None:
             problems.append("either model or init_from must be given")
-        if self.model is not None and self.row_length > self.model.max_length:
-            problems.append(f"row_length ({self.row_length}) exceeds model.max_length ({self.model.max_length})")
+        execution = self.execution or (DEFAULT_EXECUTION if self.init_from is None else None)
+        if execution is not None and self.row_length > execution.max_length:
+            problems.append(f"row_length ({self.row_length}) exceeds execution.max_length ({execution.max_length})")
         if self.objective.needs_start and self.init_from is None:
             problems.append(f"init_from must name the model that objective.kind={self.objective.kind} starts from")
         problems += self.objective.problems(self)

@@ -105,7 +105,7 @@ def _document_nats(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> np.n
 
 def _windows(document: int, length: int, decoder: Decoder) -> Iterator[_Window]:
     """Windows that together score ids 1..length of a document once; a window is at most one context long."""
-    context = decoder.config.max_length
+    context = decoder.execution.max_length
     start, scored = 0, 1
     while True:
         end = min(start + context + 1, length)

@@ -113,7 +113,7 @@ def answer_by_generation(
 ) -> TaskResult:
     """Generate an answer to each prompt; correct if it equals the reference, ignoring surrounding whitespace."""
     lengths = [len(model.encode(example.prompt)) + max_new_tokens for example in examples]
-    fitting = [index for index, length in enumerate(lengths) if length <= model.config.max_length]
+    fitting = [index for index, length in enumerate(lengths) if length <= model.execution.max_length]
     outputs = [""] * len(examples)
     if fitting:
         texts = model.generate(
@@ -131,7 +131,7 @@ def answer_by_generation(
 
 def answer_by_choice(model: LoadedModel, examples: Sequence[Example], *, seed: int = 0) -> TaskResult:
     """Choose the continuation with the highest total log-probability, not normalized by length."""
-    context = model.config.max_length
+    context = model.execution.max_length
     fitting = [index for index, example in enumerate(examples) if _longest(model, example) <= context]
     pairs = [(index, choice) for index in fitting for choice in examples[index].choices]
     scores = model.score([examples[index].prompt for index, _ in pairs], [choice for _, choice in pairs])

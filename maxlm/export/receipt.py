@@ -15,7 +15,7 @@ from maxlm.core.batch import Stream
 from maxlm.core.interval import Interval, ratio_interval
 from maxlm.core.tree import flatten
 from maxlm.errors import DataError
-from maxlm.models.decoder import Decoder, with_config
+from maxlm.models.decoder import Decoder, with_execution
 from maxlm.ops.loss import in_chunks
 
 # Tokens whose logits, of both models, are in memory at a time.
@@ -132,7 +132,7 @@ class Receipt:
 def _in_float32(model: Decoder) -> Decoder:
     """The same weights, with float32 activations and operands except those in 8 bits."""
     exact = {"activation_dtype": "float32", "matmul_dtype": "float32", "eight_bit": None}
-    return with_config(model, model.config.model_copy(update=exact))
+    return with_execution(model, model.execution.model_copy(update=exact))
 
 
 @jax.jit

@@ -175,7 +175,7 @@ def score_prompt(model: Decoder, tokens_L: jax.Array, length: jax.Array, *, coun
 
     Row i of the result is for token i + 1; the last row and the padding rows are meaningless.
     """
-    hidden_LD = _prompt_hidden(model, tokens_L, length, jnp.dtype(model.config.activation_dtype))[0][0]
+    hidden_LD = _prompt_hidden(model, tokens_L, length, jnp.dtype(model.execution.activation_dtype))[0][0]
     targets_L = jnp.roll(tokens_L, -1)
     # One position at a time: the logits of a whole prompt would be the largest array by far.
     return jax.lax.map(

@@ -66,14 +66,14 @@ class Engine:
     ):
         if max_length is not None and max_length < MIN_BUCKET:
             raise RequestError(f"max_length is {max_length}; it must be at least {MIN_BUCKET}")
-        self.max_length = min(max_length or model.config.max_length, model.config.max_length)
+        self.max_length = min(max_length or model.execution.max_length, model.execution.max_length)
         self.num_slots = max(num_slots, 2)
         self._model = model
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
         self._max_waiting = max_waiting
         self._num_top = min(MAX_TOP_TOKENS, model.config.vocab_size)
-        cache_dtype = jnp.dtype(model.config.activation_dtype)
+        cache_dtype = jnp.dtype(model.execution.activation_dtype)
         self._state = SlotState.create(model.config, self.num_slots, self.max_length, cache_dtype)
         self._active: dict[int, Generation] = {}
         self._waiting: deque[Generation] = deque()

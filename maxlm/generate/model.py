@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.errors import CheckpointError, RequestError
 from maxlm.generate.decoding import bucket_length
@@ -18,7 +19,7 @@ from maxlm.generate.engine import Engine
 from maxlm.generate.request import Request
 from maxlm.generate.scorer import score_sequences, target_scores
 from maxlm.interop.load import load_model
-from maxlm.models.decoder import Decoder, with_config
+from maxlm.models.decoder import Decoder, with_execution
 from maxlm.tokenizer.codec import Tokenizer
 
 # A text to continue, or the messages of a chat to answer.
@@ -51,7 +52,7 @@ def for_this_backend(decoder: Decoder) -> Decoder:
     """
     if jax.default_backend() != "cpu":
         return decoder
-    return with_config(decoder, decoder.config.model_copy(update={"activation_dtype": "float32"}))
+    return with_execution(decoder, decoder.execution.model_copy(update={"activation_dtype": "float32"}))
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,11 @@ class LoadedModel:
     @property
     def config(self) -> ModelConfig:
         return self.decoder.config
+
+    @property
+    def execution(self) -> ExecutionConfig:
+        """How the model is computed."""
+        return self.decoder.execution
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -138,7 +144,7 @@ class LoadedModel:
         if segment_ids_BL.shape != tokens_BL.shape:
             raise RequestError(f"segment_ids have shape {segment_ids_BL.shape}, but tokens have {tokens_BL.shape}")
         length = tokens_BL.shape[1]
-        padding = ((0, 0), (0, bucket_length(length, self.config.max_length) - length))
+        padding = ((0, 0), (0, bucket_length(length, self.execution.max_length) - length))
         tokens_BL, segment_ids_BL = np.pad(tokens_BL, padding), np.pad(segment_ids_BL, padding)
         logits_BLV = _logits(self.decoder, tokens_BL, segment_positions(segment_ids_BL), segment_ids_BL)
         return np.asarray(logits_BLV)[:, :length]
@@ -225,9 +231,9 @@ class LoadedModel:
             raise RequestError(
                 f"{where}tokens must be integers [batch, length], not {tokens_BL.dtype} {tokens_BL.shape}"
             )
-        if tokens_BL.shape[1] > self.config.max_length:
+        if tokens_BL.shape[1] > self.execution.max_length:
             raise RequestError(
-                f"{where}{tokens_BL.shape[1]} tokens exceed the model's context of {self.config.max_length}"
+                f"{where}{tokens_BL.shape[1]} tokens exceed the model's context of {self.execution.max_length}"
             )
         if tokens_BL.min() < 0 or tokens_BL.max() >= self.config.vocab_size:
             raise RequestError(f"{where}token ids must be between 0 and {self.config.vocab_size - 1}")

@@ -54,7 +54,7 @@ def rollout(
       temperature: of all rows; 0 takes the most likely token.
     """
     batch_size, prompt_length = prompt_tokens_BP.shape
-    cache_dtype = jnp.dtype(model.config.activation_dtype)
+    cache_dtype = jnp.dtype(model.execution.activation_dtype)
     cache = KVCache.create(model.config, batch_size, prompt_length + max_new_tokens, dtype=cache_dtype)
     temperature_B = jnp.full(batch_size, temperature, jnp.float32)
     stop_S = jnp.asarray(stop_ids, jnp.int32)

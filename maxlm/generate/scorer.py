@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.config.model import ModelConfig
 from maxlm.core.batch import Stream
 from maxlm.core.packing import pack
 from maxlm.generate.decoding import bucket_length
@@ -37,7 +36,7 @@ def target_scores(model: Decoder, rows: Stream) -> tuple[jax.Array, ...]:
         return log_p_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC
 
     hidden_BLD = model(rows.tokens, positions_BL=rows.positions, segment_ids_BL=rows.segment_ids).hidden_BLD
-    return in_chunks(chunk, model, hidden_BLD, rows.targets, chunk_length=model.config.loss_chunk_length)
+    return in_chunks(chunk, model, hidden_BLD, rows.targets, chunk_length=model.execution.loss_chunk_length)
 
 
 def score_sequences(
@@ -58,9 +57,9 @@ def score_sequences(
       title: of the progress bar; None shows none.
     """
     lengths = [len(ids) for ids in tokens]
-    row_length = bucket_length(max(lengths), model.config.max_length)
+    row_length = bucket_length(max(lengths), model.execution.max_length)
     rows = pack(np.array(lengths), row_length)
-    num_rows = min(_rows_of_a_batch(row_length, model.config), _power_of_two(len(rows)))
+    num_rows = min(_rows_of_a_batch(row_length, model), _power_of_two(len(rows)))
     batches = [rows[start : start + num_rows] for start in range(0, len(rows), num_rows)]
     scores: dict[int, tuple[np.ndarray, ...]] = {}
     for members in batches if title is None else track(batches, title):
@@ -95,8 +94,8 @@ def _lay_out(
     return Stream(**rows, loss_weights=(rows["segment_ids"] > 0).astype(np.float32))
 
 
-def _rows_of_a_batch(length: int, config: ModelConfig) -> int:
-    row_logits = min(length, config.loss_chunk_length) * config.vocab_size * 4
+def _rows_of_a_batch(length: int, model: Decoder) -> int:
+    row_logits = min(length, model.execution.loss_chunk_length) * model.config.vocab_size * 4
     return max(1, min(_BATCH_TOKENS // length, _LOGIT_BYTES // row_logits))
 
 

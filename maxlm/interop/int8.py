@@ -24,6 +24,7 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import abstract
 from maxlm.core.tree import flatten, unflatten
@@ -38,7 +39,7 @@ from maxlm.tokenizer.codec import Tokenizer
 INDEX_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FOLDER = "tokenizer"
-INDEX_FORMAT, INDEX_VERSION = "maxlm/int8", 2
+INDEX_FORMAT, INDEX_VERSION = "maxlm/int8", 3
 
 _AGAIN = "export the model again with `maxlm export`"
 
@@ -53,6 +54,7 @@ def write_bundle(folder: Path, model: Decoder, tokenizer: Tokenizer | None, rece
         "format": INDEX_FORMAT,
         "version": INDEX_VERSION,
         "model": model.config.model_dump(mode="json"),
+        "execution": model.execution.model_dump(mode="json"),
         "tables": "int8" if isinstance(model.embedding, QTensor) else str(model.embedding.dtype),
         "tokenizer_fingerprint": tokenizer and tokenizer.fingerprint,
         "receipt": receipt,
@@ -72,13 +74,13 @@ def load_bundle(path: str | Path) -> tuple[Decoder, Tokenizer | None]:
     path = Path(path)
     index = read_index(path)
     try:
-        config = ModelConfig(**index["model"])
+        config, execution = ModelConfig(**index["model"]), ExecutionConfig(**index["execution"])
         described, fingerprint, tables = dict(index["tensors"]), index["tokenizer_fingerprint"], index["tables"]
     except (KeyError, TypeError, ValueError, pydantic.ValidationError):
         raise CheckpointError(f"{path / INDEX_FILE}: is corrupt: it does not describe a model; {_AGAIN}") from None
     if tables not in get_args(Tables):
         raise CheckpointError(f"{path / INDEX_FILE}: is corrupt: it has tables of {tables!r}; {_AGAIN}")
-    like = jax.eval_shape(partial(quantize_model, tables=tables), abstract(Decoder(config)))
+    like = jax.eval_shape(partial(quantize_model, tables=tables), abstract(Decoder(config, execution)))
     tensors = _read_tensors(path / WEIGHTS_FILE, flatten(like), described)
     tokenizer = None if fingerprint is None else _read_tokenizer(path, fingerprint)
     return unflatten(jax.tree.map(jnp.asarray, tensors), like), tokenizer

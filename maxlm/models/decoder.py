@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maxlm.config.execution import DEFAULT_EXECUTION, ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import Normal, Parameter, stack
 from maxlm.core.sharding import fits, gather_layers, shard
@@ -45,25 +46,25 @@ class Decoder(nnx.Module):
     # Paths of weights that are fully trained along with adapters, because they are newly initialized.
     trained_whole: tuple[str, ...] = ()
 
-    def __init__(self, config: ModelConfig):
-        self.config = config
-        self.embedding = _table(config)
-        mlp = Mlp(config, config.mlp_dim) if config.moe is None else MixtureOfExperts(config)
-        self.layers = stack(DecoderLayer(config, mlp), config.num_layers)
+    def __init__(self, config: ModelConfig, execution: ExecutionConfig = DEFAULT_EXECUTION):
+        self.config, self.execution = config, execution
+        self.embedding = _table(config, execution)
+        mlp = Mlp(config, execution, config.mlp_dim) if config.moe is None else MixtureOfExperts(config, execution)
+        self.layers = stack(DecoderLayer(config, execution, mlp), config.num_layers)
         self.final_norm = norm_scale(config.embed_dim)
         if not config.tie_embeddings:
-            self.head = _table(config)
+            self.head = _table(config, execution)
 
     def __call__(
         self, tokens_BL: jax.Array, *, positions_BL: jax.Array | None = None, segment_ids_BL: jax.Array | None = None
     ) -> DecoderOutput:
         """Final hidden states [batch, length, embed], the input of `logits` and `log_probabilities`."""
-        config = self.config
+        config, execution = self.config, self.execution
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
         if segment_ids_BL is None:
             segment_ids_BL = jnp.ones_like(tokens_BL)
-        order = row_order(tokens_BL.shape[1], config.context_attention)
+        order = row_order(tokens_BL.shape[1], execution.context_attention)
         tokens_BL, positions_BL, segment_ids_BL = (
             to_row_order(shard(x, "batch", "length"), order) for x in (tokens_BL, positions_BL, segment_ids_BL)
         )
@@ -72,7 +73,7 @@ class Decoder(nnx.Module):
         context = TokenContext(
             angles, segment_ids_BL, residual_axes if fits(tokens_BL.shape, residual_axes[:2]) else TOKEN_AXES, order
         )
-        x_BLD = shard(embed(self.embedding, tokens_BL, config.activation_dtype), *context.residual_axes)
+        x_BLD = shard(embed(self.embedding, tokens_BL, execution.activation_dtype), *context.residual_axes)
         x_BLD, auxiliary = self._apply_layers(x_BLD, context)
         hidden_BLD = rms_norm(x_BLD, self.final_norm, config.norm_epsilon)
         return DecoderOutput(to_token_order(shard(hidden_BLD, *TOKEN_AXES), order), auxiliary)
@@ -80,13 +81,13 @@ class Decoder(nnx.Module):
     def _apply_layers(self, x_BLD: jax.Array, context: TokenContext) -> tuple[jax.Array, LossOutput]:
         if (replacement := replacement_of_layers()) is not None:
             return replacement(self, x_BLD, context)
-        if (schedule := fitting_schedule(self.config.pipeline, x_BLD.shape[0])) is not None:
+        if (schedule := fitting_schedule(self.execution.pipeline, x_BLD.shape[0])) is not None:
             return gpipe(self.apply_layers, self.layers, x_BLD, context, schedule)
         return self.apply_layers(jax.tree.map(gather_layers, self.layers), x_BLD, context)
 
     def apply_layers(self, layers: Any, x_BLD: jax.Array, context: TokenContext) -> tuple[jax.Array, LossOutput]:
         """Apply some of the stacked layers: whole periods of the window pattern."""
-        config = self.config
+        config, execution = self.config, self.execution
 
         def group(x_BLD, layers):
             auxiliary = []
@@ -96,8 +97,8 @@ class Decoder(nnx.Module):
                 auxiliary.append(added)
             return x_BLD, jax.tree.map(lambda *parts: sum(parts), *auxiliary)
 
-        group = _rematerialize(group, config.remat)
-        x_BLD, auxiliary = jax.lax.scan(group, x_BLD, self._group(layers), unroll=config.unroll)
+        group = _rematerialize(group, execution.remat)
+        x_BLD, auxiliary = jax.lax.scan(group, x_BLD, self._group(layers), unroll=execution.unroll)
         return x_BLD, jax.tree.map(lambda parts: jnp.sum(parts, axis=0), auxiliary)
 
     def decode(self, tokens_BL: jax.Array, cache: KVCache, positions_BL: jax.Array) -> tuple[jax.Array, KVCache]:
@@ -106,7 +107,7 @@ class Decoder(nnx.Module):
         A token at position -1 is padding: it is not written to the cache.
         """
         config = self.config
-        x_BLD = embed(self.embedding, tokens_BL, config.activation_dtype)
+        x_BLD = embed(self.embedding, tokens_BL, self.execution.activation_dtype)
         angles = rope_angles(positions_BL, config.head_dim, config.rope_theta)
         group_size = len(config.window_pattern)
 
@@ -125,7 +126,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., vocab] of hidden states [..., embed]."""
-        return _logits(self.config, self._head(), hidden)
+        return _logits(self.config, self.execution, self._head(), hidden)
 
     def log_probabilities(
         self, hidden_BLD: jax.Array, targets_BL: jax.Array, *, temperature: float = 1.0
@@ -136,10 +137,10 @@ class Decoder(nnx.Module):
         """
 
         def project(head: Any, hidden: jax.Array) -> jax.Array:
-            return _logits(self.config, head, hidden) / temperature
+            return _logits(self.config, self.execution, head, hidden) / temperature
 
         return log_probabilities_in_chunks(
-            hidden_BLD, project, self._head(), targets_BL, chunk_length=self.config.loss_chunk_length
+            hidden_BLD, project, self._head(), targets_BL, chunk_length=self.execution.loss_chunk_length
         )
 
     def _head(self):
@@ -152,21 +153,21 @@ class Decoder(nnx.Module):
         return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] // size, size, *leaf.shape[1:]), layers)
 
 
-def with_config(model: Decoder, config: ModelConfig) -> Decoder:
-    """The same weights with another configuration of the same shapes."""
+def with_execution(model: Decoder, execution: ExecutionConfig) -> Decoder:
+    """The same model, computed in another way."""
     weights = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, QTensor))
-    return jax.tree.unflatten(jax.tree.structure(type(model)(config)), weights)
+    return jax.tree.unflatten(jax.tree.structure(type(model)(model.config, execution)), weights)
 
 
-def _table(config: ModelConfig) -> Any:
+def _table(config: ModelConfig, execution: ExecutionConfig) -> Any:
     shape = (config.vocab_size, config.embed_dim)
-    dtype = jnp.dtype(config.parameter_dtype)
+    dtype = jnp.dtype(execution.parameter_dtype)
     return nnx.data(Parameter(shape, ("vocab", "embed"), Normal(0.02), dtype, role="table"))
 
 
-def _logits(config: ModelConfig, head: Any, hidden: jax.Array) -> jax.Array:
+def _logits(config: ModelConfig, execution: ExecutionConfig, head: Any, hidden: jax.Array) -> jax.Array:
     # A step changes the table by the same amount at each width, and a logit sums over the width (arXiv:2203.03466).
-    logits = unembed(hidden.astype(jnp.float32) / config.width, head, config.matmul_dtype)
+    logits = unembed(hidden.astype(jnp.float32) / config.width, head, execution.matmul_dtype)
     if config.logit_soft_cap is not None:
         logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
     return logits

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import Normal, Parameter, ones
 from maxlm.core.sharding import is_explicit, logical_to_spec, shard
@@ -49,11 +50,11 @@ class TokenContext:
     row_order: RowOrder = "plain"
 
 
-def weight(config: ModelConfig, inputs: tuple[int, str], outputs: tuple[int, str], scale: float = 1.0) -> Any:
+def weight(execution: ExecutionConfig, inputs: tuple[int, str], outputs: tuple[int, str], scale: float = 1.0) -> Any:
     """A matrix [in, out], each side given as (size, logical axis), drawn with variance scale^2 / in."""
     (in_size, in_axis), (out_size, out_axis) = inputs, outputs
     initializer = Normal(scale / math.sqrt(in_size))
-    dtype = jnp.dtype(config.parameter_dtype)
+    dtype = jnp.dtype(execution.parameter_dtype)
     return nnx.data(Parameter((in_size, out_size), (in_axis, out_axis), initializer, dtype, role="matrix"))
 
 
@@ -64,22 +65,22 @@ def norm_scale(size: int) -> Any:
 class Attention(nnx.Module):
     """Causal self-attention with grouped key-value heads and rotary positions."""
 
-    def __init__(self, config: ModelConfig):
-        self.config = config
+    def __init__(self, config: ModelConfig, execution: ExecutionConfig):
+        self.config, self.execution = config, execution
         embed = (config.embed_dim, "embed")
         heads = (config.num_heads * config.head_dim, "heads")
         kv_heads = (config.num_kv_heads * config.head_dim, "kv_heads")
-        self.query = weight(config, embed, heads)
-        self.key = weight(config, embed, kv_heads)
-        self.value = weight(config, embed, kv_heads)
-        self.out = weight(config, heads, embed, scale=1 / math.sqrt(2 * config.num_layers))
+        self.query = weight(execution, embed, heads)
+        self.key = weight(execution, embed, kv_heads)
+        self.value = weight(execution, embed, kv_heads)
+        self.out = weight(execution, heads, embed, scale=1 / math.sqrt(2 * config.num_layers))
         if config.qk_norm:
             self.query_norm = norm_scale(config.head_dim)
             self.key_norm = norm_scale(config.head_dim)
 
     def __call__(self, x_BLD, context: TokenContext, window: int | None):
         query_BLHE, key_BLKE, value_BLKE = self._project(x_BLD, context.angles)
-        mixed_BLHE = _sharded_attention(self.config, query_BLHE, key_BLKE, value_BLKE, context, window)
+        mixed_BLHE = _sharded_attention(self.config, self.execution, query_BLHE, key_BLKE, value_BLKE, context, window)
         return self._merge(mixed_BLHE, context.residual_axes)
 
     def decode(self, x_BLD, angles, positions_BL, cache: KVCache, layer, window: int | None):
@@ -97,10 +98,10 @@ class Attention(nnx.Module):
         return self._merge(mixed_BLHE, None), cache
 
     def _project(self, x_BLD, angles):
-        config = self.config
-        query_BLHE = _split_heads(linear(x_BLD, self.query, config.layer_matmul_dtype), config.num_heads, "heads")
-        key_BLKE = _split_heads(linear(x_BLD, self.key, config.layer_matmul_dtype), config.num_kv_heads, "kv_heads")
-        value_BLKE = _split_heads(linear(x_BLD, self.value, config.layer_matmul_dtype), config.num_kv_heads, "kv_heads")
+        config, dtype = self.config, self.execution.layer_matmul_dtype
+        query_BLHE = _split_heads(linear(x_BLD, self.query, dtype), config.num_heads, "heads")
+        key_BLKE = _split_heads(linear(x_BLD, self.key, dtype), config.num_kv_heads, "kv_heads")
+        value_BLKE = _split_heads(linear(x_BLD, self.value, dtype), config.num_kv_heads, "kv_heads")
         if config.qk_norm:
             query_BLHE = rms_norm(query_BLHE, self.query_norm, config.norm_epsilon)
             key_BLKE = rms_norm(key_BLKE, self.key_norm, config.norm_epsilon)
@@ -109,21 +110,21 @@ class Attention(nnx.Module):
     def _merge(self, mixed_BLHE, output_axes):
         batch, length, heads, head_dim = mixed_BLHE.shape
         merged = _reshape(mixed_BLHE, (batch, length, heads * head_dim), ("batch", "length", "heads"))
-        return linear(merged, self.out, self.config.layer_matmul_dtype, output_axes)
+        return linear(merged, self.out, self.execution.layer_matmul_dtype, output_axes)
 
 
 class Mlp(nnx.Module):
     """SwiGLU: down(silu(gate x) * up x) (arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig, mlp_dim: int):
-        self.config = config
+    def __init__(self, config: ModelConfig, execution: ExecutionConfig, mlp_dim: int):
+        self.config, self.execution = config, execution
         embed, mlp = (config.embed_dim, "embed"), (mlp_dim, "mlp")
-        self.gate = weight(config, embed, mlp)
-        self.up = weight(config, embed, mlp)
-        self.down = weight(config, mlp, embed, scale=1 / math.sqrt(2 * config.num_layers))
+        self.gate = weight(execution, embed, mlp)
+        self.up = weight(execution, embed, mlp)
+        self.down = weight(execution, mlp, embed, scale=1 / math.sqrt(2 * config.num_layers))
 
     def __call__(self, x_BLD, output_axes: tuple[str | None, ...] | None = None):
-        dtype = self.config.layer_matmul_dtype
+        dtype = self.execution.layer_matmul_dtype
         hidden_BLF = jax.nn.silu(linear(x_BLD, self.gate, dtype)) * linear(x_BLD, self.up, dtype)
         return linear(hidden_BLF, self.down, dtype, output_axes)
 
@@ -135,11 +136,11 @@ class DecoderLayer(nnx.Module):
     repeated on its devices (arXiv:2205.05198): a block all-gathers them, and reduce-scatters its last product.
     """
 
-    def __init__(self, config: ModelConfig, mlp: Any):
+    def __init__(self, config: ModelConfig, execution: ExecutionConfig, mlp: Any):
         """`mlp`: an `Mlp`, or a mixture of experts if the configuration has one."""
         self.config = config
         self.attention_norm = norm_scale(config.embed_dim)
-        self.attention = Attention(config)
+        self.attention = Attention(config, execution)
         self.mlp_norm = norm_scale(config.embed_dim)
         self.mlp = mlp
 
@@ -175,20 +176,22 @@ def _reshape(x, shape: tuple[int, ...], axes: tuple[str | None, ...]):
     return jax.lax.reshape(x, shape, out_sharding=logical_to_spec(axes)) if is_explicit() else x.reshape(shape)
 
 
-def _sharded_attention(config: ModelConfig, query_BLHE, key_BLKE, value_BLKE, context: TokenContext, window):
+def _sharded_attention(
+    config: ModelConfig, execution: ExecutionConfig, query_BLHE, key_BLKE, value_BLKE, context: TokenContext, window
+):
     """Attention on each device's own rows and heads, and across the devices that share a row, if sharded."""
     settings = {
         "window": window,
         "soft_cap": config.attention_soft_cap,
-        "implementation": None if config.attention == "auto" else config.attention,
-        "matmul_dtype": jnp.dtype(operand_dtype(config.matmul_dtype)),
+        "implementation": None if execution.attention == "auto" else execution.attention,
+        "matmul_dtype": jnp.dtype(operand_dtype(execution.matmul_dtype)),
     }
     if not is_explicit():
         return attention(query_BLHE, key_BLKE, value_BLKE, segment_ids=context.segment_ids_BL, **settings)
     heads = logical_to_spec(("batch", "length", "heads", None))
     kv_heads = logical_to_spec(("batch", "length", "kv_heads", None))
     local: Callable[..., jax.Array] = partial(
-        context_attention, method=config.context_attention, order=context.row_order, **settings
+        context_attention, method=execution.context_attention, order=context.row_order, **settings
     )
     return jax.shard_map(local, in_specs=(heads, kv_heads, kv_heads, P(*heads[:2])), out_specs=heads, check_vma=False)(
         query_BLHE, key_BLKE, value_BLKE, context.segment_ids_BL

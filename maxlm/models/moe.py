@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import Normal, Parameter, Role, zeros
 from maxlm.core.term import LossOutput, Term
@@ -22,10 +23,10 @@ from maxlm.ops.moe_balance import bias_pull, choices, document_balance
 class MixtureOfExperts(nnx.Module):
     """A router, routed experts, and shared experts that process every token."""
 
-    def __init__(self, config: ModelConfig):
-        self.config = config
+    def __init__(self, config: ModelConfig, execution: ExecutionConfig):
+        self.config, self.execution = config, execution
         moe = config.moe
-        embed, mlp, dtype = config.embed_dim, moe.mlp_dim, jnp.dtype(config.parameter_dtype)
+        embed, mlp, dtype = config.embed_dim, moe.mlp_dim, jnp.dtype(execution.parameter_dtype)
         narrow = Normal(1 / math.sqrt(2 * config.num_layers * mlp))
         widen = Normal(1 / math.sqrt(embed))
         widening, narrowing = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
@@ -37,7 +38,7 @@ class MixtureOfExperts(nnx.Module):
         if moe.balance.bias:
             self.router_bias = _parameter((moe.num_experts,), (None,), zeros, role="router_bias")
         if moe.num_shared_experts:
-            self.shared = Mlp(config, moe.num_shared_experts * mlp)
+            self.shared = Mlp(config, execution, moe.num_shared_experts * mlp)
 
     def __call__(
         self, x_BLD: jax.Array, segment_ids_BL: jax.Array, output_axes: tuple[str | None, ...]
@@ -87,7 +88,7 @@ class MixtureOfExperts(nnx.Module):
         return logits_BLE, scores_BLE, routing
 
     def _mix(self, x_BLD, routing, real_BL, output_axes):
-        moe = self.config.moe
+        execution = self.execution
         y_BLD = mixture_of_experts(
             x_BLD,
             routing,
@@ -95,11 +96,11 @@ class MixtureOfExperts(nnx.Module):
             self.gate,
             self.up,
             self.down,
-            dtype=operand_dtype(self.config.matmul_dtype),
+            dtype=operand_dtype(execution.matmul_dtype),
             output_axes=output_axes,
-            implementation=None if moe.implementation == "auto" else moe.implementation,
+            implementation=None if execution.experts == "auto" else execution.experts,
         )
-        if moe.num_shared_experts:
+        if self.config.moe.num_shared_experts:
             y_BLD = y_BLD + self.shared(x_BLD, output_axes)
         return y_BLD
 

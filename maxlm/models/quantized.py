@@ -22,7 +22,7 @@ def quantize_model(model: Decoder, tables: Tables = "int8") -> Decoder:
       CheckFailed: a matrix is left in floating point: quantization does not know its declaration.
     """
     flat = flatten(model)
-    for path, parameter in flatten(Decoder(model.config)).items():
+    for path, parameter in flatten(Decoder(model.config, model.execution)).items():
         if parameter.role == "table":
             # [vocab, embed] is output-first already, for lookup and product.
             flat[path] = quantize(flat[path]) if tables == "int8" else flat[path].astype(tables)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maxlm.config.execution import DEFAULT_EXECUTION, ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.core.batch import Stream
 from maxlm.core.parameters import Parameter, initialize, zeros
@@ -22,14 +23,14 @@ class RewardModel(Decoder):
 
     trained_whole = ("value",)
 
-    def __init__(self, config: ModelConfig):
-        super().__init__(config)
+    def __init__(self, config: ModelConfig, execution: ExecutionConfig = DEFAULT_EXECUTION):
+        super().__init__(config, execution)
         self.value: Any = nnx.data(Parameter((config.embed_dim,), (None,), zeros, role="vector"))
 
     @classmethod
     def from_decoder(cls, decoder: Decoder, key: jax.Array) -> "RewardModel":
         """A decoder's weights with a new head."""
-        plan = cls(decoder.config)
+        plan = cls(decoder.config, decoder.execution)
         head = initialize({"value": plan.value}, key)
         return unflatten({**flatten(decoder), **head}, plan)
 

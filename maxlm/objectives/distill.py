@@ -13,6 +13,7 @@ from pydantic import Field, PositiveFloat
 
 from maxlm.checkpoint.folder import check_fingerprint, find_checkpoint, read_metadata, trained_as
 from maxlm.config.base import Fraction
+from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.config.objective import Input, PackedRowsConfig
 from maxlm.config.train import TrainConfig
@@ -20,7 +21,7 @@ from maxlm.core.batch import Batch, Stream, put_batch
 from maxlm.core.term import LossOutput, Term
 from maxlm.errors import CheckpointError, ConfigError
 from maxlm.interop.load import load_model
-from maxlm.models.decoder import Decoder, with_config
+from maxlm.models.decoder import Decoder, with_execution
 from maxlm.objectives.packed_rows import PackedRowsData, as_batch, preview_rows
 from maxlm.ops.loss import in_chunks
 from maxlm.tokenizer.codec import Tokenizer
@@ -79,8 +80,8 @@ class Distillation(Objective, PackedRowsConfig):
     def for_verification(self) -> Self:
         return self.model_copy(update={"alpha": min(max(self.alpha, 0.1), 0.9)})
 
-    def declare_teacher(self, config: ModelConfig) -> Decoder:
-        return Decoder(config.model_copy(update={"embed_dim": 2 * config.embed_dim}))
+    def declare_teacher(self, config: ModelConfig, execution: ExecutionConfig) -> Decoder:
+        return Decoder(config.model_copy(update={"embed_dim": 2 * config.embed_dim}), execution)
 
     def load_teacher(self, config: TrainConfig, tokenizer: Tokenizer, mesh: Mesh) -> Decoder:
         """The teacher's weights, sharded over the mesh like the student's.
@@ -94,22 +95,24 @@ class Distillation(Objective, PackedRowsConfig):
         metadata = read_metadata(checkpoint)
         check_fingerprint(metadata["fingerprint"], tokenizer.fingerprint, path)
         # The student's step runs both models, so the student's pipeline settings apply to the teacher too.
-        model = trained_as(metadata, where=checkpoint)[0].model_copy(update={"pipeline": config.model.pipeline})
+        model, execution, _ = trained_as(metadata, where=checkpoint)
+        execution = execution.model_copy(update={"pipeline": config.execution.pipeline})
         if model.vocab_size != tokenizer.vocab_size:
             raise CheckpointError(
                 f"objective.teacher: {path} has {model.vocab_size} tokens and the tokenizer has {tokenizer.vocab_size};"
                 " give a teacher with the student's tokenizer"
             )
-        if config.row_length > model.max_length:
+        if config.row_length > execution.max_length:
+            longest = execution.max_length
             raise ConfigError(
-                [f"row_length: {config.row_length} exceeds the max_length of {model.max_length} of the teacher {path}"]
+                [f"row_length: {config.row_length} exceeds the max_length of {longest} of the teacher {path}"]
             )
         try:
-            check_layout(config.model_copy(update={"model": model}), mesh.shape)
+            check_layout(config.model_copy(update={"model": model, "execution": execution}), mesh.shape)
         except ConfigError as error:
             raise ConfigError([f"{path} (the teacher): {problem}" for problem in error.problems]) from None
         teacher, _ = load_model(path, mesh)
-        return with_config(teacher, model)
+        return with_execution(teacher, execution)
 
 
 class _DistillationData(PackedRowsData):
@@ -156,7 +159,7 @@ def token_divergence(
         log_p_BCV = jax.nn.log_softmax(teacher.logits(taught) / temperature)
         return (jnp.sum(jnp.exp(log_p_BCV) * (log_p_BCV - log_q_BCV), axis=-1),)
 
-    chunk_length = student.config.loss_chunk_length
+    chunk_length = student.execution.loss_chunk_length
     (divergence_BL,) = in_chunks(chunk, (student, teacher), hidden_BLD, taught_BLD, chunk_length=chunk_length)
     return divergence_BL
 

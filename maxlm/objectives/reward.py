@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from pydantic import Field, NonNegativeFloat
 
+from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.config.objective import RecordsConfig
 from maxlm.config.train import TrainConfig
@@ -34,8 +35,8 @@ class RewardModeling(Objective, RecordsConfig):
     )
     center: NonNegativeFloat = Field(0.0, description="Weight of the squared sum of a pair's rewards.")
 
-    def declare(self, config: ModelConfig) -> RewardModel:
-        return RewardModel(config)
+    def declare(self, config: ModelConfig, execution: ExecutionConfig) -> RewardModel:
+        return RewardModel(config, execution)
 
     def from_decoder(self, decoder: Decoder, key: jax.Array) -> RewardModel:
         return RewardModel.from_decoder(decoder, key)

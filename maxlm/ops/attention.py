@@ -173,7 +173,7 @@ def in_pieces(implementation: str | None, query_length: int, matmul_dtype: jnp.d
     raise ConfigError(
         [
             f"attention implementation {implementation!r} does not support ring attention over mesh.context, which"
-            " merges parts of a row; choose 'xla' or 'auto', or model.context_attention: all_to_all"
+            " merges parts of a row; choose 'xla' or 'auto', or execution.context_attention: all_to_all"
         ]
     )
 

@@ -126,7 +126,7 @@ def _heads_for_tokens(query_BTNH, key_BTKH, value_BTKH, size: int) -> tuple[jax.
     if num_heads % size:
         raise ConfigError(
             [
-                f"model.context_attention: all_to_all cannot split a device's {num_heads} heads over mesh.context ="
+                f"execution.context_attention: all_to_all cannot split a device's {num_heads} heads over mesh.context ="
                 f" {size}; choose ring, or mesh.context={math.gcd(num_heads, size)}"
             ]
         )

@@ -216,9 +216,10 @@ class Quickstart:
         if not (folder / "config.yaml").exists():
             return False
         former = load_config(folder / "config.yaml")
-        # The run's own copy has its model config completed from the tokenizer or from the run it started from.
+        # The run's own copy has its model completed from the tokenizer or from the run it started from.
         model = config.model and config.model.model_copy(update={"vocab_size": former.model.vocab_size})
-        if config.model_copy(update={"model": model or former.model}) != former:
+        completed = {"model": model or former.model, "execution": config.execution or former.execution}
+        if config.model_copy(update=completed) != former:
             return True
         inputs = read_manifest(folder)["inputs"].values() if (folder / "manifest.json").exists() else ()
         return any(content_hash(resolve_path(item["path"], folder)) != item["hash"] for item in inputs)

@@ -24,9 +24,9 @@ def score(model: RewardModel, tokenizer: Tokenizer, texts: Sequence[str | Sequen
         for text in texts
     ]
     for index, ids in enumerate(sequences):
-        if len(ids) > model.config.max_length:
+        if len(ids) > model.execution.max_length:
             raise RequestError(
-                f"text {index}: its {len(ids)} tokens exceed the model's context of {model.config.max_length}"
+                f"text {index}: its {len(ids)} tokens exceed the model's context of {model.execution.max_length}"
             )
     return reward_of_sequences(model, sequences)
 

@@ -46,7 +46,7 @@ def score_file(model_path: str | Path, path: str | Path) -> list[Scored]:
     model, tokenizer = load_reward_model(model_path)
     if tokenizer is None:
         raise CheckpointError(f"{model_path}: has no tokenizer; copy the one it was trained with into its run folder")
-    longest = model.config.max_length
+    longest = model.execution.max_length
     places, sequences = [], []
     for where, record in read_records(path):
         for name, ids in _encoded(record, tokenizer, where):

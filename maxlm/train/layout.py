@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import jax
 
-from maxlm.config.model import ModelConfig
+from maxlm.config.execution import ExecutionConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.hardware import multiplies_fp8
 from maxlm.errors import ConfigError
@@ -22,7 +22,7 @@ def check_layout(config: TrainConfig, sizes: Mapping[str, int]) -> None:
     problems = [
         *_rows(config, sizes),
         *_tokens(config, sizes),
-        *_attention(config.model, sizes),
+        *_attention(config.execution, sizes),
         *_weights(config, sizes),
         *_teacher(config, sizes),
     ]
@@ -32,9 +32,9 @@ def check_layout(config: TrainConfig, sizes: Mapping[str, int]) -> None:
 
 def check_precision(config: TrainConfig, device: jax.Device) -> None:
     """Raise ConfigError if the device does not support the precision of the model's matrix products."""
-    if config.model.eight_bit == "fp8" and not multiplies_fp8(device):
+    if config.execution.eight_bit == "fp8" and not multiplies_fp8(device):
         raise ConfigError(
-            [f"model.eight_bit: fp8 needs fp8 matrix units, and {device.device_kind} has none; set int8, or null"]
+            [f"execution.eight_bit: fp8 needs fp8 matrix units, and {device.device_kind} has none; set int8, or null"]
         )
 
 
@@ -46,8 +46,8 @@ def note_idle_devices(sizes: Mapping[str, int], num_devices: int) -> None:
 
 def _teacher(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
     has_teacher = any(each.content == "weights" for each in config.objective.inputs)
-    if has_teacher and sizes["stage"] > 1 and config.model.pipeline.schedule == "1f1b":
-        return ["model.pipeline.schedule: 1f1b does not support a teacher; set gpipe"]
+    if has_teacher and sizes["stage"] > 1 and config.execution.pipeline.schedule == "1f1b":
+        return ["execution.pipeline.schedule: 1f1b does not support a teacher; set gpipe"]
     return []
 
 
@@ -56,15 +56,15 @@ def _rows(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
     parts = math.prod(sizes[axis] for axis in axes)
     over = [_product(axes, sizes)] if parts > 1 else []
     if (stages := sizes["stage"]) > 1:
-        microbatches = config.model.pipeline.microbatches or stages
+        microbatches = config.execution.pipeline.microbatches or stages
         if microbatches % stages:
             return [
-                f"model.pipeline.microbatches: {microbatches} is not divisible by mesh.stage = {stages}; the nearest"
-                f" that fits is {nearest_multiple(microbatches, stages)}"
+                f"execution.pipeline.microbatches: {microbatches} is not divisible by mesh.stage = {stages};"
+                f" the nearest that fits is {nearest_multiple(microbatches, stages)}"
             ]
         # Outside the pipeline, the rows are sharded over the stages too.
         parts *= microbatches
-        over.insert(0, f"model.pipeline.microbatches = {microbatches}")
+        over.insert(0, f"execution.pipeline.microbatches = {microbatches}")
     if (config.batch_size // config.accumulate) % parts == 0:
         return []
     fits = nearest_multiple(config.batch_size, parts * config.accumulate)
@@ -78,7 +78,7 @@ def _tokens(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
     axes = ("context", "tensor")
     parts = math.prod(sizes[axis] for axis in axes)
     described = _product(axes, sizes)
-    if sizes["context"] > 1 and config.model.context_attention == "ring":
+    if sizes["context"] > 1 and config.execution.context_attention == "ring":
         # Ring attention gives each device two chunks of a row, one from each half, to balance the work.
         parts = math.lcm(parts, 2 * sizes["context"])
         described += ", each with two chunks of a row"
@@ -90,18 +90,19 @@ def _tokens(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _attention(model: ModelConfig, sizes: Mapping[str, int]) -> list[str]:
-    in_a_ring = sizes["context"] > 1 and model.context_attention == "ring"
-    if not in_a_ring or model.attention not in ("cudnn", "reference"):
+def _attention(execution: ExecutionConfig, sizes: Mapping[str, int]) -> list[str]:
+    in_a_ring = sizes["context"] > 1 and execution.context_attention == "ring"
+    if not in_a_ring or execution.attention not in ("cudnn", "reference"):
         return []
     return [
-        f"model.attention: {model.attention} cannot merge parts of a row, as ring attention over mesh.context ="
-        f" {sizes['context']} does; set it to auto or xla, or model.context_attention to all_to_all"
+        f"execution.attention: {execution.attention} cannot merge parts of a row, as ring attention over mesh.context ="
+        f" {sizes['context']} does; set it to auto or xla, or execution.context_attention to all_to_all"
     ]
 
 
 def _weights(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
-    model, problems = config.model, []
+    model, execution = config.model, config.execution
+    problems: list[str] = []
 
     def divides(name: str, size: int, *axes: str, times: int = 1) -> None:
         parts = math.prod(sizes[axis] for axis in axes) * times
@@ -113,7 +114,7 @@ def _weights(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
             change += f", or mesh.{wide[0]}={fits}"
         problems.append(f"model.{name}: {size} is not divisible by {_product(axes, sizes)}; {change}")
 
-    exchanges_heads = model.context_attention == "all_to_all"
+    exchanges_heads = execution.context_attention == "all_to_all"
     divides("num_heads", model.num_heads, "tensor", *(["context"] if exchanges_heads else []))
     divides("num_kv_heads", model.num_kv_heads, "tensor")
     if model.moe is None:
@@ -124,7 +125,7 @@ def _weights(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
     divides("vocab_size", model.vocab_size, "tensor")
     divides("embed_dim", model.embed_dim, "fsdp", "expert", "context")
     if sizes["stage"] > 1:
-        divides("num_layers", model.num_layers, "stage", times=len(model.window_pattern) * model.pipeline.repeats)
+        divides("num_layers", model.num_layers, "stage", times=len(model.window_pattern) * execution.pipeline.repeats)
     return problems
 
 

@@ -86,7 +86,7 @@ def fit(
             schedule=schedule,
             guard=config.guard,
             accumulate=config.accumulate,
-            pipeline=config.model.pipeline,
+            pipeline=config.execution.pipeline,
             ema_decay=config.optim.ema_decay,
             seed=config.seed,
         ),

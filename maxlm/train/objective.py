@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import jax
 from jax.sharding import Mesh
 
+from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.config.objective import ObjectiveConfig
 from maxlm.config.train import TrainConfig
@@ -115,9 +116,9 @@ class Objective(ObjectiveConfig):
         """Whether the starting model must be kept along with the trained one."""
         return False
 
-    def declare(self, config: ModelConfig) -> Decoder:
+    def declare(self, config: ModelConfig, execution: ExecutionConfig) -> Decoder:
         """The parameters of the model that is trained."""
-        return Decoder(config)
+        return Decoder(config, execution)
 
     def from_decoder(self, decoder: Decoder, key: jax.Array) -> Decoder:
         """The trained model with the weights of a language model; `key` initializes new parameters."""
@@ -129,9 +130,9 @@ class Objective(ObjectiveConfig):
         del config, tokenizer, mesh
         return None
 
-    def declare_teacher(self, config: ModelConfig) -> Decoder | None:
+    def declare_teacher(self, config: ModelConfig, execution: ExecutionConfig) -> Decoder | None:
         """A teacher of another width for a student of this shape; None if the objective has none."""
-        del config
+        del config, execution
         return None
 
     @abstractmethod

@@ -17,6 +17,7 @@ from maxlm.checkpoint.folder import (
 )
 from maxlm.checkpoint.lineage import Lineage, check_not_read
 from maxlm.checkpoint.same_model import check_same_model
+from maxlm.config.execution import DEFAULT_EXECUTION
 from maxlm.config.train import TrainConfig
 from maxlm.core.sharding import make_mesh, mesh_sizes, row_shard
 from maxlm.errors import ConfigError
@@ -77,21 +78,23 @@ def set_up(config: TrainConfig, peers: Peers | None, *, accept_changes: bool = F
 
 def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
     """The configuration with the model to train: shape from `init_from`, vocabulary from the tokenizer."""
-    model = config.model
+    model, execution = config.model, config.execution
     if config.init_from is not None:
         checkpoint = find_checkpoint(config.init_from)
-        start, _ = trained_as(read_metadata(checkpoint), where=checkpoint)
+        start, start_execution, _ = trained_as(read_metadata(checkpoint), where=checkpoint)
         if model is not None:
             check_same_model(model, start, config.init_from)
         model = start if model is None else model
+        execution = start_execution if execution is None else execution
+    execution = DEFAULT_EXECUTION if execution is None else execution
     if model.vocab_size not in (0, tokenizer.vocab_size):
         raise ConfigError(
             [f"model.vocab_size: {model.vocab_size} differs from the tokenizer's {tokenizer.vocab_size}; leave it out"]
         )
-    if config.row_length > model.max_length:
-        raise ConfigError([f"row_length: {config.row_length} exceeds the model's max_length of {model.max_length}"])
+    if config.row_length > execution.max_length:
+        raise ConfigError([f"row_length: {config.row_length} exceeds execution.max_length of {execution.max_length}"])
     model = model.model_copy(update={"vocab_size": tokenizer.vocab_size})
-    return config.model_copy(update={"model": model})
+    return config.model_copy(update={"model": model, "execution": execution})
 
 
 def find_tokenizer(config: TrainConfig) -> epath.Path:

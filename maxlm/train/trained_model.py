@@ -14,7 +14,7 @@ from maxlm.core.parameters import abstract, initialize
 from maxlm.core.tree import flatten
 from maxlm.interop.load import load_model
 from maxlm.models.adapters import apply_adapters, declare_adapters
-from maxlm.models.decoder import with_config
+from maxlm.models.decoder import with_execution
 from maxlm.train.objective import StudentAndTeacher
 from maxlm.train.setup import Setup
 
@@ -44,14 +44,14 @@ class TrainedModel:
 def make_model(setup: Setup) -> TrainedModel:
     """The model of a run, sharded over its mesh, which must be set (`jax.set_mesh`)."""
     config, mesh, objective = setup.config, setup.mesh, setup.config.objective
-    plan = objective.declare(config.model)
+    plan = objective.declare(config.model, config.execution)
     key = jax.random.key(config.seed)
 
     def starting_model():
         if config.init_from is None:
             return initialize(plan, key, mesh)
         decoder, _ = load_model(config.init_from, mesh)
-        return objective.from_decoder(with_config(decoder, config.model), key)
+        return objective.from_decoder(with_execution(decoder, config.execution), key)
 
     trained, used = plan, [plan]
     if config.lora is None:
@@ -64,7 +64,7 @@ def make_model(setup: Setup) -> TrainedModel:
         reference = starting_model()
         frozen = {"base": reference}
     if (teacher := objective.load_teacher(config, setup.tokenizer, mesh)) is not None:
-        used.append(type(teacher)(teacher.config))
+        used.append(type(teacher)(teacher.config, teacher.execution))
         frozen["teacher"] = teacher
     return TrainedModel(
         trained,

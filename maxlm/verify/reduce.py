@@ -8,6 +8,7 @@ a term scaled by 1e-4 would be lost in the rounding of the others.
 import math
 
 from maxlm.checkpoint.folder import find_checkpoint, read_metadata, trained_as
+from maxlm.config.execution import DEFAULT_EXECUTION, ExecutionConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.model import ModelConfig
 from maxlm.config.moe import MoeConfig
@@ -24,18 +25,20 @@ NUM_DEVICES = 8
 _AUXILIARY_WEIGHT = 0.1
 
 
-def full_model(config: TrainConfig) -> tuple[ModelConfig, str]:
-    """The model that a configuration trains, and the source of its shape.
+def full_model(config: TrainConfig) -> tuple[ModelConfig, ExecutionConfig, str]:
+    """The model that a configuration trains, how it is computed, and the source of its shape.
 
     The default shape replaces that of a checkpoint that does not exist yet.
     """
     if config.model is not None:
-        return config.model, "its own"
+        return config.model, config.execution or DEFAULT_EXECUTION, "its own"
     try:
         checkpoint = find_checkpoint(config.init_from)
     except CheckpointError:
-        return ModelConfig(), f"the default one, because {config.init_from} does not exist yet"
-    return trained_as(read_metadata(checkpoint), where=checkpoint)[0], f"that of {config.init_from}"
+        origin = f"the default one, because {config.init_from} does not exist yet"
+        return ModelConfig(), config.execution or DEFAULT_EXECUTION, origin
+    model, execution, _ = trained_as(read_metadata(checkpoint), where=checkpoint)
+    return model, config.execution or execution, f"that of {config.init_from}"
 
 
 def own_mesh(config: TrainConfig) -> MeshConfig:
@@ -48,13 +51,18 @@ def own_mesh(config: TrainConfig) -> MeshConfig:
     return mesh.model_copy(update={axis: left for axis, size in sizes.items() if size == -1})
 
 
-def reduced_model(model: ModelConfig, *, vocab_size: int, mesh: MeshConfig | None = None) -> ModelConfig:
-    """The same structure with small numbers, in float32; it fits two devices per axis, and `mesh`, if `model` does."""
+def reduced_model(
+    model: ModelConfig, *, vocab_size: int, repeats: int = 1, mesh: MeshConfig | None = None
+) -> ModelConfig:
+    """The same structure with small numbers; it fits two devices per axis, and `mesh`, if `model` does.
+
+    Args:
+      repeats: groups of layers per pipeline stage.
+    """
     mesh = mesh or MeshConfig(fsdp=1)
     pattern = len(model.window_pattern)
     turns = model.num_layers // pattern
     # Periods of the window pattern that two stages can share, once and twice each, if those of the model can.
-    repeats = model.pipeline.repeats
     kept = math.gcd(turns, math.lcm(4, 2 * repeats, mesh.stage * repeats))
     if kept == 1 and turns % 3 == 0:
         kept = 3
@@ -67,18 +75,25 @@ def reduced_model(model: ModelConfig, *, vocab_size: int, mesh: MeshConfig | Non
         "num_heads": num_kv_heads * (model.num_heads // model.num_kv_heads),
         "num_kv_heads": num_kv_heads,
         "head_dim": 8,
-        "max_length": 2 * ROW_LENGTH,
         "window_pattern": tuple(_small_window(window, model.window_pattern) for window in model.window_pattern),
-        # Rounding to fewer bits turns the last bit of a sum into a step, and hides differences.
+        "moe": model.moe and _reduced_experts(model.moe, mesh),
+    }
+    return ModelConfig(**(model.model_dump() | changes))
+
+
+def reduced_execution(execution: ExecutionConfig) -> ExecutionConfig:
+    """The same options in float32: rounding to fewer bits turns the last bit of a sum into a step, and hides
+    differences."""
+    changes = {
+        "max_length": 2 * ROW_LENGTH,
         "activation_dtype": "float32",
         "matmul_dtype": "float32",
         "parameter_dtype": "float32",
         "eight_bit": None,
         "loss_chunk_length": 48,
-        "moe": model.moe and _reduced_experts(model.moe, mesh),
-        "pipeline": model.pipeline.model_copy(update={"microbatches": None}),
+        "pipeline": execution.pipeline.model_copy(update={"microbatches": None}),
     }
-    return ModelConfig(**(model.model_dump() | changes))
+    return execution.model_copy(update=changes)
 
 
 def _reduced_experts(moe: MoeConfig, mesh: MeshConfig) -> MoeConfig:
@@ -97,9 +112,12 @@ def _reduced_experts(moe: MoeConfig, mesh: MeshConfig) -> MoeConfig:
 def reduced_config(config: TrainConfig, *, vocab_size: int) -> TrainConfig:
     """The configuration of the small model, with every term of its objective enabled."""
     lora = config.lora and config.lora.model_copy(update={"rank": 2, "alpha": 2 * config.lora.alpha / config.lora.rank})
+    model, execution, _ = full_model(config)
+    repeats = execution.pipeline.repeats
     return config.model_copy(
         update={
-            "model": reduced_model(full_model(config)[0], vocab_size=vocab_size, mesh=own_mesh(config)),
+            "model": reduced_model(model, vocab_size=vocab_size, repeats=repeats, mesh=own_mesh(config)),
+            "execution": reduced_execution(execution),
             "objective": config.objective.for_verification(),
             "lora": lora,
             "batch_size": NUM_ROWS,
@@ -117,10 +135,10 @@ def _small_window(window: int | None, pattern: tuple[int | None, ...]) -> int | 
     return 5 + 6 * rank if window > 5 else window
 
 
-def describe_subject(config: TrainConfig, full: ModelConfig, origin: str) -> str:
-    """What was verified, in a sentence: the small `config`, of the model `full`."""
-    model = config.model
-    left_off = f", without the 8-bit rounding of model.eight_bit={full.eight_bit}" if full.eight_bit else ""
+def describe_subject(config: TrainConfig, full: TrainConfig, origin: str) -> str:
+    """What was verified, in a sentence: `config`, which is `full` reduced."""
+    model, eight_bit = config.model, full.execution.eight_bit
+    left_off = f", without the 8-bit rounding of execution.eight_bit={eight_bit}" if eight_bit else ""
     heads = f"{model.num_heads} heads on {model.num_kv_heads} key-value heads"
     return (
         f"{config.objective.kind}{', adapters' if config.lora else ''}; the model is {origin}, at {model.num_layers}"

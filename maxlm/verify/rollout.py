@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from maxlm.config.execution import ExecutionConfig
 from maxlm.config.mesh import MeshConfig
-from maxlm.config.model import ModelConfig
 from maxlm.core.batch import put_batch
 from maxlm.core.compat import quick_compiler_options
 from maxlm.core.sharding import make_mesh
@@ -22,14 +22,16 @@ from maxlm.verify.subject import Subject, place
 from maxlm.verify.workspace import Workspace
 
 
-def compare_rollout(subject: Subject, workspace: Workspace, *, model: ModelConfig, mesh: Mesh | None) -> dict[str, Any]:
+def compare_rollout(
+    subject: Subject, workspace: Workspace, *, execution: ExecutionConfig, mesh: Mesh | None
+) -> dict[str, Any]:
     """The largest difference of a sampled token's log-probability, as the values of a finding.
 
     Raises:
       CheckFailed: the update changes too little to expose stale weights.
     """
     mesh = make_mesh(MeshConfig(fsdp=1)) if mesh is None else mesh
-    trainable_plan, frozen_plan = subject.plans(model)
+    trainable_plan, frozen_plan = subject.plans(execution)
     trainable, frozen = subject.weights
     random = np.random.default_rng(1)
     updated = {path: leaf + 0.1 * random.normal(size=leaf.shape).astype(leaf.dtype) for path, leaf in trainable.items()}

@@ -34,8 +34,8 @@ def verify(config: TrainConfig, *, title: str = "", only: Sequence[str] = (), al
       RequestError: no variant matches a name.
     """
     began = time.perf_counter()
-    model, origin = full_model(config)
-    full = config.model_copy(update={"model": model})
+    model, execution, origin = full_model(config)
+    full = config.model_copy(update={"model": model, "execution": execution})
     reduced = reduced_config(full, vocab_size=VOCAB_SIZE)
     subject = Subject(reduced)
     num_devices = min(NUM_DEVICES, jax.device_count())
@@ -46,13 +46,13 @@ def verify(config: TrainConfig, *, title: str = "", only: Sequence[str] = (), al
     bar = progress_bar(f"verify {title}".strip(), len(chosen) + 1)
     with open_workspace() if needs_files else contextlib.nullcontext() as workspace, bar as (progress, task):
         progress.update(task, note="baseline")
-        baseline = subject.measure(model=plain(reduced.model))
+        baseline = subject.measure(execution=plain(reduced.execution))
         check_baseline(baseline)
         for variant in chosen:
             progress.update(task, advance=1, note=variant.name)
             findings.append(_find(subject, workspace, baseline, variant))
         progress.update(task, advance=1, note="")
-    return Report(title, describe_subject(reduced, model, origin), tuple(findings), time.perf_counter() - began)
+    return Report(title, describe_subject(reduced, full, origin), tuple(findings), time.perf_counter() - began)
 
 
 def choose(variants: Iterable[Variant], only: Sequence[str]) -> list[Variant]:
@@ -84,10 +84,10 @@ def _find(subject: Subject, workspace: Workspace | None, baseline: Measured, var
     began = time.process_time()
     mesh = None if variant.mesh is None else make_mesh(variant.mesh)
     if variant.group == "rollout":
-        numbers = compare_rollout(subject, workspace, model=variant.model, mesh=mesh)
+        numbers = compare_rollout(subject, workspace, execution=variant.execution, mesh=mesh)
     else:
         measured = subject.measure(
-            model=variant.model, mesh=mesh, accumulate=variant.accumulate, **_laid_out(subject, variant)
+            execution=variant.execution, mesh=mesh, accumulate=variant.accumulate, **_laid_out(subject, variant)
         )
         numbers = compare(baseline, measured, subject.order)
     return Finding(variant.group, variant.detail, **numbers, seconds=time.process_time() - began)

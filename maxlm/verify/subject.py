@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from maxlm.config.model import ModelConfig
+from maxlm.config.execution import ExecutionConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch, Stream, put_batch
 from maxlm.core.compat import quick_compiler_options
@@ -48,7 +48,7 @@ class Subject:
     def measure(
         self,
         *,
-        model: ModelConfig | None = None,
+        execution: ExecutionConfig | None = None,
         mesh: Mesh | None = None,
         accumulate: int = 1,
         batch: Any = None,
@@ -57,15 +57,15 @@ class Subject:
         """Loss terms and gradient.
 
         Args:
-          model: another configuration for the same weights.
+          execution: another way to compute the same model.
           mesh: None for one device without sharding.
           accumulate: microbatches.
           batch: by default `self.batch`.
           new_ids_V: new token ids: rows of the vocabulary tables are permuted, and permuted back in the gradient.
         """
         objective, batch = self.config.objective, self.batch if batch is None else batch
-        model = model or self.config.model
-        trainable_plan, frozen_plan = self.plans(model)
+        execution = execution or self.config.execution
+        trainable_plan, frozen_plan = self.plans(execution)
         trainable, frozen = self.weights
         if new_ids_V is not None:
             batch = examples.renamed(batch, new_ids_V)
@@ -85,7 +85,7 @@ class Subject:
                 batch,
                 loss_function=loss_function,
                 accumulate=accumulate,
-                pipeline=model.pipeline,
+                pipeline=execution.pipeline,
             )
 
         with jax.set_mesh(mesh) if mesh is not None else jax.default_device(jax.devices()[0]):
@@ -98,9 +98,10 @@ class Subject:
         means = {name: float(term.mean()) for name, term in output.terms.items()}
         return Measured(means, flatten(gradient))
 
-    def plans(self, model: ModelConfig) -> tuple[Any, dict[str, Any]]:
+    def plans(self, execution: ExecutionConfig) -> tuple[Any, dict[str, Any]]:
         """Declarations of the trained and the frozen parameters."""
-        plan, teacher = self.config.objective.declare(model), self.config.objective.declare_teacher(model)
+        objective, model = self.config.objective, self.config.model
+        plan, teacher = objective.declare(model, execution), objective.declare_teacher(model, execution)
         frozen = {} if teacher is None else {"teacher": teacher}
         if self.config.lora is None:
             return plan, frozen
@@ -112,7 +113,7 @@ class Subject:
 
     def open_data(self, workspace: Workspace, mesh: Mesh) -> TrainingData:
         """The data of an objective that samples, from synthetic prompts; its reference is the starting model."""
-        plans = self.plans(self.config.model)
+        plans = self.plans(self.config.execution)
         trainable, frozen = (place(weights, plan, mesh) for weights, plan in zip(self.weights, plans))
         reference = frozen.get("base", trainable)
         config = workspace.with_prompts(self.config)
@@ -122,7 +123,7 @@ class Subject:
     @cached_property
     def order(self) -> list[str]:
         """Paths of the trained parameters as the model uses them, from input to output."""
-        trained = flatten(self.plans(self.config.model)[0])
+        trained = flatten(self.plans(self.config.execution)[0])
         place_of = lambda path: next((n for n, start in enumerate(_PARTS) if path.startswith(start)), len(_PARTS))  # noqa: E731
         return sorted(trained, key=place_of)
 
@@ -137,7 +138,7 @@ class Subject:
             flat = flatten(jax.device_get(create(key)))
             return {path: leaf + _noise(random, leaf) for path, leaf in flat.items()}
 
-        student, teacher = self.plans(self.config.model)
+        student, teacher = self.plans(self.config.execution)
         return draw(student), draw(teacher)
 
     @cached_property
@@ -159,7 +160,7 @@ class Subject:
 
     def _log_probabilities(self, stream: Stream) -> np.ndarray:
         """Log-probabilities of the targets under these weights."""
-        plans = self.plans(self.config.model)
+        plans = self.plans(self.config.execution)
         trainable, frozen = (place(weights, plan, None) for weights, plan in zip(self.weights, plans))
         temperature = getattr(self.config.objective, "temperature", 1.0)
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from maxlm.config.execution import ExecutionConfig
 from maxlm.config.mesh import MeshConfig
-from maxlm.config.model import ModelConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.sharding import MESH_AXES, mesh_sizes
 from maxlm.errors import CheckFailed, ConfigError
@@ -27,7 +27,7 @@ _PRODUCTS = (
 # Implementations that do not run on a CPU.
 _NEEDS = {"pallas_tpu": "needs a TPU", "cudnn": "needs an NVIDIA GPU", "ragged": "needs a TPU or GPU"}
 
-# Fields of a model that determine which meshes it fits.
+# Settings that determine which meshes it fits.
 _LAID_OUT_BY = ("context_attention", "pipeline")
 
 Examples = Literal["packed", "unpacked", "padded", "renamed"]
@@ -38,14 +38,14 @@ class Variant:
     """One way of computing the loss and gradient.
 
     group, detail: its name in two parts.
-    model: its configuration.
+    execution: how the model is computed.
     mesh: None for one device without sharding.
     skipped: why it cannot be run, if so.
     """
 
     group: str
     detail: str
-    model: ModelConfig
+    execution: ExecutionConfig
     mesh: MeshConfig | None = None
     accumulate: int = 1
     examples: Examples = "packed"
@@ -73,17 +73,17 @@ def variants_of(
       num_devices: number of devices available.
       all_products: of mesh axes; otherwise a few that contain each pair of axes.
     """
-    objective, own = reduced.objective, reduced.model
+    objective, own = reduced.objective, reduced.execution
     base = plain(own)
 
-    def changed(**fields: Any) -> ModelConfig:
+    def changed(**fields: Any) -> ExecutionConfig:
         return base.model_copy(update=fields)
 
     def on_mesh(
-        mesh: MeshConfig, note: str = "", *, model: ModelConfig = own, group: str = "mesh", **settings: Any
+        mesh: MeshConfig, note: str = "", *, execution: ExecutionConfig = own, group: str = "mesh", **settings: Any
     ) -> Variant:
-        skipped = _no_mesh(mesh, full, reduced, model, num_devices)
-        return Variant(group, f"{_describe(mesh)}{note}", model, mesh=mesh, skipped=skipped, **settings)
+        skipped = _no_mesh(mesh, full, reduced, execution, num_devices)
+        return Variant(group, f"{_describe(mesh)}{note}", execution, mesh=mesh, skipped=skipped, **settings)
 
     for parts in (2, 4):
         yield Variant("accumulation", str(parts), base, accumulate=parts)
@@ -100,11 +100,10 @@ def variants_of(
     for name in _choices(own, "attention"):
         if name not in ("auto", "reference"):
             yield Variant("attention", name, changed(attention=name), skipped=_NEEDS.get(name))
-    if own.moe is not None:
-        for name in _choices(own.moe, "implementation"):
+    if reduced.model.moe is not None:
+        for name in _choices(own, "experts"):
             if name not in ("auto", "reference"):
-                moe = own.moe.model_copy(update={"implementation": name})
-                yield Variant("experts", name, changed(moe=moe), skipped=_NEEDS.get(name))
+                yield Variant("experts", name, changed(experts=name), skipped=_NEEDS.get(name))
     yield Variant("one device", "as configured", own)
     for mesh in meshes(all_products=all_products):
         yield on_mesh(mesh)
@@ -113,12 +112,12 @@ def variants_of(
     for method in _choices(own, "context_attention"):
         if method != own.context_attention:
             for mesh in (MeshConfig(fsdp=1, context=2), MeshConfig(fsdp=2, context=2, tensor=2)):
-                yield on_mesh(mesh, f", {method}", model=own.model_copy(update={"context_attention": method}))
+                yield on_mesh(mesh, f", {method}", execution=own.model_copy(update={"context_attention": method}))
     for schedule, repeats in itertools.product(_choices(own.pipeline, "schedule"), (1, 2)):
         pipeline = own.pipeline.model_copy(update={"schedule": schedule, "repeats": repeats})
         if pipeline != own.pipeline:
             note = f", {schedule}{', each stage twice' if repeats == 2 else ''}"
-            yield on_mesh(MeshConfig(fsdp=1, stage=2), note, model=own.model_copy(update={"pipeline": pipeline}))
+            yield on_mesh(MeshConfig(fsdp=1, stage=2), note, execution=own.model_copy(update={"pipeline": pipeline}))
     both = MeshConfig(data=2, fsdp=2)
     yield on_mesh(both, ", accumulation 2", accumulate=2)
     yield on_mesh(both, ", accumulation 2, padding", accumulate=2, examples="padded")
@@ -129,17 +128,16 @@ def variants_of(
             yield on_mesh(mesh, ", after an update", group="rollout")
 
 
-def plain(model: ModelConfig) -> ModelConfig:
+def plain(execution: ExecutionConfig) -> ExecutionConfig:
     """The simplest way to compute a model: reference attention and experts, no chunking, no recomputation."""
     changes: dict[str, Any] = {
         "unroll": True,
         "remat": "none",
         "attention": "reference",
+        "experts": "reference",
         "loss_chunk_length": 4 * ROW_LENGTH,
     }
-    if model.moe is not None:
-        changes["moe"] = model.moe.model_copy(update={"implementation": "reference"})
-    return model.model_copy(update=changes)
+    return execution.model_copy(update=changes)
 
 
 def meshes(*, all_products: bool) -> Iterator[MeshConfig]:
@@ -160,16 +158,16 @@ def _describe(mesh: MeshConfig) -> str:
 
 
 def _no_mesh(
-    mesh: MeshConfig, full: TrainConfig, reduced: TrainConfig, model: ModelConfig, num_devices: int
+    mesh: MeshConfig, full: TrainConfig, reduced: TrainConfig, execution: ExecutionConfig, num_devices: int
 ) -> str | None:
     """Why the configuration does not fit a mesh: weights or tokens are not divisible. Rows can always be added.
 
     Raises:
       CheckFailed: it fits, and the reduced one does not.
     """
-    asked = {name: getattr(model, name) for name in _LAID_OUT_BY}
+    asked = {name: getattr(execution, name) for name in _LAID_OUT_BY}
     for config in (full, reduced):
-        update = {"model": config.model.model_copy(update=asked), "batch_size": NUM_ROWS, "accumulate": 1}
+        update = {"execution": config.execution.model_copy(update=asked), "batch_size": NUM_ROWS, "accumulate": 1}
         try:
             check_layout(config.model_copy(update=update), mesh_sizes(mesh, num_devices))
         except ConfigError as error:

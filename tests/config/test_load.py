@@ -108,7 +108,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
         ("model.num_kv_heads=3", "model: num_heads (4) must be a multiple of num_kv_heads (3)"),
         ("model.head_dim=7", "model: head_dim (7) must be even"),
         ("model.window_pattern=[8, null, 8]", "num_layers (2) must be a multiple of the length of window_pattern (3)"),
-        ("row_length=512", "row_length (512) exceeds model.max_length (256)"),
+        ("row_length=512", "row_length (512) exceeds execution.max_length (256)"),
         ("model=null", "either model or init_from must be given"),
         ("objective={kind: sft, train_file: x}", "init_from must name the model that objective.kind=sft starts from"),
     ],

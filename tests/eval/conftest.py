@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from maxlm.config import ModelConfig, TokenizerConfig
+from maxlm.config.execution import ExecutionConfig
 from maxlm.core.parameters import initialize
 from maxlm.generate.model import LoadedModel
 from maxlm.models.decoder import Decoder
@@ -37,13 +38,11 @@ def make_model(tokenizer, *, seed: int, **changes) -> LoadedModel:
         "num_heads": 2,
         "num_kv_heads": 1,
         "head_dim": 16,
-        "max_length": 48,
-        "activation_dtype": "float32",
-        "matmul_dtype": "float32",
     }
     config = ModelConfig(**{**settings, **changes})
+    execution = ExecutionConfig(max_length=48, activation_dtype="float32", matmul_dtype="float32")
     # Random weights of this size predict almost uniformly; larger ones make positions distinguishable.
-    decoder = jax.tree.map(lambda leaf: leaf * 3, initialize(Decoder(config), jax.random.key(seed)))
+    decoder = jax.tree.map(lambda leaf: leaf * 3, initialize(Decoder(config, execution), jax.random.key(seed)))
     return LoadedModel(decoder, tokenizer, name=f"model-{seed}")
 
 

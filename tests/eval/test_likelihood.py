@@ -10,7 +10,7 @@ from maxlm.eval.likelihood import bits_per_byte, likelihood_difference
 def naive_bits(model, text: str) -> float:
     """One document alone, one window at a time, float64 softmax over all logits."""
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(text), model.tokenizer.eos_id]
-    context, bits, start, done = model.config.max_length, 0.0, 0, 1
+    context, bits, start, done = model.execution.max_length, 0.0, 0, 1
     while done < len(ids):
         inputs = ids[start : start + context]
         logits = model.logits(np.array([inputs]))[0].astype(np.float64)
@@ -38,7 +38,7 @@ def test_matches_a_naive_computation_per_document(model, sentences):
 
 def test_long_document_is_scored_once_by_overlapping_windows(model, sentences):
     text = " ".join(sentences)
-    assert len(model.tokenizer.encode(text)) > 20 * model.config.max_length
+    assert len(model.tokenizer.encode(text)) > 20 * model.execution.max_length
     result = bits_per_byte(model, [text])
     assert result.bits[0] == pytest.approx(naive_bits(model, text), rel=1e-5)
     assert result.num_tokens[0] == len(model.tokenizer.encode(text)) + 1

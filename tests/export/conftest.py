@@ -10,6 +10,7 @@ import pytest
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.folder import find_checkpoint, weights_hash
 from maxlm.config import ModelConfig, TokenizerConfig
+from maxlm.config.execution import ExecutionConfig
 from maxlm.config.load import dump_yaml, parse_config
 from maxlm.core.parameters import initialize
 from maxlm.data.build import build_data
@@ -33,6 +34,9 @@ class Run:
     model: Decoder
 
 
+EXECUTION = ExecutionConfig(max_length=64, activation_dtype="float32", matmul_dtype="float32")
+
+
 def small_config(**changes) -> ModelConfig:
     fields = {
         "num_layers": 2,
@@ -41,16 +45,13 @@ def small_config(**changes) -> ModelConfig:
         "num_heads": 4,
         "num_kv_heads": 2,
         "head_dim": 8,
-        "max_length": 64,
-        "activation_dtype": "float32",
-        "matmul_dtype": "float32",
     }
     return ModelConfig(**(fields | changes))
 
 
 def draw_model(config: ModelConfig) -> Decoder:
     """Random weights, with larger embeddings than at initialization to separate the tokens."""
-    model = initialize(Decoder(config), jax.random.key(0))
+    model = initialize(Decoder(config, EXECUTION), jax.random.key(0))
     model.embedding = model.embedding * 10
     return model
 

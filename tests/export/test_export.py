@@ -21,7 +21,7 @@ from maxlm.export.receipt import Receipt
 from maxlm.generate.model import load
 from maxlm.interop.int8 import load_bundle
 from maxlm.models.adapters import declare_adapters
-from maxlm.models.decoder import Decoder
+from maxlm.models.decoder import Decoder, with_execution
 from maxlm.models.quantized import quantize_model
 from maxlm.runtime.manifest import manifest_chain, read_manifest
 from tests.export.conftest import make_data, make_tokenizer, save_pretraining, save_run
@@ -123,8 +123,8 @@ def test_model_has_no_loss_against_itself(run):
 
 def test_low_precision_operands_do_not_count_as_int8_loss(run, exported):
     """Neither side includes the float model's own rounding in serving."""
-    config = run.model.config.model_copy(update={"activation_dtype": "bfloat16", "matmul_dtype": "bfloat16"})
-    rounded = jax.tree.unflatten(jax.tree.structure(Decoder(config)), jax.tree.leaves(run.model))
+    changes = {"activation_dtype": "bfloat16", "matmul_dtype": "bfloat16"}
+    rounded = with_execution(run.model, run.model.execution.model_copy(update=changes))
     found = read_held_out([run.data], run.tokenizer, max_length=64, max_tokens=1 << 16)
     receipt = Receipt.measure(rounded, quantize_model(rounded), found.batches(), kind="documents")
     assert receipt == exported[1]

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from maxlm.config import ModelConfig, TokenizerConfig
+from maxlm.config.execution import ExecutionConfig
 from maxlm.core.parameters import initialize
 from maxlm.generate.model import LoadedModel
 from maxlm.models.decoder import Decoder
@@ -31,12 +32,10 @@ def decoder(tokenizer):
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
-        max_length=128,
         window_pattern=(None, 12),
-        activation_dtype="float32",
-        matmul_dtype="float32",
     )
-    decoder = initialize(Decoder(config), jax.random.key(0))
+    execution = ExecutionConfig(max_length=128, activation_dtype="float32", matmul_dtype="float32")
+    decoder = initialize(Decoder(config, execution), jax.random.key(0))
     # At initialization all tokens are nearly equally likely; larger embeddings separate them.
     decoder.embedding = decoder.embedding * 12
     return decoder

@@ -72,7 +72,7 @@ def test_without_a_limit_the_answer_fills_the_context(model):
         for seed in range(20):
             tokens, _, reason = follow(engine.stream(Request(prompt, seed=seed)))
             if reason == "length":
-                assert len(tokens) == model.config.max_length - 100
+                assert len(tokens) == model.execution.max_length - 100
                 return
     pytest.fail("no seed gave an answer without a stop token")
 

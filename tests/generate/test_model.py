@@ -10,7 +10,7 @@ from maxlm.errors import CheckpointError, RequestError
 from maxlm.generate.model import LoadedModel, for_this_backend, segment_positions
 from maxlm.generate.request import Request
 from maxlm.interop.int8 import write_bundle
-from maxlm.models.decoder import Decoder
+from maxlm.models.decoder import with_execution
 from maxlm.models.quantized import quantize_model
 
 
@@ -21,7 +21,7 @@ def padded_logits(decoder, tokens_BL):
 
 def full_logits(decoder, ids):
     """One row through the forward pass without a cache: float64 [length, vocab]."""
-    padded = np.zeros((1, decoder.config.max_length), np.int32)
+    padded = np.zeros((1, decoder.execution.max_length), np.int32)
     padded[0, : len(ids)] = ids
     return np.asarray(padded_logits(decoder, padded))[0, : len(ids)].astype(np.float64)
 
@@ -157,8 +157,7 @@ def test_scores_of_chats(model, tokenizer):
 
 def with_bfloat16(decoder):
     """The fixture's weights in a model that declares bfloat16 activations."""
-    config = decoder.config.model_copy(update={"activation_dtype": "bfloat16"})
-    return jax.tree.unflatten(jax.tree.structure(Decoder(config)), jax.tree.leaves(decoder))
+    return with_execution(decoder, decoder.execution.model_copy(update={"activation_dtype": "bfloat16"}))
 
 
 def test_activations_are_float32_on_cpu(decoder):
@@ -166,7 +165,7 @@ def test_activations_are_float32_on_cpu(decoder):
     tokens = jnp.asarray([[5, 50, 100, 150]])
     declared = with_bfloat16(decoder)
     converted = for_this_backend(declared)
-    assert converted.config.activation_dtype == "float32"
+    assert converted.execution.activation_dtype == "float32"
     expected = decoder.logits(decoder(tokens).hidden_BLD)
     assert jnp.abs(declared.logits(declared(tokens).hidden_BLD) - expected).max() > 1e-4
     np.testing.assert_allclose(converted.logits(converted(tokens).hidden_BLD), expected, atol=1e-6)
@@ -179,7 +178,7 @@ def test_load_reads_an_int8_bundle(decoder, tokenizer, tmp_path):
     write_bundle(folder, quantized, tokenizer, receipt={})
     loaded = maxlm.load(folder)
     assert loaded.name == "bundle"
-    assert loaded.config.activation_dtype == "float32"
+    assert loaded.execution.activation_dtype == "float32"
     tokens = np.asarray([[1, 40, 50, 60, 70]])
     exact = np.asarray(decoder.logits(decoder(jnp.asarray(tokens)).hidden_BLD))
     np.testing.assert_allclose(loaded.logits(tokens), exact, atol=0.05 * np.abs(exact).max())

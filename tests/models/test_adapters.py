@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_decoder import VOCAB_SIZE, tiny_config
+from tiny_decoder import EXECUTION, VOCAB_SIZE, tiny_config
 
 from maxlm.config.train import LoraConfig
 from maxlm.core.parameters import initialize
@@ -13,7 +13,7 @@ from maxlm.errors import ConfigError
 from maxlm.models.adapters import apply_adapters, declare_adapters, merge_adapters
 from maxlm.models.decoder import Decoder
 
-PLAN = Decoder(tiny_config())
+PLAN = Decoder(tiny_config(), EXECUTION)
 LORA = LoraConfig(rank=3, alpha=6.0)
 TOKENS = np.random.default_rng(0).integers(0, VOCAB_SIZE, (2, 7)).astype(np.int32)
 

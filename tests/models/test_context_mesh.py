@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 import same_gradient
-from tiny_decoder import VOCAB_SIZE, tiny_config
+from tiny_decoder import EXECUTION, VOCAB_SIZE, tiny_config
 
-from maxlm.config import ModelConfig
+from maxlm.config.execution import ExecutionConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.core.batch import Stream, put_batch
 from maxlm.core.parameters import abstract, initialize, shardings
@@ -16,7 +16,8 @@ from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
 from maxlm.objectives.language_model import language_model_loss
 
-CONFIG = tiny_config(attention_soft_cap=3.0, loss_chunk_length=5)
+CONFIG = tiny_config(attention_soft_cap=3.0)
+CHUNKED = EXECUTION.model_copy(update={"loss_chunk_length": 5})
 DOCUMENTS = (9, 7, 12)
 
 
@@ -44,9 +45,9 @@ def compute(model, batch):
     return output, gradient
 
 
-def terms_and_gradient(config: ModelConfig, values, mesh=None):
+def terms_and_gradient(execution: ExecutionConfig, values, mesh=None):
     """Loss terms and gradient of a decoder with these weights."""
-    plan, batch = Decoder(config), batch_of(32)
+    plan, batch = Decoder(CONFIG, execution), batch_of(32)
     model = unflatten(values, abstract(plan))
     if mesh is None:
         output, gradient = compute(model, batch)
@@ -59,8 +60,8 @@ def terms_and_gradient(config: ModelConfig, values, mesh=None):
 @pytest.fixture(scope="module")
 def alone():
     """The weights, and the loss terms and gradient on one device."""
-    values = flatten(jax.device_get(initialize(Decoder(CONFIG), jax.random.key(0))))
-    return values, terms_and_gradient(CONFIG, values)
+    values = flatten(jax.device_get(initialize(Decoder(CONFIG, CHUNKED), jax.random.key(0))))
+    return values, terms_and_gradient(CHUNKED, values)
 
 
 @pytest.mark.parametrize(
@@ -75,9 +76,9 @@ def alone():
 )
 def test_context_parallelism_changes_nothing(sizes, method, alone):
     values, expected = alone
-    config = CONFIG.model_copy(update={"context_attention": method})
+    execution = CHUNKED.model_copy(update={"context_attention": method})
     same_gradient.assert_same(
-        terms_and_gradient(config, values, make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))), expected
+        terms_and_gradient(execution, values, make_mesh(MeshConfig(**{"fsdp": 1, **sizes}))), expected
     )
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy_decoder import log_softmax, logits_of_row
-from tiny_decoder import VOCAB_SIZE, tiny_config
+from tiny_decoder import EXECUTION, VOCAB_SIZE, tiny_config
 
+from maxlm.config.execution import ExecutionConfig
 from maxlm.core.batch import Stream
 from maxlm.core.parameters import initialize
 from maxlm.core.tree import flatten, unflatten
@@ -36,14 +37,14 @@ VARIANTS = {
 }
 
 
-def make(**changes) -> Decoder:
+def make(execution=EXECUTION, **changes) -> Decoder:
     """Random weights, including norm scales, that are large enough to expose any difference."""
-    return drawn(tiny_config(**changes))
+    return drawn(tiny_config(**changes), execution)
 
 
 @cache
-def drawn(config) -> Decoder:
-    model = initialize(Decoder(config), jax.random.key(0))
+def drawn(config, execution) -> Decoder:
+    model = initialize(Decoder(config, execution), jax.random.key(0))
     flat = flatten(model)
     random = np.random.default_rng(0)
     for path, leaf in flat.items():
@@ -177,7 +178,7 @@ def test_rematerialization_does_not_change_gradient():
     tokens = tokens_of((2, 9))
 
     def gradient(remat):
-        model = make(**VARIANTS["all"], remat=remat)
+        model = make(EXECUTION.model_copy(update={"remat": remat}), **VARIANTS["all"])
         return flatten(jax.jit(jax.grad(lambda model: jnp.sum(model.logits(model(tokens).hidden_BLD) ** 2)))(model))
 
     kept = gradient("none")
@@ -190,14 +191,17 @@ def test_rematerialization_does_not_change_gradient():
 
 def test_all_attention_implementations_agree():
     tokens = tokens_of((2, 9))
-    xla, reference = (logits(make(**VARIANTS["all"], attention=name), tokens) for name in ("xla", "reference"))
+    xla, reference = (
+        logits(make(EXECUTION.model_copy(update={"attention": name}), **VARIANTS["all"]), tokens)
+        for name in ("xla", "reference")
+    )
     np.testing.assert_allclose(xla, reference, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_is_close():
     tokens = tokens_of((2, 9))
     exact = np.asarray(logits(make(), tokens))
-    rough = np.asarray(logits(make(activation_dtype="bfloat16", matmul_dtype="bfloat16"), tokens))
+    rough = np.asarray(logits(make(ExecutionConfig(activation_dtype="bfloat16", matmul_dtype="bfloat16")), tokens))
     assert rough.dtype == np.float32
     assert np.sqrt(np.mean((rough - exact) ** 2)) < 0.02 * exact.std()
 

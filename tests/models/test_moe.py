@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import same_gradient
-from tiny_decoder import VOCAB_SIZE, documents, pack, tiny_config
+from tiny_decoder import EXECUTION, VOCAB_SIZE, documents, pack, tiny_config
 
 from maxlm.config import ModelConfig
 from maxlm.config.mesh import MeshConfig
@@ -43,7 +43,9 @@ def config(**changes) -> ModelConfig:
 @cache
 def weights_of(model_config):
     """Weights, drawn once for all meshes."""
-    model = jax.tree.map(lambda leaf: 1.5 * np.asarray(leaf), initialize(Decoder(model_config), jax.random.key(0)))
+    model = jax.tree.map(
+        lambda leaf: 1.5 * np.asarray(leaf), initialize(Decoder(model_config, EXECUTION), jax.random.key(0))
+    )
     if model_config.moe.balance.bias:
         bias = model.layers.mlp.router_bias
         model.layers.mlp.router_bias = bias + np.linspace(-0.2, 0.2, bias.shape[1], dtype=np.float32)
@@ -52,7 +54,7 @@ def weights_of(model_config):
 
 def model_of(model_config, mesh=None):
     """Weights large enough to distinguish experts, and a bias that changes some choices."""
-    layout = None if mesh is None else shardings(Decoder(model_config), mesh)
+    layout = None if mesh is None else shardings(Decoder(model_config, EXECUTION), mesh)
     return jax.device_put(weights_of(model_config), layout)
 
 

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 import same_gradient
-from tiny_decoder import VOCAB_SIZE, tiny_config
+from tiny_decoder import EXECUTION, VOCAB_SIZE, tiny_config
 
-from maxlm.config import ModelConfig, TrainConfig
+from maxlm.config import TrainConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.moe import MoeConfig
+from maxlm.config.pipeline import PipelineConfig
 from maxlm.core.batch import Stream, put_batch
 from maxlm.core.parameters import abstract, initialize, shardings
 from maxlm.core.sharding import make_mesh, mesh_sizes
@@ -45,15 +46,18 @@ def language_model(model, frozen, batch, key):
     return language_model_loss(model, batch, z_loss=0.1)
 
 
-def configured(**settings) -> ModelConfig:
+def configured(*, remat="none", **settings) -> Decoder:
     pipeline = {name: settings.pop(name) for name in ("schedule", "microbatches", "repeats") if name in settings}
-    return tiny_config(**{"num_layers": 8, "window_pattern": (5,), "num_kv_heads": 4, **settings}, pipeline=pipeline)
+    config = tiny_config(**{"num_layers": 8, "window_pattern": (5,), "num_kv_heads": 4, **settings})
+    return Decoder(config, EXECUTION.model_copy(update={"pipeline": PipelineConfig(**pipeline), "remat": remat}))
 
 
-def gradient_function(config, accumulate=1):
+def gradient_function(plan, accumulate=1):
+    pipeline = plan.execution.pipeline
+
     def compute(model, batch):
         return loss_and_gradient(
-            model, None, batch, loss_function=language_model, accumulate=accumulate, pipeline=config.pipeline
+            model, None, batch, loss_function=language_model, accumulate=accumulate, pipeline=pipeline
         )
 
     return jax.jit(compute)
@@ -62,16 +66,15 @@ def gradient_function(config, accumulate=1):
 @cache
 def weights(num_layers: int, moe: MoeConfig | None) -> dict[str, np.ndarray]:
     """Weights, drawn once for all meshes."""
-    model = initialize(Decoder(configured(num_layers=num_layers, moe=moe)), jax.random.key(0))
+    model = initialize(configured(num_layers=num_layers, moe=moe), jax.random.key(0))
     return {path: 1.5 * leaf for path, leaf in flatten(jax.device_get(model)).items()}
 
 
-def terms_and_gradient(config, sizes=None, *, batch=BATCH, accumulate=1):
-    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **(sizes or {})}))
-    plan = Decoder(config)
+def terms_and_gradient(plan, sizes=None, *, batch=BATCH, accumulate=1):
+    mesh, config = make_mesh(MeshConfig(**{"fsdp": 1, **(sizes or {})})), plan.config
     with jax.set_mesh(mesh):
         model = jax.device_put(unflatten(weights(config.num_layers, config.moe), abstract(plan)), shardings(plan, mesh))
-        output, gradient = gradient_function(config, accumulate)(model, put_batch(batch, mesh))
+        output, gradient = gradient_function(plan, accumulate)(model, put_batch(batch, mesh))
     return same_gradient.on_host({**output.terms, **output.metrics}, gradient)
 
 
@@ -99,8 +102,8 @@ CASES = [
 
 @pytest.mark.parametrize(("sizes", "settings", "accumulate", "windows"), CASES, ids=str)
 def test_stages_change_nothing(sizes, settings, accumulate, windows, alone):
-    config = configured(**settings, window_pattern=windows)
-    assert_same(terms_and_gradient(config, sizes, accumulate=accumulate), alone(windows))
+    plan = configured(**settings, window_pattern=windows)
+    assert_same(terms_and_gradient(plan, sizes, accumulate=accumulate), alone(windows))
 
 
 MOE = {
@@ -179,16 +182,16 @@ def test_input_is_kept_until_its_backward_pass(stages, microbatches, repeats):
 
 
 def temporary_bytes(microbatches, schedule):
-    config = configured(schedule=schedule, microbatches=microbatches, num_layers=4, remat="full")
+    plan = configured(schedule=schedule, microbatches=microbatches, num_layers=4, remat="full")
     batch = jax.tree.map(lambda x: np.concatenate([x[:2]] * microbatches), BATCH)
     mesh = make_mesh(MeshConfig(stage=2, fsdp=1))
     with jax.set_mesh(mesh):
-        compiled = gradient_function(config).lower(abstract(Decoder(config), mesh), put_batch(batch, mesh)).compile()
+        compiled = gradient_function(plan).lower(abstract(plan, mesh), put_batch(batch, mesh)).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
 def test_memory_of_1f1b_does_not_grow_with_microbatches():
-    activations = 2 * LENGTH * configured().embed_dim * 4
+    activations = 2 * LENGTH * configured().config.embed_dim * 4
     more = {name: temporary_bytes(32, name) - temporary_bytes(8, name) for name in ("gpipe", "1f1b")}
     # The inputs of two layers for each of 24 microbatches, and the microbatch itself; versus only token ids.
     assert more["gpipe"] > 24 * 2 * activations
@@ -205,13 +208,13 @@ def test_memory_of_1f1b_does_not_grow_with_microbatches():
             {"stage": 4},
             {"microbatches": 6},
             48,
-            "model.pipeline.microbatches: 6 is not divisible by mesh.stage = 4; the nearest that fits is 8",
+            "execution.pipeline.microbatches: 6 is not divisible by mesh.stage = 4; the nearest that fits is 8",
         ),
         (
             {"stage": 2, "fsdp": 2},
             {"microbatches": 8},
             24,
-            "batch_size: 24 in accumulate=1 microbatches is not divisible by model.pipeline.microbatches = 8 and"
+            "batch_size: 24 in accumulate=1 microbatches is not divisible by execution.pipeline.microbatches = 8 and"
             " mesh.fsdp = 2; the nearest that fits is 32",
         ),
         (

@@ -40,7 +40,7 @@ def untrained(tokenizer, tokenizer_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("untrained")
     config = make_config(folder, model=MODEL, objective={"kind": "pretrain", "sources": [{"path": "nowhere"}]})
     config = resolve_model(config, tokenizer)
-    plan = Decoder(config.model)
+    plan = Decoder(config.model, config.execution)
     state = create_state(initialize(plan, jax.random.key(0)), make_optimizer(config.optim, plan))
     metadata = {"config": config.model_dump(mode="json"), "config_yaml": dump_yaml(config)}
     with Checkpointer(folder, keep=1) as checkpointer:

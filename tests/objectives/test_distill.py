@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxlm.config.execution import ExecutionConfig
 from maxlm.config.load import parse_config
 from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import initialize
@@ -21,9 +22,8 @@ SMALL = {
     "num_heads": 2,
     "num_kv_heads": 1,
     "head_dim": 8,
-    "activation_dtype": "float32",
-    "matmul_dtype": "float32",
 }
+EXECUTION = {"max_length": 32, "activation_dtype": "float32", "matmul_dtype": "float32"}
 LARGE = {**SMALL, "embed_dim": 32, "mlp_dim": 48}
 
 
@@ -34,9 +34,10 @@ def softmax(logits):
 
 @pytest.mark.parametrize("chunk_length", [3, 100])
 def test_divergence_and_gradient_match_formula(chunk_length):
-    shape = {"vocab_size": 23, "tie_embeddings": False, "loss_chunk_length": chunk_length}
-    student = initialize(Decoder(ModelConfig(**SMALL, **shape)), jax.random.key(0))
-    teacher = initialize(Decoder(ModelConfig(**LARGE, **shape)), jax.random.key(1))
+    shape = {"vocab_size": 23, "tie_embeddings": False}
+    execution = ExecutionConfig(**EXECUTION, loss_chunk_length=chunk_length)
+    student = initialize(Decoder(ModelConfig(**SMALL, **shape), execution), jax.random.key(0))
+    teacher = initialize(Decoder(ModelConfig(**LARGE, **shape), execution), jax.random.key(1))
     random = np.random.default_rng(0)
     hidden, taught = (random.normal(0, 20, (2, 7, width)).astype(np.float32) for width in (16, 32))
     weights, temperature = random.random((2, 7)).astype(np.float32), 1.7
@@ -58,7 +59,8 @@ def distill_config(output, teacher, data, *, objective=None, **settings):
     tree = {
         "kind": "train",
         "output": str(output),
-        "model": {**SMALL, "max_length": 32},
+        "model": SMALL,
+        "execution": EXECUTION,
         "objective": {
             "kind": "distill",
             "teacher": str(teacher),
@@ -86,8 +88,8 @@ def teacher(tmp_path_factory, tiny_data_folder):
     folder = tmp_path_factory.mktemp("teacher")
     tree = distill_config(folder, "none", tiny_data_folder).model_dump()
     objective = {"kind": "pretrain", "sources": [{"path": tiny_data_folder}]}
-    model = {**LARGE, "num_layers": 2, "max_length": 32, "pipeline": {"schedule": "1f1b"}}
-    train(parse_config({**tree, "model": model, "objective": objective, "steps": 8}))
+    model, execution = {**LARGE, "num_layers": 2}, {**EXECUTION, "pipeline": {"schedule": "1f1b"}}
+    train(parse_config({**tree, "model": model, "execution": execution, "objective": objective, "steps": 8}))
     return folder
 
 
@@ -112,15 +114,15 @@ def test_mesh_that_does_not_fit_is_rejected(teacher, tiny_data_folder, tmp_path)
 
 
 def test_1f1b_with_teacher_is_rejected(teacher, tiny_data_folder, tmp_path):
-    model = {**SMALL, "num_layers": 2, "max_length": 32, "pipeline": {"schedule": "1f1b"}}
-    config = distill_config(tmp_path / "run", teacher, tiny_data_folder, mesh={"fsdp": 1, "stage": 2}, model=model)
+    settings = {"model": {**SMALL, "num_layers": 2}, "execution": {**EXECUTION, "pipeline": {"schedule": "1f1b"}}}
+    config = distill_config(tmp_path / "run", teacher, tiny_data_folder, mesh={"fsdp": 1, "stage": 2}, **settings)
     with pytest.raises(ConfigError, match="1f1b does not support a teacher; set gpipe"):
         train(config)
 
 
 def test_teacher_uses_pipeline_settings_of_student(teacher, tmp_path, tiny_data_folder):
     """A teacher trained with 1F1B can teach a student that uses GPipe."""
-    student = {**SMALL, "num_layers": 2, "max_length": 32}
+    student = {**SMALL, "num_layers": 2}
     mesh = {"fsdp": 1, "stage": 2}
     config = distill_config(tmp_path / "run", teacher, tiny_data_folder, mesh=mesh, model=student, steps=1)
     assert train(config)["metrics"]["finished"]

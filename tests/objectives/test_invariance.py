@@ -6,8 +6,9 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from toy_task import MODEL, chat, make_config, question, write_lines
+from toy_task import EXECUTION, MODEL, chat, make_config, question, write_lines
 
+from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.core.batch import Batch
 from maxlm.core.parameters import initialize
@@ -36,7 +37,7 @@ def model_config(tokenizer):
 
 @pytest.fixture(scope="module")
 def model(model_config):
-    return initialize(Decoder(model_config), jax.random.key(1))
+    return initialize(Decoder(model_config, ExecutionConfig(**EXECUTION)), jax.random.key(1))
 
 
 def objective_of(settings):

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from toy_task import MODEL, chat, make_config, question, write_lines
+from toy_task import EXECUTION, MODEL, chat, make_config, question, write_lines
 
+from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import abstract, initialize, shardings
 from maxlm.core.sharding import logical_to_spec, make_mesh
@@ -35,7 +36,9 @@ def model_config(tokenizer):
 @pytest.fixture(scope="module")
 def weights(model_config):
     """Weights, drawn once for all meshes."""
-    return jax.device_get(initialize(Decoder(ModelConfig(**model_config)), jax.random.key(0)))
+    return jax.device_get(
+        initialize(Decoder(ModelConfig(**model_config), ExecutionConfig(**EXECUTION)), jax.random.key(0))
+    )
 
 
 @pytest.fixture
@@ -50,10 +53,10 @@ def build(tokenizer, model_config, weights, tmp_path):
             tmp_path / kind, init_from="x", objective=objective, mesh=mesh, lora=lora, model=model_config
         )
         mesh = make_mesh(config.mesh)
-        reference = jax.device_put(weights, shardings(Decoder(config.model), mesh))
+        reference = jax.device_put(weights, shardings(Decoder(config.model, config.execution), mesh))
         with jax.set_mesh(mesh):
             data = config.objective.open_data(RunContext(config, tokenizer, mesh, reference))
-        return config, mesh, config.objective.declare(config.model), data, reference
+        return config, mesh, config.objective.declare(config.model, config.execution), data, reference
 
     return make
 

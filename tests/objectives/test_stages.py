@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from toy_task import MODEL, make_config, question, write_lines
+from toy_task import EXECUTION, MODEL, make_config, question, write_lines
 
 from maxlm.core.batch import put_batch
 from maxlm.core.parameters import initialize
@@ -26,21 +26,23 @@ def test_stages_change_nothing(kind, lora, schedule, tokenizer, tmp_path):
     objective = {"kind": kind, "train_file": write_lines(tmp_path / "records.jsonl", RECORDS[kind])}
     if kind == "policy":
         objective |= {"max_new_tokens": 4, "group_size": 2, "kl_beta": 0.1}
-    model = {**MODEL, "num_layers": 4, "vocab_size": tokenizer.vocab_size, "pipeline": {"schedule": schedule}}
+    model = {**MODEL, "num_layers": 4, "vocab_size": tokenizer.vocab_size}
+    settings = {"lora": lora, "model": model, "execution": {**EXECUTION, "pipeline": {"schedule": schedule}}}
     results, batch = [], None
     for sizes in ({"stage": 2, "data": 2}, {}):
         mesh = {"data": 1, "fsdp": 1, **sizes}
-        config = make_config(tmp_path / "run", init_from="x", objective=objective, mesh=mesh, lora=lora, model=model)
+        config = make_config(tmp_path / "run", init_from="x", objective=objective, mesh=mesh, **settings)
         mesh = make_mesh(config.mesh)
         with jax.set_mesh(mesh):
-            start = initialize(Decoder(config.model), jax.random.key(0), mesh)
+            start = initialize(Decoder(config.model, config.execution), jax.random.key(0), mesh)
             data = config.objective.open_data(RunContext(config, tokenizer, mesh, start))
             if batch is None:
                 # Answers are sampled and scored on the stages too.
                 batch = next(data.batches(0, lambda: start))  # noqa: B023
             trainable = start
             if lora is not None:
-                trainable = initialize(declare_adapters(Decoder(config.model), config.lora), jax.random.key(1), mesh)
+                plan = Decoder(config.model, config.execution)
+                trainable = initialize(declare_adapters(plan, config.lora), jax.random.key(1), mesh)
             # Adapters start with a zero update, for which half of them have no gradient.
             trainable = jax.tree.map(lambda leaf: leaf + 0.05, trainable)
             results.append(_terms_and_gradient(config, trainable, start, put_batch(batch, mesh)))
@@ -59,7 +61,7 @@ def _terms_and_gradient(config, trainable, frozen, batch):
         return config.objective.compute_loss(model, batch, key)
 
     def compute(trainable, frozen, batch):
-        pipeline = config.model.pipeline
+        pipeline = config.execution.pipeline
         return loss_and_gradient(trainable, frozen, batch, loss_function=loss, accumulate=1, pipeline=pipeline)
 
     output, gradient = jax.jit(compute)(trainable, frozen, batch)

@@ -17,10 +17,8 @@ MODEL = {
     "num_heads": 2,
     "num_kv_heads": 1,
     "head_dim": 16,
-    "max_length": 64,
-    "activation_dtype": "float32",
-    "matmul_dtype": "float32",
 }
+EXECUTION = {"max_length": 64, "activation_dtype": "float32", "matmul_dtype": "float32"}
 
 
 def question(text):
@@ -41,6 +39,7 @@ def make_config(output, **settings):
     tree = {
         "kind": "train",
         "output": str(output),
+        "execution": EXECUTION,
         "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
         "optim": {"learning_rate": 5e-3, "weight_decay": 0.0, "schedule": {"kind": "constant", "warmup_steps": 1}},
         "checkpoint": {"every": 1000},

@@ -107,8 +107,11 @@ def test_fp8_is_rejected_on_devices_without_it(tmp_path):
     config = TrainConfig(
         kind="train",
         output=str(tmp_path),
-        model={"eight_bit": "fp8"},
+        model={},
+        execution={"eight_bit": "fp8"},
         objective={"kind": "pretrain", "sources": [{"path": "x"}]},
     )
-    with pytest.raises(ConfigError, match=r"model\.eight_bit: fp8 needs fp8 matrix units, .* cpu has none; set int8"):
+    with pytest.raises(
+        ConfigError, match=r"execution\.eight_bit: fp8 needs fp8 matrix units, .* cpu has none; set int8"
+    ):
         check_precision(config, jax.devices()[0])

@@ -61,7 +61,7 @@ def run(tmp_path_factory, tiny_data_folder):
 
 def test_run_saves_validates_resumes_and_loads_average(run):
     model, last = loaded(run.output)
-    start = initialize(Decoder(model.config), jax.random.key(run.seed))
+    start = initialize(Decoder(model.config, model.execution), jax.random.key(run.seed))
     mean = {path: np.float64(leaf) for path, leaf in flatten(start).items()}
     for step, decay in enumerate((1 / 10, 2 / 11, 3 / 12, 0.25)):
         _, weights = loaded(f"{run.output}/checkpoints/{step + 1}")

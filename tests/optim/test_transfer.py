@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from maxlm.config import ModelConfig
+from maxlm.config.execution import ExecutionConfig
 from maxlm.config.optim import OptimConfig
 from maxlm.core.batch import Stream
 from maxlm.core.parameters import initialize
@@ -38,11 +39,9 @@ def decoder(width, base):
         num_heads=width // 8,
         num_kv_heads=width // 8,
         head_dim=8,
-        max_length=16,
-        activation_dtype="float32",
-        matmul_dtype="float32",
     )
-    return initialize(Decoder(config), jax.random.key(0))
+    execution = ExecutionConfig(activation_dtype="float32", matmul_dtype="float32")
+    return initialize(Decoder(config, execution), jax.random.key(0))
 
 
 @jax.jit

@@ -7,6 +7,7 @@ from running_server import serve
 
 import maxlm
 from maxlm.config import ModelConfig, TokenizerConfig
+from maxlm.config.execution import ExecutionConfig
 from maxlm.core.parameters import initialize
 from maxlm.interop.int8 import write_bundle
 from maxlm.models.decoder import Decoder
@@ -34,11 +35,9 @@ def bundle(tmp_path_factory):
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
-        max_length=MAX_LENGTH,
-        activation_dtype="float32",
-        matmul_dtype="float32",
     )
-    decoder = initialize(Decoder(config), jax.random.key(0))
+    execution = ExecutionConfig(max_length=MAX_LENGTH, activation_dtype="float32", matmul_dtype="float32")
+    decoder = initialize(Decoder(config, execution), jax.random.key(0))
     # At initialization all tokens are nearly equally likely; larger embeddings separate them.
     decoder.embedding = decoder.embedding * 12
     bundle = folder / "tiny-int8"

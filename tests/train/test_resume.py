@@ -27,13 +27,13 @@ FREE = {
     *("checkpoint.local.folder", "checkpoint.local.every", "checkpoint.local.keep", "objective.valid_file"),
     *("processes.start_timeout_seconds", "processes.heartbeat_seconds", "processes.restart_seconds"),
     *("processes.restarts_without_progress", "log_every", "eval_every", "eval_batches", "accumulate"),
-    *("model.remat", "model.unroll", "model.loss_chunk_length", "model.attention", "model.context_attention"),
-    *("model.max_length", "model.moe.implementation"),
-    *("model.pipeline.schedule", "model.pipeline.microbatches", "model.pipeline.repeats"),
+    *("execution.remat", "execution.unroll", "execution.loss_chunk_length", "execution.attention"),
+    *("execution.context_attention", "execution.experts", "execution.max_length"),
+    *("execution.pipeline.schedule", "execution.pipeline.microbatches", "execution.pipeline.repeats"),
 }
 TOLD = {
     *("guard.spike_factor", "guard.max_skipped_in_a_row", "guard.max_rollbacks", "steps"),
-    *("model.activation_dtype", "model.matmul_dtype", "model.eight_bit"),
+    *("execution.activation_dtype", "execution.matmul_dtype", "execution.eight_bit"),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from declared import declared
 from jax.sharding import PartitionSpec as P
 from same_gradient import assert_same, on_host
-from tiny_decoder import documents, pack, tiny_config
+from tiny_decoder import EXECUTION, documents, pack, tiny_config
 
 from maxlm.config.fault import GuardConfig
 from maxlm.config.mesh import MeshConfig
@@ -28,7 +28,7 @@ from maxlm.train.state import create_state
 from maxlm.train.step import GUARD_WARMUP_STEPS, loss_and_gradient, train_step
 
 CONFIG = tiny_config(num_heads=8, num_kv_heads=8, window_pattern=(6,))
-PLAN = Decoder(CONFIG)
+PLAN = Decoder(CONFIG, EXECUTION)
 
 
 def loss_function(model, frozen, batch, key):

@@ -7,7 +7,7 @@ from pydoc_data.topics import topics
 import jax
 import numpy as np
 import pytest
-from tiny_run import MODEL, tiny_config
+from tiny_run import EXECUTION, MODEL, tiny_config
 
 import maxlm
 from maxlm.checkpoint.folder import find_checkpoint, read_metadata
@@ -73,16 +73,16 @@ def test_rows_of_another_length_are_rejected(tmp_path, tiny_data_folder):
 
 def test_rows_longer_than_context_of_starting_model_are_rejected(short_run, tmp_path, tiny_data_folder):
     config = tiny_config(tmp_path / "run", tiny_data_folder, init_from=str(short_run))
-    with pytest.raises(ConfigError, match="exceeds the model's max_length of"):
+    with pytest.raises(ConfigError, match=r"exceeds execution\.max_length of"):
         train(config.model_copy(update={"model": None, "row_length": 4096}))
 
 
 def test_starting_model_uses_settings_of_new_run(short_run, tmp_path, tiny_data_folder):
     """The new run chooses settings that change how a model is computed, not its weights."""
-    model = {**MODEL, "remat": "full", "max_length": 48}
-    train(tiny_config(tmp_path / "run", tiny_data_folder, init_from=str(short_run), model=model, steps=1))
+    execution = {**EXECUTION, "remat": "full", "max_length": 48}
+    train(tiny_config(tmp_path / "run", tiny_data_folder, init_from=str(short_run), execution=execution, steps=1))
     loaded, _ = load_model(tmp_path / "run")
-    assert (loaded.config.remat, loaded.config.max_length) == ("full", 48)
+    assert (loaded.execution.remat, loaded.execution.max_length) == ("full", 48)
 
 
 def test_vocabulary_of_another_size_is_rejected(tmp_path, tiny_data_folder):
@@ -217,7 +217,7 @@ def test_indivisible_heads_are_reported_with_all_other_problems(tiny_data_folder
     [
         (
             {"attention": "reference"},
-            "model.attention: reference .* ring attention over mesh.context = 8 does; set it to auto or xla",
+            "execution.attention: reference .* ring attention over mesh.context = 8 does; set it to auto or xla",
         ),
         ({}, "row_length: 40 .* mesh.context = 8, each with two chunks of a row; the nearest that fits is 32"),
         (
@@ -231,7 +231,8 @@ def test_indivisible_rows_and_heads_are_rejected(settings, message, tiny_data_fo
         "x",
         tiny_data_folder,
         mesh={"fsdp": 1, "context": 8},
-        model={**MODEL, "vocab_size": 8, **settings},
+        model={**MODEL, "vocab_size": 8},
+        execution={**EXECUTION, **settings},
         row_length=40,
     )
     with pytest.raises(ConfigError, match=message):

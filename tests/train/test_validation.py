@@ -55,7 +55,7 @@ def test_values_by_source_do_not_depend_on_order_or_processes(
     one = objective(tiny_data_folder, digits)
     mesh = one._context.mesh
     with jax.set_mesh(mesh):
-        model = initialize(Decoder(one._context.config.model), jax.random.key(0), mesh)
+        model = initialize(Decoder(one._context.config.model, one._context.config.execution), jax.random.key(0), mesh)
         values = one.validate(model)
         assert values.keys() == {"loss", "perplexity", "bits_per_byte", "bits_per_byte/out", "bits_per_byte/digits"}
         assert part_of_one(digits, tiny_data_folder).validate(model) == values

@@ -20,6 +20,7 @@ def config_of(kind, **settings):
         "output": "nowhere",
         "init_from": "nowhere",
         "model": MODEL,
+        "execution": {},
         "objective": {"kind": kind, **OBJECTIVES[kind]},
         **settings,
     }

@@ -15,7 +15,7 @@ from maxlm.config.load import dump_yaml
 from maxlm.core.sharding import MESH_AXES
 from maxlm.errors import RequestError
 from maxlm.verify import examples
-from maxlm.verify.reduce import describe_subject, full_model, reduced_config, reduced_model
+from maxlm.verify.reduce import describe_subject, reduced_config, reduced_model
 from maxlm.verify.report import Finding, Report, compare
 from maxlm.verify.run import choose, verify
 from maxlm.verify.show import conclusion, failure, markdown, summary, table
@@ -86,18 +86,18 @@ def test_reduced_model_keeps_structure():
             "tie_embeddings": False,
             "qk_norm": True,
             "logit_soft_cap": 30.0,
-            "activation_dtype": "bfloat16",
             "moe": {"num_experts": 64, "experts_per_token": 4, "mlp_dim": 512, "num_shared_experts": 1},
         },
     )
-    small = reduced_model(config.model, vocab_size=64)
+    reduced = reduced_config(config, vocab_size=64)
+    small = reduced.model
     assert small.num_heads // small.num_kv_heads == 4
     assert small.window_pattern == (11, 5, None)
     assert small.num_layers == 12
     assert (small.tie_embeddings, small.qk_norm, small.logit_soft_cap) == (False, True, 30.0)
     assert (small.moe.experts_per_token, small.moe.num_shared_experts) == (4, 1)
     assert small.moe.num_experts < 64
-    assert (small.activation_dtype, small.matmul_dtype) == ("float32", "float32")
+    assert (reduced.execution.activation_dtype, reduced.execution.matmul_dtype) == ("float32", "float32")
 
 
 @pytest.mark.parametrize(("turns", "kept"), [(1, 1), (2, 2), (3, 3), (5, 1), (6, 2), (12, 4), (18, 2), (30, 2)])
@@ -124,11 +124,11 @@ def test_every_loss_term_is_enabled():
 
 @pytest.mark.parametrize(
     ("eight_bit", "ending"),
-    [(None, "float32"), ("int8", "float32, without the 8-bit rounding of model.eight_bit=int8")],
+    [(None, "float32"), ("int8", "float32, without the 8-bit rounding of execution.eight_bit=int8")],
 )
 def test_subject_says_that_8_bit_rounding_is_disabled(eight_bit, ending):
-    config = config_of("sft", model={"num_heads": 4, "num_kv_heads": 2, "eight_bit": eight_bit})
-    subject = describe_subject(reduced_config(config, vocab_size=64), *full_model(config))
+    config = config_of("sft", execution={"eight_bit": eight_bit})
+    subject = describe_subject(reduced_config(config, vocab_size=64), config, "its own")
     assert subject.endswith(f"8 rows of 96 tokens, {ending}")
 
 
