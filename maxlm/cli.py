@@ -17,7 +17,7 @@ from maxlm.runtime.streams import prepare_streams
 
 # Modules with a `register(subparsers)`; they import nothing heavy at module level.
 COMMANDS = (
-    "maxlm.config.cli",
+    "maxlm.train.config_cli",
     "maxlm.data.cli",
     "maxlm.tokenizer.cli",
     "maxlm.train.cli",

@@ -20,7 +20,8 @@ from maxlm.checkpoint.same_model import check_same_model
 from maxlm.config.execution import DEFAULT_EXECUTION
 from maxlm.config.train import TrainConfig
 from maxlm.core.sharding import make_mesh, mesh_sizes, row_shard
-from maxlm.errors import ConfigError
+from maxlm.errors import ConfigError, DataError, TokenizerError
+from maxlm.models.adapters import declare_adapters
 from maxlm.runtime.manifest import read_manifest
 from maxlm.runtime.output import check_output
 from maxlm.runtime.peers import Peers
@@ -95,6 +96,25 @@ def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
         raise ConfigError([f"row_length: {config.row_length} exceeds execution.max_length of {execution.max_length}"])
     model = model.model_copy(update={"vocab_size": tokenizer.vocab_size})
     return config.model_copy(update={"model": model, "execution": execution})
+
+
+def declared_model(config: TrainConfig) -> Any:
+    """The declarations of the model that a configuration trains, with the adapters if it has any.
+
+    Raises:
+      ConfigError: the size of the vocabulary is unknown, because there is no tokenizer yet.
+      CheckpointError: the model of `init_from` does not exist.
+    """
+    if config.model is None or config.model.vocab_size == 0:
+        try:
+            tokenizer = Tokenizer.load(find_tokenizer(config))
+        except (DataError, TokenizerError) as error:
+            raise ConfigError(
+                [f"model.vocab_size: is that of the tokenizer ({error}); or give model.vocab_size"]
+            ) from None
+        config = resolve_model(config, tokenizer)
+    plan = config.objective.declare(config.model, config.execution or DEFAULT_EXECUTION)
+    return plan if config.lora is None else {"model": plan, "adapters": declare_adapters(plan, config.lora)}
 
 
 def find_tokenizer(config: TrainConfig) -> epath.Path:

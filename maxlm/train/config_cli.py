@@ -13,6 +13,7 @@ def register(subparsers) -> None:
             "examples:\n"
             "  maxlm config list                            the recipes, whose names can be given as CONFIG\n"
             "  maxlm config show configs/quickstart/pretrain.yaml optim.learning_rate=1e-3\n"
+            "  maxlm config show post/distill --tree model.vocab_size=32000\n"
             "  maxlm config schema > maxlm.schema.json      for completion in editors"
         ),
     )
@@ -22,7 +23,9 @@ def register(subparsers) -> None:
     show = actions.add_parser("show", help="print the resolved configuration as YAML, or all its mistakes")
     show.add_argument("file", metavar="FILE", help="a YAML file with a `kind`, or a recipe's name")
     show.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.learning_rate=3e-4")
-    show.add_argument("--json", action="store_true", help="print JSON instead of YAML")
+    form = show.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON instead of YAML")
+    form.add_argument("--tree", action="store_true", help="print the model part by part, with numbers of parameters")
     show.set_defaults(func=run_show)
     schema = actions.add_parser("schema", help="print the JSON schema of all configuration files")
     schema.set_defaults(func=run_schema)
@@ -31,6 +34,12 @@ def register(subparsers) -> None:
 def run_show(args: argparse.Namespace) -> int:
     from maxlm.config import dump_yaml, load_config
 
+    if args.tree:
+        from maxlm.models.show import describe_model
+        from maxlm.train.setup import declared_model
+
+        print(describe_model(declared_model(load_config(args.file, args.overrides, kind="train"))))
+        return 0
     config = load_config(args.file, args.overrides)
     print(config.model_dump_json(indent=2) if args.json else dump_yaml(config), end="" if not args.json else "\n")
     return 0
