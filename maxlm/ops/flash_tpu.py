@@ -46,7 +46,7 @@ def flash_attention(
     segments_BT,
     segments_BS,
     *,
-    largest_block: int = 512,
+    largest_block: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Attention as `maxlm.ops.attention.attention` defines it; segment ids are both given or both None.
@@ -67,7 +67,7 @@ class Kernels:
     """
 
     matmul_dtype: jnp.dtype
-    largest_block: int = 512
+    largest_block: int | None = None
     interpret: bool = False
 
     def forward(self, rule: AttentionRule, *operands):
@@ -96,9 +96,18 @@ class Kernels:
         return length, kernel, _padded(kernel, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)
 
 
-def _kernel(rule, length: int, key_length: int, largest_block: int, interpret: bool, result_dtype=None) -> _Kernel:
+def _kernel(
+    rule, length: int, key_length: int, largest_block: int | None, interpret: bool, result_dtype=None
+) -> _Kernel:
+    largest_block = largest_block or _largest_block(rule, min(length, key_length))
     blocks = _block_size(length, largest_block), _block_size(key_length, largest_block)
     return _Kernel(rule, *blocks, interpret, result_dtype)
+
+
+def _largest_block(rule: AttentionRule, length: int) -> int:
+    """Large blocks cost less per element, but more elements that are masked: along the diagonal and window."""
+    reach = length if rule.window is None else min(length, rule.window)
+    return 1024 if reach >= 4096 else 512
 
 
 def _padded(kernel: _Kernel, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
@@ -394,29 +403,33 @@ def _for_visible(kernel: _Kernel, pairs, segments, step):
     pair = pl.program_id(2)
     query_start, key_start = pairs[0, pair] * kernel.query_block, pairs[1, pair] * kernel.key_block
 
-    def mask(logits_sq):
-        shape = logits_sq.shape
-        query_position = query_start + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        key_position = key_start + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-        visible = kernel.rule.sees(query_position, key_position)
+    def mask(logits_sq, by_position=True):
+        visible: Any = True
+        if by_position:
+            query_position = query_start + jax.lax.broadcasted_iota(jnp.int32, logits_sq.shape, 1)
+            key_position = key_start + jax.lax.broadcasted_iota(jnp.int32, logits_sq.shape, 0)
+            visible = kernel.rule.sees(query_position, key_position)
         if segments:
-            query_segment_1q, key_segment_1s = (segment[...] for segment in segments)
-            key_segment_s1 = jnp.broadcast_to(key_segment_1s, (_LANES, shape[0])).T[:, :1]
-            visible &= (query_segment_1q == key_segment_s1) & (query_segment_1q != 0)
+            query_segment_1q, key_segment_sl = (segment[...] for segment in segments)
+            visible &= query_segment_1q == jnp.tile(key_segment_sl, (1, kernel.query_block // _LANES))
         return logits_sq if visible is True else jnp.where(visible, logits_sq, MASKED_LOGIT)
 
-    if segments or kernel.rule.everything_visible:
+    if kernel.rule.everything_visible:
         step(mask)
         return
     all_visible = kernel.rule.block_is_visible(
         query_start, query_start + kernel.query_block, key_start, key_start + kernel.key_block
     )
-    pl.when(all_visible)(lambda: step(lambda logits_sq: logits_sq))
+    pl.when(all_visible)(lambda: step(functools.partial(mask, by_position=False)))
     pl.when(~all_visible)(lambda: step(mask))
 
 
 def _segment_rows(segments_BT, segments_BS) -> list[jax.Array]:
-    return [] if segments_BT is None else [segments_BT[:, None], segments_BS[:, None]]
+    """The segments of queries along lanes and of keys along sublanes, repeated in every lane; padding fits no key."""
+    if segments_BT is None:
+        return []
+    query_segments_B1T = jnp.where(segments_BT == 0, -1, segments_BT)[:, None]
+    return [query_segments_B1T, jnp.broadcast_to(segments_BS[:, :, None], (*segments_BS.shape, _LANES))]
 
 
 # `at` maps a grid step to (batch, head, index of the block along the length).
@@ -442,7 +455,14 @@ def _segment_specs(kernel: _Kernel, segments_BT, query_at, key_at) -> list[pl.Bl
 
         return pl.BlockSpec((None, 1, block), index)
 
-    return [] if segments_BT is None else [row(query_at, kernel.query_block), row(key_at, kernel.key_block)]
+    def column(at, block):
+        def index(*step):
+            batch, _, number = at(*step)
+            return batch, number, 0
+
+        return pl.BlockSpec((None, block, _LANES), index)
+
+    return [] if segments_BT is None else [row(query_at, kernel.query_block), column(key_at, kernel.key_block)]
 
 
 def _backward_specs(kernel: _Kernel, head_dim: int, segments_BT, query_at, key_at) -> list[pl.BlockSpec]:

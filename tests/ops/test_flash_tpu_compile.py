@@ -13,6 +13,7 @@ CASES = {
     "grouped heads": (1024, 4, 1, 128, "bfloat16", {}),
     "segments, window": (1024, 2, 2, 128, "bfloat16", {"segments": True, "window": 300}),
     "uneven length, soft cap": (600, 2, 2, 64, "bfloat16", {"segments": True, "soft_cap": 30.0}),
+    "long rows in large blocks": (4096, 1, 1, 256, "bfloat16", {"segments": True, "soft_cap": 30.0}),
     "float32, bidirectional": (256, 2, 2, 64, "float32", {"causal": False}),
 }
 
