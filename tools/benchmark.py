@@ -27,6 +27,8 @@ from maxlm.models.cache import KVCache  # noqa: E402
 from maxlm.models.decoder import Decoder  # noqa: E402
 from maxlm.objectives.language_model import language_model_loss  # noqa: E402
 from maxlm.ops.attention import attention  # noqa: E402
+from maxlm.ops.attention_operands import AttentionOperands  # noqa: E402
+from maxlm.ops.attention_rule import AttentionRule  # noqa: E402
 from maxlm.optim.build import make_optimizer  # noqa: E402
 from maxlm.train.state import create_state  # noqa: E402
 from maxlm.train.step import train_step  # noqa: E402
@@ -55,14 +57,16 @@ def product() -> tuple[str, Variants]:
 def attention_gradient() -> tuple[str, Variants]:
     """Attention forward and backward, batch 8, length 512, 4 query and 2 key-value heads of 64, two documents a row."""
     shapes = ((8, 512, 4, 64), (8, 512, 2, 64), (8, 512, 2, 64))
-    operands = tuple(jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+    arrays = tuple(jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
     segment_ids = jnp.broadcast_to(1 + jnp.arange(512) // 300, (8, 512))
 
-    def loss(operands, **settings):
-        return jnp.sum(attention(*operands, segment_ids=segment_ids, **settings) ** 2)
+    rule = AttentionRule(scale=64**-0.5)
+
+    def loss(arrays, **settings):
+        return jnp.sum(attention(*arrays, rule, AttentionOperands(segments=(segment_ids,) * 2), **settings) ** 2)
 
     return "attention, forward and backward", {
-        name: partial(jax.jit(jax.grad(partial(loss, **settings))), operands)
+        name: partial(jax.jit(jax.grad(partial(loss, **settings))), arrays)
         for name, settings in (
             ("reference", {"implementation": "reference"}),
             ("xla, float32", {"implementation": "xla"}),

@@ -4,7 +4,6 @@ Dimensions: B batch, L length, D embed, H query heads, K key-value heads, E head
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +20,8 @@ from maxlm.core.sharding import is_explicit, logical_to_spec, shard
 from maxlm.core.term import LossOutput
 from maxlm.models.cache import KVCache
 from maxlm.ops.attention import attention
+from maxlm.ops.attention_operands import AttentionOperands
+from maxlm.ops.attention_rule import AttentionRule
 from maxlm.ops.context import context_attention
 from maxlm.ops.linear import linear, operand_dtype
 from maxlm.ops.norm import rms_norm
@@ -180,22 +181,31 @@ def _sharded_attention(
     config: ModelConfig, execution: ExecutionConfig, query_BLHE, key_BLKE, value_BLKE, context: TokenContext, window
 ):
     """Attention on each device's own rows and heads, and across the devices that share a row, if sharded."""
-    settings = {
-        "window": window,
-        "soft_cap": config.attention_soft_cap,
-        "implementation": None if execution.attention == "auto" else execution.attention,
+    rule = _rule(config, window)
+    operands = AttentionOperands(segments=(context.segment_ids_BL, context.segment_ids_BL))
+    implementation = None if execution.attention == "auto" else execution.attention
+    settings: dict[str, Any] = {
+        "implementation": implementation,
         "matmul_dtype": jnp.dtype(operand_dtype(execution.matmul_dtype)),
     }
     if not is_explicit():
-        return attention(query_BLHE, key_BLKE, value_BLKE, segment_ids=context.segment_ids_BL, **settings)
+        return attention(query_BLHE, key_BLKE, value_BLKE, rule, operands, **settings)
     heads = logical_to_spec(("batch", "length", "heads", None))
     kv_heads = logical_to_spec(("batch", "length", "kv_heads", None))
-    local: Callable[..., jax.Array] = partial(
-        context_attention, method=execution.context_attention, order=context.row_order, **settings
-    )
+
+    def local(query_BLHE, key_BLKE, value_BLKE, operands):
+        method, order = execution.context_attention, context.row_order
+        return context_attention(
+            query_BLHE, key_BLKE, value_BLKE, rule, operands, method=method, order=order, **settings
+        )
+
     return jax.shard_map(local, in_specs=(heads, kv_heads, kv_heads, P(*heads[:2])), out_specs=heads, check_vma=False)(
-        query_BLHE, key_BLKE, value_BLKE, context.segment_ids_BL
+        query_BLHE, key_BLKE, value_BLKE, operands
     )
+
+
+def _rule(config: ModelConfig, window: int | None) -> AttentionRule:
+    return AttentionRule(scale=1 / math.sqrt(config.head_dim), window=window, soft_cap=config.attention_soft_cap)
 
 
 def cached_attention(query_BLHE, keys_BKTE, values_BKTE, positions_BL, *, window: int | None, soft_cap: float | None):

@@ -19,22 +19,36 @@ class AttentionRule:
     """Positions i of queries and j of keys; keys start at 0, queries at `offset`.
 
     Attributes:
+      scale: factor on the dot product, before the soft cap; usually head_dim ** -0.5.
       causal: i attends to j only if j <= i.
       window: i attends to j only if i - j < window; without `causal`, |i - j| < window.
       soft_cap: a logit x becomes soft_cap * tanh(x / soft_cap).
-      scale: factor on the dot product, before the soft cap.
       offset: position of the first query relative to the first key: nonzero if both are pieces of a longer row.
+
+    Raises:
+      ValueError: the window or the soft cap is not positive.
     """
 
-    causal: bool
-    window: int | None
-    soft_cap: float | None
     scale: float
+    causal: bool = True
+    window: int | None = None
+    soft_cap: float | None = None
     offset: int = 0
+
+    def __post_init__(self):
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1, not {self.window}; None means no window")
+        if self.soft_cap is not None and self.soft_cap <= 0:
+            raise ValueError(f"soft_cap must be positive, not {self.soft_cap}; None means no cap")
 
     @property
     def everything_visible(self) -> bool:
         return not self.causal and self.window is None
+
+    @property
+    def bidirectional(self) -> "AttentionRule":
+        """The rule between tokens of a prefix: without causality, the window to both sides."""
+        return dataclasses.replace(self, causal=False)
 
     def sees(self, query_position, key_position):
         """Whether a query may attend to a key: elementwise, for integers or integer arrays that broadcast."""

@@ -3,7 +3,7 @@
 Ring attention (`maxlm.ops.ring`) passes keys and values around. With all-to-all (arXiv:2309.14509), every device
 gets whole rows of some of the heads.
 
-Shapes: B batch, L length of a row, T a device's tokens, N query heads, K key-value heads, H head dim.
+Shapes: B batch, L length of a row, T a device's tokens, N query heads, K key-value heads, H head dim, V value dim.
 """
 
 import math
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from maxlm.core.sharding import check_row_length, current_mesh, spec_of
 from maxlm.errors import ConfigError
 from maxlm.ops.attention import attention, in_pieces
+from maxlm.ops.attention_operands import AttentionOperands
 from maxlm.ops.attention_rule import AttentionRule
 from maxlm.ops.ring import AXIS, Ring, RowOrder, held_chunks, ring_attention
 
@@ -74,53 +75,66 @@ def _exchange_chunks(x_BL: jax.Array, *, back: bool) -> jax.Array:
 def context_attention(
     query_BTNH: jax.Array,
     key_BTKH: jax.Array,
-    value_BTKH: jax.Array,
-    segments_BT: jax.Array,
+    value_BTKV: jax.Array,
+    rule: AttentionRule,
+    operands: AttentionOperands,
     *,
     method: str,
     order: RowOrder = "plain",
-    causal: bool = True,
-    window: int | None = None,
-    soft_cap: float | None = None,
     implementation: str | None = None,
     matmul_dtype: jnp.dtype | None = None,
 ) -> jax.Array:
     """`maxlm.ops.attention.attention` over rows sharded along `context`; call it inside `jax.shard_map`.
 
     Args:
-      query_BTNH, key_BTKH, value_BTKH, segments_BT: this device's tokens and heads.
+      query_BTNH, key_BTKH, value_BTKV: this device's tokens and heads.
+      operands: of this device's tokens and heads; masks and arrays of biases only if rows are not sharded.
       method: "ring" or "all_to_all", with the same result.
       order: token order of the rows; "all_to_all" needs "plain".
       implementation: as in `attention`; "ring" needs `xla` or `pallas_tpu`.
 
     Raises:
-      ConfigError: the heads are not divisible by the devices, or the implementation does not support "ring".
+      ConfigError: the heads are not divisible by the devices, the implementation does not support "ring", or an operand
+        needs whole rows.
     """
-    size = context_size()
+    size, length = context_size(), query_BTNH.shape[1]
     matmul_dtype = jnp.dtype(query_BTNH.dtype if matmul_dtype is None else matmul_dtype)
-    if size > 1 and method == "ring":
-        rule = AttentionRule(causal, window, soft_cap, query_BTNH.shape[-1] ** -0.5)
-        chunk_length = query_BTNH.shape[1] // len(held_chunks(order, size)[0])
-        ring = Ring(rule, in_pieces(implementation, chunk_length, matmul_dtype), order, size)
-        return ring_attention(ring, query_BTNH, key_BTKH, value_BTKH, segments_BT)
-    if size > 1:
-        query_BTNH, key_BTKH, value_BTKH = _heads_for_tokens(query_BTNH, key_BTKH, value_BTKH, size)
-        segments_BT = jax.lax.all_gather(segments_BT, AXIS, axis=1, tiled=True)
+    if size == 1:
+        return attention(
+            query_BTNH, key_BTKH, value_BTKV, rule, operands, implementation=implementation, matmul_dtype=matmul_dtype
+        )
+    for name, array in {"a mask": operands.mask_BNTS, "an array of biases": operands.bias_BNTS}.items():
+        if array is not None:
+            raise ConfigError([f"execution.context_attention: {method} does not support {name}; choose mesh.context=1"])
+    operands = operands.by_distance(0, length * size, length * size)
+    if method == "ring":
+        pieces = in_pieces(implementation, length // len(held_chunks(order, size)[0]), matmul_dtype)
+        return ring_attention(Ring(rule, pieces, order, size), query_BTNH, key_BTKH, value_BTKV, operands)
+    query_BTNH, key_BTKH, value_BTKV = _heads_for_tokens(query_BTNH, key_BTKH, value_BTKV, size)
+    segments, prefix = jax.tree.map(
+        lambda ids: jax.lax.all_gather(ids, AXIS, axis=1, tiled=True), (operands.segments, operands.prefix)
+    )
+    position_bias, sinks_N = jax.tree.map(
+        lambda x: _heads_of_device(x, query_BTNH.shape[2]), (operands.position_bias, operands.sinks_N)
+    )
     output = attention(
         query_BTNH,
         key_BTKH,
-        value_BTKH,
-        segment_ids=segments_BT,
-        causal=causal,
-        window=window,
-        soft_cap=soft_cap,
+        value_BTKV,
+        rule,
+        AttentionOperands(segments, prefix, position_bias, sinks_N),
         implementation=implementation,
         matmul_dtype=matmul_dtype,
     )
-    return output if size == 1 else jax.lax.all_to_all(output, AXIS, split_axis=1, concat_axis=2, tiled=True)
+    return jax.lax.all_to_all(output, AXIS, split_axis=1, concat_axis=2, tiled=True)
 
 
-def _heads_for_tokens(query_BTNH, key_BTKH, value_BTKH, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _heads_of_device(x_N: jax.Array, num_heads: int) -> jax.Array:
+    """This device's share of the heads of an array [N, ...], after `_heads_for_tokens`."""
+    return jax.lax.dynamic_slice_in_dim(x_N, jax.lax.axis_index(AXIS) * num_heads, num_heads)
+
+
+def _heads_for_tokens(query_BTNH, key_BTKH, value_BTKV, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """All-to-all from some tokens of all heads of this device to all tokens of some of the heads."""
     num_heads, num_kv_heads = query_BTNH.shape[2], key_BTKH.shape[2]
     if num_heads % size:
@@ -133,7 +147,7 @@ def _heads_for_tokens(query_BTNH, key_BTKH, value_BTKH, size: int) -> tuple[jax.
     # If there are fewer key-value heads than devices, they are replicated. As num_heads is a multiple of both numbers,
     # it is one of their least common multiple, and queries stay with their keys.
     copies = size // math.gcd(num_kv_heads, size)
-    key_BTKH, value_BTKH = (jnp.repeat(x, copies, axis=2) for x in (key_BTKH, value_BTKH))
+    key_BTKH, value_BTKV = (jnp.repeat(x, copies, axis=2) for x in (key_BTKH, value_BTKV))
     return tuple(
-        jax.lax.all_to_all(x, AXIS, split_axis=2, concat_axis=1, tiled=True) for x in (query_BTNH, key_BTKH, value_BTKH)
+        jax.lax.all_to_all(x, AXIS, split_axis=2, concat_axis=1, tiled=True) for x in (query_BTNH, key_BTKH, value_BTKV)
     )

@@ -4,8 +4,8 @@ Queries are split into a few static blocks; each computes only keys that are not
 about half, and the backward pass recomputes probabilities from the saved log-sum-exp (arXiv:2205.14135) instead
 of storing them.
 
-Shapes: B batch, T query length, S key length, N query heads, K key-value heads, G = N / K, H head dim; q and s are
-the lengths of a block of queries and of its keys.
+Shapes: B batch, T query length, S key length, N query heads, K key-value heads, G = N / K, H head dim, V value dim; q
+and s are the lengths of a block of queries and of its keys.
 """
 
 import dataclasses
@@ -15,105 +15,88 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule, mean_gradient
+from maxlm.ops.attention_operands import AttentionOperands, group_heads
+from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule
 
 _MOST_BLOCKS = 8
 _SMALLEST_BLOCK = 64
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def flash_attention(rule: AttentionRule, matmul_dtype, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
-    """Attention as `maxlm.ops.attention.attention` defines it; segment ids are both given or both None.
-
-    Operands of the matrix products are cast to `matmul_dtype`; products and softmax are float32.
-    """
-    return _forward(rule, matmul_dtype, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)[0]
-
-
-def _forward(rule, matmul_dtype, query_BTNH, *operands):
-    output_BTNH, log_sum_BTN = Blockwise(matmul_dtype).forward(rule, query_BTNH, *operands)
-    output_BTNH = output_BTNH.astype(query_BTNH.dtype)
-    return output_BTNH, (query_BTNH, *operands, output_BTNH, log_sum_BTN)
-
-
-def _backward(rule, matmul_dtype, residuals, gradient_BTNH):
-    *operands, output_BTNH, log_sum_BTN = residuals
-    mean_BTN = mean_gradient(output_BTNH, gradient_BTNH)
-    gradients = Blockwise(matmul_dtype).backward(rule, *operands, log_sum_BTN, mean_BTN, gradient_BTNH)
-    return *(gradient.astype(x.dtype) for gradient, x in zip(gradients, operands)), None, None
-
-
-flash_attention.defvjp(_forward, _backward)
-
-
 @dataclasses.dataclass(frozen=True)
 class Blockwise:
-    """Attention over part of the keys of a query, as parts that can be merged."""
+    """`maxlm.ops.flash.Blocks` in plain XLA. Operands of the products are `matmul_dtype`, results are float32."""
 
     matmul_dtype: jnp.dtype
 
-    def forward(self, rule: AttentionRule, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
-        """The output [B, T, N, H] and the log-sum-exp of the logits [B, T, N], float32.
-
-        For a fully masked query they are 0 and +1e30, which makes its probabilities in `backward` exact zeros.
-        """
-        query_BKGTH = _group(query_BTNH, key_BSKH.shape[2])
-        key_BKSH, value_BKSH = key_BSKH.swapaxes(1, 2), value_BSKH.swapaxes(1, 2)
+    def forward(self, rule: AttentionRule, query_BTNH, key_BSKH, value_BSKV, operands: AttentionOperands):
+        num_kv_heads = key_BSKH.shape[2]
+        query_BKGTH = _group(query_BTNH, num_kv_heads)
+        key_BKSH, value_BKSV = key_BSKH.swapaxes(1, 2), value_BSKV.swapaxes(1, 2)
         product = functools.partial(_einsum, self.matmul_dtype)
         outputs, log_sums = [], []
-        for queries, keys in _blocks(rule, query_BTNH.shape[1], key_BSKH.shape[1]):
+        for queries, keys in _blocks(_reach(rule, operands), query_BTNH.shape[1], key_BSKH.shape[1]):
             query_BKGqH, key_BKsH = query_BKGTH[:, :, :, queries], key_BKSH[:, :, keys]
             logits_BKGqs = rule.logits(product("bkgqh,bksh->bkgqs", query_BKGqH, key_BKsH))
-            logits_BKGqs = _mask(rule, logits_BKGqs, segments_BT, segments_BS, queries, keys)
+            if any(bias is not None for bias in operands.biases):
+                logits_BKGqs += _block_bias(operands.biases, logits_BKGqs.shape, queries, keys)
+            logits_BKGqs = _mask(rule, logits_BKGqs, operands, queries, keys)
             largest_BKGq1 = jnp.max(logits_BKGqs, axis=-1, keepdims=True)
             weights_BKGqs = jnp.exp(logits_BKGqs - largest_BKGq1)
             sum_BKGq1 = jnp.sum(weights_BKGqs, axis=-1, keepdims=True)
-            mixed_BKGqH = product("bkgqs,bksh->bkgqh", weights_BKGqs, value_BKSH[:, :, keys])
+            mixed_BKGqV = product("bkgqs,bksh->bkgqh", weights_BKGqs, value_BKSV[:, :, keys])
             sees_any = largest_BKGq1 > MASKED_LOGIT / 2
-            outputs.append(jnp.where(sees_any, mixed_BKGqH / sum_BKGq1, 0.0))
+            outputs.append(jnp.where(sees_any, mixed_BKGqV / sum_BKGq1, 0.0))
             log_sums.append(jnp.where(sees_any, largest_BKGq1 + jnp.log(sum_BKGq1), -MASKED_LOGIT))
-        output_BTNH, log_sum_BTN1 = (_ungroup(jnp.concatenate(parts, axis=3)) for parts in (outputs, log_sums))
-        return output_BTNH, log_sum_BTN1[..., 0]
+        output_BTNV, log_sum_BTN1 = (_ungroup(jnp.concatenate(parts, axis=3)) for parts in (outputs, log_sums))
+        return output_BTNV, log_sum_BTN1[..., 0]
 
     def backward(
         self,
         rule: AttentionRule,
         query_BTNH,
         key_BSKH,
-        value_BSKH,
-        segments_BT,
-        segments_BS,
+        value_BSKV,
+        operands: AttentionOperands,
         log_sum_BTN,
         mean_BTN,
-        gradient_BTNH,
+        gradient_BTNV,
     ):
-        """Gradients of query, key and value, float32; `log_sum_BTN` and `mean_BTN` are over all keys."""
         length, (key_length, num_kv_heads) = query_BTNH.shape[1], key_BSKH.shape[1:3]
-        query_BKGTH, gradient_BKGTH, log_sum_BKGT1, mean_BKGT1 = (
-            _group(x, num_kv_heads) for x in (query_BTNH, gradient_BTNH, log_sum_BTN[..., None], mean_BTN[..., None])
+        query_BKGTH, gradient_BKGTV, log_sum_BKGT1, mean_BKGT1 = (
+            _group(x, num_kv_heads) for x in (query_BTNH, gradient_BTNV, log_sum_BTN[..., None], mean_BTN[..., None])
         )
-        key_BKSH, value_BKSH = key_BSKH.swapaxes(1, 2), value_BSKH.swapaxes(1, 2)
+        key_BKSH, value_BKSV = key_BSKH.swapaxes(1, 2), value_BSKV.swapaxes(1, 2)
         product = functools.partial(_einsum, self.matmul_dtype)
 
         query_gradients, key_pieces, value_pieces = [], [], []
-        blocks = _blocks(rule, length, key_length)
+        bias_gradients = jax.tree.map(jnp.zeros_like, operands.biases)
+        blocks = _blocks(_reach(rule, operands), length, key_length)
         for queries, keys in blocks:
-            query_BKGqH, gradient_BKGqH = query_BKGTH[:, :, :, queries], gradient_BKGTH[:, :, :, queries]
-            key_BKsH, value_BKsH = key_BKSH[:, :, keys], value_BKSH[:, :, keys]
+            query_BKGqH, gradient_BKGqV = query_BKGTH[:, :, :, queries], gradient_BKGTV[:, :, :, queries]
+            key_BKsH, value_BKsV = key_BKSH[:, :, keys], value_BKSV[:, :, keys]
             logits_BKGqs = rule.logits(product("bkgqh,bksh->bkgqs", query_BKGqH, key_BKsH))
-            masked_BKGqs = _mask(rule, logits_BKGqs, segments_BT, segments_BS, queries, keys)
+            biased_BKGqs, to_biases = logits_BKGqs, None
+            if any(bias is not None for bias in operands.biases):
+                of_block = functools.partial(_block_bias, shape=logits_BKGqs.shape, queries=queries, keys=keys)
+                bias_BKGqs, to_biases = jax.vjp(of_block, operands.biases)
+                biased_BKGqs = logits_BKGqs + bias_BKGqs
+            masked_BKGqs = _mask(rule, biased_BKGqs, operands, queries, keys)
             probabilities_BKGqs = jnp.exp(masked_BKGqs - log_sum_BKGT1[:, :, :, queries])
-            above_mean_BKGqs = product("bkgqh,bksh->bkgqs", gradient_BKGqH, value_BKsH) - mean_BKGT1[:, :, :, queries]
-            product_gradient_BKGqs = rule.product_gradient(logits_BKGqs, probabilities_BKGqs * above_mean_BKGqs)
+            above_mean_BKGqs = product("bkgqh,bksh->bkgqs", gradient_BKGqV, value_BKsV) - mean_BKGT1[:, :, :, queries]
+            logits_gradient_BKGqs = probabilities_BKGqs * above_mean_BKGqs
+            product_gradient_BKGqs = rule.product_gradient(logits_BKGqs, logits_gradient_BKGqs)
             query_gradients.append(product("bkgqs,bksh->bkgqh", product_gradient_BKGqs, key_BKsH))
             # [H, s], not [s, H]: then the small operand is transposed, which is faster on CPUs.
             key_pieces.append(product("bkgqh,bkgqs->bkhs", query_BKGqH, product_gradient_BKGqs))
-            value_pieces.append(product("bkgqh,bkgqs->bkhs", gradient_BKGqH, probabilities_BKGqs))
+            value_pieces.append(product("bkgqh,bkgqs->bkhs", gradient_BKGqV, probabilities_BKGqs))
+            if to_biases is not None:
+                bias_gradients = jax.tree.map(jnp.add, bias_gradients, to_biases(logits_gradient_BKGqs)[0])
 
         return (
             _ungroup(jnp.concatenate(query_gradients, axis=3)),
             _sum_over_blocks(blocks, key_pieces, key_length),
             _sum_over_blocks(blocks, value_pieces, key_length),
+            AttentionOperands(position_bias=bias_gradients[0], bias_BNTS=bias_gradients[1]),
         )
 
 
@@ -134,15 +117,28 @@ def _ungroup(x_BKGTH):
     return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_kv_heads * group, width)
 
 
-def _mask(rule, logits_BKGqs, segments_BT, segments_BS, queries: slice, keys: slice):
-    query_position = jnp.arange(queries.start, queries.stop)[:, None]
-    key_position = jnp.arange(keys.start, keys.stop)[None, :]
-    visible = rule.sees(query_position, key_position)
-    if segments_BT is not None:
-        query_segment, key_segment = segments_BT[:, queries, None], segments_BS[:, None, keys]
-        visible &= (query_segment == key_segment) & (query_segment != 0)
-        visible = visible[:, None, None]
-    return logits_BKGqs if visible is True else jnp.where(visible, logits_BKGqs, MASKED_LOGIT)
+def _reach(rule: AttentionRule, operands: AttentionOperands) -> AttentionRule:
+    """The rule that no query looks beyond."""
+    return rule if operands.prefix is None else rule.bidirectional
+
+
+def _block_bias(biases, shape, queries: slice, keys: slice) -> jax.Array:
+    """The sum of the biases of a block, float32 [B, K, G, q, s]."""
+    position_bias, bias_BNTS = biases
+    parts = []
+    if position_bias is not None:
+        parts.append(position_bias.block(queries, keys)[None])
+    if bias_BNTS is not None:
+        parts.append(bias_BNTS[:, :, queries, keys].astype(jnp.float32))
+    return jnp.broadcast_to(sum(group_heads(part, shape[1]) for part in parts), shape)
+
+
+def _mask(rule, logits_BKGqs, operands: AttentionOperands, queries: slice, keys: slice):
+    positions = jnp.arange(queries.start, queries.stop), jnp.arange(keys.start, keys.stop)
+    visible = operands.block(queries, keys).visible(rule, *positions)
+    if visible is True:
+        return logits_BKGqs
+    return jnp.where(group_heads(visible, logits_BKGqs.shape[1]), logits_BKGqs, MASKED_LOGIT)
 
 
 def _blocks(rule: AttentionRule, query_length: int, key_length: int) -> list[tuple[slice, slice]]:

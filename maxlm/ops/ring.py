@@ -7,8 +7,8 @@ Each step is planned in advance, as pairs of chunks of the row. With a causal ma
 last device would compute all blocks and the first only its own. So a row of 2C chunks is a zigzag: device i of C
 holds chunks i and 2C - 1 - i, and in every step except the first each device computes two whole pairs.
 
-Shapes: B batch, T a device's tokens, N query heads, K key-value heads, H head dim; n chunks per device, c tokens per
-chunk.
+Shapes: B batch, T a device's tokens, N query heads, K key-value heads, H head dim, V value dim; n chunks per device, c
+tokens per chunk.
 """
 
 import dataclasses
@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maxlm.ops.attention_operands import AttentionOperands
 from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule, mean_gradient
-from maxlm.ops.flash_tpu import Kernels
-from maxlm.ops.flash_xla import Blockwise
+from maxlm.ops.flash import Blocks, add_sinks, sinks_gradient
+from maxlm.ops.position_bias import DistanceBias
 
 # The mesh axis of the ring.
 AXIS = "context"
@@ -38,10 +39,14 @@ def held_chunks(order: RowOrder, size: int) -> list[tuple[int, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A chunk of queries and a chunk of keys, by index on their devices, and the attention rule between them."""
+    """A chunk of queries and a chunk of keys, by index on their devices, and the attention rule between them.
+
+    distance: from the chunk of keys to that of queries, in chunks.
+    """
 
     query: int
     key: int
+    distance: int
     rule: AttentionRule
 
 
@@ -61,12 +66,17 @@ class Step:
         return tuple(tuple(dict.fromkeys(None if pair is None else pair.rule for pair in slot)) for slot in self.slots)
 
 
-def plan_ring(rule: AttentionRule, order: RowOrder, size: int, chunk_length: int) -> tuple[Step, ...]:
-    """The steps of a ring of `size` devices in which any query may attend to any key."""
+def plan_ring(
+    rule: AttentionRule, order: RowOrder, size: int, chunk_length: int, *, prefixes: bool = False
+) -> tuple[Step, ...]:
+    """The steps of a ring of `size` devices in which any query may attend to any key.
+
+    prefixes: queries may also attend to later keys, if both are in the same prefix.
+    """
     chunks, steps = held_chunks(order, size), []
     for shift in range(size):
         pairs = [
-            _visible_pairs(rule, chunks[device], chunks[(device - shift) % size], chunk_length)
+            _visible_pairs(rule, chunks[device], chunks[(device - shift) % size], chunk_length, prefixes)
             for device in range(size)
         ]
         slots: list[Any] = []
@@ -79,15 +89,17 @@ def plan_ring(rule: AttentionRule, order: RowOrder, size: int, chunk_length: int
     return tuple(steps)
 
 
-def _visible_pairs(rule: AttentionRule, query_chunks, key_chunks, chunk_length: int) -> list[Pair]:
+def _visible_pairs(rule: AttentionRule, query_chunks, key_chunks, chunk_length: int, prefixes: bool) -> list[Pair]:
     pairs = []
     for (query, query_chunk), (key, key_chunk) in itertools.product(enumerate(query_chunks), enumerate(key_chunks)):
         chunk = (0, chunk_length)
-        relative = dataclasses.replace(rule, offset=(query_chunk - key_chunk) * chunk_length)
+        distance = query_chunk - key_chunk
+        relative = dataclasses.replace(rule, offset=distance * chunk_length)
         if relative.block_is_visible(*chunk, *chunk):
             relative = dataclasses.replace(rule, causal=False, window=None)
-        if relative.block_has_visible(*chunk, *chunk):
-            pairs.append(Pair(query, key, relative))
+        reach = relative.bidirectional if prefixes else relative
+        if reach.block_has_visible(*chunk, *chunk):
+            pairs.append(Pair(query, key, distance, relative))
     return pairs
 
 
@@ -99,29 +111,32 @@ class Ring:
     """
 
     rule: AttentionRule
-    pieces: Blockwise | Kernels
+    pieces: Blocks
     order: RowOrder
     size: int
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def ring_attention(ring: Ring, query_BTNH, key_BTKH, value_BTKH, segments_BT) -> jax.Array:
+def ring_attention(ring: Ring, query_BTNH, key_BTKH, value_BTKV, operands: AttentionOperands) -> jax.Array:
     """Attention of this device's queries to the keys of all devices along `context`, inside `jax.shard_map`.
 
     As `maxlm.ops.attention.attention` defines it for the whole row. Keys and values are sent in the dtype of the matrix
     products.
+
+    Args:
+      operands: this device's segments, prefixes and sinks, and a `DistanceBias` of the whole row; no masks
+        and no other biases.
     """
-    return _forward(ring, query_BTNH, key_BTKH, value_BTKH, segments_BT)[0]
+    return _forward(ring, query_BTNH, key_BTKH, value_BTKV, operands)[0]
 
 
-def _forward(ring: Ring, query_BTNH, key_BTKH, value_BTKH, segments_BT):
-    query_BncNH, query_segments_Bnc = _chunks(ring, query_BTNH), _chunks(ring, segments_BT)
+def _forward(ring: Ring, query_BTNH, key_BTKH, value_BTKV, operands: AttentionOperands):
+    queries = _Queries.of(ring, query_BTNH, operands)
 
-    def attend(rule, query, key, blocks, totals):
-        operands = _operands(query_BncNH, query_segments_Bnc, blocks, query, key)
-        output_BcNH, log_sum_BcN = ring.pieces.forward(rule, *operands)
-        merged = _merge(*(_at(total, query) for total in totals), output_BcNH, log_sum_BcN)
-        return tuple(_put(total, new, query) for total, new in zip(totals, merged))
+    def attend(rule, place: "_Place", blocks, totals):
+        output_BcNV, log_sum_BcN = ring.pieces.forward(rule, *queries.with_keys(blocks, place))
+        merged = _merge([_at(total, place.query) for total in totals], output_BcNV, log_sum_BcN)
+        return tuple(_put(total, new, place.query) for total, new in zip(totals, merged))
 
     def step(steps: "_SameSteps", carry, choices):
         blocks, totals = carry
@@ -130,69 +145,123 @@ def _forward(ring: Ring, query_BTNH, key_BTKH, value_BTKH, segments_BT):
             totals = _apply(rules, attend, choice, blocks, totals)
         return sent, totals
 
-    totals = (jnp.zeros(query_BncNH.shape, jnp.float32), jnp.full(query_BncNH.shape[:-1], MASKED_LOGIT))
-    carry = _circulating(ring, key_BTKH, value_BTKH, segments_BT), totals
-    _, (output_BncNH, log_sum_BncN) = _go_around(ring, query_BTNH.shape[1], step, carry)
-    output_BTNH = output_BncNH.reshape(query_BTNH.shape).astype(query_BTNH.dtype)
+    statistics_shape = queries.query_BncNH.shape[:-1]
+    totals = (
+        jnp.zeros((*statistics_shape, value_BTKV.shape[-1]), jnp.float32),
+        jnp.full(statistics_shape, MASKED_LOGIT),
+    )
+    carry = _circulating(ring, key_BTKH, value_BTKV, operands), totals
+    _, (output_BncNV, log_sum_BncN) = _go_around(ring, query_BTNH.shape[1], operands, step, carry)
     # For a fully masked query, +1e30 makes every probability of the backward pass an exact zero.
     log_sum_BncN = jnp.where(log_sum_BncN > MASKED_LOGIT / 2, log_sum_BncN, -MASKED_LOGIT)
-    return output_BTNH, (query_BTNH, key_BTKH, value_BTKH, segments_BT, output_BTNH, log_sum_BncN)
+    output_BncNV, log_sum_BncN = add_sinks(output_BncNV, log_sum_BncN, operands.sinks_N)
+    output_BTNV = output_BncNV.reshape(*query_BTNH.shape[:-1], -1).astype(query_BTNH.dtype)
+    return output_BTNV, (query_BTNH, key_BTKH, value_BTKV, operands, output_BTNV, log_sum_BncN)
 
 
-def _backward(ring: Ring, residuals, gradient_BTNH):
-    query_BTNH, key_BTKH, value_BTKH, segments_BT, output_BTNH, log_sum_BncN = residuals
-    mean_BTN = mean_gradient(output_BTNH, gradient_BTNH)
-    query_BncNH, query_segments_Bnc, mean_BncN, gradient_BncNH = (
-        _chunks(ring, x) for x in (query_BTNH, segments_BT, mean_BTN, gradient_BTNH)
-    )
+def _backward(ring: Ring, residuals, gradient_BTNV):
+    query_BTNH, key_BTKH, value_BTKV, operands, output_BTNV, log_sum_BncN = residuals
+    mean_BTN = mean_gradient(output_BTNV, gradient_BTNV)
+    queries = _Queries.of(ring, query_BTNH, operands)
+    mean_BncN, gradient_BncNV = _chunks(ring, (mean_BTN, gradient_BTNV))
 
-    def attend(rule, query, key, blocks, totals):
-        operands = _operands(query_BncNH, query_segments_Bnc, blocks, query, key)
-        statistics = (_at(x, query) for x in (log_sum_BncN, mean_BncN))
-        new = ring.pieces.backward(rule, *operands, *statistics, _at(gradient_BncNH, query))
-        return tuple(
-            _put(total, _at(total, place) + part, place) for total, part, place in zip(totals, new, (query, key, key))
+    def attend(rule, place: "_Place", blocks, totals):
+        log_sum_BcN, mean_BcN, gradient_BcNV = (_at(x, place.query) for x in (log_sum_BncN, mean_BncN, gradient_BncNV))
+        *new, of_biases = ring.pieces.backward(
+            rule, *queries.with_keys(blocks, place), log_sum_BcN, mean_BcN, gradient_BcNV
         )
+        *arrays, bias = totals
+        arrays = [
+            _put(total, _at(total, index) + part, index)
+            for total, part, index in zip(arrays, new, (place.query, place.key, place.key))
+        ]
+        return *arrays, queries.add_to_bias(bias, of_biases.position_bias, place)
 
     def step(steps: "_SameSteps", carry, choices):
-        blocks, query_total, circulating = carry
+        blocks, query_total, circulating, bias_total = carry
         sent = _send(ring, blocks, steps.leave)
         # The partial sums for this block are in transit while this device computes its own part.
         arriving = _send(ring, circulating, steps.arrive)
-        totals = (query_total, *(jnp.zeros_like(x) for x in circulating))
+        totals = (query_total, *(jnp.zeros_like(x) for x in circulating), bias_total)
         for rules, choice in zip(steps.rules, choices):
             totals = _apply(rules, attend, choice, blocks, totals)
-        query_total, *own = totals
-        return sent, query_total, tuple(x + y for x, y in zip(arriving, own))
+        query_total, *own, bias_total = totals
+        return sent, query_total, tuple(x + y for x, y in zip(arriving, own)), bias_total
 
-    blocks = _circulating(ring, key_BTKH, value_BTKH, segments_BT)
-    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (query_BncNH, *blocks[:2])]
+    blocks = _circulating(ring, key_BTKH, value_BTKV, operands)
+    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (queries.query_BncNH, *blocks[:2])]
     length = query_BTNH.shape[1]
-    _, query_total, circulated = _go_around(ring, length, step, (blocks, zeros[0], tuple(zeros[1:])))
-    home = _send(ring, circulated, -_plan(ring, length)[-1].shift % ring.size)
+    carry = blocks, zeros[0], tuple(zeros[1:]), jax.tree.map(jnp.zeros_like, operands.position_bias)
+    _, query_total, circulated, bias_total = _go_around(ring, length, operands, step, carry)
+    home = _send(ring, circulated, -_plan(ring, length, operands)[-1].shift % ring.size)
+    sinks_gradient_N = sinks_gradient(operands.sinks_N, log_sum_BncN.reshape(mean_BTN.shape), mean_BTN)
     return (
         *(x.reshape(like.shape).astype(like.dtype) for x, like in zip((query_total, *home), residuals)),
-        None,
+        AttentionOperands(position_bias=bias_total, sinks_N=sinks_gradient_N),
     )
 
 
 ring_attention.defvjp(_forward, _backward)
 
 
-def _operands(query_BncNH, query_segments_Bnc, blocks, query, key):
-    """Operands of a pair of chunks, at indices `query` and `key`: query, key, value and the segments of both."""
-    key_BncKH, value_BncKH, key_segments_Bnc = blocks
-    return (
-        _at(query_BncNH, query),
-        _at(key_BncKH, key),
-        _at(value_BncKH, key),
-        _at(query_segments_Bnc, query),
-        _at(key_segments_Bnc, key),
-    )
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a pair of chunks is: its indices on this device, and how many chunks the keys are before the queries."""
+
+    query: Any
+    key: Any
+    distance: Any = None
 
 
-def _merge(output, log_sum, new_output, new_log_sum):
+@dataclasses.dataclass(frozen=True)
+class _Queries:
+    """This device's queries in chunks, their segments and prefixes, and the biases of the row."""
+
+    query_BncNH: jax.Array
+    ids_Bnc: tuple[Any, Any]
+    bias: Any
+
+    @classmethod
+    def of(cls, ring: Ring, query_BTNH, operands: AttentionOperands) -> "_Queries":
+        ids_BT = tuple(None if ids is None else ids[0] for ids in (operands.segments, operands.prefix))
+        query_BncNH, ids_Bnc = _chunks(ring, (query_BTNH, ids_BT))
+        return cls(query_BncNH, ids_Bnc, operands.position_bias)
+
+    def with_keys(self, blocks, place: _Place) -> tuple[Any, Any, Any, AttentionOperands]:
+        """Query, key, value and the operands of a pair of chunks."""
+        key_BncKH, value_BncKV, key_ids = blocks
+        segments, prefix = (
+            None if of_query is None else (_at(of_query, place.query), _at(of_key, place.key))
+            for of_query, of_key in zip(self.ids_Bnc, key_ids)
+        )
+        operands = AttentionOperands(segments, prefix, position_bias=self._bias_at(place))
+        return _at(self.query_BncNH, place.query), _at(key_BncKH, place.key), _at(value_BncKV, place.key), operands
+
+    def _bias_at(self, place: _Place) -> DistanceBias | None:
+        if self.bias is None:
+            return None
+        chunk = self.query_BncNH.shape[2]
+        values_ND = self.bias.values_ND
+        part_ND = jax.lax.dynamic_slice_in_dim(values_ND, self._first_distance(place), 2 * chunk - 1, axis=1)
+        return DistanceBias(part_ND, 1 - chunk)
+
+    def add_to_bias(self, total: DistanceBias | None, part: Any, place: _Place) -> DistanceBias | None:
+        """Add the gradient of `_bias_at` to that of all biases."""
+        if total is None:
+            return None
+        whole_ND = jnp.zeros_like(total.values_ND)
+        added_ND = jax.lax.dynamic_update_slice_in_dim(whole_ND, part.values_ND, self._first_distance(place), axis=1)
+        return dataclasses.replace(total, values_ND=total.values_ND + added_ND)
+
+    def _first_distance(self, place: _Place):
+        """The index of the smallest distance of a pair of chunks among those of the row."""
+        chunk = self.query_BncNH.shape[2]
+        return place.distance * chunk + 1 - chunk - self.bias.first
+
+
+def _merge(totals, new_output, new_log_sum):
     """Merge the attention over two disjoint sets of keys; float32 [B, c, N, H] and [B, c, N]."""
+    output, log_sum = totals
     new_log_sum = jnp.where(new_log_sum < -MASKED_LOGIT / 2, new_log_sum, MASKED_LOGIT)
     total = jnp.logaddexp(log_sum, new_log_sum)
     share, new_share = (jnp.exp(part - total)[..., None] for part in (log_sum, new_log_sum))
@@ -208,7 +277,7 @@ class _SameSteps:
 
     arrive, leave: distance in devices from the previous step, and to the next step; 0 at the ends.
     rules: for each slot, the rules that devices choose from.
-    choices: for each slot int32 [steps, devices, 3]: the rule and the indices of both chunks.
+    choices: for each slot int32 [steps, devices, 4]: the rule, the indices of both chunks, and their distance.
     """
 
     arrive: int
@@ -217,9 +286,10 @@ class _SameSteps:
     choices: tuple[np.ndarray, ...]
 
 
-def _plan(ring: Ring, length: int) -> tuple[Step, ...]:
+def _plan(ring: Ring, length: int, operands: AttentionOperands) -> tuple[Step, ...]:
     """The plan for `length` tokens of a row per device."""
-    return plan_ring(ring.rule, ring.order, ring.size, length // len(held_chunks(ring.order, ring.size)[0]))
+    chunk_length = length // len(held_chunks(ring.order, ring.size)[0])
+    return plan_ring(ring.rule, ring.order, ring.size, chunk_length, prefixes=operands.prefix is not None)
 
 
 def _runs(steps: tuple[Step, ...]) -> list[_SameSteps]:
@@ -237,15 +307,19 @@ def _runs(steps: tuple[Step, ...]) -> list[_SameSteps]:
     return runs
 
 
-def _choice(rules, pair: Pair | None) -> tuple[int, int, int]:
-    return (rules.index(None), 0, 0) if pair is None else (rules.index(pair.rule), pair.query, pair.key)
+def _choice(rules, pair: Pair | None) -> tuple[int, int, int, int]:
+    if pair is None:
+        return rules.index(None), 0, 0, 0
+    return rules.index(pair.rule), pair.query, pair.key, pair.distance
 
 
-def _go_around(ring: Ring, length: int, step, carry):
+def _go_around(ring: Ring, length: int, operands: AttentionOperands, step, carry):
     """Run `step(steps, carry, choices of this device by slot)` for all steps of the ring."""
     device = jax.lax.axis_index(AXIS)
-    for steps in _runs(_plan(ring, length)):
-        mine = [jnp.asarray(choices)[:, device] for choices in steps.choices]
+    # Only biases by position depend on distances.
+    columns = 3 if operands.position_bias is None else 4
+    for steps in _runs(_plan(ring, length, operands)):
+        mine = [jnp.asarray(choices[..., :columns])[:, device] for choices in steps.choices]
         if len(mine[0]) == 1:
             carry = step(steps, carry, [choices[0] for choices in mine])
         else:
@@ -259,10 +333,11 @@ def _go_around(ring: Ring, length: int, step, carry):
 
 def _apply(rules, attend, choice, blocks, totals):
     """Run `attend` with the chosen rule; a device without work keeps its totals."""
-    branch, query, key = choice
+    branch, *indices = choice
+    place = _Place(*indices)
 
     def by(rule):
-        return lambda totals: totals if rule is None else attend(rule, query, key, blocks, totals)
+        return lambda totals: totals if rule is None else attend(rule, place, blocks, totals)
 
     return by(rules[0])(totals) if len(rules) == 1 else jax.lax.switch(branch, [by(rule) for rule in rules], totals)
 
@@ -275,15 +350,17 @@ def _send(ring: Ring, arrays, distance: int):
     return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, route), arrays)
 
 
-def _circulating(ring: Ring, key_BTKH, value_BTKH, segments_BT):
+def _circulating(ring: Ring, key_BTKH, value_BTKV, operands: AttentionOperands):
+    """Chunks of this device's keys and values, and of their segments and prefixes."""
     dtype = ring.pieces.matmul_dtype
-    return tuple(_chunks(ring, x) for x in (key_BTKH.astype(dtype), value_BTKH.astype(dtype), segments_BT))
+    ids_BT = tuple(None if ids is None else ids[1] for ids in (operands.segments, operands.prefix))
+    return _chunks(ring, (key_BTKH.astype(dtype), value_BTKV.astype(dtype), ids_BT))
 
 
-def _chunks(ring: Ring, x_BT: jax.Array) -> jax.Array:
-    """[B, T, ...] as [B, n, c, ...]."""
+def _chunks(ring: Ring, arrays_BT):
+    """Each array [B, T, ...] as [B, n, c, ...]."""
     chunks = len(held_chunks(ring.order, ring.size)[0])
-    return x_BT.reshape(x_BT.shape[0], chunks, -1, *x_BT.shape[2:])
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), arrays_BT)
 
 
 def _at(x_Bnc, place):

@@ -1,59 +1,24 @@
 """Attention: values and gradients of every implementation that runs on a CPU, against float64 loops in numpy."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_case import BATCH, Case, definition, equations, packed_segments, run
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maxlm.errors import ConfigError
-from maxlm.ops import flash_tpu
+from maxlm.ops import attention as attention_module
 from maxlm.ops.attention import attention
+from maxlm.ops.attention_operands import AttentionOperands
 from maxlm.ops.attention_rule import AttentionRule
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    name: str
-    length: int = 150
-    kv_length: int | None = None
-    num_heads: int = 2
-    num_kv_heads: int = 2
-    head_dim: int = 16
-    segments: bool = False
-    causal: bool = True
-    window: int | None = None
-    soft_cap: float | None = None
-    scale: float | None = None
-
-    def inputs(self):
-        """query, key, value, the output's gradient, and the segment ids of queries and keys (or None)."""
-        generator = np.random.default_rng(len(self.name))
-        kv_length = self.kv_length or self.length
-        shapes = (
-            [(self.length, self.num_heads)] + [(kv_length, self.num_kv_heads)] * 2 + [(self.length, self.num_heads)]
-        )
-        arrays = [generator.normal(size=(2, length, heads, self.head_dim)) for length, heads in shapes]
-        arrays = [array.astype(np.float32) for array in arrays]
-        if not self.segments:
-            return *arrays, None, None
-        return *arrays, packed_segments(self.length), packed_segments(kv_length)
-
-    def arguments(self):
-        return {"causal": self.causal, "window": self.window, "soft_cap": self.soft_cap, "scale": self.scale}
-
-
-def packed_segments(length: int) -> np.ndarray:
-    """Two rows of documents: one ends in padding, one has padding inside and a document split in two."""
-    position = np.arange(length) / length
-    first = np.select([position < 0.3, position < 0.45, position < 0.9], [1, 2, 3], 0)
-    second = np.select([position < 0.2, position < 0.3, position < 0.7], [7, 0, 5], 7)
-    return np.stack([first, second]).astype(np.int32)
-
+from maxlm.ops.flash import flash_attention
+from maxlm.ops.flash_tpu import Kernels
+from maxlm.ops.flash_xla import Blockwise
+from maxlm.ops.position_bias import Alibi
 
 CASES = [
     Case("causal"),
@@ -64,77 +29,45 @@ CASES = [
     Case("window", length=300, window=40),
     Case("window of one token", length=140, window=1),
     Case("bidirectional window", length=300, window=40, causal=False, num_kv_heads=1),
-    Case("everything", length=300, segments=True, window=50, soft_cap=1.5, num_kv_heads=1, scale=0.6),
+    Case("segments, window, soft cap", length=300, segments=True, window=50, soft_cap=1.5, num_kv_heads=1, scale=0.6),
     Case("more keys than queries", length=40, kv_length=200),
     Case("fewer keys than queries", length=200, kv_length=40, causal=False, segments=True),
     Case("fewer keys than queries, window beyond them", length=300, kv_length=40, window=30),
+    Case("prefix", length=300, prefix=True),
+    Case("prefix, segments, window", length=300, prefix=True, segments=True, window=60),
+    Case("prefix, bidirectional", prefix=True, causal=False),
+    Case("ALiBi", length=300, bias="alibi", num_heads=4),
+    Case("ALiBi, bidirectional, soft cap, more keys", 140, 270, bias="alibi", causal=False, soft_cap=1.5),
+    Case("relative buckets", length=300, bias="t5", num_heads=4, segments=True),
+    Case("relative buckets, bidirectional, more queries", 270, 140, bias="t5", causal=False),
+    Case("sinks", sinks=True, num_heads=4, segments=True),
+    Case("value_dim below head_dim", head_dim=24, value_dim=16, num_heads=4),
+    Case("value_dim above head_dim", head_dim=16, value_dim=40, segments=True, causal=False),
+    Case("mask", length=200, mask=1, segments=True, num_heads=4),
+    Case("mask by head", length=130, kv_length=200, mask=2, causal=False),
+    Case("array of biases", bias="array", num_heads=4, segments=True),
+    Case("array of biases, mask, sinks", bias="array", mask=1, sinks=True, soft_cap=2.0),
+    Case(
+        "everything",
+        300,
+        None,
+        4,
+        2,
+        16,
+        24,
+        True,
+        70,
+        1.5,
+        0.4,
+        segments=True,
+        prefix=True,
+        bias="t5",
+        sinks=True,
+        mask=4,
+    ),
 ]
-
-
-def numpy_attention(query, key, value, gradient, query_segments, key_segments, *, causal, window, soft_cap, scale):
-    """Output and gradients of query, key and value, one query and head at a time, in float64."""
-    query, key, value, gradient = (x.astype(np.float64) for x in (query, key, value, gradient))
-    output, dq, dk, dv = np.zeros_like(query), np.zeros_like(query), np.zeros_like(key), np.zeros_like(value)
-    batch, length, num_heads, head_dim = query.shape
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    for b in range(batch):
-        for i in range(length):
-            seen = []
-            for j in range(key.shape[1]):
-                if causal and j > i:
-                    continue
-                if window is not None and abs(i - j) >= window:
-                    continue
-                if query_segments is not None and not query_segments[b, i] == key_segments[b, j] != 0:
-                    continue
-                seen.append(j)
-            if not seen:
-                continue
-            for h in range(num_heads):
-                g = h // (num_heads // key.shape[2])
-                logits = key[b, seen, g] @ query[b, i, h] * scale
-                slope = np.ones_like(logits)
-                if soft_cap is not None:
-                    logits = soft_cap * np.tanh(logits / soft_cap)
-                    slope = 1 - (logits / soft_cap) ** 2
-                p = np.exp(logits - logits.max())
-                p /= p.sum()
-                output[b, i, h] = p @ value[b, seen, g]
-                dp = value[b, seen, g] @ gradient[b, i, h]
-                ds = p * (dp - p @ dp) * slope * scale
-                dq[b, i, h] = ds @ key[b, seen, g]
-                dk[b, seen, g] += np.outer(ds, query[b, i, h])
-                dv[b, seen, g] += np.outer(p, gradient[b, i, h])
-    return output, dq, dk, dv
-
-
-def run(implementation, case: Case, dtype=jnp.float32, **more):
-    """Output and gradients of query, key and value."""
-    query, key, value, gradient, query_segments, key_segments = case.inputs()
-
-    def call(query, key, value):
-        if implementation != "pallas_tpu":
-            return attention(
-                query,
-                key,
-                value,
-                segment_ids=query_segments,
-                kv_segment_ids=key_segments,
-                implementation=implementation,
-                **case.arguments(),
-                **more,
-            )
-        rule = AttentionRule(**{**case.arguments(), "scale": case.scale or case.head_dim**-0.5})
-        return flash_tpu.flash_attention(
-            rule, query, key, value, query_segments, key_segments, largest_block=128, interpret=True
-        )
-
-    @jax.jit
-    def values_and_gradients(query, key, value, gradient):
-        output, transpose = jax.vjp(call, query, key, value)
-        return output, *transpose(gradient)
-
-    return values_and_gradients(*(jnp.asarray(x, dtype) for x in (query, key, value, gradient)))
+IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu"]
+IN_CASES = [(name, case) for case in CASES for name in IMPLEMENTATIONS if (name, case.bias) != ("pallas_tpu", "array")]
 
 
 @pytest.fixture(scope="module")
@@ -144,99 +77,100 @@ def expected():
 
     def of(case: Case):
         if case not in results:
-            results[case] = numpy_attention(*case.inputs(), **case.arguments())
+            results[case] = definition(case)
         return results[case]
 
     return of
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
+@pytest.mark.parametrize(
+    ("implementation", "case"), IN_CASES, ids=lambda part: part.name if isinstance(part, Case) else part
+)
 def test_values_and_gradients_match_definition(implementation, case, expected):
-    for got, want in zip(run(implementation, case), expected(case)):
-        np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-4)
+    results, want = run(implementation, case), expected(case)
+    assert results.keys() == want.keys()
+    for name, got in results.items():
+        # A gradient of biases or sinks sums over thousands of pairs, of which most cancel.
+        atol = 1e-5 if name in ("output", "query", "key", "value") else 1e-4
+        np.testing.assert_allclose(got, want[name], atol=atol, rtol=1e-4, err_msg=name)
 
 
-def test_numpy_gradients_match_finite_differences():
-    case = Case("all", length=12, segments=True, window=5, soft_cap=1.5, num_heads=2, num_kv_heads=1, head_dim=4)
-    query, key, value, gradient, *segments = (
-        x if x is None or x.dtype == np.int32 else x.astype(np.float64) for x in case.inputs()
-    )
-    _, *analytic = numpy_attention(query, key, value, gradient, *segments, **case.arguments())
+@pytest.mark.parametrize("bias", ["alibi", "t5", "array"])
+def test_numpy_gradients_match_finite_differences(bias):
+    case = Case("all", 12, None, 2, 1, 4, 6, True, 5, 1.5, segments=True, prefix=True, sinks=True, mask=2, bias=bias)
+    arrays, gradient = jax.tree.map(lambda x: x.astype(np.float64), case.inputs())
+    analytic = definition(case, (arrays, gradient))
     generator = np.random.default_rng(0)
-    for index, slope in enumerate(analytic):
-        direction = generator.normal(size=slope.shape)
+    for name, array in arrays.items():
+        direction = generator.normal(size=array.shape)
 
-        def loss(step, index=index, direction=direction):
-            moved = [query, key, value]
-            moved[index] = moved[index] + step * direction
-            return np.sum(numpy_attention(*moved, gradient, *segments, **case.arguments())[0] * gradient)
+        def loss(step, name=name, direction=direction):
+            moved = arrays | {name: arrays[name] + step * direction}
+            return np.sum(definition(case, (moved, gradient))["output"] * gradient)
 
-        assert (loss(1e-5) - loss(-1e-5)) / 2e-5 == pytest.approx(np.sum(slope * direction), rel=1e-6)
+        assert (loss(1e-5) - loss(-1e-5)) / 2e-5 == pytest.approx(np.sum(analytic[name] * direction), rel=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_padding_returns_exact_zeros_with_zero_gradients(implementation):
     case = Case("padding", segments=True, num_heads=4)
     padding = packed_segments(case.length) == 0
     assert padding.any(axis=1).all()
-    for result in run(implementation, case):
+    for result in run(implementation, case).values():
         assert np.isfinite(result).all()
         assert not np.asarray(result)[padding].any()
         assert np.asarray(result)[~padding].any()
 
 
+@pytest.mark.parametrize("sinks", [None, jnp.zeros(1)])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_row_of_padding_is_zeros(implementation):
+def test_row_of_padding_is_zeros(implementation, sinks):
+    padding = jnp.zeros((1, 70), int)
+
     def loss(query):
-        return attention(query, query, query, segment_ids=jnp.zeros((1, 70), int), implementation=implementation).sum()
+        operands = AttentionOperands(segments=(padding, padding), sinks_N=sinks)
+        return attention(query, query, query, AttentionRule(1.0), operands, implementation=implementation).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.ones((1, 70, 1, 8)))
     assert value == 0
     assert not gradient.any()
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_other_segments_have_no_effect(implementation):
     """Changing everything outside a document does not change a bit of the document's rows."""
-    case = Case("influence", segments=True)
+    case = Case("influence", segments=True, prefix=True)
+    arrays, gradient = case.inputs()
     inside = (packed_segments(case.length) == 3)[0]
-    before = run(implementation, case)[0][0, inside]
-
-    class Changed(Case):
-        def inputs(self):
-            query, key, value, *rest = super().inputs()
-            for x in (query, key, value):
-                x[0, ~inside] = 1e4
-            return query, key, value, *rest
-
-    after = run(implementation, Changed("influence", segments=True))[0][0, inside]
+    changed = {name: array.copy() for name, array in arrays.items()}
+    for array in changed.values():
+        array[0, ~inside] = 1e4
+    before, after = (run(implementation, case, inputs=(x, gradient))["output"][0, inside] for x in (arrays, changed))
     np.testing.assert_array_equal(before, after)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_large_logits_stay_finite(implementation):
-    for result in run(implementation, Case("large", segments=True, scale=1e4)):
+    for result in run(implementation, Case("large", segments=True, scale=1e4, sinks=True)).values():
         assert np.isfinite(result).all()
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_in_bfloat16_out(implementation, expected):
     case = Case("bfloat16", segments=True, num_heads=4)
-    for got, want in zip(run(implementation, case, jnp.bfloat16), expected(case)):
+    for name, got in run(implementation, case, jnp.bfloat16).items():
         assert got.dtype == jnp.bfloat16
-        np.testing.assert_allclose(got.astype(np.float32), want, atol=0.06, rtol=0.03)
+        np.testing.assert_allclose(got.astype(np.float32), expected(case)[name], atol=0.06, rtol=0.03)
 
 
 def test_matmul_dtype_casts_only_operands(expected):
     case = Case("matmul_dtype", segments=True)
-    results = run("xla", case, matmul_dtype=jnp.bfloat16)
-    for got, want in zip(results, expected(case)):
+    for name, got in run("xla", case, matmul_dtype=jnp.bfloat16).items():
         assert got.dtype == jnp.float32
-        np.testing.assert_allclose(got, want, atol=0.06, rtol=0.03)
+        np.testing.assert_allclose(got, expected(case)[name], atol=0.06, rtol=0.03)
 
     def loss(x):
-        return attention(x, x, x, implementation="xla", matmul_dtype=jnp.bfloat16).sum()
+        return attention(x, x, x, AttentionRule(1.0), implementation="xla", matmul_dtype=jnp.bfloat16).sum()
 
     products = [
         equation
@@ -249,35 +183,46 @@ def test_matmul_dtype_casts_only_operands(expected):
         assert product.outvars[0].aval.dtype == jnp.float32
 
 
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
-
-
-@pytest.mark.parametrize(("arguments", "most"), [({}, 0.7), ({"window": 64}, 0.35)])
-def test_xla_skips_fully_masked_blocks(arguments, most):
+@pytest.mark.parametrize(
+    ("rule", "most"), [(AttentionRule(1.0), 0.7), (AttentionRule(1.0, window=64), 0.35)], ids=["causal", "window"]
+)
+def test_xla_skips_fully_masked_blocks(rule, most):
     """Causal attention costs about half of all pairs, a window an eighth or two, forwards and backwards."""
 
-    def flops(**arguments):
+    def flops(rule):
         def loss(x):
-            return attention(x, x, x, implementation="xla", **arguments).sum()
+            return attention(x, x, x, rule, implementation="xla").sum()
 
         return jax.jit(jax.grad(loss)).lower(jnp.ones((1, 512, 1, 64))).compile().cost_analysis()["flops"]
 
-    assert flops(**arguments) < most * flops(causal=False)
+    assert flops(rule) < most * flops(AttentionRule(1.0, causal=False))
+
+
+@pytest.mark.parametrize("bias", ["alibi", "t5"])
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+def test_biases_by_position_are_not_matrices(implementation, bias):
+    """No array of every query, key and head: the biases are computed for one block at a time."""
+    case = Case("memory", length=1024, num_heads=4, bias=bias)
+    arrays, _ = case.inputs()
+
+    def loss(arrays):
+        operands = case.operands(arrays).by_distance(0, case.length, case.length)
+        blocks = Blockwise(jnp.dtype("float32"))
+        if implementation == "pallas_tpu":
+            blocks = Kernels(jnp.dtype("float32"), jnp.dtype("float32"), interpret=True)
+        return flash_attention(blocks, case.rule, *(arrays[x] for x in ("query", "key", "value")), operands).sum()
+
+    largest = max(out.aval.size for e in equations(jax.make_jaxpr(jax.grad(loss))(arrays).jaxpr) for out in e.outvars)
+    assert largest < BATCH * case.num_heads * case.length**2 / 4
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_works_inside_checkpoint_and_scan(implementation):
     query = jnp.asarray(np.random.default_rng(0).normal(size=(2, 130, 2, 8)), jnp.float32)
-    segments = packed_segments(130)
+    operands = AttentionOperands(segments=(packed_segments(130),) * 2)
 
     def call(x):
-        return attention(x, x, x, segment_ids=segments, implementation=implementation)
+        return attention(x, x, x, AttentionRule(8**-0.5), operands, implementation=implementation)
 
     def scanned(x):
         return jnp.sum(jax.lax.scan(lambda x, _: (jax.checkpoint(call)(x), None), x, length=3)[0] ** 2)
@@ -294,17 +239,18 @@ def test_works_inside_checkpoint_and_scan(implementation):
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_sharded_over_batch_and_heads(implementation, kind):
     case = Case("sharded", num_heads=4, num_kv_heads=2, segments=True)
-    query, key, value, _, segments, _ = case.inputs()
+    inputs, segments = case.inputs()[0], packed_segments(case.length)
 
     def loss(query, key, value, segments):
-        return jnp.sum(attention(query, key, value, segment_ids=segments, implementation=implementation) ** 2)
+        operands = AttentionOperands(segments=(segments, segments))
+        return jnp.sum(attention(query, key, value, case.rule, operands, implementation=implementation) ** 2)
 
     gradient = jax.grad(loss, argnums=(0, 1, 2))
-    want = jax.jit(gradient)(query, key, value, segments)
+    want = jax.jit(gradient)(*inputs.values(), segments)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), (kind, kind), devices=jax.devices()[:4])
     heads, rows = P("data", None, "tensor", None), P("data", None)
     with jax.set_mesh(mesh):
-        arrays = [jax.device_put(x, NamedSharding(mesh, heads)) for x in (query, key, value)]
+        arrays = [jax.device_put(x, NamedSharding(mesh, heads)) for x in inputs.values()]
         arrays.append(jax.device_put(segments, NamedSharding(mesh, rows)))
         by_shard = jax.shard_map(gradient, in_specs=(heads, heads, heads, rows), out_specs=(heads,) * 3)
         for got in (jax.jit(gradient)(*arrays), jax.jit(by_shard)(*arrays)):
@@ -315,8 +261,27 @@ def test_sharded_over_batch_and_heads(implementation, kind):
 
 def test_cpu_defaults_to_blockwise_attention():
     case = Case("default")
-    for default, xla in zip(run(None, case), run("xla", case)):
-        np.testing.assert_array_equal(default, xla)
+    default, xla = run(None, case), run("xla", case)
+    for name in xla:
+        np.testing.assert_array_equal(default[name], xla[name])
+
+
+def test_later_queries_match_the_end_of_a_row():
+    """Queries at an offset see, and are biased, as the last queries of a whole row."""
+    case = Case("offset", 200, num_heads=2, bias="alibi", window=90)
+    arrays, _ = case.inputs()
+    want = definition(case)["output"][:, 150:]
+    rule = dataclasses.replace(case.rule, offset=150)
+    for implementation in ("reference", "xla"):
+        got = attention(
+            arrays["query"][:, 150:],
+            arrays["key"],
+            arrays["value"],
+            rule,
+            case.operands(arrays),
+            implementation=implementation,
+        )
+        np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -329,25 +294,50 @@ def test_cpu_defaults_to_blockwise_attention():
 )
 def test_unavailable_implementation_is_rejected_with_reason(implementation, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        attention(*[jnp.ones((1, 8, 1, 8))] * 3, implementation=implementation)
+        attention(*[jnp.ones((1, 8, 1, 8))] * 3, AttentionRule(1.0), implementation=implementation)
+
+
+def test_kernels_reject_an_array_of_biases(monkeypatch):
+    monkeypatch.setattr(attention_module, "traced_platform", lambda: "tpu")
+    operands = AttentionOperands(bias_BNTS=jnp.zeros((1, 1, 256, 256)))
+    sentence = "'pallas_tpu' does not support an array of biases; choose 'xla' or None, or a position_bias"
+    with pytest.raises(ConfigError, match=sentence):
+        attention(*[jnp.ones((1, 256, 1, 8))] * 3, AttentionRule(1.0), operands, implementation="pallas_tpu")
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"query": jnp.ones((1, 8, 8))}, "attention takes query"),
-        ({"value": jnp.ones((1, 8, 2, 4))}, "attention takes query"),
+        ({"value": jnp.ones((1, 8, 3, 4))}, "attention takes query"),
         ({"query": jnp.ones((1, 8, 4, 4))}, "must agree in batch and head_dim"),
         ({"query": jnp.ones((1, 8, 3, 8))}, "num_heads 3 must be a multiple of num_kv_heads 2"),
-        ({"window": 0}, "window must be at least 1"),
-        ({"soft_cap": -1.0}, "soft_cap must be positive"),
-        ({"kv_segment_ids": jnp.ones((1, 8), int)}, "needs segment_ids as well"),
-        ({"segment_ids": jnp.ones((1, 9), int)}, "segment_ids must be"),
-        ({"query": jnp.ones((1, 6, 4, 8)), "segment_ids": jnp.ones((1, 6), int)}, "kv_segment_ids must be"),
     ],
 )
-def test_inconsistent_arguments_are_rejected(change, sentence):
-    arguments = {"query": jnp.ones((1, 8, 4, 8)), "key": jnp.ones((1, 8, 2, 8)), "value": jnp.ones((1, 8, 2, 8))}
-    arguments |= change
+def test_inconsistent_arrays_are_rejected(change, sentence):
+    arrays = {"query": jnp.ones((1, 8, 4, 8)), "key": jnp.ones((1, 8, 2, 8)), "value": jnp.ones((1, 8, 2, 8))}
     with pytest.raises(ValueError, match=sentence):
-        attention(arguments.pop("query"), arguments.pop("key"), arguments.pop("value"), **arguments)
+        attention(**(arrays | change), rule=AttentionRule(1.0))
+
+
+@pytest.mark.parametrize(
+    ("operands", "sentence"),
+    [
+        ({"segments": (jnp.ones((1, 9), int), jnp.ones((1, 8), int))}, "segments must be of queries"),
+        ({"prefix": (jnp.ones((1, 8), int), jnp.ones((1, 6), int))}, "prefix must be of queries"),
+        ({"sinks_N": jnp.ones(3)}, "sinks must be .num_heads. .4,., not .3,."),
+        ({"position_bias": Alibi(jnp.ones(2))}, "position_bias is for 2 heads, not num_heads 4"),
+        ({"mask_BNTS": jnp.ones((1, 2, 8, 8), bool)}, "mask must be .batch or 1"),
+        ({"bias_BNTS": jnp.ones((8, 8))}, "bias must be .batch or 1"),
+    ],
+)
+def test_inconsistent_operands_are_rejected(operands, sentence):
+    arrays = jnp.ones((1, 8, 4, 8)), jnp.ones((1, 8, 2, 8)), jnp.ones((1, 8, 2, 8))
+    with pytest.raises(ValueError, match=sentence):
+        attention(*arrays, AttentionRule(1.0), AttentionOperands(**operands))
+
+
+@pytest.mark.parametrize(("setting", "sentence"), [({"window": 0}, "window must be"), ({"soft_cap": -1.0}, "soft_cap")])
+def test_invalid_rules_are_rejected(setting, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        AttentionRule(1.0, **setting)

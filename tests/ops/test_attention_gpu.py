@@ -1,5 +1,6 @@
 """GPU attention, as far as testable without a GPU: the programs lower, and contain their masks."""
 
+import dataclasses
 import functools
 import re
 
@@ -8,9 +9,14 @@ import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
+from maxlm.errors import ConfigError
 from maxlm.ops import attention as attention_module
+from maxlm.ops import flash_cudnn
 from maxlm.ops.attention import attention
+from maxlm.ops.attention_operands import NO_OPERANDS, AttentionOperands
 from maxlm.ops.attention_rule import AttentionRule
+from maxlm.ops.flash_cudnn import cudnn_attention
+from maxlm.ops.position_bias import Alibi
 
 QUERY = jax.ShapeDtypeStruct((2, 256, 8, 64), jnp.bfloat16)
 KEY = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.bfloat16)
@@ -36,17 +42,14 @@ def with_cudnn(monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
 
 
-def cudnn(window=None):
-    def call(query, key, value, segments):
-        rule = AttentionRule(causal=True, window=window, soft_cap=None, scale=0.125)
-        return attention_module._cudnn_attention(rule, query, key, value, segments, segments)
-
-    return call
-
-
+@pytest.mark.parametrize("operand", ["segments", "prefix"])
 @pytest.mark.usefixtures("with_cudnn")
-def test_cudnn_gets_segments_as_a_mask_in_forward_and_backward():
-    calls = cudnn_calls(lowered_gradient(cudnn()))
+def test_cudnn_gets_ids_as_a_mask_in_forward_and_backward(operand):
+    def call(query, key, value, ids):
+        operands = AttentionOperands(**{operand: (ids, ids)})
+        return cudnn_attention(AttentionRule(0.125), query, key, value, operands)
+
+    calls = cudnn_calls(lowered_gradient(call))
     assert set(calls) == {"fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"}
     for operands in calls.values():
         assert "tensor<2x1x256x256xbf16>" in operands
@@ -55,8 +58,7 @@ def test_cudnn_gets_segments_as_a_mask_in_forward_and_backward():
 @pytest.mark.usefixtures("with_cudnn")
 def test_cudnn_without_segments_needs_no_mask():
     def call(query, key, value, _):
-        rule = AttentionRule(causal=True, window=None, soft_cap=None, scale=0.125)
-        return attention_module._cudnn_attention(rule, query, key, value, None, None)
+        return cudnn_attention(AttentionRule(0.125), query, key, value)
 
     calls = cudnn_calls(lowered_gradient(call))
     assert set(calls) == {"fmhaSoftmax", "fmhaSoftmaxBackward"}
@@ -80,15 +82,28 @@ def test_cudnn_mask_matches_definition(monkeypatch):
         output, transpose = jax.vjp(call, query, key, value)
         return output, *transpose(query)
 
-    for segment_ids, window in [(segments, None), (segments, 7), (None, 7), (None, None)]:
-        rule = AttentionRule(causal=True, window=window, soft_cap=None, scale=0.25)
-        arguments = {"segment_ids": segment_ids, "window": window, "implementation": "reference"}
+    in_segments = AttentionOperands(segments=(segments, segments))
+    prefix = jnp.asarray([[0] * 5 + [1] * 20 + [0] * 15])
+    in_prefix = dataclasses.replace(in_segments, prefix=(prefix, prefix))
+    by_head = AttentionOperands(mask_BNTS=jax.random.bernoulli(keys[0], 0.5, (1, 4, 40, 40)))
+    causal, window = AttentionRule(0.25), AttentionRule(0.25, window=7)
+    both_ways, later = AttentionRule(0.25, causal=False), AttentionRule(0.25, offset=5)
+    for rule, operands in [
+        (causal, in_segments),
+        (window, in_segments),
+        (window, NO_OPERANDS),
+        (causal, NO_OPERANDS),
+        (causal, in_prefix),
+        (window, in_prefix),
+        (both_ways, by_head),
+        (later, by_head),
+    ]:
 
-        def got(query, key, value, rule=rule, segment_ids=segment_ids):
-            return attention_module._cudnn_attention(rule, query, key, value, segment_ids, segment_ids)
+        def got(query, key, value, rule=rule, operands=operands):
+            return cudnn_attention(rule, query, key, value, operands)
 
-        def want(query, key, value, arguments=arguments):
-            return attention(query, key, value, **arguments)
+        def want(query, key, value, rule=rule, operands=operands):
+            return attention(query, key, value, rule, operands, implementation="reference")
 
         for got_one, want_one in zip(values_and_gradients(got), values_and_gradients(want)):
             assert jnp.allclose(got_one, want_one, atol=1e-5)
@@ -97,25 +112,71 @@ def test_cudnn_mask_matches_definition(monkeypatch):
 @pytest.mark.parametrize("soft_cap", [None, 30.0])
 def test_blockwise_attention_lowers_for_gpus(soft_cap):
     def call(query, key, value, segments):
-        return attention(query, key, value, segment_ids=segments, window=100, soft_cap=soft_cap, implementation="xla")
+        rule, operands = AttentionRule(0.125, window=100, soft_cap=soft_cap), AttentionOperands((segments, segments))
+        return attention(query, key, value, rule, operands, implementation="xla")
 
     assert "dot_general" in lowered_gradient(call)
 
 
-def default_implementation(monkeypatch, platform: str, query=QUERY, **arguments) -> str:
-    """The implementation that `None` selects on a platform."""
-    monkeypatch.setattr(attention_module, "traced_platform", lambda: platform)
-    rule = AttentionRule(**{"causal": True, "window": None, "soft_cap": None, "scale": 1.0} | arguments)
-    return attention_module._best_implementation(query, query.shape[1], rule, query.dtype)
+@pytest.fixture
+def platform(monkeypatch):
+    """Sets the platform that is traced for."""
+
+    def choose(name: str) -> None:
+        for module in (attention_module, flash_cudnn):
+            monkeypatch.setattr(module, "traced_platform", lambda: name)
+
+    return choose
 
 
-def test_default_implementation_by_platform(monkeypatch):
-    assert default_implementation(monkeypatch, "tpu") == "pallas_tpu"
-    assert default_implementation(monkeypatch, "tpu", jax.ShapeDtypeStruct((2, 8, 8, 64), jnp.bfloat16)) == "xla"
-    assert default_implementation(monkeypatch, "cuda") == "cudnn"
-    assert default_implementation(monkeypatch, "cuda", soft_cap=30.0) == "xla"
-    assert default_implementation(monkeypatch, "cuda", jax.ShapeDtypeStruct((2, 256, 8, 64), jnp.float32)) == "xla"
-    assert default_implementation(monkeypatch, "cuda", jax.ShapeDtypeStruct((2, 255, 8, 64), jnp.bfloat16)) == "xla"
-    assert default_implementation(monkeypatch, "cuda", jax.ShapeDtypeStruct((2, 256, 8, 256), jnp.bfloat16)) == "xla"
-    assert default_implementation(monkeypatch, "rocm") == "xla"
-    assert default_implementation(monkeypatch, "cpu") == "xla"
+def default_implementation(query=QUERY, value=None, rule=AttentionRule(1.0), **operands) -> str:  # noqa: B008
+    """The implementation that `None` selects."""
+    return attention_module._best_implementation(
+        query, value or query, rule, AttentionOperands(**operands), query.dtype
+    )
+
+
+def query(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+BIAS = jnp.zeros((1, 8, 256, 256))
+
+
+def test_default_implementation_on_tpus_and_cpus(platform):
+    platform("tpu")
+    assert default_implementation() == "pallas_tpu"
+    assert default_implementation(query(2, 8, 8, 64)) == "xla"
+    assert default_implementation(sinks_N=jnp.zeros(8), position_bias=Alibi(jnp.zeros(8))) == "pallas_tpu"
+    assert default_implementation(bias_BNTS=BIAS) == "xla"
+    for other in ("rocm", "cpu"):
+        platform(other)
+        assert default_implementation() == "xla"
+
+
+# Query, rule and operands that cuDNN cannot take, and why.
+REFUSED = [
+    ({"rule": AttentionRule(1.0, soft_cap=30.0)}, "does not support a soft cap"),
+    ({"sinks_N": jnp.zeros(8)}, "does not support sinks"),
+    ({"position_bias": Alibi(jnp.zeros(8))}, "does not support a position_bias"),
+    ({"bias_BNTS": BIAS}, "does not support an array of biases"),
+    ({"value": query(2, 256, 8, 32)}, "does not support a value_dim of 32 with a head_dim of 64"),
+    ({"query": query(2, 256, 8, 64, dtype=jnp.float32)}, "multiplies 16-bit floats, not float32"),
+    ({"query": query(2, 255, 8, 64)}, "needs even lengths, not 255 and 255"),
+    ({"query": query(2, 256, 8, 256)}, "needs a head_dim that is a multiple of 8 up to 128, not 256"),
+]
+
+
+@pytest.mark.parametrize(("given", "reason"), REFUSED, ids=[reason for _, reason in REFUSED])
+def test_cudnn_refuses_by_name_what_it_cannot_compute(platform, given, reason):
+    platform("cuda")
+    assert default_implementation() == "cudnn"
+    assert default_implementation(**given) == "xla"
+    given = {"query": QUERY, "rule": AttentionRule(1.0)} | given
+    of_query, rule = given.pop("query"), given.pop("rule")
+    value = given.pop("value", of_query)
+    operands = AttentionOperands(**given)
+    with pytest.raises(ConfigError, match=f"'cudnn' {reason}.*choose 'xla' or None"):
+        jax.eval_shape(
+            lambda query, value: attention(query, query, value, rule, operands, implementation="cudnn"), of_query, value
+        )

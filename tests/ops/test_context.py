@@ -1,32 +1,37 @@
 """Context parallelism: values and gradients against float64 loops, and the division of work."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_case import MAX_DISTANCE, equations, position_bias
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_attention import equations, numpy_attention
+from numpy_attention import numpy_attention, numpy_bucket
 
 from maxlm.config.mesh import MeshConfig
 from maxlm.core.sharding import make_mesh
 from maxlm.errors import ConfigError
-from maxlm.ops.attention import reference_attention
+from maxlm.ops.attention_definition import reference_attention
+from maxlm.ops.attention_operands import AttentionOperands
 from maxlm.ops.attention_rule import AttentionRule, mean_gradient
 from maxlm.ops.context import context_attention, row_order, to_row_order, to_token_order
 from maxlm.ops.flash_tpu import Kernels
 from maxlm.ops.flash_xla import Blockwise
 from maxlm.ops.ring import Ring, held_chunks, plan_ring, ring_attention
 
-KERNELS = Kernels(jnp.dtype("float32"), largest_block=128, interpret=True)
+KERNELS = Kernels(jnp.dtype("float32"), jnp.dtype("float32"), largest_block=128, interpret=True)
 HEADS = P(("data", "fsdp", "expert"), "context", "tensor", None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
+    """bias: "alibi" or "t5"."""
+
     name: str
     context: int
     tensor: int = 1
@@ -34,20 +39,36 @@ class Case:
     length: int = 32
     num_heads: int = 2
     num_kv_heads: int = 1
+    value_dim: int = 4
     causal: bool = True
     window: int | None = None
     soft_cap: float | None = None
+    segments: bool = True
+    prefix: bool = False
+    bias: str | None = None
+    sinks: bool = False
     method: str = "ring"
 
-    def inputs(self):
-        """query, key, value, the output's gradient, segment ids."""
+    def inputs(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The arrays that have a gradient, by name, and the gradient of the output."""
         generator = np.random.default_rng(len(self.name))
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads, self.num_heads)
-        arrays = [generator.normal(size=(2, self.length, count, 4)).astype(np.float32) for count in heads]
-        return *arrays, packed(self.length)
+        shapes = {
+            "query": (2, self.length, self.num_heads, 4),
+            "key": (2, self.length, self.num_kv_heads, 4),
+            "value": (2, self.length, self.num_kv_heads, self.value_dim),
+            "gradient": (2, self.length, self.num_heads, self.value_dim),
+        }
+        if self.bias:
+            shapes["bias"] = (8, self.num_heads) if self.bias == "t5" else (self.num_heads,)
+        if self.sinks:
+            shapes["sinks"] = (self.num_heads,)
+        arrays = {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        gradient = arrays.pop("gradient")
+        return arrays, gradient
 
-    def arguments(self):
-        return {"causal": self.causal, "window": self.window, "soft_cap": self.soft_cap}
+    @property
+    def rule(self) -> AttentionRule:
+        return AttentionRule(0.5, self.causal, self.window, self.soft_cap)
 
     def mesh(self):
         return make_mesh(MeshConfig(context=self.context, tensor=self.tensor, fsdp=self.fsdp))
@@ -73,8 +94,26 @@ CASES = [
     Case("window over several chunks, soft cap", 8, window=11, soft_cap=1.5),
     Case("window of one token", 4, window=1),
     Case("chunks of odd number, in order", 4, length=36, num_heads=1, window=20),
-    Case("nothing masked", 4, causal=False, fsdp=2),
+    Case("nothing masked, no segments", 4, causal=False, fsdp=2, segments=False),
     Case("window to both sides", 4, causal=False, window=7),
+    Case("prefix", 4, prefix=True, num_heads=1),
+    Case("prefix, window over several chunks", 4, prefix=True, window=9),
+    Case("ALiBi, heads sharded", 4, tensor=2, num_heads=4, num_kv_heads=2, bias="alibi"),
+    Case("ALiBi, nothing masked", 4, causal=False, bias="alibi"),
+    Case("relative buckets, window, rows sharded", 4, fsdp=2, bias="t5", window=11),
+    Case("relative buckets to both sides, in order", 4, length=36, causal=False, bias="t5"),
+    Case("sinks, values of another size", 4, sinks=True, value_dim=6),
+    Case(
+        "heads exchanged, all operands",
+        2,
+        num_heads=4,
+        prefix=True,
+        bias="t5",
+        sinks=True,
+        tensor=2,
+        num_kv_heads=2,
+        method="all_to_all",
+    ),
     Case("heads exchanged, key heads sent twice", 4, fsdp=2, num_heads=4, num_kv_heads=2, method="all_to_all"),
     Case(
         "heads exchanged, sharded", 2, tensor=2, num_heads=4, num_kv_heads=4, window=9, soft_cap=2, method="all_to_all"
@@ -82,81 +121,136 @@ CASES = [
 ]
 
 
-def run(case: Case, attend, *inputs):
-    """Output and gradients of `attend(order, query, key, value, segments)`, called on each device's shards."""
-    mesh = case.mesh()
+def prefix_of(length: int) -> np.ndarray:
+    """A prefix over half of the first row, and one in the middle of the second row."""
+    position = np.arange(length)
+    second = (position > length // 3) & (position <= 2 * length // 3)
+    return np.stack([position < length // 2, second]).astype(np.int32)
 
-    def whole(query, key, value, segments):
+
+def run(case: Case, attend=None, inputs=None, **more) -> dict[str, jax.Array]:
+    """The output and the gradients of `Case.inputs`, by name.
+
+    attend(order, query, key, value, operands): called on each device's shards; by default `context_attention`.
+    """
+    mesh, (arrays, gradient) = case.mesh(), inputs or case.inputs()
+    per_head = {"bias": P(None, "tensor") if case.bias == "t5" else P("tensor"), "sinks": P("tensor")}
+    specs = {name: per_head.get(name, HEADS) for name in arrays}
+    rows = P(*HEADS[:2])
+
+    def attend_context(order, query, key, value, operands):
+        return context_attention(query, key, value, case.rule, operands, method=case.method, order=order, **more)
+
+    def local(order, arrays, segments, prefix):
+        operands = AttentionOperands(
+            segments=(segments, segments) if case.segments else None,
+            prefix=(prefix, prefix) if case.prefix else None,
+            position_bias=position_bias(case.bias, arrays.get("bias"), case.causal),
+            sinks_N=arrays.get("sinks"),
+        )
+        return (attend or attend_context)(order, arrays["query"], arrays["key"], arrays["value"], operands)
+
+    def whole(arrays, segments, prefix):
         order = row_order(case.length, case.method) if case.causal else "plain"
-        arrays = [to_row_order(x, order) for x in (query, key, value, segments)]
-        by_device = jax.shard_map(lambda *mine: attend(order, *mine), out_specs=HEADS, check_vma=False)
-        return to_token_order(by_device(*arrays), order)
+        arrays = {name: x if name in per_head else to_row_order(x, order) for name, x in arrays.items()}
+        segments, prefix = (to_row_order(ids, order) for ids in (segments, prefix))
+        by_device = jax.shard_map(
+            functools.partial(local, order), in_specs=(specs, rows, rows), out_specs=HEADS, check_vma=False
+        )
+        return to_token_order(by_device(arrays, segments, prefix), order)
 
     @jax.jit
-    def values_and_gradients(query, key, value, gradient, segments):
-        output, transpose = jax.vjp(lambda *arrays: whole(*arrays, segments), query, key, value)
-        return output, *transpose(gradient)
+    def values_and_gradients(arrays, gradient, segments, prefix):
+        output, transpose = jax.vjp(lambda arrays: whole(arrays, segments, prefix), arrays)
+        return {"output": output, **transpose(gradient)[0]}
 
     with jax.set_mesh(mesh):
-        arrays = [jax.device_put(x, NamedSharding(mesh, P(*HEADS[: x.ndim]))) for x in inputs]
-        return values_and_gradients(*arrays)
+        put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
+        arrays = {name: put(x, specs[name]) for name, x in arrays.items()}
+        ids = (put(ids, rows) for ids in (packed(case.length), prefix_of(case.length)))
+        return values_and_gradients(arrays, put(gradient, HEADS), *ids)
 
 
-def run_case(case: Case, *inputs, **more):
-    def attend(order, *mine):
-        return context_attention(*mine, method=case.method, order=order, **case.arguments(), **more)
+def definition(case: Case) -> dict[str, np.ndarray]:
+    arrays, gradient = case.inputs()
+    segments, prefix = packed(case.length), prefix_of(case.length)
+    distance = np.arange(case.length)[:, None] - np.arange(case.length)[None, :]
+    bias = buckets = None
+    if case.bias == "alibi":
+        bias = -arrays["bias"].astype(np.float64)[:, None, None] * np.abs(distance)
+    elif case.bias == "t5":
+        bucket = np.vectorize(lambda d: numpy_bucket(d, 8, MAX_DISTANCE, not case.causal))
+        buckets = bucket(distance)
+        bias = np.moveaxis(arrays["bias"].astype(np.float64)[buckets], -1, 0)
+    results = numpy_attention(
+        *(arrays[name] for name in ("query", "key", "value")),
+        gradient,
+        causal=case.causal,
+        window=case.window,
+        soft_cap=case.soft_cap,
+        segments=(segments, segments) if case.segments else None,
+        prefix=(prefix, prefix) if case.prefix else None,
+        bias=None if bias is None else np.broadcast_to(bias, (2, *bias.shape)),
+        sinks=arrays.get("sinks"),
+    )
+    of_matrix = results.pop("bias").sum(0)
+    if case.bias == "alibi":
+        results["bias"] = -(of_matrix * np.abs(distance)).sum((1, 2))
+    elif case.bias == "t5":
+        results["bias"] = np.zeros_like(arrays["bias"], np.float64)
+        np.add.at(results["bias"], buckets, np.moveaxis(of_matrix, 0, -1))
+    return {name: results[name] for name in ("output", *arrays)}
 
-    return run(case, attend, *(inputs or case.inputs()))
 
-
-def definition(case: Case):
-    *arrays, segments = case.inputs()
-    return numpy_attention(*arrays, segments, segments, scale=None, **case.arguments())
+def check(case: Case, results) -> None:
+    want, padding = definition(case), packed(case.length) == 0
+    assert results.keys() == want.keys()
+    for name, got in results.items():
+        np.testing.assert_allclose(got, want[name], atol=1e-5, rtol=1e-4, err_msg=name)
+        if case.segments and name not in ("bias", "sinks"):
+            assert not np.asarray(got)[padding].any(), "padding is exact zeros, and so are its gradients"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_values_and_gradients_match_whole_rows(case):
-    padding = case.inputs()[-1] == 0
-    for got, want in zip(run_case(case), definition(case)):
-        np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-4)
-        assert not np.asarray(got)[padding].any(), "padding is exact zeros, and so are its gradients"
+    check(case, run(case))
 
 
 def test_ring_attention_with_tpu_kernels():
-    case = Case("kernels", 2, num_heads=1)
+    case = Case("kernels", 2, num_heads=1, bias="alibi", sinks=True)
 
-    def attend(order, *mine):
-        rule = AttentionRule(**case.arguments(), scale=0.5)
-        return ring_attention(Ring(rule, KERNELS, order, case.context), *mine)
+    def attend(order, query, key, value, operands):
+        operands = operands.by_distance(0, case.length, case.length)
+        return ring_attention(Ring(case.rule, KERNELS, order, case.context), query, key, value, operands)
 
-    for got, want in zip(run(case, attend, *case.inputs()), definition(case)):
-        np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-4)
+    check(case, run(case, attend))
 
 
 @pytest.mark.parametrize("pieces", [Blockwise(jnp.dtype("float32")), KERNELS], ids=lambda pieces: type(pieces).__name__)
 @pytest.mark.parametrize(
     "rule",
     [
-        AttentionRule(True, 130, None, 0.5, offset=200),
-        AttentionRule(False, 150, 2.0, 0.5, offset=-220),
-        AttentionRule(True, None, None, 0.5, offset=-100),
+        AttentionRule(0.5, True, 130, None, offset=200),
+        AttentionRule(0.5, False, 150, 2.0, offset=-220),
+        AttentionRule(0.5, True, None, None, offset=-100),
     ],
     ids=str,
 )
 def test_attention_over_part_of_keys_with_offset(rule, pieces):
     """Several blocks per side, some queries fully masked; merged with an empty part it matches the definition."""
-    case = Case("distance", 1, length=200)
-    query, key, value, gradient, _ = (x[:1] for x in case.inputs())
+    arrays, gradient = Case("distance", 1, length=200).inputs()
+    query, key, value, gradient = (x[:1] for x in (*arrays.values(), gradient))
     queries, keys = np.ones((1, 200), np.int32), np.ones((1, 160), np.int32)
     keys[:, :10] = 0
     key, value = key[:, :160], value[:, :160]
-    want, transpose = jax.vjp(lambda *arrays: reference_attention(rule, *arrays, queries, keys), query, key, value)
+    operands = AttentionOperands(segments=(queries, keys))
+    want, transpose = jax.vjp(lambda *arrays: reference_attention(rule, *arrays, operands), query, key, value)
 
     @jax.jit
     def by_pieces(query, key, value, gradient):
-        operands = (rule, query, key, value, queries, keys)
-        output, log_sum = pieces.forward(*operands)
-        return output, log_sum, *pieces.backward(*operands, log_sum, mean_gradient(output, gradient), gradient)
+        output, log_sum = pieces.forward(rule, query, key, value, operands)
+        mean = mean_gradient(output, gradient)
+        return output, log_sum, *pieces.backward(rule, query, key, value, operands, log_sum, mean, gradient)[:3]
 
     output, log_sum, *gradients = by_pieces(query, key, value, gradient)
     for got, wanted in zip((output, *gradients), (want, *transpose(gradient))):
@@ -169,32 +263,31 @@ def test_attention_over_part_of_keys_with_offset(rule, pieces):
 def test_other_documents_have_no_effect():
     """Changing everything outside a document does not change a bit of the document's rows."""
     case = Case("influence", 4)
-    *arrays, segments = case.inputs()
-    inside = segments == 2
-    before = run_case(case)[0]
-    changed = [np.where(inside[:, :, None, None], x, 1e4) for x in arrays[:3]]
-    after = run_case(case, *changed, *arrays[3:], segments)[0]
-    np.testing.assert_array_equal(np.asarray(before)[inside], np.asarray(after)[inside])
+    arrays, gradient = case.inputs()
+    inside = packed(case.length) == 2
+    changed = {name: np.where(inside[:, :, None, None], x, np.float32(1e4)) for name, x in arrays.items()}
+    before, after = (np.asarray(run(case, inputs=(x, gradient))["output"])[inside] for x in (arrays, changed))
+    np.testing.assert_array_equal(before, after)
 
 
 def test_keys_are_sent_in_matmul_dtype_and_gradients_in_float32():
     case = Case("dtypes", 4)
-    query, key, value, _, segments = case.inputs()
-    mesh, spec = case.mesh(), P(None, "context")
-    segments = jax.device_put(segments, NamedSharding(mesh, spec))
+    (arrays, _), mesh, spec = case.inputs(), case.mesh(), P(None, "context")
+    segments = jax.device_put(packed(case.length), NamedSharding(mesh, spec))
+
+    def attend(query, key, value, segments):
+        operands = AttentionOperands(segments=(segments, segments))
+        return context_attention(
+            query, key, value, case.rule, operands, method="ring", order="zigzag", matmul_dtype=jnp.bfloat16
+        )
 
     def loss(query, key, value):
-        attend = jax.shard_map(
-            lambda *mine: context_attention(*mine, method="ring", order="zigzag", matmul_dtype=jnp.bfloat16),
-            in_specs=(spec,) * 4,
-            out_specs=spec,
-            check_vma=False,
-        )
-        return jnp.sum(attend(query, key, value, segments) ** 2)
+        by_device = jax.shard_map(attend, in_specs=(spec,) * 4, out_specs=spec, check_vma=False)
+        return jnp.sum(by_device(query, key, value, segments) ** 2)
 
     with jax.set_mesh(mesh):
-        arrays = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (query, key, value)]
-        forward, both = (jax.make_jaxpr(f)(*arrays) for f in (loss, jax.grad(loss, argnums=(0, 1, 2))))
+        put = [jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays.values()]
+        forward, both = (jax.make_jaxpr(f)(*put) for f in (loss, jax.grad(loss, argnums=(0, 1, 2))))
 
     def sent(jaxpr):
         return {e.invars[0].aval.dtype.name for e in equations(jaxpr.jaxpr) if e.primitive.name == "ppermute"}
@@ -219,7 +312,7 @@ def seen_by_chunk(rule: AttentionRule, chunks: int, chunk_length: int) -> np.nda
 )
 def test_plan_has_each_unmasked_pair_of_chunks_exactly_once(causal, window, order):
     size, chunk_length = 4, 6
-    rule = AttentionRule(causal, window, None, 1.0)
+    rule = AttentionRule(1.0, causal, window)
     chunks = held_chunks(order, size)
     seen = seen_by_chunk(rule, size * len(chunks[0]), chunk_length)
     planned = np.zeros_like(seen)
@@ -235,7 +328,7 @@ def test_plan_has_each_unmasked_pair_of_chunks_exactly_once(causal, window, orde
 @pytest.mark.parametrize("size", [2, 4, 8, 16])
 def test_causal_work_is_balanced_over_devices_in_every_step(size):
     """After the first step, in which each device attends to its own keys, two whole pairs of chunks out of four."""
-    rule = AttentionRule(True, None, None, 1.0)
+    rule = AttentionRule(1.0)
     steps = plan_ring(rule, "zigzag", size, 16)
     assert len(steps) == size
     for step in steps:
@@ -245,13 +338,13 @@ def test_causal_work_is_balanced_over_devices_in_every_step(size):
 
 
 def test_plain_order_is_unbalanced():
-    steps = plan_ring(AttentionRule(True, None, None, 1.0), "plain", 4, 16)
+    steps = plan_ring(AttentionRule(1.0), "plain", 4, 16)
     assert [sum(slot[d] is not None for step in steps for slot in step.slots) for d in range(4)] == [1, 2, 3, 4]
 
 
 def test_window_limits_how_far_keys_are_sent():
     """A chunk attends to itself and the one before it: a zigzag needs only the neighbors on either side."""
-    steps = plan_ring(AttentionRule(True, 16, None, 1.0), "zigzag", 8, 16)
+    steps = plan_ring(AttentionRule(1.0, window=16), "zigzag", 8, 16)
     assert [step.shift for step in steps] == [0, 1, 7]
     for step in steps[1:]:
         assert len(step.slots) == 1
@@ -301,4 +394,18 @@ def test_row_order_follows_from_length_and_method():
 )
 def test_unsupported_settings_are_rejected_with_a_remedy(changes, settings, message):
     with pytest.raises(ConfigError, match=message):
-        run_case(dataclasses.replace(Case("refused", 4), **changes), **settings)
+        run(dataclasses.replace(Case("refused", 4), **changes), **settings)
+
+
+@pytest.mark.parametrize(("operand", "name"), [("mask_BNTS", "a mask"), ("bias_BNTS", "an array of biases")])
+@pytest.mark.parametrize("method", ["ring", "all_to_all"])
+def test_matrices_are_rejected_with_a_remedy(method, operand, name):
+    case = Case("refused", 4, method=method, num_heads=4)
+
+    def attend(order, query, key, value, operands):
+        operands = dataclasses.replace(operands, **{operand: jnp.ones((1, 1, 8, 32))})
+        return context_attention(query, key, value, case.rule, operands, method=method, order=order)
+
+    message = f"execution.context_attention: {method} does not support {name}; choose mesh.context=1"
+    with pytest.raises(ConfigError, match=message):
+        run(case, attend)

@@ -8,13 +8,17 @@ import pytest
 
 TARGETS = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
 
-# name: length, query heads, key-value heads, head_dim, dtype, arguments of `attention`
+# name: length, query heads, key-value heads, head_dim, dtype, fields of the rule, operands
 CASES = {
-    "grouped heads": (1024, 4, 1, 128, "bfloat16", {}),
-    "segments, window": (1024, 2, 2, 128, "bfloat16", {"segments": True, "window": 300}),
-    "uneven length, soft cap": (600, 2, 2, 64, "bfloat16", {"segments": True, "soft_cap": 30.0}),
-    "long rows in large blocks": (4096, 1, 1, 256, "bfloat16", {"segments": True, "soft_cap": 30.0}),
-    "float32, bidirectional": (256, 2, 2, 64, "float32", {"causal": False}),
+    "grouped heads": (1024, 4, 1, 128, "bfloat16", {}, ()),
+    "segments, window": (1024, 2, 2, 128, "bfloat16", {"window": 300}, ("segments",)),
+    "uneven length, soft cap": (600, 2, 2, 64, "bfloat16", {"soft_cap": 30.0}, ("segments",)),
+    "long rows in large blocks": (4096, 1, 1, 256, "bfloat16", {"soft_cap": 30.0}, ("segments", "alibi")),
+    "float32, bidirectional": (256, 2, 2, 64, "float32", {"causal": False}, ()),
+    "prefix, sinks": (1024, 2, 1, 128, "bfloat16", {}, ("segments", "prefix", "sinks")),
+    "ALiBi": (1024, 2, 1, 128, "bfloat16", {}, ("segments", "alibi")),
+    "relative buckets": (600, 2, 2, 64, "bfloat16", {"causal": False}, ("buckets",)),
+    "mask, smaller values": (512, 2, 2, 128, "bfloat16", {"causal": False}, ("mask", "values of 64")),
 }
 
 
@@ -28,32 +32,61 @@ def compile_all(target: str) -> None:
     from jax.sharding import PartitionSpec as P
 
     from maxlm.ops.attention import attention
+    from maxlm.ops.attention_operands import AttentionOperands
+    from maxlm.ops.attention_rule import AttentionRule
+    from maxlm.ops.position_bias import Alibi, RelativeBuckets
 
     chips = topologies.get_topology_desc(platform="tpu", topology_name=target).devices[:4]
     mesh = Mesh(np.array(chips).reshape(2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
     heads, rows = P("data", None, "tensor", None), P("data", None)
-    for name, (length, num_heads, num_kv_heads, head_dim, dtype, arguments) in CASES.items():
-        use_segments = arguments.get("segments", False)
-        options = {option: value for option, value in arguments.items() if option != "segments"}
+    for name, (length, num_heads, num_kv_heads, head_dim, dtype, fields, given) in CASES.items():
+        rule = AttentionRule(head_dim**-0.5, **fields)
+        value_dim = 64 if "values of 64" in given else head_dim
+        # Shape, dtype and sharding of each operand.
+        every = {
+            "segments": ((2, length), "int32", rows),
+            "prefix": ((2, length), "int32", rows),
+            "alibi": ((2 * num_heads,), "float32", P("tensor")),
+            "buckets": ((32, 2 * num_heads), "float32", P(None, "tensor")),
+            "sinks": ((2 * num_heads,), "float32", P("tensor")),
+            "mask": ((2, 1, length, length), "bool", P("data", None, None, None)),
+        }
+        arrays = {
+            "query": ((2, length, 2 * num_heads, head_dim), dtype, heads),
+            "key": ((2, length, 2 * num_kv_heads, head_dim), dtype, heads),
+            "value": ((2, length, 2 * num_kv_heads, value_dim), dtype, heads),
+        } | {operand: every[operand] for operand in given if operand in every}
+        specs = {array: spec for array, (_, _, spec) in arrays.items()}
+        shapes = {
+            array: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+            for array, (shape, dtype, spec) in arrays.items()
+        }
 
-        def loss(query, key, value, segments, use_segments=use_segments, options=options):
-            def local(query, key, value, segments):
-                return attention(query, key, value, segment_ids=segments if use_segments else None, **options)
+        def local(arrays, rule=rule):
+            segments, prefix = arrays.get("segments"), arrays.get("prefix")
+            bias = Alibi(arrays["alibi"]) if "alibi" in arrays else None
+            if "buckets" in arrays:
+                bias = RelativeBuckets(arrays["buckets"], 128, not rule.causal)
+            operands = AttentionOperands(
+                segments=None if segments is None else (segments, segments),
+                prefix=None if prefix is None else (prefix, prefix),
+                position_bias=bias,
+                sinks_N=arrays.get("sinks"),
+                mask_BNTS=arrays.get("mask"),
+            )
+            return attention(arrays["query"], arrays["key"], arrays["value"], rule, operands)
 
-            specs = {"in_specs": (heads, heads, heads, rows), "out_specs": heads, "check_vma": False}
-            return jnp.sum(jax.shard_map(local, **specs)(query, key, value, segments).astype(jnp.float32) ** 2)
+        def loss(floats, rest, specs=specs, local=local):
+            by_device = jax.shard_map(local, in_specs=(specs,), out_specs=heads, check_vma=False)
+            return jnp.sum(by_device(floats | rest).astype(jnp.float32) ** 2)
 
-        def shape(dimensions, dtype, spec):
-            return jax.ShapeDtypeStruct(dimensions, dtype, sharding=NamedSharding(mesh, spec))
-
-        query = shape((2, length, 2 * num_heads, head_dim), dtype, heads)
-        key = shape((2, length, 2 * num_kv_heads, head_dim), dtype, heads)
+        floats = {array: x for array, x in shapes.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+        rest = {array: x for array, x in shapes.items() if array not in floats}
         with jax.set_mesh(mesh):
-            gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-            compiled = gradient.lower(query, key, key, shape((2, length), "int32", rows)).compile()
+            compiled = jax.jit(jax.grad(loss)).lower(floats, rest).compile()
         text = compiled.as_text()
         kernels, flops = text.count('custom_call_target="tpu_custom_call"'), int(compiled.cost_analysis()["flops"])
-        print(target, name, kernels, flops, sep=" | ")
+        print(target, name, kernels, flops, sep=" | ", flush=True)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +99,7 @@ def compiled() -> dict[str, dict[str, tuple[int, int]]]:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
     command = [sys.executable, __file__, *TARGETS]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     found = {target: {} for target in TARGETS}
     for line in result.stdout.splitlines():

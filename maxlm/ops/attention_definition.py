@@ -1,0 +1,64 @@
+"""The definition of attention.
+
+Shapes: B batch, T query length, S key length, N query heads, K key-value heads, G = N / K, H head dim,
+V value dim.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.ops.attention_operands import NO_OPERANDS, AttentionOperands, group_heads
+from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule
+
+
+def reference_attention(
+    rule: AttentionRule, query_BTNH, key_BSKH, value_BSKV, operands: AttentionOperands = NO_OPERANDS
+) -> jax.Array:
+    """Attention as `maxlm.ops.attention.attention` defines it, in float32, with all logits in memory."""
+    query, key, value = (
+        x.astype(jnp.float32) for x in (query_BTNH, key_BSKH.swapaxes(1, 2), value_BSKV.swapaxes(1, 2))
+    )
+    positions = jnp.arange(query.shape[1]), jnp.arange(key.shape[2])
+    return _attend(rule, query, key, value, *positions, operands, "highest").astype(query_BTNH.dtype)
+
+
+def _attend(
+    rule: AttentionRule,
+    query_BTNH,
+    key_BKSH,
+    value_BKSV,
+    query_position,
+    key_position,
+    operands: AttentionOperands,
+    precision: str | None = None,
+) -> jax.Array:
+    """float32 [B, T, N, V], for float32 queries and values; positions as in `AttentionOperands.visible`."""
+    batch, length, num_heads, head_dim = query_BTNH.shape
+    num_kv_heads = key_BKSH.shape[1]
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    query_BTKGH = query_BTNH.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    logits_BKGTS = rule.logits(product("btkgh,bksh->bkgts", query_BTKGH, key_BKSH))
+    if operands.position_bias is not None:
+        distance_BTS = query_position[..., :, None] - key_position[..., None, :] + rule.offset
+        bias_BNTS = jnp.moveaxis(operands.position_bias.at(distance_BTS), 0, -3)
+        logits_BKGTS += group_heads(bias_BNTS.reshape(-1, *bias_BNTS.shape[-3:]), num_kv_heads)
+    if operands.bias_BNTS is not None:
+        logits_BKGTS += group_heads(operands.bias_BNTS.astype(jnp.float32), num_kv_heads)
+    visible_BNTS = operands.visible(rule, query_position, key_position)
+    visible_BKGTS = visible_BNTS if visible_BNTS is True else group_heads(visible_BNTS, num_kv_heads)
+    logits_BKGTS = jnp.where(visible_BKGTS, logits_BKGTS, MASKED_LOGIT)
+    # Zero where all keys are masked: softmax would be uniform over them.
+    probabilities_BKGTS = jnp.where(visible_BKGTS, _softmax(logits_BKGTS, operands.sinks_N), 0.0)
+    output_BTKGV = product("bkgts,bksh->btkgh", probabilities_BKGTS, value_BKSV)
+    return output_BTKGV.reshape(batch, length, num_heads, value_BKSV.shape[-1])
+
+
+def _softmax(logits_BKGTS, sinks_N):
+    """Softmax over the keys and, if there are sinks, over one more logit that is then dropped."""
+    if sinks_N is None:
+        return jax.nn.softmax(logits_BKGTS, axis=-1)
+    sinks_KG11 = sinks_N.astype(jnp.float32).reshape(*logits_BKGTS.shape[1:3], 1, 1)
+    sinks_BKGT1 = jnp.broadcast_to(sinks_KG11, (*logits_BKGTS.shape[:-1], 1))
+    return jax.nn.softmax(jnp.concatenate([logits_BKGTS, sinks_BKGT1], axis=-1), axis=-1)[..., :-1]

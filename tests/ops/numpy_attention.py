@@ -1,0 +1,93 @@
+"""Attention and its gradients in float64 numpy, one query and head at a time, written from the definition alone."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+
+def numpy_attention(
+    query,
+    key,
+    value,
+    gradient,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    segments=None,
+    prefix=None,
+    bias=None,
+    sinks=None,
+    mask=None,
+) -> dict[str, Any]:
+    """The output and the gradients of query, key, value, bias and sinks, by name.
+
+    Arrays as in `maxlm.ops.attention.attention`; segments and prefix are pairs of queries' and keys' ids; bias and mask
+    are whole matrices [batch, num_heads, length, kv_length].
+    """
+    query, key, value, gradient = (x.astype(np.float64) for x in (query, key, value, gradient))
+    batch, length, num_heads, head_dim = query.shape
+    kv_length, num_kv_heads = key.shape[1:3]
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    results = {
+        "output": np.zeros((batch, length, num_heads, value.shape[-1])),
+        "query": np.zeros_like(query),
+        "key": np.zeros_like(key),
+        "value": np.zeros_like(value),
+        "bias": np.zeros((batch, num_heads, length, kv_length)),
+        "sinks": np.zeros(num_heads),
+    }
+
+    def sees(b: int, h: int, i: int, j: int) -> bool:
+        same_prefix = prefix is not None and prefix[0][b, i] == prefix[1][b, j] != 0
+        if causal and j > i and not same_prefix:
+            return False
+        if window is not None and abs(i - j) >= window:
+            return False
+        if segments is not None and not segments[0][b, i] == segments[1][b, j] != 0:
+            return False
+        return mask is None or bool(mask[b, h, i, j])
+
+    for b, h, i in np.ndindex(batch, num_heads, length):
+        seen = [j for j in range(kv_length) if sees(b, h, i, j)]
+        if not seen:
+            continue
+        g = h // (num_heads // num_kv_heads)
+        keys, values = key[b, seen, g], value[b, seen, g]
+        logits, slope = keys @ query[b, i, h] * scale, 1.0
+        if soft_cap is not None:
+            logits = soft_cap * np.tanh(logits / soft_cap)
+            slope = 1 - (logits / soft_cap) ** 2
+        if bias is not None:
+            logits = logits + bias[b, h, i, seen]
+        sink = -np.inf if sinks is None else float(sinks[h])
+        largest = max(logits.max(), sink)
+        p, sink_p = np.exp(logits - largest), np.exp(sink - largest)
+        p, sink_p = p / (p.sum() + sink_p), sink_p / (p.sum() + sink_p)
+        results["output"][b, i, h] = p @ values
+        dp = values @ gradient[b, i, h]
+        d_logits = p * (dp - p @ dp)
+        results["sinks"][h] -= sink_p * (p @ dp)
+        results["bias"][b, h, i, seen] = d_logits
+        d_products = d_logits * slope * scale
+        results["query"][b, i, h] = d_products @ keys
+        results["key"][b, seen, g] += np.outer(d_products, query[b, i, h])
+        results["value"][b, seen, g] += np.outer(p, gradient[b, i, h])
+    return results
+
+
+def numpy_bucket(distance: int, num_buckets: int, max_distance: int, bidirectional: bool) -> int:
+    """The bucket of a key `distance` before its query (T5, arXiv:1910.10683)."""
+    first = 0
+    if bidirectional:
+        num_buckets //= 2
+        first = num_buckets if distance < 0 else 0
+        distance = abs(distance)
+    distance = max(distance, 0)
+    exact = num_buckets // 2
+    if distance < exact:
+        return first + distance
+    beyond = math.log(distance / exact) / math.log(max_distance / exact) * (num_buckets - exact)
+    return first + min(exact + int(beyond + 1e-9), num_buckets - 1)
