@@ -20,6 +20,7 @@ from maxlm.core.sharding import is_explicit, logical_to_spec, shard
 from maxlm.core.term import LossOutput
 from maxlm.models.cache import KVCache
 from maxlm.ops.attention import attention
+from maxlm.ops.attention_definition import cached_attention
 from maxlm.ops.attention_operands import AttentionOperands
 from maxlm.ops.attention_rule import AttentionRule
 from maxlm.ops.context import context_attention
@@ -93,8 +94,9 @@ class Attention(nnx.Module):
             jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False),
             jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False),
             positions_BL,
-            window=window,
-            soft_cap=self.config.attention_soft_cap,
+            # The slot of a token is its position.
+            jnp.arange(cache.max_length)[None],
+            _rule(self.config, window),
         )
         return self._merge(mixed_BLHE, None), cache
 
@@ -206,26 +208,3 @@ def _sharded_attention(
 
 def _rule(config: ModelConfig, window: int | None) -> AttentionRule:
     return AttentionRule(scale=1 / math.sqrt(config.head_dim), window=window, soft_cap=config.attention_soft_cap)
-
-
-def cached_attention(query_BLHE, keys_BKTE, values_BKTE, positions_BL, *, window: int | None, soft_cap: float | None):
-    """Attention of queries at `positions_BL` to the cache's slots j <= position (and position - j < window).
-
-    Queries at position -1 (padding) return zeros.
-    """
-    batch, length, num_heads, head_dim = query_BLHE.shape
-    num_kv_heads = keys_BKTE.shape[1]
-    grouped = query_BLHE.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    logits = jnp.einsum("blkge,bkte->bkglt", grouped, keys_BKTE, preferred_element_type=jnp.float32)
-    logits = logits / math.sqrt(head_dim)
-    if soft_cap is not None:
-        logits = soft_cap * jnp.tanh(logits / soft_cap)
-    slots_T = jnp.arange(keys_BKTE.shape[2])
-    visible_BLT = slots_T <= positions_BL[..., None]
-    if window is not None:
-        visible_BLT &= positions_BL[..., None] - slots_T < window
-    visible = visible_BLT[:, None, None]
-    logits = jnp.where(visible, logits, jnp.finfo(jnp.float32).min)
-    weights = jnp.where(visible, jax.nn.softmax(logits, axis=-1), 0.0)
-    mixed = jnp.einsum("bkglt,bkte->blkge", weights, values_BKTE.astype(jnp.float32))
-    return mixed.reshape(query_BLHE.shape).astype(query_BLHE.dtype)

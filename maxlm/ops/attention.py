@@ -9,6 +9,8 @@
 | `xla`        | blockwise in plain XLA, any device: skips masked blocks, recomputes in backward   |
 | `reference`  | the definition, in float32, any device                                            |
 
+`maxlm.ops.attention_definition.cached_attention` is the same for new queries and a cache of keys and values.
+
 Shapes: B batch, T query length, S key length, N query heads, K key-value heads, H head dim, V value dim.
 """
 

@@ -1,9 +1,10 @@
-"""The definition of attention.
+"""The definition of attention, and attention to a cache, which is the definition at given positions.
 
-Shapes: B batch, T query length, S key length, N query heads, K key-value heads, G = N / K, H head dim,
+Shapes: B batch, T query length, S key length or cache slots, N query heads, K key-value heads, G = N / K, H head dim,
 V value dim.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -22,6 +23,40 @@ def reference_attention(
     )
     positions = jnp.arange(query.shape[1]), jnp.arange(key.shape[2])
     return _attend(rule, query, key, value, *positions, operands, "highest").astype(query_BTNH.dtype)
+
+
+def cached_attention(
+    query_BTNH: jax.Array,
+    key_BKSH: jax.Array,
+    value_BKSV: jax.Array,
+    query_position_BT: jax.Array,
+    key_position_BS: jax.Array,
+    rule: AttentionRule,
+    operands: AttentionOperands = NO_OPERANDS,
+) -> jax.Array:
+    """Attention of new queries to a cache of keys and values, as `maxlm.ops.attention.attention` defines it.
+
+    What a query sees depends on positions and operands only: slots may hold any positions in any order, as in a ring
+    buffer. Products accumulate in float32; heads of the cache are not repeated, and it is not copied.
+
+    Args:
+      query_BTNH: new queries.
+      key_BKSH, value_BKSV: the cache, heads before slots: the layout of the products on every device.
+      query_position_BT: int; a query at -1 (padding) returns zeros.
+      key_position_BS: int, the position in each slot, [batch or 1, slots]; a slot with -1 is empty.
+      rule: scale, soft cap, and which positions attend to which.
+      operands: as in `attention`; ids are of the queries [B, T] and of the slots [B, S].
+
+    Returns:
+      [B, T, N, V] in the query's dtype.
+    """
+    exists = (query_position_BT[:, None, :, None] >= 0) & (key_position_BS[:, None, None, :] >= 0)
+    mask_BNTS = exists if operands.mask_BNTS is None else exists & operands.mask_BNTS
+    operands = dataclasses.replace(operands, mask_BNTS=mask_BNTS)
+    # CPUs lack some products of 16-bit operands with float32 sums. On TPUs the conversions are part of the products.
+    query, value = query_BTNH.astype(jnp.float32), value_BKSV.astype(jnp.float32)
+    output_BTNV = _attend(rule, query, key_BKSH, value, query_position_BT, key_position_BS, operands)
+    return output_BTNV.astype(query_BTNH.dtype)
 
 
 def _attend(
