@@ -17,6 +17,7 @@ from flax import nnx
 from maxlm.config.execution import DEFAULT_EXECUTION, ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import Normal, Parameter, stack
+from maxlm.core.remat import rematerialize
 from maxlm.core.sharding import fits, gather_layers, shard
 from maxlm.core.term import LossOutput
 from maxlm.models.cache import KVCache
@@ -97,7 +98,7 @@ class Decoder(nnx.Module):
                 auxiliary.append(added)
             return x_BLD, jax.tree.map(lambda *parts: sum(parts), *auxiliary)
 
-        group = _rematerialize(group, execution.remat)
+        group = rematerialize(group, execution.remat)
         x_BLD, auxiliary = jax.lax.scan(group, x_BLD, self._group(layers), unroll=execution.unroll)
         return x_BLD, jax.tree.map(lambda parts: jnp.sum(parts, axis=0), auxiliary)
 
@@ -171,11 +172,3 @@ def _logits(config: ModelConfig, execution: ExecutionConfig, head: Any, hidden: 
     if config.logit_soft_cap is not None:
         logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
     return logits
-
-
-def _rematerialize(function, policy: str):
-    if policy == "none":
-        return function
-    if policy == "dots":
-        return jax.checkpoint(function, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    return jax.checkpoint(function)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from maxlm.core.remat import saved
 from maxlm.ops.attention_operands import AttentionOperands
 from maxlm.ops.attention_rule import AttentionRule, mean_gradient
 
@@ -55,7 +56,7 @@ def flash_attention(blocks: Blocks, rule: AttentionRule, query_BTNH, key_BSKH, v
 def _forward(blocks: Blocks, rule: AttentionRule, query_BTNH, key_BSKH, value_BSKV, operands: AttentionOperands):
     output_BTNV, log_sum_BTN = blocks.forward(rule, query_BTNH, key_BSKH, value_BSKV, operands)
     output_BTNV, log_sum_BTN = add_sinks(output_BTNV, log_sum_BTN, operands.sinks_N)
-    output_BTNV = output_BTNV.astype(query_BTNH.dtype)
+    output_BTNV, log_sum_BTN = saved(output_BTNV.astype(query_BTNH.dtype)), saved(log_sum_BTN)
     return output_BTNV, (query_BTNH, key_BSKH, value_BSKV, operands, output_BTNV, log_sum_BTN)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from maxlm.core.hardware import multiplies_bfloat16
+from maxlm.core.remat import saved
 from maxlm.core.sharding import gather_weight, gathered_spec, is_explicit, logical_to_spec, spec_of
 from maxlm.ops import eight_bit
 from maxlm.ops.qtensor import QTensor
@@ -38,10 +39,14 @@ def linear(x: jax.Array, weight: Weight, dtype: str, output_axes: tuple[str | No
     `output_axes` names the logical axes of the result's sharding, if they are not those of x and weight:
     a product with a sharded contraction can then be reduce-scattered.
     """
+    return saved(_linear(x, weight, dtype, output_axes))
+
+
+def _linear(x, weight, dtype, output_axes):
     if isinstance(weight, AdaptedWeight):
         adapter_dtype = "bfloat16" if dtype in eight_bit.KINDS else dtype
-        update = linear(linear(x, weight.down, adapter_dtype), weight.up, adapter_dtype, output_axes)
-        return linear(x, weight.base, dtype, output_axes) + weight.scale * update
+        update = _linear(_linear(x, weight.down, adapter_dtype, None), weight.up, adapter_dtype, output_axes)
+        return _linear(x, weight.base, dtype, output_axes) + weight.scale * update
     if isinstance(weight, QTensor):
         return weight.multiply(x)
     out_spec = logical_to_spec(output_axes) if output_axes is not None and is_explicit() else None

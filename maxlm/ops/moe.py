@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from maxlm.core.hardware import traced_platform
+from maxlm.core.remat import saved
 from maxlm.core.sharding import LOGICAL_AXES, current_mesh, is_explicit, logical_to_spec
 from maxlm.errors import ConfigError
 from maxlm.ops.grouped_matmul import grouped_linear, grouped_quantized
@@ -197,7 +198,7 @@ def _grouped(x_MI, weight_GIO, embed_axis: int, *, exchange, dtype, gather_names
     if isinstance(weight_GIO, QTensor):
         return grouped_quantized(x_MI, weight_GIO, exchange.sizes_G)
     product = "ragged" if traced_platform() == "tpu" else "blocks"
-    return grouped_linear(x_MI, weight_GIO, exchange.sizes_G, dtype, product, embed_axis, gather_names)
+    return saved(grouped_linear(x_MI, weight_GIO, exchange.sizes_G, dtype, product, embed_axis, gather_names))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maxlm.core.remat import saved
 from maxlm.ops.attention_operands import AttentionOperands
 from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule, mean_gradient
 from maxlm.ops.flash import Blocks, add_sinks, sinks_gradient
@@ -156,6 +157,7 @@ def _forward(ring: Ring, query_BTNH, key_BTKH, value_BTKV, operands: AttentionOp
     log_sum_BncN = jnp.where(log_sum_BncN > MASKED_LOGIT / 2, log_sum_BncN, -MASKED_LOGIT)
     output_BncNV, log_sum_BncN = add_sinks(output_BncNV, log_sum_BncN, operands.sinks_N)
     output_BTNV = output_BncNV.reshape(*query_BTNH.shape[:-1], -1).astype(query_BTNH.dtype)
+    output_BTNV, log_sum_BncN = saved(output_BTNV), saved(log_sum_BncN)
     return output_BTNV, (query_BTNH, key_BTKH, value_BTKV, operands, output_BTNV, log_sum_BncN)
 
 
