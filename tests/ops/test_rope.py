@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxlm.ops import rope
 from maxlm.ops.rope import apply_rope, rope_angles
 
 
@@ -46,3 +47,29 @@ def test_gradient_is_rotated_back():
     np.testing.assert_allclose(
         pull(jnp.float32(grad)[None])[0][0], rotate(grad[None], -positions)[0], rtol=1e-4, atol=1e-5
     )
+
+
+def rotate_on_a_tpu(x, angles, monkeypatch):
+    monkeypatch.setattr(rope, "traced_platform", lambda: "tpu")
+    result = apply_rope(x, angles)
+    monkeypatch.undo()
+    return result
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 128])
+def test_product_of_a_tpu_has_the_same_bits(head_dim, monkeypatch):
+    random = np.random.default_rng(0)
+    x, grad = jnp.asarray(random.standard_normal((2, 3, 50, 4, head_dim)), "bfloat16")
+    angles = rope_angles(jnp.asarray(random.integers(0, 9000, (3, 50))), head_dim, 10_000.0)
+    # Without jit: a CPU's fused multiply-add would round the two formulas differently.
+    plain, pull = jax.vjp(lambda x: apply_rope(x, angles), x)
+    product, pull_product = jax.vjp(lambda x: rotate_on_a_tpu(x, angles, monkeypatch), x)
+    np.testing.assert_array_equal(product, plain)
+    np.testing.assert_array_equal(pull_product(grad)[0], pull(grad)[0])
+
+    cos, sin = (np.asarray(part, np.float64) for part in angles)
+    for value, got, sign in ((x, product, 1), (grad, pull_product(grad)[0], -1)):
+        first, second = np.split(np.asarray(value, np.float64), 2, axis=-1)
+        exact = np.concatenate([first * cos - sign * second * sin, second * cos + sign * first * sin], axis=-1)
+        # Half a unit in the last place of bfloat16, and the rounding of the float32 sum.
+        np.testing.assert_allclose(np.asarray(got, np.float64), exact, rtol=2.0**-8 * 1.001, atol=1e-6)
