@@ -277,8 +277,13 @@ def gather_layers(stacked: jax.Array) -> jax.Array:
 
 def without(entry: str | tuple[str, ...] | None, axes: Sequence[str]) -> str | tuple[str, ...] | None:
     """An entry of a PartitionSpec without some mesh axes."""
-    names = tuple(name for name in (entry if isinstance(entry, tuple) else (entry,)) if name not in (*axes, None))
+    names = tuple(name for name in names_of(entry) if name not in axes)
     return names[0] if len(names) == 1 else names or None
+
+
+def names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in an entry of a PartitionSpec."""
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
 def named_sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:

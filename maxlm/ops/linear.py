@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.core.hardware import multiplies_bfloat16
 from maxlm.core.remat import saved
-from maxlm.core.sharding import gather_weight, gathered_spec, is_explicit, logical_to_spec, spec_of
+from maxlm.core.sharding import gather_weight, gathered_spec, is_explicit, logical_to_spec, names_of, spec_of, without
 from maxlm.ops import eight_bit
 from maxlm.ops.qtensor import QTensor
 
@@ -146,5 +146,13 @@ def embed(table: jax.Array | QTensor, tokens: jax.Array, dtype: str) -> jax.Arra
         return table.rows(tokens).astype(dtype)
     if not is_explicit():
         return table[tokens].astype(dtype)
-    whole = jax.reshard(table, P(None, None))
-    return whole.at[tokens].get(out_sharding=P(*spec_of(tokens), None)).astype(dtype)
+    # Each device looks up its own channels, for the tokens of all devices that the channels are sharded over. Then
+    # channels are exchanged for tokens. So neither the whole table nor its whole gradient is ever on one device.
+    rows, positions = spec_of(tokens)
+    channels = spec_of(table)[1]
+    whole_rows, whole_positions = gathered_spec(spec_of(tokens))
+    everywhere = jax.reshard(tokens, P(whole_rows, whole_positions))
+    x = table.at[everywhere].get(out_sharding=P(whole_rows, whole_positions, channels)).astype(dtype)
+    # One all-to-all for rows and one for positions: the compiler would gather if asked for both at once.
+    x = jax.reshard(x, P(whole_rows, positions, without(channels, names_of(positions))))
+    return jax.reshard(x, P(rows, positions, None))

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from maxlm.config.mesh import MeshConfig
 from maxlm.core import hardware
@@ -135,14 +134,49 @@ def test_values_and_gradients_do_not_depend_on_mesh(weight_axes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
 
 
-def test_embedding_does_not_depend_on_mesh():
-    table, tokens = draw(16, 8), np.arange(32).reshape(8, 4) % 16
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"fsdp": 8},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"fsdp": 2, "context": 2, "tensor": 2},
+        {"expert": 2, "context": 4},
+        {"fsdp": 2, "expert": 2, "context": 2},
+    ],
+    ids=str,
+)
+def test_embedding_and_its_gradient_do_not_depend_on_mesh(sizes):
+    table, tokens, grad = draw(16, 16), np.arange(64).reshape(8, 8) % 13, draw(8, 8, 16, seed=1)
+
+    def loss(table, tokens, grad):
+        x = shard(embed(table, tokens, "float32"), "batch", "length", None)
+        return jnp.sum(grad * x), x
+
+    mesh = make_mesh(MeshConfig(**sizes))
     with jax.set_mesh(mesh):
-        placed = jax.device_put(table, NamedSharding(mesh, logical_to_spec(("vocab", "embed"))))
-        rows = jax.device_put(tokens, NamedSharding(mesh, P(("data", "fsdp"), None)))
-        got = jax.jit(lambda table, tokens: embed(table, tokens, "float32"))(placed, rows)
-        np.testing.assert_array_equal(got, table[tokens])
+        place = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, logical_to_spec(axes)))  # noqa: E731
+        placed = place(table, "vocab", "embed")
+        arguments = placed, place(tokens, "batch", "length"), place(grad, "batch", "length", None)
+        compiled = jax.jit(jax.grad(loss, has_aux=True)).lower(*arguments).compile()
+        got_grad, x = compiled(*arguments)
+    np.testing.assert_array_equal(x, table[tokens])
+    assert got_grad.sharding.spec == placed.sharding.spec
+    expected = np.zeros(table.shape)
+    np.add.at(expected, tokens, np.asarray(grad, np.float64))
+    np.testing.assert_allclose(got_grad, expected, atol=1e-6)
+    # No device holds the whole table or its whole gradient.
+    assert f"f32[{table.shape[0]},{table.shape[1]}]" not in compiled.as_text()
+
+
+def test_embedding_gradient_is_summed_in_float32():
+    """In bfloat16, 256 + 1 is 256: a bfloat16 sum of 1,024 ones would stop there."""
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    with jax.set_mesh(mesh):
+        place = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, logical_to_spec(axes)))  # noqa: E731
+        arguments = place(jnp.ones((4, 8)), "vocab", "embed"), place(jnp.ones((8, 128), int), "batch", "length")
+        loss = lambda table, tokens: jnp.sum(embed(table, tokens, "bfloat16"), dtype=jnp.float32)  # noqa: E731
+        grad = jax.jit(jax.grad(loss))(*arguments)
+    assert np.asarray(grad)[1].tolist() == [1024] * 8
 
 
 @pytest.mark.parametrize(
