@@ -25,8 +25,8 @@ from maxlm.models.layers import TOKEN_AXES, DecoderLayer, Mlp, TokenContext, nor
 from maxlm.models.moe import MixtureOfExperts
 from maxlm.models.pipeline_parallelism import fitting_schedule, gpipe, replacement_of_layers
 from maxlm.ops.context import row_order, to_row_order, to_token_order
-from maxlm.ops.linear import embed, unembed
-from maxlm.ops.loss import log_probabilities_in_chunks
+from maxlm.ops.linear import embed
+from maxlm.ops.loss import Head, log_probabilities_in_chunks
 from maxlm.ops.norm import rms_norm
 from maxlm.ops.qtensor import QTensor
 from maxlm.ops.rope import rope_angles
@@ -127,7 +127,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., vocab] of hidden states [..., embed]."""
-        return _logits(self.config, self.execution, self._head(), hidden)
+        return _output_head(self.config, self.execution).logits(self._head(), hidden)
 
     def log_probabilities(
         self, hidden_BLD: jax.Array, targets_BL: jax.Array, *, temperature: float = 1.0
@@ -136,13 +136,9 @@ class Decoder(nnx.Module):
 
         The full logits are never materialized.
         """
-
-        def project(head: Any, hidden: jax.Array) -> jax.Array:
-            return _logits(self.config, self.execution, head, hidden) / temperature
-
-        return log_probabilities_in_chunks(
-            hidden_BLD, project, self._head(), targets_BL, chunk_length=self.execution.loss_chunk_length
-        )
+        head = _output_head(self.config, self.execution, temperature)
+        chunk_length = self.execution.loss_chunk_length
+        return log_probabilities_in_chunks(head, self._head(), hidden_BLD, targets_BL, chunk_length=chunk_length)
 
     def _head(self):
         """The output table [vocab, embed]."""
@@ -166,9 +162,11 @@ def _table(config: ModelConfig, execution: ExecutionConfig) -> Any:
     return nnx.data(Parameter(shape, ("vocab", "embed"), Normal(0.02), dtype, role="table"))
 
 
-def _logits(config: ModelConfig, execution: ExecutionConfig, head: Any, hidden: jax.Array) -> jax.Array:
+def _output_head(config: ModelConfig, execution: ExecutionConfig, temperature: float = 1.0) -> Head:
+    def transform(logits):
+        if config.logit_soft_cap is not None:
+            logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
+        return logits / temperature
+
     # A step changes the table by the same amount at each width, and a logit sums over the width (arXiv:2203.03466).
-    logits = unembed(hidden.astype(jnp.float32) / config.width, head, execution.matmul_dtype)
-    if config.logit_soft_cap is not None:
-        logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
-    return logits
+    return Head(execution.matmul_dtype, config.width, transform)

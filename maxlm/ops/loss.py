@@ -1,58 +1,183 @@
 """Log-probabilities of target tokens without materializing logits [batch, length, vocab].
 
-Dimensions: B batch, L length, D embed, V vocab, C tokens in a chunk.
+Dimensions: B batch, L length, D embed, V vocab, N chunks, C tokens of a row in a chunk.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from maxlm.core.sharding import current_mesh, is_explicit, spec_of
+from maxlm.core.sharding import current_mesh, is_explicit, names_of, spec_of
+from maxlm.ops.linear import operand_dtype, unembed
+from maxlm.ops.qtensor import QTensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states [..., D] become logits [..., V]: transform(table . hidden / width), in float32.
+
+    dtype: of the operands of the product, as in `ops.linear`.
+    transform: of the logits, elementwise.
+    """
+
+    dtype: str
+    width: float = 1.0
+    transform: Callable[[jax.Array], jax.Array] = lambda logits: logits
+
+    def logits(self, table: jax.Array | QTensor, hidden: jax.Array) -> jax.Array:
+        return self.transform(unembed(hidden.astype(jnp.float32) / self.width, table, self.dtype))
 
 
 def log_probabilities_in_chunks(
-    hidden_BLD: jax.Array, project, head, targets_BL: jax.Array, *, chunk_length: int
+    head: Head, table_VD: jax.Array | QTensor, hidden_BLD: jax.Array, targets_BL: jax.Array, *, chunk_length: int
 ) -> tuple[jax.Array, jax.Array]:
     """log p(target) and the log of the softmax normalizer, each float32 [batch, length].
 
     The sequence is split into chunks; only one chunk's logits exist at a time, in the forward and, recomputed, in the
-    backward pass.
+    backward pass. A single chunk is not recomputed.
 
     Args:
+      table_VD: the weights of the head. They are gathered once, and so is their gradient summed over devices.
       hidden_BLD: final hidden states.
-      project: (head, hidden [B, C, D]) -> float32 logits [B, C, V].
-      head: the pytree of weights that `project` uses; gradients flow to it.
       targets_BL: token ids.
-      chunk_length: tokens of a row, or of a device's part of it, per chunk; at most their number. A last,
-        shorter chunk is computed separately.
+      chunk_length: tokens of a row, or of a device's part of it, per chunk; at most their number. They are split
+        evenly, with padding if that is impossible.
     """
 
-    def chunk(head, hidden, targets):
-        return _gather_log_probability(project(head, hidden), targets)
+    def chunk(table, hidden, targets):
+        return _gather_log_probability(head.logits(table, hidden), targets)
 
-    log_p_BL, normalizer_BL = in_chunks(chunk, head, hidden_BLD, targets_BL, chunk_length=chunk_length)
+    length = hidden_BLD.shape[1] // (_count(spec_of(hidden_BLD)[1]) if is_explicit() else 1)
+    if isinstance(table_VD, QTensor) or length <= chunk_length:
+        log_p_BL, normalizer_BL = in_chunks(chunk, table_VD, hidden_BLD, targets_BL, chunk_length=chunk_length)
+        return log_p_BL, normalizer_BL
+    num_chunks = -(-length // chunk_length)
+    if not is_explicit():
+        return _each_chunk(head, num_chunks, (), table_VD, hidden_BLD, targets_BL)
+    tokens, channels = spec_of(targets_BL), spec_of(table_VD)[1]
+    sharded = jax.shard_map(
+        partial(_each_chunk, head, num_chunks, names_of(channels)),
+        in_specs=(P(None, channels), P(*tokens, None), tokens),
+        out_specs=(tokens, tokens),
+        # The vocabulary stays sharded along `tensor`, in the type of the table.
+        axis_names=set(current_mesh().axis_names) - set(current_mesh().manual_axes) - {"tensor"},
+        check_vma=False,
+    )
+    return sharded(table_VD, hidden_BLD, targets_BL)
+
+
+def _each_chunk(head, num_chunks: int, gather_names, table_VD, hidden_BLD, targets_BL):
+    """One device's tokens."""
+    length = targets_BL.shape[1]
+    padding = -length % num_chunks
+    hidden_BLD = jnp.pad(hidden_BLD, ((0, 0), (0, padding), (0, 0)))
+    targets_BL = jnp.pad(targets_BL, ((0, 0), (0, padding)))
+    results = _over_chunks(head, num_chunks, gather_names, table_VD, hidden_BLD, targets_BL)
+    log_p_BL, normalizer_BL = (x[:, :length] for x in results)
     return log_p_BL, normalizer_BL
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _over_chunks(head, num_chunks, gather_names, table_VD, hidden_BLD, targets_BL):
+    results, _ = _over_chunks_forward(head, num_chunks, gather_names, table_VD, hidden_BLD, targets_BL)
+    return results
+
+
+def _over_chunks_forward(head, num_chunks, gather_names, table_VD, hidden_BLD, targets_BL):
+    table_VD = table_VD.astype(operand_dtype(head.dtype))
+    if gather_names:
+        table_VD = jax.lax.all_gather(table_VD, gather_names, axis=1, tiled=True)
+    hidden_NBCD, targets_NBC = (_split(x, num_chunks) for x in (hidden_BLD, targets_BL))
+
+    def chunk(_, tokens):
+        hidden, targets = tokens
+        return None, _gather_log_probability(head.logits(table_VD, hidden), targets)
+
+    _, results_NBC = jax.lax.scan(chunk, None, (hidden_NBCD, targets_NBC))
+    log_p_BL, normalizer_BL = (_join(x) for x in results_NBC)
+    return (log_p_BL, normalizer_BL), (table_VD, hidden_BLD, targets_BL, normalizer_BL)
+
+
+def _over_chunks_backward(head, num_chunks, gather_names, residuals, grads):
+    # One float32 sum for the table, in the carry: autodiff would hold a gradient for each chunk, summed over devices.
+    table_VD, *tokens = residuals
+    dtype = table_VD.dtype
+
+    def chunk(grad_VD, tokens):
+        hidden, targets, normalizer, *grads = tokens
+        scaled = (hidden.astype(jnp.float32) / head.width).astype(dtype)
+        logits, pull = jax.vjp(head.transform, _product(scaled, table_VD, 1))
+        (grad_logits,) = pull(_backward((logits, targets, normalizer), grads)[0])
+        grad_logits = grad_logits.astype(dtype)
+        grad_VD += jax.lax.dot_general(
+            grad_logits,
+            scaled,
+            (((0, 1), (0, 1)), ((), ())),
+            preferred_element_type=jnp.float32,
+            out_sharding=spec_of(grad_VD) if is_explicit() else None,
+        )
+        grad_hidden = _product(grad_logits, table_VD, 0) / head.width
+        return grad_VD, grad_hidden.astype(hidden.dtype)
+
+    split = tuple(_split(x, num_chunks) for x in (*tokens, *grads))
+    grad_VD, grad_hidden_NBCD = jax.lax.scan(chunk, jnp.zeros_like(table_VD, jnp.float32), split)
+    if gather_names:
+        scatter = partial(jax.lax.psum_scatter, axis_name=gather_names, scatter_dimension=1, tiled=True)
+        # A reduce-scatter of an array whose type has a sharding is not implemented.
+        spec = spec_of(grad_VD)
+        scatter = jax.shard_map(scatter, in_specs=spec, out_specs=spec, axis_names={"tensor"}, check_vma=False)
+        grad_VD = scatter(grad_VD)
+    return grad_VD, _join(grad_hidden_NBCD), None
+
+
+_over_chunks.defvjp(_over_chunks_forward, _over_chunks_backward)
+
+
+def _product(x, table, axis: int):
+    """float32 product of the last axis of x with `axis` of a table that is whole but for its vocabulary."""
+    return jax.lax.dot_general(
+        x,
+        table,
+        (((x.ndim - 1,), (axis,)), ((), ())),
+        preferred_element_type=jnp.float32,
+        out_sharding=P(None, None, spec_of(table)[1 - axis]) if is_explicit() else None,
+    )
+
+
+def _split(x_BL: jax.Array, num_chunks: int) -> jax.Array:
+    """[B, L, ...] as [N, B, C, ...]."""
+    return jnp.moveaxis(x_BL.reshape(x_BL.shape[0], num_chunks, -1, *x_BL.shape[2:]), 1, 0)
+
+
+def _join(x_NBC: jax.Array) -> jax.Array:
+    """[N, B, C, ...] as [B, L, ...]."""
+    return jnp.moveaxis(x_NBC, 0, 1).reshape(x_NBC.shape[1], -1, *x_NBC.shape[3:])
+
+
 def in_chunks(function, head, *tokens: jax.Array, chunk_length: int) -> tuple[jax.Array, ...]:
-    """Apply `function` to all tokens, chunk by chunk, with recomputation in the backward pass.
+    """Apply `function` to all tokens, chunk by chunk; if there are several, with recomputation in the backward pass.
 
     Args:
       function: (head, *pieces of the arrays) -> arrays with the shape of a piece's tokens.
       head: the pytree of weights that it uses; gradients flow to it.
       tokens: arrays [batch, length, ...].
-      chunk_length: as in `log_probabilities_in_chunks`.
+      chunk_length: tokens of a row, or of a device's part of it, per chunk; at most their number. A last, shorter
+        chunk is computed separately.
 
     Returns:
       Arrays [batch, length].
     """
-    function = jax.checkpoint(function)
     # An array whose rows are sharded over devices has one more axis before its tokens.
     by_device = [_by_device(x) for x in tokens]
     axis = 1 + by_device[0].ndim - tokens[0].ndim
     length = by_device[0].shape[axis]
+    if length > chunk_length:
+        function = jax.checkpoint(function)
     parts = [
         function(
             head, *(jax.lax.slice_in_dim(x, start, min(start + chunk_length, length), axis=axis) for x in by_device)
@@ -75,8 +200,7 @@ def _by_device(x_BL: jax.Array) -> jax.Array:
 
 
 def _count(entry: str | tuple[str, ...] | None) -> int:
-    names = entry if isinstance(entry, tuple) else (entry,)
-    return math.prod(current_mesh().shape[name] for name in names if name is not None)
+    return math.prod(current_mesh().shape[name] for name in names_of(entry))
 
 
 @jax.custom_vjp

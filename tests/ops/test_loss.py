@@ -5,31 +5,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from jax.sharding import PartitionSpec as P
 
 from maxlm.config.mesh import MeshConfig
-from maxlm.core.sharding import make_mesh
-from maxlm.ops.loss import log_probabilities_in_chunks
+from maxlm.core.sharding import logical_to_spec, make_mesh
+from maxlm.ops.loss import Head, log_probabilities_in_chunks
 
 B, L, D, V = 2, 12, 6, 31
 
 
-def project(head, hidden):
-    return 3 * jnp.tanh(hidden @ head)
+HEAD = Head("float32", 0.5, lambda logits: 3 * jnp.tanh(logits))
 
 
 @pytest.fixture(scope="module")
 def inputs():
     random = np.random.default_rng(0)
-    hidden, head = random.standard_normal((B, L, D)), random.standard_normal((D, V))
-    return np.float32(hidden), np.float32(head), random.integers(0, V, (B, L)).astype(np.int32)
+    hidden, table = 0.5 * random.standard_normal((B, L, D)), random.standard_normal((V, D))
+    return np.float32(hidden), np.float32(table), random.integers(0, V, (B, L)).astype(np.int32)
 
 
 def loss_of(chunk_length, targets, weights, squares):
     """A loss in which log p and log Z of every token have their own weights."""
 
-    def loss(hidden, head):
-        log_p, log_z = log_probabilities_in_chunks(hidden, project, head, targets, chunk_length=chunk_length)
+    def loss(hidden, table):
+        log_p, log_z = log_probabilities_in_chunks(HEAD, table, hidden, targets, chunk_length=chunk_length)
         return jnp.sum(weights * log_p) + jnp.sum(squares * log_z**2)
 
     return loss
@@ -37,12 +35,12 @@ def loss_of(chunk_length, targets, weights, squares):
 
 @pytest.mark.parametrize("chunk_length", [1, 4, 5, 12, 100])
 def test_values_and_gradients_match_log_softmax(chunk_length, inputs):
-    hidden, head, targets = inputs
+    hidden, table, targets = inputs
     random = np.random.default_rng(1)
     weights, squares = random.standard_normal((2, B, L))
-    log_p, log_z = log_probabilities_in_chunks(hidden, project, head, targets, chunk_length=chunk_length)
+    log_p, log_z = log_probabilities_in_chunks(HEAD, table, hidden, targets, chunk_length=chunk_length)
 
-    x, w = hidden.astype(np.float64), head.astype(np.float64)
+    x, w = hidden.astype(np.float64) / HEAD.width, table.astype(np.float64).T
     logits = 3 * np.tanh(x @ w)
     expected_z = np.log(np.exp(logits).sum(-1))
     onehot = np.eye(V)[targets]
@@ -50,20 +48,21 @@ def test_values_and_gradients_match_log_softmax(chunk_length, inputs):
     np.testing.assert_allclose(log_z, expected_z, rtol=1e-5)
     assert log_p.shape == log_z.shape == (B, L)
 
-    got = jax.jit(jax.grad(loss_of(chunk_length, targets, weights, squares), argnums=(0, 1)))(hidden, head)
+    got = jax.jit(jax.grad(loss_of(chunk_length, targets, weights, squares), argnums=(0, 1)))(hidden, table)
     probabilities = np.exp(logits - expected_z[..., None])
     d_logits = weights[..., None] * (onehot - probabilities) + (2 * squares * expected_z)[..., None] * probabilities
     d_product = d_logits * 3 * (1 - np.tanh(x @ w) ** 2)
-    np.testing.assert_allclose(got[0], d_product @ w.T, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(got[1], np.einsum("bld,blv->dv", x, d_product), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got[0], d_product @ w.T / HEAD.width, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got[1], np.einsum("bld,blv->vd", x, d_product), rtol=1e-4, atol=1e-5)
 
 
 def test_large_logits_do_not_overflow():
-    hidden, head = np.full((1, 2, 1), 1.0, np.float32), np.array([[1e4, -1e4, 9e3]], np.float32)
+    hidden, table = np.full((1, 2, 1), 1.0, np.float32), np.array([[1e4], [-1e4], [9e3]], np.float32)
     targets = np.array([[0, 2]], np.int32)
-    log_p, log_z = log_probabilities_in_chunks(hidden, lambda head, x: x @ head, head, targets, chunk_length=2)
-    np.testing.assert_allclose(log_p, [[0.0, -1e3]])
-    np.testing.assert_allclose(log_z, [[1e4, 1e4]])
+    for chunk_length in (1, 2):
+        log_p, log_z = log_probabilities_in_chunks(Head("float32"), table, hidden, targets, chunk_length=chunk_length)
+        np.testing.assert_allclose(log_p, [[0.0, -1e3]])
+        np.testing.assert_allclose(log_z, [[1e4, 1e4]])
 
 
 def shapes_in(jaxpr) -> set[tuple[int, ...]]:
@@ -78,31 +77,60 @@ def shapes_in(jaxpr) -> set[tuple[int, ...]]:
 
 
 def test_no_array_holds_all_logits(inputs):
-    hidden, head, targets = inputs
+    hidden, table, targets = inputs
     ones = np.ones((B, L), np.float32)
 
     def largest(chunk_length):
         gradient = jax.grad(loss_of(chunk_length, targets, ones, ones), argnums=(0, 1))
-        shapes = shapes_in(jax.make_jaxpr(gradient)(hidden, head).jaxpr)
+        shapes = shapes_in(jax.make_jaxpr(gradient)(hidden, table).jaxpr)
         return max(shape[1] for shape in shapes if len(shape) == 3 and shape[2] == V)
 
     assert largest(L) == L, "the search finds what it looks for"
     assert largest(4) == 4
-    assert largest(5) == 5
-    text = jax.jit(jax.grad(loss_of(4, targets, ones, ones), argnums=(0, 1))).lower(hidden, head).compile().as_text()
+    assert largest(5) == 4, "three equal chunks"
+    assert largest(7) == 6
+    text = jax.jit(jax.grad(loss_of(4, targets, ones, ones), argnums=(0, 1))).lower(hidden, table).compile().as_text()
     assert f"[{B},{L},{V}]" not in text
     assert f"[{B},4,{V}]" in text
 
 
-def test_vocabulary_may_be_sharded(inputs):
-    hidden, head, targets = inputs
-    head = np.concatenate([head, head[:, :1]], axis=1)
-    ones = np.ones((B, L), np.float32)
-    expected = jax.grad(loss_of(5, targets, ones, ones), argnums=(0, 1))(hidden, head)
-    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, tensor=4))):
-        arguments = jax.device_put(hidden, P("data")), jax.device_put(head, P(None, "tensor"))
-        sharded = jax.device_put(targets, P("data"))
-        got = jax.jit(jax.grad(loss_of(5, sharded, jax.device_put(ones, P("data")), 1.0), argnums=(0, 1)))(*arguments)
+@pytest.mark.parametrize(
+    "sizes",
+    [{"data": 2, "tensor": 4}, {"fsdp": 2, "context": 2, "tensor": 2}, {"fsdp": 2, "expert": 2, "stage": 2}],
+    ids=str,
+)
+@pytest.mark.parametrize("chunk_length", [5, 100])
+def test_results_do_not_depend_on_mesh(sizes, chunk_length):
+    random = np.random.default_rng(0)
+    hidden, table = random.standard_normal((8, L, 8)), random.standard_normal((32, 8))
+    targets, (weights, squares) = random.integers(0, 32, (8, L)), random.standard_normal((2, 8, L))
+    arrays = (hidden, table, targets, weights, squares)
+    arrays = [np.asarray(x, np.float32 if x.dtype == np.float64 else np.int32) for x in arrays]
+
+    @jax.jit
+    def gradient(hidden, table, targets, weights, squares):
+        return jax.grad(loss_of(chunk_length, targets, weights, squares), argnums=(0, 1))(hidden, table)
+
+    expected = gradient(*arrays)
+    tokens, mesh = ("batch", "length"), make_mesh(MeshConfig(**{"fsdp": 1} | sizes))
+    axes = [(*tokens, None), ("vocab", "embed"), tokens, tokens, tokens]
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, logical_to_spec(each)) for x, each in zip(arrays, axes)]
+        got = gradient(*placed)
+        gathers = str(jax.make_jaxpr(gradient)(*placed)).count("all_gather[")
+    assert got[1].sharding.spec == placed[1].sharding.spec
+    # With several chunks: once for all of them, forward and backward.
+    assert gathers == (chunk_length == 5)
     for a, b in zip(got, expected):
         # Devices add in a different order: the rounding error is that of the largest terms, near 10.
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_of_the_table_is_summed_in_float32():
+    """In bfloat16, 256 + 1 is 256: a bfloat16 sum of a one from each of 1,024 chunks would stop there."""
+    hidden, targets = jnp.ones((1, 1024, 1)), jnp.zeros((1, 1024), int)
+    # With logits 0 and -1000, d log Z / d logits is exactly 1 and 0.
+    head = Head("bfloat16")
+    loss = lambda table: log_probabilities_in_chunks(head, table, hidden, targets, chunk_length=1)[1].sum()  # noqa: E731
+    grad = jax.jit(jax.grad(loss))(jnp.asarray([[0.0], [-1000.0]]))
+    assert grad.tolist() == [[1024.0], [0.0]]
