@@ -135,14 +135,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(config, len(devices))
-    shape = tuple(sizes.values())
-    explicit = (AxisType.Explicit,) * len(MESH_AXES)
-    if config.slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, explicit, devices=devices[: math.prod(shape)])
-    slice_shape = (sizes["data"] // config.slices, *shape[1:])
-    groups = _slices(devices, config.slices, math.prod(slice_shape))
-    parts = [mesh_utils.create_device_mesh(slice_shape, group) for group in groups]
-    return Mesh(np.concatenate(parts, axis=0), MESH_AXES, axis_types=explicit)
+    shape = (sizes["data"] // config.slices, *(sizes[axis] for axis in MESH_AXES[1:]))
+    size = math.prod(shape)
+    groups = [devices[:size]] if config.slices == 1 else _slices(devices, config.slices, size)
+    # Splitting physical axes takes any sizes. Without it, an axis must be a product of physical ones where those are
+    # rings: 2 devices would not do on a 4 x 4 x 4 torus.
+    parts = [mesh_utils.create_device_mesh(shape, group, allow_split_physical_axes=True) for group in groups]
+    return Mesh(np.concatenate(parts, axis=0), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
 def _slices(devices: list[jax.Device], num_slices: int, size: int) -> list[list[jax.Device]]:
