@@ -2,10 +2,10 @@
 
 Dimensions: M rows, G groups, I input features, O output features.
 
-| implementation | description                                                                                |
-| -------------- | ------------------------------------------------------------------------------------------ |
-| `ragged`       | `jax.lax.ragged_dot`: one kernel on a TPU; elsewhere XLA multiplies all rows by all matrices |
-| `blocks`       | a loop over blocks of rows, each within one group; rows beyond the groups cost nothing     |
+| implementation | description                                                                                  |
+| -------------- | -------------------------------------------------------------------------------------------- |
+| `ragged`       | TPUs: `jax.lax.ragged_dot`, one kernel; for the gradient of the weights, our `grouped_tpu`   |
+| `blocks`       | a loop over blocks of rows, each within one group; rows beyond the groups cost nothing       |
 """
 
 from functools import partial
@@ -13,6 +13,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from maxlm.core.hardware import traced_platform
+from maxlm.ops import grouped_tpu
 from maxlm.ops.qtensor import QTensor
 
 # Rows per block: enough to fill matrix units, few enough that the last, partial block of each group is cheap.
@@ -90,10 +92,7 @@ def _outer_product(x_MI, grad_MO, sizes_G, implementation):
     """Sum over the rows of each group of x^T grad: float32 [G, I, O]."""
     match implementation:
         case "ragged":
-            rows = jax.lax.RaggedDotDimensionNumbers(
-                dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
-            )
-            return jax.lax.ragged_dot_general(x_MI, grad_MO, sizes_G, rows, preferred_element_type=jnp.float32)
+            return grouped_tpu.outer_product(x_MI, grad_MO, sizes_G, interpret=traced_platform() != "tpu")
         case "blocks":
             return _block_outer_product(x_MI, grad_MO, sizes_G)
     raise ValueError(f"unknown implementation {implementation!r}")

@@ -8,6 +8,7 @@ import pytest
 from maxlm.config.mesh import MeshConfig
 from maxlm.core.sharding import make_mesh, shard
 from maxlm.errors import ConfigError
+from maxlm.ops import grouped_tpu
 from maxlm.ops.grouped_matmul import grouped_linear
 from maxlm.ops.moe import mixture_of_experts, route, router_scores
 from maxlm.ops.moe_balance import bias_pull, choices, document_balance
@@ -55,6 +56,23 @@ def test_bfloat16_operands_have_float32_sums_in_both_directions():
         lambda x, w: grouped_linear(x, w, jnp.array([512]), "bfloat16", "blocks", 1, ()), rows, np.ones((1, 1, 2))
     )
     np.testing.assert_array_equal(pull(np.ones((512, 2), "float32"))[1], 512)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(512, 0, 512, 476), (700, 3, 0, 1), (1500, 0, 0, 0), (0, 0, 0, 1500), (0, 0, 0, 0), (1, 511, 513, 0)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_kernel_sums_over_the_tiles_of_each_group(sizes, dtype):
+    """Groups begin and end within tiles of 512 rows, and at their edges."""
+    random = np.random.default_rng(1)
+    x, grad = (jnp.asarray(random.normal(size=(1500, size)), dtype) for size in (8, 6))
+    got = grouped_tpu.outer_product(x, grad, jnp.array(sizes), interpret=True)
+    assert got.dtype == jnp.float32
+    groups, (x, grad) = group_rows(sizes, 1500), (np.asarray(each, np.float64) for each in (x, grad))
+    expected = [x[groups == group].T @ grad[groups == group] for group in range(4)]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-4)
 
 
 # Routing
