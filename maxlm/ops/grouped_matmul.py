@@ -40,8 +40,8 @@ def grouped_linear(
       implementation: `ragged` or `blocks`.
       gather_axis, gather_names: the weight is sharded along this axis over these mesh axes (of shard_map).
     """
-    whole = _gather(weight_GIO.astype(dtype), gather_axis, gather_names)
-    return _product(x_MI.astype(dtype), whole, sizes_G, implementation).astype(x_MI.dtype)
+    whole = gather(weight_GIO.astype(dtype), gather_axis, gather_names)
+    return product(x_MI.astype(dtype), whole, sizes_G, implementation).astype(x_MI.dtype)
 
 
 def _forward(x_MI, weight_GIO, sizes_G, dtype, implementation, gather_axis, gather_names):
@@ -52,12 +52,11 @@ def _forward(x_MI, weight_GIO, sizes_G, dtype, implementation, gather_axis, gath
 
 def _backward(dtype, implementation, gather_axis, gather_names, residuals, grad_MO):
     x_MI, weight_GIO, sizes_G = residuals
-    whole = _gather(weight_GIO.astype(dtype), gather_axis, gather_names)
+    whole = gather(weight_GIO.astype(dtype), gather_axis, gather_names)
     rough_MO = grad_MO.astype(dtype)
-    grad_x = _product(rough_MO, whole.mT, sizes_G, implementation).astype(grad_MO.dtype)
-    grad_weight = _outer_product(x_MI, rough_MO, sizes_G, implementation)
-    if gather_names:
-        grad_weight = jax.lax.psum_scatter(grad_weight, gather_names, scatter_dimension=gather_axis, tiled=True)
+    grad_x = product(rough_MO, whole.mT, sizes_G, implementation).astype(grad_MO.dtype)
+    grad_weight = outer_product(x_MI, rough_MO, sizes_G, implementation)
+    grad_weight = scatter_sum(grad_weight, gather_axis, gather_names)
     return grad_x, grad_weight.astype(weight_GIO.dtype), None
 
 
@@ -72,12 +71,18 @@ def grouped_quantized(x_MI: jax.Array, weights: QTensor, sizes_G: jax.Array) -> 
     return y_MO.astype(x_MI.dtype)
 
 
-def _gather(weight, axis, names):
+def gather(weight: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
+    """A weight that is sharded along `axis` over the mesh axes `names`, whole."""
     return jax.lax.all_gather(weight, names, axis=axis, tiled=True) if names else weight
 
 
-def _product(x_MI, weight_GIO, sizes_G, implementation):
-    """float32 [M, O]."""
+def scatter_sum(grad: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
+    """The sum over the mesh axes `names` of the gradients of a gathered weight, sharded as the weight."""
+    return jax.lax.psum_scatter(grad, names, scatter_dimension=axis, tiled=True) if names else grad
+
+
+def product(x_MI: jax.Array, weight_GIO: jax.Array, sizes_G: jax.Array, implementation: str) -> jax.Array:
+    """`grouped_linear` of whole weights without its gradient: float32 [M, O]."""
     match implementation:
         case "ragged":
             y_MO = jax.lax.ragged_dot(x_MI, weight_GIO, sizes_G, preferred_element_type=jnp.float32)
@@ -88,7 +93,7 @@ def _product(x_MI, weight_GIO, sizes_G, implementation):
     raise ValueError(f"unknown implementation {implementation!r}")
 
 
-def _outer_product(x_MI, grad_MO, sizes_G, implementation):
+def outer_product(x_MI: jax.Array, grad_MO: jax.Array, sizes_G: jax.Array, implementation: str) -> jax.Array:
     """Sum over the rows of each group of x^T grad: float32 [G, I, O]."""
     match implementation:
         case "ragged":

@@ -25,6 +25,7 @@ from maxlm.core.remat import saved
 from maxlm.core.sharding import LOGICAL_AXES, current_mesh, is_explicit, logical_to_spec
 from maxlm.errors import ConfigError
 from maxlm.ops.grouped_matmul import grouped_linear, grouped_quantized
+from maxlm.ops.grouped_mlp import grouped_mlp
 from maxlm.ops.qtensor import QTensor
 
 IMPLEMENTATIONS = ("ragged", "padded", "reference")
@@ -174,14 +175,19 @@ def _local_mixture(
     else:
         exchange = _exchange_padded(experts_A, num_experts, num_shards, num_per_token)
 
-    grouped = partial(_grouped, exchange=exchange, dtype=dtype, gather_names=gather_names)
     row_of_A = _inverse(exchange.assignment_N, len(experts_A))
     rows_ND = _permute(x_TD, exchange.assignment_N // num_per_token, row_of_A.reshape(-1, num_per_token))
     received_MD = exchange.send(rows_ND)
     order_of_M = _inverse(exchange.order_M, len(received_MD))
     ordered_MD = _permute(received_MD, exchange.order_M, order_of_M)
-    hidden_MF = jax.nn.silu(grouped(ordered_MD, gate_GDF, 1)) * grouped(ordered_MD, up_GDF, 1)
-    made_MD = grouped(hidden_MF, down_GFD, 2)
+    made_MD = _experts(
+        ordered_MD,
+        (gate_GDF, up_GDF, down_GFD),
+        exchange.sizes_G,
+        len(experts_A),
+        dtype=dtype,
+        gather_names=gather_names,
+    )
     returned_ND = exchange.send_back(_permute(made_MD, order_of_M, exchange.order_M))
     y_AD = _permute(returned_ND, row_of_A, exchange.assignment_N)
 
@@ -194,11 +200,28 @@ def _local_mixture(
     return y_BLD.astype(x_BLD.dtype)
 
 
-def _grouped(x_MI, weight_GIO, embed_axis: int, *, exchange, dtype, gather_names):
-    if isinstance(weight_GIO, QTensor):
-        return grouped_quantized(x_MI, weight_GIO, exchange.sizes_G)
-    product = "ragged" if traced_platform() == "tpu" else "blocks"
-    return saved(grouped_linear(x_MI, weight_GIO, exchange.sizes_G, dtype, product, embed_axis, gather_names))
+def _experts(ordered_MD, weights, sizes_G, num_assignments: int, *, dtype, gather_names):
+    """The outputs of the experts for rows in their order.
+
+    A device with more room than the rows that it receives on average, one per assignment, works through it in chunks.
+    """
+    implementation = "ragged" if traced_platform() == "tpu" else "blocks"
+    gate_GDF, up_GDF, down_GFD = weights
+    if isinstance(gate_GDF, QTensor):
+        hidden_MF = jax.nn.silu(grouped_quantized(ordered_MD, gate_GDF, sizes_G))
+        return grouped_quantized(hidden_MF * grouped_quantized(ordered_MD, up_GDF, sizes_G), down_GFD, sizes_G)
+    num_chunks = _largest_divisor(len(ordered_MD), len(ordered_MD) // num_assignments)
+    if num_chunks > 1:
+        return saved(grouped_mlp(ordered_MD, weights, sizes_G, dtype, implementation, gather_names, num_chunks))
+
+    def times(x_MI, weight_GIO, embed_axis):
+        return saved(grouped_linear(x_MI, weight_GIO, sizes_G, dtype, implementation, embed_axis, gather_names))
+
+    return times(jax.nn.silu(times(ordered_MD, gate_GDF, 1)) * times(ordered_MD, up_GDF, 1), down_GFD, 2)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)
 
 
 @dataclass(frozen=True)

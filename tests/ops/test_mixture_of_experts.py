@@ -10,6 +10,7 @@ from maxlm.core.sharding import make_mesh, shard
 from maxlm.errors import ConfigError
 from maxlm.ops import grouped_tpu
 from maxlm.ops.grouped_matmul import grouped_linear
+from maxlm.ops.grouped_mlp import grouped_mlp
 from maxlm.ops.moe import mixture_of_experts, route, router_scores
 from maxlm.ops.moe_balance import bias_pull, choices, document_balance
 
@@ -73,6 +74,34 @@ def test_gradient_kernel_sums_over_the_tiles_of_each_group(sizes, dtype):
     groups, (x, grad) = group_rows(sizes, 1500), (np.asarray(each, np.float64) for each in (x, grad))
     expected = [x[groups == group].T @ grad[groups == group] for group in range(4)]
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("implementation", ["ragged", "blocks"])
+@pytest.mark.parametrize(
+    "sizes", [(9, 0, 33, 1), (0, 0, 0, 0), (60, 0, 0, 0), (15, 15, 15, 15), (0, 0, 20, 0)], ids=str
+)
+def test_mlps_in_chunks_are_those_of_all_rows(implementation, sizes):
+    random = np.random.default_rng(1)
+    shapes = (60, 5), (4, 5, 7), (4, 5, 7), (4, 7, 5), (60, 5)
+    x, gate, up, down, cotangent = (random.normal(size=shape).astype("float32") for shape in shapes)
+    # Empty rows are zero.
+    x = np.where((group_rows(sizes, 60) >= 0)[:, None], x, 0)
+
+    def by_definition(x, weights):
+        gate, up, down = (weight[group_rows(sizes, 60)] for weight in weights)
+        product = lambda x, weight: jnp.einsum("mi,mio->mo", x, weight, precision="highest")  # noqa: E731
+        return product(jax.nn.silu(product(x, gate)) * product(x, up), down)
+
+    def in_chunks(x, weights):
+        return grouped_mlp(x, weights, jnp.array(sizes), "float32", implementation, (), 3)
+
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, "float64"), (x, (gate, up, down), cotangent))
+        expected, pull = jax.vjp(by_definition, *wide[:2])
+        expected_grads = pull(wide[2])
+    got, pull = jax.vjp(in_chunks, x, (gate, up, down))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), pull(cotangent), expected_grads)
 
 
 # Routing
