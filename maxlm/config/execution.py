@@ -23,6 +23,11 @@ class ExecutionConfig(Frozen):
         description="Quantize both operands of products with the layers' weights to 8 bits; straight-through gradients."
         " Routed experts, embedding and output head keep matmul_dtype, adapters use bfloat16.",
     )
+    gradient_sum_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="In which gradients of matrices are summed over devices. bfloat16 halves the bytes sent and rounds"
+        " each device's part; on one device nothing changes.",
+    )
     parameter_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Storage dtype of matrices; bfloat16 updates use stochastic rounding."
     )

@@ -38,6 +38,7 @@ _RULES: tuple[tuple[Change, tuple[str, ...]], ...] = (
         (
             # How precisely it is computed.
             *("execution.activation_dtype", "execution.matmul_dtype", "execution.eight_bit"),
+            "execution.gradient_sum_dtype",
             # Which steps are skipped, each of which is recorded.
             "guard.*",
             # How long it trains, and thus the position in the schedule.

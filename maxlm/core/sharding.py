@@ -5,7 +5,7 @@ function is traced, also on virtual CPU devices. Without a mesh every helper her
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -283,6 +283,11 @@ def without(entry: str | tuple[str, ...] | None, axes: Sequence[str]) -> str | t
 def names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes in an entry of a PartitionSpec."""
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
+def sharded_count(entries: Iterable[str | tuple[str, ...] | None]) -> int:
+    """Into how many parts the current mesh splits dimensions with these entries of a PartitionSpec."""
+    return math.prod(current_mesh().shape[name] for entry in entries for name in names_of(entry))
 
 
 def named_sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:

@@ -169,4 +169,4 @@ def _output_head(config: ModelConfig, execution: ExecutionConfig, temperature: f
         return logits / temperature
 
     # A step changes the table by the same amount at each width, and a logit sums over the width (arXiv:2203.03466).
-    return Head(execution.matmul_dtype, config.width, transform)
+    return Head(execution.matmul_dtype, config.width, transform, execution.gradient_sum_dtype)

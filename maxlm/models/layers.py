@@ -101,10 +101,10 @@ class Attention(nnx.Module):
         return self._merge(mixed_BLHE, None), cache
 
     def _project(self, x_BLD, angles):
-        config, dtype = self.config, self.execution.layer_matmul_dtype
-        query_BLHE = _split_heads(linear(x_BLD, self.query, dtype), config.num_heads, "heads")
-        key_BLKE = _split_heads(linear(x_BLD, self.key, dtype), config.num_kv_heads, "kv_heads")
-        value_BLKE = _split_heads(linear(x_BLD, self.value, dtype), config.num_kv_heads, "kv_heads")
+        config, times = self.config, partial(_times, self.execution)
+        query_BLHE = _split_heads(times(x_BLD, self.query), config.num_heads, "heads")
+        key_BLKE = _split_heads(times(x_BLD, self.key), config.num_kv_heads, "kv_heads")
+        value_BLKE = _split_heads(times(x_BLD, self.value), config.num_kv_heads, "kv_heads")
         if config.qk_norm:
             query_BLHE = rms_norm(query_BLHE, self.query_norm, config.norm_epsilon)
             key_BLKE = rms_norm(key_BLKE, self.key_norm, config.norm_epsilon)
@@ -113,7 +113,7 @@ class Attention(nnx.Module):
     def _merge(self, mixed_BLHE, output_axes):
         batch, length, heads, head_dim = mixed_BLHE.shape
         merged = _reshape(mixed_BLHE, (batch, length, heads * head_dim), ("batch", "length", "heads"))
-        return linear(merged, self.out, self.execution.layer_matmul_dtype, output_axes)
+        return _times(self.execution, merged, self.out, output_axes)
 
 
 class Mlp(nnx.Module):
@@ -127,9 +127,9 @@ class Mlp(nnx.Module):
         self.down = weight(execution, mlp, embed, scale=1 / math.sqrt(2 * config.num_layers))
 
     def __call__(self, x_BLD, output_axes: tuple[str | None, ...] | None = None):
-        dtype = self.execution.layer_matmul_dtype
-        hidden_BLF = jax.nn.silu(linear(x_BLD, self.gate, dtype)) * linear(x_BLD, self.up, dtype)
-        return linear(hidden_BLF, self.down, dtype, output_axes)
+        times = partial(_times, self.execution)
+        hidden_BLF = jax.nn.silu(times(x_BLD, self.gate)) * times(x_BLD, self.up)
+        return times(hidden_BLF, self.down, output_axes)
 
 
 class DecoderLayer(nnx.Module):
@@ -167,6 +167,11 @@ class DecoderLayer(nnx.Module):
         normed_BLD = rms_norm(x_BLD, self.mlp_norm, epsilon)
         mixed_BLD = self.mlp(normed_BLD) if self.config.moe is None else self.mlp.decode(normed_BLD, positions_BL)
         return x_BLD + mixed_BLD, cache
+
+
+def _times(execution: ExecutionConfig, x, weight, output_axes: tuple[str | None, ...] | None = None):
+    """The product with a weight of the layers."""
+    return linear(x, weight, execution.layer_matmul_dtype, output_axes, gradient_sum=execution.gradient_sum_dtype)
 
 
 def _split_heads(x_BLX, num_heads: int, axis: str):

@@ -97,6 +97,7 @@ class MixtureOfExperts(nnx.Module):
             self.up,
             self.down,
             dtype=operand_dtype(execution.matmul_dtype),
+            gradient_sum=execution.gradient_sum_dtype,
             output_axes=output_axes,
             implementation=None if execution.experts == "auto" else execution.experts,
         )

@@ -8,6 +8,7 @@ Dimensions: M rows, G groups, I input features, O output features.
 | `blocks`       | a loop over blocks of rows, each within one group; rows beyond the groups cost nothing       |
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -21,42 +22,80 @@ from maxlm.ops.qtensor import QTensor
 _MIN_BLOCK, _MAX_BLOCK = 8, 128
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+@dataclass(frozen=True)
+class GroupedProduct:
+    """How rows are multiplied by the weights of their groups.
+
+    dtype: of the operands, also in the backward pass; sums are float32.
+    implementation: `ragged` or `blocks`.
+    gather_names: mesh axes (of shard_map) that the weights are sharded over, along one of their axes.
+    gradient_sum: dtype in which the gradients of weights are summed over those mesh axes.
+    """
+
+    dtype: str
+    implementation: str
+    gather_names: tuple[str, ...] = ()
+    gradient_sum: str = "float32"
+
+    def gather(self, weight: jax.Array, axis: int) -> jax.Array:
+        """A weight that is sharded along `axis`, whole, as an operand."""
+        weight = weight.astype(self.dtype)
+        return jax.lax.all_gather(weight, self.gather_names, axis=axis, tiled=True) if self.gather_names else weight
+
+    def scatter_sum(self, grad: jax.Array, axis: int) -> jax.Array:
+        """The sum over devices of the gradients of a gathered weight, sharded as the weight."""
+        if not self.gather_names:
+            return grad
+        grad = grad.astype(self.gradient_sum)
+        return jax.lax.psum_scatter(grad, self.gather_names, scatter_dimension=axis, tiled=True)
+
+    def product(self, x_MI: jax.Array, weight_GIO: jax.Array, sizes_G: jax.Array) -> jax.Array:
+        """`grouped_linear` of operands without its gradient: float32 [M, O]."""
+        match self.implementation:
+            case "ragged":
+                y_MO = jax.lax.ragged_dot(x_MI, weight_GIO, sizes_G, preferred_element_type=jnp.float32)
+                # XLA for TPUs does not fill rows beyond the groups with zeros (0.10 to 0.12).
+                return jnp.where(jnp.arange(len(y_MO))[:, None] < jnp.sum(sizes_G), y_MO, 0.0)
+            case "blocks":
+                return _block_product(x_MI, weight_GIO, sizes_G)
+        raise ValueError(f"unknown implementation {self.implementation!r}")
+
+    def outer_product(self, x_MI: jax.Array, grad_MO: jax.Array, sizes_G: jax.Array) -> jax.Array:
+        """Sum over the rows of each group of x^T grad: float32 [G, I, O]."""
+        match self.implementation:
+            case "ragged":
+                return grouped_tpu.outer_product(x_MI, grad_MO, sizes_G, interpret=traced_platform() != "tpu")
+            case "blocks":
+                return _block_outer_product(x_MI, grad_MO, sizes_G)
+        raise ValueError(f"unknown implementation {self.implementation!r}")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def grouped_linear(
-    x_MI: jax.Array,
-    weight_GIO: jax.Array,
-    sizes_G: jax.Array,
-    dtype: str,
-    implementation: str,
-    gather_axis: int,
-    gather_names: tuple[str, ...],
+    x_MI: jax.Array, weight_GIO: jax.Array, sizes_G: jax.Array, how: GroupedProduct, gather_axis: int
 ) -> jax.Array:
     """Rows of group g times weight g, as [M, O] in the dtype of x; rows beyond the groups become zero.
 
     Args:
       x_MI: rows in the order of their groups.
       sizes_G: number of rows of each group; their sum is at most M.
-      dtype: of the operands, also in the backward pass; sums are float32.
-      implementation: `ragged` or `blocks`.
-      gather_axis, gather_names: the weight is sharded along this axis over these mesh axes (of shard_map).
+      gather_axis: the axis of the weight that is sharded over devices.
     """
-    whole = gather(weight_GIO.astype(dtype), gather_axis, gather_names)
-    return product(x_MI.astype(dtype), whole, sizes_G, implementation).astype(x_MI.dtype)
+    whole = how.gather(weight_GIO, gather_axis)
+    return how.product(x_MI.astype(how.dtype), whole, sizes_G).astype(x_MI.dtype)
 
 
-def _forward(x_MI, weight_GIO, sizes_G, dtype, implementation, gather_axis, gather_names):
-    y_MO = grouped_linear(x_MI, weight_GIO, sizes_G, dtype, implementation, gather_axis, gather_names)
+def _forward(x_MI, weight_GIO, sizes_G, how, gather_axis):
+    y_MO = grouped_linear(x_MI, weight_GIO, sizes_G, how, gather_axis)
     # The residual is the sharded weight: the backward pass gathers it again instead of keeping it whole.
-    return y_MO, (x_MI.astype(dtype), weight_GIO, sizes_G)
+    return y_MO, (x_MI.astype(how.dtype), weight_GIO, sizes_G)
 
 
-def _backward(dtype, implementation, gather_axis, gather_names, residuals, grad_MO):
+def _backward(how, gather_axis, residuals, grad_MO):
     x_MI, weight_GIO, sizes_G = residuals
-    whole = gather(weight_GIO.astype(dtype), gather_axis, gather_names)
-    rough_MO = grad_MO.astype(dtype)
-    grad_x = product(rough_MO, whole.mT, sizes_G, implementation).astype(grad_MO.dtype)
-    grad_weight = outer_product(x_MI, rough_MO, sizes_G, implementation)
-    grad_weight = scatter_sum(grad_weight, gather_axis, gather_names)
+    rough_MO = grad_MO.astype(how.dtype)
+    grad_x = how.product(rough_MO, how.gather(weight_GIO, gather_axis).mT, sizes_G).astype(grad_MO.dtype)
+    grad_weight = how.scatter_sum(how.outer_product(x_MI, rough_MO, sizes_G), gather_axis)
     return grad_x, grad_weight.astype(weight_GIO.dtype), None
 
 
@@ -69,38 +108,6 @@ def grouped_quantized(x_MI: jax.Array, weights: QTensor, sizes_G: jax.Array) -> 
         lambda rows, weight: weight.multiply(rows), x_MI.astype(jnp.float32), weights, sizes_G, weights.values.shape[-2]
     )
     return y_MO.astype(x_MI.dtype)
-
-
-def gather(weight: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
-    """A weight that is sharded along `axis` over the mesh axes `names`, whole."""
-    return jax.lax.all_gather(weight, names, axis=axis, tiled=True) if names else weight
-
-
-def scatter_sum(grad: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
-    """The sum over the mesh axes `names` of the gradients of a gathered weight, sharded as the weight."""
-    return jax.lax.psum_scatter(grad, names, scatter_dimension=axis, tiled=True) if names else grad
-
-
-def product(x_MI: jax.Array, weight_GIO: jax.Array, sizes_G: jax.Array, implementation: str) -> jax.Array:
-    """`grouped_linear` of whole weights without its gradient: float32 [M, O]."""
-    match implementation:
-        case "ragged":
-            y_MO = jax.lax.ragged_dot(x_MI, weight_GIO, sizes_G, preferred_element_type=jnp.float32)
-            # The values beyond the groups differ between platforms.
-            return jnp.where(jnp.arange(len(y_MO))[:, None] < jnp.sum(sizes_G), y_MO, 0.0)
-        case "blocks":
-            return _block_product(x_MI, weight_GIO, sizes_G)
-    raise ValueError(f"unknown implementation {implementation!r}")
-
-
-def outer_product(x_MI: jax.Array, grad_MO: jax.Array, sizes_G: jax.Array, implementation: str) -> jax.Array:
-    """Sum over the rows of each group of x^T grad: float32 [G, I, O]."""
-    match implementation:
-        case "ragged":
-            return grouped_tpu.outer_product(x_MI, grad_MO, sizes_G, interpret=traced_platform() != "tpu")
-        case "blocks":
-            return _block_outer_product(x_MI, grad_MO, sizes_G)
-    raise ValueError(f"unknown implementation {implementation!r}")
 
 
 def _blocks(num_rows: int, sizes_G):

@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from maxlm.ops.grouped_matmul import gather, outer_product, product, scatter_sum
+from maxlm.ops.grouped_matmul import GroupedProduct
 
 Weights = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -21,61 +21,52 @@ Weights = tuple[jax.Array, jax.Array, jax.Array]
 _EMBED_AXES = (1, 1, 2)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def grouped_mlp(
-    x_MD: jax.Array,
-    weights: Weights,
-    sizes_G: jax.Array,
-    dtype: str,
-    implementation: str,
-    gather_names: tuple[str, ...],
-    num_chunks: int,
+    x_MD: jax.Array, weights: Weights, sizes_G: jax.Array, how: GroupedProduct, num_chunks: int
 ) -> jax.Array:
     """down(silu(gate x) * up x), with the weights of each row's group, as [M, D]; rows beyond the groups become zero.
 
     Args:
       x_MD: rows in the order of their groups.
-      weights: gate and up [G, D, F], down [G, F, D]; sharded along D over the mesh axes `gather_names`.
+      weights: gate and up [G, D, F], down [G, F, D]; sharded along D.
       sizes_G: number of rows of each group; their sum is at most M.
-      dtype, implementation: as in `grouped_linear`.
       num_chunks: that the M rows are split into evenly.
     """
-    whole = _gather(weights, dtype, gather_names)
+    whole = _gather(weights, how)
 
     def body(number, y_MD):
         x_CD, chunk_G = _rows(x_MD, number, num_chunks), _sizes(sizes_G, number, len(x_MD) // num_chunks)
-        _, _, hidden_CF = _hidden(x_CD, whole, chunk_G, dtype, implementation)
-        y_CD = product(hidden_CF.astype(dtype), whole[2], chunk_G, implementation).astype(x_MD.dtype)
+        _, _, hidden_CF = _hidden(x_CD, whole, chunk_G, how)
+        y_CD = how.product(hidden_CF.astype(how.dtype), whole[2], chunk_G).astype(x_MD.dtype)
         return _put(y_MD, y_CD, number)
 
     return jax.lax.fori_loop(0, _count(x_MD, sizes_G, num_chunks), body, jnp.zeros_like(x_MD))
 
 
-def _forward(x_MD, weights, sizes_G, dtype, implementation, gather_names, num_chunks):
-    y_MD = grouped_mlp(x_MD, weights, sizes_G, dtype, implementation, gather_names, num_chunks)
-    return y_MD, (x_MD, weights, sizes_G)
+def _forward(x_MD, weights, sizes_G, how, num_chunks):
+    return grouped_mlp(x_MD, weights, sizes_G, how, num_chunks), (x_MD, weights, sizes_G)
 
 
-def _backward(dtype, implementation, gather_names, num_chunks, residuals, grad_MD):
+def _backward(how, num_chunks, residuals, grad_MD):
     x_MD, weights, sizes_G = residuals
-    whole = gate, up, down = _gather(weights, dtype, gather_names)
+    whole = gate, up, down = _gather(weights, how)
 
     def body(number, carry):
         grad_x_MD, grad_weights = carry
         x_CD, grad_CD = (_rows(rows, number, num_chunks) for rows in (x_MD, grad_MD))
         chunk_G = _sizes(sizes_G, number, len(x_MD) // num_chunks)
-        times = partial(product, sizes_G=chunk_G, implementation=implementation)
-        outer = partial(outer_product, sizes_G=chunk_G, implementation=implementation)
-        gated_CF, widened_CF, hidden_CF = _hidden(x_CD, whole, chunk_G, dtype, implementation)
-        x_CD, grad_CD = x_CD.astype(dtype), grad_CD.astype(dtype)
+        times, outer = (partial(function, sizes_G=chunk_G) for function in (how.product, how.outer_product))
+        gated_CF, widened_CF, hidden_CF = _hidden(x_CD, whole, chunk_G, how)
+        x_CD, grad_CD = x_CD.astype(how.dtype), grad_CD.astype(how.dtype)
         grad_hidden_CF = times(grad_CD, down.mT).astype(x_MD.dtype)
         _, pull = jax.vjp(_activate, gated_CF, widened_CF)
-        grad_gated_CF, grad_widened_CF = (grad.astype(dtype) for grad in pull(grad_hidden_CF))
+        grad_gated_CF, grad_widened_CF = (grad.astype(how.dtype) for grad in pull(grad_hidden_CF))
         grad_x_CD = times(grad_gated_CF, gate.mT) + times(grad_widened_CF, up.mT)
         added = (
             outer(x_CD, grad_gated_CF),
             outer(x_CD, grad_widened_CF),
-            outer(hidden_CF.astype(dtype), grad_CD),
+            outer(hidden_CF.astype(how.dtype), grad_CD),
         )
         grad_weights = tuple(total + part for total, part in zip(grad_weights, added))
         return _put(grad_x_MD, grad_x_CD.astype(x_MD.dtype), number), grad_weights
@@ -83,7 +74,7 @@ def _backward(dtype, implementation, gather_names, num_chunks, residuals, grad_M
     zeros = jnp.zeros_like(x_MD), tuple(jnp.zeros(weight.shape, jnp.float32) for weight in whole)
     grad_x_MD, grad_weights = jax.lax.fori_loop(0, _count(x_MD, sizes_G, num_chunks), body, zeros)
     grad_weights = tuple(
-        scatter_sum(grad, axis, gather_names).astype(weight.dtype)
+        how.scatter_sum(grad, axis).astype(weight.dtype)
         for grad, axis, weight in zip(grad_weights, _EMBED_AXES, weights)
     )
     return grad_x_MD, grad_weights, None
@@ -92,11 +83,11 @@ def _backward(dtype, implementation, gather_names, num_chunks, residuals, grad_M
 grouped_mlp.defvjp(_forward, _backward)
 
 
-def _hidden(x_CD, whole: Weights, sizes_G, dtype, implementation):
+def _hidden(x_CD, whole: Weights, sizes_G, how):
     """The products with gate and up, and the hidden channels: [C, F] in the dtype of x."""
     gate, up, _ = whole
     gated_CF, widened_CF = (
-        product(x_CD.astype(dtype), weight, sizes_G, implementation).astype(x_CD.dtype) for weight in (gate, up)
+        how.product(x_CD.astype(how.dtype), weight, sizes_G).astype(x_CD.dtype) for weight in (gate, up)
     )
     return gated_CF, widened_CF, _activate(gated_CF, widened_CF)
 
@@ -105,8 +96,8 @@ def _activate(gated, widened):
     return jax.nn.silu(gated) * widened
 
 
-def _gather(weights: Weights, dtype, names) -> Weights:
-    gate, up, down = (gather(weight.astype(dtype), axis, names) for weight, axis in zip(weights, _EMBED_AXES))
+def _gather(weights: Weights, how: GroupedProduct) -> Weights:
+    gate, up, down = (how.gather(weight, axis) for weight, axis in zip(weights, _EMBED_AXES))
     return gate, up, down
 
 

@@ -12,7 +12,16 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.core.hardware import multiplies_bfloat16
 from maxlm.core.remat import saved
-from maxlm.core.sharding import gather_weight, gathered_spec, is_explicit, logical_to_spec, names_of, spec_of, without
+from maxlm.core.sharding import (
+    gather_weight,
+    gathered_spec,
+    is_explicit,
+    logical_to_spec,
+    names_of,
+    sharded_count,
+    spec_of,
+    without,
+)
 from maxlm.ops import eight_bit
 from maxlm.ops.qtensor import QTensor
 
@@ -31,26 +40,35 @@ class AdaptedWeight:
 Weight = jax.Array | QTensor | AdaptedWeight
 
 
-def linear(x: jax.Array, weight: Weight, dtype: str, output_axes: tuple[str | None, ...] | None = None) -> jax.Array:
+def linear(
+    x: jax.Array,
+    weight: Weight,
+    dtype: str,
+    output_axes: tuple[str | None, ...] | None = None,
+    *,
+    gradient_sum: str = "float32",
+) -> jax.Array:
     """x [..., I] times weight [I, O], as [..., O] in the dtype of x.
 
     `dtype` is that of the operands: "auto", "float32", "bfloat16", or a kind of `ops/eight_bit.py`; products accumulate
     in float32 (int8 in int32). A quantized weight has its own arithmetic, and products with adapters are not 8-bit.
     `output_axes` names the logical axes of the result's sharding, if they are not those of x and weight:
     a product with a sharded contraction can then be reduce-scattered.
+    `gradient_sum` is the dtype in which the weight's gradient is summed over devices.
     """
-    return saved(_linear(x, weight, dtype, output_axes))
+    return saved(_linear(x, weight, dtype, output_axes, gradient_sum))
 
 
-def _linear(x, weight, dtype, output_axes):
+def _linear(x, weight, dtype, output_axes, gradient_sum):
     if isinstance(weight, AdaptedWeight):
         adapter_dtype = "bfloat16" if dtype in eight_bit.KINDS else dtype
-        update = _linear(_linear(x, weight.down, adapter_dtype, None), weight.up, adapter_dtype, output_axes)
-        return _linear(x, weight.base, dtype, output_axes) + weight.scale * update
+        narrow = _linear(x, weight.down, adapter_dtype, None, gradient_sum)
+        update = _linear(narrow, weight.up, adapter_dtype, output_axes, gradient_sum)
+        return _linear(x, weight.base, dtype, output_axes, gradient_sum) + weight.scale * update
     if isinstance(weight, QTensor):
         return weight.multiply(x)
     out_spec = logical_to_spec(output_axes) if output_axes is not None and is_explicit() else None
-    return _matmul(x, weight, operand_dtype(dtype), 0, out_spec)
+    return _matmul(x, weight, operand_dtype(dtype), 0, out_spec, gradient_sum)
 
 
 def operand_dtype(dtype: str) -> str:
@@ -60,27 +78,31 @@ def operand_dtype(dtype: str) -> str:
     return "bfloat16" if multiplies_bfloat16() else "float32"
 
 
-def unembed(x: jax.Array, table: jax.Array | QTensor, dtype: str) -> jax.Array:
-    """x [..., embed] times the rows of table [vocab, embed], as [..., vocab] in the dtype of x."""
-    return table.multiply(x) if isinstance(table, QTensor) else _matmul(x, table, operand_dtype(dtype), 1, None)
+def unembed(x: jax.Array, table: jax.Array | QTensor, dtype: str, *, gradient_sum: str = "float32") -> jax.Array:
+    """x [..., embed] times the rows of table [vocab, embed], as [..., vocab] in the dtype of x; as in `linear`."""
+    if isinstance(table, QTensor):
+        return table.multiply(x)
+    return _matmul(x, table, operand_dtype(dtype), 1, None, gradient_sum)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _matmul(x, weight, dtype, input_axis, out_spec):
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _matmul(x, weight, dtype, input_axis, out_spec, gradient_sum):
     # A custom vjp, so that the backward products also have `dtype` operands and float32 sums: autodiff would
     # multiply the float32 cotangent by a bfloat16 operand, which no matrix unit supports.
+    del gradient_sum
     if dtype in eight_bit.KINDS:
         kind = eight_bit.activation_dtype(dtype)
         return _eight_bit_dot(x, weight, kind, kind, input_axis, out_spec).astype(x.dtype)
     return _dot(x.astype(dtype), gather_weight(weight.astype(dtype)), input_axis, out_spec).astype(x.dtype)
 
 
-def _matmul_forward(x, weight, dtype, input_axis, out_spec):
+def _matmul_forward(x, weight, dtype, input_axis, out_spec, gradient_sum):
     # The residual is the sharded weight: the backward pass gathers it again instead of keeping it whole.
-    return _matmul(x, weight, dtype, input_axis, out_spec), (x.astype(_gradient_dtype(dtype)), weight)
+    y = _matmul(x, weight, dtype, input_axis, out_spec, gradient_sum)
+    return y, (x.astype(_gradient_dtype(dtype)), weight)
 
 
-def _matmul_backward(dtype, input_axis, out_spec, residuals, grad):
+def _matmul_backward(dtype, input_axis, out_spec, gradient_sum, residuals, grad):
     x, weight = residuals
     if out_spec is not None:
         # The sum was reduce-scattered over the devices that share the contraction: gather its whole cotangent.
@@ -91,14 +113,15 @@ def _matmul_backward(dtype, input_axis, out_spec, residuals, grad):
         grad_x = _eight_bit_dot(grad, weight, *kinds, 1 - input_axis, None)
     else:
         grad_x = _dot(grad.astype(dtype), gather_weight(weight.astype(dtype)), 1 - input_axis, None)
-    # Contracting the batch dimensions leaves partial sums on the devices that rows and tokens are sharded over.
+    # Contracting the batch dimensions leaves partial sums on the devices that rows and tokens are sharded over. The
+    # compiler adds them in the dtype of the product.
     left, right = (x, grad) if input_axis == 0 else (grad, x)
     batch_dims = tuple(range(x.ndim - 1))
     grad_weight = jax.lax.dot_general(
         left.astype(_gradient_dtype(dtype)),
         right.astype(_gradient_dtype(dtype)),
         ((batch_dims, batch_dims), ((), ())),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=gradient_sum if sharded_count(spec_of(x)[:-1]) > 1 else jnp.float32,
         out_sharding=P(spec_of(left)[-1], spec_of(right)[-1]) if is_explicit() else None,
     )
     if is_explicit():

@@ -3,7 +3,6 @@
 Dimensions: B batch, L length, D embed, V vocab, N chunks, C tokens of a row in a chunk.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from maxlm.core.sharding import current_mesh, is_explicit, names_of, spec_of
+from maxlm.core.sharding import current_mesh, is_explicit, names_of, sharded_count, spec_of
 from maxlm.ops.linear import operand_dtype, unembed
 from maxlm.ops.qtensor import QTensor
 
@@ -23,14 +22,17 @@ class Head:
 
     dtype: of the operands of the product, as in `ops.linear`.
     transform: of the logits, elementwise.
+    gradient_sum: dtype in which the table's gradient is summed over devices.
     """
 
     dtype: str
     width: float = 1.0
     transform: Callable[[jax.Array], jax.Array] = lambda logits: logits
+    gradient_sum: str = "float32"
 
     def logits(self, table: jax.Array | QTensor, hidden: jax.Array) -> jax.Array:
-        return self.transform(unembed(hidden.astype(jnp.float32) / self.width, table, self.dtype))
+        scaled = hidden.astype(jnp.float32) / self.width
+        return self.transform(unembed(scaled, table, self.dtype, gradient_sum=self.gradient_sum))
 
 
 def log_probabilities_in_chunks(
@@ -52,7 +54,7 @@ def log_probabilities_in_chunks(
     def chunk(table, hidden, targets):
         return _gather_log_probability(head.logits(table, hidden), targets)
 
-    length = hidden_BLD.shape[1] // (_count(spec_of(hidden_BLD)[1]) if is_explicit() else 1)
+    length = hidden_BLD.shape[1] // sharded_count(spec_of(hidden_BLD)[1:2])
     if isinstance(table_VD, QTensor) or length <= chunk_length:
         log_p_BL, normalizer_BL = in_chunks(chunk, table_VD, hidden_BLD, targets_BL, chunk_length=chunk_length)
         return log_p_BL, normalizer_BL
@@ -131,7 +133,7 @@ def _over_chunks_backward(head, num_chunks, gather_names, residuals, grads):
         # A reduce-scatter of an array whose type has a sharding is not implemented.
         spec = spec_of(grad_VD)
         scatter = jax.shard_map(scatter, in_specs=spec, out_specs=spec, axis_names={"tensor"}, check_vma=False)
-        grad_VD = scatter(grad_VD)
+        grad_VD = scatter(grad_VD.astype(head.gradient_sum)).astype(jnp.float32)
     return grad_VD, _join(grad_hidden_NBCD), None
 
 
@@ -191,16 +193,12 @@ def in_chunks(function, head, *tokens: jax.Array, chunk_length: int) -> tuple[ja
 
 def _by_device(x_BL: jax.Array) -> jax.Array:
     """[B, parts, L / parts, ...] if L is sharded into parts: a chunk is then a piece of each device's part."""
-    if not is_explicit() or (parts := _count(spec_of(x_BL)[1])) == 1:
+    if (parts := sharded_count(spec_of(x_BL)[1:2])) == 1:
         return x_BL
     batch, length, *rest = x_BL.shape
     rows, tokens, *others = spec_of(x_BL)
     shape = (batch, parts, length // parts, *rest)
     return jax.lax.reshape(x_BL, shape, out_sharding=P(rows, tokens, None, *others))
-
-
-def _count(entry: str | tuple[str, ...] | None) -> int:
-    return math.prod(current_mesh().shape[name] for name in names_of(entry))
 
 
 @jax.custom_vjp

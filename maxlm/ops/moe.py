@@ -24,7 +24,7 @@ from maxlm.core.hardware import traced_platform
 from maxlm.core.remat import saved
 from maxlm.core.sharding import LOGICAL_AXES, current_mesh, is_explicit, logical_to_spec
 from maxlm.errors import ConfigError
-from maxlm.ops.grouped_matmul import grouped_linear, grouped_quantized
+from maxlm.ops.grouped_matmul import GroupedProduct, grouped_linear, grouped_quantized
 from maxlm.ops.grouped_mlp import grouped_mlp
 from maxlm.ops.qtensor import QTensor
 
@@ -72,6 +72,7 @@ def mixture_of_experts(
     down_EFD: jax.Array,
     *,
     dtype: str,
+    gradient_sum: str = "float32",
     output_axes: tuple[str | None, ...] | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -80,6 +81,7 @@ def mixture_of_experts(
     Args:
       real_BL: bool; other tokens are padding, are not routed and get zeros.
       dtype: of the operands of matrix products.
+      gradient_sum: dtype in which gradients of the weights are summed over devices.
       output_axes: logical axes of the result's sharding, if not those of x.
       implementation: one of `IMPLEMENTATIONS`, or None for the best available.
 
@@ -94,16 +96,17 @@ def mixture_of_experts(
         y_BLD = reference_mixture(x_BLD, routing, real_BL, gate_EDF, up_EDF, down_EFD)
         return jax.reshard(y_BLD, logical_to_spec(output_axes)) if output_axes and is_explicit() else y_BLD
     arguments = (x_BLD, routing.experts_BLK, routing.weights_BLK, real_BL, gate_EDF, up_EDF, down_EFD)
-    local = partial(_local_mixture, dtype=dtype, implementation=implementation)
+    product = partial(GroupedProduct, dtype, "ragged" if traced_platform() == "tpu" else "blocks")
+    local = partial(_local_mixture, implementation=implementation)
     if not is_explicit():
-        return local(*arguments, num_shards=1, gather_names=(), sum_over=None, scatter=False)
+        return local(*arguments, product=product(), num_shards=1, sum_over=None, scatter=False)
     tokens, out = logical_to_spec(_TOKENS), logical_to_spec(output_axes or _TOKENS)
     widening, narrowing = logical_to_spec(_WIDENING), logical_to_spec(_NARROWING)
     sharded = jax.shard_map(
         partial(
             local,
             num_shards=current_mesh().shape["expert"],
-            gather_names=LOGICAL_AXES["expert_embed"],
+            product=product(LOGICAL_AXES["expert_embed"], gradient_sum),
             sum_over="tensor",
             scatter="tensor" in (out[1] or ()),
         ),
@@ -154,10 +157,9 @@ def _local_mixture(
     up_GDF,
     down_GFD,
     *,
-    dtype: str,
+    product: GroupedProduct,
     implementation: str,
     num_shards: int,
-    gather_names: tuple[str, ...],
     sum_over: str | None,
     scatter: bool,
 ):
@@ -180,14 +182,7 @@ def _local_mixture(
     received_MD = exchange.send(rows_ND)
     order_of_M = _inverse(exchange.order_M, len(received_MD))
     ordered_MD = _permute(received_MD, exchange.order_M, order_of_M)
-    made_MD = _experts(
-        ordered_MD,
-        (gate_GDF, up_GDF, down_GFD),
-        exchange.sizes_G,
-        len(experts_A),
-        dtype=dtype,
-        gather_names=gather_names,
-    )
+    made_MD = _experts(ordered_MD, (gate_GDF, up_GDF, down_GFD), exchange.sizes_G, product, len(experts_A))
     returned_ND = exchange.send_back(_permute(made_MD, order_of_M, exchange.order_M))
     y_AD = _permute(returned_ND, row_of_A, exchange.assignment_N)
 
@@ -200,22 +195,21 @@ def _local_mixture(
     return y_BLD.astype(x_BLD.dtype)
 
 
-def _experts(ordered_MD, weights, sizes_G, num_assignments: int, *, dtype, gather_names):
+def _experts(ordered_MD, weights, sizes_G, product: GroupedProduct, num_assignments: int):
     """The outputs of the experts for rows in their order.
 
     A device with more room than the rows that it receives on average, one per assignment, works through it in chunks.
     """
-    implementation = "ragged" if traced_platform() == "tpu" else "blocks"
     gate_GDF, up_GDF, down_GFD = weights
     if isinstance(gate_GDF, QTensor):
         hidden_MF = jax.nn.silu(grouped_quantized(ordered_MD, gate_GDF, sizes_G))
         return grouped_quantized(hidden_MF * grouped_quantized(ordered_MD, up_GDF, sizes_G), down_GFD, sizes_G)
     num_chunks = _largest_divisor(len(ordered_MD), len(ordered_MD) // num_assignments)
     if num_chunks > 1:
-        return saved(grouped_mlp(ordered_MD, weights, sizes_G, dtype, implementation, gather_names, num_chunks))
+        return saved(grouped_mlp(ordered_MD, weights, sizes_G, product, num_chunks))
 
     def times(x_MI, weight_GIO, embed_axis):
-        return saved(grouped_linear(x_MI, weight_GIO, sizes_G, dtype, implementation, embed_axis, gather_names))
+        return saved(grouped_linear(x_MI, weight_GIO, sizes_G, product, embed_axis))
 
     return times(jax.nn.silu(times(ordered_MD, gate_GDF, 1)) * times(ordered_MD, up_GDF, 1), down_GFD, 2)
 

@@ -134,6 +134,21 @@ def test_values_and_gradients_do_not_depend_on_mesh(weight_axes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
 
 
+@pytest.mark.parametrize("product", [linear, unembed])
+@pytest.mark.parametrize(
+    ("fsdp", "gradient_sum", "expected"), [(8, "float32", 8 * 257), (8, "bfloat16", 8 * 256), (1, "bfloat16", 8 * 257)]
+)
+def test_dtype_in_which_gradients_are_summed_over_devices(product, fsdp, gradient_sum, expected):
+    """A device's sum of 257 ones is 256 in bfloat16. Within a device all sums are float32."""
+    mesh = make_mesh(MeshConfig(fsdp=fsdp))
+    with jax.set_mesh(mesh):
+        x, weight = shard(jnp.ones((8, 257, 8)), "batch", None, None), shard(jnp.ones((8, 8)), "embed", None)
+        loss = lambda weight, x: jnp.sum(product(x, weight, "bfloat16", gradient_sum=gradient_sum))  # noqa: E731
+        grad = jax.jit(jax.grad(loss))(weight, x)
+    assert grad.dtype == jnp.float32
+    np.testing.assert_array_equal(grad, expected)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -9,7 +9,7 @@ from maxlm.config.mesh import MeshConfig
 from maxlm.core.sharding import make_mesh, shard
 from maxlm.errors import ConfigError
 from maxlm.ops import grouped_tpu
-from maxlm.ops.grouped_matmul import grouped_linear
+from maxlm.ops.grouped_matmul import GroupedProduct, grouped_linear
 from maxlm.ops.grouped_mlp import grouped_mlp
 from maxlm.ops.moe import mixture_of_experts, route, router_scores
 from maxlm.ops.moe_balance import bias_pull, choices, document_balance
@@ -35,8 +35,8 @@ def group_rows(sizes, rows):
 def test_each_group_of_rows_is_multiplied_by_its_matrix(implementation, sizes):
     random = np.random.default_rng(1)
     x, weight, cotangent = (random.normal(size=s).astype("float32") for s in ((60, 5), (4, 5, 7), (60, 7)))
-    product = lambda x, w: grouped_linear(x, w, jnp.array(sizes), "float32", implementation, 1, ())  # noqa: E731
-    y, pull = jax.vjp(product, x, weight)
+    how = GroupedProduct("float32", implementation)
+    y, pull = jax.vjp(lambda x, w: grouped_linear(x, w, jnp.array(sizes), how, 1), x, weight)
     grad_x, grad_weight = pull(cotangent)
     groups = group_rows(sizes, 60)
     within = (groups >= 0)[:, None]
@@ -49,13 +49,11 @@ def test_each_group_of_rows_is_multiplied_by_its_matrix(implementation, sizes):
 
 def test_bfloat16_operands_have_float32_sums_in_both_directions():
     """A sum of 512 small products, which in bfloat16 would stop at 256."""
+    how = GroupedProduct("bfloat16", "blocks")
     x, weight = np.ones((8, 512), "float32"), np.ones((1, 512, 2), "float32")
-    y, pull = jax.vjp(lambda x, w: grouped_linear(x, w, jnp.array([8]), "bfloat16", "blocks", 1, ()), x, weight)
-    np.testing.assert_array_equal(y, 512)
-    rows = np.ones((512, 1), "float32")
-    _, pull = jax.vjp(
-        lambda x, w: grouped_linear(x, w, jnp.array([512]), "bfloat16", "blocks", 1, ()), rows, np.ones((1, 1, 2))
-    )
+    np.testing.assert_array_equal(grouped_linear(x, weight, jnp.array([8]), how, 1), 512)
+    rows, weight = np.ones((512, 1), "float32"), np.ones((1, 1, 2))
+    _, pull = jax.vjp(lambda x, w: grouped_linear(x, w, jnp.array([512]), how, 1), rows, weight)
     np.testing.assert_array_equal(pull(np.ones((512, 2), "float32"))[1], 512)
 
 
@@ -93,7 +91,7 @@ def test_mlps_in_chunks_are_those_of_all_rows(implementation, sizes):
         return product(jax.nn.silu(product(x, gate)) * product(x, up), down)
 
     def in_chunks(x, weights):
-        return grouped_mlp(x, weights, jnp.array(sizes), "float32", implementation, (), 3)
+        return grouped_mlp(x, weights, jnp.array(sizes), GroupedProduct("float32", implementation), 3)
 
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, "float64"), (x, (gate, up, down), cotangent))

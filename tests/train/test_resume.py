@@ -33,7 +33,7 @@ FREE = {
 }
 TOLD = {
     *("guard.spike_factor", "guard.max_skipped_in_a_row", "guard.max_rollbacks", "steps"),
-    *("execution.activation_dtype", "execution.matmul_dtype", "execution.eight_bit"),
+    *("execution.activation_dtype", "execution.matmul_dtype", "execution.eight_bit", "execution.gradient_sum_dtype"),
 }
 
 
