@@ -60,13 +60,16 @@ class GroupedProduct:
                 return _block_product(x_MI, weight_GIO, sizes_G)
         raise ValueError(f"unknown implementation {self.implementation!r}")
 
-    def outer_product(self, x_MI: jax.Array, grad_MO: jax.Array, sizes_G: jax.Array) -> jax.Array:
-        """Sum over the rows of each group of x^T grad: float32 [G, I, O]."""
+    def outer_product(
+        self, x_MI: jax.Array, grad_MO: jax.Array, sizes_G: jax.Array, total_GIO: jax.Array | None = None
+    ) -> jax.Array:
+        """Sum over the rows of each group of x^T grad, added to `total_GIO`: float32 [G, I, O]."""
         match self.implementation:
             case "ragged":
-                return grouped_tpu.outer_product(x_MI, grad_MO, sizes_G, interpret=traced_platform() != "tpu")
+                interpret = traced_platform() != "tpu"
+                return grouped_tpu.outer_product(x_MI, grad_MO, sizes_G, total_GIO, interpret=interpret)
             case "blocks":
-                return _block_outer_product(x_MI, grad_MO, sizes_G)
+                return _block_outer_product(x_MI, grad_MO, sizes_G, total_GIO)
         raise ValueError(f"unknown implementation {self.implementation!r}")
 
 
@@ -77,7 +80,7 @@ def grouped_linear(
     """Rows of group g times weight g, as [M, O] in the dtype of x; rows beyond the groups become zero.
 
     Args:
-      x_MI: rows in the order of their groups.
+      x_MI: rows in the order of their groups; what is beyond the groups does not matter.
       sizes_G: number of rows of each group; their sum is at most M.
       gather_axis: the axis of the weight that is sharded over devices.
     """
@@ -100,6 +103,19 @@ def _backward(how, gather_axis, residuals, grad_MO):
 
 
 grouped_linear.defvjp(_forward, _backward)
+
+
+def undefined(shape: tuple[int, ...], dtype: jnp.dtype, sizes_G: jax.Array) -> jax.Array:
+    """A buffer that is not filled, which would take as long as reading it: whoever reads a row has written it before.
+
+    `sizes_G` is any array of integers that is computed in the loop over layers. JAX moves constants out of loops, and
+    each iteration would then copy the buffer. A choice that depends on data stays inside, though both sides are equal.
+    """
+
+    def make():
+        return jax.lax.empty(shape, dtype)
+
+    return jax.lax.cond(sizes_G[0] < 0, make, make)
 
 
 def grouped_quantized(x_MI: jax.Array, weights: QTensor, sizes_G: jax.Array) -> jax.Array:
@@ -146,20 +162,18 @@ def _over_blocks(multiply, x_MI, weights, sizes_G, num_outputs: int):
     return jnp.where(jnp.arange(num_rows)[:, None] < jnp.sum(sizes_G), y_MO, 0.0)
 
 
-def _block_outer_product(x_MI, grad_MO, sizes_G):
+def _block_outer_product(x_MI, grad_MO, sizes_G, total_GIO):
     size, group_N, first_row_N, count = _blocks(len(x_MI), sizes_G)
     ends_G = jnp.cumsum(sizes_G)
     x_MI, grad_MO = (jnp.pad(rows, ((0, size), (0, 0))) for rows in (x_MI, grad_MO))
 
     def body(number, total_GIO):
         group, row = group_N[number], first_row_N[number]
-        x = jax.lax.dynamic_slice_in_dim(x_MI, row, size)
-        grad = jax.lax.dynamic_slice_in_dim(grad_MO, row, size)
         within = row + jnp.arange(size)[:, None] < ends_G[group]
-        product = jax.lax.dot_general(
-            x, jnp.where(within, grad, 0), (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        x, grad = (jnp.where(within, jax.lax.dynamic_slice_in_dim(rows, row, size), 0) for rows in (x_MI, grad_MO))
+        product = jax.lax.dot_general(x, grad, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         return total_GIO.at[group].add(product)
 
-    shape = (len(sizes_G), x_MI.shape[-1], grad_MO.shape[-1])
-    return jax.lax.fori_loop(0, count, body, jnp.zeros(shape, jnp.float32))
+    if total_GIO is None:
+        total_GIO = jnp.zeros((len(sizes_G), x_MI.shape[-1], grad_MO.shape[-1]), jnp.float32)
+    return jax.lax.fori_loop(0, count, body, total_GIO)

@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from maxlm.ops.grouped_matmul import GroupedProduct
+from maxlm.ops.grouped_matmul import GroupedProduct, undefined
 
 Weights = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -25,10 +25,12 @@ _EMBED_AXES = (1, 1, 2)
 def grouped_mlp(
     x_MD: jax.Array, weights: Weights, sizes_G: jax.Array, how: GroupedProduct, num_chunks: int
 ) -> jax.Array:
-    """down(silu(gate x) * up x), with the weights of each row's group, as [M, D]; rows beyond the groups become zero.
+    """down(silu(gate x) * up x), with the weights of each row's group, as [M, D].
+
+    Rows beyond the groups are undefined, and so are their gradients.
 
     Args:
-      x_MD: rows in the order of their groups.
+      x_MD: rows in the order of their groups; what is beyond the groups does not matter.
       weights: gate and up [G, D, F], down [G, F, D]; sharded along D.
       sizes_G: number of rows of each group; their sum is at most M.
       num_chunks: that the M rows are split into evenly.
@@ -41,7 +43,7 @@ def grouped_mlp(
         y_CD = how.product(hidden_CF.astype(how.dtype), whole[2], chunk_G).astype(x_MD.dtype)
         return _put(y_MD, y_CD, number)
 
-    return jax.lax.fori_loop(0, _count(x_MD, sizes_G, num_chunks), body, jnp.zeros_like(x_MD))
+    return jax.lax.fori_loop(0, _count(x_MD, sizes_G, num_chunks), body, undefined(x_MD.shape, x_MD.dtype, sizes_G))
 
 
 def _forward(x_MD, weights, sizes_G, how, num_chunks):
@@ -63,16 +65,16 @@ def _backward(how, num_chunks, residuals, grad_MD):
         _, pull = jax.vjp(_activate, gated_CF, widened_CF)
         grad_gated_CF, grad_widened_CF = (grad.astype(how.dtype) for grad in pull(grad_hidden_CF))
         grad_x_CD = times(grad_gated_CF, gate.mT) + times(grad_widened_CF, up.mT)
-        added = (
-            outer(x_CD, grad_gated_CF),
-            outer(x_CD, grad_widened_CF),
-            outer(hidden_CF.astype(how.dtype), grad_CD),
+        grad_weights = (
+            outer(x_CD, grad_gated_CF, total_GIO=grad_weights[0]),
+            outer(x_CD, grad_widened_CF, total_GIO=grad_weights[1]),
+            outer(hidden_CF.astype(how.dtype), grad_CD, total_GIO=grad_weights[2]),
         )
-        grad_weights = tuple(total + part for total, part in zip(grad_weights, added))
         return _put(grad_x_MD, grad_x_CD.astype(x_MD.dtype), number), grad_weights
 
-    zeros = jnp.zeros_like(x_MD), tuple(jnp.zeros(weight.shape, jnp.float32) for weight in whole)
-    grad_x_MD, grad_weights = jax.lax.fori_loop(0, _count(x_MD, sizes_G, num_chunks), body, zeros)
+    first = tuple(jnp.zeros(weight.shape, jnp.float32) for weight in whole)
+    carry = undefined(x_MD.shape, x_MD.dtype, sizes_G), first
+    grad_x_MD, grad_weights = jax.lax.fori_loop(0, _count(x_MD, sizes_G, num_chunks), body, carry)
     grad_weights = tuple(
         how.scatter_sum(grad, axis).astype(weight.dtype)
         for grad, axis, weight in zip(grad_weights, _EMBED_AXES, weights)

@@ -24,7 +24,7 @@ from maxlm.core.hardware import traced_platform
 from maxlm.core.remat import saved
 from maxlm.core.sharding import LOGICAL_AXES, current_mesh, is_explicit, logical_to_spec
 from maxlm.errors import ConfigError
-from maxlm.ops.grouped_matmul import GroupedProduct, grouped_linear, grouped_quantized
+from maxlm.ops.grouped_matmul import GroupedProduct, grouped_linear, grouped_quantized, undefined
 from maxlm.ops.grouped_mlp import grouped_mlp
 from maxlm.ops.qtensor import QTensor
 
@@ -179,12 +179,14 @@ def _local_mixture(
 
     row_of_A = _inverse(exchange.assignment_N, len(experts_A))
     rows_ND = _permute(x_TD, exchange.assignment_N // num_per_token, row_of_A.reshape(-1, num_per_token))
-    received_MD = exchange.send(rows_ND)
-    order_of_M = _inverse(exchange.order_M, len(received_MD))
-    ordered_MD = _permute(received_MD, exchange.order_M, order_of_M)
-    made_MD = _experts(ordered_MD, (gate_GDF, up_GDF, down_GFD), exchange.sizes_G, product, len(experts_A))
-    returned_ND = exchange.send_back(_permute(made_MD, order_of_M, exchange.order_M))
-    y_AD = _permute(returned_ND, row_of_A, exchange.assignment_N)
+    rows_MD = exchange.send(rows_ND)
+    if exchange.order_M is not None:
+        order_of_M = _inverse(exchange.order_M, len(rows_MD))
+        rows_MD = _permute(rows_MD, exchange.order_M, order_of_M)
+    rows_MD = _experts(rows_MD, (gate_GDF, up_GDF, down_GFD), exchange.sizes_G, product, len(experts_A))
+    if exchange.order_M is not None:
+        rows_MD = _permute(rows_MD, order_of_M, exchange.order_M)
+    y_AD = _permute(exchange.send_back(rows_MD), row_of_A, exchange.assignment_N)
 
     y_TKD = y_AD.reshape(-1, num_per_token, embed).astype(jnp.float32)
     y_BLD = jnp.einsum("tk,tkd->td", weights_BLK.reshape(-1, num_per_token), y_TKD).reshape(x_BLD.shape)
@@ -196,7 +198,7 @@ def _local_mixture(
 
 
 def _experts(ordered_MD, weights, sizes_G, product: GroupedProduct, num_assignments: int):
-    """The outputs of the experts for rows in their order.
+    """The outputs of the experts for rows in the order of experts.
 
     A device with more room than the rows that it receives on average, one per assignment, works through it in chunks.
     """
@@ -220,27 +222,27 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 @dataclass(frozen=True)
 class _Exchange:
-    """Which rows a device sends, how they are sent, and the order of its received rows by expert.
+    """Which rows a device sends, how they are sent, and the order of its received rows by expert. Received rows that no
+    device sent are undefined, in both directions.
 
     assignment_N: index in A of each row that is sent; -1 is an empty row.
     send: [N, D] -> [M, D]; send_back: the reverse.
-    order_M: the received row for each row in expert order; -1 after the last.
+    order_M: the received row for each row in expert order, -1 after the last; None if they arrive in that order.
     sizes_G: number of rows of each expert.
     """
 
     assignment_N: jax.Array
     send: Callable[[jax.Array], jax.Array]
     send_back: Callable[[jax.Array], jax.Array]
-    order_M: jax.Array
+    order_M: jax.Array | None
     sizes_G: jax.Array
 
 
 def _sort_only(experts_A, num_experts):
     """Exchange on one device: all experts are local."""
     order_A, counts_E = _sorted(experts_A, num_experts)
-    place_A = jnp.arange(len(order_A))
-    order_A = jnp.where(place_A < jnp.sum(counts_E), order_A, -1)
-    return _Exchange(order_A, _identity, _identity, place_A, counts_E)
+    order_A = jnp.where(jnp.arange(len(order_A)) < jnp.sum(counts_E), order_A, -1)
+    return _Exchange(order_A, _identity, _identity, None, counts_E)
 
 
 def _exchange_padded(experts_A, num_experts, num_shards, num_per_token):
@@ -259,19 +261,21 @@ def _exchange_ragged(experts_A, num_experts, num_shards, num_per_token):
     counts_SE = jax.lax.all_gather(counts_E, "expert")
     me = jax.lax.axis_index("expert")
     room = num_shards * _room(len(experts_A), num_experts // num_shards, num_per_token)
-    # Rows from each device (first axis) to each (second): their start offsets at the sender and at the receiver.
-    sent_SS = counts_SE.reshape(num_shards, num_shards, -1).sum(-1)
-    leave_SS, arrive_SS = _exclusive_sum(sent_SS, axis=1), _exclusive_sum(sent_SS, axis=0)
-    there = (leave_SS[me], sent_SS[me], arrive_SS[me], sent_SS[:, me])
-    back = (arrive_SS[:, me], sent_SS[:, me], leave_SS[:, me], sent_SS[me])
-    order_M, sizes_G = _order_of_experts(counts_SE, arrive_SS[:, me], room)
+    # Rows from each device (first axis) to each expert of each device (the others): their number, and where they start
+    # at the sender, which has them by expert, and at the receiver, which gets them by expert and then by sender.
+    sent_SSG = counts_SE.reshape(num_shards, num_shards, -1)
+    leave_SSG = _exclusive_sum(counts_SE, axis=1).reshape(sent_SSG.shape)
+    arrive_SSG = _exclusive_sum(sent_SSG.sum(0), axis=1) + _exclusive_sum(sent_SSG, axis=0)
+    there = (leave_SSG[me], sent_SSG[me], arrive_SSG[me], sent_SSG[:, me])
+    back = (arrive_SSG[:, me], sent_SSG[:, me], leave_SSG[:, me], sent_SSG[me])
+    there, back = (tuple(part.reshape(-1) for part in way) for way in (there, back))
     place_A = jnp.arange(len(order_A))
     return _Exchange(
         jnp.where(place_A < jnp.sum(counts_E), order_A, -1),
         lambda rows_ND: _send_ragged(rows_ND, there, back, len(order_A), room),
         lambda rows_MD: _send_ragged(rows_MD, back, there, room, len(order_A)),
-        order_M,
-        sizes_G,
+        None,
+        sent_SSG[:, me].sum(0),
     )
 
 
@@ -321,9 +325,13 @@ def _swap(rows_ND, num_shards: int):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _send_ragged(rows, there, back, num_rows: int, num_received: int):
-    """Ragged all-to-all. `there` and `back`: input offsets, send sizes, output offsets, receive sizes."""
+    """Ragged all-to-all of one run of rows for each expert of each device.
+
+    `there` and `back`: input offsets, send sizes, output offsets, receive sizes.
+    """
     del back, num_rows
-    output = jnp.zeros((num_received, rows.shape[-1]), rows.dtype)
+    # Rows that are not received are never read.
+    output = undefined((num_received, rows.shape[-1]), rows.dtype, there[1])
     return jax.lax.ragged_all_to_all(rows, output, *there, axis_name="expert")
 
 

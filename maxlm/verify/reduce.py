@@ -88,6 +88,7 @@ def reduced_execution(execution: ExecutionConfig) -> ExecutionConfig:
         "max_length": 2 * ROW_LENGTH,
         "activation_dtype": "float32",
         "matmul_dtype": "float32",
+        "gradient_sum_dtype": "float32",
         "parameter_dtype": "float32",
         "eight_bit": None,
         "loss_chunk_length": 48,

@@ -1,5 +1,7 @@
 """Routing, dispatch and balance of experts, against formulas in numpy and on every kind of mesh."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,10 +38,12 @@ def test_each_group_of_rows_is_multiplied_by_its_matrix(implementation, sizes):
     random = np.random.default_rng(1)
     x, weight, cotangent = (random.normal(size=s).astype("float32") for s in ((60, 5), (4, 5, 7), (60, 7)))
     how = GroupedProduct("float32", implementation)
+    within = (group_rows(sizes, 60) >= 0)[:, None]
+    # What is beyond the groups does not matter.
+    x, cotangent = (np.where(within, rows, np.nan) for rows in (x, cotangent))
     y, pull = jax.vjp(lambda x, w: grouped_linear(x, w, jnp.array(sizes), how, 1), x, weight)
     grad_x, grad_weight = pull(cotangent)
     groups = group_rows(sizes, 60)
-    within = (groups >= 0)[:, None]
     np.testing.assert_allclose(y, np.where(within, np.einsum("mi,mio->mo", x, weight[groups]), 0), atol=1e-5)
     expected = np.where(within, np.einsum("mo,mio->mi", cotangent, weight[groups]), 0)
     np.testing.assert_allclose(grad_x, expected, atol=1e-5)
@@ -67,11 +71,15 @@ def test_gradient_kernel_sums_over_the_tiles_of_each_group(sizes, dtype):
     """Groups begin and end within tiles of 512 rows, and at their edges."""
     random = np.random.default_rng(1)
     x, grad = (jnp.asarray(random.normal(size=(1500, size)), dtype) for size in (8, 6))
+    x, grad = (rows.at[sum(sizes) :].set(jnp.nan) for rows in (x, grad))
+    total = jnp.asarray(random.normal(size=(4, 8, 6)), "float32")
     got = grouped_tpu.outer_product(x, grad, jnp.array(sizes), interpret=True)
-    assert got.dtype == jnp.float32
+    added = grouped_tpu.outer_product(x, grad, jnp.array(sizes), total, interpret=True)
+    assert got.dtype == added.dtype == jnp.float32
     groups, (x, grad) = group_rows(sizes, 1500), (np.asarray(each, np.float64) for each in (x, grad))
-    expected = [x[groups == group].T @ grad[groups == group] for group in range(4)]
+    expected = np.array([x[groups == group].T @ grad[groups == group] for group in range(4)])
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-4)
+    np.testing.assert_allclose(added, total + expected, rtol=1e-5, atol=2e-4)
 
 
 @pytest.mark.parametrize("implementation", ["ragged", "blocks"])
@@ -82,8 +90,8 @@ def test_mlps_in_chunks_are_those_of_all_rows(implementation, sizes):
     random = np.random.default_rng(1)
     shapes = (60, 5), (4, 5, 7), (4, 5, 7), (4, 7, 5), (60, 5)
     x, gate, up, down, cotangent = (random.normal(size=shape).astype("float32") for shape in shapes)
-    # Empty rows are zero.
-    x = np.where((group_rows(sizes, 60) >= 0)[:, None], x, 0)
+    within = (group_rows(sizes, 60) >= 0)[:, None]
+    zero_beyond, undefined_beyond = ([np.where(within, rows, fill) for rows in (x, cotangent)] for fill in (0, np.nan))
 
     def by_definition(x, weights):
         gate, up, down = (weight[group_rows(sizes, 60)] for weight in weights)
@@ -94,12 +102,18 @@ def test_mlps_in_chunks_are_those_of_all_rows(implementation, sizes):
         return grouped_mlp(x, weights, jnp.array(sizes), GroupedProduct("float32", implementation), 3)
 
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, "float64"), (x, (gate, up, down), cotangent))
-        expected, pull = jax.vjp(by_definition, *wide[:2])
-        expected_grads = pull(wide[2])
+        *wide, cotangent = jax.tree.map(
+            lambda leaf: jnp.asarray(leaf, "float64"), (zero_beyond[0], (gate, up, down), zero_beyond[1])
+        )
+        expected, pull = jax.vjp(by_definition, *wide)
+        expected_grads = pull(cotangent)
+    x, cotangent = undefined_beyond
     got, pull = jax.vjp(in_chunks, x, (gate, up, down))
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), pull(cotangent), expected_grads)
+    grad_x, grad_weights = pull(cotangent)
+    got, grad_x = np.where(within, got, 0), np.where(within, grad_x, 0)
+    result = got, grad_x, grad_weights
+    expected = np.where(within, expected, 0), np.where(within, expected_grads[0], 0), expected_grads[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), result, expected)
 
 
 # Routing
@@ -220,14 +234,19 @@ def test_bfloat16_is_close(reference):
 
 def spread_by_definition(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
     """`jax.lax.ragged_all_to_all` as documented, since XLA's CPU backend does not implement it."""
-    del recv_sizes
-    everything = jax.lax.all_gather((operand, input_offsets, send_sizes, output_offsets), axis_name)
+    # One row of runs for each peer.
+    num_peers = jax.lax.axis_size(axis_name)
+    runs = [part.reshape(num_peers, -1) for part in (input_offsets, send_sizes, output_offsets, recv_sizes)]
+    everything = jax.lax.all_gather((operand, *runs[:3]), axis_name)
     me, place = jax.lax.axis_index(axis_name), jnp.arange(len(output))
-    for peer in range(jax.lax.axis_size(axis_name)):
-        rows, starts, sizes, targets = (part[peer] for part in everything)
-        offset = place - targets[me]
-        taken = rows[jnp.clip(starts[me] + offset, 0, len(rows) - 1)]
-        output = jnp.where(((offset >= 0) & (offset < sizes[me]))[:, None], taken, output)
+    for peer, run in itertools.product(range(num_peers), range(runs[0].shape[1])):
+        rows, *parts = (part[peer] for part in everything)
+        start, size, target = (part[me, run] for part in parts)
+        offset = place - target
+        taken = rows[jnp.clip(start + offset, 0, len(rows) - 1)]
+        # Both sides know the size.
+        filled = (offset >= 0) & (offset < jnp.where(size == runs[3][peer, run], size, 0))
+        output = jnp.where(filled[:, None], taken, output)
     return output
 
 
@@ -235,6 +254,8 @@ def test_ragged_exchange_matches_padded_exchange(reference, monkeypatch):
     """The TPU implementation: its all-to-all emulated, and its products, which run on any device."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", spread_by_definition)
     monkeypatch.setattr("maxlm.ops.moe.traced_platform", lambda: "tpu")
+    # What is not written is not read.
+    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
     assert_same(mixture(make_mesh(MeshConfig(expert=4, fsdp=2)), implementation=None), reference)
 
 
