@@ -74,12 +74,13 @@ def test_config_show_output_can_be_loaded_again(tmp_path, capsys):
 
 def test_user_errors_are_sentences_with_exit_code_2(tmp_path, capsys):
     bad = tmp_path / "bad.yaml"
-    bad.write_text("kind: train\noutput: x\nmodel: {num_layer: 2}\nobjective: {kind: pretrain, sources: [{path: a}]}\n")
+    objective = "objective: {kind: pretrain, sources: [{path: a}]}\n"
+    bad.write_text(f"kind: train\noutput: x\nmodel: {{layers: {{repeet: 2}}}}\n{objective}")
     assert cli.main(["train", str(bad), "optim.lr=1"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     lines = captured.err.splitlines()
-    assert lines[0] == f"maxlm: {bad}: model.num_layer: unknown key; did you mean num_layers?"
+    assert lines[0] == f"maxlm: {bad}: model.layers.repeet: unknown key; did you mean repeat?"
     assert lines[1].startswith(f"{bad}: optim.lr: unknown key")
     assert len(lines) == 2
 

@@ -14,7 +14,8 @@ from xla_flags import one_device
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    *("model.num_layers=1", "model.embed_dim=16", "model.mlp_dim=32", "model.head_dim=8", "execution.max_length=64"),
+    *("model.layers.repeat=1", "model.embed_dim=16", "model.layers.mlp.dim=32", "model.layers.mixer.head_dim=8"),
+    "execution.max_length=64",
     *("optim.kind=adamw", "steps=2", "row_length=64", "batch_size=4", "eval_every=0", "eval_batches=1"),
 ]
 

@@ -1,10 +1,14 @@
 """A small decoder for tests, and rows for it."""
 
 import numpy as np
+from model_section import uniform
 
 from maxlm.config import ModelConfig
 from maxlm.config.execution import ExecutionConfig
-from maxlm.core.batch import Stream
+from maxlm.core.batch import Batch, Stream
+from maxlm.core.term import LossOutput
+from maxlm.models.applied import AppliedModel
+from maxlm.objectives.language_model import language_model_loss
 
 VOCAB_SIZE = 48
 EXECUTION = ExecutionConfig(max_length=32, activation_dtype="float32", matmul_dtype="float32")
@@ -14,14 +18,19 @@ def tiny_config(**changes) -> ModelConfig:
     """Two layers with small and mostly different sizes."""
     base = {
         "vocab_size": VOCAB_SIZE,
-        "num_layers": 2,
         "embed_dim": 16,
         "mlp_dim": 24,
         "num_heads": 4,
         "num_kv_heads": 2,
         "head_dim": 4,
     }
-    return ModelConfig(**{**base, **changes})
+    return ModelConfig(**uniform(**{**base, **changes}))
+
+
+def text_loss(model, text: Stream, **settings) -> LossOutput:
+    """The language-model loss of one stream."""
+    batch = Batch({"text": text})
+    return language_model_loss(AppliedModel.of(model, batch), batch, **settings)
 
 
 def documents(seed=0, count=12) -> list[tuple[np.ndarray, float]]:

@@ -7,18 +7,17 @@ import subprocess
 from pathlib import Path
 
 from forked import Call, Forked
+from model_section import uniform
 
 from maxlm.config.load import dump_yaml, parse_config
 
-MODEL = {
-    "num_layers": 2,
-    "embed_dim": 32,
-    "mlp_dim": 48,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 8,
-}
+SIZES = {"embed_dim": 32, "mlp_dim": 48, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 EXECUTION = {"max_length": 64, "activation_dtype": "float32", "matmul_dtype": "float32"}
+
+
+def tiny_model(**changes) -> dict:
+    """A `model:` section of two layers."""
+    return uniform(**{**SIZES, **changes})
 
 
 def tiny_config(output, data, **settings):
@@ -26,7 +25,7 @@ def tiny_config(output, data, **settings):
     tree = {
         "kind": "train",
         "output": str(output),
-        "model": MODEL,
+        "model": tiny_model(),
         "execution": EXECUTION,
         "objective": {"kind": "pretrain", "sources": [{"path": str(data)}]},
         "optim": {"learning_rate": 1e-2, "schedule": {"warmup_steps": min(2, settings.get("steps", 12))}},

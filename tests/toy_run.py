@@ -7,6 +7,7 @@ from itertools import count
 import jax
 import jax.numpy as jnp
 import numpy as np
+from declared import declared
 from tiny_run import tiny_config
 
 from maxlm.checkpoint.lineage import Lineage
@@ -25,7 +26,7 @@ class ToyData:
     def __init__(self, *, poison=(), leave_out=(), at_batch=lambda number: None):
         self.poison, self.leave_out, self.at_batch = set(poison), set(leave_out), at_batch
 
-    def compute_loss(self, model, batch, key):
+    def compute_loss(self, model, frozen, batch):
         error_B = batch["x"] @ model["w"] - batch["y"]
         return LossOutput({"squares": Term(jnp.sum(error_B**2), jnp.asarray(float(error_B.size)))}, {})
 
@@ -59,6 +60,8 @@ def toy_run(folder, *, data=None, accept_changes=False, **settings) -> TrainResu
     os.makedirs(folder, exist_ok=True)
     data = data or ToyData()
     model = TrainedModel(
+        plan=declared({"w": jnp.zeros(4)}),
+        active_parameters=4,
         like={"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=everywhere)},
         create=lambda: {"w": jax.device_put(jnp.arange(4.0), everywhere)},
         frozen={},

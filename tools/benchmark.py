@@ -1,12 +1,13 @@
 """Benchmark what limits training and decoding on this machine: medians and ratios.
 
-    python tools/benchmark.py [product attention step decode] [--repeats 7]
+    python tools/benchmark.py [product attention step decode decode8] [--repeats 7]
 
 Variants are run round-robin, so that load on the machine affects all equally; ratios are to the first variant.
 The results in docs/benchmarks.md are from this tool.
 """
 
 import argparse
+import queue
 import statistics
 import time
 from collections.abc import Callable
@@ -18,12 +19,18 @@ prepare_platform()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import plain_llama  # noqa: E402
 
 from maxlm.config import load_config  # noqa: E402
-from maxlm.core.batch import Stream  # noqa: E402
+from maxlm.config.execution import ExecutionConfig  # noqa: E402
+from maxlm.config.model import ModelConfig  # noqa: E402
+from maxlm.core.batch import Batch, Stream  # noqa: E402
 from maxlm.core.parameters import initialize  # noqa: E402
+from maxlm.generate.engine import Engine  # noqa: E402
+from maxlm.generate.model import for_this_backend  # noqa: E402
+from maxlm.generate.request import Event, Request  # noqa: E402
 from maxlm.interop.int8 import quantize_model  # noqa: E402
-from maxlm.models.cache import KVCache  # noqa: E402
+from maxlm.models.applied import AppliedModel  # noqa: E402
 from maxlm.models.decoder import Decoder  # noqa: E402
 from maxlm.objectives.language_model import language_model_loss  # noqa: E402
 from maxlm.ops.attention import attention  # noqa: E402
@@ -81,7 +88,8 @@ def step() -> tuple[str, Variants]:
     shape = (config.batch_size, config.row_length)
     tokens = jax.random.randint(jax.random.key(0), shape, 0, VOCAB_SIZE)
     ones = jnp.ones(shape, jnp.int32)
-    batch = Stream(tokens, tokens, jnp.ones(shape), ones, jnp.broadcast_to(jnp.arange(shape[1]), shape))
+    text = Stream(tokens, tokens, jnp.ones(shape), ones, jnp.broadcast_to(jnp.arange(shape[1]), shape))
+    batch = Batch({"text": text})
 
     def variant(optimizer_kind: str, **changes) -> Callable[[], object]:
         model_config = config.model.model_copy(update={"vocab_size": VOCAB_SIZE})
@@ -91,7 +99,7 @@ def step() -> tuple[str, Variants]:
         state = create_state(initialize(plan, jax.random.key(0)), optimizer)
         function = partial(
             train_step,
-            loss_function=lambda model, frozen, batch, key: language_model_loss(model, batch),
+            loss_function=lambda model, frozen, batch: language_model_loss(AppliedModel.of(model, batch), batch),
             optimizer=optimizer,
             schedule=lambda step: 1.0,
             guard=config.guard,
@@ -108,27 +116,55 @@ def step() -> tuple[str, Variants]:
     }
 
 
-def decode() -> tuple[str, Variants]:
-    """One decode step of the quickstart model with 8 rows at half of the context."""
-    config = load_config("configs/quickstart/pretrain.yaml")
-    model_config, length = config.model.model_copy(update={"vocab_size": VOCAB_SIZE}), config.execution.max_length
-    model = initialize(Decoder(model_config, config.execution), jax.random.key(0))
-    cache = KVCache.create(model_config, 8, length)
-    tokens = jnp.ones((8, 1), jnp.int32)
-    positions = jnp.full((8, 1), length // 2)
+def decoding(batch: int) -> tuple[str, Variants]:
+    """64 greedy tokens of a model of 6.9 million parameters, by the engine and by plain JAX (`plain_llama.py`)."""
+    shape, count = plain_llama.Shape(), 64
+    attention = {"num_heads": shape.heads, "num_kv_heads": shape.heads, "head_dim": shape.head}
+    layers = {"repeat": shape.layers, "mixer": attention, "mlp": {"dim": shape.mlp}}
+    config = ModelConfig.model_validate({"vocab_size": shape.vocab, "embed_dim": shape.embed, "layers": layers})
+    execution = ExecutionConfig(max_length=256, activation_dtype="float32", matmul_dtype="float32")
+    model = initialize(Decoder(config, execution), jax.random.key(0))
+    weights = plain_llama.initialize(shape, jax.random.key(0))
 
-    @jax.jit
-    def one(model, cache):
-        hidden, cache = model.decode(tokens, cache, positions)
-        return model.logits(hidden), cache
+    def run(engine: Engine) -> None:
+        done: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        engine.submit_all([Request((1,), max_new_tokens=count)] * batch, lambda _, event: done.put(event))
+        left = batch
+        while left:
+            left -= done.get().finish_reason is not None
 
-    return "decode step, 8 rows", {
-        "as trained": partial(one, model, cache),
-        "int8": partial(one, jax.jit(quantize_model)(model), cache),
+    def engine(model: Decoder) -> Callable[[], object]:
+        prepared = for_this_backend(model)
+        return partial(run, Engine(prepared, NoText(), stop_ids=(), num_slots=batch))
+
+    tokens = jnp.ones(batch, jnp.int32)
+    return f"{count} tokens for {batch} sequence(s), 6.9 million parameters", {
+        "plain JAX, float32": lambda: plain_llama.generate(shape, weights, tokens, count, 256),
+        "engine, float32": engine(model),
+        "engine, int8": engine(jax.jit(quantize_model)(model)),
     }
 
 
-BENCHMARKS = {"product": product, "attention": attention_gradient, "step": step, "decode": decode}
+class NoText:
+    """In place of a tokenizer."""
+
+    def stream_decoder(self) -> "NoText":
+        return self
+
+    def push(self, id_: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+BENCHMARKS = {
+    "product": product,
+    "attention": attention_gradient,
+    "step": step,
+    "decode": partial(decoding, 1),
+    "decode8": partial(decoding, 8),
+}
 
 
 def main() -> None:

@@ -35,14 +35,18 @@ from maxlm.config.fault import GuardConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.model import ModelConfig
 from maxlm.config.optim import OptimConfig
+from maxlm.config.regularization import RegularizationConfig
 from maxlm.core.batch import Batch, Stream
 from maxlm.core.parameters import abstract
 from maxlm.core.sharding import logical_to_spec, make_mesh
-from maxlm.generate.decoding import SlotState, decode_step
+from maxlm.generate.decoding import Programs, SlotState
+from maxlm.models.applied import AppliedModel
 from maxlm.models.decoder import Decoder
+from maxlm.models.regroup import unrolled
 from maxlm.objectives.language_model import language_model_loss
 from maxlm.optim.build import make_optimizer
 from maxlm.optim.schedule import schedule_factor
+from maxlm.train.loss import weigh_router_losses
 from maxlm.train.state import abstract_state, create_state
 from maxlm.train.step import train_step
 
@@ -74,7 +78,7 @@ class Training:
     def lower(self) -> Any:
         mesh = make_mesh(MeshConfig(**self.mesh), devices_of(self.topology))
         execution = ExecutionConfig(**{"max_length": self.length, "remat": "full"} | self.execution)
-        declared = Decoder(ModelConfig(**{"tie_embeddings": False} | self.model), execution)
+        declared = Decoder(ModelConfig.model_validate({"tie_embeddings": False} | self.model), execution)
         optim = OptimConfig()
         optimizer = make_optimizer(optim, declared)
         with jax.set_mesh(mesh):
@@ -88,7 +92,9 @@ class Training:
             )
             step = partial(
                 train_step,
-                loss_function=lambda model, frozen, batch, key: language_model_loss(model, batch["text"]),
+                loss_function=lambda model, frozen, batch: weigh_router_losses(
+                    language_model_loss(AppliedModel.of(model, batch), batch), RegularizationConfig()
+                ),
                 optimizer=optimizer,
                 schedule=partial(schedule_factor, optim.schedule, 1000),
                 guard=GuardConfig(),
@@ -109,49 +115,48 @@ class Decoding:
     execution: dict[str, Any] = field(default_factory=dict)
 
     def lower(self) -> Any:
-        config = ModelConfig(**self.model)
         execution = ExecutionConfig(**{"max_length": self.length, "parameter_dtype": "bfloat16"} | self.execution)
-        state = jax.eval_shape(lambda: SlotState.create(config, self.slots, self.length, jnp.bfloat16))
+        plan = Decoder(ModelConfig.model_validate(self.model), execution)
+        model = jax.eval_shape(unrolled, abstract(plan))
+        state = jax.eval_shape(lambda: SlotState.create(model, self.slots, self.length, jnp.bfloat16))
         active = jax.ShapeDtypeStruct((self.slots,), jnp.bool_)
+        weights, structure = jax.tree.flatten(model)
         place = SingleDeviceSharding(devices_of(self.topology)[0])
         arguments = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            (abstract(Decoder(config, execution)), state, active),
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (weights, state, active)
         )
-        return decode_step.lower(*arguments)
+        return Programs.of(structure).decode.lower(*arguments, num_tokens=1)
 
 
-SMALL = {
-    "num_layers": 2,
-    "embed_dim": 512,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 128,
-    "mlp_dim": 1024,
-    "vocab_size": 8192,
-}
-EXPERTS = {"moe": {"num_experts": 16, "experts_per_token": 2, "mlp_dim": 512}}
+def uniform(repeat: int, embed_dim: int, vocab_size: int, mixer: dict[str, Any], mlp: dict[str, Any]) -> dict[str, Any]:
+    """A `model:` section of equal layers."""
+    return {
+        "embed_dim": embed_dim,
+        "vocab_size": vocab_size,
+        "layers": {"repeat": repeat, "mixer": mixer, "mlp": mlp},
+    }
+
+
+def experts(num_experts: int, experts_per_token: int, dim: int) -> dict[str, Any]:
+    return {"kind": "moe", "num_experts": num_experts, "experts_per_token": experts_per_token, "dim": dim}
+
+
+SMALL_MIXER = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 128}
+SMALL = uniform(2, 512, 8192, SMALL_MIXER, {"dim": 1024})
+SMALL_EXPERTS = uniform(2, 512, 8192, SMALL_MIXER, experts(16, 2, 512))
 LEDGER = {
     "dense": Training("v5e-16", SMALL, length=1024),
     "dense, dots": Training("v5p-16", SMALL, length=1024, mesh={"tensor": 2}, execution={"remat": "dots"}),
-    "experts": Training("v5p-16", SMALL | EXPERTS, length=1024, mesh={"expert": 4}, execution={"remat": "none"}),
+    "experts": Training("v5p-16", SMALL_EXPERTS, length=1024, mesh={"expert": 4}, execution={"remat": "none"}),
     "long rows": Training("v6e-8", SMALL, length=8192, mesh={"context": 8}, execution={"remat": "none"}),
-    "decoding": Decoding("v5e-4", SMALL | {"num_layers": 4}, length=2048, slots=16),
+    "decoding": Decoding("v5e-4", uniform(4, 512, 8192, SMALL_MIXER, {"dim": 1024}), length=2048, slots=16),
 }
 
-LARGE = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "rope_theta": 5e5}
-MODEL_1B = LARGE | {"num_layers": 16, "embed_dim": 2048, "num_heads": 16, "mlp_dim": 8192, "vocab_size": 128256}
-MODEL_8B = LARGE | {"num_layers": 32, "embed_dim": 4096, "mlp_dim": 14336, "vocab_size": 128256}
-MIXTRAL = MODEL_8B | {"vocab_size": 32000, "moe": {"num_experts": 8, "experts_per_token": 2, "mlp_dim": 14336}}
-QWEN_30B = MODEL_8B | {
-    "num_layers": 48,
-    "embed_dim": 2048,
-    "num_kv_heads": 4,
-    "mlp_dim": 6144,
-    "vocab_size": 151936,
-    "qk_norm": True,
-    "moe": {"num_experts": 128, "experts_per_token": 8, "mlp_dim": 768},
-}
+LARGE_MIXER = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "rope": {"theta": 5e5}}
+MODEL_1B = uniform(16, 2048, 128256, LARGE_MIXER | {"num_heads": 16}, {"dim": 8192})
+MODEL_8B = uniform(32, 4096, 128256, LARGE_MIXER, {"dim": 14336})
+MIXTRAL = uniform(32, 4096, 32000, LARGE_MIXER, experts(8, 2, 14336))
+QWEN_30B = uniform(48, 2048, 151936, LARGE_MIXER | {"num_kv_heads": 4, "qk_norm": True}, experts(128, 8, 768))
 MODELS = {
     "1B v5e-16": Training("v5e-16", MODEL_1B, length=2048, rows=4),
     "8B v5e-16": Training("v5e-16", MODEL_8B, length=2048),
@@ -159,7 +164,7 @@ MODELS = {
     "8B 131k v5p-32": Training("v5p-32", MODEL_8B, length=131072, mesh={"context": 16}),
     "Mixtral v5p-128": Training("v5p-128", MIXTRAL, length=4096, mesh={"expert": 4}),
     "Qwen3-30B-A3B v5p-128": Training("v5p-128", QWEN_30B, length=4096, mesh={"expert": 16}),
-    "8B decoding v5e": Decoding("v5e-4", MODEL_8B | {"num_layers": 8}, length=4096, slots=32),
+    "8B decoding v5e": Decoding("v5e-4", uniform(8, 4096, 128256, LARGE_MIXER, {"dim": 14336}), length=4096, slots=32),
 }
 
 

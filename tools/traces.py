@@ -33,16 +33,11 @@ NOT_COMPARED = {
     *("path", "folder", "absolute", "hash", "model", "output", "inputs", "start", "config"),
 }
 
-MODEL = {
-    "num_layers": 2,
-    "embed_dim": 32,
-    "mlp_dim": 64,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 8,
-}
+MIXER = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+MLP = {"dim": 64}
+MODEL = {"embed_dim": 32, "layers": {"repeat": 2, "mixer": MIXER, "mlp": MLP}}
 EXECUTION = {"max_length": 64, "matmul_dtype": "float32", "activation_dtype": "float32"}
-FOUR_LAYERS = MODEL | {"num_layers": 4}
+FOUR_LAYERS = MODEL | {"layers": {"repeat": 4, "mixer": MIXER, "mlp": MLP}}
 
 BASE = "optimizer adamw"
 LENGTH = ("--max-new-tokens", "24", "--seed", "3")
@@ -55,9 +50,24 @@ PRETRAINING: dict[str, dict[str, Any]] = {
     "accumulation": {"accumulate": 4},
     "bfloat16": {"execution.matmul_dtype": "bfloat16", "execution.activation_dtype": "bfloat16"},
     "int8 products": {"execution.eight_bit": "int8"},
-    "windows": {"model.window_pattern": [16, None], "model.qk_norm": True},
-    "untied": {"model.tie_embeddings": False, "model.logit_soft_cap": 30.0, "model.attention_soft_cap": 50.0},
-    "experts": {"model.moe": {"num_experts": 4, "experts_per_token": 2, "mlp_dim": 32}},
+    "windows": {
+        "model.layers": {
+            "repeat": 1,
+            "pattern": [{"mixer": MIXER | {"qk_norm": True, "window": window}, "mlp": MLP} for window in (16, None)],
+        }
+    },
+    "untied": {
+        "model.tie_embeddings": False,
+        "model.logit_soft_cap": 30.0,
+        "model.layers": {"repeat": 2, "mixer": MIXER | {"soft_cap": 50.0}, "mlp": MLP},
+    },
+    "experts": {
+        "model.layers": {
+            "repeat": 2,
+            "mixer": MIXER,
+            "mlp": {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "dim": 32},
+        }
+    },
     "mesh of rows and heads": {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
     "mesh of context": {"mesh": {"fsdp": 1, "context": 2}},
     "stages, gpipe": {"mesh": {"fsdp": 1, "stage": 2}, "model": FOUR_LAYERS},

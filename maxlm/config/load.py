@@ -121,14 +121,23 @@ def _read_yaml(path: Path) -> dict:
 
 
 def _merge(base: dict, top: dict) -> dict:
-    """Merge `top` over `base`. A section whose `kind` changes is replaced as a whole: its old keys do not apply."""
+    """Merge `top` over `base`. A section whose `kind` or spelling changes is replaced: its old keys do not apply."""
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)
-        if isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
+        if isinstance(value, dict) and isinstance(old, dict) and not _is_other(old, value):
             value = _merge(old, value)
         merged[key] = value
     return merged
+
+
+def _is_other(old: dict, new: dict) -> bool:
+    """Whether the keys of a section do not apply to the new one: it has another `kind`, or a pattern of layers is given
+    in place of equal layers, or the reverse."""
+    is_pattern, is_uniform = "pattern" in new, "mixer" in new or "mlp" in new
+    becomes_uniform = is_uniform and "pattern" in old
+    becomes_pattern = is_pattern and ("mixer" in old or "mlp" in old)
+    return new.get("kind", old.get("kind")) != old.get("kind") or becomes_uniform or becomes_pattern
 
 
 def _apply_override(tree: dict, override: str) -> str | None:
@@ -163,9 +172,9 @@ def _apply_override(tree: dict, override: str) -> str | None:
 
 
 def _follows(item: ErrorDetails, items: list[ErrorDetails]) -> bool:
-    """Whether an error only follows from another one: a list is too short because its invalid elements are dropped."""
+    """Whether an error only follows from another one: a list is too short because invalid elements are dropped."""
     loc = item["loc"]
-    return item["type"] == "too_short" and any(len(i["loc"]) > len(loc) and i["loc"][: len(loc)] == loc for i in items)
+    return item["type"] == "too_short" and any(i["type"] != "too_short" and i["loc"][: len(loc)] == loc for i in items)
 
 
 def _bad_kind(path: str, given: Any, allowed: Iterable[str]) -> str:
@@ -286,7 +295,8 @@ def _tagged(kind: Any, tag: Any) -> Any:
 
 def _by_kind(kind: Any) -> dict[str, type[BaseModel]]:
     """The models of a union by their `kind`."""
-    models = [member for member in _members(kind) if _is_model(member) and "kind" in member.model_fields]
+    members = [part for member in _members(kind) for part in _members(member)]
+    models = [member for member in members if _is_model(member) and "kind" in member.model_fields]
     return {tag: model for model in models for tag in typing.get_args(model.model_fields["kind"].annotation)}
 
 

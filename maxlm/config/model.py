@@ -1,55 +1,67 @@
-"""Model architecture: two equal sections are the same function of the same weights, up to router losses."""
+"""Model architecture: two equal sections are the same function of the same weights."""
 
-from typing import Self
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat
 
 from maxlm.config.base import Count, CountOrZero, Frozen
-from maxlm.config.moe import MoeConfig
+from maxlm.config.layers import LayerConfig, LayerGroup, LayersField, PartConfig, UniformGroup
+
+
+class NormConfig(Frozen):
+    """Normalization of the residual stream, before each mixer, each MLP and the output head."""
+
+    kind: Literal["rms", "layer"] = Field("rms", description="RMSNorm, or LayerNorm with a bias.")
+    epsilon: PositiveFloat = 1e-6
 
 
 class ModelConfig(Frozen):
-    """A Llama-style decoder: pre-norm, RMSNorm, RoPE, grouped-query attention, SwiGLU."""
+    """A decoder: groups of residual layers between an embedding and an output head."""
 
     vocab_size: CountOrZero = Field(0, description="Number of token ids; 0 uses the tokenizer's.")
-    num_layers: Count = 4
     embed_dim: Count = 256
     base_embed_dim: Count | None = Field(
         None,
         description="Width that the learning rate was tuned at: logits and learning rates are scaled to transfer to"
         " embed_dim. Keep head_dim and the ratios of the widths.",
     )
-    mlp_dim: Count = 704
-    moe: MoeConfig | None = Field(None, description="Experts instead of each layer's MLP; mlp_dim is then unused.")
-    num_heads: Count = 4
-    num_kv_heads: Count = 2
-    head_dim: Count = 64
-    rope_theta: PositiveFloat = 10_000.0
-    norm_epsilon: PositiveFloat = 1e-6
+    norm: NormConfig = NormConfig()
+    if TYPE_CHECKING:
+        layers: tuple[LayerGroup, ...] = ()
+    else:
+        layers: LayersField = Field(
+            UniformGroup(),
+            description="Equal layers (repeat, mixer, mlp), a repeated pattern of layers (repeat, pattern), or a list"
+            " of such groups.",
+        )
     tie_embeddings: bool = True
-    qk_norm: bool = Field(False, description="RMSNorm on each query and key head before RoPE.")
-    attention_soft_cap: PositiveFloat | None = Field(None, description="Attention logits become c * tanh(logits / c).")
     logit_soft_cap: PositiveFloat | None = Field(None, description="Output logits become c * tanh(logits / c).")
-    window_pattern: tuple[Count | None, ...] = Field(
-        (None,),
-        min_length=1,
-        description="Sliding window of each layer, in tokens, repeated over the layers; null is full causal attention.",
-    )
 
     @property
     def width(self) -> float:
         """How many times wider this model is than the one that its learning rate was tuned for."""
         return self.embed_dim / (self.base_embed_dim or self.embed_dim)
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
-        if self.num_layers % len(self.window_pattern):
-            raise ValueError(
-                f"num_layers ({self.num_layers}) must be a multiple of the length of window_pattern"
-                f" ({len(self.window_pattern)})"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs of channels")
-        return self
+    @property
+    def num_layers(self) -> int:
+        return sum(group.num_layers for group in self.layers)
+
+    @property
+    def longest_group(self) -> int:
+        """The index of the group with the most layers: only its layers are sharded over pipeline stages."""
+        return max(range(len(self.layers)), key=lambda index: self.layers[index].num_layers)
+
+    def each_part(self) -> Iterator[tuple[str, PartConfig]]:
+        """Every mixer and MLP, with its dotted key as one would write it: `layers.mixer` in a uniform model."""
+        for number, group in enumerate(self.layers):
+            for position, layer in enumerate(group.pattern):
+                key = "layers" if len(self.layers) == 1 else f"layers.{number}"
+                key = key if len(group.pattern) == 1 else f"{key}.pattern.{position}"
+                yield f"{key}.mixer", layer.mixer
+                yield f"{key}.mlp", layer.mlp
+
+    def each_layer(self) -> Iterator[LayerConfig]:
+        """The layers in order."""
+        for group in self.layers:
+            yield from group.each_layer()

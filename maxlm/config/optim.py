@@ -33,7 +33,7 @@ class GroupConfig(Frozen):
     """A parameter group with its own learning-rate factor and weight decay."""
 
     match: Annotated[str, Field(min_length=1)] = Field(
-        description="Pattern of parameter paths, such as `layers/mlp/*` or `*norm*`; * matches anything."
+        description="Pattern of parameter paths, such as `*/mlp/*` or `*norm*`; * matches anything."
     )
     learning_rate_factor: NonNegativeFloat = Field(1.0, description="0 freezes the parameters.")
     weight_decay: NonNegativeFloat | None = Field(

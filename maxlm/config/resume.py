@@ -8,6 +8,8 @@ import fnmatch
 from collections.abc import Iterator
 from typing import Any
 
+from maxlm.config.layers import key_as_written
+
 
 class Change(enum.Enum):
     """How to treat a setting that differs from the one that a run was trained with."""
@@ -46,11 +48,6 @@ _RULES: tuple[tuple[Change, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        Change.ASKED,
-        # Router losses belong to the run and not to the model.
-        ("model.moe.balance.loss_weight", "model.moe.router_z_loss"),
-    ),
-    (
         Change.REFUSED,
         (
             "kind",
@@ -75,19 +72,24 @@ def change_of(key: str) -> Change:
     return next(change for change, patterns in _RULES if any(fnmatch.fnmatchcase(key, each) for each in patterns))
 
 
-def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
     """Where two configurations (nested dicts) differ: dotted key, value before, value now.
 
     A section that one of them lacks, and a list of another length, count as one difference. A key that only one of them
     has belongs to another `kind` or another version of maxlm, and is not a difference.
     """
+    for key, old, new in _differences(before, now, ""):
+        yield key_as_written(key, before), old, new
+
+
+def _differences(before: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(before, dict) and isinstance(now, dict):
         for name in before:
             if name in now:
-                yield from differences(before[name], now[name], _below(key, name))
+                yield from _differences(before[name], now[name], _below(key, name))
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         for index, (old, new) in enumerate(zip(before, now)):
-            yield from differences(old, new, _below(key, str(index)))
+            yield from _differences(old, new, _below(key, str(index)))
     elif before != now:
         yield key, before, now
 

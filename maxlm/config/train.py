@@ -12,6 +12,7 @@ from maxlm.config.model import ModelConfig
 from maxlm.config.objective import AnyObjective
 from maxlm.config.optim import OptimConfig
 from maxlm.config.processes import ProcessesConfig
+from maxlm.config.regularization import RegularizationConfig
 
 
 class LoraConfig(Frozen):
@@ -38,6 +39,7 @@ class TrainConfig(Frozen):
     execution: ExecutionConfig | None = Field(None, description="null uses that of init_from, or the defaults.")
     objective: AnyObjective
     lora: LoraConfig | None = None
+    regularization: RegularizationConfig = RegularizationConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     guard: GuardConfig = GuardConfig()

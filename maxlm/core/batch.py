@@ -37,16 +37,18 @@ class Stream:
         return cls(**{field.name: rows[field.name] for field in fields(cls)})
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["streams", "values"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["streams", "values", "row_seeds_B"], meta_fields=[])
 @dataclass(frozen=True)
 class Batch:
     """Input of a loss: token streams by name, and values per row [batch] or per token [batch, length] by name.
 
-    The first axis of every array is the batch. `batch["text"]` is a stream.
+    The first axis of every array is the batch. `batch["text"]` is a stream. `row_seeds_B`: for randomness in the loss,
+    uint32; None: nothing is random.
     """
 
     streams: Mapping[str, Stream]
     values: Mapping[str, Any] = field(default_factory=dict)
+    row_seeds_B: Any = None
 
     def __getitem__(self, name: str) -> Stream:
         return self.streams[name]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from maxlm.core.sharding import named_sharding
@@ -21,7 +22,7 @@ Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 # matrix: weights [..., in, out] of a product; table: [vocabulary, width]; router: a matrix that selects experts;
 # router_bias: moved by the load of the experts, not by a gradient; adapter: a low-rank factor of a matrix.
-Role = Literal["matrix", "table", "router", "router_bias", "norm", "vector", "adapter"]
+Role = Literal["matrix", "table", "router", "router_bias", "norm", "bias", "vector", "adapter"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Parameter:
     initializer: Initializer
     dtype: Any = jnp.float32
     role: Role = field(kw_only=True)
+    # What its random numbers depend on, if not its path.
+    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
@@ -49,28 +52,36 @@ class Parameter:
         return len(self.shape) - (2 if self.is_matrix else 1)
 
 
-def stack(tree: Any, num_layers: int) -> Any:
-    """The declarations of `num_layers` identical layers, stacked on a leading axis."""
+def stack(tree: Any, numbers: np.ndarray, *, axes: tuple[str, ...], name: str) -> Any:
+    """The declarations of equal layers, stacked on leading axes.
 
-    def stacked(parameter: Parameter) -> Parameter:
+    Args:
+      numbers: the number of each layer among all layers, in the shape of the leading axes.
+      axes: their logical axes.
+      name: of all layers: random numbers depend on it, on the parameter's path in its layer and on the layer's number,
+        and so not on how layers are stacked.
+    """
+
+    def stacked(path, parameter: Parameter) -> Parameter:
         return replace(
             parameter,
-            shape=(num_layers, *parameter.shape),
-            axes=("layers", *parameter.axes),
-            initializer=_Stacked(parameter.initializer),
+            shape=(*numbers.shape, *parameter.shape),
+            axes=(*axes, *parameter.axes),
+            initializer=_Stacked(parameter.initializer, numbers.shape, tuple(numbers.ravel().tolist())),
+            name=f"{name}/{path_of(path)}",
         )
 
-    return jax.tree.map(stacked, tree, is_leaf=_is_parameter)
+    return jax.tree_util.tree_map_with_path(stacked, tree, is_leaf=_is_parameter)
 
 
 def initialize(tree: Any, key: jax.Array, mesh: Mesh | None = None) -> Any:
     """Arrays for a tree of declarations.
 
-    A parameter's random numbers depend only on the key and its path, not on other parameters or the mesh.
+    A parameter's random numbers depend only on the key and its name, not on other parameters or the mesh.
     """
 
     def draw(path, parameter):
-        own_key = jax.random.fold_in(key, zlib.crc32(path_of(path).encode()))
+        own_key = jax.random.fold_in(key, zlib.crc32((parameter.name or path_of(path)).encode()))
         sharding = None if mesh is None else named_sharding(mesh, parameter.axes)
         return _draw(parameter.initializer, parameter.shape, parameter.dtype, sharding)(own_key)
 
@@ -121,12 +132,16 @@ def ones(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 @dataclass(frozen=True)
 class _Stacked:
-    """Draws each layer separately."""
+    """Draws each layer separately, by its number."""
 
     initializer: Initializer
+    shape: tuple[int, ...]
+    numbers: tuple[int, ...]
 
     def __call__(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        return jax.vmap(lambda k: self.initializer(k, shape[1:], dtype))(jax.random.split(key, shape[0]))
+        keys = jax.random.split(key, max(self.numbers) + 1)[jnp.asarray(self.numbers)]
+        inner = shape[len(self.shape) :]
+        return jax.vmap(lambda k: self.initializer(k, inner, dtype))(keys).reshape(shape)
 
 
 def _is_parameter(leaf: Any) -> bool:

@@ -5,7 +5,7 @@ function is traced, also on virtual CPU devices. Without a mesh every helper her
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,9 @@ LOGICAL_AXES: dict[str, tuple[str, ...] | None] = {
     # Tokens between the layers: norms and sums work per token, so the tensor axis shards them too.
     "residual_length": ("context", "tensor"),
     "layers": ("stage",),
+    # Layers of a group that is too short for the pipeline, and equal layers in a row within a pattern.
+    "unstaged_layers": None,
+    "times": None,
     "embed": ("fsdp", "expert", "context"),
     "vocab": ("tensor",),
     "heads": ("tensor",),
@@ -38,6 +41,9 @@ LOGICAL_AXES: dict[str, tuple[str, ...] | None] = {
     # The embed axis of an expert's weights.
     "expert_embed": ("fsdp", "context"),
     "norm": None,
+    # Channels of a recurrent state, and of its gates: every device computes them all.
+    "state": None,
+    "gates": None,
     "rank": None,
 }
 
@@ -274,7 +280,7 @@ def gather_layers(stacked: jax.Array) -> jax.Array:
     return jax.reshard(stacked, P(None, *spec_of(stacked)[1:])) if is_explicit() else stacked
 
 
-def without(entry: str | tuple[str, ...] | None, axes: Sequence[str]) -> str | tuple[str, ...] | None:
+def without(entry: str | tuple[str, ...] | None, axes: Collection[str]) -> str | tuple[str, ...] | None:
     """An entry of a PartitionSpec without some mesh axes."""
     names = tuple(name for name in names_of(entry) if name not in axes)
     return names[0] if len(names) == 1 else names or None

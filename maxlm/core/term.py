@@ -1,5 +1,6 @@
 """Losses as (sum, weight) pairs: what every loss, and every layer that adds to one, returns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,3 +45,16 @@ class LossOutput:
 def add(left: Any, right: Any) -> Any:
     """The leaf-wise sum of two trees: LossOutputs of two microbatches, or their gradients."""
     return jax.tree.map(jnp.add, left, right)
+
+
+def unite(outputs: Sequence[LossOutput]) -> LossOutput:
+    """The sum of outputs that may lack some of the names, as those of different kinds of layers."""
+
+    def total(parts: Sequence[dict[str, Term]]) -> dict[str, Term]:
+        sums: dict[str, Term] = {}
+        for part in parts:
+            for name, term in part.items():
+                sums[name] = sums[name] + term if name in sums else term
+        return sums
+
+    return LossOutput(total([each.terms for each in outputs]), total([each.metrics for each in outputs]))

@@ -128,7 +128,7 @@ def _print_receipt(receipt: "Receipt", args: argparse.Namespace, **more: str) ->
 def _weights_by_dtype(dtypes: dict[str, str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for path, dtype in sorted(dtypes.items(), key=lambda item: item[1] != "int8"):
-        found.setdefault(dtype, []).append(path.removeprefix("layers/"))
+        found.setdefault(dtype, []).append(path)
     return found
 
 

@@ -1,4 +1,4 @@
-"""The two compiled functions of the engine: prefill a prompt into a slot, and decode one token for all slots.
+"""The compiled functions of the engine: prefill a prompt into a slot, and decode tokens for all slots.
 
 Both work on a fixed number of slots, so each compiles once (prefill: once per bucket of prompt lengths), and both
 donate the state, so that the cache is updated in place.
@@ -6,18 +6,18 @@ donate the state, so that the cache is updated in place.
 Shapes: B slots, L prompt length after padding, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.config.model import ModelConfig
 from maxlm.generate.sampling import log_probabilities_of, sample
-from maxlm.models.cache import KVCache
-from maxlm.models.decoder import Decoder
+from maxlm.layers.stack import write_row
+from maxlm.models.decoder import Decoder, DecoderOutput
 
 MIN_BUCKET = 16
 
@@ -56,7 +56,7 @@ class SamplingRow:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cache", "tokens_B", "positions_B", "counts_B", "sampling"],
+    data_fields=["caches", "tokens_B", "positions_B", "counts_B", "sampling"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -68,18 +68,18 @@ class SlotState:
     counts_B: how many tokens the slot has sampled.
     """
 
-    cache: KVCache
+    caches: Any
     tokens_B: jax.Array
     positions_B: jax.Array
     counts_B: jax.Array
     sampling: SamplingRow
 
     @classmethod
-    def create(cls, config: ModelConfig, num_slots: int, max_length: int, dtype) -> Self:
+    def create(cls, model: Decoder, num_slots: int, max_length: int, dtype) -> Self:
         zeros_B = jnp.zeros(num_slots, jnp.int32)
         row = SamplingRow.from_values(seed=0, stream=(0, 0), temperature=0.0, top_k=0, top_p=1.0)
         return cls(
-            cache=KVCache.create(config, num_slots, max_length, dtype=dtype),
+            caches=model.create_caches(num_slots, max_length, dtype),
             tokens_B=zeros_B,
             positions_B=zeros_B.copy(),
             counts_B=zeros_B.copy(),
@@ -102,7 +102,6 @@ def bucket_length(length: int, max_length: int) -> int:
     return min(max(MIN_BUCKET, 1 << (length - 1).bit_length()), max_length)
 
 
-@partial(jax.jit, donate_argnames="state")
 def prefill(
     model: Decoder, state: SlotState, tokens_L: jax.Array, length: jax.Array, slot: jax.Array, sampling: SamplingRow
 ) -> tuple[SlotState, StepOutput]:
@@ -110,15 +109,11 @@ def prefill(
 
     The outputs have a leading dimension of 1.
     """
-    hidden_1LD, prompt_cache = _prompt_hidden(model, tokens_L, length, state.cache.keys.dtype)
-    last_1D = jax.lax.dynamic_index_in_dim(hidden_1LD, length - 1, axis=1, keepdims=False)
+    prompt = _prompt_output(model, tokens_L, length)
+    last_1D = jax.lax.dynamic_index_in_dim(prompt.hidden_BLD, length - 1, axis=1, keepdims=False)
     output = _sample(model.logits(last_1D), jax.tree.map(lambda leaf: leaf[None], sampling), jnp.zeros(1, jnp.int32))
-
-    def insert(whole, part):
-        return jax.lax.dynamic_update_slice(whole, part, (0, slot) + (0,) * (whole.ndim - 2))
-
     state = SlotState(
-        cache=jax.tree.map(insert, state.cache, prompt_cache),
+        caches=write_row(state.caches, prompt.caches, slot),
         tokens_B=state.tokens_B.at[slot].set(output.tokens_B[0]),
         positions_B=state.positions_B.at[slot].set(length),
         counts_B=state.counts_B.at[slot].set(1),
@@ -127,21 +122,36 @@ def prefill(
     return state, output
 
 
-@partial(jax.jit, donate_argnames="state")
-def decode_step(model: Decoder, state: SlotState, active_B: jax.Array) -> tuple[SlotState, StepOutput]:
-    """Decode one token for each active slot. Inactive slots are computed too, at position 0; their output is unused."""
-    positions_B = jnp.where(active_B, state.positions_B, 0)
-    hidden_B1D, cache = model.decode(state.tokens_B[:, None], state.cache, positions_B[:, None])
-    sampling = replace(state.sampling, temperature=jnp.where(active_B, state.sampling.temperature, 0.0))
-    output = _sample(model.logits(hidden_B1D[:, 0]), sampling, state.counts_B)
-    state = replace(
-        state,
-        cache=cache,
-        tokens_B=output.tokens_B,
-        positions_B=positions_B + 1,
-        counts_B=state.counts_B + 1,
-    )
-    return state, output
+def decode(model: Decoder, state: SlotState, active_B: jax.Array, *, num_tokens: int) -> tuple[SlotState, StepOutput]:
+    """Decode tokens for each active slot, one after the other; the outputs have a leading [num_tokens].
+
+    Inactive slots are computed too, at position 0; their output is unused.
+    """
+
+    def step(state: SlotState, _: None) -> tuple[SlotState, StepOutput]:
+        positions_B = jnp.where(active_B, state.positions_B, 0)
+        hidden = model(state.tokens_B[:, None], positions_BL=positions_B[:, None], caches=state.caches)
+        sampling = replace(state.sampling, temperature=jnp.where(active_B, state.sampling.temperature, 0.0))
+        output = _sample(model.logits(hidden.hidden_BLD[:, 0]), sampling, state.counts_B)
+        state = replace(
+            state,
+            caches=hidden.caches,
+            tokens_B=output.tokens_B,
+            positions_B=positions_B + 1,
+            counts_B=state.counts_B + 1,
+        )
+        return state, output
+
+    if num_tokens == 1:
+        state, output = step(state, None)
+        return state, jax.tree.map(lambda leaf: leaf[None], output)
+
+    def without_logits(state: SlotState, _: None) -> tuple[SlotState, StepOutput]:
+        # They are large, and only asked for with a single token.
+        state, output = step(state, None)
+        return state, replace(output, logits_BV=None)
+
+    return jax.lax.scan(without_logits, state, length=num_tokens)
 
 
 @partial(
@@ -169,13 +179,12 @@ def token_scores(logits_BV: jax.Array, tokens_B: jax.Array, *, count: int) -> To
     return TokenScores(chosen_B, *jax.lax.top_k(log_probabilities_BV, count))
 
 
-@partial(jax.jit, static_argnames="count")
 def score_prompt(model: Decoder, tokens_L: jax.Array, length: jax.Array, *, count: int) -> TokenScores:
     """Log-probability of each token of a right-padded prompt of `length` tokens, given those before it.
 
     Row i of the result is for token i + 1; the last row and the padding rows are meaningless.
     """
-    hidden_LD = _prompt_hidden(model, tokens_L, length, jnp.dtype(model.execution.activation_dtype))[0][0]
+    hidden_LD = _prompt_output(model, tokens_L, length).hidden_BLD[0]
     targets_L = jnp.roll(tokens_L, -1)
     # One position at a time: the logits of a whole prompt would be the largest array by far.
     return jax.lax.map(
@@ -193,11 +202,11 @@ def request_key(seed_2: jax.Array, stream_2: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, stream_2[0]), stream_2[1])
 
 
-def _prompt_hidden(model: Decoder, tokens_L, length, cache_dtype) -> tuple[jax.Array, KVCache]:
+def _prompt_output(model: Decoder, tokens_L, length) -> DecoderOutput:
     padded_length = tokens_L.shape[0]
     positions_L = jnp.where(jnp.arange(padded_length) < length, jnp.arange(padded_length), -1)
-    cache = KVCache.create(model.config, 1, padded_length, dtype=cache_dtype)
-    return model.decode(tokens_L[None], cache, positions_L[None])
+    caches = model.create_caches(1, padded_length, jnp.dtype(model.execution.activation_dtype))
+    return model(tokens_L[None], positions_BL=positions_L[None], caches=caches)
 
 
 def _sample(logits_BV: jax.Array, sampling: SamplingRow, counts_B: jax.Array) -> StepOutput:
@@ -210,3 +219,32 @@ def _sample(logits_BV: jax.Array, sampling: SamplingRow, counts_B: jax.Array) ->
         top_p_B=sampling.top_p,
     )
     return StepOutput(tokens_B, log_probabilities_of(logits_BV, tokens_B), logits_BV)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The compiled functions of an engine; the first argument is the flat list of the model's weights.
+
+    Flattening a tree of modules takes longer than a decode step of a small model.
+    """
+
+    prefill: Callable[..., tuple[SlotState, StepOutput]]
+    decode: Callable[..., tuple[SlotState, StepOutput]]
+    score_prompt: Callable[..., TokenScores]
+
+    @staticmethod
+    @cache
+    def of(structure: Any) -> "Programs":
+        """The programs for models of this structure (`jax.tree.structure`)."""
+
+        def flat(function, **settings):
+            def call(weights, *arguments, **options):
+                return function(jax.tree.unflatten(structure, weights), *arguments, **options)
+
+            return jax.jit(call, **settings)
+
+        return Programs(
+            flat(prefill, donate_argnums=1),
+            flat(decode, donate_argnums=1, static_argnames="num_tokens"),
+            flat(score_prompt, static_argnames="count"),
+        )

@@ -18,14 +18,12 @@ import numpy as np
 from maxlm.errors import RequestError
 from maxlm.generate.decoding import (
     MIN_BUCKET,
+    Programs,
     SamplingRow,
     SlotState,
     StepOutput,
     TokenScores,
     bucket_length,
-    decode_step,
-    prefill,
-    score_prompt,
     token_scores,
 )
 from maxlm.generate.request import (
@@ -41,6 +39,9 @@ from maxlm.generate.request import (
     Token,
 )
 from maxlm.models.decoder import Decoder
+
+# Tokens per call of the compiled program: each call costs the host about a millisecond.
+TOKENS_PER_CALL = 4
 
 
 class Engine:
@@ -68,13 +69,15 @@ class Engine:
             raise RequestError(f"max_length is {max_length}; it must be at least {MIN_BUCKET}")
         self.max_length = min(max_length or model.execution.max_length, model.execution.max_length)
         self.num_slots = max(num_slots, 2)
-        self._model = model
+        self._weights, structure = jax.tree.flatten(model)
+        self._programs = Programs.of(structure)
+        self._vocab_size = model.config.vocab_size
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
         self._max_waiting = max_waiting
         self._num_top = min(MAX_TOP_TOKENS, model.config.vocab_size)
         cache_dtype = jnp.dtype(model.execution.activation_dtype)
-        self._state = SlotState.create(model.config, self.num_slots, self.max_length, cache_dtype)
+        self._state = SlotState.create(model, self.num_slots, self.max_length, cache_dtype)
         self._active: dict[int, Generation] = {}
         self._waiting: deque[Generation] = deque()
         self._wake = threading.Condition()
@@ -176,7 +179,7 @@ class Engine:
     def _room_for(self, request: Request) -> int:
         """The largest number of new tokens for the request."""
         length = len(request.prompt_ids)
-        vocab_size = self._model.config.vocab_size
+        vocab_size = self._vocab_size
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab_size:
             raise RequestError(f"the prompt has a token id outside the vocabulary; ids are 0 to {vocab_size - 1}")
         room = self.max_length - length
@@ -243,16 +246,33 @@ class Engine:
                 top_k=request.top_k,
                 top_p=request.top_p,
             )
-            self._state, output = prefill(
-                self._model, self._state, tokens_L, np.int32(length), np.int32(slot), sampling
+            self._state, output = self._programs.prefill(
+                self._weights, self._state, tokens_L, np.int32(length), np.int32(slot), sampling
             )
             self._deliver(output, {0: slot})
 
     def _step(self) -> None:
         active_B = np.zeros(self.num_slots, bool)
         active_B[list(self._active)] = True
-        self._state, output = decode_step(self._model, self._state, active_B)
-        self._deliver(output, {slot: slot for slot in self._active})
+        num_tokens = self._num_tokens()
+        self._state, outputs = self._programs.decode(self._weights, self._state, active_B, num_tokens=num_tokens)
+        slots = {slot: slot for slot in self._active}
+        if num_tokens == 1:
+            self._deliver(jax.tree.map(lambda leaf: leaf[0], outputs), slots)
+            return
+        outputs = jax.device_get(outputs)
+        for number in range(num_tokens):
+            # Of an answer that has ended, the rest is dropped.
+            running = {slot: slot for slot in slots if slot in self._active}
+            self._deliver(jax.tree.map(lambda leaf, number=number: leaf[number], outputs), running)
+
+    def _num_tokens(self) -> int:
+        """Tokens to decode before the host looks at them: several, unless someone waits or wants alternatives."""
+        requests = [generation.request for generation in self._active.values()]
+        is_short = any(
+            generation.max_new_tokens - generation.num_tokens < TOKENS_PER_CALL for generation in self._active.values()
+        )
+        return 1 if self._waiting or is_short or any(each.top_tokens for each in requests) else TOKENS_PER_CALL
 
     def _deliver(self, output: StepOutput, slot_of_row: dict[int, int]) -> None:
         wants_top = any(self._active[slot].request.top_tokens for slot in slot_of_row.values())
@@ -269,7 +289,9 @@ class Engine:
 
     def _score_prompt(self, generation: Generation, tokens_L: np.ndarray) -> None:
         ids, top_tokens = generation.request.prompt_ids, generation.request.top_tokens
-        scores = jax.device_get(score_prompt(self._model, tokens_L, np.int32(len(ids)), count=self._num_top))
+        scores = jax.device_get(
+            self._programs.score_prompt(self._weights, tokens_L, np.int32(len(ids)), count=self._num_top)
+        )
         scored = (_scored_token(id_, scores, row, top_tokens) for row, id_ in enumerate(ids[1:]))
         finish_reason: FinishReason | None = "length" if generation.max_new_tokens == 0 else None
         generation.emit(Event(prompt=(Token(ids[0], None), *scored), finish_reason=finish_reason))

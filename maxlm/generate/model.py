@@ -19,7 +19,8 @@ from maxlm.generate.engine import Engine
 from maxlm.generate.request import Request
 from maxlm.generate.scorer import score_sequences, target_scores
 from maxlm.interop.load import load_model
-from maxlm.models.decoder import Decoder, with_execution
+from maxlm.models.decoder import Decoder, with_execution, with_matrices_cast
+from maxlm.models.regroup import unrolled
 from maxlm.tokenizer.codec import Tokenizer
 
 # A text to continue, or the messages of a chat to answer.
@@ -45,14 +46,15 @@ def load(path: str | Path, *, ema: bool = False) -> "LoadedModel":
 
 
 def for_this_backend(decoder: Decoder) -> Decoder:
-    """Adapt the computation to the backend, with the same weights: on CPU, activations are float32.
+    """Adapt the computation to decoding on this backend: the same weights and function.
 
-    CPUs emulate bfloat16 arithmetic, which makes a decode step three times slower. Matrix products keep
-    the operand dtype that the model was trained with.
+    Layers are unrolled, and matrices are stored in the dtype of the products' operands, which a decode step would
+    otherwise convert them to, each time. On CPU, activations are float32: CPUs emulate bfloat16 arithmetic, which makes
+    a decode step three times slower. Matrix products keep the operand dtype that the model was trained with.
     """
-    if jax.default_backend() != "cpu":
-        return decoder
-    return with_execution(decoder, decoder.execution.model_copy(update={"activation_dtype": "float32"}))
+    if jax.default_backend() == "cpu":
+        decoder = with_execution(decoder, decoder.execution.model_copy(update={"activation_dtype": "float32"}))
+    return jax.jit(lambda decoder: with_matrices_cast(unrolled(decoder)))(decoder)
 
 
 @dataclass(frozen=True)

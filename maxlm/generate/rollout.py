@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.generate.sampling import log_probabilities_of, sample, scale
-from maxlm.models.cache import KVCache
 from maxlm.models.decoder import Decoder
+from maxlm.models.regroup import unrolled
 
 
 @partial(
@@ -53,9 +53,10 @@ def rollout(
       keys_B: typed PRNG keys; token t is sampled with `fold_in(key, t)`.
       temperature: of all rows; 0 takes the most likely token.
     """
+    model = unrolled(model)
     batch_size, prompt_length = prompt_tokens_BP.shape
     cache_dtype = jnp.dtype(model.execution.activation_dtype)
-    cache = KVCache.create(model.config, batch_size, prompt_length + max_new_tokens, dtype=cache_dtype)
+    caches = model.create_caches(batch_size, prompt_length + max_new_tokens, cache_dtype)
     temperature_B = jnp.full(batch_size, temperature, jnp.float32)
     stop_S = jnp.asarray(stop_ids, jnp.int32)
 
@@ -85,8 +86,8 @@ def rollout(
 
     columns_P = jnp.arange(prompt_length)
     positions_BP = jnp.where(columns_P < prompt_lengths_B[:, None], columns_P, -1)
-    hidden_BPD, cache = model.decode(prompt_tokens_BP, cache, positions_BP)
-    last_BD = jnp.take_along_axis(hidden_BPD, (prompt_lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    output = model(prompt_tokens_BP, positions_BL=positions_BP, caches=caches)
+    last_BD = jnp.take_along_axis(output.hidden_BLD, (prompt_lengths_B - 1)[:, None, None], axis=1)[:, 0]
     first = draw(last_BD, 0)
     everyone_B = jnp.ones(batch_size, bool)
     answer = Rollout(
@@ -100,11 +101,17 @@ def rollout(
         return (step < max_new_tokens) & jnp.any(running_B)
 
     def body(carry):
-        step, tokens_B, running_B, cache, answer = carry
+        step, tokens_B, running_B, caches, answer = carry
         positions_B = prompt_lengths_B + step - 1
-        hidden_B1D, cache = model.decode(tokens_B[:, None], cache, positions_B[:, None])
-        drawn = draw(hidden_B1D[:, 0], step)
-        return step + 1, drawn[0], still_running(drawn, running_B), cache, record(step, drawn, running_B, answer)
+        output = model(tokens_B[:, None], positions_BL=positions_B[:, None], caches=caches)
+        drawn = draw(output.hidden_BLD[:, 0], step)
+        return (
+            step + 1,
+            drawn[0],
+            still_running(drawn, running_B),
+            output.caches,
+            record(step, drawn, running_B, answer),
+        )
 
-    start = (1, first[0], still_running(first, everyone_B), cache, record(0, first, everyone_B, answer))
+    start = (1, first[0], still_running(first, everyone_B), output.caches, record(0, first, everyone_B, answer))
     return jax.lax.while_loop(condition, body, start)[-1]

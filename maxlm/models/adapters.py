@@ -22,9 +22,7 @@ def declare_adapters(plan: Any, config: LoraConfig) -> dict[str, dict[str, Param
     Raises:
       ConfigError: a target does not name a weight of the model.
     """
-    weights = {
-        path: leaf for path, leaf in flatten(plan).items() if leaf.role == "matrix" and leaf.axes[:-2] == ("layers",)
-    }
+    weights = {path: leaf for path, leaf in flatten(plan).items() if _can_be_adapted(leaf)}
     names = {path.rsplit("/", 1)[-1] for path in weights}
     if unknown := [target for target in config.targets if target not in names]:
         raise ConfigError([f"lora.targets: {unknown[0]!r} is not a weight; allowed: {', '.join(sorted(names))}"])
@@ -32,16 +30,15 @@ def declare_adapters(plan: Any, config: LoraConfig) -> dict[str, dict[str, Param
     for path, leaf in weights.items():
         if path.rsplit("/", 1)[-1] not in config.targets:
             continue
-        layers, in_size, out_size = leaf.shape
-        layer_axis, in_axis, out_axis = leaf.axes
+        (*layers, in_size, out_size), (*layer_axes, in_axis, out_axis) = leaf.shape, leaf.axes
         adapters[path] = {
             "down": Parameter(
-                (layers, in_size, config.rank),
-                (layer_axis, in_axis, "rank"),
+                (*layers, in_size, config.rank),
+                (*layer_axes, in_axis, "rank"),
                 Normal(1 / math.sqrt(in_size)),
                 role="adapter",
             ),
-            "up": Parameter((layers, config.rank, out_size), (layer_axis, "rank", out_axis), zeros, role="adapter"),
+            "up": Parameter((*layers, config.rank, out_size), (*layer_axes, "rank", out_axis), zeros, role="adapter"),
         }
     for path in plan.trained_whole:
         adapters[path] = {"whole": flatten(plan)[path]}
@@ -69,6 +66,11 @@ def merge_adapters(model: Any, adapters: dict[str, dict[str, jax.Array]], config
             flat[path] = adapter["whole"]
             continue
         weight = flat[path]
-        update = jnp.einsum("lir,lro->lio", adapter["down"], adapter["up"], precision="highest")
+        update = jnp.einsum("...ir,...ro->...io", adapter["down"], adapter["up"], precision="highest")
         flat[path] = (weight.astype(jnp.float32) + config.alpha / config.rank * update).astype(weight.dtype)
     return unflatten(flat, model)
+
+
+def _can_be_adapted(parameter: Parameter) -> bool:
+    """Whether it is a matrix of every layer; experts have none."""
+    return parameter.role == "matrix" and "experts" not in parameter.axes

@@ -1,4 +1,4 @@
-"""The decoder: embedding, stacked layers under a scan, final norm, output head.
+"""The decoder: embedding, stacked layers under scans, final norm, output head.
 
 A `Decoder` is a pytree. When constructed it holds declarations (`maxlm.core.parameters.Parameter`); `initialize`
 returns the same tree with arrays. Its methods are pure functions of the arrays.
@@ -6,7 +6,7 @@ returns the same tree with arrays. Its methods are pure functions of the arrays.
 Dimensions: B batch, L length, D embed, V vocab.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,33 +16,48 @@ from flax import nnx
 
 from maxlm.config.execution import DEFAULT_EXECUTION, ExecutionConfig
 from maxlm.config.model import ModelConfig
-from maxlm.core.parameters import Normal, Parameter, stack
-from maxlm.core.remat import rematerialize
+from maxlm.core.batch import Stream
+from maxlm.core.parameters import Normal, Parameter
 from maxlm.core.sharding import fits, gather_layers, shard
-from maxlm.core.term import LossOutput
-from maxlm.models.cache import KVCache
-from maxlm.models.layers import TOKEN_AXES, DecoderLayer, Mlp, TokenContext, norm_scale
-from maxlm.models.moe import MixtureOfExperts
-from maxlm.models.pipeline_parallelism import fitting_schedule, gpipe, replacement_of_layers
+from maxlm.core.term import LossOutput, unite
+from maxlm.core.tree import flatten, unflatten
+from maxlm.layers.context import TOKEN_AXES, TokenContext
+from maxlm.layers.noise import Noise
+from maxlm.layers.norm import Norm
+from maxlm.layers.stack import Group, apply_group, create_caches, declare_layers
+from maxlm.models.pipeline_parallelism import fitting_schedule, gpipe
 from maxlm.ops.context import row_order, to_row_order, to_token_order
-from maxlm.ops.linear import embed
+from maxlm.ops.linear import embed, operand_dtype
 from maxlm.ops.loss import Head, log_probabilities_in_chunks
-from maxlm.ops.norm import rms_norm
 from maxlm.ops.qtensor import QTensor
-from maxlm.ops.rope import rope_angles
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["hidden_BLD", "auxiliary"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["hidden_BLD", "auxiliary", "caches"], meta_fields=[])
 @dataclass(frozen=True)
 class DecoderOutput:
-    """hidden_BLD: final hidden states; auxiliary: auxiliary losses and metrics of the layers."""
+    """hidden_BLD: final hidden states; auxiliary: auxiliary losses and metrics of the layers; caches: with the new
+    tokens, if there were any."""
 
     hidden_BLD: jax.Array
+    auxiliary: LossOutput
+    caches: Any = None
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["x_BLD", "auxiliary"], meta_fields=[])
+@dataclass(frozen=True)
+class Residual:
+    """The residual stream between two layers, and the auxiliary losses of the layers so far."""
+
+    x_BLD: jax.Array
     auxiliary: LossOutput
 
 
 class Decoder(nnx.Module):
-    """A Llama-style causal language model."""
+    """A causal language model.
+
+    It is computed in three parts, which a pipeline schedules separately: `enter`, `trunk` (the longest group of layers)
+    and `leave`.
+    """
 
     # Paths of weights that are fully trained along with adapters, because they are newly initialized.
     trained_whole: tuple[str, ...] = ()
@@ -50,93 +65,135 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, execution: ExecutionConfig = DEFAULT_EXECUTION):
         self.config, self.execution = config, execution
         self.embedding = _table(config, execution)
-        mlp = Mlp(config, execution, config.mlp_dim) if config.moe is None else MixtureOfExperts(config, execution)
-        self.layers = stack(DecoderLayer(config, execution, mlp), config.num_layers)
-        self.final_norm = norm_scale(config.embed_dim)
+        self.layers: tuple[Group, ...] = nnx.data(declare_layers(config, execution))
+        self.final_norm = Norm(config.norm, config.embed_dim)
         if not config.tie_embeddings:
             self.head = _table(config, execution)
 
     def __call__(
-        self, tokens_BL: jax.Array, *, positions_BL: jax.Array | None = None, segment_ids_BL: jax.Array | None = None
+        self,
+        tokens_BL: jax.Array,
+        *,
+        positions_BL: jax.Array | None = None,
+        segment_ids_BL: jax.Array | None = None,
+        caches: Any = None,
+        noise: Noise | None = None,
     ) -> DecoderOutput:
-        """Final hidden states [batch, length, embed], the input of `logits` and `log_probabilities`."""
-        config, execution = self.config, self.execution
+        """Final hidden states [batch, length, embed], the input of `logits` and `log_probabilities`.
+
+        Args:
+          positions_BL: by default those of whole rows. With caches, -1 is padding.
+          segment_ids_BL: by default one sequence in each row.
+          caches: of earlier tokens, from `create_caches`: the tokens attend to them and to one another.
+          noise: of training; None: nothing is random.
+        """
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
         if segment_ids_BL is None:
-            segment_ids_BL = jnp.ones_like(tokens_BL)
+            segment_ids_BL = (positions_BL >= 0).astype(jnp.int32)
+        if caches is not None:
+            return self._extend(tokens_BL, positions_BL, segment_ids_BL, caches)
+        residual, context = self.enter(tokens_BL, positions_BL, segment_ids_BL, noise)
+        trunk = self.trunk_layers
+        if (schedule := fitting_schedule(self.execution.pipeline, tokens_BL.shape[0])) is not None:
+            x_BLD, auxiliary = gpipe(self.trunk, trunk, residual.x_BLD, context, schedule)
+        else:
+            x_BLD, auxiliary = self.trunk(jax.tree.map(gather_layers, trunk), residual.x_BLD, context, 0)
+        return self.leave(Residual(x_BLD, unite([residual.auxiliary, auxiliary])), context)
+
+    def apply(self, stream: Stream, noise: Noise | None = None) -> DecoderOutput:
+        """The outputs for a stream of tokens."""
+        return self(stream.tokens, positions_BL=stream.positions, segment_ids_BL=stream.segment_ids, noise=noise)
+
+    def enter(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array,
+        segment_ids_BL: jax.Array,
+        noise: Noise | None = None,
+    ) -> tuple[Residual, TokenContext]:
+        """The input of the trunk: embeddings, after the groups of layers before it."""
+        execution = self.execution
         order = row_order(tokens_BL.shape[1], execution.context_attention)
         tokens_BL, positions_BL, segment_ids_BL = (
             to_row_order(shard(x, "batch", "length"), order) for x in (tokens_BL, positions_BL, segment_ids_BL)
         )
-        angles = rope_angles(positions_BL, config.head_dim, config.rope_theta)
         residual_axes = ("batch", "residual_length", None)
-        context = TokenContext(
-            angles, segment_ids_BL, residual_axes if fits(tokens_BL.shape, residual_axes[:2]) else TOKEN_AXES, order
+        if not fits(tokens_BL.shape, residual_axes[:2]):
+            residual_axes = TOKEN_AXES
+        if noise is not None:
+            columns_BL = shard(jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape), "batch", "length")
+            noise = noise.in_model(shard(to_row_order(columns_BL, order), *residual_axes[:2]), self.config.num_layers)
+        context = TokenContext.create(
+            self.config, positions_BL, segment_ids_BL, noise=noise, residual_axes=residual_axes, row_order=order
         )
-        x_BLD = shard(embed(self.embedding, tokens_BL, execution.activation_dtype), *context.residual_axes)
-        x_BLD, auxiliary = self._apply_layers(x_BLD, context)
-        hidden_BLD = rms_norm(x_BLD, self.final_norm, config.norm_epsilon)
-        return DecoderOutput(to_token_order(shard(hidden_BLD, *TOKEN_AXES), order), auxiliary)
+        x_BLD = shard(embed(self.embedding, tokens_BL, execution.activation_dtype), *residual_axes)
+        x_BLD = x_BLD if noise is None else noise.embedding(x_BLD)
+        before = range(self.config.longest_group)
+        return self._apply_groups(before, Residual(x_BLD, LossOutput({}, {})), context), context
 
-    def _apply_layers(self, x_BLD: jax.Array, context: TokenContext) -> tuple[jax.Array, LossOutput]:
-        if (replacement := replacement_of_layers()) is not None:
-            return replacement(self, x_BLD, context)
-        if (schedule := fitting_schedule(self.execution.pipeline, x_BLD.shape[0])) is not None:
-            return gpipe(self.apply_layers, self.layers, x_BLD, context, schedule)
-        return self.apply_layers(jax.tree.map(gather_layers, self.layers), x_BLD, context)
+    @property
+    def trunk_layers(self) -> Group:
+        """The layers of the trunk, or a stage's part of them."""
+        return self.layers[self.config.longest_group]
 
-    def apply_layers(self, layers: Any, x_BLD: jax.Array, context: TokenContext) -> tuple[jax.Array, LossOutput]:
-        """Apply some of the stacked layers: whole periods of the window pattern."""
-        config, execution = self.config, self.execution
+    def trunk(
+        self, layers: Group, x_BLD: jax.Array, context: TokenContext, first_repeat: int | jax.Array
+    ) -> tuple[jax.Array, LossOutput]:
+        """Apply some of the repeats of the longest group, from `first_repeat` on."""
+        number = self.config.longest_group
+        group = self.config.layers[number]
+        first = self._first_layer(number) + first_repeat * group.layers_per_repeat
+        return apply_group(layers, group.pattern, self.execution, x_BLD, context, first=first)[:2]
 
-        def group(x_BLD, layers):
-            auxiliary = []
-            for index, window in enumerate(config.window_pattern):
-                layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
-                x_BLD, added = layer(x_BLD, context, window)
-                auxiliary.append(added)
-            return x_BLD, jax.tree.map(lambda *parts: sum(parts), *auxiliary)
+    def leave(self, residual: Residual, context: TokenContext) -> DecoderOutput:
+        """The outputs, after the groups of layers that follow the trunk."""
+        rest = range(self.config.longest_group + 1, len(self.layers))
+        residual = self._apply_groups(rest, residual, context)
+        hidden_BLD = shard(self.final_norm(residual.x_BLD), *TOKEN_AXES)
+        return DecoderOutput(to_token_order(hidden_BLD, context.row_order), residual.auxiliary)
 
-        group = rematerialize(group, execution.remat)
-        x_BLD, auxiliary = jax.lax.scan(group, x_BLD, self._group(layers), unroll=execution.unroll)
-        return x_BLD, jax.tree.map(lambda parts: jnp.sum(parts, axis=0), auxiliary)
+    def _apply_groups(self, numbers: range, residual: Residual, context: TokenContext) -> Residual:
+        for number in numbers:
+            layers, pattern = self.layers[number], self.config.layers[number].pattern
+            first = self._first_layer(number)
+            x_BLD, added, _ = apply_group(layers, pattern, self.execution, residual.x_BLD, context, first=first)
+            residual = Residual(x_BLD, unite([residual.auxiliary, added]))
+        return residual
 
-    def decode(self, tokens_BL: jax.Array, cache: KVCache, positions_BL: jax.Array) -> tuple[jax.Array, KVCache]:
-        """Hidden states of new tokens, which attend to the cache and one another.
+    def _extend(self, tokens_BL, positions_BL, segment_ids_BL, caches) -> DecoderOutput:
+        context = TokenContext.create(self.config, positions_BL, segment_ids_BL)
+        x_BLD, auxiliary, extended = embed(self.embedding, tokens_BL, self.execution.activation_dtype), [], []
+        for number, (layers, group, cache) in enumerate(zip(self.layers, self.config.layers, caches)):
+            layers, first = jax.tree.map(gather_layers, layers), self._first_layer(number)
+            x_BLD, added, cache = apply_group(layers, group.pattern, self.execution, x_BLD, context, cache, first=first)
+            auxiliary.append(added)
+            extended.append(cache)
+        return DecoderOutput(self.final_norm(x_BLD), unite(auxiliary), tuple(extended))
 
-        A token at position -1 is padding: it is not written to the cache.
-        """
-        config = self.config
-        x_BLD = embed(self.embedding, tokens_BL, self.execution.activation_dtype)
-        angles = rope_angles(positions_BL, config.head_dim, config.rope_theta)
-        group_size = len(config.window_pattern)
+    def _first_layer(self, group: int) -> int:
+        """The number of a group's first layer."""
+        return sum(each.num_layers for each in self.config.layers[:group])
 
-        def group(carry, scanned):
-            x_BLD, cache = carry
-            layers, first = scanned
-            for index, window in enumerate(config.window_pattern):
-                layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
-                x_BLD, cache = layer.decode(x_BLD, angles, positions_BL, cache, first + index, window)
-            return (x_BLD, cache), None
-
-        layers = self._group(jax.tree.map(gather_layers, self.layers))
-        first_layers = jnp.arange(0, config.num_layers, group_size)
-        (x_BLD, cache), _ = jax.lax.scan(group, (x_BLD, cache), (layers, first_layers))
-        return rms_norm(x_BLD, self.final_norm, config.norm_epsilon), cache
+    def create_caches(self, batch_size: int, max_length: int, dtype: Any) -> Any:
+        """Empty caches of all layers, for sequences of up to `max_length` tokens."""
+        return create_caches(self.layers, self.config, batch_size, max_length, dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., vocab] of hidden states [..., embed]."""
         return _output_head(self.config, self.execution).logits(self._head(), hidden)
 
     def log_probabilities(
-        self, hidden_BLD: jax.Array, targets_BL: jax.Array, *, temperature: float = 1.0
+        self, hidden_BLD: jax.Array, targets_BL: jax.Array, *, temperature: float = 1.0, smoothing: float = 0.0
     ) -> tuple[jax.Array, jax.Array]:
         """log p(target) and log of the normalizer of softmax(logits / temperature), float32 [batch, length].
 
         The full logits are never materialized.
+
+        Args:
+          smoothing: label smoothing of log p(target); see `ops.loss.Head`.
         """
-        head = _output_head(self.config, self.execution, temperature)
+        head = replace(_output_head(self.config, self.execution, temperature), smoothing=smoothing)
         chunk_length = self.execution.loss_chunk_length
         return log_probabilities_in_chunks(head, self._head(), hidden_BLD, targets_BL, chunk_length=chunk_length)
 
@@ -144,16 +201,24 @@ class Decoder(nnx.Module):
         """The output table [vocab, embed]."""
         return self.embedding if self.config.tie_embeddings else self.head
 
-    def _group(self, layers):
-        """Layers as [groups, layers per group, ...], a group being one period of the window pattern."""
-        size = len(self.config.window_pattern)
-        return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] // size, size, *leaf.shape[1:]), layers)
-
 
 def with_execution(model: Decoder, execution: ExecutionConfig) -> Decoder:
     """The same model, computed in another way."""
     weights = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, QTensor))
     return jax.tree.unflatten(jax.tree.structure(type(model)(model.config, execution)), weights)
+
+
+def with_matrices_cast(model: Decoder) -> Decoder:
+    """The same model with the matrices of its layers in the dtype of the operands of their products: the same results.
+
+    Quantized matrices, and those whose products are 8-bit, are unchanged.
+    """
+    if model.execution.eight_bit is not None:
+        return model
+    dtype = operand_dtype(model.execution.matmul_dtype)
+    declared, flat = flatten(type(model)(model.config, model.execution)), flatten(model)
+    cast = {path: flat[path].astype(dtype) for path, each in declared.items() if each.role == "matrix" and path in flat}
+    return unflatten(flat | cast, model)
 
 
 def _table(config: ModelConfig, execution: ExecutionConfig) -> Any:

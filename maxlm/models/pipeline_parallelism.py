@@ -10,9 +10,7 @@ Dimensions: B rows, L length, D embed; S stages, M microbatches, R repeats; Q = 
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,8 +27,8 @@ STAGE = "stage"
 # The mesh axes that shard the rows of a microbatch.
 MICROBATCH_AXES = tuple(axis for axis in LOGICAL_AXES["batch"] if axis != STAGE)
 
-# (layers of a chunk, x [rows, L, D], context) -> (x, auxiliary losses of the layers)
-ApplyLayers = Callable[[Any, jax.Array, Any], tuple[jax.Array, LossOutput]]
+# (layers of a chunk, x [rows, L, D], context, its first repeat) -> (x, auxiliary losses of the layers)
+ApplyLayers = Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, LossOutput]]
 
 
 class Unit(NamedTuple):
@@ -77,6 +75,10 @@ class Schedule:
         around, place = number // (self.stages * self.repeats), number % self.stages
         return Unit(is_real, around * self.stages + place, number // self.stages % self.repeats)
 
+    def first_repeat(self, chunk: Any, stage: Any, turn: Any) -> Any:
+        """The repeat of the group of layers with which a stage's chunk begins."""
+        return (turn * self.stages + stage) * jax.tree.leaves(chunk)[0].shape[0]
+
     def enters(self, tick: Any) -> Any:
         """Whether the first stage takes a new microbatch in this tick, rather than one on a later turn."""
         return tick // self.stages % self.repeats == 0
@@ -116,7 +118,8 @@ def gpipe(apply: ApplyLayers, layers: Any, x_BLD: jax.Array, context: Any, sched
             chunk = jax.tree.map(lambda leaf: pick(leaf, unit.turn), layers)
             # Values in idle stages are unused, and finite.
             x_BLD = jnp.where(unit.is_real, x_BLD, 0)
-            x_BLD, added = apply(chunk, x_BLD, jax.tree.map(lambda leaf: pick(leaf, unit.microbatch), contexts_M))
+            context = jax.tree.map(lambda leaf: pick(leaf, unit.microbatch), contexts_M)
+            x_BLD, added = apply(chunk, x_BLD, context, schedule.first_repeat(chunk, stage, unit.turn))
             return x_BLD, add(auxiliary, added)
 
         if schedule.repeats > 1:
@@ -138,7 +141,7 @@ def gpipe(apply: ApplyLayers, layers: Any, x_BLD: jax.Array, context: Any, sched
             return (send(work(schedule.unit(number - stage), state), 1), stream), None
 
         first = jax.tree.map(lambda leaf: leaf[0], (layers, stream_QBLD, contexts_M))
-        _, added = jax.eval_shape(apply, *first)
+        _, added = jax.eval_shape(apply, *first, 0)
         state = (jnp.zeros_like(first[1]), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), added))
         # One extra slot: what finishes in a round replaces what enters in the next.
         stream = (
@@ -241,23 +244,3 @@ def send(tree: Any, step: int) -> Any:
     stages = current_mesh().shape[STAGE]
     ring = [(stage, (stage + step) % stages) for stage in range(stages)]
     return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, STAGE, ring), tree)
-
-
-# (model, x_BLD, context) -> (x_BLD, LossOutput)
-Replacement = Callable[[Any, jax.Array, Any], tuple[jax.Array, LossOutput]]
-
-_replacement: ContextVar[Replacement | None] = ContextVar("replacement", default=None)
-
-
-@contextmanager
-def layers_replaced(replacement: Replacement) -> Iterator[None]:
-    """In this context, traced decoders call `replacement` instead of their layers."""
-    token = _replacement.set(replacement)
-    try:
-        yield
-    finally:
-        _replacement.reset(token)
-
-
-def replacement_of_layers() -> Replacement | None:
-    return _replacement.get()

@@ -10,9 +10,8 @@ from maxlm.config.execution import DEFAULT_EXECUTION, ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.core.batch import Stream
 from maxlm.core.parameters import Parameter, initialize, zeros
-from maxlm.core.term import LossOutput
 from maxlm.core.tree import flatten, unflatten
-from maxlm.models.decoder import Decoder
+from maxlm.models.decoder import Decoder, DecoderOutput
 
 
 class RewardModel(Decoder):
@@ -34,17 +33,16 @@ class RewardModel(Decoder):
         head = initialize({"value": plan.value}, key)
         return unflatten({**flatten(decoder), **head}, plan)
 
-    def token_values(self, stream: Stream) -> tuple[jax.Array, LossOutput]:
-        """The output of the head at each token, float32 [B, L], and the auxiliary losses of the layers."""
-        output = self(stream.tokens, positions_BL=stream.positions, segment_ids_BL=stream.segment_ids)
-        return jnp.sum(output.hidden_BLD.astype(jnp.float32) * self.value, axis=-1), output.auxiliary
+    def token_values(self, output: DecoderOutput) -> jax.Array:
+        """The output of the head at each token, float32 [B, L]."""
+        return jnp.sum(output.hidden_BLD.astype(jnp.float32) * self.value, axis=-1)
 
-    def rewards(self, stream: Stream) -> tuple[jax.Array, LossOutput]:
+    def rewards(self, stream: Stream, output: DecoderOutput) -> jax.Array:
         """The reward of each row of one sequence, read at its last token: float32 [B]; 0 for a row of padding.
 
-        Also returns the auxiliary losses of the layers.
+        Args:
+          output: for the stream.
         """
-        values_BL, auxiliary = self.token_values(stream)
         is_token_BL = stream.segment_ids > 0
         is_last_BL = is_token_BL & (stream.positions == jnp.max(stream.positions, axis=1, keepdims=True))
-        return jnp.sum(jnp.where(is_last_BL, values_BL, 0.0), axis=1), auxiliary
+        return jnp.sum(jnp.where(is_last_BL, self.token_values(output), 0.0), axis=1)

@@ -23,10 +23,8 @@ def describe_model(plan: Any) -> str:
             part = path[:depth]
             if part not in shown:
                 shown.add(part)
-                below, above = (_below(declared, each) for each in (part, part[:-1]))
-                repeats = f" x {parameter.shape[0]}" if _are_stacked(below) and not _are_stacked(above) else ""
-                rows.append(("  " * depth + part[-1] + repeats, "", "", "", _count(below)))
-        shape = parameter.shape[_are_stacked([parameter]) :]
+                rows.append(("  " * depth + _name(part, parameter), "", "", "", _count(_below(declared, part))))
+        shape = parameter.shape[len(_stacked_axes(parameter)) :]
         name, dtype = "  " * len(path) + path[-1], jnp.dtype(parameter.dtype).name
         rows.append((name, str(list(shape)), dtype, parameter.role, _count([parameter])))
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -37,8 +35,18 @@ def _below(declared: dict[tuple[str, ...], Parameter], part: tuple[str, ...]) ->
     return [parameter for path, parameter in declared.items() if path[: len(part)] == part]
 
 
-def _are_stacked(parameters: Iterable[Parameter]) -> bool:
-    return all(parameter.axes[0] == "layers" for parameter in parameters)
+def _name(part: tuple[str, ...], parameter: Parameter) -> str:
+    """The last component; for a group of layers with its repeats, for a position of its pattern with its times."""
+    sizes = parameter.shape[: len(_stacked_axes(parameter))]
+    depth = len(part) - part.index("layers") if "layers" in part else 0
+    if depth not in (2, 3):
+        return part[-1]
+    name = ("group", "position")[depth - 2]
+    return f"{name} {part[-1]}" + "".join(f" x {size}" for size in sizes[depth - 2 : depth - 1])
+
+
+def _stacked_axes(parameter: Parameter) -> list[str | None]:
+    return [axis for axis in parameter.axes if axis in ("layers", "unstaged_layers", "times")]
 
 
 def _count(parameters: Iterable[Parameter]) -> str:

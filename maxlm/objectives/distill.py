@@ -21,12 +21,13 @@ from maxlm.core.batch import Batch, Stream, put_batch
 from maxlm.core.term import LossOutput, Term
 from maxlm.errors import CheckpointError, ConfigError
 from maxlm.interop.load import load_model
+from maxlm.models.applied import AppliedModel
 from maxlm.models.decoder import Decoder, with_execution
 from maxlm.objectives.packed_rows import PackedRowsData, as_batch, preview_rows
 from maxlm.ops.loss import in_chunks
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.layout import check_layout
-from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContext, StudentAndTeacher
+from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContext
 
 
 class Distillation(Objective, PackedRowsConfig):
@@ -50,13 +51,15 @@ class Distillation(Objective, PackedRowsConfig):
     def inputs(self) -> tuple[Input, ...]:
         return (*super().inputs, Input("teacher", "teacher", self.teacher, "weights"))
 
-    def compute_loss(self, model: StudentAndTeacher, batch: Batch, key: jax.Array | None = None) -> LossOutput:
-        student, teacher, text = model.student, model.teacher, batch["text"]
-        where = {"positions_BL": text.positions, "segment_ids_BL": text.segment_ids}
-        output = student(text.tokens, **where)
-        taught_BLD = teacher(text.tokens, **where).hidden_BLD
-        divergence_BL = token_divergence(student, output.hidden_BLD, teacher, taught_BLD, temperature=self.temperature)
-        log_probability_BL, _ = student.log_probabilities(output.hidden_BLD, text.targets)
+    def compute_loss(self, model: AppliedModel, batch: Batch, teacher: AppliedModel | None = None) -> LossOutput:
+        text, output = batch["text"], model.outputs["text"]
+        hidden_BLD, taught_BLD = output.hidden_BLD, teacher.outputs["text"].hidden_BLD
+        divergence_BL = token_divergence(
+            model.decoder, hidden_BLD, teacher.decoder, taught_BLD, temperature=self.temperature
+        )
+        log_probability_BL, _ = model.decoder.log_probabilities(
+            hidden_BLD, text.targets, smoothing=model.label_smoothing
+        )
 
         weights_BL = text.loss_weights
         weight = jnp.sum(weights_BL)
@@ -128,15 +131,11 @@ class _DistillationData(PackedRowsData):
                 " first rows of the data; give another checkpoint"
             )
 
-    def validate(self, model: StudentAndTeacher) -> dict[str, float]:
-        return super().validate(model.student)
-
 
 @jax.jit
 def _is_finite(teacher: Decoder, text: Stream) -> jax.Array:
     """Whether the teacher gives every token of the text a finite log-probability."""
-    hidden_BLD = teacher(text.tokens, positions_BL=text.positions, segment_ids_BL=text.segment_ids).hidden_BLD
-    log_probability_BL, _ = teacher.log_probabilities(hidden_BLD, text.targets)
+    log_probability_BL, _ = teacher.log_probabilities(teacher.apply(text).hidden_BLD, text.targets)
     return jnp.all(jnp.isfinite(log_probability_BL) | (text.loss_weights == 0))
 
 

@@ -2,16 +2,18 @@
 
 import jax.numpy as jnp
 
-from maxlm.core.batch import Stream
+from maxlm.core.batch import Batch
 from maxlm.core.term import LossOutput, Term
-from maxlm.models.decoder import Decoder
+from maxlm.models.applied import AppliedModel
 
 
-def language_model_loss(model: Decoder, text: Stream, *, z_loss: float = 0.0) -> LossOutput:
+def language_model_loss(applied: AppliedModel, batch: Batch, *, z_loss: float = 0.0) -> LossOutput:
     """Cross-entropy of the targets in nats, the z-loss of PaLM (arXiv:2204.02311): mean of log(Z)^2, and the auxiliary
-    losses of the model's layers."""
-    output = model(text.tokens, positions_BL=text.positions, segment_ids_BL=text.segment_ids)
-    log_probability, log_normalizer = model.log_probabilities(output.hidden_BLD, text.targets)
+    losses of the model's layers. In training, targets may be smoothed."""
+    text, output = batch["text"], applied.outputs["text"]
+    log_probability, log_normalizer = applied.decoder.log_probabilities(
+        output.hidden_BLD, text.targets, smoothing=applied.label_smoothing
+    )
     weights = text.loss_weights
     weight = jnp.sum(weights)
     terms = {"cross_entropy": Term(-jnp.sum(weights * log_probability), weight)}

@@ -1,7 +1,6 @@
 """Data of objectives that learn from preference pairs."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch
 from maxlm.core.term import LossOutput, Term
 from maxlm.data.preference import PreferencePairs
+from maxlm.models.applied import AppliedModel
 from maxlm.objectives.record_data import RecordData, first_examples
 from maxlm.objectives.sequences import rows_of
 from maxlm.tokenizer.codec import Tokenizer
@@ -19,7 +19,7 @@ from maxlm.train.objective import ExampleMaker, PreviewRow, RunContext
 
 def open_pairs(
     context: RunContext,
-    loss: Callable[[Any, Batch], LossOutput],
+    loss: Callable[[AppliedModel, Batch], LossOutput],
     *,
     term: str,
     complete: Callable[[Batch], Batch] = lambda batch: batch,

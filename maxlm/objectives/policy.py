@@ -4,7 +4,7 @@ Dimensions: B rows (answers), L length of prompt and answer, N prompts, G answer
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch
 from maxlm.core.term import LossOutput, Term
 from maxlm.data.preference import pad
+from maxlm.models.applied import AppliedModel
 from maxlm.objectives.policy_data import PolicyData, read_policy_prompts
 from maxlm.objectives.record_data import first_indices
 from maxlm.objectives.sequences import target_log_probabilities
@@ -123,12 +124,13 @@ class PolicyOptimization(Objective, RecordsConfig):
                 problems.append(f"{name} ({value}) must be a multiple of updates_per_rollout ({multiple})")
         return problems
 
-    def compute_loss(self, model: Any, batch: Batch, key: jax.Array | None = None) -> LossOutput:
+    def compute_loss(self, model: AppliedModel, batch: Batch, teacher: AppliedModel | None = None) -> LossOutput:
         answers, values = batch["answers"], batch.values
         weights_BL = answers.loss_weights
         num_tokens, num_rows = jnp.sum(weights_BL), jnp.sum(jnp.ones_like(values["rewards_B"]))
 
-        log_p_BL, auxiliary = target_log_probabilities(model, answers, temperature=self.temperature)
+        output = model.outputs["answers"]
+        log_p_BL = target_log_probabilities(model.decoder, answers, output, temperature=self.temperature)
         log_ratio_BL = log_p_BL - values["sampled_BL"]
         loss_BL, is_clipped_BL = self.surrogate(log_p_BL, log_ratio_BL, values["advantages_B"])
         terms = {"policy": Term(jnp.sum(weights_BL * loss_BL), num_tokens)}
@@ -142,7 +144,7 @@ class PolicyOptimization(Objective, RecordsConfig):
             kl_BL = kl_to_reference(log_p_BL, values["reference_BL"])
             terms["kl_penalty"] = Term(self.kl_beta * jnp.sum(weights_BL * kl_BL), num_tokens)
             metrics["kl"] = Term(jnp.sum(weights_BL * kl_BL), num_tokens)
-        return LossOutput(terms, metrics).joined(auxiliary)
+        return LossOutput(terms, metrics).joined(output.auxiliary)
 
     def open_data(self, context: RunContext) -> PolicyData:
         return PolicyData(context, advantages=self.advantage, needs_reference=self.needs_reference)

@@ -58,7 +58,7 @@ class PolicyData:
 
         @jax.jit
         def reference_log_probabilities(model: Any, answers: Stream) -> jax.Array:
-            return whole_rows(target_log_probabilities(model, answers, temperature=objective.temperature)[0])
+            return whole_rows(target_log_probabilities(model, answers, temperature=objective.temperature))
 
         self._reference_log_probabilities = reference_log_probabilities
 

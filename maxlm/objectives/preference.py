@@ -16,6 +16,7 @@ from maxlm.config.objective import RecordsConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch, put_batch
 from maxlm.core.term import LossOutput, Term, add
+from maxlm.models.applied import AppliedModel
 from maxlm.objectives.pairs import example_pairs, open_pairs, preview_pairs
 from maxlm.objectives.record_data import RecordData
 from maxlm.objectives.sequences import is_real, local_rows, target_log_probabilities, whole_rows
@@ -61,33 +62,39 @@ class PreferenceOptimization(Objective, RecordsConfig):
     def needs_reference(self) -> bool:
         return True
 
-    def compute_loss(self, model: Any, batch: Batch, key: jax.Array | None = None) -> LossOutput:
+    def compute_loss(self, model: AppliedModel, batch: Batch, teacher: AppliedModel | None = None) -> LossOutput:
         chosen, rejected, pair_loss = batch["chosen"], batch["rejected"], self.loss
         real_B = is_real(chosen)
         weight = jnp.sum(real_B)
 
-        chosen_BL, chosen_auxiliary = target_log_probabilities(model, chosen)
-        rejected_BL, rejected_auxiliary = target_log_probabilities(model, rejected)
+        outputs = model.outputs
+        chosen_BL = target_log_probabilities(model.decoder, chosen, outputs["chosen"])
+        rejected_BL = target_log_probabilities(model.decoder, rejected, outputs["rejected"])
         gain_chosen_B = jnp.sum(chosen_BL, axis=1) - batch.values["reference_chosen_B"]
         gain_rejected_B = jnp.sum(rejected_BL, axis=1) - batch.values["reference_rejected_B"]
         margin_B = gain_chosen_B - gain_rejected_B
 
         terms: dict[str, Term] = {pair_loss.kind: Term(jnp.sum(real_B * pair_loss(margin_B)), weight)}
         if self.sft_weight:
-            terms["sft"] = Term(-self.sft_weight * jnp.sum(chosen_BL), jnp.sum(chosen.loss_weights))
+            smoothed_BL = chosen_BL
+            if model.label_smoothing:
+                smoothed_BL = target_log_probabilities(
+                    model.decoder, chosen, outputs["chosen"], smoothing=model.label_smoothing
+                )
+            terms["sft"] = Term(-self.sft_weight * jnp.sum(smoothed_BL), jnp.sum(chosen.loss_weights))
         metrics = {
             "accuracy": Term(jnp.sum(real_B * (margin_B > 0)), weight),
             "reward_margin": Term(pair_loss.beta * jnp.sum(real_B * margin_B), weight),
             "reward_chosen": Term(pair_loss.beta * jnp.sum(real_B * gain_chosen_B), weight),
             "reward_rejected": Term(pair_loss.beta * jnp.sum(real_B * gain_rejected_B), weight),
         }
-        return LossOutput(terms, metrics).joined(add(chosen_auxiliary, rejected_auxiliary))
+        return LossOutput(terms, metrics).joined(add(outputs["chosen"].auxiliary, outputs["rejected"].auxiliary))
 
     def open_data(self, context: RunContext) -> RecordData:
         @jax.jit
         def reference_sums(model: Any, pairs: Batch) -> dict[str, jax.Array]:
             return {
-                f"reference_{name}_B": jnp.sum(whole_rows(target_log_probabilities(model, pairs[name])[0]), axis=1)
+                f"reference_{name}_B": jnp.sum(whole_rows(target_log_probabilities(model, pairs[name])), axis=1)
                 for name in ("chosen", "rejected")
             }
 

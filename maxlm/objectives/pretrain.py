@@ -1,15 +1,15 @@
 """Next-token prediction on packed rows."""
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
-import jax
 from pydantic import Field, NonNegativeFloat
 
 from maxlm.config.objective import PackedRowsConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch
 from maxlm.core.term import LossOutput
+from maxlm.models.applied import AppliedModel
 from maxlm.objectives.language_model import language_model_loss
 from maxlm.objectives.packed_rows import PackedRowsData, preview_rows
 from maxlm.tokenizer.codec import Tokenizer
@@ -25,8 +25,8 @@ class Pretraining(Objective, PackedRowsConfig):
     kind: Literal["pretrain"] = "pretrain"
     z_loss: NonNegativeFloat = Field(0.0, description="Weight of the mean squared log of the softmax normalizer.")
 
-    def compute_loss(self, model: Any, batch: Batch, key: jax.Array | None = None) -> LossOutput:
-        return language_model_loss(model, batch["text"], z_loss=self.z_loss)
+    def compute_loss(self, model: AppliedModel, batch: Batch, teacher: AppliedModel | None = None) -> LossOutput:
+        return language_model_loss(model, batch, z_loss=self.z_loss)
 
     def open_data(self, context: RunContext) -> PackedRowsData:
         return PackedRowsData(context)

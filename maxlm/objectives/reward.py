@@ -16,6 +16,7 @@ from maxlm.config.objective import RecordsConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch
 from maxlm.core.term import LossOutput, Term, add
+from maxlm.models.applied import AppliedModel
 from maxlm.models.decoder import Decoder
 from maxlm.models.reward import RewardModel
 from maxlm.objectives.pairs import example_pairs, open_pairs, preview_pairs
@@ -41,11 +42,11 @@ class RewardModeling(Objective, RecordsConfig):
     def from_decoder(self, decoder: Decoder, key: jax.Array) -> RewardModel:
         return RewardModel.from_decoder(decoder, key)
 
-    def compute_loss(self, model: RewardModel, batch: Batch, key: jax.Array | None = None) -> LossOutput:
+    def compute_loss(self, model: AppliedModel, batch: Batch, teacher: AppliedModel | None = None) -> LossOutput:
         real_B = is_real(batch["chosen"])
         weight = jnp.sum(real_B)
-        chosen_B, chosen_auxiliary = model.rewards(batch["chosen"])
-        rejected_B, rejected_auxiliary = model.rewards(batch["rejected"])
+        outputs = model.outputs
+        chosen_B, rejected_B = (model.decoder.rewards(batch[name], outputs[name]) for name in ("chosen", "rejected"))
         terms = {"bradley_terry": Term(jnp.sum(real_B * bradley_terry_loss(chosen_B, rejected_B)), weight)}
         if self.center:
             # Otherwise only differences are learned; this centers the rewards of a pair at zero (arXiv:2312.09244).
@@ -54,7 +55,7 @@ class RewardModeling(Objective, RecordsConfig):
             "accuracy": Term(jnp.sum(real_B * (chosen_B > rejected_B)), weight),
             "reward_margin": Term(jnp.sum(real_B * (chosen_B - rejected_B)), weight),
         }
-        return LossOutput(terms, metrics).joined(add(chosen_auxiliary, rejected_auxiliary))
+        return LossOutput(terms, metrics).joined(add(outputs["chosen"].auxiliary, outputs["rejected"].auxiliary))
 
     def open_data(self, context: RunContext) -> RecordData:
         return open_pairs(context, self.compute_loss, term="bradley_terry")

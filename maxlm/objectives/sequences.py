@@ -12,20 +12,28 @@ import numpy as np
 
 from maxlm.core.batch import Stream
 from maxlm.core.sharding import shard
-from maxlm.core.term import LossOutput
-from maxlm.models.decoder import Decoder
+from maxlm.models.decoder import Decoder, DecoderOutput
 
 
 def target_log_probabilities(
-    model: Decoder, stream: Stream, *, temperature: float = 1.0
-) -> tuple[jax.Array, LossOutput]:
+    model: Decoder,
+    stream: Stream,
+    output: DecoderOutput | None = None,
+    *,
+    temperature: float = 1.0,
+    smoothing: float = 0.0,
+) -> jax.Array:
     """log p(target) under softmax(logits / temperature): float32 [B, L]; 0 where the loss weight is 0.
 
-    Also returns the auxiliary losses of the model's layers.
+    Args:
+      output: of the model for this stream; computed if not given.
+      smoothing: label smoothing.
     """
-    output = model(stream.tokens, positions_BL=stream.positions, segment_ids_BL=stream.segment_ids)
-    log_probability_BL, _ = model.log_probabilities(output.hidden_BLD, stream.targets, temperature=temperature)
-    return jnp.where(stream.loss_weights > 0, log_probability_BL, 0.0), output.auxiliary
+    output = model.apply(stream) if output is None else output
+    log_probability_BL, _ = model.log_probabilities(
+        output.hidden_BLD, stream.targets, temperature=temperature, smoothing=smoothing
+    )
+    return jnp.where(stream.loss_weights > 0, log_probability_BL, 0.0)
 
 
 def whole_rows(x_BL: jax.Array) -> jax.Array:

@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
-import jax
 from pydantic import Field, NonNegativeFloat
 
 from maxlm.config.objective import RecordsConfig
@@ -12,6 +11,7 @@ from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch
 from maxlm.core.term import LossOutput, Term
 from maxlm.data.chat import PackedChats
+from maxlm.models.applied import AppliedModel
 from maxlm.objectives.language_model import language_model_loss
 from maxlm.objectives.record_data import RecordData, first_examples
 from maxlm.objectives.sequences import rows_of
@@ -31,8 +31,8 @@ class SupervisedFineTuning(Objective, RecordsConfig):
     )
     z_loss: NonNegativeFloat = 0.0
 
-    def compute_loss(self, model: Any, batch: Batch, key: jax.Array | None = None) -> LossOutput:
-        return language_model_loss(model, batch["text"], z_loss=self.z_loss)
+    def compute_loss(self, model: AppliedModel, batch: Batch, teacher: AppliedModel | None = None) -> LossOutput:
+        return language_model_loss(model, batch, z_loss=self.z_loss)
 
     def open_data(self, context: RunContext) -> RecordData:
         def summarize(sums: dict[str, Term], batches: list[Batch]) -> dict[str, float]:
@@ -43,7 +43,7 @@ class SupervisedFineTuning(Objective, RecordsConfig):
         return RecordData(
             context,
             partial(self._read, row_length=context.config.row_length, tokenizer=context.tokenizer),
-            loss=lambda model, batch: language_model_loss(model, batch["text"]),
+            loss=language_model_loss,
             summarize=summarize,
         )
 

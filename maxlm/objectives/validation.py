@@ -13,15 +13,15 @@ from jax.sharding import Mesh
 
 from maxlm.core.batch import Batch, Stream, put_batch
 from maxlm.core.term import LossOutput, Term
-from maxlm.models.decoder import Decoder
+from maxlm.models.applied import AppliedModel
 
 
 class Evaluator:
     """Sums a loss over batches, compiled once for all validations of a run."""
 
-    def __init__(self, loss: Callable[[Any, Any], LossOutput], mesh: Mesh):
+    def __init__(self, loss: Callable[[AppliedModel, Batch], LossOutput], mesh: Mesh):
         self._mesh = mesh
-        self._step = jax.jit(lambda model, batch: _all_terms(loss(model, batch)))
+        self._step = jax.jit(lambda model, batch: _all_terms(loss(AppliedModel.of(model, batch), batch)))
 
     def sums(self, model: Any, batches: Iterable[Any]) -> dict[str, Term]:
         """Each term and metric of the loss, summed over the batches, as numpy scalars."""
@@ -29,14 +29,14 @@ class Evaluator:
         return functools.reduce(lambda a, b: jax.tree.map(operator.add, a, b), jax.device_get(outputs))
 
 
-def cross_entropy_by_source(model: Decoder, batch: Batch, *, num_sources: int) -> LossOutput:
+def cross_entropy_by_source(model: AppliedModel, batch: Batch, *, num_sources: int) -> LossOutput:
     """Cross-entropy of the targets of each source, in nats, as metrics `0` ... `num_sources - 1`.
 
     The batch value `source_ids_BL` [batch, length] holds the source of each token.
     """
     rows = batch["text"]
-    output = model(rows.tokens, positions_BL=rows.positions, segment_ids_BL=rows.segment_ids)
-    log_probability_BL, _ = model.log_probabilities(output.hidden_BLD, rows.targets)
+    hidden_BLD = model.outputs["text"].hidden_BLD
+    log_probability_BL, _ = model.decoder.log_probabilities(hidden_BLD, rows.targets)
     terms = {}
     for source in range(num_sources):
         weights_BL = jnp.where(batch.values["source_ids_BL"] == source, rows.loss_weights, 0.0)

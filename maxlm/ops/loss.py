@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from maxlm.core.sharding import current_mesh, is_explicit, names_of, sharded_count, spec_of
+from maxlm.core.sharding import current_mesh, is_explicit, names_of, sharded_count, spec_of, without
 from maxlm.ops.linear import operand_dtype, unembed
 from maxlm.ops.qtensor import QTensor
 
@@ -23,12 +23,15 @@ class Head:
     dtype: of the operands of the product, as in `ops.linear`.
     transform: of the logits, elementwise.
     gradient_sum: dtype in which the table's gradient is summed over devices.
+    smoothing: share of a target's probability that is spread over the vocabulary (arXiv:1512.00567): log p(target)
+      becomes (1 - s) log p(target) + s mean_v log p(v).
     """
 
     dtype: str
     width: float = 1.0
     transform: Callable[[jax.Array], jax.Array] = lambda logits: logits
     gradient_sum: str = "float32"
+    smoothing: float = 0.0
 
     def logits(self, table: jax.Array | QTensor, hidden: jax.Array) -> jax.Array:
         scaled = hidden.astype(jnp.float32) / self.width
@@ -52,7 +55,7 @@ def log_probabilities_in_chunks(
     """
 
     def chunk(table, hidden, targets):
-        return _gather_log_probability(head.logits(table, hidden), targets)
+        return _gather_log_probability(head.smoothing, head.logits(table, hidden), targets)
 
     length = hidden_BLD.shape[1] // sharded_count(spec_of(hidden_BLD)[1:2])
     if isinstance(table_VD, QTensor) or length <= chunk_length:
@@ -61,16 +64,34 @@ def log_probabilities_in_chunks(
     num_chunks = -(-length // chunk_length)
     if not is_explicit():
         return _each_chunk(head, num_chunks, (), table_VD, hidden_BLD, targets_BL)
-    tokens, channels = spec_of(targets_BL), spec_of(table_VD)[1]
-    sharded = jax.shard_map(
-        partial(_each_chunk, head, num_chunks, names_of(channels)),
-        in_specs=(P(None, channels), P(*tokens, None), tokens),
-        out_specs=(tokens, tokens),
-        # The vocabulary stays sharded along `tensor`, in the type of the table.
-        axis_names=set(current_mesh().axis_names) - set(current_mesh().manual_axes) - {"tensor"},
-        check_vma=False,
-    )
-    return sharded(table_VD, hidden_BLD, targets_BL)
+    tokens = spec_of(targets_BL)
+    arrays = tuple(_only_sharded(x) for x in (table_VD, hidden_BLD, targets_BL))
+    # The vocabulary stays sharded along `tensor`, in the type of the table.
+    table, hidden, targets = (P(*(without(entry, ("tensor",)) for entry in spec_of(x))) for x in arrays)
+    compute = partial(_each_chunk, head, num_chunks, names_of(table[1]))
+    if manual := _sharded_axes() - {"tensor"}:
+        compute = jax.shard_map(
+            compute,
+            in_specs=(table, hidden, targets),
+            out_specs=(targets, targets),
+            axis_names=manual,
+            check_vma=False,
+        )
+    log_p_BL, normalizer_BL = (jax.reshard(x, tokens) for x in compute(*arrays))
+    return log_p_BL, normalizer_BL
+
+
+def _sharded_axes() -> set[str]:
+    """Axes of the current mesh with several devices, without the manual ones of an enclosing shard_map."""
+    mesh = current_mesh()
+    return {axis for axis, size in mesh.shape.items() if size > 1} - set(mesh.manual_axes)
+
+
+def _only_sharded(x: jax.Array) -> jax.Array:
+    """The same array without axes of one device in its type: XLA's partitioner fails on collectives within a manual
+    region over such axes only."""
+    narrow = set(current_mesh().axis_names) - _sharded_axes()
+    return jax.reshard(x, P(*(without(entry, narrow) for entry in spec_of(x))))
 
 
 def _each_chunk(head, num_chunks: int, gather_names, table_VD, hidden_BLD, targets_BL):
@@ -98,7 +119,7 @@ def _over_chunks_forward(head, num_chunks, gather_names, table_VD, hidden_BLD, t
 
     def chunk(_, tokens):
         hidden, targets = tokens
-        return None, _gather_log_probability(head.logits(table_VD, hidden), targets)
+        return None, _gather_log_probability(head.smoothing, head.logits(table_VD, hidden), targets)
 
     _, results_NBC = jax.lax.scan(chunk, None, (hidden_NBCD, targets_NBC))
     log_p_BL, normalizer_BL = (_join(x) for x in results_NBC)
@@ -114,7 +135,7 @@ def _over_chunks_backward(head, num_chunks, gather_names, residuals, grads):
         hidden, targets, normalizer, *grads = tokens
         scaled = (hidden.astype(jnp.float32) / head.width).astype(dtype)
         logits, pull = jax.vjp(head.transform, _product(scaled, table_VD, 1))
-        (grad_logits,) = pull(_backward((logits, targets, normalizer), grads)[0])
+        (grad_logits,) = pull(_backward(head.smoothing, (logits, targets, normalizer), grads)[0])
         grad_logits = grad_logits.astype(dtype)
         grad_VD += jax.lax.dot_general(
             grad_logits,
@@ -201,23 +222,29 @@ def _by_device(x_BL: jax.Array) -> jax.Array:
     return jax.lax.reshape(x_BL, shape, out_sharding=P(rows, tokens, None, *others))
 
 
-@jax.custom_vjp
-def _gather_log_probability(logits, targets):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather_log_probability(smoothing, logits, targets):
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    return _select(logits, targets) - log_normalizer, log_normalizer
+    chosen = _select(logits, targets)
+    if smoothing:
+        chosen = (1 - smoothing) * chosen + smoothing * jnp.mean(logits, axis=-1)
+    return chosen - log_normalizer, log_normalizer
 
 
-def _forward(logits, targets):
-    log_probability, log_normalizer = _gather_log_probability(logits, targets)
+def _forward(smoothing, logits, targets):
+    log_probability, log_normalizer = _gather_log_probability(smoothing, logits, targets)
     return (log_probability, log_normalizer), (logits, targets, log_normalizer)
 
 
-def _backward(residuals, grads):
+def _backward(smoothing, residuals, grads):
     # d log p = onehot - p, d log Z = p: one pass; autodiff of logsumexp and a gather would need several.
     logits, targets, log_normalizer = residuals
     grad_log_probability, grad_log_normalizer = grads
     probabilities = jnp.exp(logits - log_normalizer[..., None])
     grad_logits = (grad_log_normalizer - grad_log_probability)[..., None] * probabilities
+    if smoothing:
+        grad_logits += (smoothing / logits.shape[-1]) * grad_log_probability[..., None]
+        grad_log_probability = (1 - smoothing) * grad_log_probability
     return jnp.where(_one_hot(logits, targets), grad_logits + grad_log_probability[..., None], grad_logits), None
 
 

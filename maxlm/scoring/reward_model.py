@@ -39,4 +39,4 @@ def reward_of_sequences(model: RewardModel, sequences: Sequence[list[int]]) -> n
 
 @jax.jit
 def _token_values(model: RewardModel, rows: Stream) -> tuple[jax.Array]:
-    return (model.token_values(rows)[0],)
+    return (model.token_values(model.apply(rows)),)

@@ -5,7 +5,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from maxlm.checkpoint.folder import find_checkpoint, run_folder_of, weights_hash
+from maxlm.config.layers import value_at
 from maxlm.config.load import load_config
 from maxlm.config.model import ModelConfig
 from maxlm.config.sweep import Range, SweepConfig
@@ -161,7 +162,7 @@ class Plan:
                 # Invalid values are reported when all settings are checked.
                 with contextlib.suppress(ConfigError):
                     value = int(value) if isinstance(value, float) and value.is_integer() else value
-                    if type(_value_at(self._train_config(0, {name: value}), name)) is int:
+                    if type(value_at(self._train_config(0, {name: value}), name)) is int:
                         found.add(name)
         return found
 
@@ -227,10 +228,3 @@ def _inputs(config: TrainConfig) -> dict[str, str | Path]:
     if config.init_from is not None:
         found["init_from"] = str(run_folder_of(find_checkpoint(config.init_from)))
     return found
-
-
-def _value_at(config: Any, dotted: str) -> Any:
-    value = config
-    for key in dotted.split("."):
-        value = value[int(key)] if isinstance(value, Sequence) else getattr(value, key)
-    return value

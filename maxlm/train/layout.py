@@ -8,6 +8,7 @@ import jax
 from maxlm.config.execution import ExecutionConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.hardware import multiplies_fp8
+from maxlm.core.sharding import LOGICAL_AXES
 from maxlm.errors import ConfigError
 from maxlm.runtime.progress import console
 
@@ -24,7 +25,6 @@ def check_layout(config: TrainConfig, sizes: Mapping[str, int]) -> None:
         *_tokens(config, sizes),
         *_attention(config.execution, sizes),
         *_weights(config, sizes),
-        *_teacher(config, sizes),
     ]
     if problems:
         raise ConfigError(problems)
@@ -42,13 +42,6 @@ def note_idle_devices(sizes: Mapping[str, int], num_devices: int) -> None:
     """Print a note if a mesh with all sizes given uses fewer devices than there are."""
     if (used := math.prod(sizes.values())) < num_devices:
         console.print(f"mesh uses {used} of {num_devices} devices; set an axis, such as mesh.data, to -1 to use all")
-
-
-def _teacher(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
-    has_teacher = any(each.content == "weights" for each in config.objective.inputs)
-    if has_teacher and sizes["stage"] > 1 and config.execution.pipeline.schedule == "1f1b":
-        return ["execution.pipeline.schedule: 1f1b does not support a teacher; set gpipe"]
-    return []
 
 
 def _rows(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
@@ -115,17 +108,16 @@ def _weights(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
         problems.append(f"model.{name}: {size} is not divisible by {_product(axes, sizes)}; {change}")
 
     exchanges_heads = execution.context_attention == "all_to_all"
-    divides("num_heads", model.num_heads, "tensor", *(["context"] if exchanges_heads else []))
-    divides("num_kv_heads", model.num_kv_heads, "tensor")
-    if model.moe is None:
-        divides("mlp_dim", model.mlp_dim, "tensor")
-    else:
-        divides("moe.mlp_dim", model.moe.mlp_dim, "tensor")
-        divides("moe.num_experts", model.moe.num_experts, "expert")
+    for key, part in model.each_part():
+        for name, axis in part.sharded.items():
+            exchanged = ["context"] if axis == "heads" and exchanges_heads else []
+            divides(f"{key}.{name}", getattr(part, name), *LOGICAL_AXES[axis], *exchanged)
     divides("vocab_size", model.vocab_size, "tensor")
     divides("embed_dim", model.embed_dim, "fsdp", "expert", "context")
     if sizes["stage"] > 1:
-        divides("num_layers", model.num_layers, "stage", times=len(model.window_pattern) * execution.pipeline.repeats)
+        number = model.longest_group
+        key = "layers.repeat" if len(model.layers) == 1 else f"layers.{number}.repeat"
+        divides(key, model.layers[number].repeat, "stage", times=execution.pipeline.repeats)
     return problems
 
 

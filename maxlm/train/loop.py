@@ -1,7 +1,6 @@
 """The training loop, shared by all objectives."""
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +12,6 @@ from maxlm.checkpoint.lineage import Lineage
 from maxlm.checkpoint.saving import RunCheckpoints
 from maxlm.config.load import dump_yaml
 from maxlm.core.hardware import peak_flops
-from maxlm.core.term import LossOutput
 from maxlm.optim.build import make_optimizer
 from maxlm.optim.schedule import schedule_factor
 from maxlm.runtime.distributed import is_primary, stop_on_signal
@@ -25,7 +23,7 @@ from maxlm.train.metrics import MetricsLog, StepWindow
 from maxlm.train.objective import TrainingData
 from maxlm.train.segment import Segment
 from maxlm.train.state import TrainState, abstract_state, create_state
-from maxlm.train.step import train_step
+from maxlm.train.step import LossFunction, train_step
 from maxlm.train.trained_model import TrainedModel
 
 
@@ -51,7 +49,7 @@ class TrainResult:
 def fit(
     model: TrainedModel,
     data: TrainingData,
-    compute_loss: Callable[[Any, Any, jax.Array | None], LossOutput],
+    loss_function: LossFunction,
     lineage: Lineage,
     *,
     mesh: Mesh,
@@ -62,7 +60,7 @@ def fit(
     Args:
       model: the trained parameters, and how to assemble the model for the loss from them.
       data: batches, validation.
-      compute_loss: (model, batch, random key) -> the terms of the loss.
+      loss_function: of the trained and the frozen weights of `model`.
       lineage: the resolved configuration, and what the run reads; a checkpoint of another run is rejected.
       mesh: the devices; must be set by the caller (`jax.set_mesh`).
       stopwatch: running since this attempt began.
@@ -79,16 +77,14 @@ def fit(
     step_function = jax.jit(
         partial(
             train_step,
-            loss_function=lambda trainable, frozen, batch, key: compute_loss(
-                model.assemble(trainable, frozen), batch, key
-            ),
+            loss_function=loss_function,
             optimizer=optimizer,
             schedule=schedule,
             guard=config.guard,
             accumulate=config.accumulate,
             pipeline=config.execution.pipeline,
             ema_decay=config.optim.ema_decay,
-            seed=config.seed,
+            seed=config.seed if config.regularization.is_random else None,
         ),
         donate_argnums=0,
     )

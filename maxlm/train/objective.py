@@ -8,7 +8,6 @@ import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import jax
@@ -21,6 +20,7 @@ from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch, Stream
 from maxlm.core.sharding import RowShard, row_shard
 from maxlm.core.term import LossOutput
+from maxlm.models.applied import AppliedModel
 from maxlm.models.decoder import Decoder
 from maxlm.tokenizer.codec import Tokenizer
 
@@ -45,15 +45,6 @@ class RunContext:
         """Equal parts that a row is split into: two per device for ring attention, times the devices of `tensor`."""
         sizes = self.mesh.shape
         return sizes["tensor"] * (2 * sizes["context"] if sizes["context"] > 1 else 1)
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["student", "teacher"], meta_fields=[])
-@dataclass(frozen=True)
-class StudentAndTeacher:
-    """The trained model and its teacher: the model argument of a loss with a teacher."""
-
-    student: Any
-    teacher: Any
 
 
 class TrainingData(Protocol):
@@ -136,12 +127,13 @@ class Objective(ObjectiveConfig):
         return None
 
     @abstractmethod
-    def compute_loss(self, model: Any, batch: Batch, key: jax.Array | None = None) -> LossOutput:
+    def compute_loss(self, model: AppliedModel, batch: Batch, teacher: AppliedModel | None = None) -> LossOutput:
         """The loss terms of a batch; pure and traceable.
 
         Args:
-          model: the model of `declare`, with adapters applied; a `StudentAndTeacher` if there is a teacher.
-          key: for randomness in training; None for none.
+          model: that of `declare`, with adapters, and its outputs for the streams of the batch.
+          batch: its `row_seeds_B` are for randomness in training.
+          teacher: the teacher and its outputs, if there is one.
         """
 
     @abstractmethod

@@ -1,15 +1,14 @@
 """1F1B pipeline schedule: a microbatch's backward pass starts as soon as it leaves the last stage.
 
 This bounds activations in flight by the number of stages, not of microbatches (arXiv:1806.03377; with several
-groups of layers per stage arXiv:2104.04473). The loss is computed within the pipeline, so the step's loss function
-is first split into the parts before the model's layers, the layers, and after them.
+groups of layers per stage arXiv:2104.04473). The loss is computed within the pipeline: each model that it applies is
+computed in three parts, `enter`, `trunk` and `leave`, of which the stages share the trunk.
 
 In each tick a stage runs one unit forward, of which it keeps only the input, and one unit backward, for which it
 recomputes its layers. Dimensions: S stages, M microbatches, R repeats, K microbatches in flight.
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import jax
@@ -17,13 +16,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from maxlm.core.sharding import spec_of
-from maxlm.core.term import LossOutput, Term, add
+from maxlm.core.term import LossOutput, Term, add, unite
+from maxlm.models.applied import AppliedModel, noise_of
+from maxlm.models.decoder import Decoder, Residual
 from maxlm.models.pipeline_parallelism import (
     STAGE,
     Schedule,
     can_split_rows,
     from_chunks,
-    layers_replaced,
     merge_rows,
     over_stages,
     pick,
@@ -33,31 +33,27 @@ from maxlm.models.pipeline_parallelism import (
     to_chunks,
     to_microbatches,
 )
+from maxlm.train.loss import TrainingLoss
 
-# Passed from stage to stage: (x [rows, L, D], auxiliary losses of the layers so far), for each time that the loss
-# applies a model.
-State = tuple[tuple[jax.Array, LossOutput], ...]
+# Passed from stage to stage: for each model, the residual stream of each of the batch's streams.
+State = dict[str, dict[str, Residual]]
 
 
 def one_forward_one_backward(
-    trainable: Any,
-    frozen: Any,
-    batch: Any,
-    *,
-    loss_function: Callable[[Any, Any, Any, None], LossOutput],
-    schedule: Schedule,
+    trainable: Any, frozen: Any, batch: Any, *, loss: TrainingLoss, schedule: Schedule
 ) -> tuple[LossOutput, Any]:
     """The loss terms of the whole batch, and the gradient, in float32, of the sum of their means."""
     # Weights depend only on the batch, so the compiler drops the model from this pass over the whole batch.
-    whole = loss_function(jax.lax.stop_gradient(trainable), frozen, batch, None)
+    whole = loss(jax.lax.stop_gradient(trainable), frozen, batch)
     weights = {name: term.weight for name, term in whole.terms.items()}
     trained, kept = _Partition(trainable), _Partition(frozen)
 
     def run(staged, shared, kept_staged, kept_shared, microbatches_M, weights, no_output):
         stages = _Stages(
             schedule,
-            lambda chunk, shared, kept_chunk, microbatch: loss_function(
-                trained.join(chunk, shared), kept.join(kept_chunk, kept_shared), microbatch, None
+            loss,
+            lambda chunk, shared, kept_chunk: loss.models(
+                trained.join(chunk, shared), kept.join(kept_chunk, kept_shared)
             ),
             [leaf[:, 0] for leaf in staged],
             shared,
@@ -103,16 +99,13 @@ class _Partition:
         )
 
 
-class _LayersDone(Exception):  # noqa: N818
-    """Ends the tracing of a loss of which only the layers are needed."""
-
-
 class _Stages:
     """The work of one stage, tick by tick; within a `shard_map` over the stages."""
 
-    def __init__(self, schedule, loss_function, staged, shared, kept_staged, microbatches_M, weights):
+    def __init__(self, schedule, loss, models, staged, shared, kept_staged, microbatches_M, weights):
+        """`models`: (chunk, shared, kept chunk) -> the models of the loss, with a chunk of the trunk's layers."""
         self._schedule = schedule
-        self._loss_function = loss_function
+        self._loss_of, self._models = loss, models
         self._staged, self._shared, self._kept_staged = staged, shared, kept_staged
         self._microbatches_M = microbatches_M
         self._weights = weights
@@ -215,8 +208,7 @@ class _Stages:
         Each stage takes an equal part of the rows, if they are divisible; else the last one takes all.
         """
         stages = self._schedule.stages
-        layout = jax.tree.leaves(leaving)[0]
-        shares = can_split_rows(layout.shape[0], stages)
+        shares = can_split_rows(jax.tree.leaves(microbatch)[0].shape[0], stages)
         if not shares:
             leaving = select(self._is_last, leaving, jax.tree.map(jnp.zeros_like, leaving))
             output, shared_grads, turned = self._loss_gradient(leaving, microbatch, self._is_last)
@@ -226,28 +218,38 @@ class _Stages:
         def last_rows(x):
             return jax.lax.all_to_all(split_rows(x, stages), STAGE, 0, 0)[stages - 1]
 
-        def everywhere(x):
-            return merge_rows(jax.lax.all_gather(x[None], STAGE, axis=0, tiled=True), layout)
+        def everywhere(x, like):
+            return merge_rows(jax.lax.all_gather(x[None], STAGE, axis=0, tiled=True), like)
 
         def only(chosen, tree):
             return jax.tree.map(lambda leaf: jax.lax.psum(jnp.where(chosen, leaf, 0), STAGE), tree)
 
         # The auxiliary losses of layers are counted once, by the first stage.
         is_first = self._stage == 0
-        mine = tuple(
-            (last_rows(x), select(is_first, only(self._is_last, added), jax.tree.map(jnp.zeros_like, added)))
-            for x, added in leaving
-        )
+
+        def mine(residual: Residual) -> Residual:
+            added = only(self._is_last, residual.auxiliary)
+            return Residual(last_rows(residual.x_BLD), select(is_first, added, jax.tree.map(jnp.zeros_like, added)))
+
+        def of_all(gradient: Residual, like: Residual) -> Residual:
+            return Residual(everywhere(gradient.x_BLD, like.x_BLD), only(is_first, gradient.auxiliary))
+
         rows = jax.tree.map(lambda leaf: pick(split_rows(leaf, stages), self._stage), microbatch)
-        output, shared_grads, turned = self._loss_gradient(mine, rows, True)
-        turned = tuple((everywhere(x), only(is_first, added)) for x, added in turned)
-        return output, (shared_grads, turned)
+        output, shared_grads, turned = self._loss_gradient(_map_residuals(mine, leaving), rows, True)
+        return output, (shared_grads, _map_residuals(of_all, turned, leaving))
 
     def _loss_gradient(self, state: State, microbatch: Any, counts: Any):
         def total(shared, state):
-            calls = iter(state)
-            with layers_replaced(lambda *_: next(calls)):
-                output = self._loss_function(self._chunk(0), shared, self._kept_chunk(0), microbatch)
+            models = self._models(self._chunk(0), shared, self._kept_chunk(0))
+            applied = {}
+            for name, model in models.items():
+                outputs = {
+                    stream: model.leave(residual, self._entered(name, model, stream, microbatch)[1])
+                    for stream, residual in state[name].items()
+                }
+                rates = self._loss_of.rates_of(name)
+                applied[name] = AppliedModel(model, outputs, 0.0 if rates is None else rates.label_smoothing)
+            output = self._loss_of.of_outputs(applied, microbatch)
             terms = [Term(term.sum, self._weights[name]).mean() for name, term in output.terms.items()]
             return jnp.where(counts, sum(terms), 0.0), output
 
@@ -256,32 +258,41 @@ class _Stages:
 
     def _enter(self, shared: list[jax.Array], microbatch: Any) -> State:
         """The input of the layers."""
-        states = []
+        models = self._models(self._chunk(0), shared, self._kept_chunk(0))
 
-        def replacement(model, x, context):
-            _, added = jax.eval_shape(model.apply_layers, model.layers, x, context)
-            states.append((x, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), added)))
-            return states[-1]
+        def start(name: str, model: Decoder, stream: str) -> Residual:
+            residual, context = self._entered(name, model, stream, microbatch)
+            _, added = jax.eval_shape(model.trunk, model.trunk_layers, residual.x_BLD, context, 0)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), added)
+            return Residual(residual.x_BLD, unite([residual.auxiliary, zeros]))
 
-        with layers_replaced(replacement):
-            self._loss_function(self._chunk(0), shared, self._kept_chunk(0), microbatch)
-        return tuple(states)
+        return {
+            name: {stream: start(name, model, stream) for stream in microbatch.streams}
+            for name, model in models.items()
+        }
 
     def _work(self, chunk: list[jax.Array], turn: Any, state: State, microbatch: Any) -> State:
         """A chunk of layers applied to each model's tokens."""
-        results: list[Any] = []
+        models = self._models(chunk, self._shared, self._kept_chunk(turn))
 
-        def replacement(model, _, context):
-            x, auxiliary = state[len(results)]
-            x, added = model.apply_layers(model.layers, x, context)
-            results.append((x, add(auxiliary, added)))
-            if len(results) == len(state):
-                raise _LayersDone
-            return results[-1]
+        def work(name: str, stream: str, residual: Residual) -> Residual:
+            model, x_BLD = models[name], residual.x_BLD
+            # A frozen model has no backward pass.
+            x_BLD = x_BLD if name == "trained" else jax.lax.stop_gradient(x_BLD)
+            first = self._schedule.first_repeat(model.trunk_layers, self._stage, turn)
+            _, context = self._entered(name, model, stream, microbatch)
+            x_BLD, added = model.trunk(model.trunk_layers, x_BLD, context, first)
+            return Residual(x_BLD, unite([residual.auxiliary, added]))
 
-        with suppress(_LayersDone), layers_replaced(replacement):
-            self._loss_function(chunk, self._shared, self._kept_chunk(turn), microbatch)
-        return tuple(results)
+        return {
+            name: {stream: work(name, stream, residual) for stream, residual in streams.items()}
+            for name, streams in state.items()
+        }
+
+    def _entered(self, name: str, model: Decoder, stream: str, microbatch: Any) -> tuple[Residual, Any]:
+        """The input of a model's trunk, and the context of its layers."""
+        rows, noise = microbatch[stream], noise_of(microbatch, stream, self._loss_of.rates_of(name))
+        return model.enter(rows.tokens, rows.positions, rows.segment_ids, noise)
 
     def _microbatch(self, number: Any) -> Any:
         return jax.tree.map(lambda leaf: pick(leaf, number), self._microbatches_M)
@@ -301,3 +312,7 @@ class _Stages:
         if self._schedule.repeats == 1:
             return function()
         return jax.lax.cond(condition, function, lambda: jax.tree.map(jnp.zeros_like, like))
+
+
+def _map_residuals(function: Callable[..., Residual], *states: State) -> State:
+    return jax.tree.map(function, *states, is_leaf=lambda node: isinstance(node, Residual))

@@ -20,6 +20,7 @@ from maxlm.runtime.supervise import SUPERVISED
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.goodput import Stopwatch
 from maxlm.train.loop import TrainResult, fit
+from maxlm.train.loss import TrainingLoss
 from maxlm.train.objective import RunContext
 from maxlm.train.setup import Setup, set_up
 from maxlm.train.trained_model import make_model
@@ -54,7 +55,8 @@ def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, Any
             objective = setup.config.objective
             data = objective.open_data(RunContext(setup.config, setup.tokenizer, setup.mesh, model.reference))
             data.prepare(model.frozen)
-            result = fit(model, data, objective.compute_loss, setup.lineage, mesh=setup.mesh, stopwatch=stopwatch)
+            loss = TrainingLoss(objective, setup.config.regularization, model.assemble)
+            result = fit(model, data, loss, setup.lineage, mesh=setup.mesh, stopwatch=stopwatch)
         if result.start == result.steps and is_finished(setup.folder, result.steps):
             return read_manifest(setup.folder)
         return finish(setup.config, result, inputs, hashes)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,18 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.config.fault import GuardConfig
 from maxlm.config.pipeline import PipelineConfig
-from maxlm.core.sharding import is_explicit, spec_of
+from maxlm.core.sharding import is_explicit, shard, spec_of
 from maxlm.core.term import LossOutput, Term, add
 from maxlm.models.pipeline_parallelism import fitting_schedule
+from maxlm.ops.dropout import row_seeds
 from maxlm.optim.build import Optimizer
 from maxlm.optim.ema import update_ema
+from maxlm.train.loss import TrainingLoss
 from maxlm.train.pipeline_1f1b import one_forward_one_backward
 from maxlm.train.state import GuardState, TrainState
 
-# (trainable, frozen, batch, random key or None) -> LossOutput
-LossFunction = Callable[[Any, Any, Any, jax.Array | None], LossOutput]
+# (trainable, frozen, batch) -> LossOutput. With pipeline stages it is a `TrainingLoss`.
+LossFunction = Callable[[Any, Any, Any], LossOutput]
 
 # The running mean of the gradient norm covers about 50 steps, and is not used before step 20.
 NORM_DECAY = 0.98
@@ -50,8 +52,13 @@ def train_step(
       accumulate: gradient accumulation steps; changes memory, not the result.
       ema_decay: decay of the state's weight average, if it has one.
       pipeline: the pipeline schedule, if the mesh has stages.
-      seed: for randomness in the loss; a step's key depends only on it and the step. None: nothing is random.
+      seed: for randomness in the loss; each row's seed depends only on it, the step and the row. None: nothing is
+        random.
     """
+    if seed is not None:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        batch = replace(batch, row_seeds_B=shard(row_seeds(key, rows), "batch"))
     output, grads = loss_and_gradient(
         state.trainable,
         frozen,
@@ -59,7 +66,6 @@ def train_step(
         loss_function=loss_function,
         accumulate=accumulate,
         pipeline=pipeline,
-        key=None if seed is None else jax.random.fold_in(jax.random.key(seed), state.step),
     )
     loss = sum(term.mean() for term in output.terms.values())
     grad_norm = optimizer.gradient_norm(grads)
@@ -95,47 +101,43 @@ def loss_and_gradient(
     loss_function: LossFunction,
     accumulate: int,
     pipeline: PipelineConfig | None = None,
-    key: jax.Array | None = None,
 ) -> tuple[LossOutput, Any]:
-    """The loss terms of the whole batch, and the gradient of the sum of their means.
-
-    Each microbatch has its own random key. In the 1F1B pipeline nothing is random.
-    """
+    """The loss terms of the whole batch, and the gradient of the sum of their means."""
     if pipeline is not None and pipeline.schedule == "1f1b":
         rows = jax.tree.leaves(batch)[0].shape[0]
         if (schedule := fitting_schedule(pipeline, rows // accumulate)) is not None:
             # More microbatches cost no memory in 1F1B, so those of gradient accumulation join the pipeline's.
             schedule = replace(schedule, microbatches=schedule.microbatches * accumulate)
-            return one_forward_one_backward(trainable, frozen, batch, loss_function=loss_function, schedule=schedule)
+            return one_forward_one_backward(
+                trainable, frozen, batch, loss=cast(TrainingLoss, loss_function), schedule=schedule
+            )
 
-    def scaled_loss(trainable, microbatch, weights, key):
-        output = loss_function(trainable, frozen, microbatch, key)
+    def scaled_loss(trainable, microbatch, weights):
+        output = loss_function(trainable, frozen, microbatch)
         weights = weights or {name: jax.lax.stop_gradient(term.weight) for name, term in output.terms.items()}
         return sum(Term(term.sum, weights[name]).mean() for name, term in output.terms.items()), output
 
-    def gradient(trainable, microbatch, weights, key):
-        grads, output = jax.grad(scaled_loss, has_aux=True)(trainable, microbatch, weights, key)
+    def gradient(trainable, microbatch, weights):
+        grads, output = jax.grad(scaled_loss, has_aux=True)(trainable, microbatch, weights)
         # Gradients are summed over microbatches in float32, also those of 16-bit parameters.
         return optax.tree.cast(grads, jnp.float32), output
 
     if accumulate == 1:
-        grads, output = gradient(trainable, batch, None, key)
+        grads, output = gradient(trainable, batch, None)
         return output, grads
 
     # Weights depend only on the batch, so the compiler drops the model from this pass over the whole batch.
-    whole = loss_function(jax.lax.stop_gradient(trainable), frozen, batch, None)
+    whole = loss_function(jax.lax.stop_gradient(trainable), frozen, batch)
     weights = {name: term.weight for name, term in whole.terms.items()}
 
-    def body(totals, inputs):
-        microbatch, key = inputs
-        return add(totals, gradient(trainable, microbatch, weights, key)), None
+    def body(totals, microbatch):
+        return add(totals, gradient(trainable, microbatch, weights)), None
 
     microbatches = jax.tree.map(lambda x: _split(x, accumulate), batch)
-    keys = None if key is None else jax.random.split(key, accumulate)
     # Starts from zeros: peeling the first microbatch would compile its pass a second time outside the loop.
     first = jax.tree.map(lambda x: x[0], microbatches)
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, trainable, first, weights, key))
-    (grads, output), _ = jax.lax.scan(body, zeros, (microbatches, keys))
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, trainable, first, weights))
+    (grads, output), _ = jax.lax.scan(body, zeros, microbatches)
     return output, grads
 
 

@@ -1,21 +1,19 @@
 """The parameters that a run trains, and the others that it needs: frozen weights, starting model, teacher."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 
-from maxlm.config.moe import MoeConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.parameters import abstract, initialize
 from maxlm.core.tree import flatten
 from maxlm.interop.load import load_model
 from maxlm.models.adapters import apply_adapters, declare_adapters
-from maxlm.models.decoder import with_execution
-from maxlm.train.objective import StudentAndTeacher
+from maxlm.models.decoder import Decoder, with_execution
 from maxlm.train.setup import Setup
 
 
@@ -53,13 +51,12 @@ def make_model(setup: Setup) -> TrainedModel:
         decoder, _ = load_model(config.init_from, mesh)
         return objective.from_decoder(with_execution(decoder, config.execution), key)
 
-    trained, used = plan, [plan]
+    trained, used, adapters = plan, [plan], None
     if config.lora is None:
         create, frozen = starting_model, {}
         reference = starting_model() if objective.needs_reference else None
     else:
-        trained = declare_adapters(plan, config.lora)
-        used.append(trained)
+        trained = adapters = declare_adapters(plan, config.lora)
         create = lambda: initialize(trained, key, mesh)  # noqa: E731
         reference = starting_model()
         frozen = {"base": reference}
@@ -68,7 +65,7 @@ def make_model(setup: Setup) -> TrainedModel:
         frozen["teacher"] = teacher
     return TrainedModel(
         trained,
-        num_active_parameters(used, config.model.moe),
+        num_active_parameters(used, adapters),
         abstract(trained, mesh),
         create,
         frozen,
@@ -77,14 +74,20 @@ def make_model(setup: Setup) -> TrainedModel:
     )
 
 
-def num_active_parameters(plans: Any, moe: MoeConfig | None) -> float:
+def num_active_parameters(models: Sequence[Decoder], adapters: Any = None) -> float:
     """Declared parameters that process one token: of routed experts, those that it is routed to."""
-    share = moe.experts_per_token / moe.num_experts if moe else 1
-    declared = flatten(plans).values()
-    return sum(math.prod(each.shape) * (share if "experts" in each.axes else 1) for each in declared)
+
+    def count(tree: Any, share: float = 1.0) -> float:
+        return sum(math.prod(each.shape) * (share if "experts" in each.axes else 1) for each in flatten(tree).values())
+
+    total = count(adapters)
+    for model in models:
+        total += count([leaf for path, leaf in flatten(model).items() if not path.startswith("layers/")])
+        for group, layers in zip(model.config.layers, model.layers):
+            total += sum(count(layer, part.mlp.active_share) for part, layer in zip(group.pattern, layers))
+    return total
 
 
 def assemble(config: TrainConfig, trainable: Any, frozen: dict[str, Any]) -> Any:
-    """The model for an objective's loss: the model, or its adapters on a frozen `base`; with the `teacher`, if any."""
-    model = apply_adapters(frozen["base"], trainable, config.lora) if "base" in frozen else trainable
-    return StudentAndTeacher(model, frozen["teacher"]) if "teacher" in frozen else model
+    """The trained model: the trained weights, or adapters on a frozen `base`."""
+    return apply_adapters(frozen["base"], trainable, config.lora) if "base" in frozen else trainable

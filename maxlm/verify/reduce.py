@@ -9,9 +9,10 @@ import math
 
 from maxlm.checkpoint.folder import find_checkpoint, read_metadata, trained_as
 from maxlm.config.execution import DEFAULT_EXECUTION, ExecutionConfig
+from maxlm.config.layers import LayerGroup, PatternLayerConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.model import ModelConfig
-from maxlm.config.moe import MoeConfig
+from maxlm.config.regularization import RegularizationConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.sharding import MESH_AXES
 from maxlm.errors import CheckpointError
@@ -60,25 +61,33 @@ def reduced_model(
       repeats: groups of layers per pipeline stage.
     """
     mesh = mesh or MeshConfig(fsdp=1)
-    pattern = len(model.window_pattern)
-    turns = model.num_layers // pattern
-    # Periods of the window pattern that two stages can share, once and twice each, if those of the model can.
-    kept = math.gcd(turns, math.lcm(4, 2 * repeats, mesh.stage * repeats))
-    if kept == 1 and turns % 3 == 0:
-        kept = 3
-    num_kv_heads = math.gcd(model.num_kv_heads, math.lcm(2, mesh.tensor))
+    windows = sorted({window for _, part in model.each_part() if (window := getattr(part, "window", None))})
+
+    def reduced_layer(layer: PatternLayerConfig) -> PatternLayerConfig:
+        mixer = layer.mixer.reduced(mesh)
+        if (window := getattr(mixer, "window", None)) is not None and window > 5:
+            # A few tokens, in the same order of size.
+            mixer = mixer.model_copy(update={"window": 5 + 6 * windows.index(window)})
+        return PatternLayerConfig(mixer=mixer, mlp=layer.mlp.reduced(mesh), times=min(layer.times, 2))
+
+    def reduced_repeat(group: LayerGroup) -> int:
+        # Repeats that two stages can share, once and twice each, if those of the model can.
+        kept = math.gcd(group.repeat, math.lcm(4, 2 * repeats, mesh.stage * repeats))
+        return 3 if kept == 1 and group.repeat % 3 == 0 else kept
+
+    groups = [
+        LayerGroup(
+            repeat=reduced_repeat(group) if number == model.longest_group else 1,
+            pattern=tuple(reduced_layer(layer) for layer in group.pattern),
+        )
+        for number, group in enumerate(model.layers)
+    ]
     changes = {
         "vocab_size": vocab_size,
-        "num_layers": pattern * kept,
         "embed_dim": math.lcm(16, mesh.fsdp * mesh.expert * mesh.context),
-        "mlp_dim": math.lcm(24, mesh.tensor),
-        "num_heads": num_kv_heads * (model.num_heads // model.num_kv_heads),
-        "num_kv_heads": num_kv_heads,
-        "head_dim": 8,
-        "window_pattern": tuple(_small_window(window, model.window_pattern) for window in model.window_pattern),
-        "moe": model.moe and _reduced_experts(model.moe, mesh),
+        "layers": tuple(groups),
     }
-    return ModelConfig(**(model.model_dump() | changes))
+    return model.model_copy(update=changes)
 
 
 def reduced_execution(execution: ExecutionConfig) -> ExecutionConfig:
@@ -97,17 +106,10 @@ def reduced_execution(execution: ExecutionConfig) -> ExecutionConfig:
     return execution.model_copy(update=changes)
 
 
-def _reduced_experts(moe: MoeConfig, mesh: MeshConfig) -> MoeConfig:
-    """Fewer and smaller experts, the same number per token; balancing enabled."""
-    num_experts = min(moe.num_experts, math.lcm(max(4, 2 * moe.experts_per_token), mesh.expert))
-    weight = max(moe.balance.loss_weight, _AUXILIARY_WEIGHT)
-    changes = {
-        "num_experts": num_experts,
-        "mlp_dim": math.lcm(12, mesh.tensor),
-        "balance": moe.balance.model_copy(update={"loss_weight": weight}),
-        "router_z_loss": max(moe.router_z_loss, _AUXILIARY_WEIGHT),
-    }
-    return moe.model_copy(update=changes)
+def _regularization(config: RegularizationConfig) -> RegularizationConfig:
+    """The losses of routers enabled."""
+    names = ("router_balance", "router_z_loss")
+    return config.model_copy(update={name: max(getattr(config, name), _AUXILIARY_WEIGHT) for name in names})
 
 
 def reduced_config(config: TrainConfig, *, vocab_size: int) -> TrainConfig:
@@ -120,6 +122,7 @@ def reduced_config(config: TrainConfig, *, vocab_size: int) -> TrainConfig:
             "model": reduced_model(model, vocab_size=vocab_size, repeats=repeats, mesh=own_mesh(config)),
             "execution": reduced_execution(execution),
             "objective": config.objective.for_verification(),
+            "regularization": _regularization(config.regularization),
             "lora": lora,
             "batch_size": NUM_ROWS,
             "accumulate": 1,
@@ -128,20 +131,13 @@ def reduced_config(config: TrainConfig, *, vocab_size: int) -> TrainConfig:
     )
 
 
-def _small_window(window: int | None, pattern: tuple[int | None, ...]) -> int | None:
-    """Windows of a few tokens, in the same order of size as in the pattern."""
-    if window is None:
-        return None
-    rank = sorted({other for other in pattern if other is not None}).index(window)
-    return 5 + 6 * rank if window > 5 else window
-
-
 def describe_subject(config: TrainConfig, full: TrainConfig, origin: str) -> str:
     """What was verified, in a sentence: `config`, which is `full` reduced."""
     model, eight_bit = config.model, full.execution.eight_bit
     left_off = f", without the 8-bit rounding of execution.eight_bit={eight_bit}" if eight_bit else ""
-    heads = f"{model.num_heads} heads on {model.num_kv_heads} key-value heads"
+    kinds = dict.fromkeys(part.kind for _, part in model.each_part())
     return (
         f"{config.objective.kind}{', adapters' if config.lora else ''}; the model is {origin}, at {model.num_layers}"
-        f" layers, width {model.embed_dim}, {heads}; {NUM_ROWS} rows of {ROW_LENGTH} tokens, float32{left_off}"
+        f" layers ({', '.join(kinds)}), width {model.embed_dim}; {NUM_ROWS} rows of {ROW_LENGTH} tokens,"
+        f" float32{left_off}"
     )

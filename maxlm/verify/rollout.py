@@ -48,7 +48,7 @@ def compare_rollout(
 
         def compute(trainable, frozen, rows):
             model = subject.assemble(trainable, frozen)
-            return whole_rows(target_log_probabilities(model, rows, temperature=temperature)[0])
+            return whole_rows(target_log_probabilities(model, rows, temperature=temperature))
 
         scores = jax.jit(compute, compiler_options=quick_compiler_options())
         rows = put_batch(batch["answers"], mesh)

@@ -48,9 +48,11 @@ def verify(config: TrainConfig, *, title: str = "", only: Sequence[str] = (), al
         progress.update(task, note="baseline")
         baseline = subject.measure(execution=plain(reduced.execution))
         check_baseline(baseline)
+        moved = _moved(subject, baseline, chosen)
         for variant in chosen:
             progress.update(task, advance=1, note=variant.name)
-            findings.append(_find(subject, workspace, baseline, variant))
+            pair = moved if variant.moves_tokens else (subject, baseline)
+            findings.append(_find(*pair, workspace, variant))
         progress.update(task, advance=1, note="")
     return Report(title, describe_subject(reduced, full, origin), tuple(findings), time.perf_counter() - began)
 
@@ -77,7 +79,15 @@ def choose(variants: Iterable[Variant], only: Sequence[str]) -> list[Variant]:
     return [variant for variant in variants if variant.name in chosen]
 
 
-def _find(subject: Subject, workspace: Workspace | None, baseline: Measured, variant: Variant) -> Finding:
+def _moved(subject: Subject, baseline: Measured, variants: list[Variant]) -> tuple[Subject, Measured]:
+    """What variants that move tokens to another row or place are compared with: nothing random."""
+    quiet = subject.without_noise()
+    if quiet == subject or not any(variant.moves_tokens for variant in variants):
+        return subject, baseline
+    return quiet, quiet.measure(execution=plain(quiet.config.execution))
+
+
+def _find(subject: Subject, baseline: Measured, workspace: Workspace | None, variant: Variant) -> Finding:
     """The finding of one variant."""
     if variant.skipped is not None:
         return Finding(variant.group, variant.detail, skipped=variant.skipped)

@@ -1,7 +1,7 @@
 """The subject of a verification: an objective's loss terms and gradient, for given weights and examples."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from maxlm.core.tree import flatten, unflatten
 from maxlm.models.adapters import declare_adapters
 from maxlm.objectives.sequences import target_log_probabilities
 from maxlm.train import step
+from maxlm.train.loss import TrainingLoss
 from maxlm.train.objective import RunContext, TrainingData
 from maxlm.train.trained_model import assemble
 from maxlm.verify import examples
@@ -26,8 +27,9 @@ from maxlm.verify.examples import Maker
 from maxlm.verify.reduce import NUM_ROWS, ROW_LENGTH
 from maxlm.verify.workspace import Workspace, quiet
 
-# First component of a parameter's path, from the model's input to its output; heads are last.
-_PARTS = ("embedding", "layers/attention_norm", "layers/attention/", "layers/mlp_norm", "layers/mlp/", "final_norm")
+# Parts of a model and of a layer, from input to output; heads are last.
+_PARTS = ("embedding", "layers", "final_norm")
+_PARTS_OF_LAYER = ("mixer_norm", "mixer", "mlp_norm", "mlp")
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,7 @@ class Subject:
                 for weights, plan in ((trainable, trainable_plan), (frozen, frozen_plan))
             )
 
-        def loss_function(trainable, frozen, batch, key):
-            return objective.compute_loss(self.assemble(trainable, frozen), batch, key)
+        loss_function = TrainingLoss(objective, self.config.regularization, self.assemble)
 
         def compute(trainable, frozen, batch):
             # Looked up when called, so that verification runs the same function as training.
@@ -124,8 +125,15 @@ class Subject:
     def order(self) -> list[str]:
         """Paths of the trained parameters as the model uses them, from input to output."""
         trained = flatten(self.plans(self.config.execution)[0])
-        place_of = lambda path: next((n for n, start in enumerate(_PARTS) if path.startswith(start)), len(_PARTS))  # noqa: E731
-        return sorted(trained, key=place_of)
+
+        def place(path: str) -> tuple[int, ...]:
+            part, *rest = path.split("/")
+            if part == "layers":
+                group, position, of_layer, *_ = rest
+                return _PARTS.index(part), int(group), int(position), _PARTS_OF_LAYER.index(of_layer)
+            return (_PARTS.index(part) if part in _PARTS else len(_PARTS),)
+
+        return sorted(trained, key=place)
 
     @cached_property
     def weights(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -156,7 +164,17 @@ class Subject:
             log_probabilities=self._log_probabilities,
             unpacked=unpacked,
         )
-        return self.config.objective.example(make)
+        batch = self.config.objective.example(make)
+        if not self.config.regularization.is_random:
+            return batch
+        num_rows = len(jax.tree.leaves(batch)[0])
+        seeds_B = np.random.default_rng(self.seed).integers(2**32, size=num_rows, dtype=np.uint32)
+        return replace(batch, row_seeds_B=seeds_B)
+
+    def without_noise(self) -> "Subject":
+        """The same with nothing random: dropout depends on a token's row and place, which packing changes."""
+        regularization = self.config.regularization.without_noise()
+        return replace(self, config=self.config.model_copy(update={"regularization": regularization}))
 
     def _log_probabilities(self, stream: Stream) -> np.ndarray:
         """Log-probabilities of the targets under these weights."""
@@ -165,7 +183,7 @@ class Subject:
         temperature = getattr(self.config.objective, "temperature", 1.0)
 
         def compute(trainable, frozen, stream):
-            return target_log_probabilities(self.assemble(trainable, frozen), stream, temperature=temperature)[0]
+            return target_log_probabilities(self.assemble(trainable, frozen), stream, temperature=temperature)
 
         return np.asarray(jax.jit(compute, compiler_options=quick_compiler_options())(trainable, frozen, stream))
 

@@ -61,6 +61,11 @@ class Variant:
         axes = wide_axes(self.mesh) if self.mesh is not None else {}
         return (self.name, self.group, *(f"mesh.{axis}" for axis in axes))
 
+    @property
+    def moves_tokens(self) -> bool:
+        """Whether tokens are in other rows or places than in the baseline."""
+        return self.examples in ("unpacked", "padded")
+
 
 def variants_of(
     full: TrainConfig, reduced: TrainConfig, *, num_devices: int, all_products: bool = False
@@ -100,7 +105,7 @@ def variants_of(
     for name in _choices(own, "attention"):
         if name not in ("auto", "reference"):
             yield Variant("attention", name, changed(attention=name), skipped=_NEEDS.get(name))
-    if reduced.model.moe is not None:
+    if any(part.kind == "moe" for _, part in reduced.model.each_part()):
         for name in _choices(own, "experts"):
             if name not in ("auto", "reference"):
                 yield Variant("experts", name, changed(experts=name), skipped=_NEEDS.get(name))

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from declared import declared
-from tiny_run import MODEL
+from tiny_run import tiny_model
 
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.folder import find_checkpoint, read_metadata
@@ -31,7 +31,7 @@ from maxlm.train.state import TrainState, abstract_state, create_state
 # Orbax leaves reads of corrupt files unawaited.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-PLAN = Decoder(ModelConfig(**{**MODEL, "vocab_size": 64}))
+PLAN = Decoder(ModelConfig(**tiny_model(vocab_size=64)))
 
 
 @functools.cache
@@ -138,7 +138,7 @@ def test_checkpoint_restores_on_another_mesh(sizes, saved, tmp_path):
     with Checkpointer(saved, keep=3) as checkpointer:
         restored, _ = checkpointer.restore(state_on(mesh))
     assert_equal(restored, make_state(3, step=3))
-    assert len(restored.trainable.layers.mlp.gate.sharding.device_set) == 8
+    assert len(restored.trainable.layers[0][0].mlp.gate.sharding.device_set) == 8
     # And back: saved on eight devices, restored on one.
     with jax.set_mesh(mesh), Checkpointer(tmp_path / "back", keep=1) as checkpointer:
         checkpointer.save(restored, {})
@@ -209,11 +209,11 @@ def test_inference_rejects_corrupt_weights(saved):
 
 
 def test_checkpoint_of_another_model_is_rejected_with_one_sentence(saved):
-    wider = Decoder(ModelConfig(**{**MODEL, "vocab_size": 64, "mlp_dim": 56}))
+    wider = Decoder(ModelConfig(**tiny_model(vocab_size=64, mlp_dim=56)))
     with Checkpointer(saved, keep=3) as checkpointer, pytest.raises(CheckpointError) as error:
         checkpointer.restore(make_state(0, plan=wider))
     assert "another model" in str(error.value)
-    assert "layers/mlp/down is [2, 48, 32, 'float32'] and must be [2, 56, 32, 'float32']" in str(error.value)
+    assert "layers/0/0/mlp/down is [2, 48, 32, 'float32'] and must be [2, 56, 32, 'float32']" in str(error.value)
     assert (saved / "checkpoints" / "3").is_dir(), "a checkpoint of another model is not broken"
     with pytest.raises(CheckpointError, match="another model"):
         restore_weights(find_checkpoint(saved), abstract(wider))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tensorstore
-from tiny_run import MODEL
+from tiny_run import tiny_model
 
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.checksums import checksum, checksums
@@ -20,7 +20,7 @@ from maxlm.models.decoder import Decoder
 from maxlm.optim.build import make_optimizer
 from maxlm.train.state import abstract_state, create_state
 
-PLAN = Decoder(ModelConfig(**{**MODEL, "embed_dim": 64, "vocab_size": 512}))
+PLAN = Decoder(ModelConfig(**tiny_model(embed_dim=64, vocab_size=512)))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Configurations: merging, validation and error messages."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ CONFIG_FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 GOOD = """\
 kind: train
 output: runs/x
-model: {num_layers: 2, num_heads: 4, num_kv_heads: 2}
+model: {layers: {repeat: 2, mixer: {num_heads: 4, num_kv_heads: 2}}}
 objective:
   kind: pretrain
   sources: [{path: a}, {path: b, weight: 2}]
@@ -48,7 +49,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
         "kind: train\n"
         "output: x\n"
         "modle: {}\n"
-        "model: {num_layers: two, embed_dim: -1, nam_heads: 3}\n"
+        "model: {embed_dim: -1, layers: {repeat: two, mixer: {nam_heads: 3}}}\n"
         "objective:\n"
         "  kind: pretrain\n"
         "  sources: [{pth: a}, {path: 3}]\n"
@@ -58,9 +59,9 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
     )
     assert set(problems(path)) == {
         "modle: unknown key; did you mean model?",
-        "model.num_layers: 'two': must be a whole number from 1 to 2147483647",
+        "model.layers.repeat: 'two': must be a whole number from 1 to 2147483647",
         "model.embed_dim: -1: must be a whole number from 1 to 2147483647",
-        "model.nam_heads: unknown key; did you mean num_heads?",
+        "model.layers.mixer.nam_heads: unknown key; did you mean num_heads?",
         "objective.sources.0.path: must be given",
         "objective.sources.0.pth: unknown key; did you mean path?",
         "objective.sources.1.path: 3: must be a string; write it in quotes",
@@ -92,22 +93,38 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
         (f"steps={'1' * 300}", "steps: 111111111"),
         (f"optim.learning_rate={'1' * 399}", "optim.learning_rate: 1111"),
         ("model.vocab_size=true", "model.vocab_size: true: must be a whole number from 0 to 2147483647"),
-        ("model.num_layers=1.0", "model.num_layers: 1.0: must be a whole number"),
-        ("model.num_layers='2'", "model.num_layers: '2': must be a whole number"),
+        ("model.layers.repeat=1.0", "model.layers.repeat: 1.0: must be a whole number"),
+        ("model.layers.repeat='2'", "model.layers.repeat: '2': must be a whole number"),
         ("optim.learning_rate='3e-4'", "optim.learning_rate: '3e-4': must be a number"),
         ("optim.learning_rate=true", "optim.learning_rate: true: must be a number"),
         ("optim.beta1=2020-13-45", "optim.beta1: '2020-13-45': must be a number"),
         ("optim.schedule.decay_fraction=2", "optim.schedule.decay_fraction: 2: must be a number from 0 to 1"),
-        ("model.qk_norm=1", "model.qk_norm: 1: must be true or false"),
-        ("model.window_pattern={a: 1}", 'model.window_pattern: {"a": 1}: must be a list'),
+        ("model.layers.mixer.qk_norm=1", "model.layers.mixer.qk_norm: 1: must be true or false"),
+        ("model.layers.mixer.rope.theta=0", "model.layers.mixer.rope.theta: 0: must be greater than 0"),
+        ("model.layers=3", "model.layers: 3: must be a section of keys and values"),
+        ("model.layers=[]", "model.layers: []: must be a list of at least 1 item"),
+        ("model.layers={pattern: []}", "model.layers.pattern: []: must be a list of at least 1 item"),
+        ("model.layers={pattern: {times: 2}}", 'model.layers.pattern: {"times": 2}: must be a list'),
+        ("model.layers.times=2", "model.layers.times: unknown key; allowed here: mixer, mlp, repeat"),
+        ("model.num_layers=2", "model.num_layers: unknown key; did you mean layers?"),
+        ("model.layers.mlp.kind=mo", "model.layers.mlp.kind: 'mo' must be one of 'gated', "),
+        ("model.layers.mlp.kind=moo", "; did you mean moe?"),
+        ("model.layers.mlp.kind=moe", "model.layers.mlp.dim: must be given"),
+        ("model.layers.mlp.num_experts=4", "model.layers.mlp.num_experts: unknown key; allowed here: kind, dim"),
+        ("model.layers.mixer.kind=attn", "model.layers.mixer.kind: 'attn' must be one of 'attention', "),
+        ("model.layers.mixer.kind=atention", "; did you mean attention?"),
+        ("model.norm.kind=batch", "model.norm.kind: 'batch': must be 'rms' or 'layer'"),
+        ("regularization.router_balanse=1", "regularization.router_balanse: unknown key; did you mean router_balance?"),
         ("steps=19", "optim.schedule.warmup_steps (20) exceeds steps (19)"),
         ("seed=1.5", "seed: 1.5: must be a whole number from 0 to 4294967295"),
         ("optim=3", "optim: 3: must be a section of keys and values"),
         ("batch_size=10", None),
         ("accumulate=3", "batch_size (16) must be a multiple of accumulate (3)"),
-        ("model.num_kv_heads=3", "model: num_heads (4) must be a multiple of num_kv_heads (3)"),
-        ("model.head_dim=7", "model: head_dim (7) must be even"),
-        ("model.window_pattern=[8, null, 8]", "num_layers (2) must be a multiple of the length of window_pattern (3)"),
+        (
+            "model.layers.mixer.num_kv_heads=3",
+            "model.layers.mixer: num_heads (4) must be a multiple of num_kv_heads (3)",
+        ),
+        ("model.layers.mixer.head_dim=7", "model.layers.mixer: head_dim (7) must be even"),
         ("row_length=512", "row_length (512) exceeds execution.max_length (256)"),
         ("model=null", "either model or init_from must be given"),
         ("objective={kind: sft, train_file: x}", "init_from must name the model that objective.kind=sft starts from"),
@@ -119,6 +136,48 @@ def test_invalid_values_are_reported_with_path_and_value(good, override, message
     else:
         overrides = ["optim.schedule.warmup_steps=20", override]
         assert any(message in problem for problem in problems(good, overrides)), problems(good, overrides)
+
+
+def test_mistakes_in_groups_of_layers_are_reported_where_they_were_written(good):
+    pattern = "[{mixer: {windoe: 3}}, {mlp: {kind: mo}}, {times: 0}, 3, {mixr: 1}]"
+    found = problems(good, [f"model.layers={{repeat: 2, pattern: {pattern}}}"])
+    assert [re.sub("one of .*;", "one of ...;", problem) for problem in found] == [
+        "model.layers.pattern.0.mixer.windoe: unknown key; did you mean window?",
+        "model.layers.pattern.1.mlp.kind: 'mo' must be one of ...; did you mean moe?",
+        "model.layers.pattern.2.times: 0: must be a whole number from 1 to 2147483647",
+        "model.layers.pattern.3: 3: must be a section of keys and values",
+        "model.layers.pattern.4.mixr: unknown key; did you mean mixer?",
+    ]
+    groups = (
+        "[{repet: 2, pattern: [{mixer: {soft_cap: -1}}]}, {repeat: 0}, 3, null, [1],"
+        " {mlp: {kind: moe, dim: 8, experts_per_token: 9}}, {pattern: [{repeat: 3}]}, {repeat: 1, times: 2}]"
+    )
+    assert problems(good, [f"model.layers={groups}"]) == [
+        "model.layers.0.pattern.0.mixer.soft_cap: -1: must be greater than 0",
+        "model.layers.0.repet: unknown key; did you mean repeat?",
+        "model.layers.1.repeat: 0: must be a whole number from 1 to 2147483647",
+        "model.layers.2: 3: must be a section of keys and values",
+        "model.layers.3: null: must be a section of keys and values",
+        "model.layers.4: [1]: must be a section of keys and values",
+        "model.layers.5.mlp: experts_per_token (9) exceeds num_experts (8); make it 8 or less",
+        "model.layers.6.pattern.0.repeat: unknown key; allowed here: mixer, mlp, times",
+        "model.layers.7.times: unknown key; allowed here: mixer, mlp, repeat",
+    ]
+
+
+def test_spellings_of_equal_layers_are_equal(good):
+    mixer = "{num_heads: 4, num_kv_heads: 2}"
+    spellings = [
+        f"{{repeat: 2, mixer: {mixer}}}",
+        f"{{repeat: 2, pattern: [{{mixer: {mixer}, times: 1}}]}}",
+        f"[{{repeat: 2, mixer: {mixer}, mlp: {{kind: gated}}}}]",
+    ]
+    models = [load_config(good, [f"model.layers={layers}"]).model for layers in spellings]
+    assert models[0] == models[1] == models[2] == load_config(good).model
+    # The same layers in another loop have other stacked weights.
+    twice = load_config(good, [f"model.layers={{repeat: 1, pattern: [{{times: 2, mixer: {mixer}}}]}}"]).model
+    assert twice != models[0]
+    assert [layer.mixer for layer in twice.each_layer()] == [layer.mixer for layer in models[0].each_layer()]
 
 
 def test_unknown_key_without_a_close_match_lists_the_allowed_keys(good):
@@ -137,7 +196,9 @@ def test_overrides_reach_sections_lists_and_missing_keys(good):
             "optim.schedule.kind=wsd",
             "lora=null",
             "lora.rank=4",
-            "model.window_pattern=[null, 16]",
+            "model.layers={repeat: 3, pattern: [{mixer: {num_heads: 8}}, {mixer: {window: 16}}]}",
+            "model.layers.pattern.0.mixer.head_dim=32",
+            "model.layers.pattern.1.times=5",
             "steps=7",
         ],
     )
@@ -146,7 +207,11 @@ def test_overrides_reach_sections_lists_and_missing_keys(good):
     assert config.optim.clip_norm is None
     assert config.optim.schedule.kind == "wsd"
     assert config.lora.rank == 4
-    assert config.model.window_pattern == (None, 16)
+    mixers = [layer.mixer for layer in config.model.each_layer()]
+    assert [(mixer.window, mixer.num_heads, mixer.head_dim) for mixer in mixers] == 3 * [
+        (None, 8, 32),
+        *5 * [(16, 4, 64)],
+    ]
     assert config.steps == 7
 
 
@@ -192,11 +257,12 @@ def test_base_is_merged_and_its_path_is_relative(tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "base.yaml").write_text(GOOD + "optim: {kind: muon, weight_decay: 0.3}\n")
     top = tmp_path / "top.yaml"
-    top.write_text("base: models/base.yaml\noutput: runs/y\noptim: {weight_decay: 0.2}\nmodel: {num_layers: 6}\n")
+    top.write_text("base: models/base.yaml\noutput: runs/y\noptim: {weight_decay: 0.2}\nmodel: {layers: {repeat: 6}}\n")
     config = load_config(top, ["optim.beta1=0.8"])
     assert config.output == "runs/y"
     assert (config.optim.kind, config.optim.weight_decay, config.optim.beta1) == ("muon", 0.2, 0.8)
-    assert (config.model.num_layers, config.model.num_heads) == (6, 4)
+    [group] = config.model.layers
+    assert (group.repeat, group.pattern[0].mixer.num_heads) == (6, 4)
     assert [source.path for source in config.objective.sources] == ["a", "b"]
 
 
@@ -291,8 +357,19 @@ def test_schema_is_valid_and_names_every_key():
     for path in CONFIG_FILES:
         validator.validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     validator.validate({"base": "x.yaml", **yaml.safe_load(GOOD)})
-    with pytest.raises(jsonschema.ValidationError):
-        validator.validate({**yaml.safe_load(GOOD), "stepz": 3})
+    moe = {"repeat": 2, "mlp": {"kind": "moe", "dim": 8}}
+    for layers in (moe, [moe], {"pattern": [{"times": 2, "mixer": {"window": 8}}, {}]}, [{"pattern": [{}]}, {}]):
+        validator.validate({**yaml.safe_load(GOOD), "model": {"layers": layers}})
+    for wrong in (
+        {"stepz": 3},
+        {"model": {"layers": {"repet": 2}}},
+        {"model": {"layers": []}},
+        {"model": {"layers": [{"pattern": [{"mixer": {"windoe": 8}}]}]}},
+        {"model": {"layers": {"mlp": {"num_experts": 8}}}},
+        {"model": {"layers": {"mlp": {"kind": "moe"}}}},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            validator.validate({**yaml.safe_load(GOOD), **wrong})
     assert set(schema["$defs"]["ModelConfig"]["properties"]) == set(ModelConfig.model_fields)
 
 

@@ -64,28 +64,38 @@ def test_initial_value_depends_only_on_key_and_path():
 
 
 def test_initial_scales_match_the_declaration():
-    config = CONFIG.model_copy(update={"embed_dim": 128, "mlp_dim": 256, "vocab_size": 512})
+    config = tiny_config(embed_dim=128, mlp_dim=256, vocab_size=512)
     values = arrays(initialize(Decoder(config), jax.random.key(0)))
     assert values["embedding"].std() == pytest.approx(0.02, rel=0.05)
-    assert values["layers/mlp/gate"].std() == pytest.approx(128**-0.5, rel=0.05)
+    assert values["layers/0/0/mlp/gate"].std() == pytest.approx(128**-0.5, rel=0.05)
     # Projections into the residual stream are scaled down by their number.
-    assert values["layers/mlp/down"].std() == pytest.approx(256**-0.5 / 2, rel=0.05)
-    np.testing.assert_array_equal(values["layers/attention_norm"], np.ones((2, 128)))
+    assert values["layers/0/0/mlp/down"].std() == pytest.approx(256**-0.5 / 2, rel=0.05)
+    np.testing.assert_array_equal(values["layers/0/0/mixer_norm/scale"], np.ones((2, 128)))
+
+
+LAYER = {
+    "w": Parameter((3, 4), ("embed", "mlp"), Normal(1.0), role="matrix"),
+    "b": Parameter((4,), ("norm",), ones, role="norm"),
+}
 
 
 def test_stacked_layers_are_drawn_independently():
-    stacked = stack(
-        {
-            "w": Parameter((3, 4), ("embed", "mlp"), Normal(1.0), role="matrix"),
-            "b": Parameter((4,), ("norm",), ones, role="norm"),
-        },
-        5,
-    )
+    stacked = stack(LAYER, np.arange(5), axes=("layers",), name="layers")
     assert stacked["w"].shape == (5, 3, 4)
     assert stacked["w"].axes == ("layers", "embed", "mlp")
     values = arrays(initialize(stacked, jax.random.key(0)))
     assert len(np.unique(values["w"])) == 60
     np.testing.assert_array_equal(values["b"], np.ones((5, 4)))
+
+
+def test_initial_values_of_a_layer_depend_on_its_number_and_not_on_how_layers_are_stacked():
+    def draw(numbers, axes):
+        return arrays(initialize({"any": stack(LAYER, numbers, axes=axes, name="layers")}, jax.random.key(0)))["any/w"]
+
+    together = draw(np.arange(6), ("layers",))
+    pairs = draw(np.arange(6).reshape(3, 2), ("layers", "times"))
+    np.testing.assert_array_equal(pairs, together.reshape(3, 2, 3, 4))
+    np.testing.assert_array_equal(draw(np.array([1, 4]), ("layers",)), together[[1, 4]])
 
 
 def test_shardings_and_shapes_follow_from_the_declaration():
@@ -94,10 +104,10 @@ def test_shardings_and_shapes_follow_from_the_declaration():
     layouts = {path: layout.spec for path, layout in flatten(shardings(plan, mesh)).items()}
     cut = ("fsdp", "expert", "context")
     assert layouts["embedding"] == P("tensor", cut)
-    assert layouts["layers/attention/query"] == P("stage", cut, "tensor")
-    assert layouts["layers/attention/out"] == P("stage", "tensor", cut)
-    assert layouts["layers/mlp/down"] == P("stage", "tensor", cut)
-    assert layouts["layers/attention/query_norm"] == P("stage", None)
+    assert layouts["layers/0/0/mixer/query"] == P("stage", cut, "tensor")
+    assert layouts["layers/0/0/mixer/out"] == P("stage", "tensor", cut)
+    assert layouts["layers/0/0/mlp/down"] == P("stage", "tensor", cut)
+    assert layouts["layers/0/0/mixer/query_norm/scale"] == P("stage", None)
     shapes = flatten(abstract(plan, mesh))
     made = flatten(initialize(plan, jax.random.key(0), mesh))
     assert shapes.keys() == made.keys()

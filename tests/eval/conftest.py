@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from model_section import uniform
 
 from maxlm.config import ModelConfig, TokenizerConfig
 from maxlm.config.execution import ExecutionConfig
@@ -32,14 +33,13 @@ def tokenizer(tmp_path_factory, sentences):
 def make_model(tokenizer, *, seed: int, **changes) -> LoadedModel:
     settings = {
         "vocab_size": tokenizer.vocab_size,
-        "num_layers": 2,
         "embed_dim": 32,
         "mlp_dim": 48,
         "num_heads": 2,
         "num_kv_heads": 1,
         "head_dim": 16,
     }
-    config = ModelConfig(**{**settings, **changes})
+    config = ModelConfig(**uniform(**{**settings, **changes}))
     execution = ExecutionConfig(max_length=48, activation_dtype="float32", matmul_dtype="float32")
     # Random weights of this size predict almost uniformly; larger ones make positions distinguishable.
     decoder = jax.tree.map(lambda leaf: leaf * 3, initialize(Decoder(config, execution), jax.random.key(seed)))

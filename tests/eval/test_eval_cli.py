@@ -4,6 +4,7 @@ import argparse
 import json
 
 import pytest
+from model_section import uniform
 
 from maxlm.config import DataConfig, TokenizerConfig, TrainConfig
 from maxlm.data.build import build_data
@@ -44,14 +45,7 @@ def pipeline(tmp_path_factory, sentences):
             kind="train",
             output=str(folder / "run"),
             objective={"kind": "pretrain", "sources": [{"path": data.output}]},
-            model={
-                "num_layers": 1,
-                "embed_dim": 16,
-                "mlp_dim": 16,
-                "num_heads": 2,
-                "num_kv_heads": 1,
-                "head_dim": 8,
-            },
+            model=uniform(num_layers=1, embed_dim=16, mlp_dim=16, num_heads=2, num_kv_heads=1, head_dim=8),
             execution={"max_length": 32},
             mesh={"fsdp": 1},
             steps=2,

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import optax
 import pytest
+from model_section import uniform
 
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.checkpoint.folder import find_checkpoint, weights_hash
@@ -39,19 +40,18 @@ EXECUTION = ExecutionConfig(max_length=64, activation_dtype="float32", matmul_dt
 
 def small_config(**changes) -> ModelConfig:
     fields = {
-        "num_layers": 2,
         "embed_dim": 32,
         "mlp_dim": 48,
         "num_heads": 4,
         "num_kv_heads": 2,
         "head_dim": 8,
     }
-    return ModelConfig(**(fields | changes))
+    return ModelConfig(**uniform(**(fields | changes)))
 
 
-def draw_model(config: ModelConfig) -> Decoder:
+def draw_model(config: ModelConfig, *, seed: int = 0) -> Decoder:
     """Random weights, with larger embeddings than at initialization to separate the tokens."""
-    model = initialize(Decoder(config, EXECUTION), jax.random.key(0))
+    model = initialize(Decoder(config, EXECUTION), jax.random.key(seed))
     model.embedding = model.embedding * 10
     return model
 
@@ -98,6 +98,7 @@ def save_run(
             "kind": "train",
             "output": str(folder),
             "model": model.config.model_dump(mode="json"),
+            "execution": model.execution.model_dump(mode="json"),
             "objective": objective,
             "row_length": 32,
             **changes,
@@ -138,6 +139,7 @@ def run(tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("export")
     tokenizer = make_tokenizer(folder / "tokenizer", vocab_size=320)
     data = make_data(folder / "data", folder / "tokenizer")
-    model = draw_model(small_config(vocab_size=tokenizer.vocab_size))
+    # With these weights int8 changes the perplexity by more than its tolerance.
+    model = draw_model(small_config(vocab_size=tokenizer.vocab_size), seed=2)
     path = save_pretraining(folder / "run", model, tokenizer_folder=folder / "tokenizer", data=data)
     return Run(path, data, tokenizer, model)

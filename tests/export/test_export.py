@@ -139,7 +139,7 @@ class TestBundle:
     def test_has_the_quantized_weights_of_the_run(self, run, exported):
         bundle, _ = load_bundle(exported[0])
         weights = flatten(run.model)
-        for path in ("layers/attention/query", "layers/attention/out", "layers/mlp/down", "embedding"):
+        for path in ("layers/0/0/mixer/query", "layers/0/0/mixer/out", "layers/0/0/mlp/down", "embedding"):
             weight = np.asarray(weights[path], np.float64)
             weight = weight if path == "embedding" else weight.swapaxes(-1, -2)
             scales = np.abs(weight).max(axis=-1) / 127
@@ -147,7 +147,7 @@ class TestBundle:
             np.testing.assert_allclose(flat[f"{path}/scales"], scales, rtol=1e-6)
             restored = np.asarray(flat[f"{path}/values"]) * scales[..., None]
             assert (np.abs(restored - weight) <= scales[..., None] * 0.5001).all()
-        np.testing.assert_array_equal(bundle.final_norm, run.model.final_norm)
+        np.testing.assert_array_equal(bundle.final_norm.scale, run.model.final_norm.scale)
         assert bundle.config == run.model.config
 
     def test_manifest_names_its_inputs(self, run, exported):
@@ -236,8 +236,8 @@ class TestBounds:
         sixteen = export_model(run.path, tmp_path / "int8", data=run.data, max_mean_kl=limit)
         assert sixteen.mean_kl < limit
         assert (eight.dtypes["embedding"], sixteen.dtypes["embedding"]) == ("int8", "float16")
-        assert sixteen.dtypes["layers/mlp/up"] == "int8"
-        assert sixteen.dtypes["final_norm"] == "float32"
+        assert sixteen.dtypes["layers/0/0/mlp/up"] == "int8"
+        assert sixteen.dtypes["final_norm/scale"] == "float32"
         size = run.model.embedding.size
         assert sixteen.bytes_int8 - eight.bytes_int8 == size - 4 * run.model.config.vocab_size
         assert load_bundle(tmp_path / "int8")[0].embedding.dtype == np.float16
@@ -308,8 +308,8 @@ class TestCommandLine:
             change,
         ):
             assert part in printed
-        assert "int8: embedding, attention/key, attention/out, " in printed
-        assert "float32: final_norm, attention_norm, mlp_norm" in printed
+        assert "int8: embedding, layers/0/0/mixer/key, layers/0/0/mixer/out, " in printed
+        assert "float32: final_norm/scale, layers/0/0/mixer_norm/scale, layers/0/0/mlp_norm/scale" in printed
         load_bundle(tmp_path / "int8")
 
     def test_json_is_one_object(self, run, tmp_path, capsys):
@@ -354,10 +354,10 @@ def test_adapters_are_merged_on_export(run, tmp_path):
     )
     export_model(adapted, tmp_path / "int8", data=run.data)
     bundle, _ = load_bundle(tmp_path / "int8")
-    base = np.asarray(run.model.layers.attention.query, np.float64)
-    adapter = adapters["layers/attention/query"]
+    base = np.asarray(run.model.layers[0][0].mixer.query, np.float64)
+    adapter = adapters["layers/0/0/mixer/query"]
     merged = base + 2.0 * np.asarray(adapter["down"], np.float64) @ np.asarray(adapter["up"], np.float64)
-    got = np.asarray(bundle.layers.attention.query.dequantize()).swapaxes(-1, -2)
+    got = np.asarray(bundle.layers[0][0].mixer.query.dequantize()).swapaxes(-1, -2)
     step = np.abs(merged).max(axis=-2, keepdims=True) / 127
     assert (np.abs(got - merged) <= 0.5001 * step).all()
     assert (np.abs(got - base) > 2 * step).any()

@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from model_section import uniform
 
 from maxlm.config import ModelConfig, TokenizerConfig
 from maxlm.config.execution import ExecutionConfig
@@ -22,23 +23,28 @@ def tokenizer(tmp_path_factory):
     )
 
 
-@pytest.fixture(scope="session")
-def decoder(tokenizer):
-    config = ModelConfig(
+def make_decoder(tokenizer, *, window: int) -> Decoder:
+    """One layer sees all tokens before, the other one those of a window."""
+    section = uniform(
         vocab_size=tokenizer.vocab_size,
-        num_layers=2,
         embed_dim=32,
         mlp_dim=48,
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
-        window_pattern=(None, 12),
+        window_pattern=(None, window),
     )
+    config = ModelConfig(**section)
     execution = ExecutionConfig(max_length=128, activation_dtype="float32", matmul_dtype="float32")
     decoder = initialize(Decoder(config, execution), jax.random.key(0))
     # At initialization all tokens are nearly equally likely; larger embeddings separate them.
     decoder.embedding = decoder.embedding * 12
     return decoder
+
+
+@pytest.fixture(scope="session")
+def decoder(tokenizer):
+    return make_decoder(tokenizer, window=12)
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,14 @@
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from maxlm.errors import RequestError
+from maxlm.generate.model import LoadedModel
 from maxlm.generate.request import BatchTooLargeError, QueueFullError, Request
+from tests.generate.conftest import make_decoder
 
 
 def random_ids(model, seed, length):
@@ -125,6 +128,24 @@ def test_queue_is_bounded(model):
         assert [follow(stream)[2] for stream in streams] == ["length", "length"]
 
 
+@pytest.mark.parametrize("window", [20, 40])
+def test_prompts_shorter_and_longer_than_a_window_continue_as_in_the_forward_pass(tokenizer, window):
+    """Past the window, in slots that held other sequences before."""
+    model, counts = LoadedModel(make_decoder(tokenizer, window=window), tokenizer, name="tiny"), []
+    with model.engine(num_slots=2) as engine:
+        for seed, length in enumerate((5, 30, 60, 3, 7, 4)):
+            prompt = random_ids(model, seed, length)
+            request = Request(prompt, max_new_tokens=50, seed=seed)
+            tokens = [event.token for event in engine.stream(request) if event.token]
+            ids = [token.id for token in tokens]
+            logits = model.logits(np.asarray([[*prompt, *ids]]))[0, len(prompt) - 1 : -1].astype(np.float64)
+            expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            for token, row in zip(tokens, expected):
+                assert token.log_probability == pytest.approx(row[token.id], abs=1e-4)
+            counts.append((length, len(ids)))
+    assert any(length < 16 and length + count > window for length, count in counts), counts
+
+
 def test_closing_cancels_running_requests(model):
     ended = []
     engine = model.engine(num_slots=2)
@@ -139,7 +160,7 @@ def test_closing_cancels_running_requests(model):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_device_failure_reaches_every_request(model):
     with model.engine(num_slots=2) as engine:
-        engine._state.cache.keys.delete()
+        jax.tree.leaves(engine._state.caches)[0].delete()
         with pytest.raises(RuntimeError, match="deleted"):
             list(engine.stream(Request(random_ids(model, 0, 5))))
         assert engine.failure is not None

@@ -1,10 +1,17 @@
 """Reference decoder in numpy float64, token by token and head by head, written from the papers."""
 
+import math
+
 import numpy as np
 
 
 def rms_norm(x, scale, epsilon):
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + epsilon) * scale
+
+
+def layer_norm(x, scale, bias, epsilon):
+    centered = x - x.mean(axis=-1, keepdims=True)
+    return centered / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + epsilon) * scale + bias
 
 
 def rotate(x, position, theta):
@@ -34,37 +41,116 @@ def log_softmax(x):
 def logits_of_row(config, weights, tokens, positions=None, segments=None):
     """[length, vocab] for one row; `weights` holds arrays by path, as from `maxlm.core.tree.flatten`."""
     w = {path: np.asarray(value, np.float64) for path, value in weights.items()}
-    length = len(tokens)
+    length, epsilon = len(tokens), config.norm.epsilon
+
+    def norm(x, own):
+        return (
+            rms_norm(x, own["scale"], epsilon) if config.norm.kind == "rms" else layer_norm(x, **own, epsilon=epsilon)
+        )
+
     positions = np.arange(length) if positions is None else positions
     segments = np.ones(length, int) if segments is None else segments
-    heads, kv_heads, dim, epsilon = config.num_heads, config.num_kv_heads, config.head_dim, config.norm_epsilon
     x = w["embedding"][tokens]
-    for layer in range(config.num_layers):
-        window = config.window_pattern[layer % len(config.window_pattern)]
-        weight = lambda name, layer=layer: w[f"layers/{name}"][layer]  # noqa: E731
-        h = rms_norm(x, weight("attention_norm"), epsilon)
-        q = (h @ weight("attention/query")).reshape(length, heads, dim)
-        k = (h @ weight("attention/key")).reshape(length, kv_heads, dim)
-        v = (h @ weight("attention/value")).reshape(length, kv_heads, dim)
-        if config.qk_norm:
-            q = rms_norm(q, weight("attention/query_norm"), epsilon)
-            k = rms_norm(k, weight("attention/key_norm"), epsilon)
-        mixed = np.zeros((length, heads, dim))
-        for n in range(heads):
-            shared = n // (heads // kv_heads)
-            turned = [rotate(k[j, shared], positions[j], config.rope_theta) for j in range(length)]
-            for i in range(length):
-                seen = [
-                    j for j in range(i + 1) if segments[j] == segments[i] != 0 and (window is None or i - j < window)
-                ]
-                if not seen:
-                    continue
-                query = rotate(q[i, n], positions[i], config.rope_theta)
-                scores = np.array([query @ turned[j] / np.sqrt(dim) for j in seen])
-                mixed[i, n] = softmax(soft_cap(scores, config.attention_soft_cap)) @ v[seen, shared]
-        x = x + mixed.reshape(length, heads * dim) @ weight("attention/out")
-        h = rms_norm(x, weight("mlp_norm"), epsilon)
-        gate = h @ weight("mlp/gate")
-        x = x + (gate / (1 + np.exp(-gate)) * (h @ weight("mlp/up"))) @ weight("mlp/down")
-    x = rms_norm(x, w["final_norm"], epsilon)
+    for layer, own in layers_in_order(config, w):
+        mixer = {"attention": attention, "gru": gru}[layer.mixer.kind]
+        x = x + mixer(layer.mixer, below(own, "mixer"), norm(x, below(own, "mixer_norm")), positions, segments, epsilon)
+        mlp = {"gated": gated_mlp, "plain": plain_mlp, "moe": mixture_of_experts}[layer.mlp.kind]
+        x = x + mlp(layer.mlp, below(own, "mlp"), norm(x, below(own, "mlp_norm")))
+    x = norm(x, below(w, "final_norm"))
     return soft_cap(x @ w["embedding" if config.tie_embeddings else "head"].T, config.logit_soft_cap)
+
+
+def layers_in_order(config, weights):
+    """(configuration, weights by path within the layer) of each layer, from the input to the output."""
+    for number, group in enumerate(config.layers):
+        for repeat in range(group.repeat):
+            for position, layer in enumerate(group.pattern):
+                stacked = below(weights, f"layers/{number}/{position}")
+                for time in range(layer.times):
+                    place = repeat if layer.times == 1 else (repeat, time)
+                    yield layer, {path: value[place] for path, value in stacked.items()}
+
+
+def below(weights, path):
+    return {name[len(path) + 1 :]: value for name, value in weights.items() if name.startswith(f"{path}/")}
+
+
+def attention(config, w, h, positions, segments, epsilon):
+    length, heads, kv_heads, dim = len(h), config.num_heads, config.num_kv_heads, config.head_dim
+    q = (h @ w["query"]).reshape(length, heads, dim)
+    k = (h @ w["key"]).reshape(length, kv_heads, dim)
+    v = (h @ w["value"]).reshape(length, kv_heads, dim)
+    if config.qk_norm:
+        q, k = rms_norm(q, w["query_norm/scale"], epsilon), rms_norm(k, w["key_norm/scale"], epsilon)
+    turn = (lambda x, position: x) if config.rope is None else (lambda x, at: rotate(x, at, config.rope.theta))
+    mixed = np.zeros((length, heads, dim))
+    for n in range(heads):
+        shared = n // (heads // kv_heads)
+        turned = [turn(k[j, shared], positions[j]) for j in range(length)]
+        for i in range(length):
+            seen = [
+                j
+                for j in range(i + 1)
+                if segments[j] == segments[i] != 0 and (config.window is None or i - j < config.window)
+            ]
+            if not seen:
+                continue
+            query = turn(q[i, n], positions[i])
+            scores = soft_cap(np.array([query @ turned[j] / np.sqrt(dim) for j in seen]), config.soft_cap)
+            if config.alibi:
+                scores -= ALIBI_SLOPES[heads][n] * (i - np.array(seen))
+            mixed[i, n] = softmax(scores) @ v[seen, shared]
+    return mixed.reshape(length, heads * dim) @ w["out"]
+
+
+# Of the paper's release, for four heads and for six.
+ALIBI_SLOPES = {
+    4: [2**-2, 2**-4, 2**-6, 2**-8],
+    6: [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3],
+}
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def gru(config, w, h, positions, segments, epsilon):
+    """torch.nn.GRU's equations, one gate and one token at a time."""
+    size, state, before, states = config.dim, np.zeros(config.dim), 0, []
+    for i, token in enumerate(h):
+        if segments[i] != before:
+            state = np.zeros(size)
+        before = segments[i]
+        reset, update, new = np.split(token @ w["input"] + w["input_bias"], 3)
+        reset_h, update_h, new_h = np.split(state @ w["recurrent"] + w["recurrent_bias"], 3)
+        z = sigmoid(update + update_h)
+        candidate = np.tanh(new + sigmoid(reset + reset_h) * new_h)
+        state = (1 - z) * candidate + z * state if segments[i] else state
+        states.append(state)
+    return np.array(states) @ w["out"]
+
+
+def plain_mlp(config, w, h):
+    hidden = h @ w["up"] + w["up_bias"]
+    erf = np.vectorize(math.erf)
+    return (hidden * (1 + erf(hidden / np.sqrt(2))) / 2) @ w["down"] + w["down_bias"]
+
+
+def gated_mlp(config, w, h):
+    gate = h @ w["gate"]
+    return (gate / (1 + np.exp(-gate)) * (h @ w["up"])) @ w["down"]
+
+
+def mixture_of_experts(config, w, h):
+    """Each token through its experts; the bias selects experts and has no part in their weights (arXiv:2408.15664)."""
+    out = np.zeros_like(h)
+    bias = w.get("router_bias", np.zeros(config.num_experts))
+    for i, token in enumerate(h):
+        logits = token @ w["router"]
+        scores = softmax(logits) if config.scoring == "softmax" else 1 / (1 + np.exp(-logits))
+        chosen = np.argsort(-(scores + bias))[: config.experts_per_token]
+        total = scores[chosen].sum() if config.normalize_weights else 1.0
+        for expert in chosen:
+            own = {name: w[name][expert] for name in ("gate", "up", "down")}
+            out[i] += config.routed_scaling * scores[expert] / total * gated_mlp(config, own, token)
+    return out + gated_mlp(config, below(w, "shared"), h) if config.num_shared_experts else out

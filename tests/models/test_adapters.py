@@ -28,7 +28,7 @@ def adapters():
     """Adapters with a nonzero `up`."""
     fresh = initialize(declare_adapters(PLAN, LORA), jax.random.key(1))
     random = np.random.default_rng(1)
-    return jax.tree.map(lambda leaf: leaf + 0.2 * random.standard_normal(leaf.shape).astype(np.float32), fresh)
+    return jax.tree.map(lambda leaf: leaf + 0.3 * random.standard_normal(leaf.shape).astype(np.float32), fresh)
 
 
 def score(model):
@@ -48,9 +48,9 @@ def test_merged_weights_match_adapted_weights(model, adapters):
     merged = merge_adapters(model, adapters, LORA)
     assert abs(score(merged) - score(model)) > 1
     np.testing.assert_allclose(score(apply_adapters(model, adapters, LORA)), score(merged), rtol=1e-4)
-    weight, adapter = flatten(model)["layers/mlp/up"], adapters["layers/mlp/up"]
+    weight, adapter = flatten(model)["layers/0/0/mlp/up"], adapters["layers/0/0/mlp/up"]
     expected = [w + 2.0 * (d @ u) for w, d, u in zip(weight, np.asarray(adapter["down"]), np.asarray(adapter["up"]))]
-    np.testing.assert_allclose(flatten(merged)["layers/mlp/up"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(flatten(merged)["layers/0/0/mlp/up"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_merged_weights_keep_the_dtype_of_the_base_and_are_rounded_once(model, adapters):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 import same_gradient
-from tiny_decoder import EXECUTION, VOCAB_SIZE, tiny_config
+from tiny_decoder import EXECUTION, VOCAB_SIZE, text_loss, tiny_config
 
 from maxlm.config.execution import ExecutionConfig
 from maxlm.config.mesh import MeshConfig
@@ -14,7 +14,6 @@ from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
-from maxlm.objectives.language_model import language_model_loss
 
 CONFIG = tiny_config(attention_soft_cap=3.0)
 CHUNKED = EXECUTION.model_copy(update={"loss_chunk_length": 5})
@@ -38,7 +37,7 @@ def batch_of(length: int) -> Stream:
 @jax.jit
 def compute(model, batch):
     def loss(model):
-        output = language_model_loss(model, batch, z_loss=0.1)
+        output = text_loss(model, batch, z_loss=0.1)
         return sum(term.mean() for term in output.terms.values()), output
 
     gradient, output = jax.grad(loss, has_aux=True)(model)

@@ -8,25 +8,26 @@ import pytest
 import same_gradient
 from tiny_decoder import EXECUTION, VOCAB_SIZE, tiny_config
 
-from maxlm.config import TrainConfig
+from maxlm.config import ModelConfig, TrainConfig
 from maxlm.config.mesh import MeshConfig
-from maxlm.config.moe import MoeConfig
 from maxlm.config.pipeline import PipelineConfig
-from maxlm.core.batch import Stream, put_batch
+from maxlm.config.train import RegularizationConfig
+from maxlm.core.batch import Batch, Stream, put_batch
 from maxlm.core.parameters import abstract, initialize, shardings
 from maxlm.core.sharding import make_mesh, mesh_sizes
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
 from maxlm.models.pipeline_parallelism import Schedule
-from maxlm.objectives.language_model import language_model_loss
+from maxlm.objectives.pretrain import Pretraining
 from maxlm.train.layout import check_layout
+from maxlm.train.loss import TrainingLoss
 from maxlm.train.step import loss_and_gradient
 
 ROWS, LENGTH = 16, 12
 
 
-def packed_rows(seed=0) -> Stream:
+def packed_rows(seed=0) -> Batch:
     """Two documents and some padding in each row; two rows are all padding."""
     random = np.random.default_rng(seed)
     tokens, targets = random.integers(0, VOCAB_SIZE, (2, ROWS, LENGTH)).astype(np.int32)
@@ -36,19 +37,22 @@ def packed_rows(seed=0) -> Stream:
     segments[[3, 11]] = 0
     positions = np.where(segments == 2, place - first, place * (segments > 0)).astype(np.int32)
     weights = (random.uniform(0.2, 2, (ROWS, LENGTH)) * (segments > 0)).astype(np.float32)
-    return Stream(tokens, targets, weights, segments, positions)
+    return Batch({"text": Stream(tokens, targets, weights, segments, positions)})
 
 
 BATCH = packed_rows()
 
 
-def language_model(model, frozen, batch, key):
-    return language_model_loss(model, batch, z_loss=0.1)
+LOSS = TrainingLoss(
+    Pretraining(sources=[{"path": "nowhere"}], z_loss=0.1),
+    RegularizationConfig(router_balance=0.3, router_z_loss=0.1),
+    lambda trainable, frozen: trainable,
+)
 
 
-def configured(*, remat="none", **settings) -> Decoder:
+def configured(config: ModelConfig | None = None, *, remat="none", **settings) -> Decoder:
     pipeline = {name: settings.pop(name) for name in ("schedule", "microbatches", "repeats") if name in settings}
-    config = tiny_config(**{"num_layers": 8, "window_pattern": (5,), "num_kv_heads": 4, **settings})
+    config = config or tiny_config(**{"num_layers": 8, "window_pattern": (5,), "num_kv_heads": 4, **settings})
     return Decoder(config, EXECUTION.model_copy(update={"pipeline": PipelineConfig(**pipeline), "remat": remat}))
 
 
@@ -56,24 +60,22 @@ def gradient_function(plan, accumulate=1):
     pipeline = plan.execution.pipeline
 
     def compute(model, batch):
-        return loss_and_gradient(
-            model, None, batch, loss_function=language_model, accumulate=accumulate, pipeline=pipeline
-        )
+        return loss_and_gradient(model, {}, batch, loss_function=LOSS, accumulate=accumulate, pipeline=pipeline)
 
     return jax.jit(compute)
 
 
 @cache
-def weights(num_layers: int, moe: MoeConfig | None) -> dict[str, np.ndarray]:
+def weights(config: ModelConfig) -> dict[str, np.ndarray]:
     """Weights, drawn once for all meshes."""
-    model = initialize(configured(num_layers=num_layers, moe=moe), jax.random.key(0))
+    model = initialize(configured(config), jax.random.key(0))
     return {path: 1.5 * leaf for path, leaf in flatten(jax.device_get(model)).items()}
 
 
 def terms_and_gradient(plan, sizes=None, *, batch=BATCH, accumulate=1):
-    mesh, config = make_mesh(MeshConfig(**{"fsdp": 1, **(sizes or {})})), plan.config
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **(sizes or {})}))
     with jax.set_mesh(mesh):
-        model = jax.device_put(unflatten(weights(config.num_layers, config.moe), abstract(plan)), shardings(plan, mesh))
+        model = jax.device_put(unflatten(weights(plan.config), abstract(plan)), shardings(plan, mesh))
         output, gradient = gradient_function(plan, accumulate)(model, put_batch(batch, mesh))
     return same_gradient.on_host({**output.terms, **output.metrics}, gradient)
 
@@ -108,9 +110,8 @@ def test_stages_change_nothing(sizes, settings, accumulate, windows, alone):
 
 MOE = {
     "num_experts": 4,
-    "mlp_dim": 16,
-    "balance": {"loss_weight": 0.3, "bias": True},
-    "router_z_loss": 0.1,
+    "dim": 16,
+    "router_bias": True,
 }
 
 
@@ -128,7 +129,34 @@ def test_auxiliary_losses_are_counted_once_per_token_and_layer(schedule, experts
     for name in experts_alone[0].keys() - {"max_expert_load"}:
         np.testing.assert_allclose(terms[name], experts_alone[0][name], rtol=1e-5, atol=1e-6, err_msg=name)
     assert_same(({}, gradient), ({}, experts_alone[1]))
-    assert terms["moe_balance"][1] == 4 * (BATCH.segment_ids > 0).sum()
+    assert terms["moe_balance"][1] == 4 * (BATCH["text"].segment_ids > 0).sum()
+
+
+# The longest group is the trunk, which stages share; the others are computed with the embedding or with the loss.
+SIZES = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 4}
+DENSE, SPARSE = {"mixer": SIZES, "mlp": {"dim": 24}}, {"mixer": SIZES, "mlp": {"kind": "moe", **MOE}}
+LOCAL = {"mixer": {**SIZES, "window": 5, "rope": {"theta": 500.0}, "qk_norm": True}, "mlp": {"dim": 24}}
+GROUPS = {
+    "before": [{"repeat": 1, **DENSE}, {"repeat": 4, **LOCAL}],
+    "after": [{"repeat": 4, "pattern": [{"times": 2, **LOCAL}]}, {"repeat": 2, **DENSE}],
+    "both sides, with experts": [
+        {"repeat": 1, **SPARSE},
+        {"repeat": 4, "pattern": [LOCAL, SPARSE]},
+        {"repeat": 1, **SPARSE},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("settings", [{"schedule": "gpipe"}, {"schedule": "1f1b", "repeats": 2}], ids=str)
+def test_groups_of_layers_beside_the_trunk_are_computed_once(name, settings):
+    config = ModelConfig(vocab_size=VOCAB_SIZE, embed_dim=16, layers=GROUPS[name])
+    expected_terms, expected = terms_and_gradient(configured(config))
+    plan = configured(config, microbatches=4, **settings)
+    terms, gradient = terms_and_gradient(plan, {"stage": 2, "data": 2}, accumulate=1)
+    for term in expected_terms.keys() - {"max_expert_load"}:
+        np.testing.assert_allclose(terms[term], expected_terms[term], rtol=1e-5, atol=1e-6, err_msg=term)
+    assert_same(({}, gradient), ({}, expected))
 
 
 def test_indivisible_rows_run_all_layers_on_every_device(alone):
@@ -221,15 +249,14 @@ def test_memory_of_1f1b_does_not_grow_with_microbatches():
             {"stage": 4},
             {"repeats": 3, "window_pattern": (5, None)},
             8,
-            "model.num_layers: 8 is not divisible .*; set it to 24",
+            "model.layers.repeat: 4 is not divisible .*; set it to 12",
         ),
     ],
 )
 def test_settings_indivisible_by_stages_are_rejected(mesh, model, batch_size, message):
     objective = {"kind": "pretrain", "sources": [{"path": "nowhere"}]}
-    model = configured(**model)
-    config = TrainConfig(
-        kind="train", output="x", objective=objective, model=model, batch_size=batch_size, row_length=16, mesh=mesh
-    )
+    plan = configured(**model)
+    sections = {"objective": objective, "model": plan.config, "execution": plan.execution, "mesh": mesh}
+    config = TrainConfig(kind="train", output="x", batch_size=batch_size, row_length=16, **sections)
     with pytest.raises(ConfigError, match=message):
         check_layout(config, mesh_sizes(MeshConfig(**{"fsdp": 1, **mesh}), 8))

@@ -6,17 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_decoder import EXECUTION, documents, pack, tiny_config
+from tiny_decoder import EXECUTION, documents, pack, text_loss, tiny_config
 
 from maxlm.config.mesh import MeshConfig
-from maxlm.config.moe import MoeConfig
 from maxlm.core.batch import put_batch
 from maxlm.core.parameters import initialize
 from maxlm.core.sharding import make_mesh
 from maxlm.models.decoder import Decoder
-from maxlm.objectives.language_model import language_model_loss
 
-MOE = MoeConfig(num_experts=4, experts_per_token=2, mlp_dim=8)
+MOE = {"num_experts": 4, "experts_per_token": 2, "dim": 8}
 TEXT = pack(documents(), rows=4, length=32, per_row=3)
 
 
@@ -26,7 +24,7 @@ def gradient_of(remat, mesh=None, dtype="float32", **changes):
     model = initialize(Decoder(tiny_config(**changes), execution), jax.random.key(0), mesh)
 
     def loss(model, text):
-        return sum(term.mean() for term in language_model_loss(model, text).terms.values())
+        return sum(term.mean() for term in text_loss(model, text).terms.values())
 
     return jax.grad(loss), model, TEXT if mesh is None else put_batch(TEXT, mesh)
 

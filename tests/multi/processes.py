@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from forked import ROOT, Call, Forked
+from model_section import uniform
 from xla_flags import one_device
 
 from maxlm.config.load import dump_yaml, parse_config
@@ -20,14 +21,7 @@ def write_config(path: Path, run: Path, data: str, *, mesh: dict[str, int], **se
     tree = {
         "kind": "train",
         "output": str(run),
-        "model": {
-            "num_layers": 2,
-            "embed_dim": 64,
-            "mlp_dim": 256,
-            "num_heads": 4,
-            "num_kv_heads": 2,
-            "head_dim": 16,
-        },
+        "model": uniform(embed_dim=64, mlp_dim=256, num_heads=4, num_kv_heads=2, head_dim=16),
         "execution": {"max_length": 32, "activation_dtype": "float32", "matmul_dtype": "float32"},
         "objective": {"kind": "pretrain", "sources": [{"path": data}], "z_loss": 1e-3},
         "optim": {"kind": "muon", "schedule": {"warmup_steps": 2}},

@@ -4,7 +4,7 @@ import shutil
 
 import jax
 import pytest
-from toy_task import COLORS, MODEL, chat, make_config, write_lines
+from toy_task import COLORS, chat, make_config, toy_model, write_lines
 
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.config import TokenizerConfig
@@ -38,7 +38,7 @@ def tokenizer(tokenizer_folder):
 def untrained(tokenizer, tokenizer_folder, tmp_path_factory):
     """The run folder of a model with random weights."""
     folder = tmp_path_factory.mktemp("untrained")
-    config = make_config(folder, model=MODEL, objective={"kind": "pretrain", "sources": [{"path": "nowhere"}]})
+    config = make_config(folder, model=toy_model(), objective={"kind": "pretrain", "sources": [{"path": "nowhere"}]})
     config = resolve_model(config, tokenizer)
     plan = Decoder(config.model, config.execution)
     state = create_state(initialize(plan, jax.random.key(0)), make_optimizer(config.optim, plan))

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from toy_task import EXECUTION, MODEL, chat, make_config, question, write_lines
+from toy_task import EXECUTION, chat, make_config, question, toy_model, write_lines
 
 from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
@@ -14,6 +14,7 @@ from maxlm.core.batch import Batch
 from maxlm.core.parameters import initialize
 from maxlm.data.chat import PackedChats
 from maxlm.data.preference import PreferencePairs
+from maxlm.models.applied import AppliedModel
 from maxlm.models.decoder import Decoder
 from maxlm.models.reward import RewardModel
 from maxlm.train.step import loss_and_gradient
@@ -32,7 +33,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def model_config(tokenizer):
-    return ModelConfig(**MODEL, vocab_size=tokenizer.vocab_size)
+    return ModelConfig(**toy_model(vocab_size=tokenizer.vocab_size))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def objective_of(settings):
 
 @partial(jax.jit, static_argnames=("compute_loss", "accumulate"))
 def compute(compute_loss, model, batch, accumulate):
-    loss_function = lambda model, _, batch, key: compute_loss(model, batch, key)  # noqa: E731
+    loss_function = lambda model, _, batch: compute_loss(AppliedModel.of(model, batch), batch)  # noqa: E731
     return loss_and_gradient(model, None, batch, loss_function=loss_function, accumulate=accumulate)
 
 

@@ -6,17 +6,19 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from toy_task import EXECUTION, MODEL, chat, make_config, question, write_lines
+from toy_task import EXECUTION, chat, make_config, question, toy_model, write_lines
 
 from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import abstract, initialize, shardings
 from maxlm.core.sharding import logical_to_spec, make_mesh
 from maxlm.core.tree import flatten
-from maxlm.models.adapters import apply_adapters, declare_adapters
+from maxlm.models.adapters import declare_adapters
 from maxlm.models.decoder import Decoder
+from maxlm.train.loss import TrainingLoss
 from maxlm.train.objective import RunContext
 from maxlm.train.step import loss_and_gradient
+from maxlm.train.trained_model import assemble
 
 RECORDS = {
     "sft": [chat("sky", "blue"), chat("grass", "green"), chat("coin", "yes")],
@@ -30,7 +32,7 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 @pytest.fixture(scope="module")
 def model_config(tokenizer):
     # Two key-value heads, so that they can be sharded over two devices.
-    return {**MODEL, "num_kv_heads": 2, "vocab_size": tokenizer.vocab_size}
+    return toy_model(num_kv_heads=2, vocab_size=tokenizer.vocab_size)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +74,6 @@ def test_gradient_of_every_objective_can_be_sharded_over_rows_weights_and_heads(
     config, mesh, plan, data, reference = build(kind, sizes, lora)
     trainable = abstract(plan if lora is None else declare_adapters(plan, config.lora), mesh)
 
-    def assemble(trainable, frozen):
-        return trainable if lora is None else apply_adapters(frozen, trainable, config.lora)
-
     def on_mesh(x):
         spec = logical_to_spec(("batch", "length", *[None] * x.ndim)[: x.ndim])
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
@@ -83,12 +82,11 @@ def test_gradient_of_every_objective_can_be_sharded_over_rows_weights_and_heads(
         batch = jax.tree.map(on_mesh, next(data.batches(0, lambda: reference)))
         step = partial(
             loss_and_gradient,
-            loss_function=lambda trainable, frozen, batch, key: config.objective.compute_loss(
-                assemble(trainable, frozen), batch, key
-            ),
+            loss_function=TrainingLoss(config.objective, config.regularization, partial(assemble, config)),
             accumulate=1,
         )
-        _, gradient = jax.eval_shape(step, trainable, abstract(plan, mesh), batch)
+        frozen = {} if lora is None else {"base": abstract(plan, mesh)}
+        _, gradient = jax.eval_shape(step, trainable, frozen, batch)
     layout = lambda tree: {path: (x.shape, x.sharding.spec) for path, x in flatten(tree).items()}  # noqa: E731
     assert layout(gradient) == layout(trainable)
 

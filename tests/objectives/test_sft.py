@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_decoder import text_loss
 from toy_task import COLORS, chat, make_config, question, write_lines
 
 from maxlm.checkpoint.folder import find_checkpoint
@@ -94,10 +95,9 @@ def test_resumed_adapter_run_matches_uninterrupted_run(lora_run):
 def test_merged_model_matches_adapted_model(lora_run, tokenizer):
     """The merged weights give the validation loss that the run measured with separate adapters."""
     from maxlm.data.chat import PackedChats
-    from maxlm.objectives.language_model import language_model_loss
 
     folder, manifest = lora_run
     merged, _ = load_model(folder / "broken_off")
     chats = PackedChats.read(folder / "chats.jsonl", tokenizer, row_length=32)
-    terms = language_model_loss(merged, chats.batch(np.arange(len(chats)))["text"]).terms
+    terms = text_loss(merged, chats.batch(np.arange(len(chats)))["text"]).terms
     np.testing.assert_allclose(terms["cross_entropy"].mean(), manifest["metrics"]["valid"]["loss"], rtol=1e-4)

@@ -1,18 +1,22 @@
 """Objectives on pipeline stages: those that apply a model twice, sample from it, or train adapters."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
-from toy_task import EXECUTION, MODEL, make_config, question, write_lines
+from toy_task import EXECUTION, make_config, question, toy_model, write_lines
 
 from maxlm.core.batch import put_batch
 from maxlm.core.parameters import initialize
 from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten
-from maxlm.models.adapters import apply_adapters, declare_adapters
+from maxlm.models.adapters import declare_adapters
 from maxlm.models.decoder import Decoder
+from maxlm.train.loss import TrainingLoss
 from maxlm.train.objective import RunContext
 from maxlm.train.step import loss_and_gradient
+from maxlm.train.trained_model import assemble
 
 RECORDS = {
     "preference": [{"prompt": question(f"coin {n}"), "chosen": "yes", "rejected": "no"} for n in range(4)],
@@ -26,7 +30,7 @@ def test_stages_change_nothing(kind, lora, schedule, tokenizer, tmp_path):
     objective = {"kind": kind, "train_file": write_lines(tmp_path / "records.jsonl", RECORDS[kind])}
     if kind == "policy":
         objective |= {"max_new_tokens": 4, "group_size": 2, "kl_beta": 0.1}
-    model = {**MODEL, "num_layers": 4, "vocab_size": tokenizer.vocab_size}
+    model = toy_model(num_layers=4, vocab_size=tokenizer.vocab_size)
     settings = {"lora": lora, "model": model, "execution": {**EXECUTION, "pipeline": {"schedule": schedule}}}
     results, batch = [], None
     for sizes in ({"stage": 2, "data": 2}, {}):
@@ -56,9 +60,8 @@ def test_stages_change_nothing(kind, lora, schedule, tokenizer, tmp_path):
 
 
 def _terms_and_gradient(config, trainable, frozen, batch):
-    def loss(trainable, frozen, batch, key):
-        model = trainable if config.lora is None else apply_adapters(frozen, trainable, config.lora)
-        return config.objective.compute_loss(model, batch, key)
+    loss = TrainingLoss(config.objective, config.regularization, partial(assemble, config))
+    frozen = {} if config.lora is None else {"base": frozen}
 
     def compute(trainable, frozen, batch):
         pipeline = config.execution.pipeline

@@ -6,19 +6,19 @@
 import json
 from pathlib import Path
 
+from model_section import uniform
+
 from maxlm.config.load import parse_config
 
 COLORS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "blood": "red", "sun": "yellow"}
 
-MODEL = {
-    "num_layers": 2,
-    "embed_dim": 32,
-    "mlp_dim": 64,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "head_dim": 16,
-}
+SIZES = {"embed_dim": 32, "mlp_dim": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
 EXECUTION = {"max_length": 64, "activation_dtype": "float32", "matmul_dtype": "float32"}
+
+
+def toy_model(**changes) -> dict:
+    """A `model:` section of two layers."""
+    return uniform(**{**SIZES, **changes})
 
 
 def question(text):

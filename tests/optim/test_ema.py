@@ -85,7 +85,7 @@ def test_loading_average_of_run_without_one_is_an_error(tmp_path):
 
 
 def test_skipped_step_does_not_change_average():
-    def loss(trainable, frozen, batch, key):
+    def loss(trainable, frozen, batch):
         return LossOutput({"loss": Term(jnp.sum(trainable["w"] * batch), jnp.float32(1))}, {})
 
     weights = {"w": jnp.ones(3)}

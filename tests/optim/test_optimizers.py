@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from optim_reference import in_numpy, is_matrix, plan, random_tree, train
-from tiny_run import MODEL
+from tiny_run import tiny_model
 
 from maxlm.config import ModelConfig
 from maxlm.config.mesh import MeshConfig
@@ -22,7 +22,7 @@ from maxlm.models.decoder import Decoder
 from maxlm.optim.build import gradient_norm, label, make_optimizer
 
 PLAN = plan()
-DECODER = Decoder(ModelConfig(**{**MODEL, "vocab_size": 64, "qk_norm": True}))
+DECODER = Decoder(ModelConfig(**tiny_model(vocab_size=64, qk_norm=True)))
 KINDS = ("adamw", "adam8bit", "adafactor", "lion", "sgd", "muon", "soap")
 # adam8bit rounds its moments to codes 1 to 10 percent apart; its accuracy is tested in test_adam8bit.py.
 EXACT = tuple(kind for kind in KINDS if kind != "adam8bit")
@@ -196,8 +196,8 @@ def test_gradient_norm_is_float32_and_excludes_router_biases():
 @pytest.mark.parametrize("kind", ["muon", "soap"])
 def test_only_matrices_of_layers_use_the_matrix_optimizer(kind):
     assert {path for path, parameter in flatten(DECODER).items() if label(kind, parameter) == "main"} == {
-        *(f"layers/attention/{name}" for name in ("query", "key", "value", "out")),
-        *(f"layers/mlp/{name}" for name in ("gate", "up", "down")),
+        *(f"layers/0/0/mixer/{name}" for name in ("query", "key", "value", "out")),
+        *(f"layers/0/0/mlp/{name}" for name in ("gate", "up", "down")),
     }
     adapters = flatten(declare_adapters(DECODER, LoraConfig(rank=2)))
     assert {label(kind, parameter) for parameter in adapters.values()} == {"adam"}, (

@@ -66,7 +66,7 @@ def test_random_bits_do_not_depend_on_mesh():
 def test_optimizer_computes_in_float32():
     """Adam's moments of bfloat16 parameters are float32, and gradients are accumulated in float32."""
 
-    def loss(trainable, frozen, batch, key):
+    def loss(trainable, frozen, batch):
         errors = (batch @ trainable["w"].astype(jnp.float32)) ** 2
         return LossOutput({"squares": Term(jnp.sum(errors), jnp.float32(batch.shape[0]))}, {})
 

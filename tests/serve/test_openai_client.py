@@ -182,7 +182,7 @@ def test_bytes_of_tokens_concatenate_to_the_text(client):
 
 
 def test_offsets_are_the_starts_of_tokens(client, model):
-    settings = {"model": "tiny-int8", "max_tokens": 40, "temperature": 1.5, "seed": 3, "logprobs": 0}
+    settings = {"model": "tiny-int8", "max_tokens": 40, "temperature": 1.5, "seed": 5, "logprobs": 0}
     for echo in (False, True):
         prompt = "The é dog"
         choice = client.completions.create(**settings, prompt=prompt, echo=echo).choices[0]

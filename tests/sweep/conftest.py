@@ -11,12 +11,12 @@ TRAIN = {
     "kind": "train",
     "output": "unused",
     "model": {
-        "num_layers": 1,
         "embed_dim": 16,
-        "mlp_dim": 32,
-        "num_heads": 2,
-        "num_kv_heads": 1,
-        "head_dim": 8,
+        "layers": {
+            "repeat": 1,
+            "mixer": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
+            "mlp": {"dim": 32},
+        },
     },
     "execution": {"max_length": 32},
     "optim": {"schedule": {"kind": "constant", "warmup_steps": 1}},

@@ -11,6 +11,7 @@ from maxlm.sweep.forecast import forecast
 from maxlm.sweep.records import Records
 from maxlm.sweep.trials import Plan, is_prefix
 
+MIXER = "model.layers.mixer"
 RATES = {"optim.learning_rate": {"low": 1e-3, "high": 1e-1, "log": True, "points": 3}}
 
 
@@ -35,10 +36,10 @@ def test_all_mistakes_in_fields_and_sizes_are_reported_with_the_nearest_name(swe
 
 def test_values_that_are_valid_only_together_are_accepted(sweep_of):
     # Four key/value heads are invalid with the file's two heads.
-    plan = Plan(sweep_of(fields={"model.num_kv_heads": [4], "model.num_heads": [4, 8]}))
+    plan = Plan(sweep_of(fields={f"{MIXER}.num_kv_heads": [4], f"{MIXER}.num_heads": [4, 8]}))
     assert len(plan.settings) == 2
     with pytest.raises(ConfigError, match=r"num_heads \(2\) must be a multiple of num_kv_heads \(4\)"):
-        Plan(sweep_of(fields={"model.num_kv_heads": [1, 4]}))
+        Plan(sweep_of(fields={f"{MIXER}.num_kv_heads": [1, 4]}))
 
 
 @pytest.mark.parametrize(

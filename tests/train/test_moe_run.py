@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tiny_run import MODEL, tiny_config
+from tiny_run import tiny_config, tiny_model
 
 from maxlm.cli import main
 from maxlm.core.sharding import mesh_sizes
@@ -16,11 +16,12 @@ from maxlm.train.setup import resolve_model
 
 pytestmark = pytest.mark.slow
 
-MOE = {"num_experts": 8, "experts_per_token": 2, "mlp_dim": 16, "balance": {"loss_weight": 0.01, "bias": True}}
+MOE = {"num_experts": 8, "experts_per_token": 2, "dim": 16, "router_bias": True}
 
 
 def moe_config(output, data, *, moe=MOE, **settings):
-    return tiny_config(output, data, model={**MODEL, "moe": moe}, **settings)
+    settings = {"regularization": {"router_balance": 0.01}, **settings}
+    return tiny_config(output, data, model=tiny_model(moe=moe), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_run_reports_expert_load_and_moves_bias_by_whole_steps(run_folder):
     assert 1 <= record["max_expert_load"] <= 4
     assert record["moe_balance"] >= 0.01 * 0.9
     model, _ = load_model(run_folder)
-    steps = np.asarray(model.layers.mlp.router_bias) / 0.001
+    steps = np.asarray(model.layers[0][0].mlp.router_bias) / 0.001
     np.testing.assert_allclose(steps, steps.round(), atol=1e-3)
     assert 0 < np.abs(steps).max() <= 4
 
@@ -49,20 +50,22 @@ def test_moe_model_generates_like_any_other(run_folder, capsys):
 
 def test_run_may_start_from_moe_model_with_other_balance_but_not_other_experts(run_folder, tiny_data_folder):
     tokenizer = Tokenizer.load(run_folder / "tokenizer")
-    other = {**MOE, "balance": {"loss_weight": 0.5, "bias": True}, "router_z_loss": 0.1}
-    config = moe_config("x", tiny_data_folder, moe=other, init_from=str(run_folder))
-    assert resolve_model(config, tokenizer).model.moe == config.model.moe
+    regularization = {"router_balance": 0.5, "router_z_loss": 0.1}
+    config = moe_config("x", tiny_data_folder, regularization=regularization, init_from=str(run_folder))
+    assert resolve_model(config, tokenizer).model.layers == config.model.layers
     config = moe_config("x", tiny_data_folder, moe={**MOE, "experts_per_token": 1}, init_from=str(run_folder))
-    with pytest.raises(CheckpointError, match=r"model\.moe"):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.mlp\.experts_per_token is 1"):
         resolve_model(config, tokenizer)
 
 
 def test_indivisible_experts_are_rejected(tiny_data_folder):
     config = moe_config("x", tiny_data_folder, moe={**MOE, "num_experts": 6}, mesh={"fsdp": 1, "expert": 4})
     with pytest.raises(
-        ConfigError, match=r"model.moe.num_experts: 6 .* mesh.expert = 4; set it to 8, or mesh.expert=3"
+        ConfigError, match=r"model.layers.mlp.num_experts: 6 .* mesh.expert = 4; set it to 8, or mesh.expert=3"
     ):
         check_layout(config, mesh_sizes(config.mesh, 8))
-    config = moe_config("x", tiny_data_folder, moe={**MOE, "mlp_dim": 18}, mesh={"fsdp": 1, "tensor": 4})
-    with pytest.raises(ConfigError, match=r"model.moe.mlp_dim: 18 .* mesh.tensor = 4; set it to 16, or mesh.tensor=3"):
+    config = moe_config("x", tiny_data_folder, moe={**MOE, "dim": 18}, mesh={"fsdp": 1, "tensor": 4})
+    with pytest.raises(
+        ConfigError, match=r"model.layers.mlp.dim: 18 .* mesh.tensor = 4; set it to 16, or mesh.tensor=3"
+    ):
         check_layout(config, mesh_sizes(config.mesh, 8))

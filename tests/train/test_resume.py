@@ -6,7 +6,7 @@ import typing
 
 import pytest
 from pydantic import BaseModel
-from tiny_run import MODEL, tiny_config
+from tiny_run import SIZES, tiny_config, tiny_model
 from toy_run import ToyData, toy_run
 
 from maxlm.checkpoint.folder import find_checkpoint, read_metadata
@@ -88,7 +88,7 @@ def contents(folder, files="**/*"):
     return {str(path): path.read_bytes() for path in folder.glob(files) if path.is_file()}
 
 
-HEADS = {"num_heads": 2 * MODEL["num_heads"], "num_kv_heads": 2 * MODEL["num_kv_heads"], "head_dim": 4}
+HEADS = {"num_heads": 2 * SIZES["num_heads"], "num_kv_heads": 2 * SIZES["num_kv_heads"], "head_dim": 4}
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,9 @@ HEADS = {"num_heads": 2 * MODEL["num_heads"], "num_kv_heads": 2 * MODEL["num_kv_
             "optim.schedule.kind: cosine -> wsd",
             True,
         ),
-        ({"model": {**MODEL, "mlp_dim": 64}}, "model.mlp_dim: 48 -> 64", False),
+        ({"model": tiny_model(mlp_dim=64)}, "model.layers.mlp.dim: 48 -> 64", False),
         # Heads of another size have weights of the same shapes.
-        ({"model": {**MODEL, **HEADS}}, "model.num_heads: 4 -> 8", False),
+        ({"model": tiny_model(**HEADS)}, "model.layers.mixer.num_heads: 4 -> 8", False),
         ({"optim": {"kind": "lion"}}, "optim.kind: adamw -> lion", False),
         ({"lora": {"rank": 2}}, "lora: nothing -> {'rank': 2", False),
     ],

@@ -7,13 +7,13 @@ from pydoc_data.topics import topics
 import jax
 import numpy as np
 import pytest
-from tiny_run import EXECUTION, MODEL, tiny_config
+from tiny_run import EXECUTION, SIZES, tiny_config, tiny_model
 
 import maxlm
 from maxlm.checkpoint.folder import find_checkpoint, read_metadata
 from maxlm.config import TokenizerConfig
 from maxlm.config.mesh import MeshConfig
-from maxlm.core.sharding import mesh_sizes
+from maxlm.core.sharding import MESH_AXES, mesh_sizes
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckpointError, ConfigError, DataError, RequestError, TrainingError
 from maxlm.interop.load import load_model
@@ -87,7 +87,7 @@ def test_starting_model_uses_settings_of_new_run(short_run, tmp_path, tiny_data_
 
 def test_vocabulary_of_another_size_is_rejected(tmp_path, tiny_data_folder):
     with pytest.raises(ConfigError, match=r"model\.vocab_size: 512 differs from the tokenizer's 400; leave it out"):
-        train(tiny_config(tmp_path / "run", tiny_data_folder, model={**MODEL, "vocab_size": 512}))
+        train(tiny_config(tmp_path / "run", tiny_data_folder, model=tiny_model(vocab_size=512)))
 
 
 def test_finished_run_can_be_extended(short_run, tiny_data_folder, tmp_path):
@@ -137,7 +137,7 @@ def test_unknown_training_settings_do_not_prevent_loading_a_model(tmp_path, tiny
     saved = json.loads(metadata.read_text())
     saved["config"]["optim"]["gone_since"] = 0.9
     metadata.write_text(json.dumps(saved))
-    assert load_model(tmp_path / "run")[0].config.embed_dim == MODEL["embed_dim"]
+    assert load_model(tmp_path / "run")[0].config.embed_dim == SIZES["embed_dim"]
     saved["config"]["model"]["gone_since"] = 0.9
     metadata.write_text(json.dumps(saved))
     with pytest.raises(CheckpointError, match="by another version of maxlm, whose gone_since this version does not"):
@@ -201,15 +201,38 @@ def test_indivisible_batch_is_rejected(settings, message, tmp_path, tiny_data_fo
 
 def test_indivisible_heads_are_reported_with_all_other_problems(tiny_data_folder):
     config = tiny_config(
-        "x", tiny_data_folder, mesh={"fsdp": 1, "tensor": 8}, model={**MODEL, "mlp_dim": 12, "vocab_size": 4}
+        "x", tiny_data_folder, mesh={"fsdp": 1, "tensor": 8}, model=tiny_model(mlp_dim=12, vocab_size=4)
     )
     with pytest.raises(ConfigError) as error:
         check_layout(config, mesh_sizes(config.mesh, 8))
     problems = "\n".join(error.value.problems)
-    for name in ("num_heads: 4", "num_kv_heads: 2", "mlp_dim: 12", "vocab_size: 4"):
+    for name in ("layers.mixer.num_heads: 4", "layers.mixer.num_kv_heads: 2", "layers.mlp.dim: 12", "vocab_size: 4"):
         assert f"model.{name} is not divisible by mesh.tensor = 8; set it to" in problems
     # The message also names a mesh that fits.
-    assert "model.num_kv_heads: 2 is not divisible by mesh.tensor = 8; set it to 8, or mesh.tensor=2" in problems
+    wanted = "layers.mixer.num_kv_heads: 2 is not divisible by mesh.tensor = 8; set it to 8, or mesh.tensor=2"
+    assert f"model.{wanted}" in problems
+
+
+def test_indivisible_sizes_of_a_mixed_model_are_reported_where_they_were_written(tiny_data_folder):
+    mixer = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 8}
+    pattern = [{"mixer": mixer}, {"mixer": mixer, "mlp": {"kind": "moe", "num_experts": 6, "dim": 9}}]
+    layers = [{"repeat": 1, "mixer": mixer, "mlp": {"dim": 10}}, {"repeat": 3, "pattern": pattern}]
+    mesh = {"fsdp": 1, "tensor": 4, "expert": 4, "stage": 2}
+    model = {"embed_dim": 32, "vocab_size": 8, "layers": layers}
+    with pytest.raises(ConfigError) as error:
+        check_layout(tiny_config("x", tiny_data_folder, batch_size=16, mesh=mesh, model=model), mesh_sizes_of(mesh))
+    assert error.value.problems == [
+        "model.layers.0.mlp.dim: 10 is not divisible by mesh.tensor = 4; set it to 8, or mesh.tensor=2",
+        "model.layers.1.pattern.1.mlp.dim: 9 is not divisible by mesh.tensor = 4; set it to 8, or mesh.tensor=3",
+        "model.layers.1.pattern.1.mlp.num_experts: 6 is not divisible by mesh.expert = 4; set it to 8, or"
+        " mesh.expert=3",
+        "model.layers.1.repeat: 3 is not divisible by mesh.stage = 2; set it to 4, or mesh.stage=1",
+    ]
+
+
+def mesh_sizes_of(mesh):
+    config = MeshConfig(**mesh)
+    return {name: getattr(config, name) for name in MESH_AXES}
 
 
 @pytest.mark.parametrize(
@@ -231,7 +254,7 @@ def test_indivisible_rows_and_heads_are_rejected(settings, message, tiny_data_fo
         "x",
         tiny_data_folder,
         mesh={"fsdp": 1, "context": 8},
-        model={**MODEL, "vocab_size": 8},
+        model=tiny_model(vocab_size=8),
         execution={**EXECUTION, **settings},
         row_length=40,
     )
@@ -260,13 +283,13 @@ def test_adapters_are_trained_and_base_is_unchanged(short_run, tmp_path, tiny_da
     manifest = train(config)
     assert manifest["inputs"]["init_from"]["hash"]
     saved = read_metadata(find_checkpoint(tmp_path / "run"))["shapes"]
-    assert {path.rsplit("/", 1)[0] for path in saved} == {"layers/attention/query", "layers/mlp/down"}
-    assert saved["layers/attention/query/up"] == [2, 2, 32, "float32"]
+    assert {path.rsplit("/", 1)[0] for path in saved} == {"layers/0/0/mixer/query", "layers/0/0/mlp/down"}
+    assert saved["layers/0/0/mixer/query/up"] == [2, 2, 32, "float32"]
     merged = weights(tmp_path / "run")
     for path, value in base.items():
         changed = not np.array_equal(merged[path], value)
-        assert changed == (path in ("layers/attention/query", "layers/mlp/down")), path
-    update = merged["layers/mlp/down"] - base["layers/mlp/down"]
+        assert changed == (path in ("layers/0/0/mixer/query", "layers/0/0/mlp/down")), path
+    update = merged["layers/0/0/mlp/down"] - base["layers/0/0/mlp/down"]
     assert (np.linalg.matrix_rank(update, tol=1e-6) <= 2).all()
     assert manifest["metrics"]["valid"]["loss"] < read_manifest(short_run)["metrics"]["valid"]["loss"]
 
@@ -278,8 +301,9 @@ def test_adapter_for_unknown_weight_is_rejected(short_run, tmp_path, tiny_data_f
 
 
 def test_starting_model_of_another_shape_is_rejected(short_run, tmp_path, tiny_data_folder):
-    config = tiny_config(tmp_path / "run", tiny_data_folder, init_from=str(short_run), model={**MODEL, "num_layers": 4})
-    with pytest.raises(CheckpointError, match=r"is a model with num_layers 2, but model\.num_layers is 4"):
+    model = tiny_model(num_layers=4)
+    config = tiny_config(tmp_path / "run", tiny_data_folder, init_from=str(short_run), model=model)
+    with pytest.raises(CheckpointError, match=r"is a model with layers\.repeat 2, but model\.layers\.repeat is 4"):
         train(config)
 
 

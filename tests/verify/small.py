@@ -1,8 +1,10 @@
 """Configurations to verify; their files do not exist."""
 
+from model_section import uniform
+
 from maxlm.config.load import parse_config
 
-MODEL = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+SIZES = {"embed_dim": 256, "mlp_dim": 704, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
 OBJECTIVES = {
     "pretrain": {"sources": [{"path": "nowhere"}]},
     "distill": {"teacher": "nowhere", "sources": [{"path": "nowhere"}], "temperature": 2.0},
@@ -13,13 +15,18 @@ OBJECTIVES = {
 }
 
 
+def small_model(**changes):
+    """A `model:` section of two layers."""
+    return uniform(**{**SIZES, **changes})
+
+
 def config_of(kind, **settings):
     """A run of this objective."""
     tree = {
         "kind": "train",
         "output": "nowhere",
         "init_from": "nowhere",
-        "model": MODEL,
+        "model": small_model(),
         "execution": {},
         "objective": {"kind": kind, **OBJECTIVES[kind]},
         **settings,

@@ -5,16 +5,20 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from small import config_of
+from small import config_of, small_model
 
 from maxlm.cli import main
 from maxlm.config.load import dump_yaml
+from maxlm.core.batch import Batch
 from maxlm.core.sharding import current_mesh
 from maxlm.core.term import LossOutput, Term
-from maxlm.models import decoder, layers, moe
+from maxlm.layers import attention, moe
+from maxlm.layers.norm import Norm
+from maxlm.models import decoder
 from maxlm.objectives import sft
 from maxlm.objectives.sampler import Sampler
 from maxlm.ops.linear import AdaptedWeight
+from maxlm.ops.norm import rms_norm
 from maxlm.train import step
 from maxlm.verify.run import verify
 
@@ -62,12 +66,12 @@ def test_auxiliary_loss_not_scaled_by_microbatch_weight(monkeypatch):
 
 
 def ignore_segments(monkeypatch):
-    original = layers.attention
-    monkeypatch.setattr(
-        layers,
-        "attention",
-        lambda *args, segment_ids, **settings: original(*args, segment_ids=jnp.ones_like(segment_ids), **settings),
-    )
+    original = attention.attention
+
+    def without_segments(query, key, value, rule, operands, **settings):
+        return original(query, key, value, rule, replace(operands, segments=None), **settings)
+
+    monkeypatch.setattr(attention, "attention", without_segments)
 
 
 def test_attention_that_ignores_segments(monkeypatch):
@@ -97,8 +101,9 @@ def test_loss_weights_derived_from_token_id(monkeypatch):
     original = sft.language_model_loss
 
     def masked(model, batch, *, z_loss):
-        weights = batch.loss_weights * (batch.targets != 0)
-        return original(model, replace(batch, loss_weights=weights), z_loss=z_loss)
+        text = batch["text"]
+        weights = text.loss_weights * (text.targets != 0)
+        return original(model, Batch({"text": replace(text, loss_weights=weights)}), z_loss=z_loss)
 
     monkeypatch.setattr(sft, "language_model_loss", masked)
     assert failed(config_of("sft"), "token ids", "accumulation: 2") == ["token ids: renamed"]
@@ -108,8 +113,9 @@ def test_padding_identified_by_token_id(monkeypatch):
     original = sft.language_model_loss
 
     def masked(model, batch, *, z_loss):
-        weights = jnp.where(batch.tokens != 0, jnp.maximum(batch.loss_weights, 0.1), batch.loss_weights)
-        return original(model, replace(batch, loss_weights=weights), z_loss=z_loss)
+        text = batch["text"]
+        weights = jnp.where(text.tokens != 0, jnp.maximum(text.loss_weights, 0.1), text.loss_weights)
+        return original(model, Batch({"text": replace(text, loss_weights=weights)}), z_loss=z_loss)
 
     monkeypatch.setattr(sft, "language_model_loss", masked)
     assert "padding: more rows and columns" in failed(config_of("sft"), "padding")
@@ -154,16 +160,20 @@ def test_gradient_missing_an_all_reduce(monkeypatch):
         return (gradient / (1 if mesh is None else mesh.shape["data"]),)
 
     local.defvjp(lambda x: (x, None), backward)
-    original = decoder.rms_norm
-    monkeypatch.setattr(decoder, "rms_norm", lambda x, scale, epsilon: original(x, local(scale), epsilon))
+
+    class LocalNorm(Norm):
+        def __call__(self, x):
+            return rms_norm(x, local(self.scale), self.config.epsilon)
+
+    monkeypatch.setattr(decoder, "Norm", LocalNorm)
     report = verify(config_of("sft"), only=["mesh: data=2", "mesh: fsdp=2", "token ids"])
-    assert [(finding.name, finding.first) for finding in report.failed] == [("mesh: data=2", "final_norm")]
+    assert [(finding.name, finding.first) for finding in report.failed] == [("mesh: data=2", "final_norm/scale")]
 
 
 def test_ring_that_treats_zigzag_as_plain_order(monkeypatch):
-    original = layers.context_attention
+    original = attention.context_attention
     monkeypatch.setattr(
-        layers, "context_attention", lambda *args, order, **settings: original(*args, order="plain", **settings)
+        attention, "context_attention", lambda *args, order, **settings: original(*args, order="plain", **settings)
     )
     assert failed(config_of("sft"), "mesh: context=2", "mesh: tensor=2") == ["mesh: context=2"]
 
@@ -176,5 +186,5 @@ def test_expert_balance_computed_over_the_batch(monkeypatch):
         return jnp.sum(real_BL1) * jnp.sum(jax.lax.stop_gradient(shares_E) * means_E)
 
     monkeypatch.setattr(moe, "document_balance", product_of_means)
-    model = {"num_layers": 2, "moe": {"num_experts": 4, "experts_per_token": 2, "mlp_dim": 16}}
+    model = small_model(moe={"num_experts": 4, "experts_per_token": 2, "dim": 16})
     assert failed(config_of("sft", model=model), "accumulation: 2", "token ids") == ["accumulation: 2"]

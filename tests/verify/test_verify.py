@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from rich.console import Console
-from small import config_of
+from small import config_of, small_model
 
 from maxlm.cli import main
 from maxlm.config.load import dump_yaml
@@ -24,7 +24,7 @@ from maxlm.verify.variants import meshes, variants_of
 
 SAME = Finding("mesh", "data=2, fsdp=2", 1e-7, "policy", 3e-6, "embedding", seconds=1.0)
 WRONG = Finding(
-    "padding", "more rows", 1e-9, "preference", 0.02, "final_norm", first="layers/mlp/up[1]", first_difference=3e-4
+    "padding", "more rows", 1e-9, "preference", 0.02, "final_norm", first="layers/0/0/mlp/up[1]", first_difference=3e-4
 )
 SKIPPED = Finding("mesh", "tensor=2", skipped="num_heads: 3 is not divisible")
 
@@ -52,8 +52,8 @@ def test_every_pair_of_mesh_axes_is_covered():
 
 
 def test_mesh_that_does_not_fit_is_skipped_with_the_number_to_change():
-    found = {variant.name: variant.skipped for variant in variants(model={"num_heads": 3, "num_kv_heads": 1})}
-    assert "num_heads: 3 is not divisible by mesh.tensor = 2" in found["mesh: tensor=2"]
+    found = {variant.name: variant.skipped for variant in variants(model=small_model(num_heads=3, num_kv_heads=1))}
+    assert "model.layers.mixer.num_heads: 3 is not divisible by mesh.tensor = 2" in found["mesh: tensor=2"]
     assert found["mesh: data=2"] is None
 
 
@@ -78,39 +78,59 @@ def test_exact_names_take_precedence_over_partial_ones():
 def test_reduced_model_keeps_structure():
     config = config_of(
         "sft",
-        model={
-            "num_layers": 24,
-            "num_heads": 32,
-            "num_kv_heads": 8,
-            "window_pattern": [4096, 512, None],
-            "tie_embeddings": False,
-            "qk_norm": True,
-            "logit_soft_cap": 30.0,
-            "moe": {"num_experts": 64, "experts_per_token": 4, "mlp_dim": 512, "num_shared_experts": 1},
-        },
+        model=small_model(
+            num_layers=24,
+            num_heads=32,
+            num_kv_heads=8,
+            window_pattern=[4096, 512, None],
+            tie_embeddings=False,
+            qk_norm=True,
+            logit_soft_cap=30.0,
+            moe={"num_experts": 64, "experts_per_token": 4, "dim": 512, "num_shared_experts": 1},
+        ),
     )
     reduced = reduced_config(config, vocab_size=64)
     small = reduced.model
-    assert small.num_heads // small.num_kv_heads == 4
-    assert small.window_pattern == (11, 5, None)
     assert small.num_layers == 12
-    assert (small.tie_embeddings, small.qk_norm, small.logit_soft_cap) == (False, True, 30.0)
-    assert (small.moe.experts_per_token, small.moe.num_shared_experts) == (4, 1)
-    assert small.moe.num_experts < 64
+    assert (small.tie_embeddings, small.logit_soft_cap) == (False, 30.0)
+    [group] = small.layers
+    assert [layer.mixer.window for layer in group.pattern] == [11, 5, None]
+    for layer in group.pattern:
+        assert layer.mixer.num_heads // layer.mixer.num_kv_heads == 4
+        assert layer.mixer.qk_norm
+        assert (layer.mlp.experts_per_token, layer.mlp.num_shared_experts) == (4, 1)
+        assert layer.mlp.num_experts < 64
     assert (reduced.execution.activation_dtype, reduced.execution.matmul_dtype) == ("float32", "float32")
 
 
 @pytest.mark.parametrize(("turns", "kept"), [(1, 1), (2, 2), (3, 3), (5, 1), (6, 2), (12, 4), (18, 2), (30, 2)])
 def test_reduced_model_fits_stages_if_full_model_does(turns, kept):
     for pattern in ([None], [None] * 6):
-        model = {"num_layers": turns * len(pattern), "window_pattern": pattern}
+        model = small_model(num_layers=turns * len(pattern), window_pattern=pattern)
         assert reduced_model(config_of("sft", model=model).model, vocab_size=64).num_layers == kept * len(pattern)
         skipped = {variant.name: variant.skipped for variant in variants(model=model)}
         assert (skipped["mesh: stage=2"] is None) is (turns % 2 == 0)
 
 
+def test_reduced_model_keeps_groups():
+    """The longest one is shared by stages, as in the full model; of the others one turn is enough."""
+    local, every = {"mixer": {"window": 512}}, {"mlp": {"kind": "moe", "num_experts": 32, "dim": 64}}
+    pattern = [{"times": 5, **local}, {"times": 1, **every}]
+    layers = [{"repeat": 3, **local}, {"repeat": 8, "pattern": pattern}, {"repeat": 2, **every}]
+    small = reduced_model(config_of("sft", model={"layers": layers}).model, vocab_size=64)
+    assert [(group.repeat, [layer.times for layer in group.pattern]) for group in small.layers] == [
+        (1, [1]),
+        (4, [2, 1]),
+        (1, [1]),
+    ]
+    assert small.longest_group == 1
+    assert [layer.mlp.kind for layer in small.each_layer()] == ["gated", *["gated", "gated", "moe"] * 4, "moe"]
+    assert {layer.mixer.window for layer in small.each_layer()} == {5, None}
+
+
 def test_configured_mesh_is_a_variant():
-    skipped = {variant.name: variant.skipped for variant in variants(mesh={"tensor": 4}, model={"num_kv_heads": 4})}
+    fitting = variants(mesh={"tensor": 4}, model=small_model(num_kv_heads=4))
+    skipped = {variant.name: variant.skipped for variant in fitting}
     assert skipped["mesh: fsdp=2, tensor=4, the configuration's own"] is None
     skipped = {variant.name: variant.skipped for variant in variants(mesh={"tensor": 3})}
     assert "is not divisible by mesh.tensor = 3" in skipped["mesh: fsdp=2, tensor=3, the configuration's own"]
@@ -148,12 +168,12 @@ def test_examples_cover_known_bugs():
 
 
 def test_first_differing_parameter_and_layer_are_named():
-    gradient = {"embedding": np.ones((4, 2)), "layers/mlp/up": np.ones((3, 2, 2)), "final_norm": np.full(2, 5.0)}
+    gradient = {"embedding": np.ones((4, 2)), "layers/0/0/mlp/up": np.ones((3, 2, 2)), "final_norm": np.full(2, 5.0)}
     other = {path: leaf.copy() for path, leaf in gradient.items()}
-    other["layers/mlp/up"][1, 0, 0] += 0.5
+    other["layers/0/0/mlp/up"][1, 0, 0] += 0.5
     other["final_norm"] += 5
     numbers = compare(Measured({"a": 2.0, "b": 1.0}, gradient), Measured({"a": 2.0, "b": 1.1}, other), list(gradient))
-    assert (numbers["first"], numbers["first_difference"]) == ("layers/mlp/up[1]", 0.5)
+    assert (numbers["first"], numbers["first_difference"]) == ("layers/0/0/mlp/up[1]", 0.5)
     assert (numbers["parameter"], numbers["gradient_difference"]) == ("final_norm", 1.0)
     assert numbers["term"] == "b"
     assert numbers["loss_difference"] == pytest.approx(0.1)
@@ -169,8 +189,8 @@ def test_report_as_text_and_tables():
     assert not report.passed
     assert report.largest() == {"mesh.data": 3e-6, "mesh.fsdp": 3e-6, "padding": 0.02}
     assert failure(WRONG) == (
-        "padding: more rows differs: gradients from layers/mlp/up[1] on, by 3.0e-04 of its largest entry, and most in"
-        " final_norm, by 2.0e-02"
+        "padding: more rows differs: gradients from layers/0/0/mlp/up[1] on, by 3.0e-04 of its largest entry, and most"
+        " in final_norm, by 2.0e-02"
     )
     assert failure(replace(WRONG, first="final_norm", first_difference=0.02)) == (
         "padding: more rows differs: gradients from final_norm on, by 2.0e-02 of its largest entry"

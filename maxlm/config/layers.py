@@ -1,0 +1,264 @@
+"""The layers of a model: groups of layers, each with a mixer of tokens and an MLP, which are unions by kind."""
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, Discriminator, Field, PositiveFloat, Tag, model_validator
+
+from maxlm.config.base import Count, CountOrZero, Frozen
+from maxlm.config.mesh import MeshConfig
+
+
+class RopeConfig(Frozen):
+    """Rotary positions."""
+
+    theta: PositiveFloat = Field(10_000.0, description="Base of the wavelengths.")
+
+
+class PartConfig(Frozen):
+    """A mixer or an MLP: one of a union by `kind`."""
+
+    # Sizes that a mesh must divide: name of the field -> logical axis.
+    sharded: ClassVar[dict[str, str]] = {}
+
+    kind: str
+
+    def reduced(self, mesh: MeshConfig) -> Self:
+        """The same structure with small sizes that `mesh` and meshes of two devices per axis divide, if these do."""
+        raise NotImplementedError
+
+
+class AttentionConfig(PartConfig):
+    """Causal self-attention with grouped key-value heads."""
+
+    sharded: ClassVar[dict[str, str]] = {"num_heads": "heads", "num_kv_heads": "kv_heads"}
+
+    kind: Literal["attention"] = "attention"
+    num_heads: Count = 4
+    num_kv_heads: Count = 2
+    head_dim: Count = 64
+    window: Count | None = Field(None, description="Tokens that one attends to, itself included; null is all before.")
+    rope: RopeConfig | None = RopeConfig()
+    alibi: bool = Field(
+        False, description="Subtract slope * distance from the logits, with a slope per head (arXiv:2108.12409)."
+    )
+    qk_norm: bool = Field(False, description="Normalize each query and key head before RoPE.")
+    soft_cap: PositiveFloat | None = Field(None, description="Attention logits become c * tanh(logits / c).")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if self.rope is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs of channels")
+        return self
+
+    def reduced(self, mesh: MeshConfig) -> Self:
+        num_kv_heads = math.gcd(self.num_kv_heads, math.lcm(2, mesh.tensor))
+        num_heads = num_kv_heads * (self.num_heads // self.num_kv_heads)
+        return self.model_copy(update={"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": 8})
+
+
+class GruConfig(PartConfig):
+    """A gated recurrent unit: the memory of the tokens before is one vector."""
+
+    kind: Literal["gru"]
+    dim: Count = Field(description="Channels of the state.")
+
+    def reduced(self, mesh: MeshConfig) -> Self:
+        return self.model_copy(update={"dim": 12})
+
+
+class MlpPartConfig(PartConfig):
+    """A layer that processes each token by itself."""
+
+    @property
+    def active_share(self) -> float:
+        """The share of the experts that process a token, if it has any."""
+        return 1.0
+
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+class GatedMlpConfig(MlpPartConfig):
+    """A gated MLP: down(activation(gate x) * up x)."""
+
+    sharded: ClassVar[dict[str, str]] = {"dim": "mlp"}
+
+    kind: Literal["gated"] = "gated"
+    dim: Count = Field(704, description="Hidden channels.")
+    activation: Activation = "silu"
+
+    def reduced(self, mesh: MeshConfig) -> Self:
+        return self.model_copy(update={"dim": math.lcm(24, mesh.tensor)})
+
+
+class PlainMlpConfig(MlpPartConfig):
+    """An MLP with one hidden layer: down(activation(up x))."""
+
+    sharded: ClassVar[dict[str, str]] = {"dim": "mlp"}
+
+    kind: Literal["plain"]
+    dim: Count = Field(description="Hidden channels.")
+    activation: Activation = "gelu"
+    bias: bool = Field(True, description="Add a learned vector after each product.")
+
+    def reduced(self, mesh: MeshConfig) -> Self:
+        return self.model_copy(update={"dim": math.lcm(24, mesh.tensor)})
+
+
+class MoeConfig(MlpPartConfig):
+    """Mixture of experts: a router sends each token to a few of many small gated MLPs."""
+
+    sharded: ClassVar[dict[str, str]] = {"dim": "mlp", "num_experts": "experts"}
+
+    # Required, so that a section without it is a gated MLP in the schema too.
+    kind: Literal["moe"]
+    num_experts: Count = 8
+    experts_per_token: Count = 2
+    dim: Count = Field(description="Hidden channels of one expert.")
+    num_shared_experts: CountOrZero = Field(
+        0, description="Experts that every token passes through; computed as one MLP that is this many times as wide."
+    )
+    scoring: Literal["softmax", "sigmoid"] = Field("softmax", description="Function from router logits to scores.")
+    normalize_weights: bool = Field(True, description="Scale the scores of a token's experts to sum to 1.")
+    routed_scaling: PositiveFloat = Field(1.0, description="Factor on the output of the routed experts.")
+    router_bias: bool = Field(
+        False,
+        description="Learn a bias per expert that only affects which experts are chosen, to balance their load"
+        " (arXiv:2408.15664).",
+    )
+
+    @property
+    def active_share(self) -> float:
+        return self.experts_per_token / self.num_experts
+
+    def reduced(self, mesh: MeshConfig) -> Self:
+        num_experts = min(self.num_experts, math.lcm(max(4, 2 * self.experts_per_token), mesh.expert))
+        return self.model_copy(update={"num_experts": num_experts, "dim": math.lcm(12, mesh.tensor)})
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token ({self.experts_per_token}) exceeds num_experts ({self.num_experts});"
+                f" make it {self.num_experts} or less"
+            )
+        return self
+
+
+def _kind(default: str) -> Discriminator:
+    """Select the member of a union by `kind`, which may be left out of the default one."""
+    return Discriminator(
+        lambda value: value.get("kind", default) if isinstance(value, dict) else getattr(value, "kind", default)
+    )
+
+
+MixerConfig = Annotated[
+    Annotated[AttentionConfig, Tag("attention")] | Annotated[GruConfig, Tag("gru")],
+    _kind("attention"),
+]
+MlpConfig = Annotated[
+    Annotated[GatedMlpConfig, Tag("gated")]
+    | Annotated[PlainMlpConfig, Tag("plain")]
+    | Annotated[MoeConfig, Tag("moe")],
+    _kind("gated"),
+]
+
+
+class LayerConfig(Frozen):
+    """A residual layer: a mixer moves information between tokens, then an MLP processes each token."""
+
+    mixer: MixerConfig = AttentionConfig()
+    mlp: MlpConfig = GatedMlpConfig()
+
+
+class PatternLayerConfig(LayerConfig):
+    """A layer of a pattern, possibly several times in a row."""
+
+    times: Count = 1
+
+
+class UniformGroup(LayerConfig):
+    """Equal layers."""
+
+    repeat: Count = 4
+
+    def as_group(self) -> "LayerGroup":
+        return LayerGroup(repeat=self.repeat, pattern=(PatternLayerConfig(mixer=self.mixer, mlp=self.mlp),))
+
+
+class LayerGroup(Frozen):
+    """A pattern of layers, repeated. One loop computes all repeats; it is compiled once."""
+
+    repeat: Count = 1
+    pattern: tuple[PatternLayerConfig, ...] = Field(min_length=1)
+
+    @property
+    def layers_per_repeat(self) -> int:
+        return sum(layer.times for layer in self.pattern)
+
+    @property
+    def num_layers(self) -> int:
+        return self.repeat * self.layers_per_repeat
+
+    def each_layer(self) -> Iterator[LayerConfig]:
+        """The layers in order."""
+        for _ in range(self.repeat):
+            for layer in self.pattern:
+                yield from [LayerConfig(mixer=layer.mixer, mlp=layer.mlp)] * layer.times
+
+    def as_group(self) -> "LayerGroup":
+        return self
+
+
+def _group_spelling(value: Any) -> str:
+    has_pattern = "pattern" in value if isinstance(value, dict) else isinstance(value, LayerGroup)
+    return "pattern" if has_pattern else "uniform"
+
+
+def _spelling(value: Any) -> str:
+    return "groups" if isinstance(value, list | tuple) else _group_spelling(value)
+
+
+_Group = Annotated[
+    Annotated[UniformGroup, Tag("uniform")] | Annotated[LayerGroup, Tag("pattern")], Discriminator(_group_spelling)
+]
+_Groups = Annotated[tuple[_Group, ...], Field(min_length=1)]
+# In a file: one group, or a list of them. A group is equal layers or a pattern of layers.
+LayersField = Annotated[
+    Annotated[UniformGroup, Tag("uniform")] | Annotated[LayerGroup, Tag("pattern")] | Annotated[_Groups, Tag("groups")],
+    Discriminator(_spelling),
+    AfterValidator(lambda given: tuple(each.as_group() for each in (given if isinstance(given, tuple) else (given,)))),
+]
+
+
+def key_as_written(key: str, tree: Any) -> str:
+    """A dotted key of a validated configuration (nested dicts and lists) as one would write it.
+
+    `layers.0.pattern.0.mixer.window` is `layers.mixer.window` if there is one group with one layer in its pattern.
+    """
+    written: list[str] = []
+    node = tree
+    for part in key.split("."):
+        is_alone = isinstance(node, list) and len(node) == 1 and written[-1:] in (["layers"], ["pattern"])
+        node = node[int(part)] if isinstance(node, list) else node[part]
+        if not is_alone:
+            written.append(part)
+        elif written[-1] == "pattern":
+            written.pop()
+    return ".".join(written)
+
+
+def value_at(config: Any, key: str) -> Any:
+    """The value of a validated configuration at a dotted key as one would write it: see `key_as_written`."""
+    value: Any = config
+    for part in key.split("."):
+        if isinstance(value, tuple | list) and not part.isdigit():
+            (value,) = value
+        if isinstance(value, LayerGroup) and part not in LayerGroup.model_fields:
+            (value,) = value.pattern
+        value = value[int(part)] if part.isdigit() else getattr(value, part)
+    return value

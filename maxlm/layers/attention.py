@@ -1,0 +1,137 @@
+"""Self-attention, in training and with a cache of earlier keys and values.
+
+Dimensions: B batch, L length, D embed, H query heads, K key-value heads, E head_dim, T cached tokens.
+"""
+
+import math
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from maxlm.config.execution import ExecutionConfig
+from maxlm.config.layers import AttentionConfig
+from maxlm.config.model import ModelConfig
+from maxlm.core.sharding import is_explicit, logical_to_spec
+from maxlm.layers.cache import KeyValueCache, RingCache
+from maxlm.layers.context import TokenContext
+from maxlm.layers.norm import Norm
+from maxlm.layers.weights import multiply, residual_scale, weight
+from maxlm.ops.attention import attention
+from maxlm.ops.attention_definition import cached_attention
+from maxlm.ops.attention_operands import AttentionOperands
+from maxlm.ops.attention_rule import AttentionRule
+from maxlm.ops.context import context_attention
+from maxlm.ops.linear import operand_dtype
+from maxlm.ops.position_bias import Alibi
+from maxlm.ops.rope import apply_rope
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with grouped key-value heads."""
+
+    def __init__(self, model: ModelConfig, config: AttentionConfig, execution: ExecutionConfig):
+        self.config, self.execution = config, execution
+        embed = (model.embed_dim, "embed")
+        heads = (config.num_heads * config.head_dim, "heads")
+        kv_heads = (config.num_kv_heads * config.head_dim, "kv_heads")
+        self.query = weight(execution, embed, heads)
+        self.key = weight(execution, embed, kv_heads)
+        self.value = weight(execution, embed, kv_heads)
+        self.out = weight(execution, heads, embed, residual_scale(model.num_layers))
+        if config.qk_norm:
+            self.query_norm = Norm(model.norm, config.head_dim)
+            self.key_norm = Norm(model.norm, config.head_dim)
+
+    def __call__(
+        self, x_BLD: jax.Array, context: TokenContext, cache: KeyValueCache | RingCache | None = None
+    ) -> tuple[jax.Array, KeyValueCache | RingCache | None]:
+        query_BLHE, key_BLKE, value_BLKE = self._project(x_BLD, context)
+        if cache is None:
+            mixed_BLHE = self._attend(query_BLHE, key_BLKE, value_BLKE, context)
+        else:
+            cache, seen = cache.extend(key_BLKE, value_BLKE, context.positions_BL)
+            operands = AttentionOperands(position_bias=self._position_bias)
+            mixed_BLHE = cached_attention(query_BLHE, *seen[:2], context.positions_BL, seen[2], self._rule, operands)
+        batch, length, heads, head_dim = mixed_BLHE.shape
+        merged = _reshape(mixed_BLHE, (batch, length, heads * head_dim), ("batch", "length", "heads"))
+        return multiply(self.execution, merged, self.out, context.residual_axes), cache
+
+    def create_cache(self, batch_size: int, max_length: int, dtype) -> KeyValueCache | RingCache:
+        """An empty cache: of the window's length, where that is shorter than the longest sequence."""
+        config = self.config
+        if config.window is not None and config.window < max_length:
+            return RingCache.create(batch_size, config.num_kv_heads, config.window, config.head_dim, dtype)
+        return KeyValueCache.create(batch_size, config.num_kv_heads, max_length, config.head_dim, dtype)
+
+    def _project(self, x_BLD, context: TokenContext):
+        config, times = self.config, partial(multiply, self.execution)
+        query_BLHE = _split_heads(times(x_BLD, self.query), config.num_heads, "heads")
+        key_BLKE = _split_heads(times(x_BLD, self.key), config.num_kv_heads, "kv_heads")
+        value_BLKE = _split_heads(times(x_BLD, self.value), config.num_kv_heads, "kv_heads")
+        if config.qk_norm:
+            query_BLHE, key_BLKE = self.query_norm(query_BLHE), self.key_norm(key_BLKE)
+        if config.rope is not None:
+            angles = context.angles[config.head_dim, config.rope.theta]
+            query_BLHE, key_BLKE = apply_rope(query_BLHE, angles), apply_rope(key_BLKE, angles)
+        return query_BLHE, key_BLKE, value_BLKE
+
+    def _attend(self, query_BLHE, key_BLKE, value_BLKE, context: TokenContext):
+        """Attention on each device's own rows and heads, and across the devices that share a row, if sharded."""
+        execution, rule = self.execution, self._rule
+        operands = AttentionOperands(
+            segments=(context.segment_ids_BL, context.segment_ids_BL), position_bias=self._position_bias
+        )
+        settings: dict[str, Any] = {
+            "implementation": None if execution.attention == "auto" else execution.attention,
+            "matmul_dtype": jnp.dtype(operand_dtype(execution.matmul_dtype)),
+        }
+        if not is_explicit():
+            return attention(query_BLHE, key_BLKE, value_BLKE, rule, operands, **settings)
+
+        def local(query_BLHE, key_BLKE, value_BLKE, operands):
+            settings_of_rows = {"method": execution.context_attention, "order": context.row_order, **settings}
+            return context_attention(query_BLHE, key_BLKE, value_BLKE, rule, operands, **settings_of_rows)
+
+        heads = logical_to_spec(("batch", "length", "heads", None))
+        kv_heads = logical_to_spec(("batch", "length", "kv_heads", None))
+        tokens, slopes = P(*heads[:2]), logical_to_spec(("heads",))
+        specs: Any = AttentionOperands(
+            segments=cast(Any, (tokens, tokens)), position_bias=jax.tree.map(lambda _: slopes, operands.position_bias)
+        )
+        return jax.shard_map(local, in_specs=(heads, kv_heads, kv_heads, specs), out_specs=heads, check_vma=False)(
+            query_BLHE, key_BLKE, value_BLKE, operands
+        )
+
+    @property
+    def _rule(self) -> AttentionRule:
+        config = self.config
+        return AttentionRule(scale=1 / math.sqrt(config.head_dim), window=config.window, soft_cap=config.soft_cap)
+
+    @property
+    def _position_bias(self) -> Alibi | None:
+        return Alibi(jnp.asarray(alibi_slopes(self.config.num_heads))) if self.config.alibi else None
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """The slope of each head: a geometric series from 2^(-8 / n) to 2^-8 for a power of two n (arXiv:2108.12409).
+
+    For other numbers, the series of the next smaller power of two, and then every other slope of the next larger one.
+    """
+    series = lambda count: 2.0 ** (-8.0 * np.arange(1, count + 1) / count)  # noqa: E731
+    power = 1 << (num_heads.bit_length() - 1)
+    return np.concatenate([series(power), series(2 * power)[::2][: num_heads - power]]).astype(np.float32)
+
+
+def _split_heads(x_BLX, num_heads: int, axis: str):
+    batch, length, features = x_BLX.shape
+    return _reshape(x_BLX, (batch, length, num_heads, features // num_heads), ("batch", "length", axis, None))
+
+
+def _reshape(x, shape: tuple[int, ...], axes: tuple[str | None, ...]):
+    """Reshape with a named sharding: otherwise a head axis of size 1 would lose its mesh axis."""
+    return jax.lax.reshape(x, shape, out_sharding=logical_to_spec(axes)) if is_explicit() else x.reshape(shape)

@@ -1,0 +1,107 @@
+"""Mixture of experts.
+
+Dimensions: B batch, L length, D embed, F channels of an expert, E experts, K experts per token.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maxlm.config.execution import ExecutionConfig
+from maxlm.config.layers import GatedMlpConfig, MoeConfig
+from maxlm.config.model import ModelConfig
+from maxlm.core.parameters import Normal, Parameter, Role, zeros
+from maxlm.core.term import LossOutput, Term
+from maxlm.layers.context import TokenContext
+from maxlm.layers.mlp import GatedMlp
+from maxlm.ops.linear import linear, operand_dtype
+from maxlm.ops.moe import Routing, mixture_of_experts, route, router_scores
+from maxlm.ops.moe_balance import bias_pull, choices, document_balance
+
+
+class MixtureOfExperts(nnx.Module):
+    """A router, routed experts, and shared experts that process every token."""
+
+    def __init__(self, model: ModelConfig, config: MoeConfig, execution: ExecutionConfig):
+        self.config, self.execution = config, execution
+        experts, embed, mlp, dtype = (
+            config.num_experts,
+            model.embed_dim,
+            config.dim,
+            jnp.dtype(execution.parameter_dtype),
+        )
+        narrow = Normal(1 / math.sqrt(2 * model.num_layers * mlp))
+        widen = Normal(1 / math.sqrt(embed))
+        widening, narrowing = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
+        # Always float32: rounding two close scores could select another expert.
+        self.router = _parameter((embed, experts), ("embed", None), widen, role="router")
+        self.gate = _parameter((experts, embed, mlp), widening, widen, dtype, role="matrix")
+        self.up = _parameter((experts, embed, mlp), widening, widen, dtype, role="matrix")
+        self.down = _parameter((experts, mlp, embed), narrowing, narrow, dtype, role="matrix")
+        if config.router_bias:
+            self.router_bias = _parameter((experts,), (None,), zeros, role="router_bias")
+        if config.num_shared_experts:
+            self.shared = GatedMlp(model, GatedMlpConfig(dim=config.num_shared_experts * mlp), execution)
+
+    def __call__(self, x_BLD: jax.Array, context: TokenContext) -> tuple[jax.Array, LossOutput]:
+        """The output of the experts for each token, and the losses of the router. Padding is not routed."""
+        config = self.config
+        real_BL = context.segment_ids_BL != 0
+        logits_BLE, scores_BLE, routing = self._route(x_BLD)
+        y_BLD = self._mix(x_BLD, routing, real_BL, context)
+
+        tokens = jnp.sum(real_BL, dtype=jnp.float32)
+        choices_BLE = choices(routing.experts_BLK, real_BL, config.num_experts)
+        load_E = jnp.sum(choices_BLE, axis=(0, 1)) / config.experts_per_token
+        squares_BL = jnp.square(jax.nn.logsumexp(logits_BLE, axis=-1))
+        terms = {
+            "moe_balance": Term(document_balance(scores_BLE, routing.experts_BLK, context.segment_ids_BL), tokens),
+            "router_z_loss": Term(jnp.sum(jnp.where(real_BL, squares_BL, 0.0)), tokens),
+        }
+        if config.router_bias:
+            terms["router_bias"] = Term(bias_pull(self.router_bias, load_E), tokens)
+        metrics = {
+            # Load of the busiest expert, as a multiple of an equal share.
+            "max_expert_load": Term(config.num_experts * jax.lax.stop_gradient(jnp.max(load_E)), tokens),
+        }
+        return y_BLD, LossOutput(terms, metrics)
+
+    def _route(self, x_BLD) -> tuple[jax.Array, jax.Array, Routing]:
+        config = self.config
+        # TPUs do not compute full float32 products by default.
+        with jax.default_matmul_precision("float32"):
+            logits_BLE = linear(x_BLD.astype(jnp.float32), self.router, "float32")
+        scores_BLE = router_scores(logits_BLE, config.scoring)
+        routing = route(
+            scores_BLE,
+            self.router_bias if config.router_bias else None,
+            experts_per_token=config.experts_per_token,
+            normalize_weights=config.normalize_weights,
+            scaling=config.routed_scaling,
+        )
+        return logits_BLE, scores_BLE, routing
+
+    def _mix(self, x_BLD, routing, real_BL, context: TokenContext):
+        execution = self.execution
+        y_BLD = mixture_of_experts(
+            x_BLD,
+            routing,
+            real_BL,
+            self.gate,
+            self.up,
+            self.down,
+            dtype=operand_dtype(execution.matmul_dtype),
+            gradient_sum=execution.gradient_sum_dtype,
+            output_axes=context.residual_axes,
+            implementation=None if execution.experts == "auto" else execution.experts,
+        )
+        if self.config.num_shared_experts:
+            y_BLD = y_BLD + self.shared(x_BLD, context)[0]
+        return y_BLD
+
+
+def _parameter(*declared, role: Role) -> Any:
+    return nnx.data(Parameter(*declared, role=role))

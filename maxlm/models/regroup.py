@@ -1,0 +1,39 @@
+"""Stack the layers of a model in other groups: another layout of the same weights for the same function."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.config.layers import LayerGroup, PatternLayerConfig
+from maxlm.layers.layer import Layer
+from maxlm.layers.stack import each_layer, layer_indices
+from maxlm.models.decoder import Decoder
+from maxlm.ops.qtensor import QTensor
+
+
+def regroup(model: Decoder, layers: tuple[LayerGroup, ...]) -> Decoder:
+    """The model with its layers in these groups, which must hold the same layers in the same order."""
+    config = model.config.model_copy(update={"layers": layers})
+    if list(config.each_layer()) != list(model.config.each_layer()):
+        raise ValueError("the groups hold other layers than the model")
+    by_number = list(each_layer(model.layers, model.config))
+
+    def stacked(numbers: Any) -> Any:
+        parts = [by_number[number] for number in numbers.ravel()]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves).reshape(*numbers.shape, *leaves[0].shape), *parts)
+
+    new_layers = iter([stacked(numbers) for group in layer_indices(config) for numbers in group])
+    is_part = lambda node: isinstance(node, Layer | QTensor)  # noqa: E731
+    others = iter([node for node in jax.tree.leaves(model, is_leaf=is_part) if not isinstance(node, Layer)])
+    places, structure = jax.tree.flatten(type(model)(config, model.execution), is_leaf=is_part)
+    return jax.tree.unflatten(structure, [next(new_layers if isinstance(place, Layer) else others) for place in places])
+
+
+def unrolled(model: Decoder) -> Decoder:
+    """The model with each layer stacked alone, so that its loop over layers is unrolled when it is compiled.
+
+    Decoding is faster so: weights and caches are used where they are, and not copied out of a stack and back.
+    """
+    layers = [PatternLayerConfig(mixer=layer.mixer, mlp=layer.mlp) for layer in model.config.each_layer()]
+    return regroup(model, (LayerGroup(pattern=tuple(layers)),))

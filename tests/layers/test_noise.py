@@ -1,0 +1,84 @@
+"""Dropout and stochastic depth within a model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_decoder import EXECUTION, documents, pack, tiny_config
+
+from maxlm.config.regularization import RegularizationConfig
+from maxlm.core.batch import Batch
+from maxlm.core.parameters import initialize
+from maxlm.models.applied import AppliedModel
+from maxlm.models.decoder import Decoder
+from maxlm.models.regroup import unrolled
+
+TEXT = pack(documents(), rows=4, length=24, per_row=3)
+BATCH = Batch({"text": TEXT}, row_seeds_B=np.arange(1, 5, dtype=np.uint32))
+CONFIG = tiny_config(num_layers=4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return initialize(Decoder(CONFIG, EXECUTION), jax.random.key(0))
+
+
+def hidden(model, batch=BATCH, **rates) -> np.ndarray:
+    applied = jax.jit(lambda model, batch: AppliedModel.of(model, batch, RegularizationConfig(**rates)).outputs)
+    return np.asarray(applied(model, batch)["text"].hidden_BLD)
+
+
+@pytest.mark.parametrize("rates", [{"embedding_dropout": 0.2}, {"residual_dropout": 0.2}, {"stochastic_depth": 0.5}])
+def test_each_kind_changes_the_outputs_by_the_seed_of_the_row_only(model, rates):
+    quiet, noisy = hidden(model), hidden(model, **rates)
+    assert np.abs(noisy - quiet).max() > 0.01
+    np.testing.assert_array_equal(hidden(model, **rates), noisy)
+    other = dataclasses.replace(BATCH, row_seeds_B=np.array([1, 2, 3, 9], np.uint32))
+    changed = hidden(model, other, **rates)
+    np.testing.assert_allclose(changed[:3], noisy[:3], rtol=1e-6, atol=1e-6)
+    assert np.abs(changed[3] - noisy[3]).max() > 0.01
+
+
+def test_masks_do_not_depend_on_how_layers_are_stacked(model):
+    rates = {"embedding_dropout": 0.1, "residual_dropout": 0.1, "stochastic_depth": 0.3}
+    np.testing.assert_allclose(hidden(jax.jit(unrolled)(model), **rates), hidden(model, **rates), rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_random_without_seeds_or_rates(model):
+    quiet = hidden(model)
+    without_seeds = dataclasses.replace(BATCH, row_seeds_B=None)
+    np.testing.assert_array_equal(hidden(model, without_seeds, residual_dropout=0.5), quiet)
+
+
+def test_row_that_skips_every_layer_is_its_embedding(model):
+    """Stochastic depth 0.999 at the last layer of a model of one layer: nearly all rows skip it."""
+    single = initialize(Decoder(tiny_config(num_layers=1), EXECUTION), jax.random.key(0))
+    got = hidden(single, stochastic_depth=0.999)
+    expected = jax.vmap(jax.vmap(single.final_norm))(jnp.asarray(single.embedding)[TEXT.tokens])
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_expected_output_of_a_linear_part_is_kept(model):
+    """Embedding dropout keeps the mean: averaged over many seeds, the embedding is itself again."""
+    rows = 512
+    text = jax.tree.map(lambda x: np.repeat(x[:1], rows, axis=0), TEXT)
+    seeds = np.random.default_rng(0).integers(2**32, size=rows, dtype=np.uint32)
+    applied = AppliedModel.of(
+        _EmbeddingOnly(model), Batch({"text": text}, row_seeds_B=seeds), RegularizationConfig(embedding_dropout=0.5)
+    )
+    x = np.asarray(applied.outputs["text"])
+    table = np.asarray(model.embedding)[TEXT.tokens[0]]
+    # Each mean of 512 values of 0 or 2 times the entry: six standard deviations.
+    assert (np.abs(x.mean(axis=0) - table) <= 6 * np.abs(table) / np.sqrt(rows) + 1e-7).all()
+
+
+@dataclasses.dataclass
+class _EmbeddingOnly:
+    """The input of the layers in place of a model's outputs."""
+
+    model: Decoder
+
+    def apply(self, stream, noise):
+        return self.model.enter(stream.tokens, stream.positions, stream.segment_ids, noise)[0].x_BLD
