@@ -50,7 +50,6 @@ class Engine:
     Args:
       model, tokenizer: the tokenizer gives `stream_decoder()`.
       stop_ids: tokens that end an answer.
-      num_slots: at least 2 are allocated, because matrix products of a single row are slow on CPU.
       max_length: None takes the model's context, which also bounds it.
       max_waiting: requests that may wait for a slot; None sets no limit.
     """
@@ -68,7 +67,7 @@ class Engine:
         if max_length is not None and max_length < MIN_BUCKET:
             raise RequestError(f"max_length is {max_length}; it must be at least {MIN_BUCKET}")
         self.max_length = min(max_length or model.execution.max_length, model.execution.max_length)
-        self.num_slots = max(num_slots, 2)
+        self.num_slots = num_slots
         self._weights, structure = jax.tree.flatten(model)
         self._programs = Programs.of(structure)
         self._vocab_size = model.config.vocab_size

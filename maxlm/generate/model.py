@@ -27,7 +27,7 @@ from maxlm.tokenizer.codec import Tokenizer
 Prompt = str | Sequence[dict]
 
 # Two engine sizes, so that at most two are ever compiled.
-_FEW_SLOTS, _MANY_SLOTS = 2, 8
+_ONE_SLOT, _MANY_SLOTS = 1, 8
 
 
 def load(path: str | Path, *, ema: bool = False) -> "LoadedModel":
@@ -215,7 +215,7 @@ class LoadedModel:
             )
             for index, prompt in enumerate(listed)
         ]
-        with self.engine(num_slots=_FEW_SLOTS if len(listed) <= _FEW_SLOTS else _MANY_SLOTS) as engine:
+        with self.engine(num_slots=_ONE_SLOT if len(listed) == 1 else _MANY_SLOTS) as engine:
             streams = [engine.stream(request) for request in requests]
             return ["".join(event.text for event in stream) for stream in streams]
 

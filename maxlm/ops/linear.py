@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from maxlm.core.hardware import multiplies_bfloat16
+from maxlm.core.hardware import multiplies_bfloat16, traced_platform
 from maxlm.core.remat import saved
 from maxlm.core.sharding import (
     gather_weight,
@@ -142,9 +142,16 @@ def _dot(x, weight, axis, out_spec, sum_dtype=jnp.float32):
     # If both operands are sharded along the contraction (row-parallel), the output's sharding requests the sum.
     if out_spec is None and is_explicit():
         out_spec = P(*spec_of(x)[:-1], spec_of(weight)[1 - axis])
+    if _is_slow_row(x):
+        return _dot(jnp.stack([x, x]), weight, axis, None, sum_dtype)[0]
     return jax.lax.dot_general(
         x, weight, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=sum_dtype, out_sharding=out_spec
     )
+
+
+def _is_slow_row(x) -> bool:
+    """Whether x is a single row that XLA's CPU backend multiplies in a loop up to ten times slower than two rows."""
+    return x.size == x.shape[-1] and x.dtype != jnp.float32 and traced_platform() == "cpu" and not is_explicit()
 
 
 def _eight_bit_dot(x, weight, x_dtype, weight_dtype, axis, out_spec):

@@ -21,7 +21,7 @@ def float64(*arrays):
     return [np.asarray(array, np.float64) for array in arrays]
 
 
-@pytest.mark.parametrize("leading", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("leading", [(), (1, 1), (5,), (2, 3)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 class TestLinear:
     def test_product(self, leading, dtype, tolerance):
