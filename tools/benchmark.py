@@ -1,6 +1,6 @@
 """Benchmark what limits training and decoding on this machine: medians and ratios.
 
-    python tools/benchmark.py [product attention step decode decode8] [--repeats 7]
+    python tools/benchmark.py [product attention step train decode decode8] [--repeats 7]
 
 Variants are run round-robin, so that load on the machine affects all equally; ratios are to the first variant.
 The results in docs/benchmarks.md are from this tool.
@@ -19,17 +19,21 @@ prepare_platform()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import optax  # noqa: E402
 import plain_llama  # noqa: E402
 
 from maxlm.config import load_config  # noqa: E402
 from maxlm.config.execution import ExecutionConfig  # noqa: E402
+from maxlm.config.fault import GuardConfig  # noqa: E402
 from maxlm.config.model import ModelConfig  # noqa: E402
+from maxlm.config.train import LoraConfig, OptimConfig  # noqa: E402
 from maxlm.core.batch import Batch, Stream  # noqa: E402
 from maxlm.core.parameters import initialize  # noqa: E402
 from maxlm.generate.engine import Engine  # noqa: E402
 from maxlm.generate.model import for_this_backend  # noqa: E402
 from maxlm.generate.request import Event, Request  # noqa: E402
 from maxlm.interop.int8 import quantize_model  # noqa: E402
+from maxlm.models.adapters import apply_adapters, declare_adapters  # noqa: E402
 from maxlm.models.applied import AppliedModel  # noqa: E402
 from maxlm.models.decoder import Decoder  # noqa: E402
 from maxlm.objectives.language_model import language_model_loss  # noqa: E402
@@ -87,9 +91,7 @@ def step() -> tuple[str, Variants]:
     config = load_config("configs/quickstart/pretrain.yaml")
     shape = (config.batch_size, config.row_length)
     tokens = jax.random.randint(jax.random.key(0), shape, 0, VOCAB_SIZE)
-    ones = jnp.ones(shape, jnp.int32)
-    text = Stream(tokens, tokens, jnp.ones(shape), ones, jnp.broadcast_to(jnp.arange(shape[1]), shape))
-    batch = Batch({"text": text})
+    batch = Batch({"text": _stream(tokens)})
 
     def variant(optimizer_kind: str, **changes) -> Callable[[], object]:
         model_config = config.model.model_copy(update={"vocab_size": VOCAB_SIZE})
@@ -116,14 +118,75 @@ def step() -> tuple[str, Variants]:
     }
 
 
+def training() -> tuple[str, Variants]:
+    """A training step of a model of 6.9 million parameters with AdamW, by maxlm and by plain JAX (`plain_llama.py`)."""
+    shape, rows, length = plain_llama.Shape(), 8, 256
+    tokens = jax.random.randint(jax.random.key(0), (rows, length), 0, shape.vocab)
+    batch = Batch({"text": _stream(tokens)})
+    weights = plain_llama.initialize(shape, jax.random.key(0))
+    adamw = optax.adamw(1e-3)
+
+    @jax.jit
+    def plain_step(weights, optimizer_state):
+        loss, gradient = jax.value_and_grad(partial(plain_llama.loss, shape))(weights, tokens, tokens)
+        updates, optimizer_state = adamw.update(gradient, optimizer_state, weights)
+        return optax.apply_updates(weights, updates), optimizer_state, loss
+
+    def variant(matmul_dtype: str, remat: str, lora: LoraConfig | None = None) -> Callable[[], object]:
+        plan = Decoder(
+            _llama_config(shape), ExecutionConfig(activation_dtype="float32", matmul_dtype=matmul_dtype, remat=remat)
+        )
+        model, trained = initialize(plan, jax.random.key(0)), plan
+        if lora is not None:
+            trained = declare_adapters(plan, lora)
+        optimizer = make_optimizer(OptimConfig(kind="adamw"), trained)
+
+        def loss(trainable, frozen, batch):
+            adapted = trainable if lora is None else apply_adapters(frozen, trainable, lora)
+            return language_model_loss(AppliedModel.of(adapted, batch), batch)
+
+        function = partial(
+            train_step,
+            loss_function=loss,
+            optimizer=optimizer,
+            schedule=lambda step: 1e-3,
+            guard=GuardConfig(),
+            accumulate=1,
+        )
+        state = create_state(model if lora is None else initialize(trained, jax.random.key(1)), optimizer)
+        return partial(jax.jit(function), state, None if lora is None else model, batch)
+
+    lora = LoraConfig(rank=8, targets=("query", "key", "value", "out"))
+    return f"training step, {rows} x {length} tokens, 6.9 million parameters, AdamW", {
+        "plain JAX, float32": partial(plain_step, weights, adamw.init(weights)),
+        **{
+            f"{dtype}, remat {remat}": variant(dtype, remat)
+            for dtype in ("float32", "bfloat16")
+            for remat in ("none", "dots", "full")
+        },
+        "LoRA, bfloat16, remat full": variant("bfloat16", "full", lora),
+        "LoRA, bfloat16, remat none": variant("bfloat16", "none", lora),
+    }
+
+
+def _stream(tokens: jax.Array) -> Stream:
+    """Rows of one document each; the targets do not matter for the time."""
+    ones = jnp.ones(tokens.shape, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return Stream(tokens, tokens, jnp.ones(tokens.shape), ones, positions)
+
+
+def _llama_config(shape: plain_llama.Shape) -> ModelConfig:
+    attention = {"num_heads": shape.heads, "num_kv_heads": shape.heads, "head_dim": shape.head}
+    layers = {"repeat": shape.layers, "mixer": attention, "mlp": {"dim": shape.mlp}}
+    return ModelConfig.model_validate({"vocab_size": shape.vocab, "embed_dim": shape.embed, "layers": layers})
+
+
 def decoding(batch: int) -> tuple[str, Variants]:
     """64 greedy tokens of a model of 6.9 million parameters, by the engine and by plain JAX (`plain_llama.py`)."""
     shape, count = plain_llama.Shape(), 64
-    attention = {"num_heads": shape.heads, "num_kv_heads": shape.heads, "head_dim": shape.head}
-    layers = {"repeat": shape.layers, "mixer": attention, "mlp": {"dim": shape.mlp}}
-    config = ModelConfig.model_validate({"vocab_size": shape.vocab, "embed_dim": shape.embed, "layers": layers})
     execution = ExecutionConfig(max_length=256, activation_dtype="float32", matmul_dtype="float32")
-    model = initialize(Decoder(config, execution), jax.random.key(0))
+    model = initialize(Decoder(_llama_config(shape), execution), jax.random.key(0))
     weights = plain_llama.initialize(shape, jax.random.key(0))
 
     def run(engine: Engine) -> None:
@@ -162,6 +225,7 @@ BENCHMARKS = {
     "product": product,
     "attention": attention_gradient,
     "step": step,
+    "train": training,
     "decode": partial(decoding, 1),
     "decode8": partial(decoding, 8),
 }
