@@ -14,7 +14,7 @@ class ExecutionConfig(Frozen):
     max_length: Count = Field(256, description="Longest sequence, in tokens, for training and serving.")
     activation_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     matmul_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "bfloat16",
+        "auto",
         description="Operands of matrix products; they always accumulate in float32. auto: bfloat16 where the hardware"
         " multiplies it natively (TPUs, GPUs, CPUs with AVX512-BF16 or AMX), else float32.",
     )
@@ -31,8 +31,9 @@ class ExecutionConfig(Frozen):
     parameter_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Storage dtype of matrices; bfloat16 updates use stochastic rounding."
     )
+    # Storing all intermediate values takes more memory than `dots`, and on a CPU more time.
     remat: Literal["none", "dots", "full"] = Field(
-        "none", description="What the backward pass recomputes: nothing, all but matrix products, whole layers."
+        "dots", description="What the backward pass recomputes: nothing, all but matrix products, whole layers."
     )
     unroll: bool = Field(False, description="Compile each layer separately, not one loop over all: slow to compile.")
     pipeline: PipelineConfig = Field(PipelineConfig(), description="How the stages of `mesh.stage` share their work.")
