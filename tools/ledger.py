@@ -148,7 +148,7 @@ LEDGER = {
     "dense": Training("v5e-16", SMALL, length=1024),
     "dense, dots": Training("v5p-16", SMALL, length=1024, mesh={"tensor": 2}, execution={"remat": "dots"}),
     "experts": Training("v5p-16", SMALL_EXPERTS, length=1024, mesh={"expert": 4}, execution={"remat": "none"}),
-    "long rows": Training("v6e-8", SMALL, length=8192, mesh={"context": 8}, execution={"remat": "none"}),
+    "long rows": Training("v6e-8", SMALL, length=4096, mesh={"context": 4}, execution={"remat": "none"}),
     "decoding": Decoding("v5e-4", uniform(4, 512, 8192, SMALL_MIXER, {"dim": 1024}), length=2048, slots=16),
 }
 
