@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+import jax.numpy as jnp
+
 from maxlm.config.regularization import RegularizationConfig
 from maxlm.core.batch import Batch
 from maxlm.layers.noise import Noise
@@ -38,4 +40,4 @@ def noise_of(batch: Batch, stream: str, rates: RegularizationConfig | None) -> N
     """The noise of a stream of a batch; None if nothing is random."""
     if rates is None or not rates.is_random or batch.row_seeds_B is None:
         return None
-    return Noise(hashed(batch.row_seeds_B, zlib.crc32(stream.encode())), rates)
+    return Noise(hashed(batch.row_seeds_B, jnp.uint32(zlib.crc32(stream.encode()))), rates)

@@ -52,6 +52,14 @@ def test_nothing_is_random_without_seeds_or_rates(model):
     np.testing.assert_array_equal(hidden(model, without_seeds, residual_dropout=0.5), quiet)
 
 
+@pytest.mark.parametrize("stream", ["text", "chosen", "rejected"])
+def test_streams_of_any_name_have_masks_of_their_own(model, stream):
+    batch = Batch({"text": TEXT, stream: TEXT}, row_seeds_B=BATCH.row_seeds_B)
+    applied = AppliedModel.of(model, batch, RegularizationConfig(residual_dropout=0.4)).outputs
+    difference = np.abs(np.asarray(applied[stream].hidden_BLD - applied["text"].hidden_BLD)).max()
+    assert (difference == 0) == (stream == "text")
+
+
 def test_row_that_skips_every_layer_is_its_embedding(model):
     """Stochastic depth 0.999 at the last layer of a model of one layer: nearly all rows skip it."""
     single = initialize(Decoder(tiny_config(num_layers=1), EXECUTION), jax.random.key(0))
