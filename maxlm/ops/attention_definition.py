@@ -86,6 +86,8 @@ def _attend(
     logits_BKGTS = jnp.where(visible_BKGTS, logits_BKGTS, MASKED_LOGIT)
     # Zero where all keys are masked: softmax would be uniform over them.
     probabilities_BKGTS = jnp.where(visible_BKGTS, _softmax(logits_BKGTS, operands.sinks_N), 0.0)
+    if operands.dropout is not None:
+        probabilities_BKGTS = operands.dropout.apply(probabilities_BKGTS)
     # Heads first: for the layout of the result, CPUs would transpose the values instead.
     output_BKGTV = product("bkgts,bksh->bkgth", probabilities_BKGTS, value_BKSV)
     return jnp.moveaxis(output_BKGTV, 3, 1).reshape(batch, length, num_heads, value_BKSV.shape[-1])

@@ -12,12 +12,13 @@ import jax
 import numpy as np
 
 from maxlm.ops.attention_rule import AttentionRule
+from maxlm.ops.dropout import WeightDropout
 from maxlm.ops.position_bias import DistanceBias, PositionBias
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["segments", "prefix", "position_bias", "sinks_N", "mask_BNTS", "bias_BNTS"],
+    data_fields=["segments", "prefix", "position_bias", "sinks_N", "mask_BNTS", "bias_BNTS", "dropout"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class AttentionOperands:
       sinks_N: by query head, a logit in the denominator of the softmax, with no value.
       mask_BNTS: bool, True attends; its batch and head axes may be 1.
       bias_BNTS: float, added to the capped logits; its batch and head axes may be 1.
+      dropout: of the softmax's weights of keys; sinks are not dropped.
     """
 
     segments: tuple[jax.Array, jax.Array] | None = None
@@ -44,9 +46,10 @@ class AttentionOperands:
     sinks_N: jax.Array | None = None
     mask_BNTS: jax.Array | None = None
     bias_BNTS: jax.Array | None = None
+    dropout: WeightDropout | None = None
 
     def block(self, queries: slice, keys: slice) -> "AttentionOperands":
-        """The ids and the mask of a block; without sinks and biases."""
+        """The ids and the mask of a block; without the others."""
         return AttentionOperands(
             segments=_block_ids(self.segments, queries, keys),
             prefix=_block_ids(self.prefix, queries, keys),
@@ -106,6 +109,13 @@ def check_operands(operands: AttentionOperands, query_shape: tuple[int, ...], kv
         raise ValueError(f"sinks must be [num_heads] {(num_heads,)}, not {operands.sinks_N.shape}")
     if operands.position_bias is not None and operands.position_bias.num_heads != num_heads:
         raise ValueError(f"position_bias is for {operands.position_bias.num_heads} heads, not num_heads {num_heads}")
+    if (dropout := operands.dropout) is not None:
+        shapes = dropout.query_seeds_BTN.shape, dropout.key_seeds_BS.shape
+        if shapes != ((batch, length, num_heads), (batch, kv_length)):
+            raise ValueError(
+                f"dropout must have seeds of queries {(batch, length, num_heads)} and of keys"
+                f" {(batch, kv_length)}, not {shapes[0]} and {shapes[1]}"
+            )
     for name, array in {"mask": operands.mask_BNTS, "bias": operands.bias_BNTS}.items():
         if array is not None and (
             array.ndim != 4

@@ -90,5 +90,9 @@ class AttentionRule:
 
 
 def mean_gradient(output_BTNH: jax.Array, gradient_BTNH: jax.Array) -> jax.Array:
-    """sum_j P_ij dP_ij = dO_i . O_i, the term that the softmax subtracts (arXiv:2205.14135, appendix B.2)."""
+    """sum_j P_ij dP_ij = dO_i . O_i, the term that the softmax subtracts (arXiv:2205.14135, appendix B.2).
+
+    It holds with dropout too: if O = (P * M) V with a mask M of 0 and 1 / (1 - rate), then dP = M * (dO V^T), so
+    sum_j P_ij dP_ij = sum_j (P * M)_ij (dO V^T)_ij = dO_i . O_i.
+    """
     return jnp.sum(gradient_BTNH.astype(jnp.float32) * output_BTNH.astype(jnp.float32), axis=-1)

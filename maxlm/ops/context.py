@@ -7,6 +7,7 @@ Shapes: B batch, L length of a row, T a device's tokens, N query heads, K key-va
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from maxlm.errors import ConfigError
 from maxlm.ops.attention import attention, in_pieces
 from maxlm.ops.attention_operands import AttentionOperands
 from maxlm.ops.attention_rule import AttentionRule
+from maxlm.ops.dropout import WeightDropout
 from maxlm.ops.ring import AXIS, Ring, RowOrder, held_chunks, ring_attention
 
 
@@ -111,18 +113,21 @@ def context_attention(
         pieces = in_pieces(implementation, length // len(held_chunks(order, size)[0]), matmul_dtype)
         return ring_attention(Ring(rule, pieces, order, size), query_BTNH, key_BTKH, value_BTKV, operands)
     query_BTNH, key_BTKH, value_BTKV = _heads_for_tokens(query_BTNH, key_BTKH, value_BTKV, size)
-    segments, prefix = jax.tree.map(
-        lambda ids: jax.lax.all_gather(ids, AXIS, axis=1, tiled=True), (operands.segments, operands.prefix)
-    )
+    of_row = partial(jax.lax.all_gather, axis_name=AXIS, axis=1, tiled=True)
+    segments, prefix = jax.tree.map(of_row, (operands.segments, operands.prefix))
     position_bias, sinks_N = jax.tree.map(
         lambda x: _heads_of_device(x, query_BTNH.shape[2]), (operands.position_bias, operands.sinks_N)
     )
+    dropout = operands.dropout
+    if dropout is not None:
+        seeds_BTN = jax.lax.all_to_all(dropout.query_seeds_BTN, AXIS, split_axis=2, concat_axis=1, tiled=True)
+        dropout = WeightDropout(seeds_BTN, of_row(dropout.key_seeds_BS), dropout.rate)
     output = attention(
         query_BTNH,
         key_BTKH,
         value_BTKV,
         rule,
-        AttentionOperands(segments, prefix, position_bias, sinks_N),
+        AttentionOperands(segments, prefix, position_bias, sinks_N, dropout=dropout),
         implementation=implementation,
         matmul_dtype=matmul_dtype,
     )

@@ -3,8 +3,12 @@
 A mask is a hash of coordinates: the row's seed, the layer, the place in the row, the channel. Hashing is elementwise,
 so a device hashes its own part, and the backward pass hashes again instead of keeping masks.
 
-Dimensions: B rows, L tokens, D channels.
+Dimensions: B rows, L tokens, D channels; T queries, S keys, N query heads, K key-value heads, G = N / K.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +34,46 @@ def drop(x: jax.Array, rate: float | jax.Array, bits: jax.Array) -> jax.Array:
     """
     keep = bits.astype(jnp.float32) * 2.0**-32 >= rate
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["query_seeds_BTN", "key_seeds_BS"], meta_fields=["rate"])
+@dataclass(frozen=True)
+class WeightDropout:
+    """Dropout of attention weights, after the softmax (arXiv:1907.11065): a query of a head loses some of its keys.
+
+    The mask of a query and a key is a hash of two seeds, so a block of it needs the seeds of its queries and keys only.
+
+    query_seeds_BTN: uint32, a hash of all that identifies a query of a head: row, layer, place in the row, head.
+    key_seeds_BS: uint32, a hash of the place of each key in its row.
+    rate: share of the weights that are dropped, in [0, 1).
+    """
+
+    query_seeds_BTN: jax.Array
+    key_seeds_BS: jax.Array
+    rate: float
+
+    def apply(self, weights_BKGTS: jax.Array) -> jax.Array:
+        """Weights, or what is proportional to them, after dropout."""
+        batch, num_kv_heads, group, length, _ = weights_BKGTS.shape
+        seeds_BTKG = self.query_seeds_BTN.reshape(batch, length, num_kv_heads, group)
+        seeds_BKGT1 = seeds_BTKG.transpose(0, 2, 3, 1)[..., None]
+        return weight_dropout(self.rate, seeds_BKGT1, self.key_seeds_BS[:, None, None, None])(weights_BKGTS)
+
+    def block(self, queries: slice, keys: slice) -> "WeightDropout":
+        """The same for some of the queries and keys."""
+        return WeightDropout(self.query_seeds_BTN[:, queries], self.key_seeds_BS[:, keys], self.rate)
+
+
+def weight_dropout(rate: float, query_seeds: jax.Array, key_seeds: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """The function from weights, or what is proportional to them, to weights / (1 - rate) where kept and 0 elsewhere.
+
+    Seeds are broadcast to weights. Of the finalizer, only the middle is left: its first step maps seeds to seeds, which
+    are hashes already, and its last one changes low bits, which decide next to nothing. The comparison is one of
+    integers, so that kernels compute the same mask as everything else.
+    """
+    x = (query_seeds ^ key_seeds) * jnp.uint32(0x85EBCA6B)
+    keep = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35) >= jnp.uint32(int(rate * 2**32))
+    return lambda weights: jnp.where(keep, weights * (1 / (1 - rate)), 0.0)
 
 
 def _mixed(x: jax.Array) -> jax.Array:

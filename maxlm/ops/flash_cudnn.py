@@ -54,6 +54,7 @@ def cudnn_obstacle(
         # JAX returns the gradient of a bias only for some of its shapes, and zeros for the others.
         "a position_bias": operands.position_bias is not None,
         "an array of biases": operands.bias_BNTS is not None,
+        "dropout of weights": operands.dropout is not None,
         f"a value_dim of {value_dim} with a head_dim of {head_dim}": value_dim != head_dim,
     }
     for name, given in unsupported.items():

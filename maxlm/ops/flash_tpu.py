@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from maxlm.ops.attention_operands import AttentionOperands
 from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule
+from maxlm.ops.dropout import WeightDropout
 from maxlm.ops.flash_tpu_gradients import gradients
 from maxlm.ops.flash_tpu_tile import (
     LANES,
@@ -29,6 +30,7 @@ from maxlm.ops.flash_tpu_tile import (
     columns,
     cost_estimate,
     dot,
+    dropout,
     ends_of_run,
     for_visible,
     rows,
@@ -101,7 +103,8 @@ class Kernels:
         largest = self.largest_block or _largest_block(rule, min(length, key_length))
         query_block, key_block = _block_size(length, largest), _block_size(key_length, largest)
         lengths = length + -length % query_block, key_length + -key_length % key_block
-        return Kernel(rule, reach, *lengths, query_block, key_block, self.result_dtype, self.interpret)
+        rate = 0.0 if operands.dropout is None else operands.dropout.rate
+        return Kernel(rule, reach, *lengths, query_block, key_block, self.result_dtype, self.interpret, rate)
 
     def _padded(self, kernel: Kernel, query_BTNH, key_BSKH, value_BSKV, operands: AttentionOperands) -> Any:
         """The arrays cast and padded to the lengths of the kernel; no query attends to a padding key."""
@@ -118,6 +121,7 @@ class Kernels:
             prefix=prefix and (_pad_length(prefix[0], kernel.length), _pad_length(prefix[1], kernel.key_length)),
             position_bias=_padded_bias(kernel, length, key_length, operands.position_bias),
             mask_BNTS=_padded_mask(kernel, operands.mask_BNTS),
+            dropout=_padded_dropout(kernel, operands.dropout),
         )
         key_BSKH, value_BSKV = (_pad_length(x, kernel.key_length) for x in (key_BSKH, value_BSKV))
         return (_pad_length(query_BTNH, kernel.length), key_BSKH, value_BSKV), operands
@@ -153,6 +157,16 @@ def _padded_mask(kernel: Kernel, mask_BNTS):
         return None
     length, key_length = mask_BNTS.shape[2:]
     return jnp.pad(mask_BNTS, ((0, 0), (0, 0), (0, kernel.length - length), (0, kernel.key_length - key_length)))
+
+
+def _padded_dropout(kernel: Kernel, dropout: WeightDropout | None) -> WeightDropout | None:
+    if dropout is None:
+        return None
+    return WeightDropout(
+        _pad_length(dropout.query_seeds_BTN, kernel.length),
+        _pad_length(dropout.key_seeds_BS, kernel.key_length),
+        dropout.rate,
+    )
 
 
 def _forward(kernel: Kernel, arrays, operands: AttentionOperands):
@@ -218,8 +232,8 @@ def _forward_kernel(
         decay_1q = jnp.exp2(largest_1q[...] - new_largest_1q)
         largest_1q[...] = new_largest_1q
         sum_1q[...] = sum_1q[...] * decay_1q + jnp.sum(weights_sq, axis=0, keepdims=True)
-        value = value_Vs[...]
-        mixed_Vq[...] = mixed_Vq[...] * decay_1q + dot(value, weights_sq.astype(value.dtype), 1, 0)
+        value, drop = value_Vs[...], dropout(kernel, tile)
+        mixed_Vq[...] = mixed_Vq[...] * decay_1q + dot(value, drop(weights_sq).astype(value.dtype), 1, 0)
 
     for_visible(kernel, pairs, tile, step)
 

@@ -18,6 +18,7 @@ from maxlm.ops.flash_tpu_tile import (
     cost_estimate,
     distances,
     dot,
+    dropout,
     ends_of_run,
     for_visible,
     rows,
@@ -92,7 +93,7 @@ def _query_gradient_kernel(
 
     def step(finish_sq):
         _, logits_gradient_sq, product_gradient_sq = _backward_tile(
-            kernel, finish_sq, query_qH, key_sH, value_sV, gradient_qV, log_sum_1q, mean_1q
+            kernel, tile, finish_sq, query_qH, key_sH, value_sV, gradient_qV, log_sum_1q, mean_1q
         )
         key = key_sH[...]
         sum_Hq[...] += dot(key, product_gradient_sq.astype(key.dtype), 0, 0)
@@ -162,12 +163,12 @@ def _key_value_gradient_kernel(
         value_sum_sV[...] = jnp.zeros_like(value_sum_sV)
 
     def step(finish_sq):
-        probabilities_sq, _, product_gradient_sq = _backward_tile(
-            kernel, finish_sq, query_qH, key_sH, value_sV, gradient_qV, log_sum_1q, mean_1q
+        weights_sq, _, product_gradient_sq = _backward_tile(
+            kernel, tile, finish_sq, query_qH, key_sH, value_sV, gradient_qV, log_sum_1q, mean_1q
         )
         query, gradient = query_qH[...], gradient_qV[...]
         key_sum_sH[...] += dot(product_gradient_sq.astype(query.dtype), query, 1, 0)
-        value_sum_sV[...] += dot(probabilities_sq.astype(gradient.dtype), gradient, 1, 0)
+        value_sum_sV[...] += dot(weights_sq.astype(gradient.dtype), gradient, 1, 0)
 
     for_visible(kernel, pairs, tile, step)
 
@@ -177,13 +178,14 @@ def _key_value_gradient_kernel(
         value_output_sV[...] = value_sum_sV[...].astype(value_output_sV.dtype)
 
 
-def _backward_tile(kernel, finish_sq, query_qH, key_sH, value_sV, gradient_qV, log_sum_1q, mean_1q):
-    """The probabilities, the gradient of the logits, and that of the dot products of keys and queries."""
+def _backward_tile(kernel, tile, finish_sq, query_qH, key_sH, value_sV, gradient_qV, log_sum_1q, mean_1q):
+    """The weights of the values, the gradient of the logits, and that of the dot products of keys and queries."""
     logits_sq = kernel.rule.logits(dot(key_sH[...], query_qH[...], 1, 1))
     probabilities_sq = jnp.exp2(finish_sq(logits_sq) - log_sum_1q[...])
-    above_mean_sq = dot(value_sV[...], gradient_qV[...], 1, 1) - mean_1q[...]
-    logits_gradient_sq = probabilities_sq * above_mean_sq
-    return probabilities_sq, logits_gradient_sq, kernel.rule.product_gradient(logits_sq, logits_gradient_sq)
+    drop = dropout(kernel, tile)
+    weights_gradient_sq = drop(dot(value_sV[...], gradient_qV[...], 1, 1))
+    logits_gradient_sq = probabilities_sq * (weights_gradient_sq - mean_1q[...])
+    return drop(probabilities_sq), logits_gradient_sq, kernel.rule.product_gradient(logits_sq, logits_gradient_sq)
 
 
 def _specs(kernel: Kernel, arrays, tile: dict[str, Any], query_at, key_at) -> list[Any]:

@@ -10,6 +10,7 @@ a block of keys, W = q + s, l lanes.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -20,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from maxlm.ops.attention_operands import AttentionOperands
 from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule
+from maxlm.ops.dropout import weight_dropout
 from maxlm.ops.position_bias import DistanceBias
 
 LANES = 128
@@ -31,6 +33,7 @@ class Kernel:
     """Static parameters of one call; lengths are multiples of their blocks.
 
     reach: the rule that no query looks beyond; wider than `rule` if there are prefixes.
+    dropout_rate: of the weights; 0 without dropout.
     """
 
     rule: AttentionRule
@@ -41,6 +44,7 @@ class Kernel:
     key_block: int
     result_dtype: jnp.dtype
     interpret: bool
+    dropout_rate: float = 0.0
 
 
 # Pairs of blocks
@@ -110,19 +114,26 @@ def row_of_head(at, width: int) -> pl.BlockSpec:
 
 
 def tile_operands(operands: AttentionOperands) -> dict[str, Any]:
-    """The arrays that `for_visible` reads, as it wants them, by name."""
+    """The arrays that `for_visible` and `dropout` read, as they want them, by name."""
     arrays: dict[str, Any] = {}
     for name, ids in {"segments": operands.segments, "prefix": operands.prefix}.items():
         if ids is not None:
             query_ids_BT, key_ids_BS = (side.astype(jnp.int32) for side in ids)
             # Id 0 of a query fits no key.
             query_ids_B1T = jnp.where(query_ids_BT == 0, -1, query_ids_BT)[:, None]
-            arrays[name] = [query_ids_B1T, jnp.broadcast_to(key_ids_BS[:, :, None], (*key_ids_BS.shape, LANES))]
+            arrays[name] = [query_ids_B1T, _in_every_lane(key_ids_BS)]
+    if operands.dropout is not None:
+        seeds_BN1T = operands.dropout.query_seeds_BTN.swapaxes(1, 2)[:, :, None]
+        arrays["dropout"] = [seeds_BN1T, _in_every_lane(operands.dropout.key_seeds_BS)]
     if operands.mask_BNTS is not None:
         arrays["mask"] = operands.mask_BNTS.swapaxes(2, 3).astype(jnp.int8)
     if operands.position_bias is not None:
         arrays["bias_by_distance"] = cast(DistanceBias, operands.position_bias).values_ND[:, None] * LOG2_E
     return arrays
+
+
+def _in_every_lane(ids_BS):
+    return jnp.broadcast_to(ids_BS[:, :, None], (*ids_BS.shape, LANES))
 
 
 def tile_specs(kernel: Kernel, arrays: dict[str, Any], query_at, key_at) -> dict[str, Any]:
@@ -141,11 +152,11 @@ def tile_specs(kernel: Kernel, arrays: dict[str, Any], query_at, key_at) -> dict
         batches, heads = arrays["mask"].shape[:2]
         return batch if batches > 1 else 0, head if heads > 1 else 0, key_number, number
 
-    ids = [
-        pl.BlockSpec((None, 1, kernel.query_block), query_ids),
-        pl.BlockSpec((None, kernel.key_block, LANES), key_ids),
-    ]
+    of_keys = pl.BlockSpec((None, kernel.key_block, LANES), key_ids)
+    ids = [pl.BlockSpec((None, 1, kernel.query_block), query_ids), of_keys]
     specs: dict[str, Any] = {name: ids for name in ("segments", "prefix") if name in arrays}
+    if "dropout" in arrays:
+        specs["dropout"] = [columns(query_at, 1, kernel.query_block), of_keys]
     if "mask" in arrays:
         specs["mask"] = pl.BlockSpec((None, None, kernel.key_block, kernel.query_block), mask)
     if "bias_by_distance" in arrays:
@@ -186,7 +197,7 @@ def for_visible(kernel: Kernel, pairs, tile: dict[str, Any], step) -> None:
         return logits_sq if visible is True else jnp.where(visible, logits_sq, MASKED_LOGIT)
 
     def same_ids(query_ids_1q, key_ids_sl):
-        return query_ids_1q[...] == jnp.tile(key_ids_sl[...], (1, kernel.query_block // LANES))
+        return query_ids_1q[...] == _by_query(kernel, key_ids_sl)
 
     if kernel.rule.everything_visible:
         step(functools.partial(finish, by_position=False))
@@ -199,6 +210,19 @@ def for_visible(kernel: Kernel, pairs, tile: dict[str, Any], step) -> None:
         has_prefix = (jnp.max(query_prefix_1q) > 0) & (jnp.max(key_prefix_sl) > 0)
         some_visible &= kernel.rule.block_has_visible(*block) | has_prefix
     pl.when(some_visible)(lambda: step(functools.partial(finish, by_position=True)))
+
+
+def dropout(kernel: Kernel, tile: dict[str, Any]) -> Callable[[Any], Any]:
+    """The dropout of a tile's weights, and of what is proportional to them."""
+    if "dropout" not in tile:
+        return lambda weights_sq: weights_sq
+    query_seeds_1q, key_seeds_sl = tile["dropout"]
+    return weight_dropout(kernel.dropout_rate, query_seeds_1q[...], _by_query(kernel, key_seeds_sl))
+
+
+def _by_query(kernel: Kernel, of_keys_sl):
+    """A number of each key, [s, q]."""
+    return jnp.tile(of_keys_sl[...], (1, kernel.query_block // LANES))
 
 
 def starts(kernel: Kernel, pairs):

@@ -43,6 +43,7 @@ class Blockwise:
             largest_BKGq1 = jnp.max(logits_BKGqs, axis=-1, keepdims=True)
             weights_BKGqs = jnp.exp(logits_BKGqs - largest_BKGq1)
             sum_BKGq1 = jnp.sum(weights_BKGqs, axis=-1, keepdims=True)
+            weights_BKGqs = _drop(operands, weights_BKGqs, queries, keys)
             mixed_BKGqV = product("bkgqs,bksh->bkgqh", weights_BKGqs, value_BKSV[:, :, keys])
             sees_any = largest_BKGq1 > MASKED_LOGIT / 2
             outputs.append(jnp.where(sees_any, mixed_BKGqV / sum_BKGq1, 0.0))
@@ -82,13 +83,15 @@ class Blockwise:
                 biased_BKGqs = logits_BKGqs + bias_BKGqs
             masked_BKGqs = _mask(rule, biased_BKGqs, operands, queries, keys)
             probabilities_BKGqs = jnp.exp(masked_BKGqs - log_sum_BKGT1[:, :, :, queries])
-            above_mean_BKGqs = product("bkgqh,bksh->bkgqs", gradient_BKGqV, value_BKsV) - mean_BKGT1[:, :, :, queries]
-            logits_gradient_BKGqs = probabilities_BKGqs * above_mean_BKGqs
+            mixed_gradient_BKGqs = product("bkgqh,bksh->bkgqs", gradient_BKGqV, value_BKsV)
+            weights_gradient_BKGqs = _drop(operands, mixed_gradient_BKGqs, queries, keys)
+            logits_gradient_BKGqs = probabilities_BKGqs * (weights_gradient_BKGqs - mean_BKGT1[:, :, :, queries])
+            weights_BKGqs = _drop(operands, probabilities_BKGqs, queries, keys)
             product_gradient_BKGqs = rule.product_gradient(logits_BKGqs, logits_gradient_BKGqs)
             query_gradients.append(product("bkgqs,bksh->bkgqh", product_gradient_BKGqs, key_BKsH))
             # [H, s], not [s, H]: then the small operand is transposed, which is faster on CPUs.
             key_pieces.append(product("bkgqh,bkgqs->bkhs", query_BKGqH, product_gradient_BKGqs))
-            value_pieces.append(product("bkgqh,bkgqs->bkhs", gradient_BKGqV, probabilities_BKGqs))
+            value_pieces.append(product("bkgqh,bkgqs->bkhs", gradient_BKGqV, weights_BKGqs))
             if to_biases is not None:
                 bias_gradients = jax.tree.map(jnp.add, bias_gradients, to_biases(logits_gradient_BKGqs)[0])
 
@@ -131,6 +134,10 @@ def _block_bias(biases, shape, queries: slice, keys: slice) -> jax.Array:
     if bias_BNTS is not None:
         parts.append(bias_BNTS[:, :, queries, keys].astype(jnp.float32))
     return jnp.broadcast_to(sum(group_heads(part, shape[1]) for part in parts), shape)
+
+
+def _drop(operands: AttentionOperands, weights_BKGqs, queries: slice, keys: slice):
+    return weights_BKGqs if operands.dropout is None else operands.dropout.block(queries, keys).apply(weights_BKGqs)
 
 
 def _mask(rule, logits_BKGqs, operands: AttentionOperands, queries: slice, keys: slice):

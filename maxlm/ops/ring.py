@@ -23,6 +23,7 @@ import numpy as np
 from maxlm.core.remat import saved
 from maxlm.ops.attention_operands import AttentionOperands
 from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule, mean_gradient
+from maxlm.ops.dropout import WeightDropout
 from maxlm.ops.flash import Blocks, add_sinks, sinks_gradient
 from maxlm.ops.position_bias import DistanceBias
 
@@ -125,7 +126,7 @@ def ring_attention(ring: Ring, query_BTNH, key_BTKH, value_BTKV, operands: Atten
     products.
 
     Args:
-      operands: this device's segments, prefixes and sinks, and a `DistanceBias` of the whole row; no masks
+      operands: this device's segments, prefixes, dropout and sinks, and a `DistanceBias` of the whole row; no masks
         and no other biases.
     """
     return _forward(ring, query_BTNH, key_BTKH, value_BTKV, operands)[0]
@@ -217,26 +218,33 @@ class _Place:
 
 @dataclasses.dataclass(frozen=True)
 class _Queries:
-    """This device's queries in chunks, their segments and prefixes, and the biases of the row."""
+    """This device's queries in chunks, their segments, prefixes and seeds, the biases of the row, and the rate of
+    dropout."""
 
     query_BncNH: jax.Array
-    ids_Bnc: tuple[Any, Any]
+    ids_Bnc: tuple[Any, Any, Any]
     bias: Any
+    dropout_rate: float
 
     @classmethod
     def of(cls, ring: Ring, query_BTNH, operands: AttentionOperands) -> "_Queries":
-        ids_BT = tuple(None if ids is None else ids[0] for ids in (operands.segments, operands.prefix))
-        query_BncNH, ids_Bnc = _chunks(ring, (query_BTNH, ids_BT))
-        return cls(query_BncNH, ids_Bnc, operands.position_bias)
+        query_BncNH, ids_Bnc = _chunks(ring, (query_BTNH, _ids(operands, 0)))
+        rate = 0.0 if operands.dropout is None else operands.dropout.rate
+        return cls(query_BncNH, ids_Bnc, operands.position_bias, rate)
 
     def with_keys(self, blocks, place: _Place) -> tuple[Any, Any, Any, AttentionOperands]:
         """Query, key, value and the operands of a pair of chunks."""
         key_BncKH, value_BncKV, key_ids = blocks
-        segments, prefix = (
+        segments, prefix, dropout = (
             None if of_query is None else (_at(of_query, place.query), _at(of_key, place.key))
             for of_query, of_key in zip(self.ids_Bnc, key_ids)
         )
-        operands = AttentionOperands(segments, prefix, position_bias=self._bias_at(place))
+        operands = AttentionOperands(
+            segments,
+            prefix,
+            position_bias=self._bias_at(place),
+            dropout=None if dropout is None else WeightDropout(*dropout, self.dropout_rate),
+        )
         return _at(self.query_BncNH, place.query), _at(key_BncKH, place.key), _at(value_BncKV, place.key), operands
 
     def _bias_at(self, place: _Place) -> DistanceBias | None:
@@ -353,10 +361,16 @@ def _send(ring: Ring, arrays, distance: int):
 
 
 def _circulating(ring: Ring, key_BTKH, value_BTKV, operands: AttentionOperands):
-    """Chunks of this device's keys and values, and of their segments and prefixes."""
+    """Chunks of this device's keys and values, and of their segments, prefixes and seeds."""
     dtype = ring.pieces.matmul_dtype
-    ids_BT = tuple(None if ids is None else ids[1] for ids in (operands.segments, operands.prefix))
-    return _chunks(ring, (key_BTKH.astype(dtype), value_BTKV.astype(dtype), ids_BT))
+    return _chunks(ring, (key_BTKH.astype(dtype), value_BTKV.astype(dtype), _ids(operands, 1)))
+
+
+def _ids(operands: AttentionOperands, side: int):
+    """What of the operands belongs to queries (side 0) or keys (side 1): segments, prefixes, and seeds of dropout."""
+    dropout = operands.dropout
+    seeds = None if dropout is None else (dropout.query_seeds_BTN, dropout.key_seeds_BS)
+    return tuple(None if ids is None else ids[side] for ids in (operands.segments, operands.prefix, seeds))
 
 
 def _chunks(ring: Ring, arrays_BT):

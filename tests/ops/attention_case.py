@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy_attention import numpy_attention, numpy_bucket
+from numpy_attention import numpy_attention, numpy_bucket, numpy_kept
 
 from maxlm.ops.attention import attention
 from maxlm.ops.attention_operands import AttentionOperands
 from maxlm.ops.attention_rule import AttentionRule
+from maxlm.ops.dropout import WeightDropout
 from maxlm.ops.flash import flash_attention
 from maxlm.ops.flash_tpu import Kernels
 from maxlm.ops.position_bias import Alibi, RelativeBuckets
@@ -38,6 +39,7 @@ class Case:
     bias: str | None = None
     sinks: bool = False
     mask: int = 0
+    dropout: float = 0.0
 
     def inputs(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The arrays that have a gradient, by name, and the gradient of the output."""
@@ -78,6 +80,12 @@ class Case:
             ids["mask"][:, 0, 5] = False
         return ids
 
+    def seeds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of dropout: of queries [batch, length, num_heads], and of keys [batch, kv_length]."""
+        generator = np.random.default_rng(1)
+        shapes = (BATCH, self.length, self.num_heads), (BATCH, self.kv_length or self.length)
+        return tuple(generator.integers(2**32, size=shape, dtype=np.uint32) for shape in shapes)
+
     @property
     def rule(self) -> AttentionRule:
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
@@ -93,6 +101,7 @@ class Case:
             sinks_N=arrays.get("sinks"),
             mask_BNTS=ids.get("mask"),
             bias_BNTS=bias if self.bias == "array" else None,
+            dropout=WeightDropout(*self.seeds(), self.dropout) if self.dropout else None,
         )
 
 
@@ -144,6 +153,7 @@ def definition(case: Case, inputs=None) -> dict[str, np.ndarray]:
         "prefix": ids.get("prefix"),
         "sinks": arrays.get("sinks"),
         "mask": np.broadcast_to(ids["mask"], matrix) if case.mask else None,
+        "kept": numpy_kept(*case.seeds(), case.dropout) if case.dropout else None,
     }
     if case.bias:
         bias = arrays["bias"].astype(np.float64)

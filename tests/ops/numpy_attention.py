@@ -21,11 +21,12 @@ def numpy_attention(
     bias=None,
     sinks=None,
     mask=None,
+    kept=None,
 ) -> dict[str, Any]:
     """The output and the gradients of query, key, value, bias and sinks, by name.
 
-    Arrays as in `maxlm.ops.attention.attention`; segments and prefix are pairs of queries' and keys' ids; bias and mask
-    are whole matrices [batch, num_heads, length, kv_length].
+    Arrays as in `maxlm.ops.attention.attention`; segments and prefix are pairs of queries' and keys' ids; bias, mask
+    and kept are whole matrices [batch, num_heads, length, kv_length]. kept: factors of weights, 0 or 1 / (1 - rate).
     """
     query, key, value, gradient = (x.astype(np.float64) for x in (query, key, value, gradient))
     batch, length, num_heads, head_dim = query.shape
@@ -66,16 +67,27 @@ def numpy_attention(
         largest = max(logits.max(), sink)
         p, sink_p = np.exp(logits - largest), np.exp(sink - largest)
         p, sink_p = p / (p.sum() + sink_p), sink_p / (p.sum() + sink_p)
-        results["output"][b, i, h] = p @ values
-        dp = values @ gradient[b, i, h]
+        factors = np.ones_like(p) if kept is None else kept[b, h, i, seen]
+        dropped = p * factors
+        results["output"][b, i, h] = dropped @ values
+        dp = values @ gradient[b, i, h] * factors
         d_logits = p * (dp - p @ dp)
         results["sinks"][h] -= sink_p * (p @ dp)
         results["bias"][b, h, i, seen] = d_logits
         d_products = d_logits * slope * scale
         results["query"][b, i, h] = d_products @ keys
         results["key"][b, seen, g] += np.outer(d_products, query[b, i, h])
-        results["value"][b, seen, g] += np.outer(p, gradient[b, i, h])
+        results["value"][b, seen, g] += np.outer(dropped, gradient[b, i, h])
     return results
+
+
+def numpy_kept(query_seeds, key_seeds, rate: float) -> np.ndarray:
+    """Factors [batch, num_heads, length, kv_length] of weights, from seeds [batch, length, num_heads] and
+    [batch, kv_length], in 64-bit integers."""
+    x = query_seeds.astype(np.uint64).swapaxes(1, 2)[..., None] ^ key_seeds.astype(np.uint64)[:, None, None]
+    x = x * 0x85EBCA6B % 2**32
+    bits = (x ^ (x // 2**13)) * 0xC2B2AE35 % 2**32
+    return np.where(bits / 2**32 < rate, 0.0, 1 / (1 - rate))
 
 
 def numpy_bucket(distance: int, num_buckets: int, max_distance: int, bidirectional: bool) -> int:

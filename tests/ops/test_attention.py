@@ -15,6 +15,7 @@ from maxlm.ops import attention as attention_module
 from maxlm.ops.attention import attention
 from maxlm.ops.attention_operands import AttentionOperands
 from maxlm.ops.attention_rule import AttentionRule
+from maxlm.ops.dropout import WeightDropout
 from maxlm.ops.flash import flash_attention
 from maxlm.ops.flash_tpu import Kernels
 from maxlm.ops.flash_xla import Blockwise
@@ -47,6 +48,10 @@ CASES = [
     Case("mask by head", length=130, kv_length=200, mask=2, causal=False),
     Case("array of biases", bias="array", num_heads=4, segments=True),
     Case("array of biases, mask, sinks", bias="array", mask=1, sinks=True, soft_cap=2.0),
+    Case("dropout", dropout=0.3, segments=True),
+    Case("dropout, bidirectional, more keys", 140, 270, dropout=0.6, causal=False, num_heads=3, num_kv_heads=1),
+    Case("dropout, fewer keys, value_dim above head_dim", 200, 40, dropout=0.1, num_heads=4, value_dim=24),
+    Case("dropout, array of biases, mask by head", dropout=0.2, bias="array", mask=2, segments=True),
     Case(
         "everything",
         300,
@@ -64,6 +69,7 @@ CASES = [
         bias="t5",
         sinks=True,
         mask=4,
+        dropout=0.25,
     ),
 ]
 IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu"]
@@ -97,7 +103,8 @@ def test_values_and_gradients_match_definition(implementation, case, expected):
 
 @pytest.mark.parametrize("bias", ["alibi", "t5", "array"])
 def test_numpy_gradients_match_finite_differences(bias):
-    case = Case("all", 12, None, 2, 1, 4, 6, True, 5, 1.5, segments=True, prefix=True, sinks=True, mask=2, bias=bias)
+    operands = {"segments": True, "prefix": True, "sinks": True, "mask": 2, "dropout": 0.3, "bias": bias}
+    case = Case("all", 12, None, 2, 1, 4, 6, True, 5, 1.5, **operands)
     arrays, gradient = jax.tree.map(lambda x: x.astype(np.float64), case.inputs())
     analytic = definition(case, (arrays, gradient))
     generator = np.random.default_rng(0)
@@ -200,9 +207,9 @@ def test_xla_skips_fully_masked_blocks(rule, most):
 
 @pytest.mark.parametrize("bias", ["alibi", "t5"])
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
-def test_biases_by_position_are_not_matrices(implementation, bias):
-    """No array of every query, key and head: the biases are computed for one block at a time."""
-    case = Case("memory", length=1024, num_heads=4, bias=bias)
+def test_biases_by_position_and_dropout_are_not_matrices(implementation, bias):
+    """No array of every query, key and head: biases and masks are computed for one block at a time."""
+    case = Case("memory", length=1024, num_heads=4, bias=bias, dropout=0.1)
     arrays, _ = case.inputs()
 
     def loss(arrays):
@@ -329,6 +336,10 @@ def test_inconsistent_arrays_are_rejected(change, sentence):
         ({"position_bias": Alibi(jnp.ones(2))}, "position_bias is for 2 heads, not num_heads 4"),
         ({"mask_BNTS": jnp.ones((1, 2, 8, 8), bool)}, "mask must be .batch or 1"),
         ({"bias_BNTS": jnp.ones((8, 8))}, "bias must be .batch or 1"),
+        (
+            {"dropout": WeightDropout(jnp.ones((1, 8, 2), jnp.uint32), jnp.ones((1, 8), int), 0.5)},
+            "dropout must have seeds of queries .1, 8, 4. and of keys .1, 8., not .1, 8, 2. and .1, 8.",
+        ),
     ],
 )
 def test_inconsistent_operands_are_rejected(operands, sentence):

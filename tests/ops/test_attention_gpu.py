@@ -15,6 +15,7 @@ from maxlm.ops import flash_cudnn
 from maxlm.ops.attention import attention
 from maxlm.ops.attention_operands import NO_OPERANDS, AttentionOperands
 from maxlm.ops.attention_rule import AttentionRule
+from maxlm.ops.dropout import WeightDropout
 from maxlm.ops.flash_cudnn import cudnn_attention
 from maxlm.ops.position_bias import Alibi
 
@@ -160,6 +161,10 @@ REFUSED = [
     ({"sinks_N": jnp.zeros(8)}, "does not support sinks"),
     ({"position_bias": Alibi(jnp.zeros(8))}, "does not support a position_bias"),
     ({"bias_BNTS": BIAS}, "does not support an array of biases"),
+    (
+        {"dropout": WeightDropout(jnp.zeros((2, 256, 8), jnp.uint32), jnp.zeros((2, 256)), 0.1)},
+        "does not support dropout",
+    ),
     ({"value": query(2, 256, 8, 32)}, "does not support a value_dim of 32 with a head_dim of 64"),
     ({"query": query(2, 256, 8, 64, dtype=jnp.float32)}, "multiplies 16-bit floats, not float32"),
     ({"query": query(2, 255, 8, 64)}, "needs even lengths, not 255 and 255"),

@@ -11,7 +11,7 @@ import pytest
 from attention_case import MAX_DISTANCE, equations, position_bias
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from numpy_attention import numpy_attention, numpy_bucket
+from numpy_attention import numpy_attention, numpy_bucket, numpy_kept
 
 from maxlm.config.mesh import MeshConfig
 from maxlm.core.sharding import make_mesh
@@ -20,6 +20,7 @@ from maxlm.ops.attention_definition import reference_attention
 from maxlm.ops.attention_operands import AttentionOperands
 from maxlm.ops.attention_rule import AttentionRule, mean_gradient
 from maxlm.ops.context import context_attention, row_order, to_row_order, to_token_order
+from maxlm.ops.dropout import WeightDropout
 from maxlm.ops.flash_tpu import Kernels
 from maxlm.ops.flash_xla import Blockwise
 from maxlm.ops.ring import Ring, held_chunks, plan_ring, ring_attention
@@ -47,6 +48,7 @@ class Case:
     prefix: bool = False
     bias: str | None = None
     sinks: bool = False
+    dropout: float = 0.0
     method: str = "ring"
 
     def inputs(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -65,6 +67,11 @@ class Case:
         arrays = {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
         gradient = arrays.pop("gradient")
         return arrays, gradient
+
+    def seeds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of dropout: of queries [rows, length, num_heads], and of keys [rows, length]."""
+        shapes = (2, self.length, self.num_heads), (2, self.length)
+        return tuple(np.random.default_rng(1).integers(2**32, size=shape, dtype=np.uint32) for shape in shapes)
 
     @property
     def rule(self) -> AttentionRule:
@@ -103,6 +110,9 @@ CASES = [
     Case("relative buckets, window, rows sharded", 4, fsdp=2, bias="t5", window=11),
     Case("relative buckets to both sides, in order", 4, length=36, causal=False, bias="t5"),
     Case("sinks, values of another size", 4, sinks=True, value_dim=6),
+    Case("dropout, heads sharded", 4, tensor=2, num_heads=4, num_kv_heads=2, dropout=0.3),
+    Case("dropout, prefix, window, in order", 4, length=36, prefix=True, window=11, dropout=0.5),
+    Case("dropout, nothing masked", 4, fsdp=2, causal=False, segments=False, bias="t5", sinks=True, dropout=0.3),
     Case(
         "heads exchanged, all operands",
         2,
@@ -110,6 +120,7 @@ CASES = [
         prefix=True,
         bias="t5",
         sinks=True,
+        dropout=0.3,
         tensor=2,
         num_kv_heads=2,
         method="all_to_all",
@@ -136,39 +147,41 @@ def run(case: Case, attend=None, inputs=None, **more) -> dict[str, jax.Array]:
     mesh, (arrays, gradient) = case.mesh(), inputs or case.inputs()
     per_head = {"bias": P(None, "tensor") if case.bias == "t5" else P("tensor"), "sinks": P("tensor")}
     specs = {name: per_head.get(name, HEADS) for name in arrays}
-    rows = P(*HEADS[:2])
+    rows, by_head = P(*HEADS[:2]), P(*HEADS[:3])
+    of_tokens = (rows, rows, (by_head, rows))
 
     def attend_context(order, query, key, value, operands):
         return context_attention(query, key, value, case.rule, operands, method=case.method, order=order, **more)
 
-    def local(order, arrays, segments, prefix):
+    def local(order, arrays, segments, prefix, seeds):
         operands = AttentionOperands(
             segments=(segments, segments) if case.segments else None,
             prefix=(prefix, prefix) if case.prefix else None,
             position_bias=position_bias(case.bias, arrays.get("bias"), case.causal),
             sinks_N=arrays.get("sinks"),
+            dropout=WeightDropout(*seeds, case.dropout) if case.dropout else None,
         )
         return (attend or attend_context)(order, arrays["query"], arrays["key"], arrays["value"], operands)
 
-    def whole(arrays, segments, prefix):
+    def whole(arrays, *tokens):
         order = row_order(case.length, case.method) if case.causal else "plain"
         arrays = {name: x if name in per_head else to_row_order(x, order) for name, x in arrays.items()}
-        segments, prefix = (to_row_order(ids, order) for ids in (segments, prefix))
+        tokens = jax.tree.map(lambda x: to_row_order(x, order), tokens)
         by_device = jax.shard_map(
-            functools.partial(local, order), in_specs=(specs, rows, rows), out_specs=HEADS, check_vma=False
+            functools.partial(local, order), in_specs=(specs, *of_tokens), out_specs=HEADS, check_vma=False
         )
-        return to_token_order(by_device(arrays, segments, prefix), order)
+        return to_token_order(by_device(arrays, *tokens), order)
 
     @jax.jit
-    def values_and_gradients(arrays, gradient, segments, prefix):
-        output, transpose = jax.vjp(lambda arrays: whole(arrays, segments, prefix), arrays)
+    def values_and_gradients(arrays, gradient, *tokens):
+        output, transpose = jax.vjp(lambda arrays: whole(arrays, *tokens), arrays)
         return {"output": output, **transpose(gradient)[0]}
 
     with jax.set_mesh(mesh):
         put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
         arrays = {name: put(x, specs[name]) for name, x in arrays.items()}
-        ids = (put(ids, rows) for ids in (packed(case.length), prefix_of(case.length)))
-        return values_and_gradients(arrays, put(gradient, HEADS), *ids)
+        tokens = jax.tree.map(put, (packed(case.length), prefix_of(case.length), case.seeds()), of_tokens)
+        return values_and_gradients(arrays, put(gradient, HEADS), *tokens)
 
 
 def definition(case: Case) -> dict[str, np.ndarray]:
@@ -192,6 +205,7 @@ def definition(case: Case) -> dict[str, np.ndarray]:
         prefix=(prefix, prefix) if case.prefix else None,
         bias=None if bias is None else np.broadcast_to(bias, (2, *bias.shape)),
         sinks=arrays.get("sinks"),
+        kept=numpy_kept(*case.seeds(), case.dropout) if case.dropout else None,
     )
     of_matrix = results.pop("bias").sum(0)
     if case.bias == "alibi":
@@ -217,7 +231,7 @@ def test_values_and_gradients_match_whole_rows(case):
 
 
 def test_ring_attention_with_tpu_kernels():
-    case = Case("kernels", 2, num_heads=1, bias="alibi", sinks=True)
+    case = Case("kernels", 2, num_heads=1, bias="alibi", sinks=True, dropout=0.3)
 
     def attend(order, query, key, value, operands):
         operands = operands.by_distance(0, case.length, case.length)

@@ -18,6 +18,8 @@ CASES = {
     "prefix, sinks": (1024, 2, 1, 128, "bfloat16", {}, ("segments", "prefix", "sinks")),
     "ALiBi": (1024, 2, 1, 128, "bfloat16", {}, ("segments", "alibi")),
     "relative buckets": (600, 2, 2, 64, "bfloat16", {"causal": False}, ("buckets",)),
+    "dropout, prefix, sinks": (1024, 4, 1, 128, "bfloat16", {}, ("segments", "prefix", "sinks", "dropout")),
+    "dropout, buckets": (600, 2, 2, 64, "float32", {"causal": False}, ("buckets", "dropout")),
     "mask, smaller values": (512, 2, 2, 128, "bfloat16", {"causal": False}, ("mask", "values of 64")),
 }
 
@@ -34,6 +36,7 @@ def compile_all(target: str) -> None:
     from maxlm.ops.attention import attention
     from maxlm.ops.attention_operands import AttentionOperands
     from maxlm.ops.attention_rule import AttentionRule
+    from maxlm.ops.dropout import WeightDropout
     from maxlm.ops.position_bias import Alibi, RelativeBuckets
 
     chips = topologies.get_topology_desc(platform="tpu", topology_name=target).devices[:4]
@@ -50,6 +53,7 @@ def compile_all(target: str) -> None:
             "buckets": ((32, 2 * num_heads), "float32", P(None, "tensor")),
             "sinks": ((2 * num_heads,), "float32", P("tensor")),
             "mask": ((2, 1, length, length), "bool", P("data", None, None, None)),
+            "dropout": ((2, length, 2 * num_heads), "uint32", P("data", None, "tensor")),
         }
         arrays = {
             "query": ((2, length, 2 * num_heads, head_dim), dtype, heads),
@@ -67,12 +71,16 @@ def compile_all(target: str) -> None:
             bias = Alibi(arrays["alibi"]) if "alibi" in arrays else None
             if "buckets" in arrays:
                 bias = RelativeBuckets(arrays["buckets"], 128, not rule.causal)
+            dropout = None
+            if "dropout" in arrays:
+                dropout = WeightDropout(arrays["dropout"], arrays["dropout"][:, :, 0], 0.1)
             operands = AttentionOperands(
                 segments=None if segments is None else (segments, segments),
                 prefix=None if prefix is None else (prefix, prefix),
                 position_bias=bias,
                 sinks_N=arrays.get("sinks"),
                 mask_BNTS=arrays.get("mask"),
+                dropout=dropout,
             )
             return attention(arrays["query"], arrays["key"], arrays["value"], rule, operands)
 
