@@ -9,11 +9,17 @@ from maxlm.config.base import Frozen
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
+_NOISE = ("embedding_dropout", "residual_dropout", "attention_dropout", "stochastic_depth")
+
+
 class RegularizationConfig(Frozen):
     """Noise and terms of the loss that belong to the run, not to the model. Validation and inference have none."""
 
     embedding_dropout: Rate = Field(0.0, description="Share of the embeddings' channels that are zeroed.")
     residual_dropout: Rate = Field(0.0, description="The same of what each mixer and MLP adds to the stream.")
+    attention_dropout: Rate = Field(
+        0.0, description="Share of the keys that each query of a head loses, after the softmax."
+    )
     stochastic_depth: Rate = Field(
         0.0, description="Share of rows that skip the last layer; for others it grows linearly with depth."
     )
@@ -31,9 +37,9 @@ class RegularizationConfig(Frozen):
 
     def without_noise(self) -> Self:
         """The same, with nothing random."""
-        return self.model_copy(update=dict.fromkeys(("embedding_dropout", "residual_dropout", "stochastic_depth"), 0.0))
+        return self.model_copy(update=dict.fromkeys(_NOISE, 0.0))
 
     @property
     def is_random(self) -> bool:
         """Whether a step depends on random numbers."""
-        return bool(self.embedding_dropout or self.residual_dropout or self.stochastic_depth)
+        return any(getattr(self, name) for name in _NOISE)

@@ -26,6 +26,7 @@ from maxlm.ops.attention_definition import cached_attention
 from maxlm.ops.attention_operands import AttentionOperands
 from maxlm.ops.attention_rule import AttentionRule
 from maxlm.ops.context import context_attention
+from maxlm.ops.dropout import WeightDropout
 from maxlm.ops.linear import operand_dtype
 from maxlm.ops.position_bias import Alibi
 from maxlm.ops.rope import apply_rope
@@ -83,8 +84,11 @@ class Attention(nnx.Module):
     def _attend(self, query_BLHE, key_BLKE, value_BLKE, context: TokenContext):
         """Attention on each device's own rows and heads, and across the devices that share a row, if sharded."""
         execution, rule = self.execution, self._rule
+        dropout = None if context.noise is None else context.noise.attention_weights(self.config.num_heads)
         operands = AttentionOperands(
-            segments=(context.segment_ids_BL, context.segment_ids_BL), position_bias=self._position_bias
+            segments=(context.segment_ids_BL, context.segment_ids_BL),
+            position_bias=self._position_bias,
+            dropout=dropout,
         )
         settings: dict[str, Any] = {
             "implementation": None if execution.attention == "auto" else execution.attention,
@@ -101,7 +105,9 @@ class Attention(nnx.Module):
         kv_heads = logical_to_spec(("batch", "length", "kv_heads", None))
         tokens, slopes = P(*heads[:2]), logical_to_spec(("heads",))
         specs: Any = AttentionOperands(
-            segments=cast(Any, (tokens, tokens)), position_bias=jax.tree.map(lambda _: slopes, operands.position_bias)
+            segments=cast(Any, (tokens, tokens)),
+            position_bias=jax.tree.map(lambda _: slopes, operands.position_bias),
+            dropout=dropout and WeightDropout(cast(Any, P(*heads[:3])), cast(Any, tokens), dropout.rate),
         )
         return jax.shard_map(local, in_specs=(heads, kv_heads, kv_heads, specs), out_specs=heads, check_vma=False)(
             query_BLHE, key_BLKE, value_BLKE, operands

@@ -1,6 +1,6 @@
 """Randomness of layers in training: dropout and stochastic depth.
 
-Dimensions: B batch, L length, D channels.
+Dimensions: B batch, L length, D channels, H query heads.
 """
 
 from dataclasses import dataclass, replace
@@ -8,36 +8,40 @@ from functools import partial
 from typing import Self
 
 import jax
+import jax.numpy as jnp
 
 from maxlm.config.regularization import RegularizationConfig
-from maxlm.ops.dropout import drop, hashed
+from maxlm.core.sharding import shard
+from maxlm.ops.dropout import WeightDropout, drop, hashed
 
 # What a mask is for: two masks of one token in one layer must differ.
-_EMBEDDING, _MIXER, _MLP, _DEPTH = range(4)
+_EMBEDDING, _MIXER, _MLP, _DEPTH, _QUERIES, _KEYS = range(6)
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["row_seeds_B", "columns_BL", "layer"],
-    meta_fields=["rates", "num_layers"],
+    meta_fields=["rates", "num_layers", "residual_axes"],
 )
 @dataclass(frozen=True)
 class Noise:
     """Seeds, and how much is dropped.
 
     row_seeds_B: uint32, from (seed, step, row).
-    columns_BL: the place of each token in its row, in the layout of the stream; a model adds it.
+    columns_BL: the place of each token in its row, in the layout of a mixer's input; a model adds it.
+    residual_axes: sharding of the stream between layers.
     layer: number of the layer that is computed; the embedding has none.
     """
 
     row_seeds_B: jax.Array
     rates: RegularizationConfig
     columns_BL: jax.Array | None = None
+    residual_axes: tuple[str | None, ...] = ()
     num_layers: int = 0
     layer: jax.Array | None = None
 
-    def in_model(self, columns_BL: jax.Array, num_layers: int) -> Self:
-        return replace(self, columns_BL=columns_BL, num_layers=num_layers)
+    def in_model(self, columns_BL: jax.Array, residual_axes: tuple[str | None, ...], num_layers: int) -> Self:
+        return replace(self, columns_BL=columns_BL, residual_axes=residual_axes, num_layers=num_layers)
 
     def at_layer(self, number: jax.Array) -> Self:
         return replace(self, layer=number)
@@ -52,6 +56,15 @@ class Noise:
     def mlp_output(self, x_BLD: jax.Array) -> jax.Array:
         return self._branch(x_BLD, _MLP)
 
+    def attention_weights(self, num_heads: int) -> WeightDropout | None:
+        """Dropout of the weights of a layer's attention; None if nothing is dropped."""
+        if not self.rates.attention_dropout:
+            return None
+        tokens_BL = hashed(self._seeds(_QUERIES)[:, None], self.columns_BL)
+        query_seeds_BLH = hashed(tokens_BL[..., None], shard(jnp.arange(num_heads), "heads"))
+        key_seeds_BL = hashed(jnp.uint32(_KEYS), self.columns_BL)
+        return WeightDropout(query_seeds_BLH, key_seeds_BL, self.rates.attention_dropout)
+
     def _branch(self, x_BLD: jax.Array, site: int) -> jax.Array:
         """Dropout of what a layer adds to the stream, and stochastic depth (arXiv:1603.09382): a row skips a layer with
         a probability that grows linearly with depth, to `stochastic_depth` in the last one."""
@@ -64,8 +77,9 @@ class Noise:
     def _drop(self, x_BLD: jax.Array, rate: float, site: int) -> jax.Array:
         if not rate:
             return x_BLD
-        tokens_BL = hashed(self._seeds(site)[:, None], self.columns_BL)
-        channels_D = jax.numpy.arange(x_BLD.shape[-1])
+        columns_BL = shard(self.columns_BL, *self.residual_axes[:2])
+        tokens_BL = hashed(self._seeds(site)[:, None], columns_BL)
+        channels_D = jnp.arange(x_BLD.shape[-1])
         return drop(x_BLD, rate, hashed(tokens_BL[..., None], channels_D))
 
     def _seeds(self, site: int) -> jax.Array:

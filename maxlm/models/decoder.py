@@ -123,7 +123,7 @@ class Decoder(nnx.Module):
             residual_axes = TOKEN_AXES
         if noise is not None:
             columns_BL = shard(jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape), "batch", "length")
-            noise = noise.in_model(shard(to_row_order(columns_BL, order), *residual_axes[:2]), self.config.num_layers)
+            noise = noise.in_model(to_row_order(columns_BL, order), residual_axes, self.config.num_layers)
         context = TokenContext.create(
             self.config, positions_BL, segment_ids_BL, noise=noise, residual_axes=residual_axes, row_order=order
         )

@@ -115,6 +115,12 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
         ("model.layers.mixer.kind=atention", "; did you mean attention?"),
         ("model.norm.kind=batch", "model.norm.kind: 'batch': must be 'rms' or 'layer'"),
         ("regularization.router_balanse=1", "regularization.router_balanse: unknown key; did you mean router_balance?"),
+        ("regularization.attention_dropout=1", "regularization.attention_dropout: 1: must be less than 1"),
+        (
+            "regularization.attention_dropout=-0.1",
+            "regularization.attention_dropout: -0.1: must be greater than or equal to 0",
+        ),
+        ("regularization.attention_dropout=0", None),
         ("steps=19", "optim.schedule.warmup_steps (20) exceeds steps (19)"),
         ("seed=1.5", "seed: 1.5: must be a whole number from 0 to 4294967295"),
         ("optim=3", "optim: 3: must be a section of keys and values"),

@@ -18,6 +18,7 @@ from maxlm.models.regroup import unrolled
 TEXT = pack(documents(), rows=4, length=24, per_row=3)
 BATCH = Batch({"text": TEXT}, row_seeds_B=np.arange(1, 5, dtype=np.uint32))
 CONFIG = tiny_config(num_layers=4)
+RATES = {"embedding_dropout": 0.2, "residual_dropout": 0.2, "attention_dropout": 0.2, "stochastic_depth": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,9 @@ def hidden(model, batch=BATCH, **rates) -> np.ndarray:
     return np.asarray(applied(model, batch)["text"].hidden_BLD)
 
 
-@pytest.mark.parametrize("rates", [{"embedding_dropout": 0.2}, {"residual_dropout": 0.2}, {"stochastic_depth": 0.5}])
-def test_each_kind_changes_the_outputs_by_the_seed_of_the_row_only(model, rates):
+@pytest.mark.parametrize("kind", RATES)
+def test_each_kind_changes_the_outputs_by_the_seed_of_the_row_only(model, kind):
+    rates = {kind: RATES[kind]}
     quiet, noisy = hidden(model), hidden(model, **rates)
     assert np.abs(noisy - quiet).max() > 0.01
     np.testing.assert_array_equal(hidden(model, **rates), noisy)
@@ -42,8 +44,7 @@ def test_each_kind_changes_the_outputs_by_the_seed_of_the_row_only(model, rates)
 
 
 def test_masks_do_not_depend_on_how_layers_are_stacked(model):
-    rates = {"embedding_dropout": 0.1, "residual_dropout": 0.1, "stochastic_depth": 0.3}
-    np.testing.assert_allclose(hidden(jax.jit(unrolled)(model), **rates), hidden(model, **rates), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(hidden(jax.jit(unrolled)(model), **RATES), hidden(model, **RATES), rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_is_random_without_seeds_or_rates(model):
@@ -58,6 +59,13 @@ def test_streams_of_any_name_have_masks_of_their_own(model, stream):
     applied = AppliedModel.of(model, batch, RegularizationConfig(residual_dropout=0.4)).outputs
     difference = np.abs(np.asarray(applied[stream].hidden_BLD - applied["text"].hidden_BLD)).max()
     assert (difference == 0) == (stream == "text")
+
+
+def test_without_noise_nothing_is_random():
+    noisy = RegularizationConfig(**RATES, label_smoothing=0.1)
+    assert noisy.is_random
+    assert all(RegularizationConfig(**{kind: rate}).is_random for kind, rate in RATES.items())
+    assert noisy.without_noise() == RegularizationConfig(label_smoothing=0.1)
 
 
 def test_row_that_skips_every_layer_is_its_embedding(model):

@@ -39,6 +39,21 @@ def test_every_objective_passes_with_padding_and_on_three_axes(kind, settings):
     assert [finding.verdict for finding in report.findings] == ["same", "same"], report
 
 
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_noise_is_the_same_in_every_layout(kind):
+    rates = {"embedding_dropout": 0.1, "residual_dropout": 0.1, "attention_dropout": 0.3, "stochastic_depth": 0.3}
+    layouts = [
+        "accumulation: 2",
+        "attention: xla",
+        "mesh: data=2, context=2, tensor=2",
+        "mesh: stage=2, expert=2, tensor=2",
+        "mesh: fsdp=2, context=2, tensor=2, all_to_all",
+        "mesh: stage=2, 1f1b",
+    ]
+    report = verify(config_of(kind, regularization=rates), only=layouts[: 6 if kind == "sft" else 3])
+    assert {finding.verdict for finding in report.findings} == {"same"}, report
+
+
 def variants(kind="sft", **settings):
     config = config_of(kind, **settings)
     return list(variants_of(config, reduced_config(config, vocab_size=64), num_devices=8))
