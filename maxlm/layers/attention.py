@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from maxlm.config.execution import ExecutionConfig
 from maxlm.config.layers import AttentionConfig
 from maxlm.config.model import ModelConfig
-from maxlm.core.sharding import is_explicit, logical_to_spec
+from maxlm.core.sharding import is_explicit, logical_to_spec, shard
 from maxlm.layers.cache import KeyValueCache, RingCache
 from maxlm.layers.context import TokenContext
 from maxlm.layers.norm import Norm
@@ -120,7 +120,9 @@ class Attention(nnx.Module):
 
     @property
     def _position_bias(self) -> Alibi | None:
-        return Alibi(jnp.asarray(alibi_slopes(self.config.num_heads))) if self.config.alibi else None
+        if not self.config.alibi:
+            return None
+        return Alibi(shard(jnp.asarray(alibi_slopes(self.config.num_heads)), "heads"))
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:

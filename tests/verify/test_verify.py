@@ -54,6 +54,23 @@ def test_noise_is_the_same_in_every_layout(kind):
     assert {finding.verdict for finding in report.findings} == {"same"}, report
 
 
+def test_all_kinds_of_layers_are_the_same_in_every_layout():
+    attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    pattern = [
+        {"times": 2, "mixer": {"kind": "gru", "dim": 12}, "mlp": {"kind": "plain", "dim": 24}},
+        {"mixer": attention | {"window": 16, "rope": None, "alibi": True}, "mlp": {"kind": "moe", "dim": 12}},
+        {"mixer": attention | {"rope": {"theta": 500.0}, "qk_norm": True, "soft_cap": 5.0}},
+    ]
+    model = small_model() | {"norm": {"kind": "layer"}, "layers": {"repeat": 2, "pattern": pattern}}
+    layouts = [
+        "mesh: data=2, context=2, tensor=2",
+        "mesh: stage=2, expert=2, tensor=2",
+        "mesh: fsdp=2, context=2, tensor=2, all_to_all",
+    ]
+    report = verify(config_of("sft", model=model), only=layouts)
+    assert {finding.verdict for finding in report.findings} == {"same"}, report
+
+
 def variants(kind="sft", **settings):
     config = config_of(kind, **settings)
     return list(variants_of(config, reduced_config(config, vocab_size=64), num_devices=8))
