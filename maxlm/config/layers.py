@@ -1,6 +1,7 @@
 """The layers of a model: groups of layers, each with a mixer of tokens and an MLP, which are unions by kind."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -24,9 +25,9 @@ class PartConfig(Frozen):
 
     kind: str
 
+    @abstractmethod
     def reduced(self, mesh: MeshConfig) -> Self:
         """The same structure with small sizes that `mesh` and meshes of two devices per axis divide, if these do."""
-        raise NotImplementedError
 
 
 class AttentionConfig(PartConfig):
