@@ -8,7 +8,7 @@ from maxlm.config.base import Frozen
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
-
+# What is random in a step.
 _NOISE = ("embedding_dropout", "residual_dropout", "attention_dropout", "stochastic_depth")
 
 
