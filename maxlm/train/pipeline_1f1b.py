@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from maxlm.core.hardware import traced_platform
 from maxlm.core.sharding import spec_of
 from maxlm.core.term import LossOutput, Term, add, unite
 from maxlm.models.applied import AppliedModel, noise_of
@@ -137,13 +138,14 @@ class _Stages:
                 (no_output, (self._shared, leaving)),
             )
             grads = (grads[0], add(grads[1], shared_grads))
-            grads, leaving_back = self._backward(stash, arrived_back, turned, grads, tick)
+            grads, leaving_back = self._backward(stash, arrived_back, turned, grads, _after(turned, tick))
+            leaving, leaving_back = _after(grads, (leaving, leaving_back))
             return (stash, send(leaving, 1), send(leaving_back, -1), add(output, added), grads), None
 
         def backward_only(carry, tick):
             stash, arrived_back, grads = carry
             grads, leaving_back = self._backward(stash, arrived_back, nothing, grads, tick)
-            return (stash, send(leaving_back, -1), grads), None
+            return (stash, send(_after(grads, leaving_back), -1), grads), None
 
         lead, end = schedule.lead, schedule.num_ticks
         (stash, arrived), _ = jax.lax.scan(forward_only, (stash, nothing), jnp.arange(lead))
@@ -169,7 +171,7 @@ class _Stages:
             stash,
             entering,
         )
-        return stash, self._work(self._chunk(unit.turn), unit.turn, entering, microbatch)
+        return stash, self._work(self._chunk(unit.turn), unit.turn, entering, _after(entering, microbatch))
 
     def _backward(self, stash: State, arrived: State, turned: State, grads, tick) -> tuple[Any, State]:
         """The gradients with this tick's added, and the cotangent of the stage's input.
@@ -312,6 +314,20 @@ class _Stages:
         if self._schedule.repeats == 1:
             return function()
         return jax.lax.cond(condition, function, lambda: jax.tree.map(jnp.zeros_like, like))
+
+
+def _after(earlier: Any, tree: Any) -> Any:
+    """`tree`, which on CPUs is not available before `earlier` is computed.
+
+    The runtime of XLA for CPUs starts a collective while an earlier one still waits inside a loop or a branch, unless
+    its data depend on it. Then devices meet in different collectives. An optimization barrier is no such dependence,
+    since it is removed.
+    """
+    if traced_platform() != "cpu":
+        return tree
+    # No number is both, which the compiler does not know.
+    impossible = [jnp.any(jnp.isnan(leaf) & (leaf == 0)) for leaf in jax.tree.leaves(earlier)]
+    return jax.tree.map(lambda leaf: jnp.where(jnp.stack(impossible).any(), jnp.zeros_like(leaf), leaf), tree)
 
 
 def _map_residuals(function: Callable[..., Residual], *states: State) -> State:
