@@ -37,9 +37,9 @@ from maxlm.models.adapters import apply_adapters, declare_adapters  # noqa: E402
 from maxlm.models.applied import AppliedModel  # noqa: E402
 from maxlm.models.decoder import Decoder  # noqa: E402
 from maxlm.objectives.language_model import language_model_loss  # noqa: E402
-from maxlm.ops.attention import attention  # noqa: E402
-from maxlm.ops.attention_operands import AttentionOperands  # noqa: E402
-from maxlm.ops.attention_rule import AttentionRule  # noqa: E402
+from maxlm.ops.attention.dispatch import attention  # noqa: E402
+from maxlm.ops.attention.operands import AttentionOperands  # noqa: E402
+from maxlm.ops.attention.rule import AttentionRule  # noqa: E402
 from maxlm.optim.build import make_optimizer  # noqa: E402
 from maxlm.train.state import create_state  # noqa: E402
 from maxlm.train.step import train_step  # noqa: E402

@@ -46,7 +46,7 @@ class ExecutionConfig(Frozen):
         description="With mesh.context > 1: pass keys around a ring, or exchange heads for whole rows.",
     )
     experts: Literal["auto", "ragged", "padded", "reference"] = Field(
-        "auto", description="How tokens are dispatched to experts: see maxlm/ops/moe.py."
+        "auto", description="How tokens are dispatched to experts: see maxlm/ops/moe/experts.py."
     )
 
     @property

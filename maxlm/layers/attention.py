@@ -21,14 +21,14 @@ from maxlm.layers.cache import KeyValueCache, RingCache
 from maxlm.layers.context import TokenContext
 from maxlm.layers.norm import Norm
 from maxlm.layers.weights import multiply, residual_scale, weight
-from maxlm.ops.attention import attention
-from maxlm.ops.attention_definition import cached_attention
-from maxlm.ops.attention_operands import AttentionOperands
-from maxlm.ops.attention_rule import AttentionRule
-from maxlm.ops.context import context_attention
+from maxlm.ops.attention.context import context_attention
+from maxlm.ops.attention.definition import cached_attention
+from maxlm.ops.attention.dispatch import attention
+from maxlm.ops.attention.operands import AttentionOperands
+from maxlm.ops.attention.position_bias import Alibi
+from maxlm.ops.attention.rule import AttentionRule
 from maxlm.ops.dropout import WeightDropout
 from maxlm.ops.linear import operand_dtype
-from maxlm.ops.position_bias import Alibi
 from maxlm.ops.rope import apply_rope
 
 

@@ -9,7 +9,7 @@ import jax
 from maxlm.config.layers import AttentionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.layers.noise import Noise
-from maxlm.ops.ring import RowOrder
+from maxlm.ops.attention.ring import RowOrder
 from maxlm.ops.rope import rope_angles
 
 # Layout of the residual stream as input of mixers and MLPs.

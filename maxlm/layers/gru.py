@@ -18,7 +18,7 @@ from maxlm.core.sharding import gather_weight, shard
 from maxlm.layers.cache import Cache, put_row
 from maxlm.layers.context import TokenContext
 from maxlm.layers.weights import bias, multiply, residual_scale, weight
-from maxlm.ops.context import to_row_order, to_token_order
+from maxlm.ops.attention.context import to_row_order, to_token_order
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["state_BH"], meta_fields=[])

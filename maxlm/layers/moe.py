@@ -18,8 +18,8 @@ from maxlm.core.term import LossOutput, Term
 from maxlm.layers.context import TokenContext
 from maxlm.layers.mlp import GatedMlp
 from maxlm.ops.linear import linear, operand_dtype
-from maxlm.ops.moe import Routing, mixture_of_experts, route, router_scores
-from maxlm.ops.moe_balance import bias_pull, choices, document_balance
+from maxlm.ops.moe.balance import bias_pull, choices, document_balance
+from maxlm.ops.moe.experts import Routing, mixture_of_experts, route, router_scores
 
 
 class MixtureOfExperts(nnx.Module):

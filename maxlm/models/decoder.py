@@ -26,7 +26,7 @@ from maxlm.layers.noise import Noise
 from maxlm.layers.norm import Norm
 from maxlm.layers.stack import Group, apply_group, create_caches, declare_layers
 from maxlm.models.pipeline_parallelism import fitting_schedule, gpipe
-from maxlm.ops.context import row_order, to_row_order, to_token_order
+from maxlm.ops.attention.context import row_order, to_row_order, to_token_order
 from maxlm.ops.linear import embed, operand_dtype
 from maxlm.ops.loss import Head, log_probabilities_in_chunks
 from maxlm.ops.qtensor import QTensor

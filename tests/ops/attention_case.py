@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from numpy_attention import numpy_attention, numpy_bucket, numpy_kept
 
-from maxlm.ops.attention import attention
-from maxlm.ops.attention_operands import AttentionOperands
-from maxlm.ops.attention_rule import AttentionRule
+from maxlm.ops.attention.dispatch import attention
+from maxlm.ops.attention.flash import flash_attention
+from maxlm.ops.attention.flash_tpu import Kernels
+from maxlm.ops.attention.operands import AttentionOperands
+from maxlm.ops.attention.position_bias import Alibi, RelativeBuckets
+from maxlm.ops.attention.rule import AttentionRule
 from maxlm.ops.dropout import WeightDropout
-from maxlm.ops.flash import flash_attention
-from maxlm.ops.flash_tpu import Kernels
-from maxlm.ops.position_bias import Alibi, RelativeBuckets
 
 BATCH, MAX_DISTANCE = 2, 64
 

@@ -25,7 +25,7 @@ def numpy_attention(
 ) -> dict[str, Any]:
     """The output and the gradients of query, key, value, bias and sinks, by name.
 
-    Arrays as in `maxlm.ops.attention.attention`; segments and prefix are pairs of queries' and keys' ids; bias, mask
+    Arrays as in `dispatch.attention`; segments and prefix are pairs of queries' and keys' ids; bias, mask
     and kept are whole matrices [batch, num_heads, length, kv_length]. kept: factors of weights, 0 or 1 / (1 - rate).
     """
     query, key, value, gradient = (x.astype(np.float64) for x in (query, key, value, gradient))

@@ -11,15 +11,15 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maxlm.errors import ConfigError
-from maxlm.ops import attention as attention_module
-from maxlm.ops.attention import attention
-from maxlm.ops.attention_operands import AttentionOperands
-from maxlm.ops.attention_rule import AttentionRule
+from maxlm.ops.attention import dispatch
+from maxlm.ops.attention.dispatch import attention
+from maxlm.ops.attention.flash import flash_attention
+from maxlm.ops.attention.flash_tpu import Kernels
+from maxlm.ops.attention.flash_xla import Blockwise
+from maxlm.ops.attention.operands import AttentionOperands
+from maxlm.ops.attention.position_bias import Alibi
+from maxlm.ops.attention.rule import AttentionRule
 from maxlm.ops.dropout import WeightDropout
-from maxlm.ops.flash import flash_attention
-from maxlm.ops.flash_tpu import Kernels
-from maxlm.ops.flash_xla import Blockwise
-from maxlm.ops.position_bias import Alibi
 
 CASES = [
     Case("causal"),
@@ -305,7 +305,7 @@ def test_unavailable_implementation_is_rejected_with_reason(implementation, sent
 
 
 def test_kernels_reject_an_array_of_biases(monkeypatch):
-    monkeypatch.setattr(attention_module, "traced_platform", lambda: "tpu")
+    monkeypatch.setattr(dispatch, "traced_platform", lambda: "tpu")
     operands = AttentionOperands(bias_BNTS=jnp.zeros((1, 1, 256, 256)))
     sentence = "'pallas_tpu' does not support an array of biases; choose 'xla' or None, or a position_bias"
     with pytest.raises(ConfigError, match=sentence):

@@ -10,14 +10,13 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from maxlm.errors import ConfigError
-from maxlm.ops import attention as attention_module
-from maxlm.ops import flash_cudnn
-from maxlm.ops.attention import attention
-from maxlm.ops.attention_operands import NO_OPERANDS, AttentionOperands
-from maxlm.ops.attention_rule import AttentionRule
+from maxlm.ops.attention import dispatch, flash_cudnn
+from maxlm.ops.attention.dispatch import attention
+from maxlm.ops.attention.flash_cudnn import cudnn_attention
+from maxlm.ops.attention.operands import NO_OPERANDS, AttentionOperands
+from maxlm.ops.attention.position_bias import Alibi
+from maxlm.ops.attention.rule import AttentionRule
 from maxlm.ops.dropout import WeightDropout
-from maxlm.ops.flash_cudnn import cudnn_attention
-from maxlm.ops.position_bias import Alibi
 
 QUERY = jax.ShapeDtypeStruct((2, 256, 8, 64), jnp.bfloat16)
 KEY = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.bfloat16)
@@ -124,7 +123,7 @@ def platform(monkeypatch):
     """Sets the platform that is traced for."""
 
     def choose(name: str) -> None:
-        for module in (attention_module, flash_cudnn):
+        for module in (dispatch, flash_cudnn):
             monkeypatch.setattr(module, "traced_platform", lambda: name)
 
     return choose
@@ -132,9 +131,7 @@ def platform(monkeypatch):
 
 def default_implementation(query=QUERY, value=None, rule=AttentionRule(1.0), **operands) -> str:  # noqa: B008
     """The implementation that `None` selects."""
-    return attention_module._best_implementation(
-        query, value or query, rule, AttentionOperands(**operands), query.dtype
-    )
+    return dispatch._best_implementation(query, value or query, rule, AttentionOperands(**operands), query.dtype)
 
 
 def query(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:

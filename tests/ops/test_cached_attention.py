@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from attention_case import BATCH, Case, definition
 
-from maxlm.ops.attention_definition import cached_attention
-from maxlm.ops.attention_operands import NO_OPERANDS
-from maxlm.ops.attention_rule import AttentionRule
+from maxlm.ops.attention.definition import cached_attention
+from maxlm.ops.attention.operands import NO_OPERANDS
+from maxlm.ops.attention.rule import AttentionRule
 
 CASES = [
     Case("causal", 40, num_heads=4),

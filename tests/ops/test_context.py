@@ -16,14 +16,14 @@ from numpy_attention import numpy_attention, numpy_bucket, numpy_kept
 from maxlm.config.mesh import MeshConfig
 from maxlm.core.sharding import make_mesh
 from maxlm.errors import ConfigError
-from maxlm.ops.attention_definition import reference_attention
-from maxlm.ops.attention_operands import AttentionOperands
-from maxlm.ops.attention_rule import AttentionRule, mean_gradient
-from maxlm.ops.context import context_attention, row_order, to_row_order, to_token_order
+from maxlm.ops.attention.context import context_attention, row_order, to_row_order, to_token_order
+from maxlm.ops.attention.definition import reference_attention
+from maxlm.ops.attention.flash_tpu import Kernels
+from maxlm.ops.attention.flash_xla import Blockwise
+from maxlm.ops.attention.operands import AttentionOperands
+from maxlm.ops.attention.ring import Ring, held_chunks, plan_ring, ring_attention
+from maxlm.ops.attention.rule import AttentionRule, mean_gradient
 from maxlm.ops.dropout import WeightDropout
-from maxlm.ops.flash_tpu import Kernels
-from maxlm.ops.flash_xla import Blockwise
-from maxlm.ops.ring import Ring, held_chunks, plan_ring, ring_attention
 
 KERNELS = Kernels(jnp.dtype("float32"), jnp.dtype("float32"), largest_block=128, interpret=True)
 HEADS = P(("data", "fsdp", "expert"), "context", "tensor", None)

@@ -33,11 +33,11 @@ def compile_all(target: str) -> None:
     from jax.sharding import AxisType, Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from maxlm.ops.attention import attention
-    from maxlm.ops.attention_operands import AttentionOperands
-    from maxlm.ops.attention_rule import AttentionRule
+    from maxlm.ops.attention.dispatch import attention
+    from maxlm.ops.attention.operands import AttentionOperands
+    from maxlm.ops.attention.position_bias import Alibi, RelativeBuckets
+    from maxlm.ops.attention.rule import AttentionRule
     from maxlm.ops.dropout import WeightDropout
-    from maxlm.ops.position_bias import Alibi, RelativeBuckets
 
     chips = topologies.get_topology_desc(platform="tpu", topology_name=target).devices[:4]
     mesh = Mesh(np.array(chips).reshape(2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)

@@ -10,11 +10,11 @@ import pytest
 from maxlm.config.mesh import MeshConfig
 from maxlm.core.sharding import make_mesh, shard
 from maxlm.errors import ConfigError
-from maxlm.ops import grouped_tpu
-from maxlm.ops.grouped_matmul import GroupedProduct, grouped_linear
-from maxlm.ops.grouped_mlp import grouped_mlp
-from maxlm.ops.moe import mixture_of_experts, route, router_scores
-from maxlm.ops.moe_balance import bias_pull, choices, document_balance
+from maxlm.ops.moe import grouped_tpu
+from maxlm.ops.moe.balance import bias_pull, choices, document_balance
+from maxlm.ops.moe.experts import mixture_of_experts, route, router_scores
+from maxlm.ops.moe.grouped_matmul import GroupedProduct, grouped_linear
+from maxlm.ops.moe.grouped_mlp import grouped_mlp
 
 B, L, D, F, E, K = 8, 8, 16, 12, 8, 2
 TOKENS, RESIDUAL = ("batch", "length", None), ("batch", "residual_length", None)
@@ -253,7 +253,7 @@ def spread_by_definition(operand, output, input_offsets, send_sizes, output_offs
 def test_ragged_exchange_matches_padded_exchange(reference, monkeypatch):
     """The TPU implementation: its all-to-all emulated, and its products, which run on any device."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", spread_by_definition)
-    monkeypatch.setattr("maxlm.ops.moe.traced_platform", lambda: "tpu")
+    monkeypatch.setattr("maxlm.ops.moe.experts.traced_platform", lambda: "tpu")
     # What is not written is not read.
     monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
     assert_same(mixture(make_mesh(MeshConfig(expert=4, fsdp=2)), implementation=None), reference)

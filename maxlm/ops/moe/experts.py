@@ -24,8 +24,8 @@ from maxlm.core.hardware import traced_platform
 from maxlm.core.remat import saved
 from maxlm.core.sharding import LOGICAL_AXES, current_mesh, is_explicit, logical_to_spec
 from maxlm.errors import ConfigError
-from maxlm.ops.grouped_matmul import GroupedProduct, grouped_linear, grouped_quantized, undefined
-from maxlm.ops.grouped_mlp import grouped_mlp
+from maxlm.ops.moe.grouped_matmul import GroupedProduct, grouped_linear, grouped_quantized, undefined
+from maxlm.ops.moe.grouped_mlp import grouped_mlp
 from maxlm.ops.qtensor import QTensor
 
 IMPLEMENTATIONS = ("ragged", "padded", "reference")

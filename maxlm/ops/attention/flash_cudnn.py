@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.core.hardware import traced_platform
-from maxlm.ops.attention_operands import NO_OPERANDS, AttentionOperands
-from maxlm.ops.attention_rule import AttentionRule
+from maxlm.ops.attention.operands import NO_OPERANDS, AttentionOperands
+from maxlm.ops.attention.rule import AttentionRule
 
 
 def cudnn_attention(
     rule: AttentionRule, query_BTNH, key_BSKH, value_BSKH, operands: AttentionOperands = NO_OPERANDS
 ) -> jax.Array:
-    """Attention as `maxlm.ops.attention.attention` defines it, where `cudnn_obstacle` is None.
+    """Attention as `dispatch.attention` defines it, where `cudnn_obstacle` is None.
 
     Segments, windows, prefixes and keys beyond the queries are passed as a mask, the only form that cuDNN applies
     exactly; only causality stays a flag, so that the kernel can skip masked blocks.

@@ -9,7 +9,7 @@
 | `xla`        | blockwise in plain XLA, any device: skips masked blocks, recomputes in backward   |
 | `reference`  | the definition, in float32, any device                                            |
 
-`maxlm.ops.attention_definition.cached_attention` is the same for new queries and a cache of keys and values.
+`definition.cached_attention` is the same for new queries and a cache of keys and values.
 
 Shapes: B batch, T query length, S key length, N query heads, K key-value heads, H head dim, V value dim.
 """
@@ -21,13 +21,13 @@ import jax.numpy as jnp
 
 from maxlm.core.hardware import traced_platform
 from maxlm.errors import ConfigError
-from maxlm.ops.attention_definition import reference_attention
-from maxlm.ops.attention_operands import NO_OPERANDS, AttentionOperands, check_operands
-from maxlm.ops.attention_rule import AttentionRule
-from maxlm.ops.flash import Blocks, flash_attention
-from maxlm.ops.flash_cudnn import cudnn_attention, cudnn_obstacle
-from maxlm.ops.flash_tpu import Kernels
-from maxlm.ops.flash_xla import Blockwise
+from maxlm.ops.attention.definition import reference_attention
+from maxlm.ops.attention.flash import Blocks, flash_attention
+from maxlm.ops.attention.flash_cudnn import cudnn_attention, cudnn_obstacle
+from maxlm.ops.attention.flash_tpu import Kernels
+from maxlm.ops.attention.flash_xla import Blockwise
+from maxlm.ops.attention.operands import NO_OPERANDS, AttentionOperands, check_operands
+from maxlm.ops.attention.rule import AttentionRule
 
 IMPLEMENTATIONS = ("pallas_tpu", "cudnn", "xla", "reference")
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.core.hardware import traced_platform
-from maxlm.ops import grouped_tpu
+from maxlm.ops.moe import grouped_tpu
 from maxlm.ops.qtensor import QTensor
 
 # Rows per block: enough to fill matrix units, few enough that the last, partial block of each group is cheap.

@@ -1,6 +1,6 @@
 """Flash attention for TPUs: the kernels of the query gradient, and of the key and value gradients.
 
-Shapes as in `maxlm.ops.flash_tpu`; D distances.
+Shapes as in `flash_tpu.py`; D distances.
 """
 
 import functools
@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from maxlm.ops.attention_operands import AttentionOperands
-from maxlm.ops.flash_tpu_tile import (
+from maxlm.ops.attention.flash_tpu_tile import (
     Kernel,
     columns,
     cost_estimate,
@@ -27,6 +26,7 @@ from maxlm.ops.flash_tpu_tile import (
     tile_specs,
     visible_pairs,
 )
+from maxlm.ops.attention.operands import AttentionOperands
 
 
 def gradients(kernel: Kernel, arrays, operands: AttentionOperands, log_sum_BN1T, mean_BN1T, gradient_BTNV):

@@ -10,14 +10,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from maxlm.ops.attention_operands import NO_OPERANDS, AttentionOperands, group_heads
-from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule
+from maxlm.ops.attention.operands import NO_OPERANDS, AttentionOperands, group_heads
+from maxlm.ops.attention.rule import MASKED_LOGIT, AttentionRule
 
 
 def reference_attention(
     rule: AttentionRule, query_BTNH, key_BSKH, value_BSKV, operands: AttentionOperands = NO_OPERANDS
 ) -> jax.Array:
-    """Attention as `maxlm.ops.attention.attention` defines it, in float32, with all logits in memory."""
+    """Attention as `dispatch.attention` defines it, in float32, with all logits in memory."""
     query, key, value = (
         x.astype(jnp.float32) for x in (query_BTNH, key_BSKH.swapaxes(1, 2), value_BSKV.swapaxes(1, 2))
     )
@@ -34,7 +34,7 @@ def cached_attention(
     rule: AttentionRule,
     operands: AttentionOperands = NO_OPERANDS,
 ) -> jax.Array:
-    """Attention of new queries to a cache of keys and values, as `maxlm.ops.attention.attention` defines it.
+    """Attention of new queries to a cache of keys and values, as `dispatch.attention` defines it.
 
     What a query sees depends on positions and operands only: slots may hold any positions in any order, as in a ring
     buffer. Products accumulate in float32; heads of the cache are not repeated, and it is not copied.

@@ -19,10 +19,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from maxlm.ops.attention_operands import AttentionOperands
-from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule
+from maxlm.ops.attention.operands import AttentionOperands
+from maxlm.ops.attention.position_bias import DistanceBias
+from maxlm.ops.attention.rule import MASKED_LOGIT, AttentionRule
 from maxlm.ops.dropout import weight_dropout
-from maxlm.ops.position_bias import DistanceBias
 
 LANES = 128
 LOG2_E = math.log2(math.e)

@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from maxlm.ops.grouped_matmul import GroupedProduct, undefined
+from maxlm.ops.moe.grouped_matmul import GroupedProduct, undefined
 
 Weights = tuple[jax.Array, jax.Array, jax.Array]
 

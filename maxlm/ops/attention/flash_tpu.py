@@ -19,11 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from maxlm.ops.attention_operands import AttentionOperands
-from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule
-from maxlm.ops.dropout import WeightDropout
-from maxlm.ops.flash_tpu_gradients import gradients
-from maxlm.ops.flash_tpu_tile import (
+from maxlm.ops.attention.flash_tpu_gradients import gradients
+from maxlm.ops.attention.flash_tpu_tile import (
     LANES,
     LOG2_E,
     Kernel,
@@ -38,12 +35,15 @@ from maxlm.ops.flash_tpu_tile import (
     tile_specs,
     visible_pairs,
 )
-from maxlm.ops.position_bias import DistanceBias, PositionBias
+from maxlm.ops.attention.operands import AttentionOperands
+from maxlm.ops.attention.position_bias import DistanceBias, PositionBias
+from maxlm.ops.attention.rule import MASKED_LOGIT, AttentionRule
+from maxlm.ops.dropout import WeightDropout
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """`maxlm.ops.flash.Blocks` by the kernels.
+    """`flash.Blocks` by the kernels.
 
     Lengths are padded to multiples of the blocks. Under a mesh, use it inside `jax.shard_map(..., check_vma=False)`.
 

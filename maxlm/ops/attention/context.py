@@ -1,6 +1,6 @@
 """Context parallelism: attention over rows sharded along the mesh axis `context`, and the token order of such rows.
 
-Ring attention (`maxlm.ops.ring`) passes keys and values around. With all-to-all (arXiv:2309.14509), every device
+Ring attention (`ring.py`) passes keys and values around. With all-to-all (arXiv:2309.14509), every device
 gets whole rows of some of the heads.
 
 Shapes: B batch, L length of a row, T a device's tokens, N query heads, K key-value heads, H head dim, V value dim.
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from maxlm.core.sharding import check_row_length, current_mesh, spec_of
 from maxlm.errors import ConfigError
-from maxlm.ops.attention import attention, in_pieces
-from maxlm.ops.attention_operands import AttentionOperands
-from maxlm.ops.attention_rule import AttentionRule
+from maxlm.ops.attention.dispatch import attention, in_pieces
+from maxlm.ops.attention.operands import AttentionOperands
+from maxlm.ops.attention.ring import AXIS, Ring, RowOrder, held_chunks, ring_attention
+from maxlm.ops.attention.rule import AttentionRule
 from maxlm.ops.dropout import WeightDropout
-from maxlm.ops.ring import AXIS, Ring, RowOrder, held_chunks, ring_attention
 
 
 def context_size() -> int:
@@ -86,7 +86,7 @@ def context_attention(
     implementation: str | None = None,
     matmul_dtype: jnp.dtype | None = None,
 ) -> jax.Array:
-    """`maxlm.ops.attention.attention` over rows sharded along `context`; call it inside `jax.shard_map`.
+    """`dispatch.attention` over rows sharded along `context`; call it inside `jax.shard_map`.
 
     Args:
       query_BTNH, key_BTKH, value_BTKV: this device's tokens and heads.

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.core.remat import saved
-from maxlm.ops.attention_operands import AttentionOperands
-from maxlm.ops.attention_rule import AttentionRule, mean_gradient
+from maxlm.ops.attention.operands import AttentionOperands
+from maxlm.ops.attention.rule import AttentionRule, mean_gradient
 
 
 class Blocks(Protocol):
@@ -49,7 +49,7 @@ class Blocks(Protocol):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def flash_attention(blocks: Blocks, rule: AttentionRule, query_BTNH, key_BSKH, value_BSKV, operands: AttentionOperands):
-    """Attention as `maxlm.ops.attention.attention` defines it, in the dtype of the query."""
+    """Attention as `dispatch.attention` defines it, in the dtype of the query."""
     return _forward(blocks, rule, query_BTNH, key_BSKH, value_BSKV, operands)[0]
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from maxlm.ops.attention_rule import AttentionRule
+from maxlm.ops.attention.position_bias import DistanceBias, PositionBias
+from maxlm.ops.attention.rule import AttentionRule
 from maxlm.ops.dropout import WeightDropout
-from maxlm.ops.position_bias import DistanceBias, PositionBias
 
 
 @functools.partial(

@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxlm.core.remat import saved
-from maxlm.ops.attention_operands import AttentionOperands
-from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule, mean_gradient
+from maxlm.ops.attention.flash import Blocks, add_sinks, sinks_gradient
+from maxlm.ops.attention.operands import AttentionOperands
+from maxlm.ops.attention.position_bias import DistanceBias
+from maxlm.ops.attention.rule import MASKED_LOGIT, AttentionRule, mean_gradient
 from maxlm.ops.dropout import WeightDropout
-from maxlm.ops.flash import Blocks, add_sinks, sinks_gradient
-from maxlm.ops.position_bias import DistanceBias
 
 # The mesh axis of the ring.
 AXIS = "context"
@@ -122,7 +122,7 @@ class Ring:
 def ring_attention(ring: Ring, query_BTNH, key_BTKH, value_BTKV, operands: AttentionOperands) -> jax.Array:
     """Attention of this device's queries to the keys of all devices along `context`, inside `jax.shard_map`.
 
-    As `maxlm.ops.attention.attention` defines it for the whole row. Keys and values are sent in the dtype of the matrix
+    As `dispatch.attention` defines it for the whole row. Keys and values are sent in the dtype of the matrix
     products.
 
     Args:

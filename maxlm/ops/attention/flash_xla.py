@@ -15,8 +15,8 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from maxlm.ops.attention_operands import AttentionOperands, group_heads
-from maxlm.ops.attention_rule import MASKED_LOGIT, AttentionRule
+from maxlm.ops.attention.operands import AttentionOperands, group_heads
+from maxlm.ops.attention.rule import MASKED_LOGIT, AttentionRule
 
 _MOST_BLOCKS = 8
 _SMALLEST_BLOCK = 64
@@ -24,7 +24,7 @@ _SMALLEST_BLOCK = 64
 
 @dataclasses.dataclass(frozen=True)
 class Blockwise:
-    """`maxlm.ops.flash.Blocks` in plain XLA. Operands of the products are `matmul_dtype`, results are float32."""
+    """`flash.Blocks` in plain XLA. Operands of the products are `matmul_dtype`, results are float32."""
 
     matmul_dtype: jnp.dtype
 
