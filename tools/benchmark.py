@@ -160,12 +160,11 @@ def training() -> tuple[str, Variants]:
     return f"training step, {rows} x {length} tokens, 6.9 million parameters, AdamW", {
         "plain JAX, float32": partial(plain_step, weights, adamw.init(weights)),
         **{
-            f"{dtype}, remat {remat}": variant(dtype, remat)
+            f"{name}{dtype}, remat {remat}": variant(dtype, remat, trained)
+            for name, trained in (("", None), ("LoRA, ", lora))
             for dtype in ("float32", "bfloat16")
             for remat in ("none", "dots", "full")
         },
-        "LoRA, bfloat16, remat full": variant("bfloat16", "full", lora),
-        "LoRA, bfloat16, remat none": variant("bfloat16", "none", lora),
     }
 
 
