@@ -157,13 +157,20 @@ class Engine:
         return follow()
 
     def warm_up(self) -> None:
-        """Compile by running one request per prompt bucket; prompt scoring compiles on first use."""
+        """Compile by running two requests per prompt bucket, decoded singly and several tokens per call.
+
+        Prompt scoring compiles on first use.
+        """
+
+        def run(length: int, **settings: Any) -> None:
+            for _ in self.stream(Request((0,) * length, temperature=1.0, top_p=0.9, **settings)):
+                pass
+
         length = 1
         while True:
             length = min(bucket_length(length, self.max_length), self.max_length - 2)
-            request = Request((0,) * length, max_new_tokens=2, temperature=1.0, top_p=0.9, top_tokens=1)
-            for _ in self.stream(request):
-                pass
+            run(length, max_new_tokens=2, top_tokens=1)
+            run(min(length, self.max_length - 1 - TOKENS_PER_CALL), max_new_tokens=1 + TOKENS_PER_CALL)
             if length >= self.max_length - 2:
                 return
             length += 1

@@ -215,6 +215,18 @@ def test_warm_up_leaves_all_slots_free(model):
         assert engine.num_active == engine.num_waiting == 0
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_tokens": 3}])
+def test_nothing_is_compiled_after_warm_up(model, caplog, settings):
+    with model.engine(num_slots=3, max_length=44) as engine:
+        engine.warm_up()
+        jax.config.update("jax_log_compiles", True)
+        try:
+            follow(engine.stream(Request(random_ids(model, 0, 20), max_new_tokens=12, temperature=0.7, **settings)))
+        finally:
+            jax.config.update("jax_log_compiles", False)
+    assert not [record.getMessage() for record in caplog.records if "ompil" in record.getMessage()]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
