@@ -326,8 +326,8 @@ def _after(earlier: Any, tree: Any) -> Any:
     if traced_platform() != "cpu":
         return tree
     # No number is both, which the compiler does not know.
-    impossible = [jnp.any(jnp.isnan(leaf) & (leaf == 0)) for leaf in jax.tree.leaves(earlier)]
-    return jax.tree.map(lambda leaf: jnp.where(jnp.stack(impossible).any(), jnp.zeros_like(leaf), leaf), tree)
+    impossible = jnp.stack([jnp.any(jnp.isnan(leaf) & (leaf == 0)) for leaf in jax.tree.leaves(earlier)]).any()
+    return jax.tree.map(lambda leaf: jnp.where(impossible, jnp.zeros_like(leaf), leaf), tree)
 
 
 def _map_residuals(function: Callable[..., Residual], *states: State) -> State:
