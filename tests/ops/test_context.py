@@ -18,6 +18,7 @@ from maxlm.core.sharding import make_mesh
 from maxlm.errors import ConfigError
 from maxlm.ops.attention.context import context_attention, row_order, to_row_order, to_token_order
 from maxlm.ops.attention.definition import reference_attention
+from maxlm.ops.attention.flash import heads_first
 from maxlm.ops.attention.flash_tpu import Kernels
 from maxlm.ops.attention.flash_xla import Blockwise
 from maxlm.ops.attention.operands import AttentionOperands
@@ -262,11 +263,12 @@ def test_attention_over_part_of_keys_with_offset(rule, pieces):
 
     @jax.jit
     def by_pieces(query, key, value, gradient):
-        output, log_sum = pieces.forward(rule, query, key, value, operands)
-        mean = mean_gradient(output, gradient)
-        return output, log_sum, *pieces.backward(rule, query, key, value, operands, log_sum, mean, gradient)[:3]
+        *arrays, gradient = heads_first(query, key, value, gradient)
+        output, log_sum = pieces.forward(rule, *arrays, operands)
+        *gradients, _ = pieces.backward(rule, *arrays, operands, log_sum, mean_gradient(output, gradient), gradient)
+        return *heads_first(output, *gradients), log_sum.swapaxes(1, 2)
 
-    output, log_sum, *gradients = by_pieces(query, key, value, gradient)
+    output, *gradients, log_sum = by_pieces(query, key, value, gradient)
     for got, wanted in zip((output, *gradients), (want, *transpose(gradient))):
         np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=1e-4)
     sees_nothing = ~np.asarray(want).any(-1)
@@ -306,8 +308,8 @@ def test_keys_are_sent_in_matmul_dtype_and_gradients_in_float32():
     def sent(jaxpr):
         return {e.invars[0].aval.dtype.name for e in equations(jaxpr.jaxpr) if e.primitive.name == "ppermute"}
 
-    assert sent(forward) == {"bfloat16", "int32"}
-    assert sent(both) == {"bfloat16", "int32", "float32"}
+    assert sent(forward) == {"bfloat16", "uint32"}
+    assert sent(both) == {"bfloat16", "uint32", "float32"}
 
 
 # Division of work

@@ -1,6 +1,7 @@
 """Flash attention: what its implementations in blocks share, the backward pass and the sinks.
 
-An implementation computes attention over all or some of the keys of a query, and the gradients of that.
+An implementation computes attention over all or some of the keys of a query, and the gradients of that. Its arrays have
+heads before tokens, as its products need them: a loop over parts of the keys transposes nothing.
 
 Shapes: B batch, T query length, S key length, N query heads, K key-value heads, H head dim, V value dim.
 """
@@ -24,9 +25,9 @@ class Blocks(Protocol):
     def matmul_dtype(self) -> jnp.dtype: ...
 
     def forward(
-        self, rule: AttentionRule, query_BTNH, key_BSKH, value_BSKV, operands: AttentionOperands
+        self, rule: AttentionRule, query_BNTH, key_BKSH, value_BKSV, operands: AttentionOperands
     ) -> tuple[Any, Any]:
-        """The output [B, T, N, V], and the log-sum-exp of the logits [B, T, N] in float32.
+        """The output [B, N, T, V], and the log-sum-exp of the logits [B, N, T] in float32.
 
         For a fully masked query they are 0 and +1e30, which makes its probabilities in `backward` exact zeros.
         """
@@ -35,13 +36,13 @@ class Blocks(Protocol):
     def backward(
         self,
         rule: AttentionRule,
-        query_BTNH,
-        key_BSKH,
-        value_BSKV,
+        query_BNTH,
+        key_BKSH,
+        value_BKSV,
         operands: AttentionOperands,
-        log_sum_BTN,
-        mean_BTN,
-        gradient_BTNV,
+        log_sum_BNT,
+        mean_BNT,
+        gradient_BNTV,
     ) -> tuple[Any, Any, Any, AttentionOperands]:
         """Gradients of query, key, value and the biases of the operands; the sums and means are over all keys."""
         ...
@@ -54,21 +55,23 @@ def flash_attention(blocks: Blocks, rule: AttentionRule, query_BTNH, key_BSKH, v
 
 
 def _forward(blocks: Blocks, rule: AttentionRule, query_BTNH, key_BSKH, value_BSKV, operands: AttentionOperands):
-    output_BTNV, log_sum_BTN = blocks.forward(rule, query_BTNH, key_BSKH, value_BSKV, operands)
-    output_BTNV, log_sum_BTN = add_sinks(output_BTNV, log_sum_BTN, operands.sinks_N)
-    output_BTNV, log_sum_BTN = saved(output_BTNV.astype(query_BTNH.dtype)), saved(log_sum_BTN)
-    return output_BTNV, (query_BTNH, key_BSKH, value_BSKV, operands, output_BTNV, log_sum_BTN)
+    query_BNTH, key_BKSH, value_BKSV = heads_first(query_BTNH, key_BSKH, value_BSKV)
+    output_BNTV, log_sum_BNT = blocks.forward(rule, query_BNTH, key_BKSH, value_BKSV, operands)
+    output_BNTV, log_sum_BNT = add_sinks(output_BNTV, log_sum_BNT, operands.sinks_N)
+    output_BTNV, log_sum_BNT = saved(output_BNTV.swapaxes(1, 2).astype(query_BTNH.dtype)), saved(log_sum_BNT)
+    return output_BTNV, (query_BTNH, key_BSKH, value_BSKV, operands, output_BTNV, log_sum_BNT)
 
 
 def _backward(blocks: Blocks, rule: AttentionRule, residuals, gradient_BTNV):
-    query_BTNH, key_BSKH, value_BSKV, operands, output_BTNV, log_sum_BTN = residuals
-    mean_BTN = mean_gradient(output_BTNV, gradient_BTNV)
+    query_BTNH, key_BSKH, value_BSKV, operands, output_BTNV, log_sum_BNT = residuals
+    mean_BNT = mean_gradient(output_BTNV, gradient_BTNV).swapaxes(1, 2)
+    query_BNTH, key_BKSH, value_BKSV, gradient_BNTV = heads_first(query_BTNH, key_BSKH, value_BSKV, gradient_BTNV)
     *gradients, bias_gradients = blocks.backward(
-        rule, query_BTNH, key_BSKH, value_BSKV, operands, log_sum_BTN, mean_BTN, gradient_BTNV
+        rule, query_BNTH, key_BKSH, value_BKSV, operands, log_sum_BNT, mean_BNT, gradient_BNTV
     )
-    sinks_gradient_N = sinks_gradient(operands.sinks_N, log_sum_BTN, mean_BTN)
+    sinks_gradient_N = sinks_gradient(operands.sinks_N, log_sum_BNT, mean_BNT)
     return (
-        *(gradient.astype(x.dtype) for gradient, x in zip(gradients, residuals)),
+        *(gradient.swapaxes(1, 2).astype(x.dtype) for gradient, x in zip(gradients, residuals)),
         dataclasses.replace(bias_gradients, sinks_N=sinks_gradient_N),
     )
 
@@ -76,17 +79,21 @@ def _backward(blocks: Blocks, rule: AttentionRule, residuals, gradient_BTNV):
 flash_attention.defvjp(_forward, _backward)
 
 
-def add_sinks(output_BTNV, log_sum_BTN, sinks_N):
+def heads_first(*arrays_BTNH):
+    return tuple(x_BTNH.swapaxes(1, 2) for x_BTNH in arrays_BTNH)
+
+
+def add_sinks(output_BNTV, log_sum_BNT, sinks_N):
     """Output and log-sum-exp with one more logit per head in the denominator, whose value is zero."""
     if sinks_N is None:
-        return output_BTNV, log_sum_BTN
-    total_BTN = jnp.logaddexp(log_sum_BTN, sinks_N.astype(jnp.float32))
-    return output_BTNV * jnp.exp(log_sum_BTN - total_BTN)[..., None], total_BTN
+        return output_BNTV, log_sum_BNT
+    total_BNT = jnp.logaddexp(log_sum_BNT, sinks_N.astype(jnp.float32)[:, None])
+    return output_BNTV * jnp.exp(log_sum_BNT - total_BNT)[..., None], total_BNT
 
 
-def sinks_gradient(sinks_N, log_sum_BTN, mean_BTN):
+def sinks_gradient(sinks_N, log_sum_BNT, mean_BNT):
     """The gradient of the sinks, from the log-sum-exp that includes them: their value is zero, so P (0 - mean)."""
     if sinks_N is None:
         return None
-    probabilities_BTN = jnp.exp(sinks_N.astype(jnp.float32) - log_sum_BTN)
-    return -jnp.sum(probabilities_BTN * mean_BTN, axis=(0, 1)).astype(sinks_N.dtype)
+    probabilities_BNT = jnp.exp(sinks_N.astype(jnp.float32)[:, None] - log_sum_BNT)
+    return -jnp.sum(probabilities_BNT * mean_BNT, axis=(0, 2)).astype(sinks_N.dtype)

@@ -59,35 +59,35 @@ class Kernels:
     largest_block: int | None = None
     interpret: bool = False
 
-    def forward(self, rule: AttentionRule, query_BTNH, key_BSKH, value_BSKV, operands: AttentionOperands):
-        length = query_BTNH.shape[1]
-        kernel = self._kernel(rule, length, key_BSKH.shape[1], operands)
-        arrays, operands = self._padded(kernel, query_BTNH, key_BSKH, value_BSKV, operands)
-        output_BTNV, log_sum_BN1T = _forward(kernel, arrays, operands)
-        log_sum_BTN = log_sum_BN1T[:, :, 0, :length].swapaxes(1, 2)
-        log_sum_BTN = jnp.where(log_sum_BTN < -MASKED_LOGIT, log_sum_BTN / LOG2_E, -MASKED_LOGIT)
-        return output_BTNV[:, :length], log_sum_BTN
+    def forward(self, rule: AttentionRule, query_BNTH, key_BKSH, value_BKSV, operands: AttentionOperands):
+        length = query_BNTH.shape[2]
+        kernel = self._kernel(rule, length, key_BKSH.shape[2], operands)
+        arrays, operands = self._padded(kernel, query_BNTH, key_BKSH, value_BKSV, operands)
+        output_BNTV, log_sum_BN1T = _forward(kernel, arrays, operands)
+        log_sum_BNT = log_sum_BN1T[:, :, 0, :length]
+        log_sum_BNT = jnp.where(log_sum_BNT < -MASKED_LOGIT, log_sum_BNT / LOG2_E, -MASKED_LOGIT)
+        return output_BNTV[:, :, :length], log_sum_BNT
 
     def backward(
         self,
         rule: AttentionRule,
-        query_BTNH,
-        key_BSKH,
-        value_BSKV,
+        query_BNTH,
+        key_BKSH,
+        value_BKSV,
         operands: AttentionOperands,
-        log_sum_BTN,
-        mean_BTN,
-        gradient_BTNV,
+        log_sum_BNT,
+        mean_BNT,
+        gradient_BNTV,
     ):
-        length, key_length = query_BTNH.shape[1], key_BSKH.shape[1]
+        length, key_length = query_BNTH.shape[2], key_BKSH.shape[2]
         kernel = self._kernel(rule, length, key_length, operands)
-        arrays, padded = self._padded(kernel, query_BTNH, key_BSKH, value_BSKV, operands)
-        gradient_BTNV = _pad_length(gradient_BTNV.astype(self.matmul_dtype), kernel.length)
+        arrays, padded = self._padded(kernel, query_BNTH, key_BKSH, value_BKSV, operands)
+        gradient_BNTV = _pad_length(gradient_BNTV.astype(self.matmul_dtype), kernel.length, axis=2)
         # Padding queries have no probabilities, whatever their biases.
-        log_sum_BTN = _pad_length(log_sum_BTN * LOG2_E, kernel.length, -MASKED_LOGIT)
-        mean_BTN = _pad_length(mean_BTN, kernel.length)
-        log_sum_BN1T, mean_BN1T = (x.swapaxes(1, 2)[:, :, None] for x in (log_sum_BTN, mean_BTN))
-        query, key, value, by_distance_ND = gradients(kernel, arrays, padded, log_sum_BN1T, mean_BN1T, gradient_BTNV)
+        log_sum_BNT = _pad_length(log_sum_BNT * LOG2_E, kernel.length, -MASKED_LOGIT, axis=2)
+        mean_BNT = _pad_length(mean_BNT, kernel.length, axis=2)
+        log_sum_BN1T, mean_BN1T = log_sum_BNT[:, :, None], mean_BNT[:, :, None]
+        query, key, value, by_distance_ND = gradients(kernel, (*arrays, gradient_BNTV, log_sum_BN1T, mean_BN1T), padded)
         if operands.position_bias is not None:
             first = kernel.key_length - key_length
             by_distance_ND = by_distance_ND[:, first : first + length + key_length - 1]
@@ -96,7 +96,7 @@ class Kernels:
             )
         else:
             bias_gradients = AttentionOperands()
-        return query[:, :length], key[:, :key_length], value[:, :key_length], bias_gradients
+        return query[:, :, :length], key[:, :, :key_length], value[:, :, :key_length], bias_gradients
 
     def _kernel(self, rule: AttentionRule, length: int, key_length: int, operands: AttentionOperands) -> Kernel:
         reach = rule if operands.prefix is None else rule.bidirectional
@@ -106,10 +106,11 @@ class Kernels:
         rate = 0.0 if operands.dropout is None else operands.dropout.rate
         return Kernel(rule, reach, *lengths, query_block, key_block, self.result_dtype, self.interpret, rate)
 
-    def _padded(self, kernel: Kernel, query_BTNH, key_BSKH, value_BSKV, operands: AttentionOperands) -> Any:
+    def _padded(self, kernel: Kernel, query_BNTH, key_BKSH, value_BKSV, operands: AttentionOperands) -> Any:
         """The arrays cast and padded to the lengths of the kernel; no query attends to a padding key."""
-        query_BTNH, key_BSKH, value_BSKV = (x.astype(self.matmul_dtype) for x in (query_BTNH, key_BSKH, value_BSKV))
-        (batch, length), key_length = query_BTNH.shape[:2], key_BSKH.shape[1]
+        query_BNTH, key_BKSH, value_BKSV = (x.astype(self.matmul_dtype) for x in (query_BNTH, key_BKSH, value_BKSV))
+        batch, _, length, _ = query_BNTH.shape
+        key_length = key_BKSH.shape[2]
         segments, prefix = operands.segments, operands.prefix
         hides_padding = kernel.rule.causal and length + kernel.rule.offset <= key_length
         if key_length < kernel.key_length and segments is None and not hides_padding:
@@ -123,8 +124,8 @@ class Kernels:
             mask_BNTS=_padded_mask(kernel, operands.mask_BNTS),
             dropout=_padded_dropout(kernel, operands.dropout),
         )
-        key_BSKH, value_BSKV = (_pad_length(x, kernel.key_length) for x in (key_BSKH, value_BSKV))
-        return (_pad_length(query_BTNH, kernel.length), key_BSKH, value_BSKV), operands
+        key_BKSH, value_BKSV = (_pad_length(x, kernel.key_length, axis=2) for x in (key_BKSH, value_BKSV))
+        return (_pad_length(query_BNTH, kernel.length, axis=2), key_BKSH, value_BKSV), operands
 
 
 def _largest_block(rule: AttentionRule, length: int) -> int:
@@ -139,9 +140,9 @@ def _block_size(length: int, largest: int) -> int:
     return -(-length // (blocks * LANES)) * LANES
 
 
-def _pad_length(x_BT, length: int, value: float = 0):
-    padding = [(0, 0), (0, length - x_BT.shape[1])] + [(0, 0)] * (x_BT.ndim - 2)
-    return jnp.pad(x_BT, padding, constant_values=value)
+def _pad_length(x, length: int, value: float = 0, axis: int = 1):
+    padding = [(0, length - size if i == axis else 0) for i, size in enumerate(x.shape)]
+    return jnp.pad(x, padding, constant_values=value)
 
 
 def _padded_bias(kernel: Kernel, length: int, key_length: int, bias: PositionBias | None) -> DistanceBias | None:
@@ -170,11 +171,11 @@ def _padded_dropout(kernel: Kernel, dropout: WeightDropout | None) -> WeightDrop
 
 
 def _forward(kernel: Kernel, arrays, operands: AttentionOperands):
-    """The output [B, T, N, V] and the log-sum-exp of the logits in units of log 2, [B, N, 1, T]."""
-    query_BTNH, key_BSKH, value_BSKV = arrays
-    batch, length, num_heads, head_dim = query_BTNH.shape
-    num_kv_heads, value_dim = value_BSKV.shape[2:]
-    group = num_heads // num_kv_heads
+    """The output [B, N, T, V] and the log-sum-exp of the logits in units of log 2, [B, N, 1, T]."""
+    query_BNTH, key_BKSH, value_BKSV = arrays
+    batch, num_heads, length, head_dim = query_BNTH.shape
+    value_dim = value_BKSV.shape[3]
+    group = num_heads // value_BKSV.shape[1]
     pairs = visible_pairs(kernel)
     tile = tile_operands(operands)
 
@@ -207,11 +208,11 @@ def _forward(kernel: Kernel, arrays, operands: AttentionOperands):
             jax.ShapeDtypeStruct((batch, num_heads, 1, length), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=cost_estimate(kernel, batch * num_heads * pairs.shape[1], query_BTNH, products=2),
+        cost_estimate=cost_estimate(kernel, batch * num_heads * pairs.shape[1], query_BNTH, products=2),
         interpret=kernel.interpret,
         name="flash_attention_forward",
-    )(pairs, query_BTNH.swapaxes(1, 2), key_BSKH.swapaxes(1, 2), value_BSKV.transpose(0, 2, 3, 1), tile)
-    return output_BNVT.transpose(0, 3, 1, 2), log_sum_BN1T
+    )(pairs, query_BNTH, key_BKSH, value_BKSV.swapaxes(2, 3), tile)
+    return output_BNVT.swapaxes(2, 3), log_sum_BN1T
 
 
 def _forward_kernel(

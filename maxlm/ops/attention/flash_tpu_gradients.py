@@ -29,12 +29,14 @@ from maxlm.ops.attention.flash_tpu_tile import (
 from maxlm.ops.attention.operands import AttentionOperands
 
 
-def gradients(kernel: Kernel, arrays, operands: AttentionOperands, log_sum_BN1T, mean_BN1T, gradient_BTNV):
-    """Gradients of query, key, value and the biases by distance [N, D] (None without), for operands in whole blocks."""
-    arrays = (*(x.swapaxes(1, 2) for x in (*arrays, gradient_BTNV)), log_sum_BN1T, mean_BN1T)
+def gradients(kernel: Kernel, arrays, operands: AttentionOperands):
+    """Gradients of query, key, value and the biases by distance [N, D] (None without), for operands in whole blocks.
+
+    arrays: query, key, value and the gradient of the output with heads first; log-sum-exp and mean [B, N, 1, T].
+    """
     tile = tile_operands(operands)
-    query_gradient_BTNH, by_distance_ND = _query_gradient(kernel, arrays, tile)
-    return query_gradient_BTNH, *_key_value_gradient(kernel, arrays, tile), by_distance_ND
+    query_gradient_BNTH, by_distance_ND = _query_gradient(kernel, arrays, tile)
+    return query_gradient_BNTH, *_key_value_gradient(kernel, arrays, tile), by_distance_ND
 
 
 def _query_gradient(kernel: Kernel, arrays, tile: dict[str, Any]):
@@ -71,7 +73,7 @@ def _query_gradient(kernel: Kernel, arrays, tile: dict[str, Any]):
         name="flash_attention_query_gradient",
     )(pairs, *arrays, tile)
     by_distance_ND = jnp.sum(by_distance_BN1D[0], axis=(0, 2)) if by_distance_BN1D else None
-    return gradient_BNHT.transpose(0, 3, 1, 2), by_distance_ND
+    return gradient_BNHT.swapaxes(2, 3), by_distance_ND
 
 
 def _query_gradient_kernel(
@@ -121,7 +123,7 @@ def _key_value_gradient(kernel: Kernel, arrays, tile: dict[str, Any]):
     def key_at(batch, kv_head, pair, member, pairs):
         return batch, kv_head, pairs[1, pair]
 
-    key_gradient_BKSH, value_gradient_BKSV = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_key_value_gradient_kernel, kernel),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -136,7 +138,6 @@ def _key_value_gradient(kernel: Kernel, arrays, tile: dict[str, Any]):
         interpret=kernel.interpret,
         name="flash_attention_key_value_gradient",
     )(pairs, *arrays, tile)
-    return key_gradient_BKSH.swapaxes(1, 2), value_gradient_BKSV.swapaxes(1, 2)
 
 
 def _key_value_gradient_kernel(

@@ -28,13 +28,11 @@ class Blockwise:
 
     matmul_dtype: jnp.dtype
 
-    def forward(self, rule: AttentionRule, query_BTNH, key_BSKH, value_BSKV, operands: AttentionOperands):
-        num_kv_heads = key_BSKH.shape[2]
-        query_BKGTH = _group(query_BTNH, num_kv_heads)
-        key_BKSH, value_BKSV = key_BSKH.swapaxes(1, 2), value_BSKV.swapaxes(1, 2)
+    def forward(self, rule: AttentionRule, query_BNTH, key_BKSH, value_BKSV, operands: AttentionOperands):
+        query_BKGTH = group_heads(query_BNTH, key_BKSH.shape[1])
         product = functools.partial(_einsum, self.matmul_dtype)
         outputs, log_sums = [], []
-        for queries, keys in _blocks(_reach(rule, operands), query_BTNH.shape[1], key_BSKH.shape[1]):
+        for queries, keys in _blocks(_reach(rule, operands), query_BNTH.shape[2], key_BKSH.shape[2]):
             query_BKGqH, key_BKsH = query_BKGTH[:, :, :, queries], key_BKSH[:, :, keys]
             logits_BKGqs = rule.logits(product("bkgqh,bksh->bkgqs", query_BKGqH, key_BKsH))
             if any(bias is not None for bias in operands.biases):
@@ -48,25 +46,25 @@ class Blockwise:
             sees_any = largest_BKGq1 > MASKED_LOGIT / 2
             outputs.append(jnp.where(sees_any, mixed_BKGqV / sum_BKGq1, 0.0))
             log_sums.append(jnp.where(sees_any, largest_BKGq1 + jnp.log(sum_BKGq1), -MASKED_LOGIT))
-        output_BTNV, log_sum_BTN1 = (_ungroup(jnp.concatenate(parts, axis=3)) for parts in (outputs, log_sums))
-        return output_BTNV, log_sum_BTN1[..., 0]
+        output_BNTV, log_sum_BNT1 = (_all_heads(jnp.concatenate(parts, axis=3)) for parts in (outputs, log_sums))
+        return output_BNTV, log_sum_BNT1[..., 0]
 
     def backward(
         self,
         rule: AttentionRule,
-        query_BTNH,
-        key_BSKH,
-        value_BSKV,
+        query_BNTH,
+        key_BKSH,
+        value_BKSV,
         operands: AttentionOperands,
-        log_sum_BTN,
-        mean_BTN,
-        gradient_BTNV,
+        log_sum_BNT,
+        mean_BNT,
+        gradient_BNTV,
     ):
-        length, (key_length, num_kv_heads) = query_BTNH.shape[1], key_BSKH.shape[1:3]
+        length, (num_kv_heads, key_length) = query_BNTH.shape[2], key_BKSH.shape[1:3]
         query_BKGTH, gradient_BKGTV, log_sum_BKGT1, mean_BKGT1 = (
-            _group(x, num_kv_heads) for x in (query_BTNH, gradient_BTNV, log_sum_BTN[..., None], mean_BTN[..., None])
+            group_heads(x, num_kv_heads)
+            for x in (query_BNTH, gradient_BNTV, log_sum_BNT[..., None], mean_BNT[..., None])
         )
-        key_BKSH, value_BKSV = key_BSKH.swapaxes(1, 2), value_BSKV.swapaxes(1, 2)
         product = functools.partial(_einsum, self.matmul_dtype)
 
         query_gradients, key_pieces, value_pieces = [], [], []
@@ -96,7 +94,7 @@ class Blockwise:
                 bias_gradients = jax.tree.map(jnp.add, bias_gradients, to_biases(logits_gradient_BKGqs)[0])
 
         return (
-            _ungroup(jnp.concatenate(query_gradients, axis=3)),
+            _all_heads(jnp.concatenate(query_gradients, axis=3)),
             _sum_over_blocks(blocks, key_pieces, key_length),
             _sum_over_blocks(blocks, value_pieces, key_length),
             AttentionOperands(position_bias=bias_gradients[0], bias_BNTS=bias_gradients[1]),
@@ -109,15 +107,10 @@ def _einsum(matmul_dtype, formula: str, left, right):
     )
 
 
-def _group(x_BTNH, num_kv_heads: int):
-    """Heads first, grouped by their key-value head: [B, K, G, T, H]."""
-    batch, length, num_heads, width = x_BTNH.shape
-    return x_BTNH.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, width).transpose(0, 2, 3, 1, 4)
-
-
-def _ungroup(x_BKGTH):
+def _all_heads(x_BKGTH):
+    """[B, K, G, T, H] as [B, N, T, H]."""
     batch, num_kv_heads, group, length, width = x_BKGTH.shape
-    return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_kv_heads * group, width)
+    return x_BKGTH.reshape(batch, num_kv_heads * group, length, width)
 
 
 def _reach(rule: AttentionRule, operands: AttentionOperands) -> AttentionRule:
@@ -168,7 +161,7 @@ def _blocks(rule: AttentionRule, query_length: int, key_length: int) -> list[tup
 
 
 def _sum_over_blocks(blocks, pieces: list[jax.Array], key_length: int) -> jax.Array:
-    """The sum [B, S, K, H] of pieces [B, K, H, s], each over its own block's keys; zeros without a piece."""
+    """The sum [B, K, S, H] of pieces [B, K, H, s], each over its own block's keys; zeros without a piece."""
     edges = sorted({0, key_length, *(edge for _, keys in blocks for edge in (keys.start, keys.stop))})
     spans = []
     for start, end in itertools.pairwise(edges):
@@ -178,4 +171,4 @@ def _sum_over_blocks(blocks, pieces: list[jax.Array], key_length: int) -> jax.Ar
             if keys.start <= start and end <= keys.stop
         ]
         spans.append(sum(here) if here else jnp.zeros((*pieces[0].shape[:-1], end - start), pieces[0].dtype))
-    return jnp.concatenate(spans, axis=-1).transpose(0, 3, 1, 2)
+    return jnp.concatenate(spans, axis=-1).swapaxes(2, 3)

@@ -140,7 +140,7 @@ def _same(ids_BT, ids_BS):
 
 
 def group_heads(x_BNTS: jax.Array, num_kv_heads: int) -> jax.Array:
-    """[B, N, T, S] as [B, K, G, T, S]; one head as [B, 1, 1, T, S]."""
+    """[B, N, T, S] as [B, K, G, T, S] by key-value head; one head as [B, 1, 1, T, S]. S may be any channels."""
     batch, num_heads, *lengths = x_BNTS.shape
     num_kv_heads = min(num_heads, num_kv_heads)
     return x_BNTS.reshape(batch, num_kv_heads, num_heads // num_kv_heads, *lengths)

@@ -7,8 +7,13 @@ Each step is planned in advance, as pairs of chunks of the row. With a causal ma
 last device would compute all blocks and the first only its own. So a row of 2C chunks is a zigzag: device i of C
 holds chunks i and 2C - 1 - i, and in every step except the first each device computes two whole pairs.
 
-Shapes: B batch, T a device's tokens, N query heads, K key-value heads, H head dim, V value dim; n chunks per device, c
-tokens per chunk.
+Arrays have heads first, and each chunk is an array of its own: a pair of chunks is a branch that reads and writes whole
+arrays, where an index that differs between devices would copy its operands and its sums. The sums of outputs and of
+gradients of queries have tokens last, as the kernels for TPUs write them: XLA does not find one layout for a loop by
+itself, and would copy them in each step.
+
+Shapes: B batch, T a device's tokens, N query heads, K key-value heads, H head dim, V value dim, c tokens per chunk, I
+kinds of ids.
 """
 
 import dataclasses
@@ -21,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxlm.core.remat import saved
-from maxlm.ops.attention.flash import Blocks, add_sinks, sinks_gradient
+from maxlm.ops.attention.flash import Blocks, add_sinks, heads_first, sinks_gradient
 from maxlm.ops.attention.operands import AttentionOperands
 from maxlm.ops.attention.position_bias import DistanceBias
 from maxlm.ops.attention.rule import MASKED_LOGIT, AttentionRule, mean_gradient
@@ -43,13 +48,13 @@ def held_chunks(order: RowOrder, size: int) -> list[tuple[int, ...]]:
 class Pair:
     """A chunk of queries and a chunk of keys, by index on their devices, and the attention rule between them.
 
-    distance: from the chunk of keys to that of queries, in chunks.
+    distance: from the chunk of keys to that of queries, in chunks; pairs that differ only in it run the same code.
     """
 
     query: int
     key: int
-    distance: int
     rule: AttentionRule
+    distance: int = dataclasses.field(compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +68,9 @@ class Step:
     slots: tuple[tuple[Pair | None, ...], ...]
 
     @property
-    def rules(self) -> tuple[tuple[AttentionRule | None, ...], ...]:
-        """The distinct rules of the devices in each slot."""
-        return tuple(tuple(dict.fromkeys(None if pair is None else pair.rule for pair in slot)) for slot in self.slots)
+    def branches(self) -> tuple[tuple[Pair | None, ...], ...]:
+        """The distinct pairs of the devices in each slot."""
+        return tuple(tuple(dict.fromkeys(slot)) for slot in self.slots)
 
 
 def plan_ring(
@@ -82,7 +87,7 @@ def plan_ring(
             for device in range(size)
         ]
         slots: list[Any] = []
-        # Pairs with the same rule share a slot, so that most slots need no choice between rules.
+        # The same pairs share a slot, so that few slots need a choice between them.
         for across in (True, False):
             same = [[pair for pair in of_device if (pair.query != pair.key) == across] for of_device in pairs]
             slots += itertools.zip_longest(*same)
@@ -101,7 +106,7 @@ def _visible_pairs(rule: AttentionRule, query_chunks, key_chunks, chunk_length: 
             relative = dataclasses.replace(rule, causal=False, window=None)
         reach = relative.bidirectional if prefixes else relative
         if reach.block_has_visible(*chunk, *chunk):
-            pairs.append(Pair(query, key, distance, relative))
+            pairs.append(Pair(query, key, relative, distance))
     return pairs
 
 
@@ -135,71 +140,81 @@ def ring_attention(ring: Ring, query_BTNH, key_BTKH, value_BTKV, operands: Atten
 def _forward(ring: Ring, query_BTNH, key_BTKH, value_BTKV, operands: AttentionOperands):
     queries = _Queries.of(ring, query_BTNH, operands)
 
-    def attend(rule, place: "_Place", blocks, totals):
-        output_BcNV, log_sum_BcN = ring.pieces.forward(rule, *queries.with_keys(blocks, place))
-        merged = _merge([_at(total, place.query) for total in totals], output_BcNV, log_sum_BcN)
-        return tuple(_put(total, new, place.query) for total, new in zip(totals, merged))
+    def attend(pair: Pair, distance, blocks, totals):
+        output_BNcV, log_sum_BNc = ring.pieces.forward(pair.rule, *queries.with_keys(blocks, pair, distance))
+        new = output_BNcV.swapaxes(2, 3), log_sum_BNc
+        return _replaced(totals, pair.query, _merge(totals[pair.query], new))
 
     def step(steps: "_SameSteps", carry, choices):
         blocks, totals = carry
         sent = _send(ring, blocks, steps.leave)
-        for rules, choice in zip(steps.rules, choices):
-            totals = _apply(rules, attend, choice, blocks, totals)
+        for branches, choice in zip(steps.branches, choices):
+            totals = _apply(branches, attend, choice, blocks, totals)
         return sent, totals
 
-    statistics_shape = queries.query_BncNH.shape[:-1]
-    totals = (
-        jnp.zeros((*statistics_shape, value_BTKV.shape[-1]), jnp.float32),
-        jnp.full(statistics_shape, MASKED_LOGIT),
-    )
-    carry = _circulating(ring, key_BTKH, value_BTKV, operands), totals
-    _, (output_BncNV, log_sum_BncN) = _go_around(ring, query_BTNH.shape[1], operands, step, carry)
-    # For a fully masked query, +1e30 makes every probability of the backward pass an exact zero.
-    log_sum_BncN = jnp.where(log_sum_BncN > MASKED_LOGIT / 2, log_sum_BncN, -MASKED_LOGIT)
-    output_BncNV, log_sum_BncN = add_sinks(output_BncNV, log_sum_BncN, operands.sinks_N)
-    output_BTNV = output_BncNV.reshape(*query_BTNH.shape[:-1], -1).astype(query_BTNH.dtype)
-    output_BTNV, log_sum_BncN = saved(output_BTNV), saved(log_sum_BncN)
-    return output_BTNV, (query_BTNH, key_BTKH, value_BTKV, operands, output_BTNV, log_sum_BncN)
+    def nothing(query_BNcH):
+        batch, num_heads, chunk_length, _ = query_BNcH.shape
+        output_BNVc = jnp.zeros((batch, num_heads, value_BTKV.shape[-1], chunk_length), jnp.float32)
+        return output_BNVc, jnp.full((batch, num_heads, chunk_length), MASKED_LOGIT)
+
+    carry = _circulating(ring, key_BTKH, value_BTKV, operands), tuple(map(nothing, queries.chunks_BNcH))
+    _, totals = _go_around(ring, query_BTNH.shape[1], operands, step, carry)
+    outputs, log_sums = [], []
+    for output_BNVc, log_sum_BNc in totals:
+        # For a fully masked query, +1e30 makes every probability of the backward pass an exact zero.
+        log_sum_BNc = jnp.where(log_sum_BNc > MASKED_LOGIT / 2, log_sum_BNc, -MASKED_LOGIT)
+        output_BNcV, log_sum_BNc = add_sinks(output_BNVc.swapaxes(2, 3), log_sum_BNc, operands.sinks_N)
+        outputs.append(output_BNcV.swapaxes(1, 2).astype(query_BTNH.dtype))
+        log_sums.append(saved(log_sum_BNc))
+    output_BTNV = saved(jnp.concatenate(outputs, axis=1))
+    return output_BTNV, (query_BTNH, key_BTKH, value_BTKV, operands, output_BTNV, tuple(log_sums))
 
 
 def _backward(ring: Ring, residuals, gradient_BTNV):
-    query_BTNH, key_BTKH, value_BTKV, operands, output_BTNV, log_sum_BncN = residuals
-    mean_BTN = mean_gradient(output_BTNV, gradient_BTNV)
+    query_BTNH, key_BTKH, value_BTKV, operands, output_BTNV, log_sums_BNc = residuals
+    mean_BNT = mean_gradient(output_BTNV, gradient_BTNV).swapaxes(1, 2)
     queries = _Queries.of(ring, query_BTNH, operands)
-    mean_BncN, gradient_BncNV = _chunks(ring, (mean_BTN, gradient_BTNV))
+    means_BNc, gradients_BNcV = _chunks(ring, mean_BNT), _chunks(ring, gradient_BTNV.swapaxes(1, 2))
 
-    def attend(rule, place: "_Place", blocks, totals):
-        log_sum_BcN, mean_BcN, gradient_BcNV = (_at(x, place.query) for x in (log_sum_BncN, mean_BncN, gradient_BncNV))
-        *new, of_biases = ring.pieces.backward(
-            rule, *queries.with_keys(blocks, place), log_sum_BcN, mean_BcN, gradient_BcNV
+    def attend(pair: Pair, distance, blocks, totals):
+        query_totals, key_totals, value_totals, bias_total = totals
+        query, key, value, of_biases = ring.pieces.backward(
+            pair.rule,
+            *queries.with_keys(blocks, pair, distance),
+            *(of_chunks[pair.query] for of_chunks in (log_sums_BNc, means_BNc, gradients_BNcV)),
         )
-        *arrays, bias = totals
-        arrays = [
-            _put(total, _at(total, index) + part, index)
-            for total, part, index in zip(arrays, new, (place.query, place.key, place.key))
-        ]
-        return *arrays, queries.add_to_bias(bias, of_biases.position_bias, place)
+        return (
+            _replaced(query_totals, pair.query, query_totals[pair.query] + query.swapaxes(2, 3)),
+            _replaced(key_totals, pair.key, key_totals[pair.key] + key),
+            _replaced(value_totals, pair.key, value_totals[pair.key] + value),
+            queries.add_to_bias(bias_total, of_biases.position_bias, distance),
+        )
 
     def step(steps: "_SameSteps", carry, choices):
-        blocks, query_total, circulating, bias_total = carry
+        blocks, query_totals, circulating, bias_total = carry
         sent = _send(ring, blocks, steps.leave)
         # The partial sums for this block are in transit while this device computes its own part.
         arriving = _send(ring, circulating, steps.arrive)
-        totals = (query_total, *(jnp.zeros_like(x) for x in circulating), bias_total)
-        for rules, choice in zip(steps.rules, choices):
-            totals = _apply(rules, attend, choice, blocks, totals)
-        query_total, *own, bias_total = totals
-        return sent, query_total, tuple(x + y for x, y in zip(arriving, own)), bias_total
+        totals = query_totals, *jax.tree.map(jnp.zeros_like, circulating), bias_total
+        for branches, choice in zip(steps.branches, choices):
+            totals = _apply(branches, attend, choice, blocks, totals)
+        query_totals, *own, bias_total = totals
+        return sent, query_totals, jax.tree.map(jnp.add, arriving, tuple(own)), bias_total
 
     blocks = _circulating(ring, key_BTKH, value_BTKV, operands)
-    zeros = [jnp.zeros(x.shape, jnp.float32) for x in (queries.query_BncNH, *blocks[:2])]
+    zeros_BNHc = tuple(jnp.zeros_like(x.swapaxes(2, 3), jnp.float32) for x in queries.chunks_BNcH)
+    zeros_of_block = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), blocks[:2])
     length = query_BTNH.shape[1]
-    carry = blocks, zeros[0], tuple(zeros[1:]), jax.tree.map(jnp.zeros_like, operands.position_bias)
-    _, query_total, circulated, bias_total = _go_around(ring, length, operands, step, carry)
+    carry = blocks, zeros_BNHc, zeros_of_block, jax.tree.map(jnp.zeros_like, operands.position_bias)
+    _, totals_BNHc, circulated, bias_total = _go_around(ring, length, operands, step, carry)
     home = _send(ring, circulated, -_plan(ring, length, operands)[-1].shift % ring.size)
-    sinks_gradient_N = sinks_gradient(operands.sinks_N, log_sum_BncN.reshape(mean_BTN.shape), mean_BTN)
+    sinks_gradient_N = sinks_gradient(operands.sinks_N, jnp.concatenate(log_sums_BNc, axis=2), mean_BNT)
+    gradients = [x_BNHc.swapaxes(2, 3) for x_BNHc in totals_BNHc], *home
     return (
-        *(x.reshape(like.shape).astype(like.dtype) for x, like in zip((query_total, *home), residuals)),
+        *(
+            jnp.concatenate([x.swapaxes(1, 2).astype(like.dtype) for x in chunks], axis=1)
+            for chunks, like in zip(gradients, residuals)
+        ),
         AttentionOperands(position_bias=bias_total, sinks_N=sinks_gradient_N),
     )
 
@@ -208,74 +223,67 @@ ring_attention.defvjp(_forward, _backward)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a pair of chunks is: its indices on this device, and how many chunks the keys are before the queries."""
-
-    query: Any
-    key: Any
-    distance: Any = None
-
-
-@dataclasses.dataclass(frozen=True)
 class _Queries:
-    """This device's queries in chunks, their segments, prefixes and seeds, the biases of the row, and the rate of
-    dropout."""
+    """This device's queries in chunks, their ids by name, the biases of the row, and the rate of dropout."""
 
-    query_BncNH: jax.Array
-    ids_Bnc: tuple[Any, Any, Any]
+    chunks_BNcH: tuple[jax.Array, ...]
+    ids_BT: dict[str, jax.Array]
     bias: Any
     dropout_rate: float
 
     @classmethod
     def of(cls, ring: Ring, query_BTNH, operands: AttentionOperands) -> "_Queries":
-        query_BncNH, ids_Bnc = _chunks(ring, (query_BTNH, _ids(operands, 0)))
         rate = 0.0 if operands.dropout is None else operands.dropout.rate
-        return cls(query_BncNH, ids_Bnc, operands.position_bias, rate)
+        chunks_BNcH = _chunks(ring, query_BTNH.swapaxes(1, 2))
+        return cls(chunks_BNcH, _ids(operands, 0), operands.position_bias, rate)
 
-    def with_keys(self, blocks, place: _Place) -> tuple[Any, Any, Any, AttentionOperands]:
+    def with_keys(self, blocks, pair: Pair, distance) -> tuple[Any, Any, Any, AttentionOperands]:
         """Query, key, value and the operands of a pair of chunks."""
-        key_BncKH, value_BncKV, key_ids = blocks
-        segments, prefix, dropout = (
-            None if of_query is None else (_at(of_query, place.query), _at(of_key, place.key))
-            for of_query, of_key in zip(self.ids_Bnc, key_ids)
-        )
-        operands = AttentionOperands(
-            segments,
-            prefix,
-            position_bias=self._bias_at(place),
-            dropout=None if dropout is None else WeightDropout(*dropout, self.dropout_rate),
-        )
-        return _at(self.query_BncNH, place.query), _at(key_BncKH, place.key), _at(value_BncKV, place.key), operands
+        keys_BKcH, values_BKcV, key_ids_IBT = blocks
+        chunk = self.chunks_BNcH[0].shape[2]
+        ids: dict[str, Any] = {
+            name: (
+                of_queries_BT[:, pair.query * chunk :][:, :chunk],
+                key_ids_IBT[i, :, pair.key * chunk :][:, :chunk].astype(of_queries_BT.dtype),
+            )
+            for i, (name, of_queries_BT) in enumerate(self.ids_BT.items())
+        }
+        if "dropout" in ids:
+            query_seeds_BTN, key_seeds_BS = ids["dropout"]
+            ids["dropout"] = WeightDropout(query_seeds_BTN, key_seeds_BS, self.dropout_rate)
+        operands = AttentionOperands(position_bias=self._bias_at(distance), **ids)
+        return self.chunks_BNcH[pair.query], keys_BKcH[pair.key], values_BKcV[pair.key], operands
 
-    def _bias_at(self, place: _Place) -> DistanceBias | None:
+    def _bias_at(self, distance) -> DistanceBias | None:
         if self.bias is None:
             return None
-        chunk = self.query_BncNH.shape[2]
+        chunk = self.chunks_BNcH[0].shape[2]
         values_ND = self.bias.values_ND
-        part_ND = jax.lax.dynamic_slice_in_dim(values_ND, self._first_distance(place), 2 * chunk - 1, axis=1)
+        part_ND = jax.lax.dynamic_slice_in_dim(values_ND, self._first_distance(distance), 2 * chunk - 1, axis=1)
         return DistanceBias(part_ND, 1 - chunk)
 
-    def add_to_bias(self, total: DistanceBias | None, part: Any, place: _Place) -> DistanceBias | None:
+    def add_to_bias(self, total: DistanceBias | None, part: Any, distance) -> DistanceBias | None:
         """Add the gradient of `_bias_at` to that of all biases."""
         if total is None:
             return None
         whole_ND = jnp.zeros_like(total.values_ND)
-        added_ND = jax.lax.dynamic_update_slice_in_dim(whole_ND, part.values_ND, self._first_distance(place), axis=1)
+        first = self._first_distance(distance)
+        added_ND = jax.lax.dynamic_update_slice_in_dim(whole_ND, part.values_ND, first, axis=1)
         return dataclasses.replace(total, values_ND=total.values_ND + added_ND)
 
-    def _first_distance(self, place: _Place):
+    def _first_distance(self, distance):
         """The index of the smallest distance of a pair of chunks among those of the row."""
-        chunk = self.query_BncNH.shape[2]
-        return place.distance * chunk + 1 - chunk - self.bias.first
+        chunk = self.chunks_BNcH[0].shape[2]
+        return distance * chunk + 1 - chunk - self.bias.first
 
 
-def _merge(totals, new_output, new_log_sum):
-    """Merge the attention over two disjoint sets of keys; float32 [B, c, N, H] and [B, c, N]."""
-    output, log_sum = totals
+def _merge(total, new):
+    """Merge the attention over two disjoint sets of keys; float32 [B, N, V, c] and [B, N, c]."""
+    (output, log_sum), (new_output, new_log_sum) = total, new
     new_log_sum = jnp.where(new_log_sum < -MASKED_LOGIT / 2, new_log_sum, MASKED_LOGIT)
-    total = jnp.logaddexp(log_sum, new_log_sum)
-    share, new_share = (jnp.exp(part - total)[..., None] for part in (log_sum, new_log_sum))
-    return output * share + new_output * new_share, total
+    total_log_sum = jnp.logaddexp(log_sum, new_log_sum)
+    share, new_share = (jnp.exp(part - total_log_sum)[:, :, None] for part in (log_sum, new_log_sum))
+    return output * share + new_output * new_share, total_log_sum
 
 
 # Around the ring
@@ -286,13 +294,13 @@ class _SameSteps:
     """Consecutive steps that one loop can run.
 
     arrive, leave: distance in devices from the previous step, and to the next step; 0 at the ends.
-    rules: for each slot, the rules that devices choose from.
-    choices: for each slot int32 [steps, devices, 4]: the rule, the indices of both chunks, and their distance.
+    branches: for each slot, the pairs that devices choose from.
+    choices: for each slot int32 [steps, devices, 2]: the branch, and the distance of the chunks.
     """
 
     arrive: int
     leave: int
-    rules: tuple[tuple[AttentionRule | None, ...], ...]
+    branches: tuple[tuple[Pair | None, ...], ...]
     choices: tuple[np.ndarray, ...]
 
 
@@ -305,31 +313,27 @@ def _plan(ring: Ring, length: int, operands: AttentionOperands) -> tuple[Step, .
 def _runs(steps: tuple[Step, ...]) -> list[_SameSteps]:
     shifts = [step.shift for step in steps]
     arrive = [0, *(after - before for before, after in itertools.pairwise(shifts))]
-    described = zip(arrive, [*arrive[1:], 0], (step.rules for step in steps), steps)
+    described = zip(arrive, [*arrive[1:], 0], (step.branches for step in steps), steps)
     runs = []
-    for (arriving, leaving, rules), group in itertools.groupby(described, key=lambda parts: parts[:3]):
+    for (arriving, leaving, branches), group in itertools.groupby(described, key=lambda parts: parts[:3]):
         members = [parts[-1] for parts in group]
         choices = [
-            np.asarray([[_choice(rules[slot], pair) for pair in step.slots[slot]] for step in members], np.int32)
-            for slot in range(len(rules))
+            np.asarray([[_choice(branches[slot], pair) for pair in step.slots[slot]] for step in members], np.int32)
+            for slot in range(len(branches))
         ]
-        runs.append(_SameSteps(arriving, leaving, rules, tuple(choices)))
+        runs.append(_SameSteps(arriving, leaving, branches, tuple(choices)))
     return runs
 
 
-def _choice(rules, pair: Pair | None) -> tuple[int, int, int, int]:
-    if pair is None:
-        return rules.index(None), 0, 0, 0
-    return rules.index(pair.rule), pair.query, pair.key, pair.distance
+def _choice(branches, pair: Pair | None) -> tuple[int, int]:
+    return branches.index(pair), 0 if pair is None else pair.distance
 
 
 def _go_around(ring: Ring, length: int, operands: AttentionOperands, step, carry):
     """Run `step(steps, carry, choices of this device by slot)` for all steps of the ring."""
     device = jax.lax.axis_index(AXIS)
-    # Only biases by position depend on distances.
-    columns = 3 if operands.position_bias is None else 4
     for steps in _runs(_plan(ring, length, operands)):
-        mine = [jnp.asarray(choices[..., :columns])[:, device] for choices in steps.choices]
+        mine = [jnp.asarray(choices)[:, device] for choices in steps.choices]
         if len(mine[0]) == 1:
             carry = step(steps, carry, [choices[0] for choices in mine])
         else:
@@ -341,15 +345,14 @@ def _go_around(ring: Ring, length: int, operands: AttentionOperands, step, carry
     return carry
 
 
-def _apply(rules, attend, choice, blocks, totals):
-    """Run `attend` with the chosen rule; a device without work keeps its totals."""
-    branch, *indices = choice
-    place = _Place(*indices)
+def _apply(branches, attend, choice, blocks, totals):
+    """Run `attend` for the chosen pair; a device without work keeps its totals."""
+    branch, distance = choice
 
-    def by(rule):
-        return lambda totals: totals if rule is None else attend(rule, place, blocks, totals)
+    def by(pair):
+        return lambda totals: totals if pair is None else attend(pair, distance, blocks, totals)
 
-    return by(rules[0])(totals) if len(rules) == 1 else jax.lax.switch(branch, [by(rule) for rule in rules], totals)
+    return jax.lax.switch(branch, [by(pair) for pair in branches], totals)
 
 
 def _send(ring: Ring, arrays, distance: int):
@@ -361,27 +364,24 @@ def _send(ring: Ring, arrays, distance: int):
 
 
 def _circulating(ring: Ring, key_BTKH, value_BTKV, operands: AttentionOperands):
-    """Chunks of this device's keys and values, and of their segments, prefixes and seeds."""
-    dtype = ring.pieces.matmul_dtype
-    return _chunks(ring, (key_BTKH.astype(dtype), value_BTKV.astype(dtype), _ids(operands, 1)))
+    """The chunks of this device's keys and of its values, and the ids of its keys as one array [I, B, T]."""
+    keys, values = (_chunks(ring, x.astype(ring.pieces.matmul_dtype)) for x in heads_first(key_BTKH, value_BTKV))
+    ids = [x.astype(jnp.uint32) for x in _ids(operands, 1).values()]
+    return keys, values, jnp.stack(ids) if ids else None
 
 
-def _ids(operands: AttentionOperands, side: int):
-    """What of the operands belongs to queries (side 0) or keys (side 1): segments, prefixes, and seeds of dropout."""
+def _ids(operands: AttentionOperands, side: int) -> dict[str, jax.Array]:
+    """What of the operands belongs to queries (side 0) or keys (side 1), by name: ids >= 0, and seeds of dropout."""
     dropout = operands.dropout
     seeds = None if dropout is None else (dropout.query_seeds_BTN, dropout.key_seeds_BS)
-    return tuple(None if ids is None else ids[side] for ids in (operands.segments, operands.prefix, seeds))
+    by_name = {"segments": operands.segments, "prefix": operands.prefix, "dropout": seeds}
+    return {name: ids[side] for name, ids in by_name.items() if ids is not None}
 
 
-def _chunks(ring: Ring, arrays_BT):
-    """Each array [B, T, ...] as [B, n, c, ...]."""
-    chunks = len(held_chunks(ring.order, ring.size)[0])
-    return jax.tree.map(lambda x: x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), arrays_BT)
+def _chunks(ring: Ring, x_BNT) -> tuple[jax.Array, ...]:
+    """The chunks of an array [B, N, T, ...]."""
+    return tuple(jnp.split(x_BNT, len(held_chunks(ring.order, ring.size)[0]), axis=2))
 
 
-def _at(x_Bnc, place):
-    return jax.lax.dynamic_index_in_dim(x_Bnc, place, axis=1, keepdims=False)
-
-
-def _put(x_Bnc, new_Bc, place):
-    return jax.lax.dynamic_update_index_in_dim(x_Bnc, new_Bc, place, axis=1)
+def _replaced(parts: tuple, index: int, part) -> tuple:
+    return *parts[:index], part, *parts[index + 1 :]
