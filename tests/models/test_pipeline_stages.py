@@ -67,9 +67,11 @@ def gradient_function(plan, accumulate=1):
 
 @cache
 def weights(config: ModelConfig) -> dict[str, np.ndarray]:
-    """Weights, drawn once for all meshes."""
-    model = initialize(configured(config), jax.random.key(0))
-    return {path: 1.5 * leaf for path, leaf in flatten(jax.device_get(model)).items()}
+    """Weights, drawn once for all meshes.
+
+    Not larger: 1.5 times as large, a change of every last bit changes gradients of ten layers with experts by 8e-4.
+    """
+    return flatten(jax.device_get(initialize(configured(config), jax.random.key(0))))
 
 
 def terms_and_gradient(plan, sizes=None, *, batch=BATCH, accumulate=1):
@@ -80,7 +82,7 @@ def terms_and_gradient(plan, sizes=None, *, batch=BATCH, accumulate=1):
     return same_gradient.on_host({**output.terms, **output.metrics}, gradient)
 
 
-assert_same = partial(same_gradient.assert_same, atol=4e-5)
+assert_same = partial(same_gradient.assert_same, atol=2e-5)
 
 
 @pytest.fixture(scope="module")

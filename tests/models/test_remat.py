@@ -56,8 +56,9 @@ def test_products_are_saved_in_the_dtype_of_activations():
     gradient, *arguments = gradient_of("dots", dtype="bfloat16")
     scans = [each for each in jax.make_jaxpr(gradient)(*arguments).jaxpr.eqns if each.primitive.name == "scan"]
     stacked = [variable.aval for variable in scans[0].outvars[scans[0].params["num_carry"] :]]
-    # [layers, batch, length, features] and attention's [layers, batch, length, heads, head_dim].
-    wide = [aval for aval in stacked if aval.shape[-1] > 4 or aval.ndim == 5]
+    # All arrays with more than a number for each token and head, which the logarithm of attention's sum has.
+    layers, (rows, length), heads = 2, TEXT.tokens.shape, 4
+    wide = [aval for aval in stacked if aval.size > layers * rows * length * heads]
     assert len(wide) == 8  # the input; query, key, value, attention, its output product; gate and up
     assert {aval.dtype for aval in wide} == {jnp.dtype("bfloat16")}
 

@@ -132,8 +132,8 @@ def test_results_do_not_depend_on_mesh(sizes, chunk_length):
     # With several chunks, if the table is sharded along its width: once for all of them, forward and backward.
     assert gathers == (chunk_length == 5 and not sizes.keys().isdisjoint({"fsdp", "expert", "context"}))
     for a, b in zip(got, expected):
-        # Devices add in a different order: the rounding error is that of the largest terms, near 10.
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        # Devices add in a different order: the rounding error is that of the largest terms.
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
 def test_gradient_of_the_table_is_summed_in_float32():
