@@ -112,7 +112,7 @@ def step() -> tuple[str, Variants]:
     return f"training step, {shape[0]} x {shape[1]} tokens", {
         "quickstart": variant(config.optim.kind),
         "float32 products": variant(config.optim.kind, matmul_dtype="float32"),
-        "no rematerialization": variant(config.optim.kind, remat="none"),
+        **{f"remat {kind}": variant(config.optim.kind, remat=kind) for kind in ("none", "dots", "full")},
         "reference attention": variant(config.optim.kind, attention="reference"),
         "AdamW": variant("adamw"),
     }

@@ -31,9 +31,10 @@ class ExecutionConfig(Frozen):
     parameter_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Storage dtype of matrices; bfloat16 updates use stochastic rounding."
     )
-    # Storing all intermediate values takes more memory than `dots`, and on a CPU more time.
-    remat: Literal["none", "dots", "full"] = Field(
-        "dots", description="What the backward pass recomputes: nothing, all but matrix products, whole layers."
+    remat: Literal["auto", "none", "dots", "full"] = Field(
+        "auto",
+        description="What the backward pass recomputes: nothing, all but matrix products, whole layers. auto: full if"
+        " the hardware multiplies bfloat16 natively (on a CPU it is then the fastest), else dots.",
     )
     unroll: bool = Field(False, description="Compile each layer separately, not one loop over all: slow to compile.")
     pipeline: PipelineConfig = Field(PipelineConfig(), description="How the stages of `mesh.stage` share their work.")

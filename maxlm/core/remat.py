@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from maxlm.core.hardware import multiplies_bfloat16
+
 _SAVED = "product"
 
 
@@ -20,8 +22,11 @@ def rematerialize(function: Callable, policy: str) -> Callable:
     """`function` with another backward pass.
 
     Args:
-      policy: what it recomputes: "none"; "dots", all but marked products; "full".
+      policy: what it recomputes: "none"; "dots", all but marked products; "full"; "auto", "full" where products are
+        fast, else "dots".
     """
+    if policy == "auto":
+        policy = "full" if multiplies_bfloat16() else "dots"
     if policy == "none":
         return function
     names = (_SAVED,) if policy == "dots" else ()

@@ -52,6 +52,12 @@ def test_dots_recomputes_no_product(changes):
     assert full >= none + 8
 
 
+@pytest.mark.parametrize(("fast", "chosen"), [(True, "full"), (False, "dots")])
+def test_auto_recomputes_products_where_they_are_fast(fast, chosen, monkeypatch):
+    monkeypatch.setattr("maxlm.core.remat.multiplies_bfloat16", lambda: fast)
+    assert products("auto") == products(chosen)
+
+
 def test_products_are_saved_in_the_dtype_of_activations():
     gradient, *arguments = gradient_of("dots", dtype="bfloat16")
     scans = [each for each in jax.make_jaxpr(gradient)(*arguments).jaxpr.eqns if each.primitive.name == "scan"]
