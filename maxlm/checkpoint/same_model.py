@@ -10,7 +10,8 @@ from maxlm.errors import CheckpointError
 def check_same_model(wanted: ModelConfig, trained: ModelConfig, where: Any) -> None:
     """Raise CheckpointError if the weights of one model would be loaded as another model."""
     for name, given, saved in differences(wanted.model_dump(mode="json"), trained.model_dump(mode="json")):
-        if name != "vocab_size":
+        # A family is only a format.
+        if name not in ("vocab_size", "family"):
             raise CheckpointError(
                 f"{where}: is a model with {name} {saved}, but model.{name} is {given}; leave it out to use the"
                 " checkpoint's value"

@@ -9,12 +9,7 @@ from pydantic import AfterValidator, Discriminator, Field, PositiveFloat, Tag, m
 
 from maxlm.config.base import Count, CountOrZero, Frozen
 from maxlm.config.mesh import MeshConfig
-
-
-class RopeConfig(Frozen):
-    """Rotary positions."""
-
-    theta: PositiveFloat = Field(10_000.0, description="Base of the wavelengths.")
+from maxlm.config.rope import RopeConfig
 
 
 class PartConfig(Frozen):
@@ -44,6 +39,9 @@ class AttentionConfig(PartConfig):
     alibi: bool = Field(
         False, description="Subtract slope * distance from the logits, with a slope per head (arXiv:2108.12409)."
     )
+    scale: PositiveFloat | None = Field(None, description="Factor on the logits; null is 1 / sqrt(head_dim).")
+    bias: bool = Field(False, description="Add a learned vector to queries, keys and values.")
+    out_bias: bool = Field(False, description="Add a learned vector to the output.")
     qk_norm: bool = Field(False, description="Normalize each query and key head before RoPE.")
     soft_cap: PositiveFloat | None = Field(None, description="Attention logits become c * tanh(logits / c).")
 
@@ -53,12 +51,15 @@ class AttentionConfig(PartConfig):
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.rope is not None and self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs of channels")
+        if self.rope is not None and (problem := self.rope.problem(self.head_dim)):
+            raise ValueError(problem)
         return self
 
     def reduced(self, mesh: MeshConfig) -> Self:
         num_kv_heads = math.gcd(self.num_kv_heads, math.lcm(2, mesh.tensor))
         num_heads = num_kv_heads * (self.num_heads // self.num_kv_heads)
-        return self.model_copy(update={"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": 8})
+        sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": 8}
+        return self.model_copy(update=sizes | {"rope": self.rope and self.rope.reduced()})
 
 
 class GruConfig(PartConfig):

@@ -10,10 +10,15 @@ from maxlm.config.layers import LayerConfig, LayerGroup, LayersField, PartConfig
 
 
 class NormConfig(Frozen):
-    """Normalization of the residual stream, before each mixer, each MLP and the output head."""
+    """Normalization of the residual stream, around each mixer and each MLP, and before the output head."""
 
     kind: Literal["rms", "layer"] = Field("rms", description="RMSNorm, or LayerNorm with a bias.")
     epsilon: PositiveFloat = 1e-6
+    placement: Literal["before", "after", "around"] = Field(
+        "before", description="Normalize the input of each mixer and MLP, its output, or both."
+    )
+    unit_offset: bool = Field(False, description="Multiply by 1 + weight, with weights that start at 0.")
+    bias: bool = Field(True, description="LayerNorm only: add a learned vector.")
 
 
 class ModelConfig(Frozen):
@@ -35,8 +40,21 @@ class ModelConfig(Frozen):
             description="Equal layers (repeat, mixer, mlp), a repeated pattern of layers (repeat, pattern), or a list"
             " of such groups.",
         )
+    residual: Literal["sequential", "parallel", "parallel_one_norm"] = Field(
+        "sequential",
+        description="The MLP reads the sum of the stream and the mixer's output, or what the mixer reads, through its"
+        " own norm or the mixer's.",
+    )
+    embedding_scale: PositiveFloat | None = Field(None, description="Factor on the embeddings of tokens.")
+    embedding_norm: bool = Field(False, description="Normalize the embeddings.")
+    learned_positions: Count | None = Field(
+        None, description="Add a learned vector for each position, up to this many: the longest text."
+    )
     tie_embeddings: bool = True
     logit_soft_cap: PositiveFloat | None = Field(None, description="Output logits become c * tanh(logits / c).")
+    family: str | None = Field(
+        None, description="The model_type that Hugging Face's format is written with; null is the first one that fits."
+    )
 
     @property
     def width(self) -> float:

@@ -71,6 +71,11 @@ class TrainConfig(Frozen):
         execution = self.execution or (DEFAULT_EXECUTION if self.init_from is None else None)
         if execution is not None and self.row_length > execution.max_length:
             problems.append(f"row_length ({self.row_length}) exceeds execution.max_length ({execution.max_length})")
+        positions = None if self.model is None else self.model.learned_positions
+        if execution is not None and positions is not None and execution.max_length > positions:
+            problems.append(
+                f"execution.max_length ({execution.max_length}) exceeds model.learned_positions ({positions})"
+            )
         if self.objective.needs_start and self.init_from is None:
             problems.append(f"init_from must name the model that objective.kind={self.objective.kind} starts from")
         problems += self.objective.problems(self)

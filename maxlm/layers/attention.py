@@ -20,7 +20,7 @@ from maxlm.core.sharding import is_explicit, logical_to_spec, shard
 from maxlm.layers.cache import KeyValueCache, RingCache
 from maxlm.layers.context import TokenContext
 from maxlm.layers.norm import Norm
-from maxlm.layers.weights import multiply, residual_scale, weight
+from maxlm.layers.weights import bias, multiply, residual_scale, weight
 from maxlm.ops.attention.context import context_attention
 from maxlm.ops.attention.definition import cached_attention
 from maxlm.ops.attention.dispatch import attention
@@ -44,6 +44,10 @@ class Attention(nnx.Module):
         self.key = weight(execution, embed, kv_heads)
         self.value = weight(execution, embed, kv_heads)
         self.out = weight(execution, heads, embed, residual_scale(model.num_layers))
+        if config.bias:
+            self.query_bias, self.key_bias, self.value_bias = bias(heads), bias(kv_heads), bias(kv_heads)
+        if config.out_bias:
+            self.out_bias = bias((model.embed_dim, None))
         if config.qk_norm:
             self.query_norm = Norm(model.norm, config.head_dim)
             self.key_norm = Norm(model.norm, config.head_dim)
@@ -60,7 +64,8 @@ class Attention(nnx.Module):
             mixed_BLHE = cached_attention(query_BLHE, *seen[:2], context.positions_BL, seen[2], self._rule, operands)
         batch, length, heads, head_dim = mixed_BLHE.shape
         merged = _reshape(mixed_BLHE, (batch, length, heads * head_dim), ("batch", "length", "heads"))
-        return multiply(self.execution, merged, self.out, context.residual_axes), cache
+        y_BLD = multiply(self.execution, merged, self.out, context.residual_axes)
+        return y_BLD + self.out_bias.astype(y_BLD.dtype) if self.config.out_bias else y_BLD, cache
 
     def create_cache(self, batch_size: int, max_length: int, dtype) -> KeyValueCache | RingCache:
         """An empty cache: of the window's length, where that is shorter than the longest sequence."""
@@ -71,13 +76,21 @@ class Attention(nnx.Module):
 
     def _project(self, x_BLD, context: TokenContext):
         config, times = self.config, partial(multiply, self.execution)
-        query_BLHE = _split_heads(times(x_BLD, self.query), config.num_heads, "heads")
-        key_BLKE = _split_heads(times(x_BLD, self.key), config.num_kv_heads, "kv_heads")
-        value_BLKE = _split_heads(times(x_BLD, self.value), config.num_kv_heads, "kv_heads")
+        query_BLX, key_BLX, value_BLX = times(x_BLD, self.query), times(x_BLD, self.key), times(x_BLD, self.value)
+        if config.bias:
+            query_BLX, key_BLX, value_BLX = (
+                y_BLX + bias_X.astype(y_BLX.dtype)
+                for y_BLX, bias_X in zip(
+                    (query_BLX, key_BLX, value_BLX), (self.query_bias, self.key_bias, self.value_bias)
+                )
+            )
+        query_BLHE = _split_heads(query_BLX, config.num_heads, "heads")
+        key_BLKE = _split_heads(key_BLX, config.num_kv_heads, "kv_heads")
+        value_BLKE = _split_heads(value_BLX, config.num_kv_heads, "kv_heads")
         if config.qk_norm:
             query_BLHE, key_BLKE = self.query_norm(query_BLHE), self.key_norm(key_BLKE)
         if config.rope is not None:
-            angles = context.angles[config.head_dim, config.rope.theta]
+            angles = context.angles_of(config.rope, config.head_dim)
             query_BLHE, key_BLKE = apply_rope(query_BLHE, angles), apply_rope(key_BLKE, angles)
         return query_BLHE, key_BLKE, value_BLKE
 
@@ -116,7 +129,8 @@ class Attention(nnx.Module):
     @property
     def _rule(self) -> AttentionRule:
         config = self.config
-        return AttentionRule(scale=1 / math.sqrt(config.head_dim), window=config.window, soft_cap=config.soft_cap)
+        scale = config.scale or 1 / math.sqrt(config.head_dim)
+        return AttentionRule(scale=scale, window=config.window, soft_cap=config.soft_cap)
 
     @property
     def _position_bias(self) -> Alibi | None:

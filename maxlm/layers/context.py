@@ -8,6 +8,7 @@ import jax
 
 from maxlm.config.layers import AttentionConfig
 from maxlm.config.model import ModelConfig
+from maxlm.config.rope import RopeConfig
 from maxlm.layers.noise import Noise
 from maxlm.ops.attention.ring import RowOrder
 from maxlm.ops.rope import rope_angles
@@ -27,7 +28,7 @@ class TokenContext:
 
     positions_BL: within a document.
     segment_ids_BL: tokens of one document have the same; 0 is padding.
-    angles: cosines and sines of the rotary positions, for each (head size, base) in the model.
+    angles: cosines and sines of the rotary positions, for each head size and setting in the model: see `angles_of`.
     noise: in training, if anything is random.
     residual_axes: sharding of the stream between layers.
     row_order: order of tokens in rows that are sharded along `context`.
@@ -35,7 +36,7 @@ class TokenContext:
 
     positions_BL: jax.Array
     segment_ids_BL: jax.Array
-    angles: dict[tuple[int, float], tuple[jax.Array, jax.Array]]
+    angles: dict[str, tuple[jax.Array, jax.Array]]
     noise: Noise | None = None
     residual_axes: tuple[str | None, ...] = TOKEN_AXES
     row_order: RowOrder = "plain"
@@ -45,7 +46,17 @@ class TokenContext:
         """The context of tokens in a model, with the rotary angles that its layers need."""
         mixers = [layer.mixer for layer in config.each_layer()]
         settings = {
-            (mixer.head_dim, mixer.rope.theta) for mixer in mixers if isinstance(mixer, AttentionConfig) and mixer.rope
+            _key(mixer.rope, mixer.head_dim): (mixer.rope, mixer.head_dim)
+            for mixer in mixers
+            if isinstance(mixer, AttentionConfig) and mixer.rope
         }
-        angles = {setting: rope_angles(positions_BL, *setting) for setting in sorted(settings)}
+        angles = {key: rope_angles(positions_BL, *setting) for key, setting in settings.items()}
         return cls(positions_BL, segment_ids_BL, angles, **layout)
+
+    def angles_of(self, rope: RopeConfig, head_dim: int) -> tuple[jax.Array, jax.Array]:
+        return self.angles[_key(rope, head_dim)]
+
+
+def _key(rope: RopeConfig, head_dim: int) -> str:
+    # A string, as keys of a pytree must have an order.
+    return f"{head_dim} {rope!r}"

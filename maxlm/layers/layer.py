@@ -1,4 +1,4 @@
-"""A residual layer: a mixer and an MLP, each after a norm."""
+"""A residual layer: a mixer and an MLP, with norms before or after them."""
 
 from typing import Any
 
@@ -23,22 +23,41 @@ MLPS: dict[str, Any] = {"gated": GatedMlp, "plain": PlainMlp, "moe": MixtureOfEx
 
 
 class Layer(nnx.Module):
-    """Pre-norm residual blocks.
+    """Two residual blocks, each normalized where `NormConfig.placement` says.
 
     Between the blocks tokens are also sharded along the tensor axis (sequence parallelism), so norms and sums are not
     repeated on its devices (arXiv:2205.05198): a block all-gathers them, and reduce-scatters its last product.
     """
 
     def __init__(self, model: ModelConfig, config: LayerConfig, execution: ExecutionConfig):
-        self.mixer_norm = Norm(model.norm, model.embed_dim)
+        self.residual = model.residual
+        before, after = model.norm.placement != "after", model.norm.placement != "before"
+        self.mixer_norm = Norm(model.norm, model.embed_dim) if before else None
         self.mixer = MIXERS[config.mixer.kind](model, config.mixer, execution)
-        self.mlp_norm = Norm(model.norm, model.embed_dim)
+        self.mixer_output_norm = Norm(model.norm, model.embed_dim) if after else None
+        has_mlp_norm = before and model.residual != "parallel_one_norm"
+        self.mlp_norm = Norm(model.norm, model.embed_dim) if has_mlp_norm else None
         self.mlp = MLPS[config.mlp.kind](model, config.mlp, execution)
+        self.mlp_output_norm = Norm(model.norm, model.embed_dim) if after else None
 
     def __call__(self, x_BLD: jax.Array, context: TokenContext, cache: Any = None) -> tuple[jax.Array, LossOutput, Any]:
         """The stream after this layer, the layer's auxiliary losses, and the mixer's cache with these tokens added."""
-        mixed_BLD, cache = self.mixer(shard(self.mixer_norm(x_BLD), *TOKEN_AXES), context, cache)
-        x_BLD = x_BLD + (mixed_BLD if context.noise is None else context.noise.mixer_output(mixed_BLD))
-        added_BLD, auxiliary = self.mlp(shard(self.mlp_norm(x_BLD), *TOKEN_AXES), context)
-        x_BLD = x_BLD + (added_BLD if context.noise is None else context.noise.mlp_output(added_BLD))
-        return x_BLD, auxiliary, cache
+        mixer_input_BLD = _normalized(self.mixer_norm, x_BLD)
+        mixed_BLD, cache = self.mixer(shard(mixer_input_BLD, *TOKEN_AXES), context, cache)
+        mixed_BLD = _normalized(self.mixer_output_norm, mixed_BLD)
+        sum_BLD = x_BLD + (mixed_BLD if context.noise is None else context.noise.mixer_output(mixed_BLD))
+        match self.residual:
+            case "sequential":
+                mlp_input_BLD = _normalized(self.mlp_norm, sum_BLD)
+            case "parallel":
+                mlp_input_BLD = _normalized(self.mlp_norm, x_BLD)
+            case "parallel_one_norm":
+                mlp_input_BLD = mixer_input_BLD
+        added_BLD, auxiliary = self.mlp(shard(mlp_input_BLD, *TOKEN_AXES), context)
+        added_BLD = _normalized(self.mlp_output_norm, added_BLD)
+        sum_BLD = sum_BLD + (added_BLD if context.noise is None else context.noise.mlp_output(added_BLD))
+        return sum_BLD, auxiliary, cache
+
+
+def _normalized(norm: Norm | None, x_BLD: jax.Array) -> jax.Array:
+    return x_BLD if norm is None else norm(x_BLD)

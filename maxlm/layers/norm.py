@@ -15,11 +15,14 @@ class Norm(nnx.Module):
 
     def __init__(self, config: NormConfig, size: int):
         self.config = config
-        self.scale: Any = nnx.data(Parameter((size,), ("norm",), ones, role="norm"))
-        if config.kind == "layer":
+        start = zeros if config.unit_offset else ones
+        self.scale: Any = nnx.data(Parameter((size,), ("norm",), start, role="norm"))
+        if config.kind == "layer" and config.bias:
             self.bias: Any = nnx.data(Parameter((size,), ("norm",), zeros, role="bias"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.config.kind == "layer":
-            return layer_norm(x, self.scale, self.bias, self.config.epsilon)
-        return rms_norm(x, self.scale, self.config.epsilon)
+        config = self.config
+        scale = 1 + self.scale if config.unit_offset else self.scale
+        if config.kind == "layer":
+            return layer_norm(x, scale, self.bias if config.bias else None, config.epsilon)
+        return rms_norm(x, scale, config.epsilon)

@@ -65,6 +65,10 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, execution: ExecutionConfig = DEFAULT_EXECUTION):
         self.config, self.execution = config, execution
         self.embedding = _table(config, execution)
+        if config.learned_positions is not None:
+            self.positions = _table(config, execution, config.learned_positions, None)
+        if config.embedding_norm:
+            self.embedding_norm = Norm(config.norm, config.embed_dim)
         self.layers: tuple[Group, ...] = nnx.data(declare_layers(config, execution))
         self.final_norm = Norm(config.norm, config.embed_dim)
         if not config.tie_embeddings:
@@ -127,7 +131,7 @@ class Decoder(nnx.Module):
         context = TokenContext.create(
             self.config, positions_BL, segment_ids_BL, noise=noise, residual_axes=residual_axes, row_order=order
         )
-        x_BLD = shard(embed(self.embedding, tokens_BL, execution.activation_dtype), *residual_axes)
+        x_BLD = shard(self._embed(tokens_BL, positions_BL), *residual_axes)
         x_BLD = x_BLD if noise is None else noise.embedding(x_BLD)
         before = range(self.config.longest_group)
         return self._apply_groups(before, Residual(x_BLD, LossOutput({}, {})), context), context
@@ -163,13 +167,24 @@ class Decoder(nnx.Module):
 
     def _extend(self, tokens_BL, positions_BL, segment_ids_BL, caches) -> DecoderOutput:
         context = TokenContext.create(self.config, positions_BL, segment_ids_BL)
-        x_BLD, auxiliary, extended = embed(self.embedding, tokens_BL, self.execution.activation_dtype), [], []
+        x_BLD, auxiliary, extended = self._embed(tokens_BL, positions_BL), [], []
         for number, (layers, group, cache) in enumerate(zip(self.layers, self.config.layers, caches)):
             layers, first = jax.tree.map(gather_layers, layers), self._first_layer(number)
             x_BLD, added, cache = apply_group(layers, group.pattern, self.execution, x_BLD, context, cache, first=first)
             auxiliary.append(added)
             extended.append(cache)
         return DecoderOutput(self.final_norm(x_BLD), unite(auxiliary), tuple(extended))
+
+    def _embed(self, tokens_BL, positions_BL) -> jax.Array:
+        config, dtype = self.config, self.execution.activation_dtype
+        x_BLD = embed(self.embedding, tokens_BL, dtype)
+        if config.embedding_scale is not None:
+            # A Python number keeps the dtype.
+            x_BLD = x_BLD * config.embedding_scale
+        if config.learned_positions is not None:
+            # Padding has no position.
+            x_BLD = x_BLD + embed(self.positions, jnp.maximum(positions_BL, 0), dtype)
+        return self.embedding_norm(x_BLD) if config.embedding_norm else x_BLD
 
     def _first_layer(self, group: int) -> int:
         """The number of a group's first layer."""
@@ -221,10 +236,13 @@ def with_matrices_cast(model: Decoder) -> Decoder:
     return unflatten(flat | cast, model)
 
 
-def _table(config: ModelConfig, execution: ExecutionConfig) -> Any:
-    shape = (config.vocab_size, config.embed_dim)
+def _table(
+    config: ModelConfig, execution: ExecutionConfig, num_rows: int | None = None, axis: str | None = "vocab"
+) -> Any:
+    """A row for each token of the vocabulary, or for each of something else."""
+    shape = (config.vocab_size if num_rows is None else num_rows, config.embed_dim)
     dtype = jnp.dtype(execution.parameter_dtype)
-    return nnx.data(Parameter(shape, ("vocab", "embed"), Normal(0.02), dtype, role="table"))
+    return nnx.data(Parameter(shape, (axis, "embed"), Normal(0.02), dtype, role="table"))
 
 
 def _output_head(config: ModelConfig, execution: ExecutionConfig, temperature: float = 1.0) -> Head:

@@ -1,28 +1,78 @@
-"""Rotary position embedding (arXiv:2104.09864), in the half-split layout: channel i rotates with channel i + D/2."""
+"""Rotary position embedding (arXiv:2104.09864), in the half-split layout: channel i rotates with channel i + R/2.
 
+R channels of a head rotate: the first ones.
+"""
+
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maxlm.config.rope import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
 from maxlm.core.hardware import traced_platform
 
 
-def rope_angles(positions_BL: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, each float32 [batch, length, 1, head_dim / 2], of position * theta^(-2i / head_dim)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions_BL.astype(jnp.float32)[..., None, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
+    """Radians per token of each pair of rotated channels, float64 [R / 2], and the factor on rotated queries and keys.
+
+    theta^(-2i / R) for pair i of R rotated channels, then the scaling.
+    """
+    channels = rope.rotated_channels(head_dim)
+    frequencies = rope.theta ** (-np.arange(0, channels, 2) / channels)
+    match rope.scaling:
+        case None:
+            return frequencies, 1.0
+        case LinearScaling(factor=factor):
+            return frequencies / factor, 1.0
+        case Llama3Scaling() as scaling:
+            turns = scaling.original_length * frequencies / (2 * np.pi)
+            slowed = 1 - _ramp(turns, scaling.low_frequency_factor, scaling.high_frequency_factor)
+            return frequencies * (1 - slowed + slowed / scaling.factor), 1.0
+        case YarnScaling(factor=factor) as scaling:
+            slowed = _ramp(np.arange(channels // 2), *_yarn_limits(scaling, rope.theta, channels))
+            larger = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+            return frequencies * (1 - slowed + slowed / factor), scaling.attention_factor or larger
+    raise AssertionError(rope.scaling)
+
+
+def _yarn_limits(scaling: YarnScaling, theta: float, channels: int) -> tuple[float, float]:
+    """The pairs of channels that make `beta_fast` and `beta_slow` turns within the original length."""
+
+    def pair(turns: float) -> float:
+        return channels * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    return max(low, 0), min(high, channels - 1)
+
+
+def _ramp(x: np.ndarray, low: float, high: float) -> np.ndarray:
+    """0 up to `low`, 1 from `high`, and linear between."""
+    return np.clip((x - low) / max(high - low, 0.001), 0, 1)
+
+
+def rope_angles(positions_BL: jax.Array, rope: RopeConfig, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the angles by which pairs of channels rotate, each float32 [batch, length, 1, R / 2].
+
+    Both are multiplied by the factor on rotated queries and keys.
+    """
+    frequencies, factor = rope_frequencies(rope, head_dim)
+    angles = positions_BL.astype(jnp.float32)[..., None, None] * jnp.asarray(frequencies, jnp.float32)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if factor == 1 else (factor * cos, factor * sin)
 
 
 def apply_rope(x_BLHD: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate each pair of channels of each head by its position's angle."""
+    """Rotate each pair of the first channels of each head by its position's angle; others are unchanged."""
     cos, sin = angles
     if traced_platform() == "tpu" and x_BLHD.dtype == jnp.bfloat16:
         return _rotate_by_product(x_BLHD, cos, sin, 1)
-    first, second = jnp.split(x_BLHD.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x_BLHD.astype(jnp.float32), (half, 2 * half), axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
     return rotated.astype(x_BLHD.dtype)
 
 
@@ -34,8 +84,8 @@ def _rotate_by_product(x_BLHD, cos, sin, direction):
     is 64 of 128 lanes: to split and join halves takes longer than this product. The gradient is the rotation by the
     opposite angle: `direction` is 1 or -1.
     """
-    half = x_BLHD.shape[-1] // 2
-    partners = np.zeros((2 * half, 2 * half), np.float32)
+    half, head_dim = cos.shape[-1], x_BLHD.shape[-1]
+    partners = np.zeros((head_dim, head_dim), np.float32)
     partners[np.arange(half) + half, np.arange(half)] = -direction
     partners[np.arange(half), np.arange(half) + half] = direction
     partner_BLHD = jax.lax.dot_general(
@@ -44,7 +94,9 @@ def _rotate_by_product(x_BLHD, cos, sin, direction):
         (((x_BLHD.ndim - 1,), (0,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
-    whole_cos, whole_sin = (jnp.concatenate([part, part], axis=-1) for part in (cos, sin))
+    rest = (*cos.shape[:-1], head_dim - 2 * half)
+    whole_cos = jnp.concatenate([cos, cos, jnp.ones(rest)], axis=-1)
+    whole_sin = jnp.concatenate([sin, sin, jnp.zeros(rest)], axis=-1)
     return (x_BLHD.astype(jnp.float32) * whole_cos + partner_BLHD * whole_sin).astype(x_BLHD.dtype)
 
 

@@ -9,17 +9,17 @@ def rms_norm(x, scale, epsilon):
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + epsilon) * scale
 
 
-def layer_norm(x, scale, bias, epsilon):
+def layer_norm(x, scale, bias=0.0, *, epsilon):
     centered = x - x.mean(axis=-1, keepdims=True)
     return centered / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + epsilon) * scale + bias
 
 
-def rotate(x, position, theta):
-    """RoPE of one head's vector: channel i rotates with channel i + D/2 by position * theta^(-2i/D)."""
-    half = len(x) // 2
-    out = np.empty_like(x)
+def rotate(x, position, rope):
+    """RoPE of one head's vector: of its first R channels, i rotates with i + R/2 by position * theta^(-2i/R)."""
+    half = int(len(x) * rope.share) // 2
+    out = x.copy()
     for i in range(half):
-        angle = position * theta ** (-2 * i / len(x))
+        angle = position * rope.theta ** (-i / half) / (rope.scaling.factor if rope.scaling else 1)
         out[i] = x[i] * np.cos(angle) - x[i + half] * np.sin(angle)
         out[i + half] = x[i + half] * np.cos(angle) + x[i] * np.sin(angle)
     return out
@@ -44,18 +44,29 @@ def logits_of_row(config, weights, tokens, positions=None, segments=None):
     length, epsilon = len(tokens), config.norm.epsilon
 
     def norm(x, own):
+        if config.norm.unit_offset:
+            own = own | {"scale": 1 + own["scale"]}
         return (
             rms_norm(x, own["scale"], epsilon) if config.norm.kind == "rms" else layer_norm(x, **own, epsilon=epsilon)
         )
 
+    def norm_if_any(x, own):
+        return norm(x, own) if own else x
+
     positions = np.arange(length) if positions is None else positions
     segments = np.ones(length, int) if segments is None else segments
-    x = w["embedding"][tokens]
+    x = w["embedding"][tokens] * (config.embedding_scale or 1)
+    x = x + w["positions"][positions] if config.learned_positions else x
+    x = norm(x, below(w, "embedding_norm")) if config.embedding_norm else x
     for layer, own in layers_in_order(config, w):
         mixer = {"attention": attention, "gru": gru}[layer.mixer.kind]
-        x = x + mixer(layer.mixer, below(own, "mixer"), norm(x, below(own, "mixer_norm")), positions, segments, epsilon)
+        before = norm_if_any(x, below(own, "mixer_norm"))
+        mixed = mixer(layer.mixer, below(own, "mixer"), before, positions, segments, norm)
+        after = x + norm_if_any(mixed, below(own, "mixer_output_norm"))
+        reads = {"sequential": after, "parallel": x, "parallel_one_norm": before}[config.residual]
         mlp = {"gated": gated_mlp, "plain": plain_mlp, "moe": mixture_of_experts}[layer.mlp.kind]
-        x = x + mlp(layer.mlp, below(own, "mlp"), norm(x, below(own, "mlp_norm")))
+        added = mlp(layer.mlp, below(own, "mlp"), norm_if_any(reads, below(own, "mlp_norm")))
+        x = after + norm_if_any(added, below(own, "mlp_output_norm"))
     x = norm(x, below(w, "final_norm"))
     return soft_cap(x @ w["embedding" if config.tie_embeddings else "head"].T, config.logit_soft_cap)
 
@@ -75,14 +86,15 @@ def below(weights, path):
     return {name[len(path) + 1 :]: value for name, value in weights.items() if name.startswith(f"{path}/")}
 
 
-def attention(config, w, h, positions, segments, epsilon):
+def attention(config, w, h, positions, segments, norm):
     length, heads, kv_heads, dim = len(h), config.num_heads, config.num_kv_heads, config.head_dim
-    q = (h @ w["query"]).reshape(length, heads, dim)
-    k = (h @ w["key"]).reshape(length, kv_heads, dim)
-    v = (h @ w["value"]).reshape(length, kv_heads, dim)
+    q = (h @ w["query"] + w.get("query_bias", 0)).reshape(length, heads, dim)
+    k = (h @ w["key"] + w.get("key_bias", 0)).reshape(length, kv_heads, dim)
+    v = (h @ w["value"] + w.get("value_bias", 0)).reshape(length, kv_heads, dim)
     if config.qk_norm:
-        q, k = rms_norm(q, w["query_norm/scale"], epsilon), rms_norm(k, w["key_norm/scale"], epsilon)
-    turn = (lambda x, position: x) if config.rope is None else (lambda x, at: rotate(x, at, config.rope.theta))
+        q, k = norm(q, below(w, "query_norm")), norm(k, below(w, "key_norm"))
+    turn = (lambda x, position: x) if config.rope is None else (lambda x, at: rotate(x, at, config.rope))
+    scale = config.scale or 1 / np.sqrt(dim)
     mixed = np.zeros((length, heads, dim))
     for n in range(heads):
         shared = n // (heads // kv_heads)
@@ -96,11 +108,11 @@ def attention(config, w, h, positions, segments, epsilon):
             if not seen:
                 continue
             query = turn(q[i, n], positions[i])
-            scores = soft_cap(np.array([query @ turned[j] / np.sqrt(dim) for j in seen]), config.soft_cap)
+            scores = soft_cap(np.array([query @ turned[j] * scale for j in seen]), config.soft_cap)
             if config.alibi:
                 scores -= ALIBI_SLOPES[heads][n] * (i - np.array(seen))
             mixed[i, n] = softmax(scores) @ v[seen, shared]
-    return mixed.reshape(length, heads * dim) @ w["out"]
+    return mixed.reshape(length, heads * dim) @ w["out"] + w.get("out_bias", 0)
 
 
 # Of the paper's release, for four heads and for six.
@@ -114,7 +126,7 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def gru(config, w, h, positions, segments, epsilon):
+def gru(config, w, h, positions, segments, norm):
     """torch.nn.GRU's equations, one gate and one token at a time."""
     size, state, before, states = config.dim, np.zeros(config.dim), 0, []
     for i, token in enumerate(h):

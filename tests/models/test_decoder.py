@@ -55,6 +55,34 @@ HYBRID = {
     },
 }
 
+# What the layers of other families than Llama are made of.
+BIASED = {**SIZES, "bias": True, "out_bias": True, "rope": {"theta": 300.0, "share": 0.5}}
+PLAIN = {"kind": "plain", "dim": 24}
+FAMILIES = {
+    "norms around, unit offset": {
+        "norm": {"placement": "around", "unit_offset": True},
+        "embedding_scale": 3.0,
+        "layers": {"repeat": 2, "mixer": {**LOCAL["mixer"], "scale": 0.4}, "mlp": {"dim": 24}},
+    },
+    "norms after": {"norm": {"placement": "after"}, "layers": {"repeat": 2, "mixer": BIASED, "mlp": {"dim": 24}}},
+    "parallel": {
+        "norm": {"kind": "layer"},
+        "residual": "parallel",
+        "learned_positions": 20,
+        "layers": {"repeat": 2, "mixer": BIASED | {"rope": None}, "mlp": PLAIN},
+    },
+    "parallel with one norm": {
+        "norm": {"kind": "layer", "bias": False},
+        "residual": "parallel_one_norm",
+        "embedding_norm": True,
+        "layers": {
+            "repeat": 2,
+            "mixer": BIASED | {"rope": {"share": 0.5, "scaling": {"kind": "linear", "factor": 3.0}}},
+            "mlp": PLAIN,
+        },
+    },
+}
+
 VARIANTS = {
     "plain": {},
     "multi-head": {"num_kv_heads": 4},
@@ -77,6 +105,10 @@ VARIANTS = {
 
 CONFIGS = {name: tiny_config(**changes) for name, changes in VARIANTS.items()}
 CONFIGS |= {"mixed": ModelConfig(**MIXED), "hybrid": ModelConfig(**HYBRID)}
+CONFIGS |= {
+    name: ModelConfig.model_validate({"vocab_size": VOCAB_SIZE, "embed_dim": 16} | family)
+    for name, family in FAMILIES.items()
+}
 
 
 @cache
@@ -95,7 +127,7 @@ def make(config="plain", execution=EXECUTION) -> Decoder:
             flat[path] = jnp.asarray(random.uniform(0.5, 1.5, leaf.shape), "float32")
         elif path.endswith("bias"):
             flat[path] = jnp.asarray(random.normal(0, 0.2, leaf.shape), "float32")
-        elif path in ("embedding", "head"):
+        elif path in ("embedding", "head", "positions"):
             flat[path] = leaf * 30
         else:
             flat[path] = leaf * 1.5
@@ -119,7 +151,7 @@ def test_logits_match_formula(name):
     np.testing.assert_allclose(logits(model, tokens), expected, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["windows", "all", "mixed"])
+@pytest.mark.parametrize("name", ["windows", "all", "mixed", *FAMILIES])
 def test_packed_rows_match_formula(name):
     model, tokens = make(name), tokens_of((1, 12))
     segments = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0]], np.int32)
@@ -129,7 +161,7 @@ def test_packed_rows_match_formula(name):
     np.testing.assert_allclose(got[0, :9], expected[:9], rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["plain", "all", "mixed"])
+@pytest.mark.parametrize("name", ["plain", "all", "mixed", *FAMILIES])
 def test_gradient_matches_finite_differences(name):
     """Finite differences of the float64 formula, along random directions through all weights at once."""
     model, tokens = make(name), tokens_of((1, 7))

@@ -5,12 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxlm.config.rope import RopeConfig
 from maxlm.ops import rope
 from maxlm.ops.rope import apply_rope, rope_angles
 
 
 def rotate(x, positions, theta=10_000.0):
-    return np.asarray(apply_rope(jnp.asarray(x, "float32"), rope_angles(jnp.asarray(positions), x.shape[-1], theta)))
+    return np.asarray(
+        apply_rope(jnp.asarray(x, "float32"), rope_angles(jnp.asarray(positions), RopeConfig(theta=theta), x.shape[-1]))
+    )
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 500.0])
@@ -32,7 +35,7 @@ def test_dot_products_depend_only_on_distance():
 def test_large_positions_keep_precision():
     """Angles are float32 for any dtype of the activations."""
     x = np.random.default_rng(0).standard_normal((1, 1, 1, 8))
-    angles = rope_angles(jnp.asarray([[4001]]), 8, 10_000.0)
+    angles = rope_angles(jnp.asarray([[4001]]), RopeConfig(), 8)
     got = apply_rope(jnp.asarray(x, "bfloat16"), angles)
     assert got.dtype == jnp.bfloat16
     assert angles[0].dtype == jnp.float32
@@ -43,7 +46,7 @@ def test_gradient_is_rotated_back():
     random = np.random.default_rng(0)
     x, grad = random.standard_normal((2, 1, 6, 2, 8))
     positions = np.arange(6)[None]
-    _, pull = jax.vjp(lambda x: apply_rope(x, rope_angles(positions, 8, 10_000.0)), jnp.float32(x)[None])
+    _, pull = jax.vjp(lambda x: apply_rope(x, rope_angles(positions, RopeConfig(), 8)), jnp.float32(x)[None])
     np.testing.assert_allclose(
         pull(jnp.float32(grad)[None])[0][0], rotate(grad[None], -positions)[0], rtol=1e-4, atol=1e-5
     )
@@ -60,7 +63,7 @@ def rotate_on_a_tpu(x, angles, monkeypatch):
 def test_product_of_a_tpu_has_the_same_bits(head_dim, monkeypatch):
     random = np.random.default_rng(0)
     x, grad = jnp.asarray(random.standard_normal((2, 3, 50, 4, head_dim)), "bfloat16")
-    angles = rope_angles(jnp.asarray(random.integers(0, 9000, (3, 50))), head_dim, 10_000.0)
+    angles = rope_angles(jnp.asarray(random.integers(0, 9000, (3, 50))), RopeConfig(), head_dim)
     # Without jit: a CPU's fused multiply-add would round the two formulas differently.
     plain, pull = jax.vjp(lambda x: apply_rope(x, angles), x)
     product, pull_product = jax.vjp(lambda x: rotate_on_a_tpu(x, angles, monkeypatch), x)
