@@ -72,7 +72,7 @@ def export_model(
     check_output(output, "export", key="OUTPUT", suffix=len(_temporary_name("")))
     # `.` has no name from which to derive the temporary folder.
     output = Path(os.path.abspath(output))
-    if (exported := find_format(model_path)) is not None:
+    if (exported := find_format(model_path)) is not None and exported.quantize is not None:
         raise CheckpointError(f"{model_path}: is already {exported.title}; give the run that it was exported from")
     if output.exists() and not target.recognizes(output) and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError([f"{output}: exists and is not {target.title}; give a new folder"])

@@ -1,0 +1,131 @@
+"""Where each tensor of a family is in a model of ours: the table of the family, applied to all layers."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from maxlm.config.model import ModelConfig
+from maxlm.core.parameters import Parameter
+from maxlm.core.tree import flatten
+from maxlm.families.family import Family, Tensor
+from maxlm.layers.stack import layer_indices
+from maxlm.models.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter, or the one of a layer or an expert, within a tensor.
+
+    path: of the parameter; place: its index in the leading axes, over layers and experts.
+    rows: the rows of the tensor that hold it.
+    """
+
+    path: str
+    place: tuple[int, ...]
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor of a model: its shape, and what it holds.
+
+    is_transposed: its rows are the last axis of the parameters, as outputs of our matrices are.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    is_transposed: bool
+    input_first: bool
+
+
+def placed_tensors(family: Family, declared: Decoder) -> dict[str, Placed]:
+    """All tensors of a model by name.
+
+    Raises:
+      LookupError: the table does not hold each parameter exactly once. The family does not have such models.
+    """
+    parameters = flatten(declared)
+    placed: dict[str, Placed] = {}
+    for each in family.tensors:
+        if each.only is not None and not each.only(declared.config):
+            continue
+        for name, pieces in _instances(each, parameters, declared.config):
+            if name in placed:
+                raise LookupError(f"{family.model_type}: {name} is twice in the table")
+            placed[name] = _place(each, name, pieces, parameters, declared.config)
+    held = Counter((piece.path, piece.place) for tensor in placed.values() for piece in tensor.pieces)
+    wanted = {
+        (path, place) for path, each in parameters.items() for place in np.ndindex(each.shape[: each.num_stacked])
+    }
+    for path, place in sorted(wanted ^ held.keys()) + [key for key, count in held.items() if count > 1]:
+        raise LookupError(f"{family.model_type}: {path}{list(place)} must be once in the table")
+    return placed
+
+
+def _instances(
+    each: Tensor, parameters: dict[str, Parameter], config: ModelConfig
+) -> Iterator[tuple[str, list[tuple[str, tuple[int, ...]]]]]:
+    """The name of each tensor of an entry, and the paths and places of what it holds."""
+    if "{layer}" not in each.name:
+        if all(path in parameters for path in each.holds):
+            yield each.name, [(path, ()) for path in each.holds]
+        return
+    by_expert = "{expert}" in each.name
+    for prefix, number, place in _places_of_layers(config):
+        paths = [f"{prefix}/{path.removeprefix('layer/')}" for path in each.holds]
+        found = [
+            path for path in paths if path in parameters and ("experts" in parameters[path].axes[:-1]) == by_expert
+        ]
+        if not found:
+            continue
+        if len(found) < len(paths):
+            raise LookupError(f"{each.name} holds more than {found} of layer {number}")
+        experts = [(i,) for i in range(parameters[found[0]].shape[len(place)])] if by_expert else [()]
+        for expert in experts:
+            numbers = {"layer": number, **({"expert": expert[0]} if expert else {})}
+            yield each.name.format(**numbers), [(path, (*place, *expert)) for path in found]
+
+
+def _is_of_experts(parameter: Parameter) -> bool:
+    return "experts" in parameter.axes
+
+
+def _places_of_layers(config: ModelConfig) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """The path of the stack of each layer, the layer's number and its index in the stack."""
+    for group, positions in enumerate(layer_indices(config)):
+        for position, numbers in enumerate(positions):
+            for place, number in np.ndenumerate(numbers):
+                yield f"layers/{group}/{position}", int(number), place
+
+
+def _place(
+    each: Tensor,
+    name: str,
+    pieces: Sequence[tuple[str, tuple[int, ...]]],
+    parameters: dict[str, Parameter],
+    config: ModelConfig,
+) -> Placed:
+    shapes = [parameters[path].shape[len(place) :] for path, place in pieces]
+    is_transposed = len(shapes[0]) == 2 and parameters[pieces[0][0]].role != "table"
+    sizes = [shape[-1] if is_transposed else shape[0] for shape in shapes]
+    rows = [np.asarray(each) for each in each.rows(config, sizes)]
+    if [len(part) for part in rows] != sizes or sorted(np.concatenate(rows)) != list(range(sum(sizes))):
+        raise LookupError(f"{name}: the rows of {[path for path, _ in pieces]} are not each row once")
+    columns = (shapes[0][0] if is_transposed else shapes[0][1],) if len(shapes[0]) == 2 else ()
+    shape = (sum(sizes), *columns)
+    return Placed(
+        name,
+        shape[::-1] if each.input_first else shape,
+        tuple(Piece(path, place, part) for (path, place), part in zip(pieces, rows)),
+        is_transposed,
+        each.input_first,
+    )
+
+
+def ignores(family: Family, name: str) -> bool:
+    """Whether a tensor of a file holds no parameters."""
+    return bool(family.ignored) and re.fullmatch(family.ignored, name) is not None

@@ -1,0 +1,104 @@
+"""Rotary positions in config.json: `rope_parameters`, or `rope_theta` and `rope_scaling` before version 5."""
+
+import math
+from typing import Any
+
+from maxlm.config.rope import LinearScaling, Llama3Scaling, RopeConfig, RopeScaling, YarnScaling
+from maxlm.errors import CheckpointError
+from maxlm.families.settings import Settings
+
+
+def read_rope(settings: Settings, *, theta: float, share: float | None = None) -> RopeConfig:
+    """The rotary positions of a model.
+
+    Args:
+      theta: where it is missing.
+      share: of the channels that rotate, where it is missing; None: all of them, and no other share is possible.
+    """
+    scaling, parameters = settings.section("rope_scaling"), settings.section("rope_parameters")
+    section = parameters or scaling or Settings({}, settings.where)
+    theta = section.get("rope_theta", settings.get("rope_theta", theta))
+    if share is not None:
+        share = section.get("partial_rotary_factor", settings.get("partial_rotary_factor", share))
+    rope = RopeConfig(theta=float(theta), share=1.0 if share is None else share, scaling=_scaling(settings, section))
+    section.check_all_read()
+    return rope
+
+
+def _scaling(settings: Settings, section: Settings) -> RopeScaling | None:
+    old_name = section.get("type", "default")
+    kind = section.get("rope_type", old_name)
+
+    def number(name: str, *default: Any) -> Any:
+        value = section.get(name, *default)
+        return float(value) if isinstance(value, int) else value
+
+    def original_length() -> int:
+        return section.size("original_max_position_embeddings", settings.get("max_position_embeddings"))
+
+    match kind:
+        case "default":
+            return None
+        case "linear":
+            return LinearScaling(kind="linear", factor=number("factor"))
+        case "llama3":
+            return Llama3Scaling(
+                kind="llama3",
+                factor=number("factor"),
+                low_frequency_factor=number("low_freq_factor"),
+                high_frequency_factor=number("high_freq_factor"),
+                original_length=original_length(),
+            )
+        case "yarn":
+            factor, attention_factor = number("factor"), number("attention_factor", None)
+            mscale, mscale_all_dim = number("mscale", None), number("mscale_all_dim", None)
+            if attention_factor is None and mscale and mscale_all_dim:
+                attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
+            return YarnScaling(
+                kind="yarn",
+                factor=factor,
+                original_length=original_length(),
+                beta_fast=number("beta_fast", None) or 32.0,
+                beta_slow=number("beta_slow", None) or 1.0,
+                attention_factor=attention_factor,
+                truncate=section.get("truncate", True),
+            )
+    raise CheckpointError(
+        f"{section.where}: rope_type is {kind!r}, which is not supported; it must be default, linear, llama3 or yarn"
+    )
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def write_rope(rope: RopeConfig | None) -> dict[str, Any]:
+    """The settings as they are before version 5, which later ones read too."""
+    if rope is None:
+        return {}
+    written: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": None}
+    if rope.share != 1:
+        written["partial_rotary_factor"] = rope.share
+    match rope.scaling:
+        case LinearScaling(factor=factor):
+            written["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+        case Llama3Scaling() as scaling:
+            written["rope_scaling"] = {
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_frequency_factor,
+                "high_freq_factor": scaling.high_frequency_factor,
+                "original_max_position_embeddings": scaling.original_length,
+            }
+        case YarnScaling() as scaling:
+            written["rope_scaling"] = {
+                "rope_type": "yarn",
+                "factor": scaling.factor,
+                "original_max_position_embeddings": scaling.original_length,
+                "beta_fast": scaling.beta_fast,
+                "beta_slow": scaling.beta_slow,
+                "truncate": scaling.truncate,
+            }
+            if scaling.attention_factor is not None:
+                written["rope_scaling"]["attention_factor"] = scaling.attention_factor
+    return written

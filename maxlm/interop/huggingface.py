@@ -1,0 +1,242 @@
+"""Hugging Face's format: config.json, and safetensors files with a tensor for each parameter of each layer."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+from pydantic import ValidationError
+
+from maxlm.config.execution import ExecutionConfig
+from maxlm.core.parameters import Parameter, abstract
+from maxlm.core.tree import flatten, unflatten
+from maxlm.errors import CheckpointError
+from maxlm.families.family import Description, Family, families
+from maxlm.families.placement import Placed, ignores, placed_tensors
+from maxlm.families.settings import Settings
+from maxlm.interop.formats import Format
+from maxlm.interop.tensor_files import TensorFiles, write_tensors
+from maxlm.models.decoder import Decoder
+from maxlm.runtime.manifest import write_json
+from maxlm.tokenizer.codec import Tokenizer
+
+CONFIG_FILE = "config.json"
+
+
+def is_huggingface(path: Path) -> bool:
+    """Whether a folder has a config.json."""
+    return (path / CONFIG_FILE).is_file()
+
+
+def load_huggingface(path: Path, mesh: Mesh | None = None) -> tuple[Decoder, Tokenizer | None]:
+    """Load a model, each device reading its own part.
+
+    Raises:
+      CheckpointError: the model is of an unknown family, has a setting that is not supported, or its tensors are not
+        those that config.json describes.
+    """
+    family, description = read_description(path)
+    files = TensorFiles(path)
+    dtypes = {dtype for name, dtype in files.dtypes.items() if not ignores(family, name)}
+    is_short = dtypes == {"bfloat16"}
+    execution = ExecutionConfig(
+        max_length=description.max_length,
+        parameter_dtype="bfloat16" if is_short else "float32",
+        activation_dtype="bfloat16" if is_short else "float32",
+        matmul_dtype="auto" if is_short else "float32",
+    )
+    declared = Decoder(description.model, execution)
+    placed = placed_tensors(family, declared)
+    _check_tensors(family, files, placed, declared)
+    readers = _readers(files, placed)
+    targets = abstract(declared, mesh)
+    arrays = {
+        path: _read_parameter(readers[path], parameter, flatten(targets)[path])
+        for path, parameter in flatten(declared).items()
+    }
+    return unflatten(arrays, targets), None
+
+
+def read_description(path: Path) -> tuple[Family, Description]:
+    """The family of a model, and what its config.json says.
+
+    Raises:
+      CheckpointError: see `load_huggingface`.
+    """
+    file = path / CONFIG_FILE
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        model_type = values["model_type"]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{file}: is corrupt, or names no model_type; copy the file again") from None
+    if model_type not in families():
+        known = ", ".join(sorted(families()))
+        raise CheckpointError(f"{file}: model_type is {model_type!r}, which maxlm does not know; it knows {known}")
+    family, settings = families()[model_type], Settings(values, file)
+    try:
+        description = family.read(settings)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        what = ".".join(str(part) for part in problem["loc"])
+        raise CheckpointError(
+            f"{file}: does not describe a model that maxlm supports: {what}: {problem['msg']}"
+        ) from None
+    settings.check_all_read()
+    model = description.model.model_copy(update={"family": family.model_type})
+    return family, dataclasses.replace(description, model=model)
+
+
+def _check_tensors(family: Family, files: TensorFiles, placed: dict[str, Placed], declared: Decoder) -> None:
+    """Raise CheckpointError for a tensor that is missing, unexpected, or of another shape than the model's."""
+    where = files.folder
+    if missing := [name for name in placed if name not in files.shapes]:
+        raise CheckpointError(
+            f"{where}: the tensor {missing[0]} is missing{_more(missing)}; the files do not fit {CONFIG_FILE}"
+        )
+    extra = [name for name in files.shapes if name not in placed and not ignores(family, name)]
+    if declared.config.tie_embeddings:
+        extra = [name for name in extra if not _is_copy_of_embedding(family, files, placed, name)]
+    if extra:
+        raise CheckpointError(
+            f"{where}: the tensor {extra[0]} is not part of the model that {CONFIG_FILE} describes{_more(extra)}"
+        )
+    for name, tensor in placed.items():
+        if files.shapes[name] != tensor.shape:
+            raise CheckpointError(
+                f"{where}: {name} has the shape {list(files.shapes[name])}, but {CONFIG_FILE} describes"
+                f" {list(tensor.shape)}"
+            )
+
+
+def _is_copy_of_embedding(family: Family, files: TensorFiles, placed: dict[str, Placed], name: str) -> bool:
+    """Whether a tensor is the output head, stored once more although it is tied to the embedding."""
+    if name not in {each.name for each in family.tensors if each.holds == ("head",)}:
+        return False
+    (embedding,) = [each.name for each in placed.values() if each.pieces[0].path == "embedding"]
+    if not np.array_equal(files.read(name, slice(None)), files.read(embedding, slice(None))):
+        raise CheckpointError(
+            f"{files.folder}: {name} differs from {embedding}, but {CONFIG_FILE} ties them: set tie_word_embeddings to"
+            " false if the model has two tables"
+        )
+    return True
+
+
+def _more(names: list[str]) -> str:
+    return f", and {len(names) - 1} more are" if len(names) > 1 else ""
+
+
+# Reads [rows, columns] or [rows] of a parameter of one layer and expert.
+_Readers = dict[tuple[int, ...], Any]
+
+
+def _readers(files: TensorFiles, placed: dict[str, Placed]) -> dict[str, _Readers]:
+    """For each parameter, functions that read it by the place in its stack."""
+    readers: dict[str, _Readers] = {}
+    for tensor in placed.values():
+        for piece in tensor.pieces:
+            readers.setdefault(piece.path, {})[piece.place] = _reader(files, tensor, piece.rows)
+    return readers
+
+
+def _reader(files: TensorFiles, tensor: Placed, rows: np.ndarray):
+    def read(*index: slice) -> np.ndarray:
+        row_slice, *columns = index[::-1] if tensor.is_transposed else index
+        wanted = rows[row_slice]
+        start, stop = int(wanted.min()), int(wanted.max()) + 1
+        read_index = (slice(start, stop), *columns)
+        block = files.read(tensor.name, *(read_index[::-1] if tensor.input_first else read_index))
+        block = block.T if tensor.input_first else block
+        block = block if stop - start == len(wanted) and np.all(np.diff(wanted) == 1) else block[wanted - start]
+        return block.T if tensor.is_transposed else block
+
+    return read
+
+
+def _read_parameter(readers: _Readers, parameter: Parameter, target: jax.ShapeDtypeStruct) -> jax.Array:
+    stacked = parameter.num_stacked
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [range(*each.indices(size)) for each, size in zip(index, parameter.shape)]
+        result = np.empty([len(each) for each in bounds], parameter.dtype)
+        inner = tuple(slice(each.start, each.stop) for each in bounds[stacked:])
+        for place in np.ndindex(*result.shape[:stacked]):
+            result[place] = readers[tuple(each[i] for each, i in zip(bounds, place))](*inner)
+        return result
+
+    sharding = target.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.make_array_from_callback(parameter.shape, sharding, part)
+
+
+def write_huggingface(path: Path, model: Decoder, tokenizer: Tokenizer | None, receipt: dict[str, Any]) -> None:
+    """Write config.json and the tensors.
+
+    Raises:
+      CheckpointError: no family has such models.
+    """
+    del tokenizer, receipt
+    family, placed = find_family(model)
+    dtype = stored_dtype(model)
+    config = family.write(Description(model.config, model.execution.max_length))
+    write_json(
+        path / CONFIG_FILE,
+        {"architectures": [family.architecture], "model_type": family.model_type, "torch_dtype": dtype, **config},
+    )
+    arrays = flatten(model)
+    total = sum(x.size for x in arrays.values()) * np.dtype(jnp.dtype(dtype)).itemsize
+    write_tensors(path, _their_tensors(arrays, placed, dtype), total)
+
+
+def find_family(model: Decoder) -> tuple[Family, dict[str, Placed]]:
+    """The family that a model was imported from, or else the first one that has such models, and where tensors are.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    declared = Decoder(model.config, model.execution)
+    wanted = Description(model.config.model_copy(update={"family": None}), model.execution.max_length)
+    for family in sorted(families().values(), key=lambda family: family.model_type != model.config.family):
+        try:
+            settings = Settings(json.loads(json.dumps(family.write(wanted))), family.model_type)
+            if family.read(settings) == wanted:
+                return family, placed_tensors(family, declared)
+        except (CheckpointError, ValidationError, LookupError, AttributeError, TypeError):
+            # It has no word for something in this model.
+            continue
+    raise CheckpointError(
+        "the model is of no family that Hugging Face's transformers computes: see docs/families.md for those that are"
+    )
+
+
+def stored_dtype(model: Decoder) -> str:
+    """The dtype that tensors are stored in: bfloat16 or float16 if that loses nothing, else float32."""
+    arrays = list(flatten(model).values())
+    if model.execution.parameter_dtype == "bfloat16":
+        return "bfloat16" if all(_is_exact(x, ml_dtypes.bfloat16) for x in arrays) else "float32"
+    return "float16" if all(_is_exact(x, np.float16) for x in arrays) else "float32"
+
+
+def _is_exact(x: jax.Array, dtype: Any) -> bool:
+    return x.dtype == dtype or bool(jnp.all(x.astype(dtype).astype(jnp.float32) == x))
+
+
+def _their_tensors(
+    arrays: dict[str, jax.Array], placed: dict[str, Placed], dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    for tensor in placed.values():
+        rows_first = tensor.shape[::-1] if tensor.input_first else tensor.shape
+        whole = np.empty(rows_first, jnp.dtype(dtype))
+        for piece in tensor.pieces:
+            part = np.asarray(arrays[piece.path][piece.place])
+            whole[piece.rows] = part.T if tensor.is_transposed else part
+        yield tensor.name, whole.T if tensor.input_first else whole
+
+
+FORMAT = Format(
+    "hf", "a Hugging Face folder", recognizes=is_huggingface, load=load_huggingface, write=write_huggingface
+)

@@ -1,0 +1,109 @@
+"""A tiny model of a family, computed by maxlm and by transformers, imported and exported."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from drawn_weights import draw, inputs
+from family_cases import CASES, file_name
+from safetensors.numpy import load_file, save_file
+
+from maxlm.families.placement import placed_tensors
+from maxlm.interop.huggingface import load_huggingface, read_description, write_huggingface
+from maxlm.models.decoder import Decoder
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Largest absolute differences of logits, of whole texts and with a cache; relative ones of loss and gradient norm.
+
+    same_greedy: the greedy continuation is that of transformers.
+    same_tensors: what is exported is bit for bit what was imported; same_model: and its settings describe that model.
+    """
+
+    logits: float
+    cached_logits: float
+    loss: float
+    gradient_norm: float
+    same_greedy: bool
+    same_tensors: bool
+    same_model: bool
+
+
+def write_folder(folder: Path, settings: dict) -> dict[str, np.ndarray]:
+    """A folder as transformers writes it, with weights drawn from a seed; returns the tensors."""
+    (folder / "config.json").write_text(json.dumps(settings))
+    family, description = read_description(folder)
+    placed = placed_tensors(family, Decoder(description.model))
+    tensors = {name: draw(name, tensor.shape) for name, tensor in placed.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+def compare(name: str, folder: Path) -> Comparison:
+    """Compare a case with what transformers computes for it. `folder`: an empty one."""
+    golden = np.load(GOLDEN / f"{file_name(name)}.npz")
+    tensors = write_folder(folder, CASES[name])
+    model, _ = load_huggingface(folder)
+    tokens, mask = inputs()
+    logits, loss, gradient_norm = _compute(model, tokens, mask)
+    greedy, cached_logits = _continue_greedily(model, tokens[0], len(golden["greedy"]))
+
+    out = folder / "out"
+    out.mkdir()
+    write_huggingface(out, model, None, {})
+    written = load_file(out / "model.safetensors")
+    return Comparison(
+        logits=_largest((logits - golden["logits"])[mask == 1]),
+        cached_logits=_largest(cached_logits - golden["logits"][0]),
+        loss=_largest(loss / golden["loss"] - 1),
+        gradient_norm=_largest(gradient_norm / golden["gradient_norm"] - 1),
+        same_greedy=np.array_equal(greedy, golden["greedy"]),
+        same_tensors=written.keys() == tensors.keys()
+        and all(written[path].dtype == x.dtype and np.array_equal(written[path], x) for path, x in tensors.items()),
+        same_model=read_description(out) == read_description(folder),
+    )
+
+
+def _largest(difference) -> float:
+    return float(np.max(np.abs(np.asarray(difference))))
+
+
+@jax.jit
+def _compute(model, tokens, mask):
+    """Logits, loss and norm of the gradient."""
+
+    def loss(model):
+        logits = model.logits(model(tokens, segment_ids_BL=mask).hidden_BLD)
+        log_p = jax.nn.log_softmax(logits[:, :-1])
+        chosen = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
+        return -jnp.sum(chosen * mask[:, 1:]) / jnp.sum(mask[:, 1:]), logits
+
+    (value, logits), gradient = jax.value_and_grad(loss, has_aux=True)(model)
+    return logits, value, jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradient)))
+
+
+def _continue_greedily(model: Decoder, tokens: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The most likely next tokens, token by token with a cache, and the logits of the given tokens."""
+    total = len(tokens) + count
+
+    @jax.jit
+    def run(model):
+        def step(carry, position):
+            caches, chosen = carry
+            given = jnp.asarray(tokens)[jnp.minimum(position, len(tokens) - 1)]
+            token = jnp.where(position < len(tokens), given, chosen)
+            output = model(token[None, None], positions_BL=position[None, None], caches=caches)
+            logits = model.logits(output.hidden_BLD)[0, 0]
+            return (output.caches, jnp.argmax(logits).astype(jnp.int32)), logits
+
+        caches = model.create_caches(1, total, jnp.float32)
+        return jax.lax.scan(step, (caches, jnp.int32(0)), jnp.arange(total - 1))[1]
+
+    logits = np.asarray(run(model))
+    return logits[len(tokens) - 1 :].argmax(-1), logits[: len(tokens)]
