@@ -25,6 +25,7 @@ examples:
   maxlm export runs/small bundles/small --data data/small
   maxlm export runs/chat bundles/chat --data chats/valid.jsonl
   maxlm chat bundles/chat
+  maxlm export runs/small exports/small --format hf
 """
 
 
@@ -40,7 +41,12 @@ def register(subparsers) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run folder or a checkpoint")
     parser.add_argument("output", metavar="OUTPUT", help="folder of the bundle; an older bundle there is replaced")
     parser.add_argument("--ema", action="store_true", help="export the run's EMA weights (optim.ema_decay)")
-    parser.add_argument("--format", default="int8", metavar="NAME", help="export format (int8)")
+    parser.add_argument(
+        "--format",
+        default="int8",
+        metavar="NAME",
+        help="int8, or hf: float weights as Hugging Face's transformers reads them (int8)",
+    )
     parser.add_argument(
         "--data",
         metavar="PATH",

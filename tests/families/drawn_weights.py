@@ -6,12 +6,12 @@ import numpy as np
 
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor of a model: vectors away from 0 and norms away from 1, so that a missing one shows."""
+    """A tensor of a model: vectors away from 0, and norms from 0 and 1, so that a missing one shows."""
     normal = np.random.default_rng([7, zlib.crc32(name.encode())]).standard_normal(shape, np.float32)
     if len(shape) > 1:
-        return normal * np.float32(0.5 if shape[0] > shape[1] * 2 else shape[1] ** -0.5)
-    is_norm = name.endswith("weight")
-    return (1 if is_norm else 0) + np.float32(0.3) * normal
+        is_table = "embed" in name or "wte" in name or "wpe" in name
+        return normal * np.float32(0.5 if is_table else shape[1] ** -0.5)
+    return np.float32(0.6 if name.endswith("weight") else 0) + np.float32(0.2) * normal
 
 
 def inputs() -> tuple[np.ndarray, np.ndarray]:
