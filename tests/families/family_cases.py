@@ -16,6 +16,7 @@ LLAMA = {
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
 }
+STABLELM = {key: value for key, value in LLAMA.items() if key != "rms_norm_eps"}
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "factor": 4.0,
@@ -102,6 +103,14 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "glm": {"model_type": "glm", **LLAMA, "head_dim": 16, "attention_bias": True},
     "phi3": {"model_type": "phi3", **LLAMA, "sliding_window": WINDOW},
+    "stablelm": {"model_type": "stablelm", **STABLELM, "partial_rotary_factor": 0.25},
+    "stablelm, parallel": {
+        "model_type": "stablelm",
+        **STABLELM,
+        "partial_rotary_factor": 0.5,
+        "use_parallel_residual": True,
+        "use_qkv_bias": True,
+    },
     "gpt2": {
         "model_type": "gpt2",
         **TOKENS,
