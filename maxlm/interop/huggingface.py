@@ -53,6 +53,10 @@ def load_huggingface(path: Path, mesh: Mesh | None = None) -> tuple[Decoder, Tok
     )
     declared = Decoder(description.model, execution)
     placed = placed_tensors(family, declared)
+    # A model without its output head is stored without the first part of the names.
+    prefix = f"{next(iter(placed)).split('.')[0]}."
+    if not any(name.startswith(prefix) for name in files.shapes):
+        files.add_prefix(prefix, but=placed)
     _check_tensors(family, files, placed, declared)
     readers = _readers(files, placed)
     targets = abstract(declared, mesh)

@@ -1,7 +1,7 @@
 """The safetensors files of a Hugging Face folder: one, or several with an index."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,13 @@ class TensorFiles:
             ) from None
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: is corrupt or truncated ({error}); copy the file again") from None
+
+    def add_prefix(self, prefix: str, *, but: Container[str]) -> None:
+        """Name all tensors with a prefix, but those of these names."""
+        tables: tuple[dict[str, Any], ...] = (self._slices, self._file_of, self.shapes, self.dtypes)
+        for by_name in tables:
+            for name in [name for name in by_name if name not in but]:
+                by_name[prefix + name] = by_name.pop(name)
 
     def read(self, name: str, *index: slice) -> np.ndarray:
         """A part of a tensor, with a slice of step 1 for each axis."""

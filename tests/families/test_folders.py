@@ -129,6 +129,16 @@ def test_a_second_copy_of_a_tied_table_is_accepted(tmp_path):
         np.testing.assert_array_equal(array, plain[path])
 
 
+def test_names_may_lack_their_first_part(tmp_path):
+    """As in a file of the model without its output head, such as that of GPT-2."""
+    tensors = write_folder(tmp_path, CASES["gpt2"])
+    plain = flatten(load_huggingface(tmp_path)[0])
+    short = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+    save_file(short | {"h.0.attn.bias": np.ones((1, 1, 8, 8), np.float32)}, tmp_path / "model.safetensors")
+    for path, array in flatten(load_huggingface(tmp_path)[0]).items():
+        np.testing.assert_array_equal(array, plain[path])
+
+
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32], ids=lambda dtype: dtype.__name__)
 def test_dtype_is_kept_and_files_are_split(dtype, original, tmp_path, monkeypatch):
     """Several files with an index, each device reading its own part: the same tensors."""
