@@ -94,9 +94,10 @@ def _rotate_by_product(x_BLHD, cos, sin, direction):
         (((x_BLHD.ndim - 1,), (0,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
-    rest = (*cos.shape[:-1], head_dim - 2 * half)
-    whole_cos = jnp.concatenate([cos, cos, jnp.ones(rest)], axis=-1)
-    whole_sin = jnp.concatenate([sin, sin, jnp.zeros(rest)], axis=-1)
+    # Channels that do not rotate: by an angle of 0.
+    rest = [(0, 0)] * (cos.ndim - 1) + [(0, head_dim - 2 * half)]
+    whole_cos = jnp.pad(jnp.concatenate([cos, cos], axis=-1), rest, constant_values=1)
+    whole_sin = jnp.pad(jnp.concatenate([sin, sin], axis=-1), rest)
     return (x_BLHD.astype(jnp.float32) * whole_cos + partner_BLHD * whole_sin).astype(x_BLHD.dtype)
 
 

@@ -59,11 +59,11 @@ def rotate_on_a_tpu(x, angles, monkeypatch):
     return result
 
 
-@pytest.mark.parametrize("head_dim", [8, 64, 128])
-def test_product_of_a_tpu_has_the_same_bits(head_dim, monkeypatch):
+@pytest.mark.parametrize(("head_dim", "share"), [(8, 1.0), (64, 1.0), (128, 1.0), (64, 0.25)])
+def test_product_of_a_tpu_has_the_same_bits(head_dim, share, monkeypatch):
     random = np.random.default_rng(0)
     x, grad = jnp.asarray(random.standard_normal((2, 3, 50, 4, head_dim)), "bfloat16")
-    angles = rope_angles(jnp.asarray(random.integers(0, 9000, (3, 50))), RopeConfig(), head_dim)
+    angles = rope_angles(jnp.asarray(random.integers(0, 9000, (3, 50))), RopeConfig(share=share), head_dim)
     # Without jit: a CPU's fused multiply-add would round the two formulas differently.
     plain, pull = jax.vjp(lambda x: apply_rope(x, angles), x)
     product, pull_product = jax.vjp(lambda x: rotate_on_a_tpu(x, angles, monkeypatch), x)
@@ -72,7 +72,8 @@ def test_product_of_a_tpu_has_the_same_bits(head_dim, monkeypatch):
 
     cos, sin = (np.asarray(part, np.float64) for part in angles)
     for value, got, sign in ((x, product, 1), (grad, pull_product(grad)[0], -1)):
-        first, second = np.split(np.asarray(value, np.float64), 2, axis=-1)
-        exact = np.concatenate([first * cos - sign * second * sin, second * cos + sign * first * sin], axis=-1)
+        half = cos.shape[-1]
+        first, second, rest = np.split(np.asarray(value, np.float64), (half, 2 * half), axis=-1)
+        exact = np.concatenate([first * cos - sign * second * sin, second * cos + sign * first * sin, rest], axis=-1)
         # Half a unit in the last place of bfloat16, and the rounding of the float32 sum.
         np.testing.assert_allclose(np.asarray(got, np.float64), exact, rtol=2.0**-8 * 1.001, atol=1e-6)
