@@ -4,7 +4,7 @@ from typing import Any
 
 from maxlm.config.layers import GatedMlpConfig, LayerConfig
 from maxlm.config.model import ModelConfig, NormConfig
-from maxlm.families.family import Description, tensor
+from maxlm.families.family import Description, Tensor, tensor
 from maxlm.families.layers import first_layer, grouped
 from maxlm.families.rope import read_rope, write_rope
 from maxlm.families.settings import Settings
@@ -39,6 +39,11 @@ TENSORS = (
     tensor("model.norm.weight", "final_norm/scale"),
     tensor("lm_head.weight", "head"),
 )
+
+
+def layer_norm(name: str, ours: str, **layout: Any) -> tuple[Tensor, Tensor]:
+    """The two tensors of a LayerNorm."""
+    return tensor(f"{name}.weight", f"{ours}/scale", **layout), tensor(f"{name}.bias", f"{ours}/bias", **layout)
 
 
 def read_model(

@@ -7,8 +7,8 @@ import numpy as np
 
 from maxlm.config.layers import AttentionConfig, LayerConfig, PlainMlpConfig
 from maxlm.config.model import ModelConfig, NormConfig
-from maxlm.families.common import read_activation, write_activation
-from maxlm.families.family import Description, Family, Tensor, tensor
+from maxlm.families.common import layer_norm, read_activation, write_activation
+from maxlm.families.family import Description, Family, tensor
 from maxlm.families.layers import first_layer, grouped
 from maxlm.families.rope import read_rope, write_rope
 from maxlm.families.settings import Settings
@@ -26,18 +26,14 @@ def _has_two_norms(model: ModelConfig) -> bool:
     return model.residual == "parallel"
 
 
-def _norm(name: str, ours: str, **layout: Any) -> tuple[Tensor, Tensor]:
-    return tensor(f"{name}.weight", f"{ours}/scale", **layout), tensor(f"{name}.bias", f"{ours}/bias", **layout)
-
-
 _LAYER = "transformer.h.{layer}"
 FALCON_TENSORS = (
     tensor("transformer.word_embeddings.weight", "embedding"),
-    *_norm(f"{_LAYER}.ln_attn", "layer/mixer_norm", only=_has_two_norms),
-    *_norm(f"{_LAYER}.ln_mlp", "layer/mlp_norm", only=_has_two_norms),
-    *_norm(f"{_LAYER}.input_layernorm", "layer/mixer_norm", only=lambda model: not _has_two_norms(model)),
-    *_norm(f"{_LAYER}.post_attention_layernorm", "layer/mlp_norm", only=lambda model: not _has_two_norms(model)),
-    *_norm("transformer.ln_f", "final_norm"),
+    *layer_norm(f"{_LAYER}.ln_attn", "layer/mixer_norm", only=_has_two_norms),
+    *layer_norm(f"{_LAYER}.ln_mlp", "layer/mlp_norm", only=_has_two_norms),
+    *layer_norm(f"{_LAYER}.input_layernorm", "layer/mixer_norm", only=lambda model: not _has_two_norms(model)),
+    *layer_norm(f"{_LAYER}.post_attention_layernorm", "layer/mlp_norm", only=lambda model: not _has_two_norms(model)),
+    *layer_norm("transformer.ln_f", "final_norm"),
     *(
         each
         for kind, suffix in (("weight", ""), ("bias", "_bias"))

@@ -6,6 +6,7 @@ from typing import Any
 from maxlm.config.layers import AttentionConfig, LayerConfig
 from maxlm.config.rope import RopeConfig
 from maxlm.families.common import (
+    ACTIVATIONS,
     TENSORS,
     read_activation,
     read_attention,
@@ -34,6 +35,8 @@ def _read_gemma(settings: Settings) -> Description:
     bias = settings.get("attention_bias", False)
     sizes = read_attention(settings, theta=10_000.0, num_kv_heads=16, head_dim=256)
     mixer = AttentionConfig(**sizes, bias=bias, out_bias=bias)
+    # transformers 4 takes hidden_activation and 5 hidden_act: for an exact "gelu" they would differ.
+    settings.require("hidden_activation", None, *(name for name in ACTIVATIONS if name != "gelu"))
     if settings.get("hidden_activation", None) is not None:
         activation = read_activation(settings, "hidden_activation")
         settings.get("hidden_act", None)

@@ -12,7 +12,7 @@ from maxlm.config.layers import AttentionConfig, GatedMlpConfig, LayerConfig
 from maxlm.config.model import ModelConfig, NormConfig
 from maxlm.config.rope import RopeConfig
 from maxlm.families.common import TENSORS, read_attention, read_gated_mlp, read_model, write_gated_mlp, write_model
-from maxlm.families.family import Description, Family, consecutive, interleaved_rope, tensor
+from maxlm.families.family import Description, Family, interleaved_rope, tensor
 from maxlm.families.layers import first_layer, grouped
 from maxlm.families.rope import read_rope
 from maxlm.families.settings import Settings
@@ -51,7 +51,7 @@ CHATGLM_TENSORS = (
     ),
     tensor(f"{_LAYER}.self_attention.dense.weight", "layer/mixer/out"),
     tensor(f"{_LAYER}.post_attention_layernorm.weight", "layer/mlp_norm/scale"),
-    tensor(f"{_LAYER}.mlp.dense_h_to_4h.weight", "layer/mlp/gate", "layer/mlp/up", rows=consecutive),
+    tensor(f"{_LAYER}.mlp.dense_h_to_4h.weight", "layer/mlp/gate", "layer/mlp/up"),
     tensor(f"{_LAYER}.mlp.dense_4h_to_h.weight", "layer/mlp/down"),
     tensor("transformer.encoder.final_layernorm.weight", "final_norm/scale"),
     tensor("transformer.output_layer.weight", "head"),

@@ -8,7 +8,7 @@ import numpy as np
 from maxlm.config.layers import AttentionConfig, LayerConfig, PlainMlpConfig
 from maxlm.config.model import ModelConfig, NormConfig
 from maxlm.config.rope import RopeConfig
-from maxlm.families.common import read_activation, write_activation
+from maxlm.families.common import layer_norm, read_activation, write_activation
 from maxlm.families.family import Description, Family, Tensor, tensor
 from maxlm.families.layers import first_layer, grouped
 from maxlm.families.rope import read_rope, write_rope
@@ -33,44 +33,40 @@ def _with_bias(name: str, *holds: str, **layout: Any) -> tuple[Tensor, Tensor]:
     )
 
 
-def _norm(name: str, ours: str) -> tuple[Tensor, Tensor]:
-    return tensor(f"{name}.weight", f"{ours}/scale"), tensor(f"{name}.bias", f"{ours}/bias")
-
-
 _ATTENTION = tuple(f"layer/mixer/{name}" for name in QKV)
 GPT2_TENSORS = (
     tensor("transformer.wte.weight", "embedding"),
     tensor("transformer.wpe.weight", "positions"),
-    *_norm("transformer.h.{layer}.ln_1", "layer/mixer_norm"),
+    *layer_norm("transformer.h.{layer}.ln_1", "layer/mixer_norm"),
     *_with_bias("transformer.h.{layer}.attn.c_attn", *_ATTENTION, input_first=True),
     *_with_bias("transformer.h.{layer}.attn.c_proj", "layer/mixer/out", input_first=True),
-    *_norm("transformer.h.{layer}.ln_2", "layer/mlp_norm"),
+    *layer_norm("transformer.h.{layer}.ln_2", "layer/mlp_norm"),
     *_with_bias("transformer.h.{layer}.mlp.c_fc", "layer/mlp/up", input_first=True),
     *_with_bias("transformer.h.{layer}.mlp.c_proj", "layer/mlp/down", input_first=True),
-    *_norm("transformer.ln_f", "final_norm"),
+    *layer_norm("transformer.ln_f", "final_norm"),
     tensor("lm_head.weight", "head"),
 )
 NEOX_TENSORS = (
     tensor("gpt_neox.embed_in.weight", "embedding"),
-    *_norm("gpt_neox.layers.{layer}.input_layernorm", "layer/mixer_norm"),
+    *layer_norm("gpt_neox.layers.{layer}.input_layernorm", "layer/mixer_norm"),
     *_with_bias("gpt_neox.layers.{layer}.attention.query_key_value", *_ATTENTION, rows=by_head),
     *_with_bias("gpt_neox.layers.{layer}.attention.dense", "layer/mixer/out"),
-    *_norm("gpt_neox.layers.{layer}.post_attention_layernorm", "layer/mlp_norm"),
+    *layer_norm("gpt_neox.layers.{layer}.post_attention_layernorm", "layer/mlp_norm"),
     *_with_bias("gpt_neox.layers.{layer}.mlp.dense_h_to_4h", "layer/mlp/up"),
     *_with_bias("gpt_neox.layers.{layer}.mlp.dense_4h_to_h", "layer/mlp/down"),
-    *_norm("gpt_neox.final_layer_norm", "final_norm"),
+    *layer_norm("gpt_neox.final_layer_norm", "final_norm"),
     tensor("embed_out.weight", "head"),
 )
 BLOOM_TENSORS = (
     tensor("transformer.word_embeddings.weight", "embedding"),
-    *_norm("transformer.word_embeddings_layernorm", "embedding_norm"),
-    *_norm("transformer.h.{layer}.input_layernorm", "layer/mixer_norm"),
+    *layer_norm("transformer.word_embeddings_layernorm", "embedding_norm"),
+    *layer_norm("transformer.h.{layer}.input_layernorm", "layer/mixer_norm"),
     *_with_bias("transformer.h.{layer}.self_attention.query_key_value", *_ATTENTION, rows=by_head),
     *_with_bias("transformer.h.{layer}.self_attention.dense", "layer/mixer/out"),
-    *_norm("transformer.h.{layer}.post_attention_layernorm", "layer/mlp_norm"),
+    *layer_norm("transformer.h.{layer}.post_attention_layernorm", "layer/mlp_norm"),
     *_with_bias("transformer.h.{layer}.mlp.dense_h_to_4h", "layer/mlp/up"),
     *_with_bias("transformer.h.{layer}.mlp.dense_4h_to_h", "layer/mlp/down"),
-    *_norm("transformer.ln_f", "final_norm"),
+    *layer_norm("transformer.ln_f", "final_norm"),
     tensor("lm_head.weight", "head"),
 )
 
@@ -90,7 +86,7 @@ def _model(settings: Settings, layer: LayerConfig, num_layers: int, *, embed_dim
     )
 
 
-def _layer_norm(epsilon: float) -> NormConfig:
+def _norm_config(epsilon: float) -> NormConfig:
     return NormConfig(kind="layer", epsilon=epsilon)
 
 
@@ -122,7 +118,7 @@ def _read_gpt2(settings: Settings) -> Description:
         settings.size("n_layer", 12),
         embed_dim=embed_dim,
         tied=True,
-        norm=_layer_norm(settings.get("layer_norm_epsilon", 1e-5)),
+        norm=_norm_config(settings.get("layer_norm_epsilon", 1e-5)),
         learned_positions=length,
     )
     return Description(model, length)
@@ -161,7 +157,7 @@ def _read_neox(settings: Settings) -> Description:
         settings.size("num_hidden_layers"),
         embed_dim=embed_dim,
         tied=False,
-        norm=_layer_norm(settings.get("layer_norm_eps", 1e-5)),
+        norm=_norm_config(settings.get("layer_norm_eps", 1e-5)),
         residual="parallel" if parallel else "sequential",
     )
     return Description(model, settings.size("max_position_embeddings", 2048))
@@ -214,7 +210,7 @@ def _read_bloom(settings: Settings) -> Description:
         settings.size("n_layer", settings.get("num_hidden_layers", 2)),
         embed_dim=embed_dim,
         tied=True,
-        norm=_layer_norm(settings.get("layer_norm_epsilon", 1e-5)),
+        norm=_norm_config(settings.get("layer_norm_epsilon", 1e-5)),
         embedding_norm=True,
     )
     # Distances have no limit; the models were trained with 2,048 tokens.
