@@ -2,6 +2,7 @@
 # make test         lint and the whole test suite; the chat page is tested where there is a Chromium
 # make test-fast    what one runs while working: lint and the tests that are not slow
 # make test-optimized   the tests of the numerics, compiled as for users
+# make test-parity      what is exported, read by Hugging Face's transformers
 # All do all of their own set-up in .venv. `make test PYTHON=python3.12` uses another interpreter, given by name or by
 # path, in a folder of its own: .venv-3.12.
 
@@ -17,7 +18,7 @@ WORKERS ?= 2
 # In the order of tests/conftest.py.
 SHARED_OUT := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: install install-dev quickstart test test-fast test-optimized verify lint format clean
+.PHONY: install install-dev quickstart test test-fast test-optimized test-parity verify lint format clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +37,10 @@ test-fast: install-dev lint
 test-optimized: install-dev
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 \
 	  $(VENV)/bin/python -m pytest $(SHARED_OUT) tests/ops tests/train/test_step.py tests/models/test_decoder.py
+
+# What is made here, read by Hugging Face's transformers. Installs PyTorch, of more than a gigabyte.
+test-parity: $(VENV)/.installed-parity
+	$(VENV)/bin/python -m pytest -n $(WORKERS) tests/parity
 
 # The summary in docs/verify.md, and every variant of every recipe in runs/verify.md
 verify: install
@@ -64,4 +69,8 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-parity: $(VENV)/.installed-dev
+	$(PIP) --editable '.[parity]'
 	@touch $@

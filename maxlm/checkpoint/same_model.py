@@ -11,7 +11,7 @@ def check_same_model(wanted: ModelConfig, trained: ModelConfig, where: Any) -> N
     """Raise CheckpointError if the weights of one model would be loaded as another model."""
     for name, given, saved in differences(wanted.model_dump(mode="json"), trained.model_dump(mode="json")):
         # A family is only a format.
-        if name not in ("vocab_size", "family"):
+        if name not in ("vocab_size", "family", "token_ids"):
             raise CheckpointError(
                 f"{where}: is a model with {name} {saved}, but model.{name} is {given}; leave it out to use the"
                 " checkpoint's value"

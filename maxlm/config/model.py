@@ -21,6 +21,14 @@ class NormConfig(Frozen):
     bias: bool = Field(True, description="LayerNorm only: add a learned vector.")
 
 
+class TokenIds(Frozen):
+    """Ids of special tokens in a model that was imported."""
+
+    bos: int | None = None
+    eos: int | tuple[int, ...] | None = None
+    pad: int | None = None
+
+
 class ModelConfig(Frozen):
     """A decoder: groups of residual layers between an embedding and an output head."""
 
@@ -54,6 +62,9 @@ class ModelConfig(Frozen):
     logit_soft_cap: PositiveFloat | None = Field(None, description="Output logits become c * tanh(logits / c).")
     family: str | None = Field(
         None, description="The model_type that Hugging Face's format is written with; null is the first one that fits."
+    )
+    token_ids: TokenIds | None = Field(
+        None, description="Special tokens that Hugging Face's format is written with; null takes the tokenizer's."
     )
 
     @property

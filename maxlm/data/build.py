@@ -145,7 +145,7 @@ class _Encoder:
         self._num_threads = num_cores() if workers == 0 else 1
 
     def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids = self._tokenizer.encode_batch(texts, num_threads=self._num_threads, bos=True, eos=True)
+        ids = self._tokenizer.encode_documents(texts, num_threads=self._num_threads)
         lengths = np.array([len(document) for document in ids], np.int64)
         flat = np.fromiter((id_ for document in ids for id_ in document), np.int32, int(lengths.sum()))
         return flat, lengths

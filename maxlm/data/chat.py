@@ -15,8 +15,9 @@ from maxlm.data.messages import parse_messages
 from maxlm.data.records import parse_chat, read_records
 from maxlm.data.sample import even_sample
 from maxlm.errors import DataError, TokenizerError
+from maxlm.prompts.chat_template import ChatTokens
 from maxlm.runtime.progress import console
-from maxlm.tokenizer.codec import ChatTokens, Tokenizer
+from maxlm.tokenizer.codec import Tokenizer
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Any, where: str, *, generation_prompt: bool = False) -> ChatTokens:
@@ -25,19 +26,19 @@ def encode_chat(tokenizer: Tokenizer, messages: Any, where: str, *, generation_p
     Raises:
       DataError: they are not a list of messages, a role is unknown, or a message with a weight is not an answer.
     """
-    template = tokenizer.template
     messages = parse_messages(messages, where, RecordFormat())
-    for number, message in enumerate(messages, 1):
-        if message.get("weight") and message["role"] in {*template.roles} - {template.answering_role}:
-            raise DataError(
-                f"{where}: message {number} of role {message['role']!r} has a weight, but only messages of the"
-                f" {template.answering_role} are trained on; remove its weight, or set it to 0"
-            )
     try:
-        return tokenizer.encode_chat(messages, generation_prompt=generation_prompt)
+        encoded = tokenizer.encode_chat(messages, generation_prompt=generation_prompt)
     except TokenizerError as error:
         remedy = "; objective.roles may map it to a known one" if str(error).startswith("chat role") else ""
         raise DataError(f"{where}: {error}{remedy}") from None
+    for number, message in enumerate(messages, 1):
+        if message.get("weight") and message["role"] != tokenizer.answering_role:
+            raise DataError(
+                f"{where}: message {number} of role {message['role']!r} has a weight, but only messages of the"
+                f" {tokenizer.answering_role} are trained on; remove its weight, or set it to 0"
+            )
+    return encoded
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Any, where: str) -> list[int]:
@@ -64,15 +65,14 @@ def encode_answer(tokenizer: Tokenizer, prompt: Any, answer: Any, where: str) ->
         ids = prompt_ids + encode_text(tokenizer, answer, where, eos=True)
         return ChatTokens(ids, [0.0] * len(prompt_ids) + [1.0] * (len(ids) - len(prompt_ids)))
     if isinstance(answer, str):
-        answer = [{"role": tokenizer.template.answering_role, "content": answer}]
+        answer = [{"role": tokenizer.answering_role, "content": answer}]
     if not isinstance(answer, list):
         raise DataError(f"{where}: an answer must be a string or a list of messages")
-    num_prompt = len(encode_chat(tokenizer, prompt, where).ids)
-    whole = encode_chat(tokenizer, [*prompt, *answer], where)
-    weights = [0.0] * num_prompt + whole.loss_weights[num_prompt:]
-    if not any(weights):
-        raise DataError(f"{where}: an answer has no message of role {tokenizer.template.answering_role!r}")
-    return ChatTokens(whole.ids, weights)
+    given = [{**message, "weight": 0.0} for message in parse_messages(prompt, where, RecordFormat())]
+    whole = encode_chat(tokenizer, [*given, *answer], where)
+    if not any(whole.loss_weights):
+        raise DataError(f"{where}: an answer has no message of role {tokenizer.answering_role!r}")
+    return whole
 
 
 class EpochOrder:
@@ -150,7 +150,7 @@ class PackedChats:
         if num_weightless:
             console.print(f"{path}: {num_weightless} chats have only weights of 0 and are skipped", markup=False)
         if unanswered:
-            lacks = f"no message of role {tokenizer.template.answering_role!r}"
+            lacks = f"no message of role {tokenizer.answering_role!r}"
             if not chats and not num_too_long:
                 raise DataError(
                     f"{unanswered[0]}: has {lacks}, like every other chat that could be trained on;"

@@ -13,7 +13,8 @@ from maxlm.core.batch import Batch, Stream
 from maxlm.data.chat import check_some_left, encode_answer, encode_prompt
 from maxlm.data.records import field, parse_pair, parse_prompt, read_records
 from maxlm.errors import DataError
-from maxlm.tokenizer.codec import ChatTokens, Tokenizer
+from maxlm.prompts.chat_template import ChatTokens
+from maxlm.tokenizer.codec import Tokenizer
 
 # Rows are padded to a multiple of this.
 _LENGTH_MULTIPLE = 16

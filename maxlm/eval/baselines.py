@@ -134,7 +134,7 @@ def xz_size(data: bytes) -> int:
 
 
 def _token_sequences(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
-    return [np.array(ids, np.int64) for ids in tokenizer.encode_batch(texts, bos=True, eos=True)]
+    return [np.array(ids, np.int64) for ids in tokenizer.encode_documents(texts)]
 
 
 def _byte_sequence(text: str) -> np.ndarray:

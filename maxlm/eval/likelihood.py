@@ -55,7 +55,7 @@ def bits_per_byte(model: LoadedModel, texts: Sequence[str], *, seed: int = 0) ->
     """
     if not any(texts):
         raise DataError("there is no text to measure bits per byte on")
-    sequences = model.tokenizer.encode_batch(texts, bos=True, eos=True)
+    sequences = model.tokenizer.encode_documents(texts)
     nats = _document_nats(model.decoder, sequences)
     bits = nats / math.log(2)
     num_bytes = np.array([len(text.encode()) for text in texts])

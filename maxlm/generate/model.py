@@ -13,7 +13,7 @@ import numpy as np
 
 from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
-from maxlm.errors import CheckpointError, RequestError
+from maxlm.errors import RequestError
 from maxlm.generate.decoding import bucket_length
 from maxlm.generate.engine import Engine
 from maxlm.generate.request import Request
@@ -77,13 +77,8 @@ class LoadedModel:
     """
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None, *, name: str = "model"):
-        if tokenizer is not None and decoder.config.vocab_size != tokenizer.vocab_size:
-            raise CheckpointError(
-                f"the model has {decoder.config.vocab_size} tokens but the tokenizer has {tokenizer.vocab_size};"
-                " use the tokenizer that the model was trained with"
-            )
         self.decoder = decoder
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer and tokenizer.with_vocab_size(decoder.config.vocab_size)
         self.name = name
 
     @property
@@ -107,7 +102,7 @@ class LoadedModel:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
-        return tuple(sorted({self.tokenizer.eos_id, self.tokenizer.end_of_turn_id}))
+        return self.tokenizer.stop_ids
 
     def encode(self, prompt: Prompt, *, continue_final: bool = False) -> list[int]:
         """Token ids of a prompt: of a text with its start token, or of a chat up to the next answer.
@@ -165,7 +160,7 @@ class LoadedModel:
         return self.score_tokens([pair[0] for pair in pairs], [pair[1] for pair in pairs])
 
     def score_tokens(self, prompts: Sequence[list[int]], continuations: Sequence[list[int]]) -> list[Score]:
-        """`score` on token ids; a prompt needs at least one, such as the tokenizer's `bos_id`."""
+        """`score` on token ids; a prompt needs at least one, such as the tokenizer's `document_begin`."""
         for index, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
             if not prompt or not continuation:
                 raise RequestError(f"pair {index}: the prompt or its continuation is empty")
@@ -222,10 +217,10 @@ class LoadedModel:
     def _split(self, prompt: Prompt, continuation: str) -> tuple[list[int], list[int]]:
         if not isinstance(prompt, str):
             return self.encode(prompt), self.tokenizer.encode(continuation)
-        ids = np.asarray(self.tokenizer.encode(prompt + continuation), np.int64)
-        ends = np.cumsum(self.tokenizer.byte_lengths[ids])
+        ids = self.tokenizer.encode(prompt + continuation)
+        ends = self.tokenizer.text_ends(ids)
         num_prompt_tokens = int(np.searchsorted(ends, len(prompt.encode()), side="right"))
-        return [self.tokenizer.bos_id, *ids[:num_prompt_tokens].tolist()], ids[num_prompt_tokens:].tolist()
+        return self.tokenizer.document_begin + ids[:num_prompt_tokens], ids[num_prompt_tokens:]
 
     def _checked(self, tokens, where: str = "") -> np.ndarray:
         tokens_BL = np.asarray(tokens)

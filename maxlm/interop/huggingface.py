@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from pydantic import ValidationError
 
 from maxlm.config.execution import ExecutionConfig
+from maxlm.config.model import ModelConfig, TokenIds
 from maxlm.core.parameters import Parameter, abstract
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError
@@ -24,7 +25,9 @@ from maxlm.interop.formats import Format
 from maxlm.interop.tensor_files import TensorFiles, write_tensors
 from maxlm.models.decoder import Decoder
 from maxlm.runtime.manifest import write_json
+from maxlm.runtime.storage import storage_path
 from maxlm.tokenizer.codec import Tokenizer
+from maxlm.tokenizer.huggingface import GENERATION_FILE, is_huggingface_tokenizer
 
 CONFIG_FILE = "config.json"
 
@@ -64,7 +67,20 @@ def load_huggingface(path: Path, mesh: Mesh | None = None) -> tuple[Decoder, Tok
         path: _read_parameter(readers[path], parameter, flatten(targets)[path])
         for path, parameter in flatten(declared).items()
     }
-    return unflatten(arrays, targets), None
+    return unflatten(arrays, targets), _read_tokenizer(path, description.model)
+
+
+def _read_tokenizer(path: Path, model: ModelConfig) -> Tokenizer | None:
+    """The tokenizer of a folder; None if it has none."""
+    if not is_huggingface_tokenizer(storage_path(path)):
+        return None
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise CheckpointError(
+            f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, but the model only {model.vocab_size}; copy the"
+            " files of both from the same model, or remove the tokens that were added"
+        )
+    return tokenizer
 
 
 def read_description(path: Path) -> tuple[Family, Description]:
@@ -92,8 +108,18 @@ def read_description(path: Path) -> tuple[Family, Description]:
             f"{file}: does not describe a model that maxlm supports: {what}: {problem['msg']}"
         ) from None
     settings.check_all_read()
-    model = description.model.model_copy(update={"family": family.model_type})
+    model = description.model.model_copy(
+        update={"family": family.model_type, "token_ids": _read_token_ids(values, file)}
+    )
     return family, dataclasses.replace(description, model=model)
+
+
+def _read_token_ids(values: dict[str, Any], file: Path) -> TokenIds:
+    found = {name: values.get(f"{name}_token_id") for name in TokenIds.model_fields}
+    try:
+        return TokenIds.model_validate(found)
+    except ValidationError:
+        raise CheckpointError(f"{file}: an id of a special token is not a number: {found}; restore it") from None
 
 
 def _check_tensors(family: Family, files: TensorFiles, placed: dict[str, Placed], declared: Decoder) -> None:
@@ -183,17 +209,35 @@ def write_huggingface(path: Path, model: Decoder, tokenizer: Tokenizer | None, r
     Raises:
       CheckpointError: no family has such models.
     """
-    del tokenizer, receipt
+    del receipt
     family, placed = find_family(model)
     dtype = stored_dtype(model)
     config = family.write(Description(model.config, model.execution.max_length))
     write_json(
         path / CONFIG_FILE,
-        {"architectures": [family.architecture], "model_type": family.model_type, "torch_dtype": dtype, **config},
+        {
+            "architectures": [family.architecture],
+            "model_type": family.model_type,
+            "torch_dtype": dtype,
+            **_token_ids(model.config.token_ids, tokenizer),
+            **config,
+        },
     )
+    if tokenizer is not None:
+        for name, content in tokenizer.huggingface_files().items():
+            (path / name).write_bytes(content)
+        if not (path / GENERATION_FILE).exists():
+            write_json(path / GENERATION_FILE, _token_ids(None, tokenizer))
     arrays = flatten(model)
     total = sum(x.size for x in arrays.values()) * np.dtype(jnp.dtype(dtype)).itemsize
     write_tensors(path, _their_tensors(arrays, placed, dtype), total)
+
+
+def _token_ids(given: TokenIds | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The settings of special tokens."""
+    if given is None and tokenizer is not None:
+        given = TokenIds(bos=tokenizer.bos_id, eos=tokenizer.stop_ids or None, pad=tokenizer.pad_id)
+    return {} if given is None else {f"{name}_token_id": value for name, value in given.model_dump(mode="json").items()}
 
 
 def find_family(model: Decoder) -> tuple[Family, dict[str, Placed]]:
@@ -203,7 +247,8 @@ def find_family(model: Decoder) -> tuple[Family, dict[str, Placed]]:
       CheckpointError: there is none.
     """
     declared = Decoder(model.config, model.execution)
-    wanted = Description(model.config.model_copy(update={"family": None}), model.execution.max_length)
+    config = model.config.model_copy(update={"family": None, "token_ids": None})
+    wanted = Description(config, model.execution.max_length)
     for family in sorted(families().values(), key=lambda family: family.model_type != model.config.family):
         try:
             settings = Settings(json.loads(json.dumps(family.write(wanted))), family.model_type)

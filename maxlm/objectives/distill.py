@@ -100,10 +100,10 @@ class Distillation(Objective, PackedRowsConfig):
         # The student's step runs both models, so the student's pipeline settings apply to the teacher too.
         model, execution, _ = trained_as(metadata, where=checkpoint)
         execution = execution.model_copy(update={"pipeline": config.execution.pipeline})
-        if model.vocab_size != tokenizer.vocab_size:
+        if model.vocab_size != config.model.vocab_size:
             raise CheckpointError(
-                f"objective.teacher: {path} has {model.vocab_size} tokens and the tokenizer has {tokenizer.vocab_size};"
-                " give a teacher with the student's tokenizer"
+                f"objective.teacher: {path} has tables of {model.vocab_size} tokens, and the student of"
+                f" {config.model.vocab_size}; give the student model.vocab_size={model.vocab_size}"
             )
         if config.row_length > execution.max_length:
             longest = execution.max_length

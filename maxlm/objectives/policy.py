@@ -23,7 +23,8 @@ from maxlm.objectives.record_data import first_indices
 from maxlm.objectives.sequences import target_log_probabilities
 from maxlm.ops.advantages import group_advantages, leave_one_out_advantages
 from maxlm.ops.policy_losses import clipped_importance_loss, clipped_surrogate, kl_to_reference
-from maxlm.tokenizer.codec import ChatTokens, Tokenizer
+from maxlm.prompts.chat_template import ChatTokens
+from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContext
 
 

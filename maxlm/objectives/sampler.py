@@ -47,7 +47,7 @@ class Sampler:
         self._tokenizer = tokenizer
         self._mesh = mesh
         self._prompt_length = prompt_length
-        self._stop_ids = tuple(sorted({tokenizer.eos_id, tokenizer.end_of_turn_id}))
+        self._stop_ids = tokenizer.stop_ids
         self._sample = jax.jit(
             partial(_sample, mesh=mesh, seed=seed, max_new_tokens=max_new_tokens, stop_ids=self._stop_ids)
         )

@@ -6,8 +6,10 @@ text can never be parsed as one.
 
 import difflib
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from maxlm.errors import TokenizerError
 from maxlm.runtime.storage import storage_path
@@ -16,6 +18,28 @@ FILE_NAME = "chat_template.json"
 
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 CONTROL_TOKENS = (SYSTEM, USER, ASSISTANT, END)
+
+
+@dataclass(frozen=True)
+class ChatTokens:
+    """A chat as token ids, with a loss weight for each id: 1.0 if the model learns to generate it, else 0.0."""
+
+    ids: list[int]
+    loss_weights: list[float]
+
+
+class TextEncoder(Protocol):
+    """What a chat template needs of a tokenizer.
+
+    Attributes:
+      control_tokens: the id of each.
+    """
+
+    control_tokens: Mapping[str, int]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The ids of a text, in which no control token is recognized."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,6 +57,49 @@ class ChatTemplate:
     roles: dict[str, RoleTemplate]
     answering_role: str
     begin: tuple[dict[str, str], ...]
+
+    def encode(self, messages: Sequence[dict], encoder: TextEncoder, *, generation_prompt: bool = False) -> ChatTokens:
+        """The ids of a chat.
+
+        Args:
+          messages: `{"role": ..., "content": ...}` each; a `weight` multiplies the loss on an answer.
+          generation_prompt: end with the prefix of the answering role, for generation. Nothing is learned then.
+
+        Returns:
+          The ids, with loss weight 1, or the message's `weight`, exactly on the answering role's content and suffix.
+
+        Raises:
+          TokenizerError: a role is unknown, or a content is not a string.
+        """
+
+        def encode(parts: Iterable[dict[str, str]]) -> list[int]:
+            ids: list[int] = []
+            for part in parts:
+                ids += (
+                    [encoder.control_tokens[part["control"]]]
+                    if "control" in part
+                    else encoder.encode_plain(part["text"])
+                )
+            return ids
+
+        ids = encode(self.begin)
+        weights = [0.0] * len(ids)
+        for message in messages:
+            role = self.role(message.get("role"))
+            prefix, answer = encode(role.prefix), encode([{"text": message["content"]}, *role.suffix])
+            ids += prefix + answer
+            is_learned = message["role"] == self.answering_role and not generation_prompt
+            weights += [0.0] * len(prefix)
+            weights += [float(message.get("weight", 1.0)) if is_learned else 0.0] * len(answer)
+        if generation_prompt:
+            ids += encode(self.role(self.answering_role).prefix)
+        return ChatTokens(ids, weights + [0.0] * (len(ids) - len(weights)))
+
+    def end_of_turn(self, control_tokens: Iterable[str]) -> str | None:
+        """The control token that ends an answer."""
+        del control_tokens
+        suffix = self.role(self.answering_role).suffix
+        return next((part["control"] for part in suffix if "control" in part), None)
 
     def role(self, name: object) -> RoleTemplate:
         """The template of a role.

@@ -92,6 +92,6 @@ def _encoded(record: dict[str, Any], tokenizer: Tokenizer, where: str) -> Iterat
         raise DataError(f"{where}: has {', '.join(record) or 'nothing'}; {_ACCEPTED}")
     messages = parse_messages(field(record, "messages", where), where, RecordFormat())
     ids = encode_chat(tokenizer, messages, where).ids
-    if messages[-1]["role"] != tokenizer.template.answering_role:
-        raise DataError(f"{where}: must end with a message of role {tokenizer.template.answering_role!r}; {_ACCEPTED}")
+    if messages[-1]["role"] != tokenizer.answering_role:
+        raise DataError(f"{where}: must end with a message of role {tokenizer.answering_role!r}; {_ACCEPTED}")
     yield "completion", ids

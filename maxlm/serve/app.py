@@ -129,7 +129,7 @@ def _check_model(asked: str | None, name: str) -> None:
 
 def _chat_ids(body: ChatBody, model: LoadedModel) -> list[int]:
     messages = [message.to_chat() for message in body.messages]
-    answering_role = model.tokenizer.template.answering_role
+    answering_role = model.tokenizer.answering_role
     ends_with_answer = messages[-1]["role"] == answering_role
     if ends_with_answer and not body.continue_final_message:
         raise ApiError(

@@ -22,6 +22,7 @@ from maxlm.runtime.progress import console
 from maxlm.runtime.storage import locked, storage_path
 from maxlm.runtime.written import table_batches
 from maxlm.tokenizer.codec import BOS, EOS, PAD, UNKNOWN, Tokenizer
+from maxlm.tokenizer.sentencepiece_encoder import SentencePieceEncoder
 
 # SentencePiece's trainer reserves these and skips every text that contains one.
 _RESERVED = re.compile("[\0\t\u2581\u2585]+")
@@ -52,7 +53,7 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
     texts = [text for number, text in enumerate(_read_texts(documents)) if _is_drawn(number, share, config.seed)]
     if not texts:
         raise DataError(f"{config.input}: has no text to train a tokenizer on")
-    tokenizer = Tokenizer(_train_model(texts, config), default_chat_template(BOS))
+    tokenizer = Tokenizer(SentencePieceEncoder(_train_model(texts, config)), default_chat_template(BOS))
     seconds = time.perf_counter() - start
 
     sample = texts[:: max(1, len(texts) // 1000)]

@@ -63,6 +63,7 @@ def set_up(config: TrainConfig, peers: Peers | None, *, accept_changes: bool = F
         hashes = _hashes(config, tokenizer) | {"--accept-changes": accept_changes}
         check_start(peers, config, hashes, timeout=config.processes.start_timeout_seconds)
     config = resolve_model(config, tokenizer)
+    tokenizer = tokenizer.with_vocab_size(config.model.vocab_size)
     sizes = mesh_sizes(config.mesh, jax.device_count())
     check_layout(config, sizes)
     check_precision(config, jax.devices()[0])
@@ -85,16 +86,19 @@ def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
         start, start_execution, _ = trained_as(read_metadata(checkpoint), where=checkpoint)
         if model is not None:
             check_same_model(model, start, config.init_from)
-        model = start if model is None else model
+        model = (
+            start if model is None else model.model_copy(update={"vocab_size": model.vocab_size or start.vocab_size})
+        )
         execution = start_execution if execution is None else execution
     execution = DEFAULT_EXECUTION if execution is None else execution
-    if model.vocab_size not in (0, tokenizer.vocab_size):
+    # More rows than tokens, such as a multiple of 128, are never used.
+    if 0 < model.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
-            [f"model.vocab_size: {model.vocab_size} differs from the tokenizer's {tokenizer.vocab_size}; leave it out"]
+            [f"model.vocab_size: {model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}; leave it out"]
         )
     if config.row_length > execution.max_length:
         raise ConfigError([f"row_length: {config.row_length} exceeds execution.max_length of {execution.max_length}"])
-    model = model.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    model = model.model_copy(update={"vocab_size": model.vocab_size or tokenizer.vocab_size})
     return config.model_copy(update={"model": model, "execution": execution})
 
 

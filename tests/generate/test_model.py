@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import maxlm
-from maxlm.errors import CheckpointError, RequestError
+from maxlm.errors import CheckpointError, RequestError, TokenizerError
 from maxlm.generate.model import LoadedModel, for_this_backend, segment_positions
 from maxlm.generate.request import Request
 from maxlm.interop.int8 import write_bundle
@@ -232,5 +232,5 @@ def test_invalid_inputs_raise(model, decoder, tokenizer, tmp_path):
         maxlm.load(tmp_path / "nothing")
     other = jax.tree.map(lambda leaf: leaf, decoder)
     other.config = decoder.config.model_copy(update={"vocab_size": 7})
-    with pytest.raises(CheckpointError, match="7 tokens"):
+    with pytest.raises(TokenizerError, match="the model only 7;"):
         LoadedModel(other, tokenizer)

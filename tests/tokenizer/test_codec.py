@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from maxlm.errors import TokenizerError
 from maxlm.prompts.chat_template import ChatTemplate, RoleTemplate
 from maxlm.tokenizer.codec import Tokenizer
+from maxlm.tokenizer.sentencepiece_encoder import SentencePieceEncoder
 
 # Common tokenizer pitfalls: the space mark, NUL, line ends, names of tokens, combining characters.
 PITFALLS = [
@@ -51,7 +52,7 @@ def test_stream_buffers_incomplete_characters_and_flushes_a_truncated_one(tokeni
 
 def test_batch_encoding_equals_single_encoding(tokenizer):
     texts = ["", "a b", "▁ marks ▁", "x = 1\n", *PITFALLS]
-    batch = tokenizer.encode_batch(texts, num_threads=3, bos=True, eos=True)
+    batch = tokenizer.encode_documents(texts, num_threads=3)
     assert batch == [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
 
 
@@ -146,11 +147,13 @@ def test_bad_message_is_reported_in_one_sentence(tokenizer, message, sentence):
 
 
 def test_templates_are_loaded_from_data(tokenizer, tmp_path):
+    folder = tmp_path / "trained"
+    tokenizer.save(folder)
     part = {"text": "Q: "}, {"control": "<|user|>"}
     template = dataclasses.replace(
         tokenizer.template, roles={**tokenizer.template.roles, "user": RoleTemplate(prefix=part, suffix=())}
     )
-    Tokenizer(tokenizer.model_bytes, template).save(tmp_path)
+    Tokenizer(SentencePieceEncoder((folder / "tokenizer.model").read_bytes()), template).save(tmp_path)
     changed = Tokenizer.load(tmp_path)
     assert changed.template == template
     assert changed.fingerprint != tokenizer.fingerprint

@@ -16,6 +16,7 @@ from maxlm.config.mesh import MeshConfig
 from maxlm.core.sharding import MESH_AXES, mesh_sizes
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckpointError, ConfigError, DataError, RequestError, TrainingError
+from maxlm.generate.model import LoadedModel
 from maxlm.interop.load import load_model
 from maxlm.runtime.manifest import read_manifest, write_json
 from maxlm.runtime.storage import storage_path
@@ -86,8 +87,17 @@ def test_starting_model_uses_settings_of_new_run(short_run, tmp_path, tiny_data_
 
 
 def test_vocabulary_of_another_size_is_rejected(tmp_path, tiny_data_folder):
-    with pytest.raises(ConfigError, match=r"model\.vocab_size: 512 differs from the tokenizer's 400; leave it out"):
-        train(tiny_config(tmp_path / "run", tiny_data_folder, model=tiny_model(vocab_size=512)))
+    with pytest.raises(ConfigError, match=r"model\.vocab_size: 300 is less than the tokenizer's 400; leave it out"):
+        train(tiny_config(tmp_path / "run", tiny_data_folder, model=tiny_model(vocab_size=300)))
+
+
+def test_vocabulary_may_have_rows_without_tokens(tmp_path, tiny_data_folder):
+    train(tiny_config(tmp_path / "run", tiny_data_folder, model=tiny_model(vocab_size=448), steps=1))
+    decoder, tokenizer = load_model(tmp_path / "run")
+    model = LoadedModel(decoder, tokenizer)
+    assert tokenizer.vocab_size == 400
+    assert model.logits([[1, 2, 3]]).shape == (1, 3, 448)
+    assert model.tokenizer.decode([447]) == ""
 
 
 def test_finished_run_can_be_extended(short_run, tiny_data_folder, tmp_path):

@@ -1,0 +1,52 @@
+"""Models that are exported, loaded by transformers with no code of ours: logits, and the text of a trained one."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from drawn_weights import inputs
+from family_cases import CASES, file_name
+from family_comparison import GOLDEN, write_folder
+from tiny_decoder import EXECUTION, tiny_config
+
+import maxlm
+from maxlm.core.parameters import initialize
+from maxlm.families.family import families
+from maxlm.interop.huggingface import load_huggingface, write_huggingface
+from maxlm.models.decoder import Decoder
+from maxlm.tokenizer.codec import Tokenizer
+
+IN_TRANSFORMERS = [name for name, case in CASES.items() if families()[case["model_type"]].is_in_transformers]
+
+
+@pytest.mark.parametrize("name", IN_TRANSFORMERS)
+def test_export_computes_the_same_in_transformers(name, tmp_path):
+    write_folder(tmp_path, CASES[name])
+    model, _ = load_huggingface(tmp_path)
+    (tmp_path / "out").mkdir()
+    write_huggingface(tmp_path / "out", model, None, {})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
+    )
+    tokens, mask = inputs()
+    with torch.no_grad():
+        logits = theirs(torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask)).logits.numpy()
+    expected = np.load(GOLDEN / f"{file_name(name)}.npz")["logits"]
+    np.testing.assert_allclose(logits[mask == 1], expected[mask == 1], atol=1e-5, rtol=0)
+
+
+def test_own_model_continues_a_text_in_transformers(tmp_path, tiny_tokenizer_folder):
+    tokenizer = Tokenizer.load(tiny_tokenizer_folder)
+    config = tiny_config(vocab_size=tokenizer.vocab_size, embed_dim=32)
+    decoder = initialize(Decoder(config, EXECUTION), jax.random.key(0))
+    write_huggingface(tmp_path, decoder, tokenizer, {})
+    ours = maxlm.load(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("The statement", "def f(x):\n", ""):
+        [expected] = ours.generate([text], max_new_tokens=12)
+        given = their_tokenizer(text, return_tensors="pt")
+        ids = theirs.generate(**given, max_new_tokens=12, do_sample=False)[0, given["input_ids"].shape[1] :]
+        # By our decoder: theirs writes a whole run of bytes as U+FFFD if one of them is not UTF-8.
+        assert ours.tokenizer.decode(ids.tolist()) == expected

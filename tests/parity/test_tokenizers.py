@@ -1,0 +1,68 @@
+"""Tokenizers of each kind against transformers: ids, texts, chats; and ours, written as theirs."""
+
+from pydoc_data.topics import topics
+
+import pytest
+import transformers
+from tokenizer_kinds import KINDS, TEXTS
+
+from maxlm.config import TokenizerConfig
+from maxlm.tokenizer.codec import Tokenizer
+from maxlm.tokenizer.train import train_tokenizer
+
+CHATS = [
+    [{"role": "user", "content": "Hi"}],
+    [
+        {"role": "user", "content": "Why?\n"},
+        {"role": "assistant", "content": " Because 因为 so."},
+        {"role": "user", "content": "forged <|im_end|> <|eot|> </s> 🙂"},
+        {"role": "assistant", "content": "Fine"},
+    ],
+]
+
+
+def check_same(tokenizer: Tokenizer, theirs) -> None:
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    for text in TEXTS:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode(text) == ids, text
+        assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        framed = theirs(text)["input_ids"]
+        assert tokenizer.encode(text, bos=True, eos=framed[-1:] == [tokenizer.eos_id] != begin) == framed
+    if theirs.chat_template:
+        for chat in CHATS:
+            for prompt in (False, True):
+                expected = theirs.apply_chat_template(chat, add_generation_prompt=prompt, sanitize_control_tokens=True)
+                assert tokenizer.encode_chat(chat, generation_prompt=prompt).ids == expected["input_ids"]
+
+
+# transformers reads a SentencePiece model of kind unigram as BPE, if the folder says LlamaTokenizer.
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "SentencePiece unigram"])
+def test_ids_texts_and_chats_are_those_of_transformers(name, tmp_path):
+    KINDS[name](tmp_path)
+    check_same(Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "SentencePiece unigram"])
+def test_what_transformers_saves_is_read_alike(name, tmp_path):
+    KINDS[name](tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "saved")
+    check_same(Tokenizer.load(tmp_path / "saved"), theirs)
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+def test_own_tokenizer_is_the_same_in_transformers(algorithm, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(topics[name] for name in sorted(topics)[:30]))
+    config = {"kind": "tokenizer", "input": str(text), "output": str(tmp_path / "own"), "vocab_size": 600}
+    tokenizer = train_tokenizer(TokenizerConfig(**config, algorithm=algorithm))
+    for name, content in tokenizer.huggingface_files().items():
+        (tmp_path / name).write_bytes(content)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS[:-3]:
+        ids = theirs(text)["input_ids"]
+        assert tokenizer.encode(text, bos=True) == ids
+        assert theirs.decode(ids, skip_special_tokens=True) == text
+    chat = CHATS[0] + [{"role": "assistant", "content": "Hello."}]
+    assert theirs.apply_chat_template(chat)["input_ids"] == tokenizer.encode_chat(chat).ids
