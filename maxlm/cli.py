@@ -26,6 +26,7 @@ COMMANDS = (
     "maxlm.eval.cli",
     "maxlm.report.cli",
     "maxlm.export.cli",
+    "maxlm.export.import_cli",
     "maxlm.generate.cli",
     "maxlm.serve.cli",
     "maxlm.quickstart.cli",

@@ -15,8 +15,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-FAMILIES = Path(__file__).parents[1] / "tests" / "families"
-sys.path.insert(0, str(FAMILIES))
+TESTS = Path(__file__).parents[1] / "tests"
+sys.path.insert(0, str(TESTS))
 
 from drawn_weights import draw, inputs  # noqa: E402
 from family_cases import CASES, file_name  # noqa: E402
@@ -53,7 +53,7 @@ def compute(settings: dict) -> dict[str, np.ndarray]:
 def main() -> None:
     names = sys.argv[1:] or list(CASES)
     for name in names:
-        np.savez_compressed(FAMILIES / "golden" / f"{file_name(name)}.npz", **compute(CASES[name]))
+        np.savez_compressed(TESTS / "families" / "golden" / f"{file_name(name)}.npz", **compute(CASES[name]))
         print(name)
 
 

@@ -12,7 +12,7 @@ from maxlm.runtime.platform import prepare_platform
 prepare_platform()
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "families"))
+sys.path.insert(0, str(ROOT / "tests"))
 
 from family_cases import CASES  # noqa: E402
 from family_comparison import compare  # noqa: E402

@@ -42,6 +42,10 @@ def find_checkpoint(path: str | os.PathLike) -> epath.Path:
         return path
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
     steps = checkpoint_steps(folder)
+    if not steps and (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path}: is a Hugging Face folder; convert it into a run folder first: maxlm import hf {path} OUT"
+        )
     if not steps:
         what = "there is no such folder" if not path.exists() else "has no complete checkpoint"
         raise CheckpointError(f"{path}: {what}; give a run folder of `maxlm train` or one of its checkpoints")
@@ -114,9 +118,9 @@ def weights_hash(checkpoint: epath.Path) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(sums, sort_keys=True).encode())
 
 
-def check_fingerprint(saved: str, wanted: str, folder: Any) -> None:
-    """Raise CheckpointError if a checkpoint in `folder` was trained with another tokenizer."""
-    if saved != wanted:
+def check_fingerprint(saved: str | None, wanted: str, folder: Any) -> None:
+    """Raise CheckpointError if a checkpoint in `folder` was trained with another tokenizer; None: it has none."""
+    if saved not in (None, wanted):
         raise CheckpointError(
             f"{folder}: its checkpoint was trained with another tokenizer ({saved[:12]}, not {wanted[:12]});"
             " use the data and tokenizer of that run, or another output folder"

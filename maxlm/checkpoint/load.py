@@ -95,7 +95,7 @@ def find_start(checkpoint: epath.Path) -> epath.Path:
     )
 
 
-def _read_tokenizer(checkpoint: epath.Path, fingerprint: str) -> Tokenizer | None:
+def _read_tokenizer(checkpoint: epath.Path, fingerprint: str | None) -> Tokenizer | None:
     """Load the run's tokenizer; raises CheckpointError if it was replaced by another one."""
     run_folder = run_folder_of(checkpoint)
     if not (run_folder / "tokenizer").exists():

@@ -1,7 +1,6 @@
 """Export a trained model to another format; measure the quality loss, and write nothing if it is too large."""
 
 import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from maxlm.interop.formats import Format, find_format, formats
 from maxlm.interop.load import load_model
 from maxlm.models.decoder import Decoder
 from maxlm.runtime.manifest import write_manifest
-from maxlm.runtime.output import check_output
+from maxlm.runtime.output import check_output, replaced_folder, temporary_name
 from maxlm.runtime.progress import track
 
 MAX_PERPLEXITY_CHANGE = 0.005
@@ -69,7 +68,7 @@ def export_model(
     """
     target = named_format(format)
     model_path = Path(model_path)
-    check_output(output, "export", key="OUTPUT", suffix=len(_temporary_name("")))
+    check_output(output, "export", key="OUTPUT", suffix=len(temporary_name("")))
     # `.` has no name from which to derive the temporary folder.
     output = Path(os.path.abspath(output))
     if (exported := find_format(model_path)) is not None and exported.quantize is not None:
@@ -88,28 +87,24 @@ def export_model(
         held_out = read_held_out(paths, tokenizer, max_length=model.execution.max_length, max_tokens=max_tokens)
         written, receipt = _quantize_within(model, target, held_out, bounds)
 
-    temporary = output.with_name(_temporary_name(output.name))
     measured = {} if receipt is None else asdict(receipt)
     try:
-        temporary.mkdir(parents=True)
-        target.write(temporary, written, tokenizer, measured)
-        _check_bit_exact(target.load(temporary)[0], written, temporary)
-        write_manifest(
-            temporary,
-            stage=f"export/{target.name}",
-            inputs={"model": model_path, **{f"data_{index}": path for index, path in enumerate(paths)}},
-            config={
-                "ema": ema,
-                **(bounds | {"max_tokens": max_tokens} if receipt else {}),
-                "model": model.config.model_dump(mode="json"),
-            },
-            metrics=measured,
-        )
-        _put_in_place(temporary, output)
+        with replaced_folder(output) as temporary:
+            target.write(temporary, written, tokenizer, measured)
+            _check_bit_exact(target.load(temporary)[0], written, temporary)
+            write_manifest(
+                temporary,
+                stage=f"export/{target.name}",
+                inputs={"model": model_path, **{f"data_{index}": path for index, path in enumerate(paths)}},
+                config={
+                    "ema": ema,
+                    **(bounds | {"max_tokens": max_tokens} if receipt else {}),
+                    "model": model.config.model_dump(mode="json"),
+                },
+                metrics=measured,
+            )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{output}: could not be written: {error}; free disk space and run again") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return receipt
 
 
@@ -169,19 +164,3 @@ def check_receipt(receipt: Receipt, format: str, *, max_perplexity_change: float
         f" {receipt.kind}, so no bundle was written",
         receipt,
     )
-
-
-def _temporary_name(name: str) -> str:
-    """Name of the folder that becomes the output `name`."""
-    return f".{name}.{os.getpid()}.partial"
-
-
-def _put_in_place(temporary: Path, output: Path) -> None:
-    """Rename into place: a reader sees the old bundle, the new one or briefly none, but never a partial one."""
-    if not output.exists():
-        temporary.rename(output)
-        return
-    old = temporary.with_suffix(".old")
-    output.rename(old)
-    temporary.rename(output)
-    shutil.rmtree(old)

@@ -19,6 +19,7 @@ from maxlm.data.held_out import open_held_out
 from maxlm.data.loader import open_splits
 from maxlm.data.sample import even_sample
 from maxlm.errors import DataError
+from maxlm.interop.formats import find_format
 from maxlm.runtime.manifest import FILE_NAME, read_manifest
 from maxlm.runtime.storage import resolve_path
 from maxlm.tokenizer.codec import Tokenizer
@@ -85,11 +86,15 @@ def find_held_out(model_path: str | Path) -> list[Path]:
     Raises:
       DataError: the run's manifests name none, or it no longer exists.
     """
+    if (found_format := find_format(Path(model_path))) is not None:
+        raise DataError(f"{model_path}: is {found_format.title}, which names no validation data; {_NAME_DATA}")
     folder, chat_model = Path(run_folder_of(find_checkpoint(model_path))), False
     while True:
         if not (folder / FILE_NAME).is_file():
             raise DataError(f"{folder}: has no {FILE_NAME} that names its validation data; {_NAME_DATA}")
         manifest = read_manifest(folder)
+        if "objective" not in manifest["config"]:
+            raise DataError(f"{folder}: was imported, so it names no validation data; {_NAME_DATA}")
         objective, inputs = manifest["config"]["objective"], manifest["inputs"]
         kind = find_objective(objective["kind"])
         learns_text = kind is not None and kind.learns_text

@@ -137,7 +137,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for name in ("maxlm", "jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy"):
+    for name in ("maxlm", "jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "tokenizers", "numpy"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

@@ -1,7 +1,9 @@
 """Check, before any work is done, that a stage can write its output folder and that later stages can read it."""
 
+import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -9,7 +11,7 @@ from typing import Literal
 from maxlm.errors import ConfigError
 from maxlm.runtime.storage import absolute_path, is_remote, storage_path
 
-Stage = Literal["data", "tokenizer", "train", "export"]
+Stage = Literal["data", "tokenizer", "train", "export", "import"]
 
 # A file that identifies each stage's folder before its manifest is written, which happens last.
 _SIGNS = {
@@ -22,6 +24,7 @@ _SIGNS = {
 _INNER: dict[str, tuple[str, ...]] = {
     "data": ("documents", "documents.tmp", "packed", "packed.tmp"),
     "export": ("tokenizer",),
+    "import": ("checkpoints", "tokenizer"),
     "train": ("checkpoints", "tokenizer", "tokenizer.tmp", "tensorboard"),
 }
 # Bytes of a path: the Linux limit, and the room for files that stages write below their folder, such as array chunks.
@@ -54,6 +57,30 @@ def stage_of(folder: str | os.PathLike) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         made_by = next((stage for stage, sign in _SIGNS.items() if (folder / sign).exists()), None)
     return None if made_by is None else str(made_by).partition("/")[0]
+
+
+def temporary_name(name: str) -> str:
+    """Name of the folder that becomes the output `name`."""
+    return f".{name}.{os.getpid()}.partial"
+
+
+@contextlib.contextmanager
+def replaced_folder(output: Path) -> Iterator[Path]:
+    """A new folder that becomes `output` if the block succeeds, and is removed otherwise.
+
+    It is renamed into place: a reader sees the old folder, the new one or briefly none, but never a partial one.
+    """
+    temporary = output.with_name(temporary_name(output.name))
+    old = temporary.with_suffix(".old")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if output.exists():
+            output.rename(old)
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _name_problem(given: str) -> str | None:

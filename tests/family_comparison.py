@@ -15,7 +15,7 @@ from maxlm.families.placement import placed_tensors
 from maxlm.interop.huggingface import load_huggingface, read_description, write_huggingface
 from maxlm.models.decoder import Decoder
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent / "families" / "golden"
 
 
 @dataclass(frozen=True)
