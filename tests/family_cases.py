@@ -190,6 +190,23 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Reward models and classifiers: computed by the classes ...ForSequenceClassification.
+SCORE_CASES: dict[str, dict[str, Any]] = {
+    "llama, reward": {
+        **CASES["llama"],
+        "architectures": ["LlamaForSequenceClassification"],
+        "id2label": {"0": "reward"},
+        "label2id": {"reward": 0},
+    },
+    "qwen2, three classes": {
+        **CASES["qwen2"],
+        "architectures": ["Qwen2ForSequenceClassification"],
+        "id2label": {"0": "bad", "1": "fair", "2": "good"},
+        "label2id": {"bad": 0, "fair": 1, "good": 2},
+    },
+    "gpt2, two classes": {**CASES["gpt2"], "architectures": ["GPT2ForSequenceClassification"]},
+}
+
 
 def file_name(case: str) -> str:
     return case.replace(", ", "-").replace(" ", "_")

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from drawn_weights import draw, inputs
-from family_cases import CASES, file_name
+from family_cases import CASES, SCORE_CASES, file_name
 from safetensors.numpy import load_file, save_file
 
 from maxlm.families.placement import placed_tensors
 from maxlm.interop.huggingface import load_huggingface, read_description, write_huggingface
 from maxlm.models.decoder import Decoder
+from maxlm.models.scores import sequence_scores
 
 GOLDEN = Path(__file__).parent / "families" / "golden"
 
@@ -45,6 +46,42 @@ def write_folder(folder: Path, settings: dict) -> dict[str, np.ndarray]:
     return tensors
 
 
+@dataclass(frozen=True)
+class ScoreComparison:
+    """Of a reward model or classifier; see `Comparison`."""
+
+    scores: float
+    gradient_norm: float
+    same_tensors: bool
+    same_model: bool
+
+
+def compare_scores(name: str, folder: Path) -> ScoreComparison:
+    """Compare a case with labels with what transformers computes for it. `folder`: an empty one."""
+    golden = np.load(GOLDEN / f"{file_name(name)}.npz")
+    tensors = write_folder(folder, SCORE_CASES[name])
+    model, _ = load_huggingface(folder)
+    tokens, mask = inputs()
+    places = {"positions_BL": jnp.broadcast_to(jnp.arange(16), (2, 16)), "segment_ids_BL": jnp.asarray(mask)}
+
+    @jax.jit
+    def scores_and_gradient(model):
+        def loss(model):
+            scores = sequence_scores(model, model(tokens, **places), **places)
+            return jnp.sum(jnp.square(scores)), scores
+
+        return jax.grad(loss, has_aux=True)(model)[::-1]
+
+    scores, gradient = scores_and_gradient(model)
+    written, same_model = _write(folder, model)
+    return ScoreComparison(
+        scores=_largest(scores - golden["scores"]),
+        gradient_norm=_largest(_norm(gradient) / golden["gradient_norm"] - 1),
+        same_tensors=_are_same(written, tensors),
+        same_model=same_model,
+    )
+
+
 def compare(name: str, folder: Path) -> Comparison:
     """Compare a case with what transformers computes for it. `folder`: an empty one."""
     golden = np.load(GOLDEN / f"{file_name(name)}.npz")
@@ -54,20 +91,34 @@ def compare(name: str, folder: Path) -> Comparison:
     logits, loss, gradient_norm = _compute(model, tokens, mask)
     greedy, cached_logits = _continue_greedily(model, tokens[0], len(golden["greedy"]))
 
-    out = folder / "out"
-    out.mkdir()
-    write_huggingface(out, model, None, {})
-    written = load_file(out / "model.safetensors")
+    written, same_model = _write(folder, model)
     return Comparison(
         logits=_largest((logits - golden["logits"])[mask == 1]),
         cached_logits=_largest(cached_logits - golden["logits"][0]),
         loss=_largest(loss / golden["loss"] - 1),
         gradient_norm=_largest(gradient_norm / golden["gradient_norm"] - 1),
         same_greedy=np.array_equal(greedy, golden["greedy"]),
-        same_tensors=written.keys() == tensors.keys()
-        and all(written[path].dtype == x.dtype and np.array_equal(written[path], x) for path, x in tensors.items()),
-        same_model=read_description(out) == read_description(folder),
+        same_tensors=_are_same(written, tensors),
+        same_model=same_model,
     )
+
+
+def _write(folder: Path, model: Decoder) -> tuple[dict[str, np.ndarray], bool]:
+    """The tensors of its export, and whether its settings describe the model of the folder."""
+    out = folder / "out"
+    out.mkdir()
+    write_huggingface(out, model, None, {})
+    return load_file(out / "model.safetensors"), read_description(out) == read_description(folder)
+
+
+def _are_same(written: dict[str, np.ndarray], tensors: dict[str, np.ndarray]) -> bool:
+    return written.keys() == tensors.keys() and all(
+        written[path].dtype == x.dtype and np.array_equal(written[path], x) for path, x in tensors.items()
+    )
+
+
+def _norm(gradient) -> jax.Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradient)))
 
 
 def _largest(difference) -> float:
@@ -85,7 +136,7 @@ def _compute(model, tokens, mask):
         return -jnp.sum(chosen * mask[:, 1:]) / jnp.sum(mask[:, 1:]), logits
 
     (value, logits), gradient = jax.value_and_grad(loss, has_aux=True)(model)
-    return logits, value, jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradient)))
+    return logits, value, _norm(gradient)
 
 
 def _continue_greedily(model: Decoder, tokens: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

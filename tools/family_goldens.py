@@ -13,31 +13,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 
 from drawn_weights import draw, inputs  # noqa: E402
-from family_cases import CASES, file_name  # noqa: E402
+from family_cases import CASES, SCORE_CASES, file_name  # noqa: E402
 
 NEW_TOKENS = 8
 
 
 def compute(settings: dict) -> dict[str, np.ndarray]:
-    settings = dict(settings)
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    with tempfile.TemporaryDirectory() as folder:
-        # Names in files, which may differ from those of modules.
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        file = Path(folder) / "model.safetensors"
-        save_file({name: draw(name, x.shape) for name, x in load_file(file).items()}, file, metadata={"format": "pt"})
-        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    model = _load(AutoModelForCausalLM, settings)
     tokens, mask = (torch.from_numpy(x).long() for x in inputs())
     logits = model(tokens, attention_mask=mask).logits
     loss = model(tokens, attention_mask=mask, labels=torch.where(mask == 1, tokens, -100)).loss
     loss.backward()
-    squares = [parameter.grad.double().square().sum() for parameter in model.parameters() if parameter.grad is not None]
     first = tokens[:1]
     greedy = model.generate(
         first, attention_mask=torch.ones_like(first), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
@@ -45,15 +37,40 @@ def compute(settings: dict) -> dict[str, np.ndarray]:
     return {
         "logits": logits.detach().numpy(),
         "loss": np.float32(loss.item()),
-        "gradient_norm": np.float32(sum(squares).sqrt().item()),
+        "gradient_norm": _gradient_norm(model),
         "greedy": greedy[0, first.shape[1] :].numpy().astype(np.int32),
     }
 
 
+def compute_scores(settings: dict) -> dict[str, np.ndarray]:
+    """Scores of each row, and the norm of the gradient of the sum of their squares."""
+    model = _load(AutoModelForSequenceClassification, settings)
+    tokens, mask = (torch.from_numpy(x).long() for x in inputs())
+    scores = model(tokens, attention_mask=mask).logits
+    scores.square().sum().backward()
+    return {"scores": scores.detach().numpy(), "gradient_norm": _gradient_norm(model)}
+
+
+def _load(kind: type, settings: dict) -> torch.nn.Module:
+    settings = dict(settings)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with tempfile.TemporaryDirectory() as folder:
+        # Names in files, which may differ from those of modules.
+        kind.from_config(config).save_pretrained(folder)
+        file = Path(folder) / "model.safetensors"
+        save_file({name: draw(name, x.shape) for name, x in load_file(file).items()}, file, metadata={"format": "pt"})
+        return kind.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def _gradient_norm(model: torch.nn.Module) -> np.float32:
+    squares = [parameter.grad.double().square().sum() for parameter in model.parameters() if parameter.grad is not None]
+    return np.float32(sum(squares).sqrt().item())
+
+
 def main() -> None:
-    names = sys.argv[1:] or list(CASES)
-    for name in names:
-        np.savez_compressed(TESTS / "families" / "golden" / f"{file_name(name)}.npz", **compute(CASES[name]))
+    for name in sys.argv[1:] or [*CASES, *SCORE_CASES]:
+        computed = compute(CASES[name]) if name in CASES else compute_scores(SCORE_CASES[name])
+        np.savez_compressed(TESTS / "families" / "golden" / f"{file_name(name)}.npz", **computed)
         print(name)
 
 

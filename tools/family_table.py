@@ -14,8 +14,8 @@ prepare_platform()
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from family_cases import CASES  # noqa: E402
-from family_comparison import compare  # noqa: E402
+from family_cases import CASES, SCORE_CASES  # noqa: E402
+from family_comparison import compare, compare_scores  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
 BEGIN = "| model | `model_type` |"
@@ -29,6 +29,13 @@ def main() -> None:
         exact = ["yes" if each else "NO" for each in (compared.same_greedy, compared.same_tensors, compared.same_model)]
         numbers = (compared.logits, compared.cached_logits, compared.gradient_norm)
         rows.append([name, f"`{settings['model_type']}`", *(f"{each:.1e}" for each in numbers), *exact])
+        print(*rows[-1])
+    for name, settings in SCORE_CASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            scored = compare_scores(name, Path(folder))
+        exact = ["yes" if each else "NO" for each in (scored.same_tensors, scored.same_model)]
+        numbers = (f"{scored.scores:.1e}", "", f"{scored.gradient_norm:.1e}", "")
+        rows.append([name, f"`{settings['model_type']}`", *numbers, *exact])
         print(*rows[-1])
     table = [
         f"{BEGIN} logits | with a cache | gradient norm | greedy text | tensors | settings |",

@@ -21,14 +21,14 @@ from maxlm.core.parameters import abstract
 from maxlm.errors import CheckpointError
 from maxlm.models.adapters import declare_adapters, merge_adapters
 from maxlm.models.decoder import Decoder, with_execution
-from maxlm.models.reward import RewardModel
+from maxlm.models.scores import with_labels
 from maxlm.runtime.storage import absolute_path, real_path, resolve_path, storage_path
 from maxlm.tokenizer.codec import Tokenizer
 
 
 def load_checkpoint(
     path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None, *, ema: bool = False
-) -> tuple[Decoder | RewardModel, Tokenizer | None]:
+) -> tuple[Decoder, Tokenizer | None]:
     """Load the model that a run trained, and its tokenizer; None if the run folder has none.
 
     Args:
@@ -43,17 +43,18 @@ def load_checkpoint(
     checkpoint = find_checkpoint(path)
     metadata = read_metadata(checkpoint)
     config, execution, lora = trained_as(metadata, where=checkpoint)
-    # The weights identify the model: a reward model has a value head, with or without adapters.
-    is_reward_model = any(path.split("/")[0] == "value" for path in metadata["shapes"])
-    plan = (RewardModel if is_reward_model else Decoder)(config, execution)
+    # The weights identify the model: a reward model has a head, with or without adapters.
+    if any(path.split("/")[0] == "score" for path in metadata["shapes"]) and config.labels is None:
+        config = config.model_copy(update={"labels": ("reward",)})
+    plan = Decoder(config, execution)
     tokenizer = _read_tokenizer(checkpoint, metadata["fingerprint"])
     restore = restore_ema if ema else restore_weights
     if lora is None:
         return restore(checkpoint, abstract(plan, mesh)), tokenizer
     base = load_start(checkpoint, execution, mesh)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        if is_reward_model:
-            base = RewardModel.from_decoder(base, jax.random.key(metadata["config"]["seed"]))
+        if config.labels is not None:
+            base = with_labels(base, config.labels, jax.random.key(metadata["config"]["seed"]))
         adapters = restore(checkpoint, abstract(declare_adapters(plan, lora), mesh))
         merged = jax.jit(partial(merge_adapters, config=lora), donate_argnums=0)(base, adapters)
     return merged, tokenizer

@@ -59,6 +59,9 @@ class ModelConfig(Frozen):
         None, description="Add a learned vector for each position, up to this many: the longest text."
     )
     tie_embeddings: bool = True
+    labels: tuple[str, ...] | None = Field(
+        None, description="Score whole sequences, for these classes or one reward, instead of predicting tokens."
+    )
     logit_soft_cap: PositiveFloat | None = Field(None, description="Output logits become c * tanh(logits / c).")
     family: str | None = Field(
         None, description="The model_type that Hugging Face's format is written with; null is the first one that fits."

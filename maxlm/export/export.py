@@ -12,7 +12,7 @@ from maxlm.errors import CheckFailed, CheckpointError, ConfigError, RequestError
 from maxlm.export.held_out import HeldOut, find_held_out, read_held_out
 from maxlm.export.receipt import Receipt
 from maxlm.interop.formats import Format, find_format, formats
-from maxlm.interop.load import load_model
+from maxlm.interop.load import load_any_model, load_model
 from maxlm.models.decoder import Decoder
 from maxlm.runtime.manifest import write_manifest
 from maxlm.runtime.output import check_output, replaced_folder, temporary_name
@@ -77,7 +77,8 @@ def export_model(
         raise ConfigError([f"{output}: exists and is not {target.title}; give a new folder"])
 
     paths = [] if target.quantize is None else find_held_out(model_path) if data is None else [data]
-    model, tokenizer = load_model(model_path, ema=ema)
+    load = load_any_model if target.quantize is None else load_model
+    model, tokenizer = load(model_path, ema=ema)
     bounds = {"max_perplexity_change": max_perplexity_change, "max_mean_kl": max_mean_kl}
     if target.quantize is None:
         written, receipt = model, None

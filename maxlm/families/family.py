@@ -4,6 +4,7 @@ Each other module of this package that describes families defines `FAMILIES`.
 """
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,11 @@ def tensor(name: str, *holds: str, **layout: Any) -> Tensor:
     return Tensor(name, holds, **layout)
 
 
+# The last part of the class of a model with labels, and its head.
+CLASSIFIER = "ForSequenceClassification"
+SCORE = tensor("score.weight", "score")
+
+
 @dataclass(frozen=True)
 class Description:
     """What config.json says: the model, and the longest text that it was made for."""
@@ -77,6 +83,7 @@ class Family:
       tensors: the table.
       ignored: regular expression of tensors without parameters, such as constants.
       is_in_transformers: False: its code comes with the weights.
+      classifier: the class of `transformers` for models with labels, if not named like others; "": there is none.
     """
 
     model_type: str
@@ -86,6 +93,19 @@ class Family:
     tensors: tuple[Tensor, ...]
     ignored: str = ""
     is_in_transformers: bool = True
+    classifier: str | None = None
+
+    def class_name(self, model: ModelConfig) -> str:
+        """The class of `transformers` for a model.
+
+        Raises:
+          LookupError: there is none.
+        """
+        if model.labels is None:
+            return self.architecture
+        if self.classifier == "" or not self.is_in_transformers:
+            raise LookupError(f"{self.model_type}: there is no class for models with labels")
+        return self.classifier or re.sub(r"(LMHeadModel|ForCausalLM)$", CLASSIFIER, self.architecture)
 
 
 @functools.cache

@@ -149,5 +149,12 @@ def _write_gemma3(description: Description) -> dict[str, Any]:
 FAMILIES = (
     Family("gemma", "GemmaForCausalLM", _read_gemma, _write_gemma, TENSORS),
     Family("gemma2", "Gemma2ForCausalLM", _read_gemma2, _write_windowed, NORMS_AROUND),
-    Family("gemma3_text", "Gemma3ForCausalLM", _read_gemma3, _write_gemma3, NORMS_AROUND),
+    Family(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        _read_gemma3,
+        _write_gemma3,
+        NORMS_AROUND,
+        classifier="Gemma3TextForSequenceClassification",
+    ),
 )

@@ -10,7 +10,7 @@ import numpy as np
 from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import Parameter
 from maxlm.core.tree import flatten
-from maxlm.families.family import Family, Tensor
+from maxlm.families.family import SCORE, Family, Tensor
 from maxlm.layers.stack import layer_indices
 from maxlm.models.decoder import Decoder
 
@@ -50,7 +50,7 @@ def placed_tensors(family: Family, declared: Decoder) -> dict[str, Placed]:
     """
     parameters = flatten(declared)
     placed: dict[str, Placed] = {}
-    for each in family.tensors:
+    for each in (*family.tensors, SCORE):
         if each.only is not None and not each.only(declared.config):
             continue
         for name, pieces in _instances(each, parameters, declared.config):

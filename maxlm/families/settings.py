@@ -12,7 +12,7 @@ _WITHOUT_EFFECT = re.compile(
     "|".join(
         (
             # Names, and versions of other software.
-            r"_.*|architectures|auto_map|finetuning_task|id2label|label2id|model_type|prefix|problem_type|torchscript",
+            r"_.*|architectures|auto_map|finetuning_task|id2label|label2id|model_type|num_labels|prefix|problem_type|torchscript",
             r"task_specific_params|tokenizer_class|(torch_)?dtype|transformers_version|use_bfloat16|tf_legacy_loss",
             # Special tokens.
             r".*_token_ids?",

@@ -55,4 +55,6 @@ def _write_stablelm(description: Description) -> dict[str, Any]:
     }
 
 
-FAMILIES = (Family("stablelm", "StableLmForCausalLM", _read_stablelm, _write_stablelm, STABLELM_TENSORS),)
+FAMILIES = (
+    Family("stablelm", "StableLmForCausalLM", _read_stablelm, _write_stablelm, STABLELM_TENSORS, classifier=""),
+)

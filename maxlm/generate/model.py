@@ -18,9 +18,10 @@ from maxlm.generate.decoding import bucket_length
 from maxlm.generate.engine import Engine
 from maxlm.generate.request import Request
 from maxlm.generate.scorer import score_sequences, target_scores
-from maxlm.interop.load import load_model
+from maxlm.interop.load import load_any_model
 from maxlm.models.decoder import Decoder, with_execution, with_matrices_cast
 from maxlm.models.regroup import unrolled
+from maxlm.models.scores import sequence_scores
 from maxlm.tokenizer.codec import Tokenizer
 
 # A text to continue, or the messages of a chat to answer.
@@ -41,7 +42,7 @@ def load(path: str | Path, *, ema: bool = False) -> "LoadedModel":
     Raises:
       CheckpointError: there is no model at `path`, or it cannot be read.
     """
-    decoder, tokenizer = load_model(path, ema=ema)
+    decoder, tokenizer = load_any_model(path, ema=ema)
     return LoadedModel(for_this_backend(decoder), tokenizer, name=Path(path).resolve().name)
 
 
@@ -117,7 +118,12 @@ class LoadedModel:
         return self.tokenizer.encode_chat(prompt, generation_prompt=True).ids
 
     def engine(self, *, num_slots: int, max_length: int | None = None, max_waiting: int | None = None) -> Engine:
-        """An engine for this model; close it after use."""
+        """An engine for this model; close it after use.
+
+        Raises:
+          RequestError: the model does not generate text.
+        """
+        self._check_predicts_tokens()
         return Engine(
             self.decoder,
             self.tokenizer,
@@ -129,6 +135,8 @@ class LoadedModel:
 
     def logits(self, tokens: np.ndarray, segment_ids: np.ndarray | None = None) -> np.ndarray:
         """float32 logits [batch, length, vocab] of tokens [batch, length].
+
+        Of a reward model or classifier, the scores [batch, labels] at the last token of each row's one sequence.
 
         With `segment_ids` [batch, length] a token attends only to its own segment, and positions restart at each; 0 is
         padding.
@@ -143,8 +151,10 @@ class LoadedModel:
         length = tokens_BL.shape[1]
         padding = ((0, 0), (0, bucket_length(length, self.execution.max_length) - length))
         tokens_BL, segment_ids_BL = np.pad(tokens_BL, padding), np.pad(segment_ids_BL, padding)
-        logits_BLV = _logits(self.decoder, tokens_BL, segment_positions(segment_ids_BL), segment_ids_BL)
-        return np.asarray(logits_BLV)[:, :length]
+        positions_BL = segment_positions(segment_ids_BL)
+        if self.config.labels is not None:
+            return np.asarray(_scores(self.decoder, tokens_BL, positions_BL, segment_ids_BL))
+        return np.asarray(_logits(self.decoder, tokens_BL, positions_BL, segment_ids_BL))[:, :length]
 
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[Score]:
         """Log-probability of each continuation after its prompt.
@@ -161,6 +171,7 @@ class LoadedModel:
 
     def score_tokens(self, prompts: Sequence[list[int]], continuations: Sequence[list[int]]) -> list[Score]:
         """`score` on token ids; a prompt needs at least one, such as the tokenizer's `document_begin`."""
+        self._check_predicts_tokens()
         for index, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
             if not prompt or not continuation:
                 raise RequestError(f"pair {index}: the prompt or its continuation is empty")
@@ -196,6 +207,7 @@ class LoadedModel:
         Raises:
           RequestError: prompt and new tokens exceed the context, or a setting is out of range.
         """
+        self._check_predicts_tokens()
         listed: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
         requests = [
             Request(
@@ -221,6 +233,13 @@ class LoadedModel:
         ends = self.tokenizer.text_ends(ids)
         num_prompt_tokens = int(np.searchsorted(ends, len(prompt.encode()), side="right"))
         return self.tokenizer.document_begin + ids[:num_prompt_tokens], ids[num_prompt_tokens:]
+
+    def _check_predicts_tokens(self) -> None:
+        if self.config.labels is not None:
+            raise RequestError(
+                f"{self.name}: scores whole texts ({', '.join(self.config.labels)}) and predicts no tokens; score texts"
+                " with `maxlm score`, or token ids with `logits`"
+            )
 
     def _checked(self, tokens, where: str = "") -> np.ndarray:
         tokens_BL = np.asarray(tokens)
@@ -248,6 +267,12 @@ def segment_positions(segment_ids_BL: np.ndarray) -> np.ndarray:
 @jax.jit
 def _logits(model: Decoder, tokens_BL, positions_BL, segment_ids_BL) -> jax.Array:
     return model.logits(model(tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL).hidden_BLD)
+
+
+@jax.jit
+def _scores(model: Decoder, tokens_BL, positions_BL, segment_ids_BL) -> jax.Array:
+    places = {"positions_BL": positions_BL, "segment_ids_BL": segment_ids_BL}
+    return sequence_scores(model, model(tokens_BL, **places), **places)
 
 
 def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:

@@ -18,7 +18,7 @@ from maxlm.config.model import ModelConfig, TokenIds
 from maxlm.core.parameters import Parameter, abstract
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError
-from maxlm.families.family import Description, Family, families
+from maxlm.families.family import CLASSIFIER, Description, Family, families
 from maxlm.families.placement import Placed, ignores, placed_tensors
 from maxlm.families.settings import Settings
 from maxlm.interop.formats import Format
@@ -109,9 +109,23 @@ def read_description(path: Path) -> tuple[Family, Description]:
         ) from None
     settings.check_all_read()
     model = description.model.model_copy(
-        update={"family": family.model_type, "token_ids": _read_token_ids(values, file)}
+        update={
+            "family": family.model_type,
+            "token_ids": _read_token_ids(values, file),
+            "labels": _read_labels(values, file),
+        }
     )
     return family, dataclasses.replace(description, model=model)
+
+
+def _read_labels(values: dict[str, Any], file: Path) -> tuple[str, ...] | None:
+    """The labels of a classifier or reward model; two by default, as transformers has it."""
+    if not any(str(name).endswith(CLASSIFIER) for name in values.get("architectures") or ()):
+        return None
+    names = values.get("id2label") or {str(i): f"LABEL_{i}" for i in range(values.get("num_labels", 2))}
+    if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
+        raise CheckpointError(f"{file}: id2label must have the keys 0 to {len(names) - 1}, not {', '.join(names)}")
+    return tuple(str(names[str(i)]) for i in range(len(names)))
 
 
 def _read_token_ids(values: dict[str, Any], file: Path) -> TokenIds:
@@ -216,10 +230,11 @@ def write_huggingface(path: Path, model: Decoder, tokenizer: Tokenizer | None, r
     write_json(
         path / CONFIG_FILE,
         {
-            "architectures": [family.architecture],
+            "architectures": [family.class_name(model.config)],
             "model_type": family.model_type,
             "torch_dtype": dtype,
             **_token_ids(model.config.token_ids, tokenizer),
+            **_labels(model.config.labels),
             **config,
         },
     )
@@ -240,6 +255,15 @@ def _token_ids(given: TokenIds | None, tokenizer: Tokenizer | None) -> dict[str,
     return {} if given is None else {f"{name}_token_id": value for name, value in given.model_dump(mode="json").items()}
 
 
+def _labels(labels: tuple[str, ...] | None) -> dict[str, Any]:
+    if labels is None:
+        return {}
+    return {
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+
+
 def find_family(model: Decoder) -> tuple[Family, dict[str, Placed]]:
     """The family that a model was imported from, or else the first one that has such models, and where tensors are.
 
@@ -247,12 +271,12 @@ def find_family(model: Decoder) -> tuple[Family, dict[str, Placed]]:
       CheckpointError: there is none.
     """
     declared = Decoder(model.config, model.execution)
-    config = model.config.model_copy(update={"family": None, "token_ids": None})
+    config = model.config.model_copy(update={"family": None, "token_ids": None, "labels": None})
     wanted = Description(config, model.execution.max_length)
     for family in sorted(families().values(), key=lambda family: family.model_type != model.config.family):
         try:
             settings = Settings(json.loads(json.dumps(family.write(wanted))), family.model_type)
-            if family.read(settings) == wanted:
+            if family.read(settings) == wanted and family.class_name(model.config):
                 return family, placed_tensors(family, declared)
         except (CheckpointError, ValidationError, LookupError, AttributeError, TypeError):
             # It has no word for something in this model.

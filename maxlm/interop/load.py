@@ -8,7 +8,6 @@ from jax.sharding import Mesh
 from maxlm.errors import CheckpointError
 from maxlm.interop.formats import find_format, formats
 from maxlm.models.decoder import Decoder
-from maxlm.models.reward import RewardModel
 from maxlm.runtime.storage import storage_path
 from maxlm.tokenizer.codec import Tokenizer
 
@@ -26,20 +25,23 @@ def load_model(
     Raises:
       CheckpointError: there is no such model, or it cannot be read, sharded over a mesh, or generate text.
     """
-    model, tokenizer = _load(path, mesh, ema=ema)
-    if isinstance(model, RewardModel):
-        raise CheckpointError(f"{path}: is a reward model, which cannot generate text")
+    model, tokenizer = load_any_model(path, mesh, ema=ema)
+    if model.config.labels is not None:
+        kind = "reward model" if len(model.config.labels) == 1 else "classifier"
+        raise CheckpointError(f"{path}: is a {kind}, which cannot generate text")
     return model, tokenizer
 
 
-def load_reward_model(path: str | os.PathLike, mesh: Mesh | None = None) -> tuple[RewardModel, Tokenizer | None]:
+def load_reward_model(path: str | os.PathLike, mesh: Mesh | None = None) -> tuple[Decoder, Tokenizer | None]:
     """Load a reward model with its adapters merged, and its tokenizer; see `load_model`.
 
     Raises:
       CheckpointError: there is no such model, it cannot be read, or it is not a reward model.
     """
-    model, tokenizer = _load(path, mesh)
-    if not isinstance(model, RewardModel):
+    model, tokenizer = load_any_model(path, mesh)
+    if model.config.labels is not None and len(model.config.labels) > 1:
+        raise CheckpointError(f"{path}: is a classifier of {len(model.config.labels)} labels, not a reward model")
+    if model.config.labels is None:
         raise CheckpointError(
             f"{path}: is a language model, not a reward model; give the run folder of a training with"
             " objective.kind=reward, such as configs/post/reward.yaml"
@@ -54,9 +56,10 @@ def check_folder(path: str | os.PathLike) -> None:
         raise CheckpointError(f"{path}: there is no such folder; give {', '.join(others)} or {last}")
 
 
-def _load(
-    path: str | os.PathLike, mesh: Mesh | None, *, ema: bool = False
-) -> tuple[Decoder | RewardModel, Tokenizer | None]:
+def load_any_model(
+    path: str | os.PathLike, mesh: Mesh | None = None, *, ema: bool = False
+) -> tuple[Decoder, Tokenizer | None]:
+    """Load a language model, reward model or classifier; see `load_model`."""
     check_folder(path)
     found = find_format(Path(path))
     if found is None:

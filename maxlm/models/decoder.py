@@ -17,7 +17,7 @@ from flax import nnx
 from maxlm.config.execution import DEFAULT_EXECUTION, ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.core.batch import Stream
-from maxlm.core.parameters import Normal, Parameter
+from maxlm.core.parameters import Normal, Parameter, zeros
 from maxlm.core.sharding import fits, gather_layers, shard
 from maxlm.core.term import LossOutput, unite
 from maxlm.core.tree import flatten, unflatten
@@ -53,14 +53,11 @@ class Residual:
 
 
 class Decoder(nnx.Module):
-    """A causal language model.
+    """A causal language model, or one that scores sequences, if its configuration has `labels`.
 
     It is computed in three parts, which a pipeline schedules separately: `enter`, `trunk` (the longest group of layers)
     and `leave`.
     """
-
-    # Paths of weights that are fully trained along with adapters, because they are newly initialized.
-    trained_whole: tuple[str, ...] = ()
 
     def __init__(self, config: ModelConfig, execution: ExecutionConfig = DEFAULT_EXECUTION):
         self.config, self.execution = config, execution
@@ -71,7 +68,11 @@ class Decoder(nnx.Module):
             self.embedding_norm = Norm(config.norm, config.embed_dim)
         self.layers: tuple[Group, ...] = nnx.data(declare_layers(config, execution))
         self.final_norm = Norm(config.norm, config.embed_dim)
-        if not config.tie_embeddings:
+        if config.labels is not None:
+            dtype = jnp.dtype(execution.parameter_dtype)
+            shape = (len(config.labels), config.embed_dim)
+            self.score = nnx.data(Parameter(shape, (None, None), zeros, dtype, role="table"))
+        elif not config.tie_embeddings:
             self.head = _table(config, execution)
 
     def __call__(
@@ -135,6 +136,11 @@ class Decoder(nnx.Module):
         x_BLD = x_BLD if noise is None else noise.embedding(x_BLD)
         before = range(self.config.longest_group)
         return self._apply_groups(before, Residual(x_BLD, LossOutput({}, {})), context), context
+
+    @property
+    def trained_whole(self) -> tuple[str, ...]:
+        """Paths of weights that are trained along with adapters, because they are newly initialized."""
+        return () if self.config.labels is None else ("score",)
 
     @property
     def trunk_layers(self) -> Group:

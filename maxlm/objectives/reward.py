@@ -18,13 +18,15 @@ from maxlm.core.batch import Batch
 from maxlm.core.term import LossOutput, Term, add
 from maxlm.models.applied import AppliedModel
 from maxlm.models.decoder import Decoder
-from maxlm.models.reward import RewardModel
+from maxlm.models.scores import sequence_scores, with_labels
 from maxlm.objectives.pairs import example_pairs, open_pairs, preview_pairs
 from maxlm.objectives.record_data import RecordData
 from maxlm.objectives.sequences import is_real
 from maxlm.ops.preference_losses import bradley_terry_loss
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContext
+
+LABELS = ("reward",)
 
 
 class RewardModeling(Objective, RecordsConfig):
@@ -36,17 +38,22 @@ class RewardModeling(Objective, RecordsConfig):
     )
     center: NonNegativeFloat = Field(0.0, description="Weight of the squared sum of a pair's rewards.")
 
-    def declare(self, config: ModelConfig, execution: ExecutionConfig) -> RewardModel:
-        return RewardModel(config, execution)
+    def declare(self, config: ModelConfig, execution: ExecutionConfig) -> Decoder:
+        return Decoder(config.model_copy(update={"labels": LABELS}), execution)
 
-    def from_decoder(self, decoder: Decoder, key: jax.Array) -> RewardModel:
-        return RewardModel.from_decoder(decoder, key)
+    def from_decoder(self, decoder: Decoder, key: jax.Array) -> Decoder:
+        return with_labels(decoder, LABELS, key)
 
     def compute_loss(self, model: AppliedModel, batch: Batch, teacher: AppliedModel | None = None) -> LossOutput:
         real_B = is_real(batch["chosen"])
         weight = jnp.sum(real_B)
         outputs = model.outputs
-        chosen_B, rejected_B = (model.decoder.rewards(batch[name], outputs[name]) for name in ("chosen", "rejected"))
+
+        def rewards(name: str) -> jax.Array:
+            places = {"positions_BL": batch[name].positions, "segment_ids_BL": batch[name].segment_ids}
+            return sequence_scores(model.decoder, outputs[name], **places)[:, 0]
+
+        chosen_B, rejected_B = rewards("chosen"), rewards("rejected")
         terms = {"bradley_terry": Term(jnp.sum(real_B * bradley_terry_loss(chosen_B, rejected_B)), weight)}
         if self.center:
             # Otherwise only differences are learned; this centers the rewards of a pair at zero (arXiv:2312.09244).

@@ -8,11 +8,12 @@ import numpy as np
 from maxlm.core.batch import Stream
 from maxlm.errors import RequestError
 from maxlm.generate.scorer import score_sequences
-from maxlm.models.reward import RewardModel
+from maxlm.models.decoder import Decoder
+from maxlm.models.scores import token_scores
 from maxlm.tokenizer.codec import Tokenizer
 
 
-def score(model: RewardModel, tokenizer: Tokenizer, texts: Sequence[str | Sequence[dict]]) -> np.ndarray:
+def score(model: Decoder, tokenizer: Tokenizer, texts: Sequence[str | Sequence[dict]]) -> np.ndarray:
     """The reward of each chat (a list of messages) or plain text: float32 [number of texts].
 
     Raises:
@@ -31,12 +32,12 @@ def score(model: RewardModel, tokenizer: Tokenizer, texts: Sequence[str | Sequen
     return reward_of_sequences(model, sequences)
 
 
-def reward_of_sequences(model: RewardModel, sequences: Sequence[list[int]]) -> np.ndarray:
+def reward_of_sequences(model: Decoder, sequences: Sequence[list[int]]) -> np.ndarray:
     """The reward of each sequence of token ids, read at its last token: float32 [number of sequences]."""
     values = score_sequences(_token_values, model, sequences, title="score")
     return np.array([value_L[-1] for (value_L,) in values], np.float32)
 
 
 @jax.jit
-def _token_values(model: RewardModel, rows: Stream) -> tuple[jax.Array]:
-    return (model.token_values(model.apply(rows)),)
+def _token_values(model: Decoder, rows: Stream) -> tuple[jax.Array]:
+    return (token_scores(model, model.apply(rows))[..., 0],)

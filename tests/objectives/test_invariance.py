@@ -16,7 +16,6 @@ from maxlm.data.chat import PackedChats
 from maxlm.data.preference import PreferencePairs
 from maxlm.models.applied import AppliedModel
 from maxlm.models.decoder import Decoder
-from maxlm.models.reward import RewardModel
 from maxlm.train.step import loss_and_gradient
 
 CHATS = [chat("sky", "blue"), chat("grass", "green"), chat("coin 1", "yes"), chat("snow and coal", "white and black")]
@@ -97,8 +96,9 @@ class TestSft:
 class TestReward:
     @pytest.fixture(scope="class")
     def model(self, model_config):
-        model = initialize(RewardModel(model_config), jax.random.key(1))
-        model.value = jax.random.normal(jax.random.key(2), model.value.shape)
+        config = model_config.model_copy(update={"labels": ("reward",)})
+        model = initialize(Decoder(config), jax.random.key(1))
+        model.score = jax.random.normal(jax.random.key(2), model.score.shape)
         return model
 
     def test_padding_and_accumulation_change_nothing(self, model, tokenizer, tmp_path):

@@ -146,7 +146,7 @@ def test_score_depends_only_on_its_own_text(reward_run):
 def test_reward_model_with_adapters_trains_head_and_keeps_base(reward_run, tuned):
     folder, _, lora = reward_run
     model, _ = load_reward_model(folder)
-    assert np.abs(model.value).max() > 0
+    assert np.abs(model.score).max() > 0
     start, trained = flatten(load_model(tuned[0])[0]), flatten(model)
     same = {path: (np.asarray(start[path]) == np.asarray(trained[path])).all() for path in start}
     assert same["embedding"] == same["final_norm/scale"] == (lora is not None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from drawn_weights import inputs
-from family_cases import CASES, file_name
+from family_cases import CASES, SCORE_CASES, file_name
 from family_comparison import GOLDEN, write_folder
 from tiny_decoder import EXECUTION, tiny_config
 
@@ -34,6 +34,20 @@ def test_export_computes_the_same_in_transformers(name, tmp_path):
         logits = theirs(torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask)).logits.numpy()
     expected = np.load(GOLDEN / f"{file_name(name)}.npz")["logits"]
     np.testing.assert_allclose(logits[mask == 1], expected[mask == 1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", SCORE_CASES)
+def test_exported_classifier_scores_the_same_in_transformers(name, tmp_path):
+    write_folder(tmp_path, SCORE_CASES[name])
+    model, _ = load_huggingface(tmp_path)
+    (tmp_path / "out").mkdir()
+    write_huggingface(tmp_path / "out", model, None, {})
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert tuple(theirs.config.id2label[i] for i in range(theirs.config.num_labels)) == model.config.labels
+    tokens, mask = inputs()
+    with torch.no_grad():
+        scores = theirs(torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask)).logits.numpy()
+    np.testing.assert_allclose(scores, np.load(GOLDEN / f"{file_name(name)}.npz")["scores"], atol=1e-5, rtol=0)
 
 
 def test_own_model_continues_a_text_in_transformers(tmp_path, tiny_tokenizer_folder):
