@@ -25,7 +25,16 @@ class PartConfig(Frozen):
         """The same structure with small sizes that `mesh` and meshes of two devices per axis divide, if these do."""
 
 
-class AttentionConfig(PartConfig):
+class MixerPartConfig(PartConfig):
+    """A layer that moves information between tokens."""
+
+    @property
+    def rotary(self) -> tuple[RopeConfig, int] | None:
+        """Its rotary positions, and the channels of the heads that have them."""
+        return None
+
+
+class AttentionConfig(MixerPartConfig):
     """Causal self-attention with grouped key-value heads."""
 
     sharded: ClassVar[dict[str, str]] = {"num_heads": "heads", "num_kv_heads": "kv_heads"}
@@ -55,6 +64,10 @@ class AttentionConfig(PartConfig):
             raise ValueError(problem)
         return self
 
+    @property
+    def rotary(self) -> tuple[RopeConfig, int] | None:
+        return None if self.rope is None else (self.rope, self.head_dim)
+
     def reduced(self, mesh: MeshConfig) -> Self:
         num_kv_heads = math.gcd(self.num_kv_heads, math.lcm(2, mesh.tensor))
         num_heads = num_kv_heads * (self.num_heads // self.num_kv_heads)
@@ -62,7 +75,45 @@ class AttentionConfig(PartConfig):
         return self.model_copy(update=sizes | {"rope": self.rope and self.rope.reduced()})
 
 
-class GruConfig(PartConfig):
+class LatentAttentionConfig(MixerPartConfig):
+    """Causal self-attention whose keys and values are made of one short vector a token, which alone is cached."""
+
+    sharded: ClassVar[dict[str, str]] = {"num_heads": "heads", "query_rank": "embed", "latent_dim": "embed"}
+
+    kind: Literal["mla"]
+    num_heads: Count = 4
+    query_rank: Count | None = Field(None, description="Channels that queries are compressed to; null: they are not.")
+    latent_dim: Count = Field(description="Channels of the vector that keys and values are made of.")
+    content_dim: Count = Field(64, description="Channels of a query and of a key that do not depend on the position.")
+    rope_dim: Count = Field(32, description="Channels that rotate; those of the keys are the same for all heads.")
+    value_dim: Count = 64
+    rope: RopeConfig = RopeConfig()
+    scale: PositiveFloat | None = Field(
+        None, description="Factor on the logits; null is 1 / sqrt(content_dim + rope_dim)."
+    )
+    bias: bool = Field(False, description="Add learned vectors to what is compressed, and to the output.")
+    norm_epsilon: PositiveFloat = Field(1e-6, description="Of the norms of what is compressed.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.rope_dim % 2:
+            raise ValueError(f"rope_dim ({self.rope_dim}) must be even: RoPE rotates pairs of channels")
+        if problem := self.rope.problem(self.rope_dim):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def rotary(self) -> tuple[RopeConfig, int]:
+        return self.rope, self.rope_dim
+
+    def reduced(self, mesh: MeshConfig) -> Self:
+        shards = math.lcm(8, mesh.fsdp * mesh.expert * mesh.context)
+        sizes = {"num_heads": math.lcm(2, mesh.tensor), "latent_dim": shards, "content_dim": 8, "rope_dim": 4}
+        more = {"value_dim": 12, "query_rank": self.query_rank and shards, "rope": self.rope.reduced()}
+        return self.model_copy(update=sizes | more)
+
+
+class GruConfig(MixerPartConfig):
     """A gated recurrent unit: the memory of the tokens before is one vector."""
 
     kind: Literal["gru"]
@@ -125,6 +176,11 @@ class MoeConfig(MlpPartConfig):
         0, description="Experts that every token passes through; computed as one MLP that is this many times as wide."
     )
     scoring: Literal["softmax", "sigmoid"] = Field("softmax", description="Function from router logits to scores.")
+    num_groups: Count = Field(1, description="Groups that the experts are divided into, in order.")
+    groups_per_token: Count = Field(1, description="Groups that a token's experts may be of (arXiv:2405.04434).")
+    group_score: Literal["best", "best_two"] = Field(
+        "best", description="What a group is chosen by: its best expert's score, or the sum of its best two."
+    )
     normalize_weights: bool = Field(True, description="Scale the scores of a token's experts to sum to 1.")
     routed_scaling: PositiveFloat = Field(1.0, description="Factor on the output of the routed experts.")
     router_bias: bool = Field(
@@ -138,7 +194,8 @@ class MoeConfig(MlpPartConfig):
         return self.experts_per_token / self.num_experts
 
     def reduced(self, mesh: MeshConfig) -> Self:
-        num_experts = min(self.num_experts, math.lcm(max(4, 2 * self.experts_per_token), mesh.expert))
+        least = math.lcm(max(4, 2 * self.experts_per_token), mesh.expert, 2 * self.num_groups)
+        num_experts = min(self.num_experts, least)
         return self.model_copy(update={"num_experts": num_experts, "dim": math.lcm(12, mesh.tensor)})
 
     @model_validator(mode="after")
@@ -148,6 +205,18 @@ class MoeConfig(MlpPartConfig):
                 f"experts_per_token ({self.experts_per_token}) exceeds num_experts ({self.num_experts});"
                 f" make it {self.num_experts} or less"
             )
+        if self.num_experts % self.num_groups:
+            raise ValueError(f"num_experts ({self.num_experts}) must be a multiple of num_groups ({self.num_groups})")
+        if self.groups_per_token > self.num_groups:
+            raise ValueError(f"groups_per_token ({self.groups_per_token}) exceeds num_groups ({self.num_groups})")
+        group_size = self.num_experts // self.num_groups
+        if self.experts_per_token > self.groups_per_token * group_size:
+            raise ValueError(
+                f"experts_per_token ({self.experts_per_token}) exceeds the {self.groups_per_token * group_size} experts"
+                f" of groups_per_token ({self.groups_per_token}) groups"
+            )
+        if self.group_score == "best_two" and self.num_groups > 1 and group_size < 2:
+            raise ValueError("group_score best_two needs groups of two experts or more")
         return self
 
 
@@ -159,7 +228,9 @@ def _kind(default: str) -> Discriminator:
 
 
 MixerConfig = Annotated[
-    Annotated[AttentionConfig, Tag("attention")] | Annotated[GruConfig, Tag("gru")],
+    Annotated[AttentionConfig, Tag("attention")]
+    | Annotated[LatentAttentionConfig, Tag("mla")]
+    | Annotated[GruConfig, Tag("gru")],
     _kind("attention"),
 ]
 MlpConfig = Annotated[

@@ -41,6 +41,8 @@ LOGICAL_AXES: dict[str, tuple[str, ...] | None] = {
     # The embed axis of an expert's weights.
     "expert_embed": ("fsdp", "context"),
     "norm": None,
+    # Channels that a layer compresses to: every device computes them all.
+    "latent": None,
     # Channels of a recurrent state, and of its gates: every device computes them all.
     "state": None,
     "gates": None,

@@ -82,6 +82,7 @@ class Family:
         by reading it.
       tensors: the table.
       ignored: regular expression of tensors without parameters, such as constants.
+      ignores_later_layers: files may have layers after the model's, for predicting several tokens.
       is_in_transformers: False: its code comes with the weights.
       classifier: the class of `transformers` for models with labels, if not named like others; "": there is none.
     """
@@ -92,6 +93,7 @@ class Family:
     write: Callable[[Description], dict[str, Any]]
     tensors: tuple[Tensor, ...]
     ignored: str = ""
+    ignores_later_layers: bool = False
     is_in_transformers: bool = True
     classifier: str | None = None
 

@@ -126,6 +126,8 @@ def _place(
     )
 
 
-def ignores(family: Family, name: str) -> bool:
-    """Whether a tensor of a file holds no parameters."""
+def ignores(family: Family, name: str, model: ModelConfig) -> bool:
+    """Whether a tensor of a file holds no parameters of a model."""
+    if family.ignores_later_layers and (layer := re.match(r"model\.layers\.(\d+)\.", name)):
+        return int(layer[1]) >= model.num_layers
     return bool(family.ignored) and re.fullmatch(family.ignored, name) is not None

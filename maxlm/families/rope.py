@@ -51,9 +51,9 @@ def _scaling(settings: Settings, section: Settings) -> RopeScaling | None:
             )
         case "yarn":
             factor, attention_factor = number("factor"), number("attention_factor", None)
-            mscale, mscale_all_dim = number("mscale", None), number("mscale_all_dim", None)
-            if attention_factor is None and mscale and mscale_all_dim:
-                attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
+            of_keys, of_all = number("mscale", None), number("mscale_all_dim", None)
+            if attention_factor is None and of_keys and of_all:
+                attention_factor = mscale(factor, of_keys) / mscale(factor, of_all)
             return YarnScaling(
                 kind="yarn",
                 factor=factor,
@@ -68,8 +68,9 @@ def _scaling(settings: Settings, section: Settings) -> RopeScaling | None:
     )
 
 
-def _mscale(factor: float, mscale: float) -> float:
-    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+def mscale(factor: float, weight: float) -> float:
+    """The factor on queries and keys for texts that are `factor` times longer (arXiv:2309.00071, equation 22)."""
+    return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def write_rope(rope: RopeConfig | None) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def load_huggingface(path: Path, mesh: Mesh | None = None) -> tuple[Decoder, Tok
     """
     family, description = read_description(path)
     files = TensorFiles(path)
-    dtypes = {dtype for name, dtype in files.dtypes.items() if not ignores(family, name)}
+    dtypes = {dtype for name, dtype in files.dtypes.items() if not ignores(family, name, description.model)}
     is_short = dtypes == {"bfloat16"}
     execution = ExecutionConfig(
         max_length=description.max_length,
@@ -143,7 +143,7 @@ def _check_tensors(family: Family, files: TensorFiles, placed: dict[str, Placed]
         raise CheckpointError(
             f"{where}: the tensor {missing[0]} is missing{_more(missing)}; the files do not fit {CONFIG_FILE}"
         )
-    extra = [name for name in files.shapes if name not in placed and not ignores(family, name)]
+    extra = [name for name in files.shapes if name not in placed and not ignores(family, name, declared.config)]
     if declared.config.tie_embeddings:
         extra = [name for name in extra if not _is_copy_of_embedding(family, files, placed, name)]
     if extra:

@@ -5,30 +5,25 @@ Dimensions: B batch, L length, D embed, H query heads, K key-value heads, E head
 
 import math
 from functools import partial
-from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from maxlm.config.execution import ExecutionConfig
 from maxlm.config.layers import AttentionConfig
 from maxlm.config.model import ModelConfig
-from maxlm.core.sharding import is_explicit, logical_to_spec, shard
+from maxlm.core.sharding import shard
+from maxlm.layers.attend import attend, merge_heads, split_heads
 from maxlm.layers.cache import KeyValueCache, RingCache
 from maxlm.layers.context import TokenContext
 from maxlm.layers.norm import Norm
 from maxlm.layers.weights import bias, multiply, residual_scale, weight
-from maxlm.ops.attention.context import context_attention
 from maxlm.ops.attention.definition import cached_attention
-from maxlm.ops.attention.dispatch import attention
 from maxlm.ops.attention.operands import AttentionOperands
 from maxlm.ops.attention.position_bias import Alibi
 from maxlm.ops.attention.rule import AttentionRule
-from maxlm.ops.dropout import WeightDropout
-from maxlm.ops.linear import operand_dtype
 from maxlm.ops.rope import apply_rope
 
 
@@ -57,14 +52,15 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, KeyValueCache | RingCache | None]:
         query_BLHE, key_BLKE, value_BLKE = self._project(x_BLD, context)
         if cache is None:
-            mixed_BLHE = self._attend(query_BLHE, key_BLKE, value_BLKE, context)
+            bias = self._position_bias
+            mixed_BLHE = attend(
+                self.execution, query_BLHE, key_BLKE, value_BLKE, self._rule, context, position_bias=bias
+            )
         else:
             cache, seen = cache.extend(key_BLKE, value_BLKE, context.positions_BL)
             operands = AttentionOperands(position_bias=self._position_bias)
             mixed_BLHE = cached_attention(query_BLHE, *seen[:2], context.positions_BL, seen[2], self._rule, operands)
-        batch, length, heads, head_dim = mixed_BLHE.shape
-        merged = _reshape(mixed_BLHE, (batch, length, heads * head_dim), ("batch", "length", "heads"))
-        y_BLD = multiply(self.execution, merged, self.out, context.residual_axes)
+        y_BLD = multiply(self.execution, merge_heads(mixed_BLHE), self.out, context.residual_axes)
         return y_BLD + self.out_bias.astype(y_BLD.dtype) if self.config.out_bias else y_BLD, cache
 
     def create_cache(self, batch_size: int, max_length: int, dtype) -> KeyValueCache | RingCache:
@@ -84,47 +80,15 @@ class Attention(nnx.Module):
                     (query_BLX, key_BLX, value_BLX), (self.query_bias, self.key_bias, self.value_bias)
                 )
             )
-        query_BLHE = _split_heads(query_BLX, config.num_heads, "heads")
-        key_BLKE = _split_heads(key_BLX, config.num_kv_heads, "kv_heads")
-        value_BLKE = _split_heads(value_BLX, config.num_kv_heads, "kv_heads")
+        query_BLHE = split_heads(query_BLX, config.num_heads, "heads")
+        key_BLKE = split_heads(key_BLX, config.num_kv_heads, "kv_heads")
+        value_BLKE = split_heads(value_BLX, config.num_kv_heads, "kv_heads")
         if config.qk_norm:
             query_BLHE, key_BLKE = self.query_norm(query_BLHE), self.key_norm(key_BLKE)
         if config.rope is not None:
             angles = context.angles_of(config.rope, config.head_dim)
             query_BLHE, key_BLKE = apply_rope(query_BLHE, angles), apply_rope(key_BLKE, angles)
         return query_BLHE, key_BLKE, value_BLKE
-
-    def _attend(self, query_BLHE, key_BLKE, value_BLKE, context: TokenContext):
-        """Attention on each device's own rows and heads, and across the devices that share a row, if sharded."""
-        execution, rule = self.execution, self._rule
-        dropout = None if context.noise is None else context.noise.attention_weights(self.config.num_heads)
-        operands = AttentionOperands(
-            segments=(context.segment_ids_BL, context.segment_ids_BL),
-            position_bias=self._position_bias,
-            dropout=dropout,
-        )
-        settings: dict[str, Any] = {
-            "implementation": None if execution.attention == "auto" else execution.attention,
-            "matmul_dtype": jnp.dtype(operand_dtype(execution.matmul_dtype)),
-        }
-        if not is_explicit():
-            return attention(query_BLHE, key_BLKE, value_BLKE, rule, operands, **settings)
-
-        def local(query_BLHE, key_BLKE, value_BLKE, operands):
-            settings_of_rows = {"method": execution.context_attention, "order": context.row_order, **settings}
-            return context_attention(query_BLHE, key_BLKE, value_BLKE, rule, operands, **settings_of_rows)
-
-        heads = logical_to_spec(("batch", "length", "heads", None))
-        kv_heads = logical_to_spec(("batch", "length", "kv_heads", None))
-        tokens, slopes = P(*heads[:2]), logical_to_spec(("heads",))
-        specs: Any = AttentionOperands(
-            segments=cast(Any, (tokens, tokens)),
-            position_bias=jax.tree.map(lambda _: slopes, operands.position_bias),
-            dropout=dropout and WeightDropout(cast(Any, P(*heads[:3])), cast(Any, tokens), dropout.rate),
-        )
-        return jax.shard_map(local, in_specs=(heads, kv_heads, kv_heads, specs), out_specs=heads, check_vma=False)(
-            query_BLHE, key_BLKE, value_BLKE, operands
-        )
 
     @property
     def _rule(self) -> AttentionRule:
@@ -147,13 +111,3 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     series = lambda count: 2.0 ** (-8.0 * np.arange(1, count + 1) / count)  # noqa: E731
     power = 1 << (num_heads.bit_length() - 1)
     return np.concatenate([series(power), series(2 * power)[::2][: num_heads - power]]).astype(np.float32)
-
-
-def _split_heads(x_BLX, num_heads: int, axis: str):
-    batch, length, features = x_BLX.shape
-    return _reshape(x_BLX, (batch, length, num_heads, features // num_heads), ("batch", "length", axis, None))
-
-
-def _reshape(x, shape: tuple[int, ...], axes: tuple[str | None, ...]):
-    """Reshape with a named sharding: otherwise a head axis of size 1 would lose its mesh axis."""
-    return jax.lax.reshape(x, shape, out_sharding=logical_to_spec(axes)) if is_explicit() else x.reshape(shape)

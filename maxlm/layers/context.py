@@ -6,7 +6,6 @@ from typing import Self
 
 import jax
 
-from maxlm.config.layers import AttentionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.config.rope import RopeConfig
 from maxlm.layers.noise import Noise
@@ -44,12 +43,8 @@ class TokenContext:
     @classmethod
     def create(cls, config: ModelConfig, positions_BL: jax.Array, segment_ids_BL: jax.Array, **layout) -> Self:
         """The context of tokens in a model, with the rotary angles that its layers need."""
-        mixers = [layer.mixer for layer in config.each_layer()]
-        settings = {
-            _key(mixer.rope, mixer.head_dim): (mixer.rope, mixer.head_dim)
-            for mixer in mixers
-            if isinstance(mixer, AttentionConfig) and mixer.rope
-        }
+        given = [layer.mixer.rotary for layer in config.each_layer()]
+        settings = {_key(*rotary): rotary for rotary in given if rotary is not None}
         angles = {key: rope_angles(positions_BL, *setting) for key, setting in settings.items()}
         return cls(positions_BL, segment_ids_BL, angles, **layout)
 

@@ -13,12 +13,13 @@ from maxlm.core.term import LossOutput
 from maxlm.layers.attention import Attention
 from maxlm.layers.context import TOKEN_AXES, TokenContext
 from maxlm.layers.gru import Gru
+from maxlm.layers.latent_attention import LatentAttention
 from maxlm.layers.mlp import GatedMlp, PlainMlp
 from maxlm.layers.moe import MixtureOfExperts
 from maxlm.layers.norm import Norm
 
 # The module of each kind of mixer and MLP: (ModelConfig, the kind's own config, ExecutionConfig) -> module.
-MIXERS: dict[str, Any] = {"attention": Attention, "gru": Gru}
+MIXERS: dict[str, Any] = {"attention": Attention, "mla": LatentAttention, "gru": Gru}
 MLPS: dict[str, Any] = {"gated": GatedMlp, "plain": PlainMlp, "moe": MixtureOfExperts}
 
 

@@ -19,7 +19,7 @@ from maxlm.layers.context import TokenContext
 from maxlm.layers.mlp import GatedMlp
 from maxlm.ops.linear import linear, operand_dtype
 from maxlm.ops.moe.balance import bias_pull, choices, document_balance
-from maxlm.ops.moe.experts import Routing, mixture_of_experts, route, router_scores
+from maxlm.ops.moe.experts import Groups, Routing, mixture_of_experts, route, router_scores
 
 
 class MixtureOfExperts(nnx.Module):
@@ -81,6 +81,7 @@ class MixtureOfExperts(nnx.Module):
             experts_per_token=config.experts_per_token,
             normalize_weights=config.normalize_weights,
             scaling=config.routed_scaling,
+            groups=Groups(config.num_groups, config.groups_per_token, config.group_score),
         )
         return logits_BLE, scores_BLE, routing
 

@@ -71,6 +71,13 @@ def _linear(x, weight, dtype, output_axes, gradient_sum):
     return _matmul(x, weight, operand_dtype(dtype), 0, out_spec, gradient_sum)
 
 
+def whole(weight: Weight) -> jax.Array:
+    """A weight as a matrix [I, O], on each device but for its tensor-parallel part."""
+    if isinstance(weight, AdaptedWeight):
+        return whole(weight.base) + weight.scale * (gather_weight(weight.down) @ gather_weight(weight.up))
+    return weight.dequantize().T if isinstance(weight, QTensor) else gather_weight(weight)
+
+
 def operand_dtype(dtype: str) -> str:
     """`dtype`, with "auto" resolved for the target platform."""
     if dtype != "auto":

@@ -59,7 +59,7 @@ def logits_of_row(config, weights, tokens, positions=None, segments=None):
     x = x + w["positions"][positions] if config.learned_positions else x
     x = norm(x, below(w, "embedding_norm")) if config.embedding_norm else x
     for layer, own in layers_in_order(config, w):
-        mixer = {"attention": attention, "gru": gru}[layer.mixer.kind]
+        mixer = {"attention": attention, "mla": latent_attention, "gru": gru}[layer.mixer.kind]
         before = norm_if_any(x, below(own, "mixer_norm"))
         mixed = mixer(layer.mixer, below(own, "mixer"), before, positions, segments, norm)
         after = x + norm_if_any(mixed, below(own, "mixer_output_norm"))
@@ -115,6 +115,29 @@ def attention(config, w, h, positions, segments, norm):
     return mixed.reshape(length, heads * dim) @ w["out"] + w.get("out_bias", 0)
 
 
+def latent_attention(config, w, h, positions, segments, norm):
+    """Equations 9 to 19 of arXiv:2405.04434, and biases; `norm` is not that of the latents."""
+    length, heads, content = len(h), config.num_heads, config.content_dim
+    query = h
+    if config.query_rank is not None:
+        down = h @ w["query_down"] + w.get("query_bias", 0)
+        query = rms_norm(down, w["query_norm/scale"], config.norm_epsilon)
+    q = (query @ w["query"]).reshape(length, heads, content + config.rope_dim)
+    latent = rms_norm(h @ w["latent"] + w.get("latent_bias", 0), w["latent_norm/scale"], config.norm_epsilon)
+    shared = h @ w["rope_key"] + w.get("rope_key_bias", 0)
+    k = (latent @ w["key"]).reshape(length, heads, content)
+    v = (latent @ w["value"]).reshape(length, heads, config.value_dim)
+    scale = config.scale or 1 / np.sqrt(content + config.rope_dim)
+    mixed = np.zeros((length, heads, config.value_dim))
+    for i in range(length):
+        seen = [j for j in range(i + 1) if segments[j] == segments[i] != 0]
+        for n in range(heads if seen else 0):
+            turned = rotate(q[i, n, content:], positions[i], config.rope)
+            scores = [q[i, n, :content] @ k[j, n] + turned @ rotate(shared[j], positions[j], config.rope) for j in seen]
+            mixed[i, n] = softmax(scale * np.array(scores)) @ v[seen, n]
+    return mixed.reshape(length, -1) @ w["out"] + w.get("out_bias", 0)
+
+
 # Of the paper's release, for four heads and for six.
 ALIBI_SLOPES = {
     4: [2**-2, 2**-4, 2**-6, 2**-8],
@@ -160,7 +183,13 @@ def mixture_of_experts(config, w, h):
     for i, token in enumerate(h):
         logits = token @ w["router"]
         scores = softmax(logits) if config.scoring == "softmax" else 1 / (1 + np.exp(-logits))
-        chosen = np.argsort(-(scores + bias))[: config.experts_per_token]
+        by_group = np.split(scores + bias, config.num_groups)
+        count = {"best": 1, "best_two": 2}[config.group_score]
+        group_scores = [np.sort(group)[-count:].sum() for group in by_group]
+        groups = np.argsort(group_scores)[-config.groups_per_token :]
+        size = config.num_experts // config.num_groups
+        allowed = [expert for expert in range(config.num_experts) if expert // size in groups]
+        chosen = sorted(allowed, key=lambda expert: -(scores + bias)[expert])[: config.experts_per_token]
         total = scores[chosen].sum() if config.normalize_weights else 1.0
         for expert in chosen:
             own = {name: w[name][expert] for name in ("gate", "up", "down")}

@@ -103,8 +103,25 @@ VARIANTS = {
 }
 
 
+# Latent attention, with compressed queries and without; groups of experts.
+GROUPED = {"kind": "moe", "num_experts": 8, "experts_per_token": 3, "dim": 12, "num_groups": 4, "groups_per_token": 2}
+LATENT = {"kind": "mla", "num_heads": 4, "latent_dim": 8, "content_dim": 6, "rope_dim": 4, "value_dim": 5}
+LATENT_MODEL = {
+    "vocab_size": VOCAB_SIZE,
+    "embed_dim": 16,
+    "layers": [
+        {"repeat": 1, "mixer": LATENT | {"query_rank": 10, "bias": True, "scale": 0.4}, "mlp": {"dim": 24}},
+        {"repeat": 2, "mixer": LATENT, "mlp": GROUPED},
+        {
+            "repeat": 2,
+            "mixer": LATENT | {"query_rank": 6},
+            "mlp": GROUPED | {"group_score": "best_two", "scoring": "sigmoid", "router_bias": True},
+        },
+    ],
+}
+
 CONFIGS = {name: tiny_config(**changes) for name, changes in VARIANTS.items()}
-CONFIGS |= {"mixed": ModelConfig(**MIXED), "hybrid": ModelConfig(**HYBRID)}
+CONFIGS |= {"mixed": ModelConfig(**MIXED), "hybrid": ModelConfig(**HYBRID), "latent": ModelConfig(**LATENT_MODEL)}
 CONFIGS |= {
     name: ModelConfig.model_validate({"vocab_size": VOCAB_SIZE, "embed_dim": 16} | family)
     for name, family in FAMILIES.items()
@@ -151,7 +168,7 @@ def test_logits_match_formula(name):
     np.testing.assert_allclose(logits(model, tokens), expected, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["windows", "all", "mixed", *FAMILIES])
+@pytest.mark.parametrize("name", ["windows", "all", "mixed", "latent", *FAMILIES])
 def test_packed_rows_match_formula(name):
     model, tokens = make(name), tokens_of((1, 12))
     segments = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0]], np.int32)
@@ -161,7 +178,7 @@ def test_packed_rows_match_formula(name):
     np.testing.assert_allclose(got[0, :9], expected[:9], rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["plain", "all", "mixed", *FAMILIES])
+@pytest.mark.parametrize("name", ["plain", "all", "mixed", "latent", *FAMILIES])
 def test_gradient_matches_finite_differences(name):
     """Finite differences of the float64 formula, along random directions through all weights at once."""
     model, tokens = make(name), tokens_of((1, 7))
@@ -198,7 +215,7 @@ def log_probabilities(model, batch: Stream):
     return model.log_probabilities(hidden, batch.targets)[0]
 
 
-@pytest.mark.parametrize("name", ["plain", "windows", "all", "mixed"])
+@pytest.mark.parametrize("name", ["plain", "windows", "all", "mixed", "latent"])
 def test_packing_changes_nothing(name):
     """A document has the same log-probabilities alone, after another document, and before padding."""
     model = make(name)
@@ -296,7 +313,7 @@ def kinds(caches) -> set:
     return {type(cache) for cache in jax.tree.leaves(caches, is_leaf=lambda node: isinstance(node, Cache))}
 
 
-CACHED = ["plain", "qk_norm", "windows", "all", "mixed", "hybrid"]
+CACHED = ["plain", "qk_norm", "windows", "all", "mixed", "hybrid", "latent"]
 
 
 @pytest.mark.parametrize("name", CACHED)

@@ -47,15 +47,41 @@ def router_scores(logits_BLE: jax.Array, scoring: str) -> jax.Array:
     return jax.nn.softmax(logits_BLE, axis=-1) if scoring == "softmax" else jax.nn.sigmoid(logits_BLE)
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Groups of experts, of which each token has a few: `config.layers.MoeConfig`."""
+
+    count: int = 1
+    per_token: int = 1
+    score: str = "best"
+
+    def limit(self, scores_BLE: jax.Array) -> jax.Array:
+        """The scores, -inf outside of the token's groups: those with the highest sum of their best one or two."""
+        if self.count == self.per_token:
+            return scores_BLE
+        *shape, num_experts = scores_BLE.shape
+        scores_BLGX = scores_BLE.reshape(*shape, self.count, num_experts // self.count)
+        best, _ = jax.lax.top_k(scores_BLGX, 2 if self.score == "best_two" else 1)
+        _, groups_BLT = jax.lax.top_k(jnp.sum(best, axis=-1), self.per_token)
+        is_chosen_BLG = jnp.any(groups_BLT[..., None] == jnp.arange(self.count), axis=-2)
+        return jnp.where(is_chosen_BLG[..., None], scores_BLGX, -jnp.inf).reshape(scores_BLE.shape)
+
+
 def route(
-    scores_BLE: jax.Array, bias_E: jax.Array | None, *, experts_per_token: int, normalize_weights: bool, scaling: float
+    scores_BLE: jax.Array,
+    bias_E: jax.Array | None,
+    *,
+    experts_per_token: int,
+    normalize_weights: bool,
+    scaling: float,
+    groups: Groups = Groups(),
 ) -> Routing:
-    """Route each token to the experts with the highest scores; ties go to the lower index.
+    """Route each token to the experts with the highest scores in its groups; ties go to the lower index.
 
     A bias affects only the choice, not the weights (arXiv:2408.15664).
     """
     choosing = scores_BLE if bias_E is None else scores_BLE + jax.lax.stop_gradient(bias_E)
-    _, experts_BLK = jax.lax.top_k(jax.lax.stop_gradient(choosing), experts_per_token)
+    _, experts_BLK = jax.lax.top_k(groups.limit(jax.lax.stop_gradient(choosing)), experts_per_token)
     weights_BLK = jnp.take_along_axis(scores_BLE, experts_BLK, axis=-1)
     if normalize_weights:
         # All sigmoids may be close to zero.
