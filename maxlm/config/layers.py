@@ -108,7 +108,8 @@ class LatentAttentionConfig(MixerPartConfig):
 
     def reduced(self, mesh: MeshConfig) -> Self:
         shards = math.lcm(8, mesh.fsdp * mesh.expert * mesh.context)
-        sizes = {"num_heads": math.lcm(2, mesh.tensor), "latent_dim": shards, "content_dim": 8, "rope_dim": 4}
+        heads = math.gcd(self.num_heads, math.lcm(4, mesh.tensor * mesh.context))
+        sizes = {"num_heads": heads, "latent_dim": shards, "content_dim": 8, "rope_dim": 4}
         more = {"value_dim": 12, "query_rank": self.query_rank and shards, "rope": self.rope.reduced()}
         return self.model_copy(update=sizes | more)
 

@@ -109,7 +109,8 @@ def _weights(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
 
     exchanges_heads = execution.context_attention == "all_to_all"
     for key, part in model.each_part():
-        for name, axis in part.sharded.items():
+        sizes_of_part = {name: axis for name, axis in part.sharded.items() if getattr(part, name) is not None}
+        for name, axis in sizes_of_part.items():
             exchanged = ["context"] if axis == "heads" and exchanges_heads else []
             divides(f"{key}.{name}", getattr(part, name), *LOGICAL_AXES[axis], *exchanged)
     divides("vocab_size", model.vocab_size, "tensor")
