@@ -71,6 +71,23 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
     "llama, as many key heads": {"model_type": "llama", **{k: v for k, v in LLAMA.items() if "key_value" not in k}},
+    "llama, dynamic": {
+        "model_type": "llama",
+        **LLAMA,
+        "max_position_embeddings": 8,
+        "rope_scaling": {"type": "dynamic", "factor": 4.0},
+    },
+    "llama, longrope": {
+        "model_type": "llama",
+        **LLAMA,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "original_max_position_embeddings": 8,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.0, 2.0, 3.0, 4.0],
+        },
+    },
     "mistral": {"model_type": "mistral", **LLAMA, "sliding_window": WINDOW},
     "mistral, window longer than the text": {"model_type": "mistral", **LLAMA, "sliding_window": 4096},
     "mixtral": {"model_type": "mixtral", **LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -160,6 +177,13 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "glm": {"model_type": "glm", **LLAMA, "head_dim": 16, "attention_bias": True},
     "phi3": {"model_type": "phi3", **LLAMA, "sliding_window": WINDOW},
+    "phi3, longrope, short text": {
+        "model_type": "phi3",
+        **LLAMA,
+        "original_max_position_embeddings": 32,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.0, 2.0, 4.0]},
+    },
     "stablelm": {"model_type": "stablelm", **STABLELM, "partial_rotary_factor": 0.25},
     "stablelm, parallel": {
         "model_type": "stablelm",

@@ -140,21 +140,23 @@ def _compute(model, tokens, mask):
 
 
 def _continue_greedily(model: Decoder, tokens: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The most likely next tokens, token by token with a cache, and the logits of the given tokens."""
-    total = len(tokens) + count
+    """The most likely next tokens, one by one with a cache, and the logits of the given tokens, its prompt."""
+    length = len(tokens)
 
     @jax.jit
     def run(model):
         def step(carry, position):
-            caches, chosen = carry
-            given = jnp.asarray(tokens)[jnp.minimum(position, len(tokens) - 1)]
-            token = jnp.where(position < len(tokens), given, chosen)
+            caches, token = carry
             output = model(token[None, None], positions_BL=position[None, None], caches=caches)
-            logits = model.logits(output.hidden_BLD)[0, 0]
-            return (output.caches, jnp.argmax(logits).astype(jnp.int32)), logits
+            token = jnp.argmax(model.logits(output.hidden_BLD)[0, 0]).astype(jnp.int32)
+            return (output.caches, token), token
 
-        caches = model.create_caches(1, total, jnp.float32)
-        return jax.lax.scan(step, (caches, jnp.int32(0)), jnp.arange(total - 1))[1]
+        caches = model.create_caches(1, length + count, jnp.float32)
+        prompt = model(tokens[None], positions_BL=jnp.arange(length)[None], caches=caches)
+        logits = model.logits(prompt.hidden_BLD)[0]
+        first = jnp.argmax(logits[-1]).astype(jnp.int32)
+        _, later = jax.lax.scan(step, (prompt.caches, first), length + jnp.arange(count - 1))
+        return logits, jnp.concatenate([first[None], later])
 
-    logits = np.asarray(run(model))
-    return logits[len(tokens) - 1 :].argmax(-1), logits[: len(tokens)]
+    logits, chosen = run(model)
+    return np.asarray(chosen), np.asarray(logits)

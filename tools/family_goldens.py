@@ -27,8 +27,12 @@ NEW_TOKENS = 8
 def compute(settings: dict) -> dict[str, np.ndarray]:
     model = _load(AutoModelForCausalLM, settings)
     tokens, mask = (torch.from_numpy(x).long() for x in inputs())
-    logits = model(tokens, attention_mask=mask).logits
-    loss = model(tokens, attention_mask=mask, labels=torch.where(mask == 1, tokens, -100)).loss
+    # Row by row, the shorter one first: transformers scales rotary positions of all rows by the longest text so far.
+    rows = [row[own == 1] for row, own in zip(tokens, mask)]
+    by_row = [model(row[None]).logits[0] for row in reversed(rows)][::-1]
+    logits = torch.stack([torch.nn.functional.pad(x, (0, 0, 0, tokens.shape[1] - len(x))) for x in by_row])
+    losses = [torch.nn.functional.cross_entropy(x[:-1], row[1:], reduction="sum") for x, row in zip(by_row, rows)]
+    loss = sum(losses) / sum(len(row) - 1 for row in rows)
     loss.backward()
     first = tokens[:1]
     greedy = model.generate(

@@ -39,7 +39,27 @@ class YarnScaling(Frozen):
     truncate: bool = Field(True, description="Round the limits of the channels to whole channels.")
 
 
-RopeScaling = Annotated[LinearScaling | Llama3Scaling | YarnScaling, Field(discriminator="kind")]
+class DynamicScaling(Frozen):
+    """A larger base for texts that are longer than the original length, by how much they are (NTK-aware scaling)."""
+
+    kind: Literal["dynamic"]
+    factor: PositiveFloat
+    original_length: Count = Field(description="Tokens of a text that the model was trained with first.")
+
+
+class LongRopeScaling(Frozen):
+    """Each wavelength times its own factor, one for short texts and one for long ones (arXiv:2402.13753)."""
+
+    kind: Literal["longrope"]
+    original_length: Count = Field(description="Tokens of the longest short text.")
+    short_factors: tuple[PositiveFloat, ...] = Field(description="A factor for each pair of rotated channels.")
+    long_factors: tuple[PositiveFloat, ...] = Field(description="A factor for each pair of rotated channels.")
+    attention_factor: PositiveFloat = Field(1.0, description="Factor on rotated queries and keys.")
+
+
+RopeScaling = Annotated[
+    LinearScaling | Llama3Scaling | YarnScaling | DynamicScaling | LongRopeScaling, Field(discriminator="kind")
+]
 
 
 class RopeConfig(Frozen):
@@ -63,8 +83,26 @@ class RopeConfig(Frozen):
                 f"rope.share ({self.share:g}) of head_dim ({head_dim}) is {channels} channels, but RoPE rotates pairs:"
                 " it must be even and at least 2"
             )
+        if isinstance(self.scaling, LongRopeScaling):
+            lengths = {len(self.scaling.short_factors), len(self.scaling.long_factors)}
+            if lengths != {channels // 2}:
+                found = " and ".join(map(str, sorted(lengths)))
+                return (
+                    "rope.scaling: short_factors and long_factors must have a factor for each of the"
+                    f" {channels // 2} pairs of channels that rotate, and have {found}"
+                )
         return None
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether wavelengths depend on the length of a document."""
+        return isinstance(self.scaling, DynamicScaling | LongRopeScaling)
 
     def reduced(self) -> Self:
         """The same structure for heads of 8 channels."""
-        return self.model_copy(update={"share": max(0.25, round(self.share * 4) / 4)})
+        share, scaling = max(0.25, round(self.share * 4) / 4), self.scaling
+        if isinstance(scaling, LongRopeScaling):
+            pairs = int(8 * share) // 2
+            factors = {"short_factors": scaling.short_factors[:pairs], "long_factors": scaling.long_factors[:pairs]}
+            scaling = scaling.model_copy(update=factors)
+        return self.model_copy(update={"share": share, "scaling": scaling})

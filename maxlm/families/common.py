@@ -4,6 +4,7 @@ from typing import Any
 
 from maxlm.config.layers import GatedMlpConfig, LayerConfig
 from maxlm.config.model import ModelConfig, NormConfig
+from maxlm.config.rope import DynamicScaling
 from maxlm.families.family import Description, Tensor, tensor
 from maxlm.families.layers import first_layer, grouped
 from maxlm.families.rope import read_rope, write_rope
@@ -70,7 +71,11 @@ def read_model(
         tie_embeddings=settings.get("tie_word_embeddings", tied),
         **more,
     )
-    return Description(model, settings.size("max_position_embeddings", max_length))
+    longest = settings.size("max_position_embeddings", max_length)
+    rotary = layers[0].mixer.rotary
+    if rotary and isinstance(scaling := rotary[0].scaling, DynamicScaling):
+        longest = int(scaling.factor * longest)
+    return Description(model, longest)
 
 
 def read_attention(
@@ -124,9 +129,16 @@ def write_model(description: Description) -> dict[str, Any]:
         "head_dim": mixer.head_dim,
         "rms_norm_eps": model.norm.epsilon,
         "tie_word_embeddings": model.tie_embeddings,
-        "max_position_embeddings": description.max_length,
+        "max_position_embeddings": longest_unscaled(description),
         **write_rope(mixer.rope),
     }
+
+
+def longest_unscaled(description: Description) -> int:
+    """The longest text, without dynamic scaling."""
+    rotary = first_layer(description.model).mixer.rotary
+    is_dynamic = rotary and isinstance(rotary[0].scaling, DynamicScaling)
+    return rotary[0].scaling.original_length if is_dynamic else description.max_length
 
 
 def write_gated_mlp(mlp: Any) -> dict[str, Any]:

@@ -20,8 +20,7 @@ PHI3_TENSORS = (
 
 
 def _read_phi3(settings: Settings) -> Description:
-    rope = read_rope(settings, theta=10_000.0, share=1.0)
-    # Of the positions that the model was trained with first, which other kinds of rope_scaling need.
+    rope = read_rope(settings, theta=10_000.0, share=1.0, original_length=4096)
     settings.get("original_max_position_embeddings", None)
     mixer = AttentionConfig(**read_attention(settings, rope=rope), window=settings.get("sliding_window", None))
     layer = LayerConfig(mixer=mixer, mlp=read_gated_mlp(settings))

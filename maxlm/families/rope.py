@@ -3,29 +3,43 @@
 import math
 from typing import Any
 
-from maxlm.config.rope import LinearScaling, Llama3Scaling, RopeConfig, RopeScaling, YarnScaling
+from maxlm.config.rope import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeConfig,
+    RopeScaling,
+    YarnScaling,
+)
 from maxlm.errors import CheckpointError
 from maxlm.families.settings import Settings
 
 
-def read_rope(settings: Settings, *, theta: float, share: float | None = None) -> RopeConfig:
+def read_rope(
+    settings: Settings, *, theta: float, share: float | None = None, original_length: int | None = None
+) -> RopeConfig:
     """The rotary positions of a model.
 
     Args:
       theta: where it is missing.
       share: of the channels that rotate, where it is missing; None: all of them, and no other share is possible.
+      original_length: of the texts that the model was trained with first, where it is missing beside the scaling;
+        None: what the scaling says, or the longest.
     """
     scaling, parameters = settings.section("rope_scaling"), settings.section("rope_parameters")
     section = parameters or scaling or Settings({}, settings.where)
     theta = section.get("rope_theta", settings.get("rope_theta", theta))
     if share is not None:
         share = section.get("partial_rotary_factor", settings.get("partial_rotary_factor", share))
-    rope = RopeConfig(theta=float(theta), share=1.0 if share is None else share, scaling=_scaling(settings, section))
+    rope = RopeConfig(
+        theta=float(theta), share=1.0 if share is None else share, scaling=_scaling(settings, section, original_length)
+    )
     section.check_all_read()
     return rope
 
 
-def _scaling(settings: Settings, section: Settings) -> RopeScaling | None:
+def _scaling(settings: Settings, section: Settings, original: int | None) -> RopeScaling | None:
     old_name = section.get("type", "default")
     kind = section.get("rope_type", old_name)
 
@@ -34,7 +48,9 @@ def _scaling(settings: Settings, section: Settings) -> RopeScaling | None:
         return float(value) if isinstance(value, int) else value
 
     def original_length() -> int:
-        return section.size("original_max_position_embeddings", settings.get("max_position_embeddings"))
+        of_scaling = section.size("original_max_position_embeddings", settings.get("max_position_embeddings"))
+        # What stands beside the scaling counts, as Phi-3 has it.
+        return settings.size("original_max_position_embeddings", of_scaling if original is None else original)
 
     match kind:
         case "default":
@@ -63,8 +79,26 @@ def _scaling(settings: Settings, section: Settings) -> RopeScaling | None:
                 attention_factor=attention_factor,
                 truncate=section.get("truncate", True),
             )
+        case "dynamic":
+            # transformers compares lengths with the longest one, whatever this is.
+            section.get("original_max_position_embeddings", None)
+            return DynamicScaling(
+                kind="dynamic", factor=number("factor"), original_length=settings.size("max_position_embeddings")
+            )
+        case "longrope" | "su":
+            length = original_length()
+            factor = number("factor", None) or settings.get("max_position_embeddings") / length
+            by_factor = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
+            return LongRopeScaling(
+                kind="longrope",
+                original_length=length,
+                short_factors=tuple(section.get("short_factor")),
+                long_factors=tuple(section.get("long_factor")),
+                attention_factor=number("attention_factor", None) or by_factor,
+            )
     raise CheckpointError(
-        f"{section.where}: rope_type is {kind!r}, which is not supported; it must be default, linear, llama3 or yarn"
+        f"{section.where}: rope_type is {kind!r}, which is not supported; it must be default, linear, dynamic, llama3,"
+        " yarn or longrope"
     )
 
 
@@ -102,4 +136,15 @@ def write_rope(rope: RopeConfig | None) -> dict[str, Any]:
             }
             if scaling.attention_factor is not None:
                 written["rope_scaling"]["attention_factor"] = scaling.attention_factor
+        case DynamicScaling() as scaling:
+            written["rope_scaling"] = {"rope_type": "dynamic", "factor": scaling.factor}
+        case LongRopeScaling() as scaling:
+            written["rope_scaling"] = {
+                "rope_type": "longrope",
+                "original_max_position_embeddings": scaling.original_length,
+                "short_factor": list(scaling.short_factors),
+                "long_factor": list(scaling.long_factors),
+                "attention_factor": scaling.attention_factor,
+            }
+            written["original_max_position_embeddings"] = scaling.original_length
     return written

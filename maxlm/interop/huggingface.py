@@ -276,7 +276,7 @@ def find_family(model: Decoder) -> tuple[Family, dict[str, Placed]]:
     for family in sorted(families().values(), key=lambda family: family.model_type != model.config.family):
         try:
             settings = Settings(json.loads(json.dumps(family.write(wanted))), family.model_type)
-            if family.read(settings) == wanted and family.class_name(model.config):
+            if family.read(settings).model == wanted.model and family.class_name(model.config):
                 return family, placed_tensors(family, declared)
         except (CheckpointError, ValidationError, LookupError, AttributeError, TypeError):
             # It has no word for something in this model.

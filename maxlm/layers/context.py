@@ -5,9 +5,11 @@ from functools import partial
 from typing import Self
 
 import jax
+import jax.numpy as jnp
 
 from maxlm.config.model import ModelConfig
 from maxlm.config.rope import RopeConfig
+from maxlm.core.sharding import is_explicit, logical_to_spec, names_of
 from maxlm.layers.noise import Noise
 from maxlm.ops.attention.ring import RowOrder
 from maxlm.ops.rope import rope_angles
@@ -45,11 +47,42 @@ class TokenContext:
         """The context of tokens in a model, with the rotary angles that its layers need."""
         given = [layer.mixer.rotary for layer in config.each_layer()]
         settings = {_key(*rotary): rotary for rotary in given if rotary is not None}
-        angles = {key: rope_angles(positions_BL, *setting) for key, setting in settings.items()}
+        lengths_BL = None
+        if any(rope.depends_on_length for rope, _ in settings.values()):
+            lengths_BL = document_lengths(positions_BL, segment_ids_BL)
+        angles = {key: rope_angles(positions_BL, *setting, lengths_BL) for key, setting in settings.items()}
         return cls(positions_BL, segment_ids_BL, angles, **layout)
 
     def angles_of(self, rope: RopeConfig, head_dim: int) -> tuple[jax.Array, jax.Array]:
         return self.angles[_key(rope, head_dim)]
+
+
+def document_lengths(positions_BL: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+    """For each token, the length of its document: int32 [B, L]. With a cache, the length so far.
+
+    Args:
+      segment_ids_BL: documents of a row, numbered from 1 to at most L; 0 is padding.
+    """
+    if not is_explicit():
+        return _local_lengths(positions_BL, segment_ids_BL, length_axes=())
+    tokens = logical_to_spec(("batch", "length"))
+    local = partial(_local_lengths, length_axes=names_of(tokens[1]))
+    return jax.shard_map(local, in_specs=(tokens, tokens), out_specs=tokens, check_vma=False)(
+        positions_BL, segment_ids_BL
+    )
+
+
+def _local_lengths(positions_BL, segment_ids_BL, *, length_axes: tuple[str, ...]):
+    positions, segments = positions_BL, segment_ids_BL
+    if length_axes:
+        # A document may continue on the next device.
+        positions, segments = (
+            jax.lax.all_gather(x, length_axes, axis=1, tiled=True) for x in (positions_BL, segment_ids_BL)
+        )
+    batch, length = segments.shape
+    rows_B1 = jnp.arange(batch)[:, None]
+    longest = jnp.zeros((batch, length + 1), jnp.int32).at[rows_B1, segments].max(positions + 1)
+    return longest[rows_B1, segment_ids_BL]
 
 
 def _key(rope: RopeConfig, head_dim: int) -> str:

@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maxlm.config.rope import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+from maxlm.config.rope import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeConfig,
+    YarnScaling,
+)
 from maxlm.core.hardware import traced_platform
 
 
@@ -37,6 +44,26 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float
     raise AssertionError(rope.scaling)
 
 
+def _frequencies_of_lengths(lengths: jax.Array, rope: RopeConfig, head_dim: int) -> tuple[jax.Array, float]:
+    """`rope_frequencies` of documents of these lengths: [..., 1] -> [..., R / 2]."""
+    channels = rope.rotated_channels(head_dim)
+    exponents = np.arange(0, channels, 2) / channels
+    match rope.scaling:
+        case DynamicScaling(factor=factor, original_length=original):
+            stretch = factor * jnp.maximum(lengths, original).astype(jnp.float32) / original - (factor - 1)
+            # theta * stretch^(R / (R - 2)) to the power of -2i / R.
+            power = jnp.asarray(exponents * channels / (channels - 2), jnp.float32)
+            return jnp.asarray(rope.theta**-exponents, jnp.float32) * stretch**-power, 1.0
+        case LongRopeScaling() as scaling:
+            plain = rope.theta**-exponents
+            short, long = (
+                jnp.asarray(plain / np.array(factors), jnp.float32)
+                for factors in (scaling.short_factors, scaling.long_factors)
+            )
+            return jnp.where(lengths > scaling.original_length, long, short), scaling.attention_factor
+    raise AssertionError(rope.scaling)
+
+
 def _yarn_limits(scaling: YarnScaling, theta: float, channels: int) -> tuple[float, float]:
     """The pairs of channels that make `beta_fast` and `beta_slow` turns within the original length."""
 
@@ -54,13 +81,22 @@ def _ramp(x: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.clip((x - low) / max(high - low, 0.001), 0, 1)
 
 
-def rope_angles(positions_BL: jax.Array, rope: RopeConfig, head_dim: int) -> tuple[jax.Array, jax.Array]:
+def rope_angles(
+    positions_BL: jax.Array, rope: RopeConfig, head_dim: int, lengths_BL: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the angles by which pairs of channels rotate, each float32 [batch, length, 1, R / 2].
 
     Both are multiplied by the factor on rotated queries and keys.
+
+    Args:
+      lengths_BL: of the document of each token, for settings that depend on it.
     """
-    frequencies, factor = rope_frequencies(rope, head_dim)
-    angles = positions_BL.astype(jnp.float32)[..., None, None] * jnp.asarray(frequencies, jnp.float32)
+    if rope.depends_on_length:
+        frequencies, factor = _frequencies_of_lengths(lengths_BL[..., None, None], rope, head_dim)
+    else:
+        constant, factor = rope_frequencies(rope, head_dim)
+        frequencies = jnp.asarray(constant, jnp.float32)
+    angles = positions_BL.astype(jnp.float32)[..., None, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return (cos, sin) if factor == 1 else (factor * cos, factor * sin)
 

@@ -14,15 +14,30 @@ def layer_norm(x, scale, bias=0.0, *, epsilon):
     return centered / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + epsilon) * scale + bias
 
 
-def rotate(x, position, rope):
+def rotate(x, position, rope, length):
     """RoPE of one head's vector: of its first R channels, i rotates with i + R/2 by position * theta^(-2i/R)."""
     half = int(len(x) * rope.share) // 2
     out = x.copy()
+    kind, factor = getattr(rope.scaling, "kind", None), 1
     for i in range(half):
-        angle = position * rope.theta ** (-i / half) / (rope.scaling.factor if rope.scaling else 1)
-        out[i] = x[i] * np.cos(angle) - x[i + half] * np.sin(angle)
-        out[i + half] = x[i + half] * np.cos(angle) + x[i] * np.sin(angle)
+        theta, slower = rope.theta, 1
+        if kind == "linear":
+            slower = rope.scaling.factor
+        elif kind == "dynamic" and length > rope.scaling.original_length:
+            longer = rope.scaling.factor * length / rope.scaling.original_length - (rope.scaling.factor - 1)
+            theta *= longer ** (half / (half - 1))
+        elif kind == "longrope":
+            is_long, factor = length > rope.scaling.original_length, rope.scaling.attention_factor
+            slower = (rope.scaling.long_factors if is_long else rope.scaling.short_factors)[i]
+        angle = position * theta ** (-i / half) / slower
+        out[i] = factor * (x[i] * np.cos(angle) - x[i + half] * np.sin(angle))
+        out[i + half] = factor * (x[i + half] * np.cos(angle) + x[i] * np.sin(angle))
     return out
+
+
+def lengths_of(positions, segments):
+    """The length of each token's document."""
+    return [1 + max(p for p, other in zip(positions, segments) if other == own) for own in segments]
 
 
 def soft_cap(x, cap):
@@ -93,12 +108,13 @@ def attention(config, w, h, positions, segments, norm):
     v = (h @ w["value"] + w.get("value_bias", 0)).reshape(length, kv_heads, dim)
     if config.qk_norm:
         q, k = norm(q, below(w, "query_norm")), norm(k, below(w, "key_norm"))
-    turn = (lambda x, position: x) if config.rope is None else (lambda x, at: rotate(x, at, config.rope))
+    lengths = lengths_of(positions, segments)
+    turn = lambda x, i: x if config.rope is None else rotate(x, positions[i], config.rope, lengths[i])  # noqa: E731
     scale = config.scale or 1 / np.sqrt(dim)
     mixed = np.zeros((length, heads, dim))
     for n in range(heads):
         shared = n // (heads // kv_heads)
-        turned = [turn(k[j, shared], positions[j]) for j in range(length)]
+        turned = [turn(k[j, shared], j) for j in range(length)]
         for i in range(length):
             seen = [
                 j
@@ -107,7 +123,7 @@ def attention(config, w, h, positions, segments, norm):
             ]
             if not seen:
                 continue
-            query = turn(q[i, n], positions[i])
+            query = turn(q[i, n], i)
             scores = soft_cap(np.array([query @ turned[j] * scale for j in seen]), config.soft_cap)
             if config.alibi:
                 scores -= ALIBI_SLOPES[heads][n] * (i - np.array(seen))
@@ -128,12 +144,14 @@ def latent_attention(config, w, h, positions, segments, norm):
     k = (latent @ w["key"]).reshape(length, heads, content)
     v = (latent @ w["value"]).reshape(length, heads, config.value_dim)
     scale = config.scale or 1 / np.sqrt(content + config.rope_dim)
+    lengths = lengths_of(positions, segments)
+    turn = lambda x, i: rotate(x, positions[i], config.rope, lengths[i])  # noqa: E731
     mixed = np.zeros((length, heads, config.value_dim))
     for i in range(length):
         seen = [j for j in range(i + 1) if segments[j] == segments[i] != 0]
         for n in range(heads if seen else 0):
-            turned = rotate(q[i, n, content:], positions[i], config.rope)
-            scores = [q[i, n, :content] @ k[j, n] + turned @ rotate(shared[j], positions[j], config.rope) for j in seen]
+            turned = turn(q[i, n, content:], i)
+            scores = [q[i, n, :content] @ k[j, n] + turned @ turn(shared[j], j) for j in seen]
             mixed[i, n] = softmax(scale * np.array(scores)) @ v[seen, n]
     return mixed.reshape(length, -1) @ w["out"] + w.get("out_bias", 0)
 

@@ -83,6 +83,22 @@ FAMILIES = {
     },
 }
 
+# Wavelengths by the length of a document; documents of the tests are shorter and longer than the original length.
+SCALINGS = {
+    "dynamic": {"kind": "dynamic", "factor": 2.0, "original_length": 6},
+    "longrope": {
+        "kind": "longrope",
+        "original_length": 5,
+        "short_factors": [1.0, 1.3],
+        "long_factors": [1.5, 4.0],
+        "attention_factor": 1.2,
+    },
+}
+FAMILIES |= {
+    name: {"layers": {"repeat": 2, "mixer": {**SIZES, "rope": {"theta": 100.0, "scaling": scaling}}}}
+    for name, scaling in SCALINGS.items()
+}
+
 VARIANTS = {
     "plain": {},
     "multi-head": {"num_kv_heads": 4},
