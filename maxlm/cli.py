@@ -18,6 +18,7 @@ from maxlm.runtime.streams import prepare_streams
 # Modules with a `register(subparsers)`; they import nothing heavy at module level.
 COMMANDS = (
     "maxlm.train.config_cli",
+    "maxlm.train.models_cli",
     "maxlm.data.cli",
     "maxlm.tokenizer.cli",
     "maxlm.train.cli",

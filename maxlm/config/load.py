@@ -1,6 +1,7 @@
 """Load YAML into a validated configuration.
 
-A file may name one `base:` file, relative to itself, whose keys it overrides. Overrides from the command line, such as
+A file may name one `base:` file, relative to itself, or a recipe, such as `models/llama-3.1-8b`, whose keys it
+overrides. Overrides from the command line, such as
 `optim.learning_rate=3e-4`, are applied last.
 """
 
@@ -20,20 +21,24 @@ from pydantic_core import ErrorDetails
 
 from maxlm.config.data import DataConfig, TokenizerConfig
 from maxlm.config.objective import ObjectiveConfig, objective_classes
+from maxlm.config.preset import PresetConfig
 from maxlm.config.read import MAX_DEPTH, BadYaml, read_yaml
-from maxlm.config.recipes import find_config
+from maxlm.config.recipes import find_config, find_recipe
 from maxlm.config.sweep import SweepConfig
 from maxlm.config.train import TrainConfig
 from maxlm.errors import ConfigError
 
 MAX_SHOWN = 60  # characters of a value quoted in a message
 
-AnyConfig = Annotated[TrainConfig | DataConfig | TokenizerConfig | SweepConfig, Field(discriminator="kind")]
+AnyConfig = Annotated[
+    TrainConfig | DataConfig | TokenizerConfig | SweepConfig | PresetConfig, Field(discriminator="kind")
+]
 _MODELS: dict[str, type[BaseModel]] = {
     "train": TrainConfig,
     "data": DataConfig,
     "tokenizer": TokenizerConfig,
     "sweep": SweepConfig,
+    "model": PresetConfig,
 }
 
 
@@ -83,7 +88,7 @@ def json_schema() -> dict:
     for model in _MODELS.values():
         schema["$defs"][model.__name__]["properties"]["base"] = {
             "type": "string",
-            "description": "A YAML file, relative to this one, whose keys this file overrides.",
+            "description": "A YAML file, relative to this one, or a recipe's name, whose keys this file overrides.",
         }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "maxlm configuration", **schema}
 
@@ -95,7 +100,12 @@ def _read_with_base(path: Path) -> dict:
         return tree
     if not isinstance(base_name, str):
         raise ConfigError([f"{path}: base: {base_name!r} is not the name of a file"])
-    base = _read_yaml(path.parent / base_name)
+    beside = path.parent / base_name
+    base = _read_yaml(beside if beside.exists() or find_recipe(base_name) is None else find_recipe(base_name))
+    if base.get("kind") == "model":
+        # A published model, whose settings a training takes.
+        del base["kind"]
+        base.pop("about", None)
     if "base" in base:
         raise ConfigError([f"{path}: its base {base_name} has a base itself; only one level is allowed"])
     return _merge(base, tree)

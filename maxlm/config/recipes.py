@@ -41,7 +41,7 @@ def find_config(name: str | Path) -> Path:
     try:
         if path.exists():
             return path
-        recipe = _recipe_of(path)
+        recipe = find_recipe(path)
     except OSError:
         return path  # a name that the file system rejects; reading it reports the error
     if recipe is not None:
@@ -71,7 +71,9 @@ def describe_recipe(path: Path) -> tuple[str, str]:
     return yaml.safe_load(text)["kind"], sentence
 
 
-def _recipe_of(path: Path) -> Path | None:
+def find_recipe(name: str | Path) -> Path | None:
+    """The recipe of that name, as in `find_config`; None if there is none."""
+    path = Path(name)
     parts = path.with_suffix("").parts if path.suffix in (".yaml", "") else path.parts
     name = "/".join(parts[1:] if parts[:1] == ("configs",) else parts)
     return _recipes_or_none().get(name)

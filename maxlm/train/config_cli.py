@@ -35,10 +35,18 @@ def run_show(args: argparse.Namespace) -> int:
     from maxlm.config import dump_yaml, load_config
 
     if args.tree:
+        from maxlm.errors import ConfigError
+        from maxlm.models.decoder import Decoder
         from maxlm.models.show import describe_model
         from maxlm.train.setup import declared_model
 
-        print(describe_model(declared_model(load_config(args.file, args.overrides, kind="train"))))
+        config = load_config(args.file, args.overrides)
+        if config.kind == "model":
+            print(describe_model(Decoder(config.model, config.execution)))
+        elif config.kind == "train":
+            print(describe_model(declared_model(config)))
+        else:
+            raise ConfigError([f"{args.file}: kind {config.kind} has no model; give one of kind train or model"])
         return 0
     config = load_config(args.file, args.overrides)
     print(config.model_dump_json(indent=2) if args.json else dump_yaml(config), end="" if not args.json else "\n")
@@ -48,7 +56,8 @@ def run_show(args: argparse.Namespace) -> int:
 def run_list(args: argparse.Namespace) -> int:
     from maxlm.config.recipes import describe_recipe, recipes
 
-    found = {name: describe_recipe(path) for name, path in recipes().items()}
+    # `maxlm models` lists those.
+    found = {name: describe_recipe(path) for name, path in recipes().items() if not name.startswith("models/")}
     width = max(map(len, found))
     for name, (kind, sentence) in found.items():
         print(f"{name:{width}}  {kind:9}  {sentence}")

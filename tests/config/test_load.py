@@ -76,7 +76,10 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
     ("override", "message"),
     [
         ("mesh.data=-1", "mesh: data and fsdp are -1, but only one axis may be; fsdp is -1 by default"),
-        ("kind=trian", "kind: 'trian' must be one of 'train', 'data', 'tokenizer', 'sweep'; did you mean train?"),
+        (
+            "kind=trian",
+            "kind: 'trian' must be one of 'train', 'data', 'tokenizer', 'sweep', 'model'; did you mean train?",
+        ),
         (
             "objective.kind=polcy",
             "objective.kind: 'polcy' must be one of 'distill', 'policy', 'preference'",
@@ -135,7 +138,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
         ("model.learned_positions=8", "execution.max_length (256) exceeds model.learned_positions (8)"),
         ("model.layers.mixer.rope.share=0.02", "model.layers.mixer: rope.share (0.02) of head_dim"),
         ("model.layers.mixer.rope.scaling={kind: yarn, factor: 2}", "rope.scaling.original_length: must be given"),
-        ("model.layers.mixer.rope.scaling.kind=dynamic", "'dynamic' must be one of 'linear', 'llama3', 'yarn'"),
+        ("model.layers.mixer.rope.scaling.kind=stretched", "'stretched' must be one of 'linear', 'llama3', 'yarn'"),
         ("model.residual=serial", "model.residual: 'serial': must be 'sequential', 'parallel' or 'parallel_one_norm'"),
         ("model=null", "either model or init_from must be given"),
         ("objective={kind: sft, train_file: x}", "init_from must name the model that objective.kind=sft starts from"),
@@ -343,7 +346,7 @@ def test_binary_files_and_folders_are_reported(tmp_path):
 
 def test_wrong_kind_is_reported(good):
     good.write_text(GOOD.replace("kind: train\n", "", 1), encoding="utf-8")
-    assert problems(good) == ["kind: must be given: one of 'train', 'data', 'tokenizer', 'sweep'"]
+    assert problems(good) == ["kind: must be given: one of 'train', 'data', 'tokenizer', 'sweep', 'model'"]
     good.write_text(GOOD, encoding="utf-8")
     assert problems(good, kind="data") == ["kind is 'train', but this command needs kind: data"]
 

@@ -44,8 +44,10 @@ def test_unknown_name_suggests_the_closest(name, message, tmp_path, monkeypatch)
 def test_all_recipes_are_listed_with_kind_and_purpose(capsys):
     assert main(["config", "list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == sorted(recipes())
-    for path in recipes().values():
+    # `maxlm models` lists those.
+    listed = {name: path for name, path in recipes().items() if not name.startswith("models/")}
+    assert [line.split()[0] for line in lines] == sorted(listed)
+    for path in listed.values():
         kind, sentence = describe_recipe(path)
         assert kind in ("train", "data", "tokenizer", "sweep")
         assert len(sentence) > 10, path
