@@ -101,5 +101,8 @@ class TokenizerConfig(Frozen):
     algorithm: Literal["bpe", "unigram"] = "bpe"
     vocab_size: Count = 2048
     character_coverage: Fraction = 0.9995
+    control_tokens: tuple[str, ...] = Field(
+        (), description="Control tokens besides those of chats, such as <|fim_prefix|>."
+    )
     max_characters: Characters = Field(50_000_000, description="Train on at most this much text, sampled evenly.")
     seed: Seed = 0

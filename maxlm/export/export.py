@@ -149,7 +149,7 @@ def _quantize_within(
 def _digests(model: Decoder) -> list[str]:
     """A hash of each array of a model: shape, dtype and bits."""
     arrays = (np.asarray(leaf) for leaf in jax.tree.leaves(model))
-    return [f"{x.shape} {x.dtype} {xxhash.xxh3_128_hexdigest(x.ravel().view(np.uint8))}" for x in arrays]
+    return [f"{x.shape} {x.dtype} {xxhash.xxh3_128_hexdigest(x.ravel().view(np.uint8).data)}" for x in arrays]
 
 
 def check_receipt(receipt: Receipt, format: str, *, max_perplexity_change: float, max_mean_kl: float) -> None:

@@ -26,15 +26,19 @@ class PackedRowsData:
 
     def __init__(self, context: RunContext):
         self._context = context
-        self._mixture = _open(context.config, context.tokenizer)
+        self._mixture = open_rows(context.config, context.tokenizer)
 
     def prepare(self, frozen: dict[str, Any]) -> None:
         if self._held_out is not None:
             _ = self._valid_batches
 
     def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[Batch]:
+        return map(as_batch, self.rows_of_steps(start_step))
+
+    def rows_of_steps(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of each step from `start_step` on, as the loader's arrays."""
         mine = self._context.rows
-        return map(as_batch, self._mixture.iterate(start_step, shard=mine.index, num_shards=mine.count))
+        return self._mixture.iterate(start_step, shard=mine.index, num_shards=mine.count)
 
     def documents(self, batch: int) -> list[dict[str, Any]]:
         return [asdict(document) for document in self._mixture.documents(batch)]
@@ -85,14 +89,15 @@ class PackedRowsData:
 
 def preview_rows(config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[PreviewRow]:
     """The first rows of the mixture."""
-    mixture = _open(config, tokenizer)
+    mixture = open_rows(config, tokenizer)
     for number in range(num_examples):
         step, row = divmod(number, config.batch_size)
         rows = {name: values[row : row + 1] for name, values in mixture.batch(step).items()}
         yield PreviewRow(f"row {number + 1}", Stream.from_rows(rows))
 
 
-def _open(config: TrainConfig, tokenizer: Tokenizer) -> PackedRows:
+def open_rows(config: TrainConfig, tokenizer: Tokenizer) -> PackedRows:
+    """The mixture of a run."""
     return open_mixture(
         [(source.path, source.weight) for source in config.objective.sources],
         seed=config.seed,

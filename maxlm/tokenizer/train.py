@@ -95,7 +95,7 @@ def _train_model(texts: list[str], config: TokenizerConfig) -> bytes:
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             user_defined_symbols=["\t"],
-            control_symbols=list(CONTROL_TOKENS),
+            control_symbols=[*CONTROL_TOKENS, *config.control_tokens],
             pad_id=0, bos_id=1, eos_id=2, unk_id=3,
             pad_piece=PAD, bos_piece=BOS, eos_piece=EOS, unk_piece=UNKNOWN,
             max_sentence_length=1 << 24,
