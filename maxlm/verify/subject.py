@@ -28,8 +28,8 @@ from maxlm.verify.reduce import NUM_ROWS, ROW_LENGTH
 from maxlm.verify.workspace import Workspace, quiet
 
 # Parts of a model and of a layer, from input to output; heads are last.
-_PARTS = ("embedding", "layers", "final_norm")
-_PARTS_OF_LAYER = ("mixer_norm", "mixer", "mlp_norm", "mlp")
+_PARTS = ("embedding", "positions", "embedding_norm", "layers", "final_norm")
+_PARTS_OF_LAYER = ("mixer_norm", "mixer", "mixer_output_norm", "mlp_norm", "mlp", "mlp_output_norm")
 
 
 @dataclass(frozen=True)

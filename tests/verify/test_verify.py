@@ -61,7 +61,8 @@ def test_all_kinds_of_layers_are_the_same_in_every_layout():
         {"mixer": attention | {"window": 16, "rope": None, "alibi": True}, "mlp": {"kind": "moe", "dim": 12}},
         {"mixer": attention | {"rope": {"theta": 500.0}, "qk_norm": True, "soft_cap": 5.0}},
     ]
-    model = small_model() | {"norm": {"kind": "layer"}, "layers": {"repeat": 2, "pattern": pattern}}
+    norms = {"norm": {"kind": "layer", "placement": "around"}, "embedding_norm": True}
+    model = small_model() | norms | {"layers": {"repeat": 2, "pattern": pattern}}
     layouts = [
         "mesh: data=2, context=2, tensor=2",
         "mesh: stage=2, expert=2, tensor=2",
