@@ -51,7 +51,10 @@ class AttentionConfig(MixerPartConfig):
     scale: PositiveFloat | None = Field(None, description="Factor on the logits; null is 1 / sqrt(head_dim).")
     bias: bool = Field(False, description="Add a learned vector to queries, keys and values.")
     out_bias: bool = Field(False, description="Add a learned vector to the output.")
-    qk_norm: bool = Field(False, description="Normalize each query and key head before RoPE.")
+    qk_norm: bool = Field(False, description="Normalize queries and keys before RoPE.")
+    qk_norm_over: Literal["head", "all_heads"] = Field(
+        "head", description="The channels that qk_norm normalizes together: those of each head, or of all heads."
+    )
     soft_cap: PositiveFloat | None = Field(None, description="Attention logits become c * tanh(logits / c).")
 
     @model_validator(mode="after")

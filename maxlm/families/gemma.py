@@ -18,7 +18,7 @@ from maxlm.families.common import (
 )
 from maxlm.families.family import Description, Family, tensor
 from maxlm.families.layers import all_layers, first_layer, read_window, write_windows
-from maxlm.families.rope import read_rope, write_rope
+from maxlm.families.rope import read_rope, read_ropes_by_kind, write_rope
 from maxlm.families.settings import Settings
 
 # Four norms in a layer. What other families call post_attention_layernorm is before the MLP there.
@@ -76,12 +76,9 @@ def _read_gemma2(settings: Settings) -> Description:
 
 def _read_gemma3(settings: Settings) -> Description:
     # Two bases of rotary positions, for global layers and for windows.
-    by_kind = settings.section("rope_parameters")
-    if by_kind is not None and by_kind.get("full_attention", None):
-        whole, local = (
-            read_rope(Settings({"rope_parameters": by_kind.get(kind)}, settings.where), theta=theta)
-            for kind, theta in (("full_attention", 1e6), ("sliding_attention", 1e4))
-        )
+    by_kind = read_ropes_by_kind(settings, full_attention=1e6, sliding_attention=1e4)
+    if by_kind is not None:
+        whole, local = by_kind["full_attention"], by_kind["sliding_attention"]
     else:
         whole = read_rope(settings, theta=1e6)
         local = RopeConfig(theta=float(settings.get("rope_local_base_freq", 1e4)))

@@ -39,6 +39,26 @@ def read_rope(
     return rope
 
 
+def read_ropes_by_kind(settings: Settings, **theta: float) -> dict[str, RopeConfig] | None:
+    """The rotary positions of each kind of layer in `layer_types`; None if `rope_parameters` has none by kind.
+
+    theta: of each kind, where it is missing.
+    """
+    by_kind = settings.section("rope_parameters")
+    given = {kind: by_kind.get(kind, None) for kind in theta} if by_kind else {}
+    if by_kind is None or not any(given.values()):
+        return None
+    by_kind.check_all_read()
+    length = settings.get("max_position_embeddings", None)
+    return {
+        kind: read_rope(
+            Settings({"rope_parameters": given[kind], "max_position_embeddings": length}, by_kind.where),
+            theta=default,
+        )
+        for kind, default in theta.items()
+    }
+
+
 def _scaling(settings: Settings, section: Settings, original: int | None) -> RopeScaling | None:
     old_name = section.get("type", "default")
     kind = section.get("rope_type", old_name)
@@ -105,6 +125,17 @@ def _scaling(settings: Settings, section: Settings, original: int | None) -> Rop
 def mscale(factor: float, weight: float) -> float:
     """The factor on queries and keys for texts that are `factor` times longer (arXiv:2309.00071, equation 22)."""
     return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def write_ropes_by_kind(**ropes: RopeConfig) -> dict[str, Any]:
+    """The settings of each kind of layer in `layer_types`, which version 5 reads."""
+    written = {kind: write_rope(rope) for kind, rope in ropes.items()}
+    return {
+        "rope_parameters": {
+            kind: {"rope_theta": each["rope_theta"], **(each["rope_scaling"] or {"rope_type": "default"})}
+            for kind, each in written.items()
+        }
+    }
 
 
 def write_rope(rope: RopeConfig | None) -> dict[str, Any]:

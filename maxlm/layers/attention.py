@@ -44,8 +44,9 @@ class Attention(nnx.Module):
         if config.out_bias:
             self.out_bias = bias((model.embed_dim, None))
         if config.qk_norm:
-            self.query_norm = Norm(model.norm, config.head_dim)
-            self.key_norm = Norm(model.norm, config.head_dim)
+            is_by_head = config.qk_norm_over == "head"
+            self.query_norm = Norm(model.norm, config.head_dim if is_by_head else heads[0])
+            self.key_norm = Norm(model.norm, config.head_dim if is_by_head else kv_heads[0])
 
     def __call__(
         self, x_BLD: jax.Array, context: TokenContext, cache: KeyValueCache | RingCache | None = None
@@ -80,10 +81,12 @@ class Attention(nnx.Module):
                     (query_BLX, key_BLX, value_BLX), (self.query_bias, self.key_bias, self.value_bias)
                 )
             )
+        if config.qk_norm and config.qk_norm_over == "all_heads":
+            query_BLX, key_BLX = self.query_norm(query_BLX), self.key_norm(key_BLX)
         query_BLHE = split_heads(query_BLX, config.num_heads, "heads")
         key_BLKE = split_heads(key_BLX, config.num_kv_heads, "kv_heads")
         value_BLKE = split_heads(value_BLX, config.num_kv_heads, "kv_heads")
-        if config.qk_norm:
+        if config.qk_norm and config.qk_norm_over == "head":
             query_BLHE, key_BLKE = self.query_norm(query_BLHE), self.key_norm(key_BLKE)
         if config.rope is not None:
             angles = context.angles_of(config.rope, config.head_dim)

@@ -103,10 +103,11 @@ def below(weights, path):
 
 def attention(config, w, h, positions, segments, norm):
     length, heads, kv_heads, dim = len(h), config.num_heads, config.num_kv_heads, config.head_dim
-    q = (h @ w["query"] + w.get("query_bias", 0)).reshape(length, heads, dim)
-    k = (h @ w["key"] + w.get("key_bias", 0)).reshape(length, kv_heads, dim)
-    v = (h @ w["value"] + w.get("value_bias", 0)).reshape(length, kv_heads, dim)
-    if config.qk_norm:
+    q, k, v = (h @ w[name] + w.get(f"{name}_bias", 0) for name in ("query", "key", "value"))
+    if config.qk_norm and config.qk_norm_over == "all_heads":
+        q, k = norm(q, below(w, "query_norm")), norm(k, below(w, "key_norm"))
+    q, k, v = q.reshape(length, heads, dim), k.reshape(length, kv_heads, dim), v.reshape(length, kv_heads, dim)
+    if config.qk_norm and config.qk_norm_over == "head":
         q, k = norm(q, below(w, "query_norm")), norm(k, below(w, "key_norm"))
     lengths = lengths_of(positions, segments)
     turn = lambda x, i: x if config.rope is None else rotate(x, positions[i], config.rope, lengths[i])  # noqa: E731

@@ -65,6 +65,9 @@ FAMILIES = {
         "layers": {"repeat": 2, "mixer": {**LOCAL["mixer"], "scale": 0.4}, "mlp": {"dim": 24}},
     },
     "norms after": {"norm": {"placement": "after"}, "layers": {"repeat": 2, "mixer": BIASED, "mlp": {"dim": 24}}},
+    "norms of all heads together": {
+        "layers": {"repeat": 2, "mixer": BIASED | {"qk_norm": True, "qk_norm_over": "all_heads"}, "mlp": {"dim": 24}},
+    },
     "parallel": {
         "norm": {"kind": "layer"},
         "residual": "parallel",
@@ -329,7 +332,7 @@ def kinds(caches) -> set:
     return {type(cache) for cache in jax.tree.leaves(caches, is_leaf=lambda node: isinstance(node, Cache))}
 
 
-CACHED = ["plain", "qk_norm", "windows", "all", "mixed", "hybrid", "latent"]
+CACHED = ["plain", "qk_norm", "norms of all heads together", "windows", "all", "mixed", "hybrid", "latent"]
 
 
 @pytest.mark.parametrize("name", CACHED)

@@ -59,7 +59,10 @@ def test_all_kinds_of_layers_are_the_same_in_every_layout():
     pattern = [
         {"times": 2, "mixer": {"kind": "gru", "dim": 12}, "mlp": {"kind": "plain", "dim": 24}},
         {"mixer": attention | {"window": 16, "rope": None, "alibi": True}, "mlp": {"kind": "moe", "dim": 12}},
-        {"mixer": attention | {"rope": {"theta": 500.0}, "qk_norm": True, "soft_cap": 5.0}},
+        {
+            "mixer": attention
+            | {"rope": {"theta": 500.0}, "qk_norm": True, "qk_norm_over": "all_heads", "soft_cap": 5.0}
+        },
     ]
     norms = {"norm": {"kind": "layer", "placement": "around"}, "embedding_norm": True}
     model = small_model() | norms | {"layers": {"repeat": 2, "pattern": pattern}}
