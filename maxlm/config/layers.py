@@ -169,7 +169,7 @@ class PlainMlpConfig(MlpPartConfig):
 class MoeConfig(MlpPartConfig):
     """Mixture of experts: a router sends each token to a few of many small gated MLPs."""
 
-    sharded: ClassVar[dict[str, str]] = {"dim": "mlp", "num_experts": "experts"}
+    sharded: ClassVar[dict[str, str]] = {"dim": "mlp", "shared_dim": "mlp", "num_experts": "experts"}
 
     # Required, so that a section without it is a gated MLP in the schema too.
     kind: Literal["moe"]
@@ -178,6 +178,11 @@ class MoeConfig(MlpPartConfig):
     dim: Count = Field(description="Hidden channels of one expert.")
     num_shared_experts: CountOrZero = Field(
         0, description="Experts that every token passes through; computed as one MLP that is this many times as wide."
+    )
+    shared_dim: Count | None = Field(None, description="Hidden channels of one shared expert; null is dim.")
+    shared_gate: bool = Field(
+        False,
+        description="Multiply the output of the shared experts by the sigmoid of a learned product with the token.",
     )
     scoring: Literal["softmax", "sigmoid"] = Field("softmax", description="Function from router logits to scores.")
     num_groups: Count = Field(1, description="Groups that the experts are divided into, in order.")
@@ -200,7 +205,8 @@ class MoeConfig(MlpPartConfig):
     def reduced(self, mesh: MeshConfig) -> Self:
         least = math.lcm(max(4, 2 * self.experts_per_token), mesh.expert, 2 * self.num_groups)
         num_experts = min(self.num_experts, least)
-        return self.model_copy(update={"num_experts": num_experts, "dim": math.lcm(12, mesh.tensor)})
+        sizes = {"dim": math.lcm(12, mesh.tensor), "shared_dim": self.shared_dim and math.lcm(20, mesh.tensor)}
+        return self.model_copy(update=sizes | {"num_experts": num_experts})
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -20,8 +20,9 @@ from maxlm.core.tree import path_of
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
-# matrix: weights [..., in, out] of a product; table: [vocabulary or labels, width]; router: a matrix that selects
-# experts; router_bias: moved by the load of the experts, not by a gradient; adapter: a low-rank factor of a matrix.
+# matrix: weights [..., in, out] of a product; table: [vocabulary or labels, width]; router: a matrix that selects or
+# weighs experts; router_bias: moved by the load of the experts, not by a gradient; adapter: a low-rank factor of a
+# matrix.
 Role = Literal["matrix", "table", "router", "router_bias", "norm", "bias", "vector", "adapter"]
 
 

@@ -14,6 +14,13 @@ EXPERTS = (
     tensor("model.layers.{layer}.mlp.experts.{expert}.up_proj.weight", "layer/mlp/up"),
     tensor("model.layers.{layer}.mlp.experts.{expert}.down_proj.weight", "layer/mlp/down"),
 )
+SHARED_EXPERT = (
+    tensor("model.layers.{layer}.mlp.shared_expert_gate.weight", "layer/mlp/shared_gate"),
+    *(
+        tensor(f"model.layers.{{layer}}.mlp.shared_expert.{name}_proj.weight", f"layer/mlp/shared/{name}")
+        for name in ("gate", "up", "down")
+    ),
+)
 
 
 def _read_qwen2(settings: Settings) -> Description:
@@ -60,23 +67,44 @@ def _write_qwen3(description: Description) -> dict[str, Any]:
     return {**_write_qwen2(description), "attention_bias": first_layer(description.model).mixer.bias}
 
 
+def _read_qwen2_moe(settings: Settings) -> Description:
+    # Which layers have windows depends on the version of transformers.
+    settings.require("use_sliding_window", False)
+    for name in ("sliding_window", "max_window_layers", "layer_types"):
+        settings.get(name, None)
+    sizes = read_attention(settings, theta=10_000.0, num_kv_heads=16)
+    return _read_moe(
+        settings,
+        AttentionConfig(**sizes, bias=settings.get("qkv_bias", True)),
+        num_experts=settings.size("num_experts", 60),
+        experts_per_token=settings.size("num_experts_per_tok", 4),
+        dim=settings.size("moe_intermediate_size", 1408),
+        num_shared_experts=1,
+        shared_dim=settings.size("shared_expert_intermediate_size", 5632),
+        shared_gate=True,
+    )
+
+
 def _read_qwen3_moe(settings: Settings) -> Description:
     bias = settings.get("attention_bias", False)
     sizes = read_attention(settings, theta=10_000.0, num_kv_heads=4)
     window = settings.get("sliding_window", 4096)
     if not settings.get("use_sliding_window", False):
         window = None
-    mixer = AttentionConfig(**sizes, window=window, bias=bias, out_bias=bias, qk_norm=True)
     settings.get("max_window_layers", None)
-    dense = read_gated_mlp(settings)
-    settings.require("hidden_act", "silu", "swish")
-    experts = MoeConfig(
-        kind="moe",
+    return _read_moe(
+        settings,
+        AttentionConfig(**sizes, window=window, bias=bias, out_bias=bias, qk_norm=True),
         num_experts=settings.size("num_experts", settings.get("num_local_experts", 128)),
         experts_per_token=settings.size("num_experts_per_tok", 8),
         dim=settings.size("moe_intermediate_size", 768),
-        normalize_weights=settings.get("norm_topk_prob", False),
     )
+
+
+def _read_moe(settings: Settings, mixer: AttentionConfig, **sizes: Any) -> Description:
+    dense = read_gated_mlp(settings)
+    settings.require("hidden_act", "silu", "swish")
+    experts = MoeConfig(kind="moe", normalize_weights=settings.get("norm_topk_prob", False), **sizes)
     step, without = settings.size("decoder_sparse_step", 1), settings.get("mlp_only_layers", None) or []
     layers = [
         LayerConfig(mixer=mixer, mlp=dense if number in without or (number + 1) % step else experts)
@@ -85,7 +113,7 @@ def _read_qwen3_moe(settings: Settings) -> Description:
     return read_model(settings, layers, max_length=32768)
 
 
-def _write_qwen3_moe(description: Description) -> dict[str, Any]:
+def _write_moe(description: Description) -> dict[str, Any]:
     layers = all_layers(description.model)
     experts = next((layer.mlp for layer in layers if layer.mlp.kind == "moe"), layers[0].mlp)
     dense = [number for number, layer in enumerate(layers) if layer.mlp.kind != "moe"]
@@ -99,14 +127,33 @@ def _write_qwen3_moe(description: Description) -> dict[str, Any]:
         "norm_topk_prob": experts.normalize_weights,
         "mlp_only_layers": dense,
         "decoder_sparse_step": 1,
-        "sliding_window": layers[0].mixer.window,
-        "use_sliding_window": layers[0].mixer.window is not None,
-        "attention_bias": layers[0].mixer.bias,
+    }
+
+
+def _write_qwen2_moe(description: Description) -> dict[str, Any]:
+    layers = all_layers(description.model)
+    experts = next(layer.mlp for layer in layers if layer.mlp.kind == "moe")
+    return {
+        **_write_moe(description),
+        "shared_expert_intermediate_size": experts.shared_dim,
+        "use_sliding_window": False,
+        "qkv_bias": layers[0].mixer.bias,
+    }
+
+
+def _write_qwen3_moe(description: Description) -> dict[str, Any]:
+    mixer = first_layer(description.model).mixer
+    return {
+        **_write_moe(description),
+        "sliding_window": mixer.window,
+        "use_sliding_window": mixer.window is not None,
+        "attention_bias": mixer.bias,
     }
 
 
 FAMILIES = (
     Family("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen2, TENSORS),
+    Family("qwen2_moe", "Qwen2MoeForCausalLM", _read_qwen2_moe, _write_qwen2_moe, (*TENSORS, *EXPERTS, *SHARED_EXPERT)),
     Family("qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3, TENSORS),
     Family("qwen3_moe", "Qwen3MoeForCausalLM", _read_qwen3_moe, _write_qwen3_moe, (*TENSORS, *EXPERTS)),
 )

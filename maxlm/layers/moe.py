@@ -14,6 +14,7 @@ from maxlm.config.execution import ExecutionConfig
 from maxlm.config.layers import GatedMlpConfig, MoeConfig
 from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import Normal, Parameter, Role, zeros
+from maxlm.core.sharding import shard
 from maxlm.core.term import LossOutput, Term
 from maxlm.layers.context import TokenContext
 from maxlm.layers.mlp import GatedMlp
@@ -44,7 +45,10 @@ class MixtureOfExperts(nnx.Module):
         if config.router_bias:
             self.router_bias = _parameter((experts,), (None,), zeros, role="router_bias")
         if config.num_shared_experts:
-            self.shared = GatedMlp(model, GatedMlpConfig(dim=config.num_shared_experts * mlp), execution)
+            shared_dim = config.num_shared_experts * (config.shared_dim or mlp)
+            self.shared = GatedMlp(model, GatedMlpConfig(dim=shared_dim), execution)
+            if config.shared_gate:
+                self.shared_gate = _parameter((embed, 1), ("embed", None), widen, role="router")
 
     def __call__(self, x_BLD: jax.Array, context: TokenContext) -> tuple[jax.Array, LossOutput]:
         """The output of the experts for each token, and the losses of the router. Padding is not routed."""
@@ -71,9 +75,7 @@ class MixtureOfExperts(nnx.Module):
 
     def _route(self, x_BLD) -> tuple[jax.Array, jax.Array, Routing]:
         config = self.config
-        # TPUs do not compute full float32 products by default.
-        with jax.default_matmul_precision("float32"):
-            logits_BLE = linear(x_BLD.astype(jnp.float32), self.router, "float32")
+        logits_BLE = _exact_linear(x_BLD, self.router)
         scores_BLE = router_scores(logits_BLE, config.scoring)
         routing = route(
             scores_BLE,
@@ -100,8 +102,18 @@ class MixtureOfExperts(nnx.Module):
             implementation=None if execution.experts == "auto" else execution.experts,
         )
         if self.config.num_shared_experts:
-            y_BLD = y_BLD + self.shared(x_BLD, context)[0]
+            shared_BLD = self.shared(x_BLD, context)[0]
+            if self.config.shared_gate:
+                gate_BL1 = jax.nn.sigmoid(_exact_linear(x_BLD, self.shared_gate))
+                shared_BLD = shared_BLD * shard(gate_BL1, *context.residual_axes).astype(shared_BLD.dtype)
+            y_BLD = y_BLD + shared_BLD
         return y_BLD
+
+
+def _exact_linear(x: jax.Array, weight: Any) -> jax.Array:
+    """A product in float32, which TPUs do not compute by default."""
+    with jax.default_matmul_precision("float32"):
+        return linear(x.astype(jnp.float32), weight, "float32")
 
 
 def _parameter(*declared, role: Role) -> Any:

@@ -213,4 +213,7 @@ def mixture_of_experts(config, w, h):
         for expert in chosen:
             own = {name: w[name][expert] for name in ("gate", "up", "down")}
             out[i] += config.routed_scaling * scores[expert] / total * gated_mlp(config, own, token)
-    return out + gated_mlp(config, below(w, "shared"), h) if config.num_shared_experts else out
+    if not config.num_shared_experts:
+        return out
+    shared = gated_mlp(config, below(w, "shared"), h)
+    return out + (sigmoid(h @ w["shared_gate"]) * shared if config.shared_gate else shared)

@@ -68,6 +68,13 @@ FAMILIES = {
     "norms of all heads together": {
         "layers": {"repeat": 2, "mixer": BIASED | {"qk_norm": True, "qk_norm_over": "all_heads"}, "mlp": {"dim": 24}},
     },
+    "shared experts with a gate": {
+        "layers": {
+            "repeat": 2,
+            "mixer": SIZES,
+            "mlp": EXPERTS | {"num_shared_experts": 2, "shared_dim": 10, "shared_gate": True},
+        },
+    },
     "parallel": {
         "norm": {"kind": "layer"},
         "residual": "parallel",
@@ -332,7 +339,17 @@ def kinds(caches) -> set:
     return {type(cache) for cache in jax.tree.leaves(caches, is_leaf=lambda node: isinstance(node, Cache))}
 
 
-CACHED = ["plain", "qk_norm", "norms of all heads together", "windows", "all", "mixed", "hybrid", "latent"]
+CACHED = [
+    "plain",
+    "qk_norm",
+    "norms of all heads together",
+    "shared experts with a gate",
+    "windows",
+    "all",
+    "mixed",
+    "hybrid",
+    "latent",
+]
 
 
 @pytest.mark.parametrize("name", CACHED)
