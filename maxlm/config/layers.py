@@ -56,6 +56,9 @@ class AttentionConfig(MixerPartConfig):
         "head", description="The channels that qk_norm normalizes together: those of each head, or of all heads."
     )
     soft_cap: PositiveFloat | None = Field(None, description="Attention logits become c * tanh(logits / c).")
+    sinks: bool = Field(
+        False, description="Learn a logit per head that takes part in the softmax, and has no value (arXiv:2309.17453)."
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -190,6 +193,13 @@ class MoeConfig(MlpPartConfig):
     group_score: Literal["best", "best_two"] = Field(
         "best", description="What a group is chosen by: its best expert's score, or the sum of its best two."
     )
+    bias: bool = Field(False, description="Add a learned vector after each product of a routed expert.")
+    swiglu_limit: PositiveFloat | None = Field(
+        None,
+        description="Hidden channels of routed experts are g * sigmoid(1.702 g) * (u + 1), with g at most this limit"
+        " and u within plus or minus it, as in gpt-oss; null: silu(g) * u.",
+    )
+    router_logit_bias: bool = Field(False, description="Add a learned vector to the router logits.")
     normalize_weights: bool = Field(True, description="Scale the scores of a token's experts to sum to 1.")
     routed_scaling: PositiveFloat = Field(1.0, description="Factor on the output of the routed experts.")
     router_bias: bool = Field(

@@ -35,6 +35,7 @@ class Tensor:
       holds: paths of parameters; those in a layer begin with `layer/`.
       rows: which rows hold which parameter.
       input_first: the matrix is stored as [in, out], as ours are.
+      all_experts: it holds the parameters of all experts of a layer, one expert after the other on its first axis.
       only: the models that have it under this name; None: all.
     """
 
@@ -42,6 +43,7 @@ class Tensor:
     holds: tuple[str, ...]
     rows: Rows = consecutive
     input_first: bool = False
+    all_experts: bool = False
     only: Callable[[ModelConfig], bool] | None = None
 
 

@@ -17,7 +17,7 @@ from maxlm.families.common import (
     write_model,
 )
 from maxlm.families.family import Description, Family, tensor
-from maxlm.families.layers import all_layers, first_layer, read_window, write_windows
+from maxlm.families.layers import all_layers, first_layer, read_kinds, read_window, write_windows
 from maxlm.families.rope import read_rope, read_ropes_by_kind, write_rope
 from maxlm.families.settings import Settings
 
@@ -107,10 +107,8 @@ def _read_windowed(
     max_length: int,
 ) -> Description:
     """Gemma 2 and 3. `pattern`: without a list of layers, each such layer is global."""
-    num_layers, window = settings.size("num_hidden_layers"), settings.size("sliding_window", 4096)
-    kinds = settings.get("layer_types", None) or [
-        "sliding_attention" if (number + 1) % pattern else "full_attention" for number in range(num_layers)
-    ]
+    window = settings.size("sliding_window", 4096)
+    kinds = read_kinds(settings, lambda number: "sliding_attention" if (number + 1) % pattern else "full_attention")
     local = mixer.model_copy(update={"window": window, "rope": local_rope})
     mlp = read_gated_mlp(settings, activation=read_activation(settings, "hidden_activation", "gelu_pytorch_tanh"))
     layers = [LayerConfig(mixer=local if read_window(settings, kind, window) else mixer, mlp=mlp) for kind in kinds]

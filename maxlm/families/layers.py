@@ -1,6 +1,7 @@
 """Lists of layers, as config.json has them, and groups of layers, as a model has them."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 from maxlm.config.layers import LayerConfig, LayerGroup, PatternLayerConfig
@@ -41,6 +42,22 @@ def all_layers(model: ModelConfig) -> list[Any]:
 def first_layer(model: ModelConfig) -> Any:
     """The first layer: the settings that all layers share."""
     return all_layers(model)[0]
+
+
+def read_kinds(settings: Settings, default: Callable[[int], str], num_layers: int | None = None) -> list[str]:
+    """`layer_types`: the kind of each layer, by default that of its number.
+
+    num_layers: where it is missing.
+    """
+    num_layers = settings.size("num_hidden_layers", *([] if num_layers is None else [num_layers]))
+    kinds = settings.get("layer_types", None)
+    if kinds is None:
+        return [default(number) for number in range(num_layers)]
+    if len(kinds) != num_layers:
+        raise CheckpointError(
+            f"{settings.where}: layer_types has {len(kinds)} layers, and num_hidden_layers {num_layers}"
+        )
+    return kinds
 
 
 def read_window(settings: Settings, kind: str, window: int | None) -> int | None:

@@ -6,7 +6,7 @@ from maxlm.config.layers import AttentionConfig, LayerConfig
 from maxlm.config.rope import RopeConfig
 from maxlm.families.common import TENSORS, read_attention, read_gated_mlp, read_model, write_gated_mlp, write_model
 from maxlm.families.family import Description, Family, tensor
-from maxlm.families.layers import all_layers, first_layer, read_window, write_windows
+from maxlm.families.layers import all_layers, first_layer, read_kinds, read_window, write_windows
 from maxlm.families.rope import read_rope, read_ropes_by_kind, write_ropes_by_kind
 from maxlm.families.settings import Settings
 
@@ -46,10 +46,8 @@ def _read_olmo3(settings: Settings) -> Description:
         # transformers 4 takes one rope_theta for all layers, and 5 for those without a window.
         settings.require("rope_theta", _THETA_3)
         ropes = {"full_attention": read_rope(settings, theta=_THETA_3), "sliding_attention": RopeConfig(theta=_THETA_3)}
-    window, num_layers = settings.get("sliding_window", 4096), settings.size("num_hidden_layers")
-    kinds = settings.get("layer_types", None) or [
-        "sliding_attention" if (number + 1) % 4 else "full_attention" for number in range(num_layers)
-    ]
+    window = settings.get("sliding_window", 4096)
+    kinds = read_kinds(settings, lambda number: "sliding_attention" if (number + 1) % 4 else "full_attention")
     mixer = _read_mixer(settings, rope=None)
     windows = [read_window(settings, kind, window) for kind in kinds]
     return _read_model(

@@ -20,12 +20,13 @@ class Piece:
     """A parameter, or the one of a layer or an expert, within a tensor.
 
     path: of the parameter; place: its index in the leading axes, over layers and experts.
-    rows: the rows of the tensor that hold it.
+    rows: the rows of the tensor that hold it; of expert `expert`, if the tensor holds all experts.
     """
 
     path: str
     place: tuple[int, ...]
     rows: np.ndarray
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ def placed_tensors(family: Family, declared: Decoder) -> dict[str, Placed]:
     for each in (*family.tensors, SCORE):
         if each.only is not None and not each.only(declared.config):
             continue
-        for name, pieces in _instances(each, parameters, declared.config):
+        for name, parts in _instances(each, parameters, declared.config):
             if name in placed:
                 raise LookupError(f"{family.model_type}: {name} is twice in the table")
-            placed[name] = _place(each, name, pieces, parameters, declared.config)
+            placed[name] = _place(each, name, parts, parameters, declared.config)
     held = Counter((piece.path, piece.place) for tensor in placed.values() for piece in tensor.pieces)
     wanted = {
         (path, place) for path, each in parameters.items() for place in np.ndindex(each.shape[: each.num_stacked])
@@ -66,15 +67,19 @@ def placed_tensors(family: Family, declared: Decoder) -> dict[str, Placed]:
     return placed
 
 
+# Paths and places of parameters, or those of a layer or an expert.
+_Held = list[tuple[str, tuple[int, ...]]]
+
+
 def _instances(
     each: Tensor, parameters: dict[str, Parameter], config: ModelConfig
-) -> Iterator[tuple[str, list[tuple[str, tuple[int, ...]]]]]:
-    """The name of each tensor of an entry, and the paths and places of what it holds."""
+) -> Iterator[tuple[str, list[_Held]]]:
+    """The name of each tensor of an entry, and what it holds: of each expert, if it holds all, or else in one list."""
     if "{layer}" not in each.name:
         if all(path in parameters for path in each.holds):
-            yield each.name, [(path, ()) for path in each.holds]
+            yield each.name, [[(path, ()) for path in each.holds]]
         return
-    by_expert = "{expert}" in each.name
+    by_expert = "{expert}" in each.name or each.all_experts
     for prefix, number, place in _places_of_layers(config):
         paths = [f"{prefix}/{path.removeprefix('layer/')}" for path in each.holds]
         found = [
@@ -84,14 +89,16 @@ def _instances(
             continue
         if len(found) < len(paths):
             raise LookupError(f"{each.name} holds more than {found} of layer {number}")
-        experts = [(i,) for i in range(parameters[found[0]].shape[len(place)])] if by_expert else [()]
-        for expert in experts:
-            numbers = {"layer": number, **({"expert": expert[0]} if expert else {})}
-            yield each.name.format(**numbers), [(path, (*place, *expert)) for path in found]
-
-
-def _is_of_experts(parameter: Parameter) -> bool:
-    return "experts" in parameter.axes
+        if not by_expert:
+            yield each.name.format(layer=number), [[(path, place) for path in found]]
+            continue
+        experts = range(parameters[found[0]].shape[len(place)])
+        parts = [[(path, (*place, expert)) for path in found] for expert in experts]
+        if each.all_experts:
+            yield each.name.format(layer=number), parts
+        else:
+            for expert, part in zip(experts, parts):
+                yield each.name.format(layer=number, expert=expert), [part]
 
 
 def _places_of_layers(config: ModelConfig) -> Iterator[tuple[str, int, tuple[int, ...]]]:
@@ -105,22 +112,27 @@ def _places_of_layers(config: ModelConfig) -> Iterator[tuple[str, int, tuple[int
 def _place(
     each: Tensor,
     name: str,
-    pieces: Sequence[tuple[str, tuple[int, ...]]],
+    parts: Sequence[_Held],
     parameters: dict[str, Parameter],
     config: ModelConfig,
 ) -> Placed:
-    shapes = [parameters[path].shape[len(place) :] for path, place in pieces]
-    is_transposed = len(shapes[0]) == 2 and parameters[pieces[0][0]].role != "table"
+    shapes = [parameters[path].shape[len(place) :] for path, place in parts[0]]
+    is_transposed = len(shapes[0]) == 2 and parameters[parts[0][0][0]].role != "table"
     sizes = [shape[-1] if is_transposed else shape[0] for shape in shapes]
     rows = [np.asarray(each) for each in each.rows(config, sizes)]
     if [len(part) for part in rows] != sizes or sorted(np.concatenate(rows)) != list(range(sum(sizes))):
-        raise LookupError(f"{name}: the rows of {[path for path, _ in pieces]} are not each row once")
+        raise LookupError(f"{name}: the rows of {[path for path, _ in parts[0]]} are not each row once")
     columns = (shapes[0][0] if is_transposed else shapes[0][1],) if len(shapes[0]) == 2 else ()
     shape = (sum(sizes), *columns)
+    pieces = [
+        Piece(path, place, rows_of_piece, expert if each.all_experts else None)
+        for expert, part in enumerate(parts)
+        for (path, place), rows_of_piece in zip(part, rows)
+    ]
     return Placed(
         name,
-        shape[::-1] if each.input_first else shape,
-        tuple(Piece(path, place, part) for (path, place), part in zip(pieces, rows)),
+        (*([len(parts)] if each.all_experts else []), *(shape[::-1] if each.input_first else shape)),
+        tuple(pieces),
         is_transposed,
         each.input_first,
     )

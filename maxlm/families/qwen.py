@@ -5,7 +5,7 @@ from typing import Any
 from maxlm.config.layers import AttentionConfig, LayerConfig, MoeConfig
 from maxlm.families.common import TENSORS, read_attention, read_gated_mlp, read_model, write_gated_mlp, write_model
 from maxlm.families.family import Description, Family, tensor
-from maxlm.families.layers import all_layers, first_layer, read_window, write_windows
+from maxlm.families.layers import all_layers, first_layer, read_kinds, read_window, write_windows
 from maxlm.families.settings import Settings
 
 EXPERTS = (
@@ -43,14 +43,12 @@ def _read_qwen(settings: Settings, mixer: AttentionConfig) -> Description:
 
 
 def _qwen_windows(settings: Settings) -> list[int | None]:
-    num_layers, window = settings.size("num_hidden_layers"), settings.get("sliding_window", 4096)
-    full = settings.get("max_window_layers", 28)
-    if not settings.get("use_sliding_window", False):
-        window = None
-    types = settings.get("layer_types", None)
-    if types is None:
-        return [window if number >= full else None for number in range(num_layers)]
-    return [read_window(settings, kind, window) for kind in types]
+    full, window = settings.get("max_window_layers", 28), settings.get("sliding_window", 4096)
+    has_windows = settings.get("use_sliding_window", False) and window is not None
+    kinds = read_kinds(
+        settings, lambda number: "sliding_attention" if has_windows and number >= full else "full_attention"
+    )
+    return [read_window(settings, kind, window if has_windows else None) for kind in kinds]
 
 
 def _write_qwen2(description: Description) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from maxlm.core.parameters import Parameter, abstract
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError
 from maxlm.families.family import CLASSIFIER, Description, Family, families
-from maxlm.families.placement import Placed, ignores, placed_tensors
+from maxlm.families.placement import Piece, Placed, ignores, placed_tensors
 from maxlm.families.settings import Settings
 from maxlm.interop.formats import Format
 from maxlm.interop.tensor_files import TensorFiles, write_tensors
@@ -184,17 +184,21 @@ def _readers(files: TensorFiles, placed: dict[str, Placed]) -> dict[str, _Reader
     readers: dict[str, _Readers] = {}
     for tensor in placed.values():
         for piece in tensor.pieces:
-            readers.setdefault(piece.path, {})[piece.place] = _reader(files, tensor, piece.rows)
+            readers.setdefault(piece.path, {})[piece.place] = _reader(files, tensor, piece)
     return readers
 
 
-def _reader(files: TensorFiles, tensor: Placed, rows: np.ndarray):
+def _reader(files: TensorFiles, tensor: Placed, piece: Piece):
     def read(*index: slice) -> np.ndarray:
         row_slice, *columns = index[::-1] if tensor.is_transposed else index
-        wanted = rows[row_slice]
+        wanted = piece.rows[row_slice]
         start, stop = int(wanted.min()), int(wanted.max()) + 1
         read_index = (slice(start, stop), *columns)
-        block = files.read(tensor.name, *(read_index[::-1] if tensor.input_first else read_index))
+        read_index = read_index[::-1] if tensor.input_first else read_index
+        if piece.expert is None:
+            block = files.read(tensor.name, *read_index)
+        else:
+            block = files.read(tensor.name, slice(piece.expert, piece.expert + 1), *read_index)[0]
         block = block.T if tensor.input_first else block
         block = block if stop - start == len(wanted) and np.all(np.diff(wanted) == 1) else block[wanted - start]
         return block.T if tensor.is_transposed else block
@@ -278,7 +282,7 @@ def find_family(model: Decoder) -> tuple[Family, dict[str, Placed]]:
             settings = Settings(json.loads(json.dumps(family.write(wanted))), family.model_type)
             if family.read(settings).model == wanted.model and family.class_name(model.config):
                 return family, placed_tensors(family, declared)
-        except (CheckpointError, ValidationError, LookupError, AttributeError, TypeError):
+        except (CheckpointError, ValidationError, LookupError, AttributeError, TypeError, StopIteration):
             # It has no word for something in this model.
             continue
     raise CheckpointError(
@@ -302,12 +306,13 @@ def _their_tensors(
     arrays: dict[str, jax.Array], placed: dict[str, Placed], dtype: str
 ) -> Iterator[tuple[str, np.ndarray]]:
     for tensor in placed.values():
-        rows_first = tensor.shape[::-1] if tensor.input_first else tensor.shape
-        whole = np.empty(rows_first, jnp.dtype(dtype))
+        whole = np.empty(tensor.shape, jnp.dtype(dtype))
         for piece in tensor.pieces:
             part = np.asarray(arrays[piece.path][piece.place])
-            whole[piece.rows] = part.T if tensor.is_transposed else part
-        yield tensor.name, whole.T if tensor.input_first else whole
+            of_piece = whole if piece.expert is None else whole[piece.expert]
+            rows_first = of_piece.T if tensor.input_first else of_piece
+            rows_first[piece.rows] = part.T if tensor.is_transposed else part
+        yield tensor.name, whole
 
 
 FORMAT = Format(

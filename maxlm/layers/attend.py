@@ -3,6 +3,7 @@
 Dimensions: B batch, L length, X features, H query heads, K key-value heads, E head_dim, V channels of a value.
 """
 
+import dataclasses
 from typing import Any, cast
 
 import jax
@@ -14,8 +15,7 @@ from maxlm.core.sharding import is_explicit, logical_to_spec
 from maxlm.layers.context import TokenContext
 from maxlm.ops.attention.context import context_attention
 from maxlm.ops.attention.dispatch import attention
-from maxlm.ops.attention.operands import AttentionOperands
-from maxlm.ops.attention.position_bias import Alibi
+from maxlm.ops.attention.operands import NO_OPERANDS, AttentionOperands
 from maxlm.ops.attention.rule import AttentionRule
 from maxlm.ops.dropout import WeightDropout
 from maxlm.ops.linear import operand_dtype
@@ -28,18 +28,18 @@ def attend(
     value_BLKV: jax.Array,
     rule: AttentionRule,
     context: TokenContext,
+    by_head: AttentionOperands = NO_OPERANDS,
     *,
-    position_bias: Alibi | None = None,
     kv_axis: str = "kv_heads",
 ) -> jax.Array:
     """[B, L, H, V]: attention on each device's own rows and heads, and across the devices that share a row, if sharded.
 
-    kv_axis: the logical axis of the heads of keys and values.
+    Args:
+      by_head: `position_bias` and `sinks_N`, of the query heads.
+      kv_axis: the logical axis of the heads of keys and values.
     """
     dropout = None if context.noise is None else context.noise.attention_weights(query_BLHE.shape[2])
-    operands = AttentionOperands(
-        segments=(context.segment_ids_BL, context.segment_ids_BL), position_bias=position_bias, dropout=dropout
-    )
+    operands = dataclasses.replace(by_head, segments=(context.segment_ids_BL, context.segment_ids_BL), dropout=dropout)
     settings: dict[str, Any] = {
         "implementation": None if execution.attention == "auto" else execution.attention,
         "matmul_dtype": jnp.dtype(operand_dtype(execution.matmul_dtype)),
@@ -53,10 +53,11 @@ def attend(
 
     heads = logical_to_spec(("batch", "length", "heads", None))
     kv_heads = logical_to_spec(("batch", "length", kv_axis, None))
-    tokens, slopes = P(*heads[:2]), logical_to_spec(("heads",))
+    tokens, vector = P(*heads[:2]), logical_to_spec(("heads",))
     specs: Any = AttentionOperands(
         segments=cast(Any, (tokens, tokens)),
-        position_bias=jax.tree.map(lambda _: slopes, operands.position_bias),
+        position_bias=jax.tree.map(lambda _: vector, operands.position_bias),
+        sinks_N=None if operands.sinks_N is None else cast(Any, vector),
         dropout=dropout and WeightDropout(cast(Any, P(*heads[:3])), cast(Any, tokens), dropout.rate),
     )
     return jax.shard_map(local, in_specs=(heads, kv_heads, kv_heads, specs), out_specs=heads, check_vma=False)(

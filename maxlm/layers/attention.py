@@ -5,6 +5,7 @@ Dimensions: B batch, L length, D embed, H query heads, K key-value heads, E head
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import nnx
 from maxlm.config.execution import ExecutionConfig
 from maxlm.config.layers import AttentionConfig
 from maxlm.config.model import ModelConfig
+from maxlm.core.parameters import Parameter, zeros
 from maxlm.core.sharding import shard
 from maxlm.layers.attend import attend, merge_heads, split_heads
 from maxlm.layers.cache import KeyValueCache, RingCache
@@ -43,6 +45,8 @@ class Attention(nnx.Module):
             self.query_bias, self.key_bias, self.value_bias = bias(heads), bias(kv_heads), bias(kv_heads)
         if config.out_bias:
             self.out_bias = bias((model.embed_dim, None))
+        if config.sinks:
+            self.sinks: Any = nnx.data(Parameter((config.num_heads,), ("heads",), zeros, role="vector"))
         if config.qk_norm:
             is_by_head = config.qk_norm_over == "head"
             self.query_norm = Norm(model.norm, config.head_dim if is_by_head else heads[0])
@@ -53,13 +57,10 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, KeyValueCache | RingCache | None]:
         query_BLHE, key_BLKE, value_BLKE = self._project(x_BLD, context)
         if cache is None:
-            bias = self._position_bias
-            mixed_BLHE = attend(
-                self.execution, query_BLHE, key_BLKE, value_BLKE, self._rule, context, position_bias=bias
-            )
+            mixed_BLHE = attend(self.execution, query_BLHE, key_BLKE, value_BLKE, self._rule, context, self._operands)
         else:
             cache, seen = cache.extend(key_BLKE, value_BLKE, context.positions_BL)
-            operands = AttentionOperands(position_bias=self._position_bias)
+            operands = self._operands
             mixed_BLHE = cached_attention(query_BLHE, *seen[:2], context.positions_BL, seen[2], self._rule, operands)
         y_BLD = multiply(self.execution, merge_heads(mixed_BLHE), self.out, context.residual_axes)
         return y_BLD + self.out_bias.astype(y_BLD.dtype) if self.config.out_bias else y_BLD, cache
@@ -100,10 +101,11 @@ class Attention(nnx.Module):
         return AttentionRule(scale=scale, window=config.window, soft_cap=config.soft_cap)
 
     @property
-    def _position_bias(self) -> Alibi | None:
-        if not self.config.alibi:
-            return None
-        return Alibi(shard(jnp.asarray(alibi_slopes(self.config.num_heads)), "heads"))
+    def _operands(self) -> AttentionOperands:
+        config, alibi = self.config, None
+        if config.alibi:
+            alibi = Alibi(shard(jnp.asarray(alibi_slopes(config.num_heads)), "heads"))
+        return AttentionOperands(position_bias=alibi, sinks_N=self.sinks if config.sinks else None)
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:

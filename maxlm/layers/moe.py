@@ -20,7 +20,7 @@ from maxlm.layers.context import TokenContext
 from maxlm.layers.mlp import GatedMlp
 from maxlm.ops.linear import linear, operand_dtype
 from maxlm.ops.moe.balance import bias_pull, choices, document_balance
-from maxlm.ops.moe.experts import Groups, Routing, mixture_of_experts, route, router_scores
+from maxlm.ops.moe.experts import ExpertWeights, Groups, Routing, mixture_of_experts, route, router_scores
 
 
 class MixtureOfExperts(nnx.Module):
@@ -42,6 +42,12 @@ class MixtureOfExperts(nnx.Module):
         self.gate = _parameter((experts, embed, mlp), widening, widen, dtype, role="matrix")
         self.up = _parameter((experts, embed, mlp), widening, widen, dtype, role="matrix")
         self.down = _parameter((experts, mlp, embed), narrowing, narrow, dtype, role="matrix")
+        if config.bias:
+            self.gate_bias = _parameter((experts, mlp), ("experts", "mlp"), zeros, role="bias")
+            self.up_bias = _parameter((experts, mlp), ("experts", "mlp"), zeros, role="bias")
+            self.down_bias = _parameter((experts, embed), ("experts", None), zeros, role="bias")
+        if config.router_logit_bias:
+            self.router_logit_bias = _parameter((experts,), (None,), zeros, role="bias")
         if config.router_bias:
             self.router_bias = _parameter((experts,), (None,), zeros, role="router_bias")
         if config.num_shared_experts:
@@ -76,6 +82,8 @@ class MixtureOfExperts(nnx.Module):
     def _route(self, x_BLD) -> tuple[jax.Array, jax.Array, Routing]:
         config = self.config
         logits_BLE = _exact_linear(x_BLD, self.router)
+        if config.router_logit_bias:
+            logits_BLE = logits_BLE + self.router_logit_bias
         scores_BLE = router_scores(logits_BLE, config.scoring)
         routing = route(
             scores_BLE,
@@ -93,9 +101,7 @@ class MixtureOfExperts(nnx.Module):
             x_BLD,
             routing,
             real_BL,
-            self.gate,
-            self.up,
-            self.down,
+            self._weights,
             dtype=operand_dtype(execution.matmul_dtype),
             gradient_sum=execution.gradient_sum_dtype,
             output_axes=context.residual_axes,
@@ -108,6 +114,19 @@ class MixtureOfExperts(nnx.Module):
                 shared_BLD = shared_BLD * shard(gate_BL1, *context.residual_axes).astype(shared_BLD.dtype)
             y_BLD = y_BLD + shared_BLD
         return y_BLD
+
+    @property
+    def _weights(self) -> ExpertWeights:
+        config = self.config
+        return ExpertWeights(
+            self.gate,
+            self.up,
+            self.down,
+            gate_bias_GF=self.gate_bias if config.bias else None,
+            up_bias_GF=self.up_bias if config.bias else None,
+            down_bias_GD=self.down_bias if config.bias else None,
+            swiglu_limit=config.swiglu_limit,
+        )
 
 
 def _exact_linear(x: jax.Array, weight: Any) -> jax.Array:

@@ -72,6 +72,7 @@ def refused(folder: Path, *words: str) -> None:
         ({"vocab_size": "many"}, ["vocab_size is 'many'"]),
         ({"num_key_value_heads": 3}, ["num_heads (4) must be a multiple of num_kv_heads (3)"]),
         ({"rms_norm_eps": 0}, ["epsilon", "greater than 0"]),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, ["layer_types has 1", "num_hidden_layers 2"]),
         ({"hidden_size": 16}, ["has the shape", "describes"]),
         ({"num_hidden_layers": 3}, ["model.layers.2", "is missing", "more are"]),
         ({"num_hidden_layers": 1}, ["model.layers.1", "is not part of the model"]),

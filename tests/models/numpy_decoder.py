@@ -128,7 +128,9 @@ def attention(config, w, h, positions, segments, norm):
             scores = soft_cap(np.array([query @ turned[j] * scale for j in seen]), config.soft_cap)
             if config.alibi:
                 scores -= ALIBI_SLOPES[heads][n] * (i - np.array(seen))
-            mixed[i, n] = softmax(scores) @ v[seen, shared]
+            if config.sinks:
+                scores = np.append(scores, w["sinks"][n])
+            mixed[i, n] = softmax(scores)[: len(seen)] @ v[seen, shared]
     return mixed.reshape(length, heads * dim) @ w["out"] + w.get("out_bias", 0)
 
 
@@ -195,12 +197,25 @@ def gated_mlp(config, w, h):
     return (gate / (1 + np.exp(-gate)) * (h @ w["up"])) @ w["down"]
 
 
+EXPERT_WEIGHTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+
+
+def expert_mlp(config, w, h):
+    gate, up = (h @ w[name] + w.get(f"{name}_bias", 0) for name in ("gate", "up"))
+    if (limit := config.swiglu_limit) is None:
+        hidden = gate * sigmoid(gate) * up
+    else:
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+        hidden = gate * sigmoid(1.702 * gate) * (up + 1)
+    return hidden @ w["down"] + w.get("down_bias", 0)
+
+
 def mixture_of_experts(config, w, h):
     """Each token through its experts; the bias selects experts and has no part in their weights (arXiv:2408.15664)."""
     out = np.zeros_like(h)
     bias = w.get("router_bias", np.zeros(config.num_experts))
     for i, token in enumerate(h):
-        logits = token @ w["router"]
+        logits = token @ w["router"] + w.get("router_logit_bias", 0)
         scores = softmax(logits) if config.scoring == "softmax" else 1 / (1 + np.exp(-logits))
         by_group = np.split(scores + bias, config.num_groups)
         count = {"best": 1, "best_two": 2}[config.group_score]
@@ -211,8 +226,8 @@ def mixture_of_experts(config, w, h):
         chosen = sorted(allowed, key=lambda expert: -(scores + bias)[expert])[: config.experts_per_token]
         total = scores[chosen].sum() if config.normalize_weights else 1.0
         for expert in chosen:
-            own = {name: w[name][expert] for name in ("gate", "up", "down")}
-            out[i] += config.routed_scaling * scores[expert] / total * gated_mlp(config, own, token)
+            own = {name: w[name][expert] for name in EXPERT_WEIGHTS if name in w}
+            out[i] += config.routed_scaling * scores[expert] / total * expert_mlp(config, own, token)
     if not config.num_shared_experts:
         return out
     shared = gated_mlp(config, below(w, "shared"), h)

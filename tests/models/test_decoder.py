@@ -57,6 +57,7 @@ HYBRID = {
 
 # What the layers of other families than Llama are made of.
 BIASED = {**SIZES, "bias": True, "out_bias": True, "rope": {"theta": 300.0, "share": 0.5}}
+GPT_OSS_EXPERTS = EXPERTS | {"bias": True, "swiglu_limit": 0.9, "router_logit_bias": True}
 PLAIN = {"kind": "plain", "dim": 24}
 FAMILIES = {
     "norms around, unit offset": {
@@ -73,6 +74,15 @@ FAMILIES = {
             "repeat": 2,
             "mixer": SIZES,
             "mlp": EXPERTS | {"num_shared_experts": 2, "shared_dim": 10, "shared_gate": True},
+        },
+    },
+    "sinks, and experts with biases": {
+        "layers": {
+            "repeat": 2,
+            "pattern": [
+                {"mixer": BIASED | {"sinks": True, "window": 3}, "mlp": GPT_OSS_EXPERTS},
+                {"mixer": BIASED | {"sinks": True}, "mlp": GPT_OSS_EXPERTS | {"swiglu_limit": None}},
+            ],
         },
     },
     "parallel": {
@@ -168,7 +178,7 @@ def make(config="plain", execution=EXECUTION) -> Decoder:
     for path, leaf in flat.items():
         if "norm" in path:
             flat[path] = jnp.asarray(random.uniform(0.5, 1.5, leaf.shape), "float32")
-        elif path.endswith("bias"):
+        elif path.endswith(("bias", "sinks")):
             flat[path] = jnp.asarray(random.normal(0, 0.2, leaf.shape), "float32")
         elif path in ("embedding", "head", "positions"):
             flat[path] = leaf * 30
@@ -344,6 +354,7 @@ CACHED = [
     "qk_norm",
     "norms of all heads together",
     "shared experts with a gate",
+    "sinks, and experts with biases",
     "windows",
     "all",
     "mixed",

@@ -14,6 +14,7 @@ from maxlm.config.train import LoraConfig
 from maxlm.core.batch import put_batch
 from maxlm.core.parameters import abstract, initialize, shardings
 from maxlm.core.sharding import make_mesh
+from maxlm.core.tree import flatten, unflatten
 from maxlm.models.adapters import declare_adapters
 from maxlm.models.decoder import Decoder
 from maxlm.models.quantized import quantize_model
@@ -137,9 +138,12 @@ def test_adapters_apply_to_attention_and_shared_experts_but_not_routed_ones():
     }
 
 
-def test_int8_experts_are_close_and_router_is_unchanged():
+@pytest.mark.parametrize("changes", [{}, {"bias": True, "swiglu_limit": 2.0, "shared_gate": True, "shared_dim": 20}])
+def test_int8_experts_are_close_and_router_is_unchanged(changes):
     # All experts, since in such a small model rounding routes some tokens to other ones.
-    model = model_of(config(experts_per_token=8))
+    model = model_of(config(experts_per_token=8, **changes))
+    biases = {path: leaf + 0.3 for path, leaf in flatten(model).items() if path.endswith(("gate_bias", "down_bias"))}
+    model = unflatten(flatten(model) | biases, model)
     quantized = jax.jit(quantize_model)(model)
     assert isinstance(quantized.layers[0][0].mlp.gate, QTensor)
     np.testing.assert_array_equal(quantized.layers[0][0].mlp.router, model.layers[0][0].mlp.router)

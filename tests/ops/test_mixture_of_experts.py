@@ -14,14 +14,17 @@ from maxlm.ops.moe import grouped_tpu
 from maxlm.ops.moe.balance import bias_pull, choices, document_balance
 from maxlm.ops.moe.experts import mixture_of_experts, route, router_scores
 from maxlm.ops.moe.grouped_matmul import GroupedProduct, grouped_linear
-from maxlm.ops.moe.grouped_mlp import grouped_mlp
+from maxlm.ops.moe.grouped_mlp import ExpertWeights, grouped_mlp
 
 B, L, D, F, E, K = 8, 8, 16, 12, 8, 2
 TOKENS, RESIDUAL = ("batch", "length", None), ("batch", "residual_length", None)
 RANDOM = np.random.default_rng(0)
 X, LOGITS, COTANGENT = (RANDOM.normal(size=(B, L, size)).astype("float32") for size in (D, E, D))
 REAL = RANDOM.random((B, L)) < 0.8
-GATE, UP, DOWN = (RANDOM.normal(size=shape).astype("float32") * 0.4 for shape in ((E, D, F), (E, D, F), (E, F, D)))
+SHAPES = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
+PLAIN = {name: RANDOM.normal(size=shape).astype("float32") * 0.4 for name, shape in SHAPES.items()}
+BIASES = {name: RANDOM.normal(size=(E, shape[-1])).astype("float32") for name, shape in SHAPES.items()}
+LIMIT = 1.5
 
 
 # Products of groups
@@ -82,33 +85,39 @@ def test_gradient_kernel_sums_over_the_tiles_of_each_group(sizes, dtype):
     np.testing.assert_allclose(added, total + expected, rtol=1e-5, atol=2e-4)
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("implementation", ["ragged", "blocks"])
 @pytest.mark.parametrize(
     "sizes", [(9, 0, 33, 1), (0, 0, 0, 0), (60, 0, 0, 0), (15, 15, 15, 15), (0, 0, 20, 0)], ids=str
 )
-def test_mlps_in_chunks_are_those_of_all_rows(implementation, sizes):
+def test_mlps_in_chunks_are_those_of_all_rows(implementation, sizes, has_bias):
     random = np.random.default_rng(1)
-    shapes = (60, 5), (4, 5, 7), (4, 5, 7), (4, 7, 5), (60, 5)
-    x, gate, up, down, cotangent = (random.normal(size=shape).astype("float32") for shape in shapes)
+    shapes = (60, 5), (60, 5), (4, 5, 7), (4, 5, 7), (4, 7, 5), *[(4, 7)] * (2 * has_bias)
+    x, cotangent, *arrays = (random.normal(size=shape).astype("float32") for shape in shapes)
+    weights = ExpertWeights(*arrays, swiglu_limit=LIMIT if has_bias else None)
     within = (group_rows(sizes, 60) >= 0)[:, None]
     zero_beyond, undefined_beyond = ([np.where(within, rows, fill) for rows in (x, cotangent)] for fill in (0, np.nan))
 
     def by_definition(x, weights):
-        gate, up, down = (weight[group_rows(sizes, 60)] for weight in weights)
+        own = jax.tree.map(lambda weight: weight[group_rows(sizes, 60)], weights)
         product = lambda x, weight: jnp.einsum("mi,mio->mo", x, weight, precision="highest")  # noqa: E731
-        return product(jax.nn.silu(product(x, gate)) * product(x, up), down)
+        gate, up = product(x, own.gate_GDF), product(x, own.up_GDF)
+        if not has_bias:
+            return product(jax.nn.silu(gate) * up, own.down_GFD)
+        gate, up = jnp.minimum(gate + own.gate_bias_GF, LIMIT), jnp.clip(up + own.up_bias_GF, -LIMIT, LIMIT)
+        return product(gate * jax.nn.sigmoid(1.702 * gate) * (up + 1), own.down_GFD)
 
     def in_chunks(x, weights):
         return grouped_mlp(x, weights, jnp.array(sizes), GroupedProduct("float32", implementation), 3)
 
     with jax.enable_x64(True):
         *wide, cotangent = jax.tree.map(
-            lambda leaf: jnp.asarray(leaf, "float64"), (zero_beyond[0], (gate, up, down), zero_beyond[1])
+            lambda leaf: jnp.asarray(leaf, "float64"), (zero_beyond[0], weights, zero_beyond[1])
         )
         expected, pull = jax.vjp(by_definition, *wide)
         expected_grads = pull(cotangent)
     x, cotangent = undefined_beyond
-    got, pull = jax.vjp(in_chunks, x, (gate, up, down))
+    got, pull = jax.vjp(in_chunks, x, weights)
     grad_x, grad_weights = pull(cotangent)
     got, grad_x = np.where(within, got, 0), np.where(within, grad_x, 0)
     result = got, grad_x, grad_weights
@@ -138,13 +147,19 @@ def test_bias_changes_the_choice_but_not_the_weights():
 # Dispatch
 
 
-def mixture(mesh=None, *, implementation="padded", dtype="float32", output_axes=TOKENS):
-    """The output, and the gradients for tokens, logits and weights."""
+def mixture(mesh=None, *, implementation="padded", dtype="float32", output_axes=TOKENS, biases=BIASES, limit=LIMIT):
+    """The output, and the gradients for tokens, logits, matrices and biases."""
 
-    def weighted(x, logits, gate, up, down):
+    def weighted(x, logits, plain, biases):
         real, cotangent = jnp.asarray(REAL), jnp.asarray(COTANGENT)
         x, logits = shard(x, *TOKENS), shard(logits, *TOKENS)
-        gate, up = (shard(w, "experts", "expert_embed", "mlp") for w in (gate, up))
+        weights = ExpertWeights(
+            *(shard(plain[name], "experts", "expert_embed", "mlp") for name in ("gate", "up")),
+            shard(plain["down"], "experts", "mlp", "expert_embed"),
+            *(shard(biases[name], "experts", "mlp") for name in ("gate", "up") if biases),
+            *(shard(biases[name], "experts", None) for name in ("down",) if biases),
+            swiglu_limit=limit,
+        )
         routing = route(
             router_scores(logits, "softmax"), None, experts_per_token=K, normalize_weights=True, scaling=1.0
         )
@@ -152,19 +167,17 @@ def mixture(mesh=None, *, implementation="padded", dtype="float32", output_axes=
             x,
             routing,
             shard(real, "batch", "length"),
-            gate,
-            up,
-            shard(down, "experts", "mlp", "expert_embed"),
+            weights,
             dtype=dtype,
             output_axes=output_axes,
             implementation=implementation,
         )
         return jnp.sum(y * shard(cotangent, *output_axes)), y
 
-    gradient = jax.jit(jax.grad(weighted, argnums=(0, 1, 2, 3, 4), has_aux=True))
+    gradient = jax.jit(jax.grad(weighted, argnums=(0, 1, 2, 3), has_aux=True))
     with jax.set_mesh(mesh or make_mesh(MeshConfig(fsdp=1))):
-        gradients, outputs = gradient(X, LOGITS, GATE, UP, DOWN)
-    return jax.device_get(outputs), jax.device_get(gradients)
+        gradients, outputs = gradient(X, LOGITS, PLAIN, biases)
+    return jax.device_get(outputs), jax.device_get(jax.tree.leaves(gradients))
 
 
 def assert_same(left, right, *, relative=1e-5):
@@ -179,35 +192,38 @@ def reference():
     return mixture(implementation="reference")
 
 
-def numpy_mixture():
-    """Token by token and expert by expert, in float64; and the experts of each token."""
+def numpy_mixture(plain, biases):
+    """Token by token and expert by expert, in float64."""
     y, chosen = np.zeros((B, L, D)), np.zeros((B, L, K), int)
     for b, t in np.ndindex(B, L):
         scores = np.exp(LOGITS[b, t].astype("float64"))
         chosen[b, t] = np.argsort(-scores, kind="stable")[:K]
         for e in chosen[b, t] if REAL[b, t] else ():
-            gate, up = X[b, t] @ GATE[e].astype("float64"), X[b, t] @ UP[e].astype("float64")
-            y[b, t] += scores[e] / scores[chosen[b, t]].sum() * (gate / (1 + np.exp(-gate)) * up) @ DOWN[e]
-    return y, chosen
+            gate, up = (X[b, t] @ plain[name][e].astype("float64") for name in ("gate", "up"))
+            if biases:
+                gate, up = np.minimum(gate + biases["gate"][e], LIMIT), np.clip(up + biases["up"][e], -LIMIT, LIMIT)
+                hidden = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+            else:
+                hidden = gate / (1 + np.exp(-gate)) * up
+            output = hidden @ plain["down"][e] + (biases["down"][e] if biases else 0)
+            y[b, t] += scores[e] / scores[chosen[b, t]].sum() * output
+    return y
 
 
-def test_reference_matches_formula(reference):
-    np.testing.assert_allclose(reference[0], numpy_mixture()[0], atol=1e-5)
+@pytest.mark.parametrize(("biases", "limit"), [(BIASES, LIMIT), ({}, None)])
+def test_reference_matches_formula(biases, limit):
+    y, _ = mixture(implementation="reference", biases=biases, limit=limit)
+    np.testing.assert_allclose(y, numpy_mixture(PLAIN, biases), atol=1e-5)
 
 
 def test_reference_gradients_match_finite_differences(reference):
     random = np.random.default_rng(3)
-    step = [random.normal(size=w.shape) for w in (GATE, UP, DOWN)]
-    saved = [w.copy() for w in (GATE, UP, DOWN)]
-    sums = []
-    for sign in (1, -1):
-        for weight, old, direction in zip((GATE, UP, DOWN), saved, step):
-            weight[:] = old + sign * 1e-3 * direction
-        sums.append((numpy_mixture()[0] * COTANGENT).sum())
-    for weight, old in zip((GATE, UP, DOWN), saved):
-        weight[:] = old
-    along = sum((grad * direction).sum() for grad, direction in zip(reference[1][2:], step))
-    np.testing.assert_allclose(along, (sums[0] - sums[1]) / 2e-3, rtol=1e-3)
+    weights = PLAIN, BIASES
+    step = jax.tree.map(lambda w: random.normal(size=w.shape), weights)
+    ahead, behind = (jax.tree.map(lambda w, d, by=by: w + by * d, weights, step) for by in (1e-5, -1e-5))
+    slope = ((numpy_mixture(*ahead) - numpy_mixture(*behind)) * COTANGENT).sum() / 2e-5
+    along = sum((grad * direction).sum() for grad, direction in zip(reference[1][2:], jax.tree.leaves(step)))
+    np.testing.assert_allclose(along, slope, rtol=1e-3)
 
 
 MESHES = [
@@ -226,6 +242,12 @@ def test_dispatch_matches_reference_on_every_mesh(sizes, reference):
     y, gradients = mixture(mesh, output_axes=output_axes)
     assert_same((y, gradients), reference)
     assert not y[~REAL].any(), "padding is not routed"
+
+
+def test_dispatch_without_biases_matches_reference():
+    without = {"biases": {}, "limit": None}
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+    assert_same(mixture(mesh, output_axes=RESIDUAL, **without), mixture(implementation="reference", **without))
 
 
 def test_bfloat16_is_close(reference):

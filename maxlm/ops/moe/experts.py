@@ -13,8 +13,9 @@ expert axis; on one device: T tokens, A = T * K assignments of a token to an exp
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +25,15 @@ from maxlm.core.hardware import traced_platform
 from maxlm.core.remat import saved
 from maxlm.core.sharding import LOGICAL_AXES, current_mesh, is_explicit, logical_to_spec
 from maxlm.errors import ConfigError
+from maxlm.ops.linear import linear
 from maxlm.ops.moe.grouped_matmul import GroupedProduct, grouped_linear, grouped_quantized, undefined
-from maxlm.ops.moe.grouped_mlp import grouped_mlp
+from maxlm.ops.moe.grouped_mlp import ExpertWeights, grouped_mlp
 from maxlm.ops.qtensor import QTensor
 
 IMPLEMENTATIONS = ("ragged", "padded", "reference")
 
 _TOKENS = ("batch", "length", None)
-_WIDENING = ("experts", "expert_embed", "mlp")
+_WIDENING, _WIDENING_BIAS = ("experts", "expert_embed", "mlp"), ("experts", "mlp")
 _NARROWING = ("experts", "mlp", "expert_embed")
 
 
@@ -93,16 +95,14 @@ def mixture_of_experts(
     x_BLD: jax.Array,
     routing: Routing,
     real_BL: jax.Array,
-    gate_EDF: jax.Array,
-    up_EDF: jax.Array,
-    down_EFD: jax.Array,
+    weights: ExpertWeights,
     *,
     dtype: str,
     gradient_sum: str = "float32",
     output_axes: tuple[str | None, ...] | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """The weighted sum of the outputs of each token's experts, each a SwiGLU.
+    """The weighted sum of the outputs of each token's experts, each a SwiGLU with or without biases.
 
     Args:
       real_BL: bool; other tokens are padding, are not routed and get zeros.
@@ -119,40 +119,64 @@ def mixture_of_experts(
     """
     implementation = _choose(implementation)
     if implementation == "reference":
-        y_BLD = reference_mixture(x_BLD, routing, real_BL, gate_EDF, up_EDF, down_EFD)
+        y_BLD = reference_mixture(x_BLD, routing, real_BL, weights)
         return jax.reshard(y_BLD, logical_to_spec(output_axes)) if output_axes and is_explicit() else y_BLD
-    arguments = (x_BLD, routing.experts_BLK, routing.weights_BLK, real_BL, gate_EDF, up_EDF, down_EFD)
+    down_bias_ED, weights = weights.down_bias_GD, replace(weights, down_bias_GD=None)
+    arguments = (x_BLD, routing.experts_BLK, routing.weights_BLK, real_BL, weights)
     product = partial(GroupedProduct, dtype, "ragged" if traced_platform() == "tpu" else "blocks")
     local = partial(_local_mixture, implementation=implementation)
-    if not is_explicit():
-        return local(*arguments, product=product(), num_shards=1, sum_over=None, scatter=False)
-    tokens, out = logical_to_spec(_TOKENS), logical_to_spec(output_axes or _TOKENS)
-    widening, narrowing = logical_to_spec(_WIDENING), logical_to_spec(_NARROWING)
-    sharded = jax.shard_map(
-        partial(
-            local,
-            num_shards=current_mesh().shape["expert"],
-            product=product(LOGICAL_AXES["expert_embed"], gradient_sum),
-            sum_over="tensor",
-            scatter="tensor" in (out[1] or ()),
-        ),
-        in_specs=(tokens, tokens, tokens, P(*tokens[:2]), widening, widening, narrowing),
-        out_specs=out,
-        check_vma=False,
-    )
-    return sharded(*arguments)
+    if is_explicit():
+        tokens, out = logical_to_spec(_TOKENS), logical_to_spec(output_axes or _TOKENS)
+        sharded = jax.shard_map(
+            partial(
+                local,
+                num_shards=current_mesh().shape["expert"],
+                product=product(LOGICAL_AXES["expert_embed"], gradient_sum),
+                sum_over="tensor",
+                scatter="tensor" in (out[1] or ()),
+            ),
+            in_specs=(tokens, tokens, tokens, P(*tokens[:2]), _specs_of(weights)),
+            out_specs=out,
+            check_vma=False,
+        )
+        y_BLD = sharded(*arguments)
+    else:
+        y_BLD = local(*arguments, product=product(), num_shards=1, sum_over=None, scatter=False)
+    if down_bias_ED is None:
+        return y_BLD
+    # The weighted sum of the biases of a token's experts: where the token is, once for all devices along `tensor`.
+    weights_BLE = _weights_of_experts(routing, real_BL, len(down_bias_ED))
+    return y_BLD + linear(weights_BLE, down_bias_ED, "float32", output_axes or _TOKENS).astype(y_BLD.dtype)
 
 
-def reference_mixture(x_BLD, routing: Routing, real_BL, gate_EDF, up_EDF, down_EFD) -> jax.Array:
-    """The definition, in float32: every expert on every token, weighted by the routing."""
-    gate, up, down = (_whole(weight).astype(jnp.float32) for weight in (gate_EDF, up_EDF, down_EFD))
-    x = x_BLD.astype(jnp.float32)
-    product = partial(jnp.einsum, precision="highest")
-    hidden = jax.nn.silu(product("bld,edf->blef", x, gate)) * product("bld,edf->blef", x, up)
-    chosen_BLKE = routing.experts_BLK[..., None] == jnp.arange(gate.shape[0])
+def _specs_of(weights: ExpertWeights) -> ExpertWeights:
+    """The sharding of each array, without that of the bias of down."""
+    widening, bias = logical_to_spec(_WIDENING), logical_to_spec(_WIDENING_BIAS)
+    specs: dict[str, Any] = {"gate_GDF": widening, "up_GDF": widening, "down_GFD": logical_to_spec(_NARROWING)}
+    if weights.gate_bias_GF is not None:
+        specs |= {"gate_bias_GF": bias, "up_bias_GF": bias}
+    return replace(weights, **specs)
+
+
+def _weights_of_experts(routing: Routing, real_BL: jax.Array, num_experts: int) -> jax.Array:
+    """float32 [B, L, E]: the weight of each expert's output; zeros for padding."""
+    chosen_BLKE = routing.experts_BLK[..., None] == jnp.arange(num_experts)
     weights_BLE = jnp.sum(jnp.where(chosen_BLKE, routing.weights_BLK[..., None], 0.0), axis=-2)
-    y_BLD = product("blef,efd,ble->bld", hidden, down, jnp.where(real_BL[..., None], weights_BLE, 0.0))
-    return y_BLD.astype(x_BLD.dtype)
+    return jnp.where(real_BL[..., None], weights_BLE, 0.0)
+
+
+def reference_mixture(x_BLD: jax.Array, routing: Routing, real_BL: jax.Array, weights: ExpertWeights) -> jax.Array:
+    """The definition, in float32: every expert on every token, weighted by the routing."""
+    whole = jax.tree.map(lambda weight: _whole(weight).astype(jnp.float32), weights)
+    x, biases = x_BLD.astype(jnp.float32), (whole.gate_bias_GF, whole.up_bias_GF)
+    product = partial(jnp.einsum, precision="highest")
+    gated, widened = (product("bld,edf->blef", x, weight) for weight in (whole.gate_GDF, whole.up_GDF))
+    gated, widened = (y if bias is None else y + bias for y, bias in zip((gated, widened), biases))
+    y_BLED = product("blef,efd->bled", whole.hidden(gated, widened), whole.down_GFD)
+    if whole.down_bias_GD is not None:
+        y_BLED += whole.down_bias_GD
+    weights_BLE = _weights_of_experts(routing, real_BL, len(whole.gate_GDF))
+    return product("bled,ble->bld", y_BLED, weights_BLE).astype(x_BLD.dtype)
 
 
 def _whole(weight):
@@ -179,9 +203,7 @@ def _local_mixture(
     experts_BLK,
     weights_BLK,
     real_BL,
-    gate_GDF,
-    up_GDF,
-    down_GFD,
+    weights: ExpertWeights,
     *,
     product: GroupedProduct,
     implementation: str,
@@ -193,7 +215,7 @@ def _local_mixture(
     embed = x_BLD.shape[-1]
     num_per_token = experts_BLK.shape[-1]
     x_TD = x_BLD.reshape(-1, embed)
-    num_experts = num_shards * len(jax.tree.leaves(gate_GDF)[0])
+    num_experts = num_shards * len(jax.tree.leaves(weights.gate_GDF)[0])
     # Padding is assigned to an expert index beyond the last.
     experts_A = jnp.where(real_BL[..., None], experts_BLK, num_experts).reshape(-1)
     if num_shards == 1:
@@ -209,7 +231,7 @@ def _local_mixture(
     if exchange.order_M is not None:
         order_of_M = _inverse(exchange.order_M, len(rows_MD))
         rows_MD = _permute(rows_MD, exchange.order_M, order_of_M)
-    rows_MD = _experts(rows_MD, (gate_GDF, up_GDF, down_GFD), exchange.sizes_G, product, len(experts_A))
+    rows_MD = _experts(rows_MD, weights, exchange.sizes_G, product, len(experts_A))
     if exchange.order_M is not None:
         rows_MD = _permute(rows_MD, order_of_M, exchange.order_M)
     y_AD = _permute(exchange.send_back(rows_MD), row_of_A, exchange.assignment_N)
@@ -223,23 +245,22 @@ def _local_mixture(
     return y_BLD.astype(x_BLD.dtype)
 
 
-def _experts(ordered_MD, weights, sizes_G, product: GroupedProduct, num_assignments: int):
-    """The outputs of the experts for rows in the order of experts.
+def _experts(ordered_MD, weights: ExpertWeights, sizes_G, product: GroupedProduct, num_assignments: int):
+    """The outputs of the experts, before the bias of down, for rows in the order of experts.
 
     A device with more room than the rows that it receives on average, one per assignment, works through it in chunks.
     """
-    gate_GDF, up_GDF, down_GFD = weights
-    if isinstance(gate_GDF, QTensor):
-        hidden_MF = jax.nn.silu(grouped_quantized(ordered_MD, gate_GDF, sizes_G))
-        return grouped_quantized(hidden_MF * grouped_quantized(ordered_MD, up_GDF, sizes_G), down_GFD, sizes_G)
     num_chunks = _largest_divisor(len(ordered_MD), len(ordered_MD) // num_assignments)
-    if num_chunks > 1:
+    if num_chunks > 1 and not isinstance(weights.gate_GDF, QTensor):
         return saved(grouped_mlp(ordered_MD, weights, sizes_G, product, num_chunks))
 
-    def times(x_MI, weight_GIO, embed_axis):
-        return saved(grouped_linear(x_MI, weight_GIO, sizes_G, product, embed_axis))
+    def times(x_MI, weight, embed_axis):
+        if isinstance(weight, QTensor):
+            return grouped_quantized(x_MI, weight, sizes_G)
+        return saved(grouped_linear(x_MI, weight, sizes_G, product, embed_axis))
 
-    return times(jax.nn.silu(times(ordered_MD, gate_GDF, 1)) * times(ordered_MD, up_GDF, 1), down_GFD, 2)
+    gated_MF, widened_MF = times(ordered_MD, weights.gate_GDF, 1), times(ordered_MD, weights.up_GDF, 1)
+    return times(weights.hidden_of_rows(gated_MF, widened_MF, sizes_G), weights.down_GFD, 2)
 
 
 def _largest_divisor(number: int, limit: int) -> int:
