@@ -308,6 +308,18 @@ CASES: dict[str, dict[str, Any]] = {
         "bias": False,
         "alibi": False,
     },
+    "falcon, alibi": {
+        "model_type": "falcon",
+        **TOKENS,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "multi_query": False,
+        "parallel_attn": False,
+        "bias": True,
+        "alibi": True,
+        "apply_residual_connection_post_layernorm": False,
+    },
     "falcon, groups of heads, two norms": {
         "model_type": "falcon",
         **TOKENS,

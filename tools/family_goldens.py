@@ -63,7 +63,9 @@ def _load(kind: type, settings: dict) -> torch.nn.Module:
         kind.from_config(config).save_pretrained(folder)
         file = Path(folder) / "model.safetensors"
         save_file({name: draw(name, x.shape) for name, x in load_file(file).items()}, file, metadata={"format": "pt"})
-        return kind.from_pretrained(folder, attn_implementation="eager").eval()
+        # With "eager", Falcon's biases by distance are added twice in transformers 5.23.
+        implementation = "sdpa" if settings.get("alibi") else "eager"
+        return kind.from_pretrained(folder, attn_implementation=implementation).eval()
 
 
 def _gradient_norm(model: torch.nn.Module) -> np.float32:

@@ -48,6 +48,7 @@ class AttentionConfig(MixerPartConfig):
     alibi: bool = Field(
         False, description="Subtract slope * distance from the logits, with a slope per head (arXiv:2108.12409)."
     )
+    alibi_scale: PositiveFloat = Field(1.0, description="Factor on the slopes of alibi.")
     scale: PositiveFloat | None = Field(None, description="Factor on the logits; null is 1 / sqrt(head_dim).")
     bias: bool = Field(False, description="Add a learned vector to queries, keys and values.")
     out_bias: bool = Field(False, description="Add a learned vector to the output.")

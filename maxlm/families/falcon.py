@@ -1,5 +1,6 @@
 """Falcon: attention and MLP side by side, with one key-value head or groups of them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,12 @@ def _read_falcon(settings: Settings) -> Description:
     kv_heads = settings.size("num_kv_heads", heads) if is_new else 1 if settings.get("multi_query", True) else heads
     settings.get("num_kv_heads", None)
     settings.get("multi_query", None)
-    settings.require("alibi", False)
+    alibi, head_dim = settings.get("alibi", False), embed_dim // heads
+    settings.require("alibi", False, True)
+    settings.require("apply_residual_connection_post_layernorm", False)
+    if alibi:
+        for name in ("rope_theta", "rope_scaling", "rope_parameters"):
+            settings.get(name, None)
     bias = settings.get("bias", False)
     settings.require("parallel_attn", True, *([] if is_new else [False]))
     norms = settings.get("num_ln_in_parallel_attn", None)
@@ -70,8 +76,11 @@ def _read_falcon(settings: Settings) -> Description:
     mixer = AttentionConfig(
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=embed_dim // heads,
-        rope=read_rope(settings, theta=10_000.0),
+        head_dim=head_dim,
+        rope=None if alibi else read_rope(settings, theta=10_000.0),
+        alibi=alibi,
+        # The slopes are scaled with the logits.
+        alibi_scale=1 / math.sqrt(head_dim) if alibi else 1.0,
         bias=bias,
         out_bias=bias,
     )
@@ -106,7 +115,7 @@ def _write_falcon(description: Description) -> dict[str, Any]:
         "new_decoder_architecture": is_new,
         "parallel_attn": model.residual != "sequential",
         "num_ln_in_parallel_attn": (2 if model.residual == "parallel" else 1) if is_new else None,
-        "alibi": False,
+        "alibi": layer.mixer.alibi,
         "bias": layer.mixer.bias,
         "ffn_hidden_size": layer.mlp.dim,
         "activation": write_activation(layer.mlp.activation),

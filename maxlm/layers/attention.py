@@ -104,7 +104,7 @@ class Attention(nnx.Module):
     def _operands(self) -> AttentionOperands:
         config, alibi = self.config, None
         if config.alibi:
-            alibi = Alibi(shard(jnp.asarray(alibi_slopes(config.num_heads)), "heads"))
+            alibi = Alibi(shard(jnp.asarray(config.alibi_scale * alibi_slopes(config.num_heads)), "heads"))
         return AttentionOperands(position_bias=alibi, sinks_N=self.sinks if config.sinks else None)
 
 

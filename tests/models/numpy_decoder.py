@@ -127,7 +127,7 @@ def attention(config, w, h, positions, segments, norm):
             query = turn(q[i, n], i)
             scores = soft_cap(np.array([query @ turned[j] * scale for j in seen]), config.soft_cap)
             if config.alibi:
-                scores -= ALIBI_SLOPES[heads][n] * (i - np.array(seen))
+                scores -= config.alibi_scale * ALIBI_SLOPES[heads][n] * (i - np.array(seen))
             if config.sinks:
                 scores = np.append(scores, w["sinks"][n])
             mixed[i, n] = softmax(scores)[: len(seen)] @ v[seen, shared]

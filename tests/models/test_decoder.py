@@ -50,7 +50,7 @@ HYBRID = {
         "pattern": [
             {"times": 2, "mixer": {"kind": "gru", "dim": 12}, "mlp": {"kind": "plain", "dim": 24}},
             {"mixer": {**SIZES, "window": 4, "rope": None, "alibi": True}, "mlp": {"kind": "plain", "dim": 20}},
-            {"mixer": {**SIZES, "num_heads": 6, "rope": None, "alibi": True, "soft_cap": 3.0}},
+            {"mixer": {**SIZES, "num_heads": 6, "rope": None, "alibi": True, "alibi_scale": 0.3, "soft_cap": 3.0}},
         ],
     },
 }

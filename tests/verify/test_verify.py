@@ -58,7 +58,10 @@ def test_all_kinds_of_layers_are_the_same_in_every_layout():
     attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
     pattern = [
         {"times": 2, "mixer": {"kind": "gru", "dim": 12}, "mlp": {"kind": "plain", "dim": 24}},
-        {"mixer": attention | {"window": 16, "rope": None, "alibi": True}, "mlp": {"kind": "moe", "dim": 12}},
+        {
+            "mixer": attention | {"window": 16, "rope": None, "alibi": True, "alibi_scale": 0.5},
+            "mlp": {"kind": "moe", "dim": 12},
+        },
         {
             "mixer": attention
             | {"rope": {"theta": 500.0}, "qk_norm": True, "qk_norm_over": "all_heads", "soft_cap": 5.0}
