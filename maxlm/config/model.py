@@ -59,6 +59,7 @@ class ModelConfig(Frozen):
         None, description="Add a learned vector for each position, up to this many: the longest text."
     )
     tie_embeddings: bool = True
+    normalized_head: bool = Field(False, description="Divide each row of the output head by its L2 norm.")
     labels: tuple[str, ...] | None = Field(
         None, description="Score whole sequences, for these classes or one reward, instead of predicting tokens."
     )

@@ -29,6 +29,7 @@ from maxlm.models.pipeline_parallelism import fitting_schedule, gpipe
 from maxlm.ops.attention.context import row_order, to_row_order, to_token_order
 from maxlm.ops.linear import embed, operand_dtype
 from maxlm.ops.loss import Head, log_probabilities_in_chunks
+from maxlm.ops.norm import with_unit_rows
 from maxlm.ops.qtensor import QTensor
 
 
@@ -220,7 +221,8 @@ class Decoder(nnx.Module):
 
     def _head(self):
         """The output table [vocab, embed]."""
-        return self.embedding if self.config.tie_embeddings else self.head
+        table = self.embedding if self.config.tie_embeddings else self.head
+        return with_unit_rows(table) if self.config.normalized_head else table
 
 
 def with_execution(model: Decoder, execution: ExecutionConfig) -> Decoder:

@@ -83,7 +83,10 @@ def logits_of_row(config, weights, tokens, positions=None, segments=None):
         added = mlp(layer.mlp, below(own, "mlp"), norm_if_any(reads, below(own, "mlp_norm")))
         x = after + norm_if_any(added, below(own, "mlp_output_norm"))
     x = norm(x, below(w, "final_norm"))
-    return soft_cap(x @ w["embedding" if config.tie_embeddings else "head"].T, config.logit_soft_cap)
+    head = w["embedding" if config.tie_embeddings else "head"]
+    if config.normalized_head:
+        head = head / np.sqrt((head**2).sum(-1, keepdims=True))
+    return soft_cap(x @ head.T, config.logit_soft_cap)
 
 
 def layers_in_order(config, weights):

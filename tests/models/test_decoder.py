@@ -69,6 +69,11 @@ FAMILIES = {
     "norms of all heads together": {
         "layers": {"repeat": 2, "mixer": BIASED | {"qk_norm": True, "qk_norm_over": "all_heads"}, "mlp": {"dim": 24}},
     },
+    "normalized head": {
+        "tie_embeddings": False,
+        "normalized_head": True,
+        "layers": {"repeat": 2, "mixer": SIZES, "mlp": {"dim": 24}},
+    },
     "shared experts with a gate": {
         "layers": {
             "repeat": 2,
@@ -353,6 +358,7 @@ CACHED = [
     "plain",
     "qk_norm",
     "norms of all heads together",
+    "normalized head",
     "shared experts with a gate",
     "sinks, and experts with biases",
     "windows",

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.ops.norm import rms_norm
+from maxlm.ops.norm import rms_norm, with_unit_rows
+from maxlm.ops.qtensor import QTensor, quantize
 
 
 def reference(x, scale, epsilon):
@@ -36,3 +37,19 @@ def test_rms_norm_computes_in_float32_and_keeps_dtype():
     assert got.dtype == jnp.bfloat16
     exact = reference(np.float64(jnp.asarray(x, "bfloat16")), np.ones(512), 1e-6)
     np.testing.assert_allclose(np.float64(got), exact, rtol=2**-8)
+
+
+def test_rows_of_a_table_get_unit_norms():
+    """Also quantized ones, by their scales; rows of zeros stay zeros, and have finite gradients."""
+    table = np.random.default_rng(0).standard_normal((5, 8)).astype("float32")
+    table[2] = 0
+    expected = table / np.maximum(np.linalg.norm(table.astype("float64"), axis=-1, keepdims=True), 1e-9)
+    np.testing.assert_allclose(with_unit_rows(jnp.asarray(table)), expected, rtol=1e-6)
+    quantized = with_unit_rows(quantize(jnp.asarray(table)))
+    assert isinstance(quantized, QTensor)
+    np.testing.assert_allclose(quantized.dequantize(), expected, atol=0.01)
+    cotangent = np.random.default_rng(1).standard_normal((5, 8)).astype("float32")
+    gradient = jax.grad(lambda table: jnp.sum(cotangent * with_unit_rows(table)))(jnp.asarray(table))
+    assert np.isfinite(gradient).all()
+    # Moving a row along itself changes nothing.
+    np.testing.assert_allclose(np.sum(gradient * table, axis=-1), 0, atol=1e-5)
