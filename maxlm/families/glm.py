@@ -1,4 +1,4 @@
-"""GLM-4 as transformers has it, and ChatGLM 2 and 3 with GLM-4 as their authors' code has them.
+"""GLM-4 and GLM-4 0414 as transformers has them, and ChatGLM 2 and 3 with GLM-4 as their authors' code has them.
 
 Half of a head's channels rotate, in pairs of neighbors.
 """
@@ -37,6 +37,12 @@ GLM_TENSORS = (
     tensor("model.layers.{layer}.mlp.gate_up_proj.weight", "layer/mlp/gate", "layer/mlp/up"),
     tensor("model.layers.{layer}.mlp.down_proj.weight", "layer/mlp/down"),
 )
+# What transformers calls glm4 has four norms in a layer.
+GLM4_TENSORS = (
+    *GLM_TENSORS,
+    tensor("model.layers.{layer}.post_self_attn_layernorm.weight", "layer/mixer_output_norm/scale"),
+    tensor("model.layers.{layer}.post_mlp_layernorm.weight", "layer/mlp_output_norm/scale"),
+)
 _LAYER = "transformer.encoder.layers.{layer}"
 CHATGLM_TENSORS = (
     tensor("transformer.embedding.word_embeddings.weight", "embedding"),
@@ -58,12 +64,17 @@ CHATGLM_TENSORS = (
 )
 
 
-def _read_glm(settings: Settings) -> Description:
+def _read_glm(settings: Settings, placement: str = "before") -> Description:
     rope = read_rope(settings, theta=10_000.0, share=0.5)
     sizes = read_attention(settings, num_kv_heads=2, head_dim=128, rope=rope)
     mixer = AttentionConfig(**sizes, bias=settings.get("attention_bias", True))
     layer = LayerConfig(mixer=mixer, mlp=read_gated_mlp(settings))
-    return read_model(settings, [layer] * settings.size("num_hidden_layers"), max_length=131072, epsilon=1.5625e-7)
+    layers, norm = [layer] * settings.size("num_hidden_layers"), {"placement": placement}
+    return read_model(settings, layers, max_length=131072, epsilon=1.5625e-7, norm=norm)
+
+
+def _read_glm4(settings: Settings) -> Description:
+    return _read_glm(settings, placement="around")
 
 
 def _write_glm(description: Description) -> dict[str, Any]:
@@ -148,6 +159,7 @@ def _write_chatglm(description: Description) -> dict[str, Any]:
 
 FAMILIES = (
     Family("glm", "GlmForCausalLM", _read_glm, _write_glm, GLM_TENSORS),
+    Family("glm4", "Glm4ForCausalLM", _read_glm4, _write_glm, GLM4_TENSORS),
     Family(
         "chatglm",
         "ChatGLMForConditionalGeneration",
