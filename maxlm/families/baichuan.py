@@ -1,7 +1,8 @@
 """Baichuan and Baichuan 2, as their authors' code has them: Llama with one matrix for queries, keys and values.
 
 Their settings do not say two things. Models of 13B have biases by distance (ALiBi) instead of rotary positions, and no
-`max_position_embeddings`. Baichuan 2 normalizes its output head, and has another vocabulary.
+`max_position_embeddings`. Baichuan 2 normalizes its output head: it has another vocabulary, or the weight of a loss
+that the first generation did not have.
 """
 
 from typing import Any
@@ -13,8 +14,7 @@ from maxlm.families.family import Description, Family, tensor
 from maxlm.families.layers import first_layer
 from maxlm.families.settings import Settings
 
-# Token ids of the two generations.
-_VOCABULARY, _VOCABULARY_2 = 64_000, 125_696
+_VOCABULARY_2 = 125_696
 _APART = (".q_proj.", ".k_proj.", ".v_proj.")
 BAICHUAN_TENSORS = (
     *(each for each in TENSORS if not any(part in each.name for part in _APART)),
@@ -25,7 +25,7 @@ BAICHUAN_TENSORS = (
 def _read_baichuan(settings: Settings) -> Description:
     embed_dim, heads = settings.size("hidden_size"), settings.size("num_attention_heads")
     has_rope = settings.get("max_position_embeddings", None) is not None
-    # The loss of training that z_loss_weight belongs to is not part of the model.
+    is_second = settings.size("vocab_size") == _VOCABULARY_2 or settings.get("z_loss_weight", None) is not None
     for name in ("z_loss_weight", "gradient_checkpointing"):
         settings.get(name, None)
     mixer = AttentionConfig(
@@ -36,12 +36,11 @@ def _read_baichuan(settings: Settings) -> Description:
         alibi=not has_rope,
     )
     layer = LayerConfig(mixer=mixer, mlp=read_gated_mlp(settings))
-    settings.require("vocab_size", _VOCABULARY, _VOCABULARY_2)
     return read_model(
         settings,
         [layer] * settings.size("num_hidden_layers"),
         max_length=settings.size("model_max_length", *([4096] if has_rope else [])),
-        normalized_head=settings.size("vocab_size") == _VOCABULARY_2,
+        normalized_head=is_second,
     )
 
 
@@ -59,6 +58,7 @@ def _write_baichuan(description: Description) -> dict[str, Any]:
         "rms_norm_eps": model.norm.epsilon,
         "tie_word_embeddings": model.tie_embeddings,
         "max_position_embeddings" if has_rope else "model_max_length": description.max_length,
+        **({"z_loss_weight": 0} if model.normalized_head else {}),
         **write_gated_mlp(layer.mlp),
     }
 

@@ -109,14 +109,13 @@ def test_same_as_equations_both_ways(name, tmp_path):
         np.testing.assert_array_equal(written[path], tensor)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        # Whether the output head is normalized would be a guess.
-        ({"vocab_size": 125_697}, "vocab_size is 125697, which maxlm does not support; it must be 64000 or 125696"),
-        ({}, "model_max_length is missing"),
-    ],
-)
-def test_settings_that_do_not_say_what_the_model_is_are_refused(changes, message, tmp_path):
-    with pytest.raises(CheckpointError, match=message):
-        write_folder(tmp_path, COMMON | {"vocab_size": 64_000} | changes)
+def test_length_that_is_missing_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="model_max_length is missing"):
+        write_folder(tmp_path, COMMON | {"vocab_size": 64_000})
+
+
+@pytest.mark.parametrize(("changes", "is_normalized"), [({}, False), ({"z_loss_weight": 0}, True)])
+def test_other_vocabularies_are_of_the_generation_that_the_settings_are_of(changes, is_normalized, tmp_path):
+    write_folder(tmp_path, COMMON | {"vocab_size": 199, "max_position_embeddings": 32} | changes)
+    model, _ = load_huggingface(tmp_path)
+    assert model.config.normalized_head == is_normalized

@@ -62,7 +62,7 @@ def refused(folder: Path, *words: str) -> None:
         ({"model_type": ...}, ["names no model_type"]),
         ({"hidden_act": "quick_gelu"}, ["hidden_act", "'quick_gelu'", "silu"]),
         ({"mlp_bias": True}, ["mlp_bias", "True", "must be False"]),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_scaling", "'dynamic'", "llama3"]),
+        ({"rope_scaling": {"type": "stretched", "factor": 2.0}}, ["rope_scaling", "'stretched'", "llama3"]),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 3}}, ["rope_scaling", "alpha", "3"]),
         ({"rope_scaling": {"type": "linear"}}, ["rope_scaling", "factor is missing"]),
         ({"rope_scaling": "linear"}, ["rope_scaling", "group of settings"]),
