@@ -41,6 +41,16 @@ class GroupConfig(Frozen):
     )
 
 
+class NewRowsConfig(Frozen):
+    """Training that begins with the rows of new tokens only, after the vocabulary was extended."""
+
+    first: Count = Field(description="The id of the first new token: how many tokens there were before.")
+    steps: Count = Field(
+        description="So many steps change only rows of the embedding and the output table from `first` on, and no bit"
+        " of any other weight; then everything is trained. The optimizer's moments are those of all gradients."
+    )
+
+
 class OptimConfig(Frozen):
     """The optimizer, and the gradient transformations before it."""
 
@@ -69,6 +79,9 @@ class OptimConfig(Frozen):
         1e-3, description="How far a step moves the bias of an expert that got too few or too many tokens."
     )
     groups: tuple[GroupConfig, ...] = Field((), description="A parameter belongs to the first group that matches.")
+    new_rows: NewRowsConfig | None = Field(
+        None, description="Train the embeddings of new tokens first, before they change the rest; null: everything."
+    )
     ema_decay: Decay | None = Field(
         None, description="Decay of an exponential moving average of the weights, saved and validated too; null: none."
     )

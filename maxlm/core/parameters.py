@@ -48,6 +48,11 @@ class Parameter:
         return self.role in ("matrix", "table", "router", "adapter")
 
     @property
+    def is_vocabulary(self) -> bool:
+        """Whether it has a row for each token: the embedding, or the output table."""
+        return self.role == "table" and self.axes[0] == "vocab"
+
+    @property
     def num_stacked(self) -> int:
         """Number of leading axes, over layers and experts, that stack matrices or vectors."""
         return len(self.shape) - (2 if self.is_matrix else 1)

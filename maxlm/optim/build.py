@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from maxlm.config.optim import OptimConfig
+from maxlm.config.optim import NewRowsConfig, OptimConfig
 from maxlm.core.parameters import Parameter
 from maxlm.core.tree import flatten
 from maxlm.optim.adafactor import scale_by_adafactor
 from maxlm.optim.adam8bit import scale_by_adam8bit
 from maxlm.optim.groups import Plan, check_groups, group_of, map_with_plan
 from maxlm.optim.muon import scale_by_muon
+from maxlm.optim.new_rows import check_new_rows, only_new_rows
 from maxlm.optim.rounding import stochastic_round
 from maxlm.optim.soap import scale_by_soap
 
@@ -31,10 +32,12 @@ class Optimizer:
 
     plan: their declarations, by path.
     transformation: from gradients to updates at the full learning rate.
+    new_rows: which rows are trained alone in the first steps; None: everything is trained from the start.
     """
 
     plan: Plan
     transformation: optax.GradientTransformation
+    new_rows: NewRowsConfig | None = None
 
     def init(self, params: Any) -> Any:
         """The state before the first step."""
@@ -56,7 +59,10 @@ class Optimizer:
         """
 
         def apply(path, parameter, param, update):
-            new = param.astype(jnp.float32) + (1 if parameter.role == "router_bias" else factor) * update
+            change = (1 if parameter.role == "router_bias" else factor) * update
+            if self.new_rows is not None:
+                change = only_new_rows(self.new_rows, parameter, change, step)
+            new = param.astype(jnp.float32) + change
             if param.dtype != jnp.bfloat16:
                 return new.astype(param.dtype)
             return stochastic_round(new, jax.random.fold_in(jax.random.key(zlib.crc32(path.encode())), step))
@@ -74,10 +80,11 @@ def make_optimizer(config: OptimConfig, declared: Any, *, width: float = 1.0) ->
       width: width of the model relative to the one that the learning rates were tuned for.
 
     Raises:
-      ConfigError: a pattern of `groups` matches none of the parameters.
+      ConfigError: a pattern of `groups` matches none of the parameters, or none has `new_rows`.
     """
     plan = flatten(declared)
     check_groups(config.groups, plan)
+    check_new_rows(config.new_rows, plan)
     direction = optax.partition(
         {"main": _direction(config, plan), "adam": _adam(config), "router_bias": optax.scale_by_sign()},
         lambda tree: map_with_plan(lambda path, parameter, _: label(config.kind, parameter), plan, tree),
@@ -85,7 +92,7 @@ def make_optimizer(config: OptimConfig, declared: Any, *, width: float = 1.0) ->
     chain = optax.chain(
         _clip(config.clip_norm, plan), _add_penalties(config, plan), direction, _scale_by_rates(config, plan, width)
     )
-    return Optimizer(plan, _in_float32(chain))
+    return Optimizer(plan, _in_float32(chain), config.new_rows)
 
 
 def label(kind: str, parameter: Parameter) -> str:
