@@ -269,7 +269,7 @@ def _labels(labels: tuple[str, ...] | None) -> dict[str, Any]:
 
 
 def find_family(model: Decoder) -> tuple[Family, dict[str, Placed]]:
-    """The family that a model was imported from, or else the first one that has such models, and where tensors are.
+    """The family that a model was imported from, or else Llama or the first that has such models; where tensors are.
 
     Raises:
       CheckpointError: there is none.
@@ -277,7 +277,8 @@ def find_family(model: Decoder) -> tuple[Family, dict[str, Placed]]:
     declared = Decoder(model.config, model.execution)
     config = model.config.model_copy(update={"family": None, "token_ids": None, "labels": None})
     wanted = Description(config, model.execution.max_length)
-    for family in sorted(families().values(), key=lambda family: family.model_type != model.config.family):
+    preferred = (model.config.family, "llama")
+    for family in sorted(families().values(), key=lambda family: [family.model_type != name for name in preferred]):
         try:
             settings = Settings(json.loads(json.dumps(family.write(wanted))), family.model_type)
             if family.read(settings).model == wanted.model and family.class_name(model.config):
