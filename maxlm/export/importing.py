@@ -3,17 +3,11 @@
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.core.tree import flatten
-from maxlm.errors import CheckpointError, ConfigError
+from maxlm.errors import CheckpointError
+from maxlm.export.run_folder import check_run_folder, write_run_folder
 from maxlm.interop.huggingface import is_huggingface, load_huggingface
-from maxlm.runtime.manifest import write_manifest
-from maxlm.runtime.output import check_output, replaced_folder, temporary_name
 from maxlm.runtime.storage import real_path
 
 
@@ -32,15 +26,6 @@ class Imported:
     tokenizer_size: int | None
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _State:
-    """The state of a run before its first step, without an optimizer's."""
-
-    step: Any
-    trainable: Any
-
-
 def import_huggingface(folder: str | os.PathLike, output: str | os.PathLike) -> Imported:
     """Write a run folder with a model of Hugging Face as its checkpoint of step 0, atomically.
 
@@ -54,13 +39,10 @@ def import_huggingface(folder: str | os.PathLike, output: str | os.PathLike) -> 
       ConfigError: `output` contains something else.
     """
     folder = Path(folder)
-    check_output(output, "import", key="OUT", suffix=len(temporary_name("")))
+    output = check_run_folder(output, "import")
     if not is_huggingface(folder):
         what = "there is no such folder" if not folder.exists() else "has no config.json"
         raise CheckpointError(f"{folder}: {what}; give a folder as transformers' save_pretrained writes it")
-    output = Path(os.path.abspath(output))
-    if output.exists() and any(output.iterdir()) and not (output / "manifest.json").is_file():
-        raise ConfigError([f"OUT: {output} exists and is not an import; give a new folder"])
     model, tokenizer = load_huggingface(folder)
     arrays = flatten(model)
     found = Imported(
@@ -71,18 +53,6 @@ def import_huggingface(folder: str | os.PathLike, output: str | os.PathLike) -> 
         vocab_size=model.config.vocab_size,
         tokenizer_size=None if tokenizer is None else tokenizer.vocab_size,
     )
-    config = {
-        "seed": 0,
-        "model": model.config.model_dump(mode="json"),
-        "execution": model.execution.model_dump(mode="json"),
-    }
-    with replaced_folder(output) as temporary:
-        if tokenizer is not None:
-            tokenizer.save(temporary / "tokenizer")
-        metadata = {"step": 0, "config": config, "fingerprint": tokenizer and tokenizer.fingerprint, "start": None}
-        with Checkpointer(temporary, keep=1) as checkpointer:
-            checkpointer.save(_State(jnp.int32(0), model), metadata, wait=True)
-        write_manifest(
-            temporary, stage="import/hf", inputs={"model": real_path(folder)}, config=config, metrics=asdict(found)
-        )
+    inputs = {"model": real_path(folder)}
+    write_run_folder(output, model, tokenizer, stage="import/hf", inputs=inputs, metrics=asdict(found))
     return found

@@ -11,7 +11,7 @@ from typing import Literal
 from maxlm.errors import ConfigError
 from maxlm.runtime.storage import absolute_path, is_remote, storage_path
 
-Stage = Literal["data", "tokenizer", "train", "export", "import"]
+Stage = Literal["data", "tokenizer", "train", "export", "import", "model"]
 
 # A file that identifies each stage's folder before its manifest is written, which happens last.
 _SIGNS = {
@@ -25,6 +25,7 @@ _INNER: dict[str, tuple[str, ...]] = {
     "data": ("documents", "documents.tmp", "packed", "packed.tmp"),
     "export": ("tokenizer",),
     "import": ("checkpoints", "tokenizer"),
+    "model": ("checkpoints", "tokenizer"),
     "train": ("checkpoints", "tokenizer", "tokenizer.tmp", "tensorboard"),
 }
 # Bytes of a path: the Linux limit, and the room for files that stages write below their folder, such as array chunks.
@@ -47,6 +48,12 @@ def check_output(output: str | os.PathLike, stage: Stage, *, key: str = "output"
     if problem is not None:
         shown = given if given.isprintable() else ascii(given)
         raise ConfigError([f"{key}: {shown[:200]} {problem}"])
+
+
+def check_replaceable(output: Path) -> None:
+    """Raise ConfigError if a folder has files and no manifest: it is not of a stage, which would replace it."""
+    if output.exists() and any(output.iterdir()) and not (output / "manifest.json").is_file():
+        raise ConfigError([f"OUT: {output} exists and was not written by maxlm; give a new folder"])
 
 
 def stage_of(folder: str | os.PathLike) -> str | None:

@@ -90,7 +90,7 @@ def test_model_without_a_tokenizer_takes_token_ids(folder, tmp_path):
 def test_import_replaces_an_earlier_import_only(folder, run, tmp_path):
     assert import_huggingface(folder, run).tokenizer_size == Tokenizer.load(folder).vocab_size
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="exists and is not an import"):
+    with pytest.raises(ConfigError, match="exists and was not written by maxlm"):
         import_huggingface(folder, tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

@@ -1,0 +1,66 @@
+"""Write a model as a run folder that training can start from, with one checkpoint, of step 0."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.checkpoint.checkpointer import Checkpointer
+from maxlm.models.decoder import Decoder
+from maxlm.runtime.manifest import write_manifest
+from maxlm.runtime.output import Stage, check_output, check_replaceable, replaced_folder, temporary_name
+from maxlm.tokenizer.codec import Tokenizer
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _State:
+    """The state of a run before its first step, without an optimizer's."""
+
+    step: Any
+    trainable: Any
+
+
+def check_run_folder(output: str | os.PathLike, stage: Stage) -> Path:
+    """The absolute path of a run folder to write.
+
+    Raises:
+      ConfigError: it cannot be written, or contains something else than an earlier output of this stage.
+    """
+    check_output(output, stage, key="OUT", suffix=len(temporary_name("")))
+    output = Path(os.path.abspath(output))
+    check_replaceable(output)
+    return output
+
+
+def write_run_folder(
+    output: Path,
+    model: Decoder,
+    tokenizer: Tokenizer | None,
+    *,
+    stage: str,
+    inputs: Mapping[str, str | Path],
+    metrics: dict[str, Any],
+) -> None:
+    """Write a run folder atomically; an existing one is replaced.
+
+    Args:
+      output: from `check_run_folder`.
+      stage, inputs, metrics: of its manifest.
+    """
+    config = {
+        "seed": 0,
+        "model": model.config.model_dump(mode="json"),
+        "execution": model.execution.model_dump(mode="json"),
+    }
+    with replaced_folder(output) as temporary:
+        if tokenizer is not None:
+            tokenizer.save(temporary / "tokenizer")
+        metadata = {"step": 0, "config": config, "fingerprint": tokenizer and tokenizer.fingerprint, "start": None}
+        with Checkpointer(temporary, keep=1) as checkpointer:
+            checkpointer.save(_State(jnp.int32(0), model), metadata, wait=True)
+        write_manifest(temporary, stage=stage, inputs=inputs, config=config, metrics=metrics)
