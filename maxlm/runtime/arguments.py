@@ -44,6 +44,13 @@ def at_least_zero(text: str) -> float:
     return value
 
 
+def fraction(text: str) -> float:
+    """For `type=`: a number from 0 to 1."""
+    if (value := at_least_zero(text)) > 1:
+        raise argparse.ArgumentTypeError(f"{_short(text)} must be a number from 0 to 1")
+    return value
+
+
 def text_or_stdin(text: str) -> str:
     """The text of an argument for which `-` reads standard input.
 

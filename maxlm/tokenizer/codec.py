@@ -16,7 +16,7 @@ from maxlm.prompts.chat_template import ChatTemplate, ChatTokens
 from maxlm.prompts.jinja_template import JinjaTemplate
 from maxlm.runtime.storage import storage_path
 from maxlm.tokenizer.convert import huggingface_files
-from maxlm.tokenizer.encoder import Encoder
+from maxlm.tokenizer.encoder import Additions, Encoder
 from maxlm.tokenizer.huggingface import GENERATION_FILE, is_huggingface_tokenizer, read_huggingface_tokenizer
 from maxlm.tokenizer.sentencepiece_encoder import MODEL_FILE, SentencePieceEncoder
 
@@ -124,6 +124,10 @@ class Tokenizer:
             _check_encodable(text)
         return self._encoder.encode_batch(texts, num_threads=num_threads)
 
+    def encode_within(self, text: str) -> list[int]:
+        """The ids of a part of a text that is not its beginning; names of control tokens in it are text."""
+        return self._encoder.encode_plain(text)
+
     def encode_documents(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
         """The ids of each text between `document_begin` and the eos token."""
         return [self.document_begin + ids + self._end_ids for ids in self.encode_batch(texts, num_threads=num_threads)]
@@ -213,6 +217,15 @@ class Tokenizer:
         return tuple(sorted(ends))
 
     # Inside
+
+    @property
+    def encoder(self) -> Encoder:
+        """What splits texts, for those that change it."""
+        return self._encoder
+
+    def extended(self, additions: Additions) -> "Tokenizer":
+        """The same tokenizer with more pieces, whose ids follow all others; see `Encoder.extended`."""
+        return Tokenizer(self._encoder.extended(additions), self._template)
 
     def save(self, folder: str | Path) -> None:
         """Write its files; the caller writes the manifest last."""

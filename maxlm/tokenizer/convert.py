@@ -1,7 +1,7 @@
 """SentencePiece models as `tokenizers` computes them: read, and written as a tokenizer of Hugging Face."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import tokenizers
@@ -12,9 +12,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from maxlm.errors import TokenizerError
 from maxlm.prompts.chat_template import ChatTemplate
 from maxlm.prompts.jinja_template import to_jinja
-from maxlm.tokenizer.encoder import SPACE_MARK
+from maxlm.tokenizer.encoder import SPACE_MARK, Additions, Algorithm
 
 _UNIGRAM, _BPE = 1, 2
+_NORMAL = 1
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
 
@@ -32,6 +33,29 @@ def read_sentencepiece(model: bytes) -> Any:
     if not parsed.pieces:
         raise TokenizerError("tokenizer.model is not a SentencePiece model")
     return parsed
+
+
+def sentencepiece_algorithm(parsed: Any) -> Algorithm | None:
+    """How a parsed model splits texts; None: in another way than bpe and unigram."""
+    kinds: dict[int, Algorithm] = {_UNIGRAM: "unigram", _BPE: "bpe"}
+    return kinds.get(parsed.trainer_spec.model_type)
+
+
+def extend_sentencepiece(model: bytes, additions: Additions, added: Mapping[str, bool]) -> bytes:
+    """A model with more pieces, whose ids follow all others.
+
+    Args:
+      added: tokens whose ids follow those of the model, in their order, and whether they are special: they become
+        pieces of it, so that the new pieces do not take their ids.
+    """
+    parsed = read_sentencepiece(model)
+    existing = [piece.score for piece in parsed.pieces if piece.type == _NORMAL]
+    for name, is_special in added.items():
+        parsed.pieces.add(piece=name, score=0.0, type=_CONTROL if is_special else _USER_DEFINED)
+    for name, score in zip(additions.pieces, additions.scores(existing)):
+        parsed.pieces.add(piece=name, score=score)
+    parsed.trainer_spec.vocab_size = len(parsed.pieces)
+    return parsed.SerializeToString()
 
 
 def to_tokenizers(model: bytes, *, prefix: Literal["first", "always"] = "first") -> tokenizers.Tokenizer:

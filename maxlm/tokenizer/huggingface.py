@@ -1,5 +1,6 @@
 """Tokenizers of Hugging Face: tokenizer.json, or a SentencePiece model, with the settings in tokenizer_config.json."""
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -12,8 +13,9 @@ from tokenizers import AddedToken
 
 from maxlm.errors import TokenizerError
 from maxlm.prompts.jinja_template import JinjaTemplate
-from maxlm.tokenizer.convert import to_tokenizers
-from maxlm.tokenizer.encoder import SPACE_MARK, Encoder
+from maxlm.tokenizer.convert import extend_sentencepiece, to_tokenizers
+from maxlm.tokenizer.encoder import SPACE_MARK, Additions, Algorithm, Encoder
+from maxlm.tokenizer.tokenizer_json import extend_tokenizer_json, json_algorithm
 
 TOKENIZER_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
 CONFIG_FILE, SPECIAL_FILE, ADDED_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -199,6 +201,40 @@ class HuggingFaceEncoder(Encoder):
                 ids.append(id_)
                 ranges.append((start + its_start, start + its_end))
         return ids, ranges
+
+    def encode_plain(self, text: str) -> list[int]:
+        return [id_ for id_, _ in self._encode_part(text, is_first=False, is_plain=True)]
+
+    def encode_words(self, text: str) -> list[list[int]]:
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        groups = itertools.groupby(zip(encoded.word_ids, encoded.ids), key=lambda pair: pair[0])
+        return [[id_ for _, id_ in group] for _, group in groups]
+
+    def normalize(self, text: str) -> str:
+        normalizer = self._tokenizer.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text).replace(SPACE_MARK, " ")
+
+    def piece_name(self, id_: int) -> str:
+        return self._names.get(id_, "")
+
+    @property
+    def algorithm(self) -> Algorithm | None:
+        return json_algorithm(self._described)
+
+    def extended(self, additions: Additions) -> "HuggingFaceEncoder":
+        vocabulary = {*self._tokenizer.get_vocab(with_added_tokens=False).values()}
+        # Added tokens whose ids follow the vocabulary: there must be no others between them and the new pieces.
+        after = {id_: token for id_, token in sorted(self._added.items()) if id_ not in vocabulary}
+        files = dict(self.files)
+        if TOKENIZER_FILE in files:
+            ids = {token.content: id_ for id_, token in after.items()}
+            files[TOKENIZER_FILE] = extend_tokenizer_json(self._described, additions, ids, first=self.vocab_size)
+            # It would be another tokenizer than tokenizer.json.
+            files.pop(SENTENCEPIECE_FILE, None)
+        else:
+            is_special = {token.content: token.special for token in after.values()}
+            files[SENTENCEPIECE_FILE] = extend_sentencepiece(files[SENTENCEPIECE_FILE], additions, is_special)
+        return HuggingFaceEncoder(files, _Settings(files))
 
     def _encode_part(self, part: str, *, is_first: bool, is_plain: bool) -> list[tuple[int, tuple[int, int]]]:
         """Ids and ranges of a part of a text."""

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import sentencepiece
 
 from maxlm.errors import TokenizerError
-from maxlm.tokenizer.encoder import SPACE_MARK, Encoder
+from maxlm.tokenizer.convert import extend_sentencepiece, read_sentencepiece, sentencepiece_algorithm
+from maxlm.tokenizer.encoder import SPACE_MARK, Additions, Algorithm, Encoder
 
 MODEL_FILE = "tokenizer.model"
 
@@ -45,6 +46,10 @@ class SentencePieceEncoder(Encoder):
         self._space_mark_ids = [byte_ids[byte] for byte in SPACE_MARK.encode()]
 
     @property
+    def algorithm(self) -> Algorithm | None:
+        return sentencepiece_algorithm(read_sentencepiece(self.files[MODEL_FILE]))
+
+    @property
     def pieces(self) -> Sequence[bytes]:
         return self._pieces
 
@@ -72,6 +77,18 @@ class SentencePieceEncoder(Encoder):
 
     def encode_plain(self, text: str) -> list[int]:
         return self.encode_batch([text], num_threads=1)[0]
+
+    def encode_words(self, text: str) -> list[list[int]]:
+        return [self.encode_plain(text)]
+
+    def normalize(self, text: str) -> str:
+        return text
+
+    def piece_name(self, id_: int) -> str:
+        return self._processor.id_to_piece(id_)
+
+    def extended(self, additions: Additions) -> "SentencePieceEncoder":
+        return SentencePieceEncoder(extend_sentencepiece(self.files[MODEL_FILE], additions, {}))
 
     def is_byte(self, id_: int) -> bool:
         return self._processor.is_byte(int(id_))

@@ -7,11 +7,9 @@ is a token, and a character outside the vocabulary is encoded as its bytes.
 import io
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
-import xxhash
 
 from maxlm.config import TokenizerConfig
 from maxlm.errors import DataError, TokenizerError
@@ -20,14 +18,12 @@ from maxlm.runtime.manifest import FILE_NAME, content_hash, read_manifest, write
 from maxlm.runtime.output import check_output
 from maxlm.runtime.progress import console
 from maxlm.runtime.storage import locked, storage_path
-from maxlm.runtime.written import table_batches
 from maxlm.tokenizer.codec import BOS, EOS, PAD, UNKNOWN, Tokenizer
 from maxlm.tokenizer.sentencepiece_encoder import SentencePieceEncoder
+from maxlm.tokenizer.texts import draw_texts, find_documents
 
 # SentencePiece's trainer reserves these and skips every text that contains one.
-_RESERVED = re.compile("[\0\t\u2581\u2585]+")
-_CHUNK_CHARACTERS = 10_000
-_NOT_PLAIN_TEXT = (".jsonl", ".json", ".parquet", ".gz", ".zst", ".xz", ".bz2", ".zip")
+RESERVED = re.compile("[\0\t\u2581\u2585]+")
 
 
 def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -42,17 +38,14 @@ def train_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """
     check_output(config.output, "tokenizer")
     output = Path(config.output)
-    documents = _input_path(config.input)
+    documents = find_documents(config.input)
     resolved = config.model_dump(mode="json")
     if _is_up_to_date(output, resolved, documents):
         console.out(f"{output}: is up to date")
         return Tokenizer.load(output)
 
     start = time.perf_counter()
-    share = config.max_characters / max(1, _num_characters(documents))
-    texts = [text for number, text in enumerate(_read_texts(documents)) if _is_drawn(number, share, config.seed)]
-    if not texts:
-        raise DataError(f"{config.input}: has no text to train a tokenizer on")
+    texts = draw_texts(documents, config.max_characters, config.seed)
     tokenizer = Tokenizer(SentencePieceEncoder(_train_model(texts, config)), default_chat_template(BOS))
     seconds = time.perf_counter() - start
 
@@ -83,7 +76,7 @@ def _train_model(texts: list[str], config: TokenizerConfig) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(piece for text in texts for piece in _RESERVED.split(text) if piece),
+            sentence_iterator=(piece for text in texts for piece in RESERVED.split(text) if piece),
             model_writer=model,
             model_type=config.algorithm,
             vocab_size=config.vocab_size,
@@ -119,48 +112,6 @@ def _explain(message: str, config: TokenizerConfig) -> str:
             f" set vocab_size to at least {match[1]}, or lower character_coverage ({config.character_coverage})"
         )
     return f"{config.input}: SentencePiece cannot train on it: {message}"
-
-
-def _input_path(given: str) -> Path:
-    """The documents stage of a data folder, or a text file."""
-    path = Path(given)
-    if path.is_file() and path.suffix.lower() in _NOT_PLAIN_TEXT:
-        raise DataError(
-            f"{given}: is not plain text, so a tokenizer would learn its markup; convert it to documents with"
-            " `maxlm data build CONFIG --stop-after documents`, and give the folder of that build"
-        )
-    if path.is_file():
-        return path
-    if path.is_dir():
-        read_manifest(path / "documents")
-        return path / "documents"
-    raise DataError(
-        f"{given}: there is no such file or folder; create one with `maxlm data build CONFIG --stop-after documents`"
-    )
-
-
-def _read_texts(path: Path) -> Iterator[str]:
-    if path.is_dir():
-        for batch in table_batches(path / "train.parquet", columns=["text"]):
-            yield from batch.column("text").to_pylist()
-        return
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text (byte {error.start + 1})") from None
-    for start in range(0, len(text), _CHUNK_CHARACTERS):
-        yield text[start : start + _CHUNK_CHARACTERS]
-
-
-def _num_characters(path: Path) -> int:
-    if path.is_dir():
-        return read_manifest(path)["metrics"]["splits"]["train"]["characters"]
-    return path.stat().st_size
-
-
-def _is_drawn(number: int, share: float, seed: int) -> bool:
-    """Even sampling: a hash of a text's index decides whether it is drawn."""
-    return xxhash.xxh3_64_intdigest(f"{seed}/{number}".encode()) < share * 2**64
 
 
 def _is_up_to_date(output: Path, resolved: dict, documents: Path) -> bool:

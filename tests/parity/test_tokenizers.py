@@ -4,10 +4,12 @@ from pydoc_data.topics import topics
 
 import pytest
 import transformers
+from extension_text import write_text
 from tokenizer_kinds import KINDS, TEXTS
 
 from maxlm.config import TokenizerConfig
 from maxlm.tokenizer.codec import Tokenizer
+from maxlm.tokenizer.extend import extend_tokenizer
 from maxlm.tokenizer.train import train_tokenizer
 
 CHATS = [
@@ -49,6 +51,18 @@ def test_what_transformers_saves_is_read_alike(name, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path / "saved")
     check_same(Tokenizer.load(tmp_path / "saved"), theirs)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("SentencePiece unigram", "WordPiece")])
+def test_extended_tokenizer_is_the_same_in_transformers(name, tmp_path):
+    KINDS[name](tmp_path / "old")
+    write_text(tmp_path / "han.txt")
+    extend_tokenizer(tmp_path / "old", tmp_path / "han.txt", tmp_path / "new", add=150, scripts=["Han"])
+    tokenizer = Tokenizer.load(tmp_path / "new")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")
+    check_same(tokenizer, theirs)
+    text = (tmp_path / "han.txt").read_text(encoding="utf-8")[:3000]
+    assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
