@@ -28,6 +28,7 @@ COMMANDS = (
     "maxlm.report.cli",
     "maxlm.export.cli",
     "maxlm.export.import_cli",
+    "maxlm.export.model_cli",
     "maxlm.generate.cli",
     "maxlm.serve.cli",
     "maxlm.quickstart.cli",
