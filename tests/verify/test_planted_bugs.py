@@ -12,7 +12,7 @@ from maxlm.config.load import dump_yaml
 from maxlm.core.batch import Batch
 from maxlm.core.sharding import current_mesh
 from maxlm.core.term import LossOutput, Term
-from maxlm.layers import attention, moe
+from maxlm.layers import attend, moe
 from maxlm.layers.norm import Norm
 from maxlm.models import decoder
 from maxlm.objectives import sft
@@ -66,12 +66,12 @@ def test_auxiliary_loss_not_scaled_by_microbatch_weight(monkeypatch):
 
 
 def ignore_segments(monkeypatch):
-    original = attention.attention
+    original = attend.attention
 
     def without_segments(query, key, value, rule, operands, **settings):
         return original(query, key, value, rule, replace(operands, segments=None), **settings)
 
-    monkeypatch.setattr(attention, "attention", without_segments)
+    monkeypatch.setattr(attend, "attention", without_segments)
 
 
 def test_attention_that_ignores_segments(monkeypatch):
@@ -171,9 +171,9 @@ def test_gradient_missing_an_all_reduce(monkeypatch):
 
 
 def test_ring_that_treats_zigzag_as_plain_order(monkeypatch):
-    original = attention.context_attention
+    original = attend.context_attention
     monkeypatch.setattr(
-        attention, "context_attention", lambda *args, order, **settings: original(*args, order="plain", **settings)
+        attend, "context_attention", lambda *args, order, **settings: original(*args, order="plain", **settings)
     )
     assert failed(config_of("sft"), "mesh: context=2", "mesh: tensor=2") == ["mesh: context=2"]
 
