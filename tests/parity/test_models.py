@@ -26,14 +26,19 @@ def test_export_computes_the_same_in_transformers(name, tmp_path):
     model, _ = load_huggingface(tmp_path)
     (tmp_path / "out").mkdir()
     write_huggingface(tmp_path / "out", model, None, {})
+    # With eager attention, transformers adds Falcon's ALiBi twice.
+    attention = "sdpa" if CASES[name].get("alibi") else "eager"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
+        tmp_path / "out", dtype=torch.float32, attn_implementation=attention
     )
     tokens, mask = inputs()
+    # Row by row, the shorter one first: it scales rotary positions of all rows by the longest text so far.
+    rows = [torch.from_numpy(row[own == 1]).long() for row, own in zip(tokens, mask)]
     with torch.no_grad():
-        logits = theirs(torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(mask)).logits.numpy()
+        logits = [theirs(row[None]).logits[0].numpy() for row in reversed(rows)][::-1]
     expected = np.load(GOLDEN / f"{file_name(name)}.npz")["logits"]
-    np.testing.assert_allclose(logits[mask == 1], expected[mask == 1], atol=1e-5, rtol=0)
+    # The bound of tests/families: a row alone is rounded differently from a batch.
+    np.testing.assert_allclose(np.concatenate(logits), expected[mask == 1], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", SCORE_CASES)
