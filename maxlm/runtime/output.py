@@ -76,6 +76,7 @@ def replaced_folder(output: Path) -> Iterator[Path]:
     """A new folder that becomes `output` if the block succeeds, and is removed otherwise.
 
     It is renamed into place: a reader sees the old folder, the new one or briefly none, but never a partial one.
+    If it cannot be renamed, the old folder is put back.
     """
     temporary = output.with_name(temporary_name(output.name))
     old = temporary.with_suffix(".old")
@@ -84,10 +85,15 @@ def replaced_folder(output: Path) -> Iterator[Path]:
         yield temporary
         if output.exists():
             output.rename(old)
-        temporary.rename(output)
+        try:
+            temporary.rename(output)
+        except OSError:
+            if old.exists():
+                old.rename(output)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _name_problem(given: str) -> str | None:

@@ -6,7 +6,7 @@ import pytest
 
 from maxlm.errors import ConfigError
 from maxlm.runtime.manifest import write_json
-from maxlm.runtime.output import check_output, stage_of
+from maxlm.runtime.output import check_output, replaced_folder, stage_of
 
 
 @pytest.fixture
@@ -92,3 +92,19 @@ def test_stage_is_identified_by_its_files(folder):
     assert stages == {
         "data": "data", "sft": "train", "begun run": "train", "int8": "export", "mine": None, "nothing": None
     }  # fmt: skip
+
+
+def test_failed_replacement_puts_the_earlier_folder_back(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "earlier").touch()
+    with pytest.raises(FileNotFoundError), replaced_folder(tmp_path / "out") as temporary:
+        temporary.rmdir()  # It can no longer be renamed into place.
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/earlier"]
+
+
+def test_replacement_leaves_only_the_new_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "earlier").touch()
+    with replaced_folder(tmp_path / "out") as temporary:
+        (temporary / "new").touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/new"]
