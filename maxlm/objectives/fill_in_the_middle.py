@@ -5,7 +5,7 @@ So the model learns to write what stands between two texts, and everything that 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -37,8 +37,6 @@ class Marks:
 
 class FillInTheMiddle(Pretraining):
     """Next-token prediction on packed rows, some documents of which have their middle at the end."""
-
-    needs_start: ClassVar[bool] = False
 
     kind: Literal["fim"] = "fim"  # type: ignore[assignment]
     rate: Fraction = Field(0.5, description="Share of the documents that are cut.")
