@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from maxlm.core.sharding import is_explicit, logical_to_spec
+from maxlm.core.sharding import is_explicit, logical_to_spec, names_of
 
 
 def choices(experts_BLK: jax.Array, real_BL: jax.Array, num_experts: int) -> jax.Array:
@@ -45,8 +45,7 @@ def document_shares(experts_BLK: jax.Array, segment_ids_BL: jax.Array, num_exper
         return _local_shares(experts_BLK, segment_ids_BL, num_experts=num_experts, length_axes=())
     tokens = logical_to_spec(("batch", "length", None))
     rows = P(*tokens[:2])
-    length_axes = tokens[1] if isinstance(tokens[1], tuple) else (tokens[1],)
-    local = partial(_local_shares, num_experts=num_experts, length_axes=length_axes)
+    local = partial(_local_shares, num_experts=num_experts, length_axes=names_of(tokens[1]))
     return jax.shard_map(local, in_specs=(tokens, rows), out_specs=tokens, check_vma=False)(experts_BLK, segment_ids_BL)
 
 
