@@ -1,13 +1,18 @@
 """A small decoder for tests, and rows for it."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from model_section import uniform
 
 from maxlm.config import ModelConfig
 from maxlm.config.execution import ExecutionConfig
 from maxlm.core.batch import Batch, Stream
+from maxlm.core.parameters import initialize
 from maxlm.core.term import LossOutput
+from maxlm.core.tree import flatten, unflatten
 from maxlm.models.applied import AppliedModel
+from maxlm.models.decoder import Decoder
 from maxlm.objectives.language_model import language_model_loss
 
 VOCAB_SIZE = 48
@@ -25,6 +30,23 @@ def tiny_config(**changes) -> ModelConfig:
         "head_dim": 4,
     }
     return ModelConfig(**uniform(**{**base, **changes}))
+
+
+def drawn_model(config: ModelConfig, execution: ExecutionConfig = EXECUTION) -> Decoder:
+    """Random weights, including norm scales and biases, that are large enough to expose any difference."""
+    model = initialize(Decoder(config, execution), jax.random.key(0))
+    flat = flatten(model)
+    random = np.random.default_rng(0)
+    for path, leaf in flat.items():
+        if "norm" in path:
+            flat[path] = jnp.asarray(random.uniform(0.5, 1.5, leaf.shape), "float32")
+        elif path.endswith(("bias", "sinks")):
+            flat[path] = jnp.asarray(random.normal(0, 0.2, leaf.shape), "float32")
+        elif path in ("embedding", "head", "positions"):
+            flat[path] = leaf * 30
+        else:
+            flat[path] = leaf * 1.5
+    return unflatten(flat, model)
 
 
 def text_loss(model, text: Stream, **settings) -> LossOutput:

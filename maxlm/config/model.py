@@ -1,9 +1,9 @@
 """Model architecture: two equal sections are the same function of the same weights."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 
 from maxlm.config.base import Count, CountOrZero, Frozen
 from maxlm.config.layers import LayerConfig, LayerGroup, LayersField, PartConfig, UniformGroup
@@ -53,6 +53,11 @@ class ModelConfig(Frozen):
         description="The MLP reads the sum of the stream and the mixer's output, or what the mixer reads, through its"
         " own norm or the mixer's.",
     )
+    prefix_attention: bool = Field(
+        False,
+        description="A prefix language model: the tokens of a prompt attend to one another in both directions, those of"
+        " the answer to what is before them. objective.kind=prefix_lm trains one.",
+    )
     embedding_scale: PositiveFloat | None = Field(None, description="Factor on the embeddings of tokens.")
     embedding_norm: bool = Field(False, description="Normalize the embeddings.")
     learned_positions: Count | None = Field(
@@ -70,6 +75,15 @@ class ModelConfig(Frozen):
     token_ids: TokenIds | None = Field(
         None, description="Special tokens that Hugging Face's format is written with; null takes the tokenizer's."
     )
+
+    @model_validator(mode="after")
+    def _has_attention(self) -> Self:
+        for key, part in self.each_part() if self.prefix_attention else ():
+            if part.kind == "gru":
+                raise ValueError(f"prefix_attention needs attention, and {key} is a gru, which reads tokens in order")
+        if self.prefix_attention and self.labels is not None:
+            raise ValueError("prefix_attention is of models that answer prompts, and labels of those that score texts")
+        return self
 
     @property
     def width(self) -> float:

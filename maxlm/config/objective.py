@@ -8,6 +8,7 @@ from pydantic import Field, GetCoreSchemaHandler, PositiveFloat
 
 from maxlm.config.base import Frozen
 from maxlm.config.data import RecordFormat
+from maxlm.config.model import ModelConfig
 from maxlm.config.registry import collect
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class ObjectiveConfig(Frozen):
 
     # Whether it always starts from another model, which init_from must name.
     needs_start: ClassVar[bool] = True
+    # Whether it can train prefix language models, whose rows mark prefixes.
+    marks_prefixes: ClassVar[bool] = False
 
     kind: str
 
@@ -51,6 +54,15 @@ class ObjectiveConfig(Frozen):
     def problems(self, config: "TrainConfig") -> list[str]:
         """Problems with the other settings of its run, one sentence each."""
         del config
+        return []
+
+    def model_problems(self, model: ModelConfig) -> list[str]:
+        """Why it cannot train this model, one sentence each."""
+        if model.prefix_attention and not self.marks_prefixes:
+            return [
+                f"objective.kind={self.kind} trains causal models, and prompts of this one attend to themselves in both"
+                " directions (model.prefix_attention); choose objective.kind=prefix_lm or sft"
+            ]
         return []
 
 

@@ -70,6 +70,11 @@ class RopeConfig(Frozen):
         1.0, description="Share of a head's channels that rotate: the first ones."
     )
     scaling: RopeScaling | None = Field(None, description="How wavelengths are stretched for longer texts.")
+    two_dimensional: bool = Field(
+        False,
+        description="Half of the channels rotate by the position up to the end of the prefix, the other half by the"
+        " number of tokens after it (GLM, arXiv:2103.10360).",
+    )
 
     def rotated_channels(self, head_dim: int) -> int:
         """The number of a head's channels that rotate."""
@@ -83,6 +88,13 @@ class RopeConfig(Frozen):
                 f"rope.share ({self.share:g}) of head_dim ({head_dim}) is {channels} channels, but RoPE rotates pairs:"
                 " it must be even and at least 2"
             )
+        if self.two_dimensional and channels % 4:
+            return (
+                f"rope.two_dimensional rotates two halves of the {channels} channels in pairs: their number must be a"
+                " multiple of 4"
+            )
+        if self.two_dimensional and self.scaling is not None:
+            return "rope.two_dimensional has no scaling; leave one of the two out"
         if isinstance(self.scaling, LongRopeScaling):
             lengths = {len(self.scaling.short_factors), len(self.scaling.long_factors)}
             if lengths != {channels // 2}:
@@ -100,7 +112,8 @@ class RopeConfig(Frozen):
 
     def reduced(self) -> Self:
         """The same structure for heads of 8 channels."""
-        share, scaling = max(0.25, round(self.share * 4) / 4), self.scaling
+        parts = 2 if self.two_dimensional else 4
+        share, scaling = max(1, round(self.share * parts)) / parts, self.scaling
         if isinstance(scaling, LongRopeScaling):
             pairs = int(8 * share) // 2
             factors = {"short_factors": scaling.short_factors[:pairs], "long_factors": scaling.long_factors[:pairs]}

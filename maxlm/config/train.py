@@ -79,6 +79,8 @@ class TrainConfig(Frozen):
         if self.objective.needs_start and self.init_from is None:
             problems.append(f"init_from must name the model that objective.kind={self.objective.kind} starts from")
         problems += self.objective.problems(self)
+        if self.model is not None:
+            problems += self.objective.model_problems(self.model)
         if problems:
             raise ValueError("; ".join(problems))
         return self

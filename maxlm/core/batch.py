@@ -14,7 +14,7 @@ from maxlm.core.sharding import check_row_length, logical_to_spec, row_groups, r
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "targets", "loss_weights", "segment_ids", "positions"],
+    data_fields=["tokens", "targets", "loss_weights", "segment_ids", "positions", "prefix_lengths"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Stream:
     """Rows of packed or padded sequences of tokens; every field is [batch, length].
 
     Documents and padding are identified by `segment_ids` (0 is padding), never by a token's value. `loss_weights` is
-    float32; the others are int32.
+    float32; the others are int32. `prefix_lengths`, for prefix language models, is the length of the prefix of each
+    token's document: its first tokens, which attend to one another in both directions.
     """
 
     tokens: Any
@@ -30,11 +31,12 @@ class Stream:
     loss_weights: Any
     segment_ids: Any
     positions: Any
+    prefix_lengths: Any = None
 
     @classmethod
     def from_rows(cls, rows: dict[str, np.ndarray]) -> Self:
-        """From the data loader's arrays by name."""
-        return cls(**{field.name: rows[field.name] for field in fields(cls)})
+        """From the data loader's arrays by name, of which others are left out."""
+        return cls(**{field.name: rows[field.name] for field in fields(cls) if field.name in rows})
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["streams", "values", "row_seeds_B"], meta_fields=[])

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -111,10 +112,18 @@ class PackedChats:
 
     Args:
       places: FILE:LINE of each chat.
+      prefixes: for a prefix language model, whose prompts attend to themselves in both directions: only the last answer
+        of a chat is trained on, and what is before it is its prefix.
     """
 
-    def __init__(self, chats: Sequence[ChatTokens], *, row_length: int, places: Sequence[str] = ()):
+    def __init__(
+        self, chats: Sequence[ChatTokens], *, row_length: int, places: Sequence[str] = (), prefixes: bool = False
+    ):
         self.row_length = row_length
+        if prefixes:
+            chats = [_with_last_answer(chat) for chat in chats]
+        # As in decoding: the last token of the prompt begins the answer.
+        self._prefix_lengths = np.array([max(_answer_start(chat) - 1, 0) for chat in chats]) if prefixes else None
         self._places = places
         self._lengths = np.array([len(chat.ids) - 1 for chat in chats])
         self._starts = np.concatenate([[0], np.cumsum(self._lengths + 1)[:-1]])
@@ -123,7 +132,15 @@ class PackedChats:
         self.rows = pack(self._lengths, row_length)
 
     @classmethod
-    def read(cls, path: str | Path, tokenizer: Tokenizer, *, row_length: int, form: RecordFormat | None = None) -> Self:
+    def read(
+        cls,
+        path: str | Path,
+        tokenizer: Tokenizer,
+        *,
+        row_length: int,
+        form: RecordFormat | None = None,
+        prefixes: bool = False,
+    ) -> Self:
         """Read the chats of a file; those too long for a row, or with no answer to train on, are skipped and counted.
 
         Raises:
@@ -161,7 +178,7 @@ class PackedChats:
                 markup=False,
             )
         check_some_left(path, len(chats), num_too_long, what="chats", row_length=row_length)
-        packed = cls(chats, row_length=row_length, places=places)
+        packed = cls(chats, row_length=row_length, places=places, prefixes=prefixes)
         full = packed._lengths.sum() / (len(packed.rows) * row_length)
         console.print(f"{path}: {len(chats)} chats in {len(packed.rows)} rows, {full:.0%} full", markup=False)
         return packed
@@ -185,6 +202,7 @@ class PackedChats:
         )
         lengths = self._lengths[chats]
         source = _ranges(self._starts[chats], lengths)
+        prefixes = self._prefix_lengths
         target = _ranges(row_of_chat * self.row_length + offset_of_chat, lengths)
 
         def rows(values: np.ndarray, dtype=np.int32) -> np.ndarray:
@@ -198,8 +216,23 @@ class PackedChats:
             loss_weights=rows(self._weights[source + 1], np.float32),
             segment_ids=rows(np.repeat(segment_of_chat, lengths)),
             positions=rows(_ranges(np.zeros_like(lengths), lengths)),
+            prefix_lengths=prefixes if prefixes is None else rows(np.repeat(prefixes[chats], lengths)),
         )
         return Batch({"text": text})
+
+
+def _answer_start(chat: ChatTokens) -> int:
+    """The index of the first token of the last answer that is trained on."""
+    is_trained = np.array(chat.loss_weights) > 0
+    last = np.flatnonzero(is_trained)[-1]
+    before = np.flatnonzero(~is_trained[:last])
+    return int(before[-1]) + 1 if before.size else 0
+
+
+def _with_last_answer(chat: ChatTokens) -> ChatTokens:
+    """The chat, with the loss weights of its last answer only."""
+    start = _answer_start(chat)
+    return replace(chat, loss_weights=[0.0] * start + list(chat.loss_weights[start:]))
 
 
 def check_some_left(path: str | Path, num_left: int, num_too_long: int, *, what: str, row_length: int) -> None:

@@ -86,7 +86,13 @@ def export_model(
     else:
         if tokenizer is None:
             raise CheckpointError(f"{model_path}: has no tokenizer, which the comparison on text needs; restore it")
-        held_out = read_held_out(paths, tokenizer, max_length=model.execution.max_length, max_tokens=max_tokens)
+        held_out = read_held_out(
+            paths,
+            tokenizer,
+            max_length=model.execution.max_length,
+            max_tokens=max_tokens,
+            prefixes=model.config.prefix_attention,
+        )
         written, receipt = _quantize_within(model, target, held_out, bounds)
 
     measured = {} if receipt is None else asdict(receipt)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from maxlm.checkpoint.folder import find_checkpoint, run_folder_of
@@ -17,6 +18,7 @@ from maxlm.core.batch import Stream
 from maxlm.data.chat import PackedChats
 from maxlm.data.held_out import open_held_out
 from maxlm.data.loader import open_splits
+from maxlm.data.prefixes import with_prefixes
 from maxlm.data.sample import even_sample
 from maxlm.errors import DataError
 from maxlm.interop.formats import find_format
@@ -53,17 +55,19 @@ class HeldOut:
                 part = x[start : start + size]
                 return np.pad(part, ((0, size - len(part)), (0, 0)))
 
-            fields = {name: slice_rows(value) for name, value in vars(self.rows).items()}
-            yield Stream(**fields), slice_rows(self.units)
+            yield jax.tree.map(slice_rows, self.rows), slice_rows(self.units)
 
 
-def read_held_out(paths: Sequence[str | Path], tokenizer: Tokenizer, *, max_length: int, max_tokens: int) -> HeldOut:
+def read_held_out(
+    paths: Sequence[str | Path], tokenizer: Tokenizer, *, max_length: int, max_tokens: int, prefixes: bool = False
+) -> HeldOut:
     """Read evenly spread rows, as many as `max_tokens` allows and at least one.
 
     Args:
       paths: folders of `maxlm data build`, for their held-out documents, or one .jsonl file of chats, of which
         the assistant tokens are compared.
       max_length: the model's context.
+      prefixes: of documents and chats, for a prefix language model.
 
     Raises:
       DataError: there is nothing to read, or rows exceed the context.
@@ -71,9 +75,9 @@ def read_held_out(paths: Sequence[str | Path], tokenizer: Tokenizer, *, max_leng
     """
     folders = tuple(map(Path, paths))
     if all(path.is_dir() for path in folders):
-        return _read_documents(folders, tokenizer, max_length=max_length, max_tokens=max_tokens)
+        return _read_documents(folders, tokenizer, max_length=max_length, max_tokens=max_tokens, prefixes=prefixes)
     (path,) = folders
-    chats = PackedChats.read(path, tokenizer, row_length=max_length)
+    chats = PackedChats.read(path, tokenizer, row_length=max_length, prefixes=prefixes)
     rows = chats.batch(even_sample([np.arange(len(chats))], max(1, max_tokens // max_length)))["text"]
     # A chat is one segment of one row.
     units = np.arange(len(rows.tokens))[:, None] * (rows.segment_ids.max() + 1) + rows.segment_ids
@@ -124,7 +128,9 @@ def _validation_file(objective: dict[str, Any], train_file: Path) -> Path:
     return train_file.parent / os.path.relpath(objective["valid_file"], Path(objective["train_file"]).parent)
 
 
-def _read_documents(paths: tuple[Path, ...], tokenizer: Tokenizer, *, max_length: int, max_tokens: int) -> HeldOut:
+def _read_documents(
+    paths: tuple[Path, ...], tokenizer: Tokenizer, *, max_length: int, max_tokens: int, prefixes: bool
+) -> HeldOut:
     _, row_length = open_splits(paths, "valid", tokenizer.fingerprint)
     if row_length > max_length:
         raise DataError(
@@ -138,7 +144,7 @@ def _read_documents(paths: tuple[Path, ...], tokenizer: Tokenizer, *, max_length
         row = stored.batch(index)
         # A document may span many rows, which are not independent samples.
         numbers = [units.setdefault((item.folder, item.ordinal), len(units)) for item in stored.documents(index)]
-        read.append(row)
+        read.append(with_prefixes(row, (index,)) if prefixes else row)
         unit_rows.append(np.array([0, *numbers])[row["segment_ids"]])
     rows = {name: np.concatenate([row[name] for row in read]) for name in read[0]}
     return HeldOut("documents", paths, Stream.from_rows(rows), np.concatenate(unit_rows))

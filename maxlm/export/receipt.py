@@ -147,13 +147,9 @@ def _compare(float_model: Decoder, int8_model: Decoder, batch: Stream) -> tuple[
         agree_BC = jnp.argmax(log_p_BCV, axis=-1) == jnp.argmax(log_q_BCV, axis=-1)
         return _negative_at(log_p_BCV, targets_BC), _negative_at(log_q_BCV, targets_BC), kl_BC, agree_BC
 
-    hidden = [_hidden(model, batch) for model in (float_model, int8_model)]
+    hidden = [model.apply(batch).hidden_BLD for model in (float_model, int8_model)]
     chunk_length = max(1, CHUNK_TOKENS // batch.tokens.shape[0])
     return in_chunks(chunk, (float_model, int8_model), *hidden, batch.targets, chunk_length=chunk_length)
-
-
-def _hidden(model: Decoder, batch: Stream) -> jax.Array:
-    return model(batch.tokens, positions_BL=batch.positions, segment_ids_BL=batch.segment_ids).hidden_BLD
 
 
 def _negative_at(log_p_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:

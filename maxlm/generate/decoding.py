@@ -56,7 +56,7 @@ class SamplingRow:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["caches", "tokens_B", "positions_B", "counts_B", "sampling"],
+    data_fields=["caches", "tokens_B", "positions_B", "prompt_lengths_B", "counts_B", "sampling"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -65,12 +65,14 @@ class SlotState:
 
     tokens_B: the newest token of each slot, sampled but not yet in the cache.
     positions_B: its position.
+    prompt_lengths_B: tokens of its prompt.
     counts_B: how many tokens the slot has sampled.
     """
 
     caches: Any
     tokens_B: jax.Array
     positions_B: jax.Array
+    prompt_lengths_B: jax.Array
     counts_B: jax.Array
     sampling: SamplingRow
 
@@ -82,6 +84,7 @@ class SlotState:
             caches=model.create_caches(num_slots, max_length, dtype),
             tokens_B=zeros_B,
             positions_B=zeros_B.copy(),
+            prompt_lengths_B=zeros_B.copy(),
             counts_B=zeros_B.copy(),
             sampling=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_slots, *leaf.shape)).copy(), row),
         )
@@ -116,6 +119,7 @@ def prefill(
         caches=write_row(state.caches, prompt.caches, slot),
         tokens_B=state.tokens_B.at[slot].set(output.tokens_B[0]),
         positions_B=state.positions_B.at[slot].set(length),
+        prompt_lengths_B=state.prompt_lengths_B.at[slot].set(length),
         counts_B=state.counts_B.at[slot].set(1),
         sampling=jax.tree.map(lambda whole, row: whole.at[slot].set(row), state.sampling, sampling),
     )
@@ -130,7 +134,12 @@ def decode(model: Decoder, state: SlotState, active_B: jax.Array, *, num_tokens:
 
     def step(state: SlotState, _: None) -> tuple[SlotState, StepOutput]:
         positions_B = jnp.where(active_B, state.positions_B, 0)
-        hidden = model(state.tokens_B[:, None], positions_BL=positions_B[:, None], caches=state.caches)
+        hidden = model(
+            state.tokens_B[:, None],
+            positions_BL=positions_B[:, None],
+            prefix_lengths_BL=_prefix_lengths(model, state.prompt_lengths_B, 1),
+            caches=state.caches,
+        )
         sampling = replace(state.sampling, temperature=jnp.where(active_B, state.sampling.temperature, 0.0))
         output = _sample(model.logits(hidden.hidden_BLD[:, 0]), sampling, state.counts_B)
         state = replace(
@@ -206,7 +215,19 @@ def _prompt_output(model: Decoder, tokens_L, length) -> DecoderOutput:
     padded_length = tokens_L.shape[0]
     positions_L = jnp.where(jnp.arange(padded_length) < length, jnp.arange(padded_length), -1)
     caches = model.create_caches(1, padded_length, jnp.dtype(model.execution.activation_dtype))
-    return model(tokens_L[None], positions_BL=positions_L[None], caches=caches)
+    return model(
+        tokens_L[None],
+        positions_BL=positions_L[None],
+        prefix_lengths_BL=_prefix_lengths(model, length[None], padded_length),
+        caches=caches,
+    )
+
+
+def _prefix_lengths(model: Decoder, prompt_lengths_B, num_tokens: int) -> jax.Array | None:
+    """Of prompts: all but the last token, with which the answer begins. None for causal models."""
+    if not model.config.prefix_attention:
+        return None
+    return jnp.broadcast_to((prompt_lengths_B - 1)[:, None], (prompt_lengths_B.shape[0], num_tokens))
 
 
 def _sample(logits_BV: jax.Array, sampling: SamplingRow, counts_B: jax.Array) -> StepOutput:

@@ -71,6 +71,7 @@ class Engine:
         self._weights, structure = jax.tree.flatten(model)
         self._programs = Programs.of(structure)
         self._vocab_size = model.config.vocab_size
+        self._has_prefixes = model.config.prefix_attention
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
         self._max_waiting = max_waiting
@@ -188,6 +189,11 @@ class Engine:
         vocab_size = self._vocab_size
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab_size:
             raise RequestError(f"the prompt has a token id outside the vocabulary; ids are 0 to {vocab_size - 1}")
+        if request.score_prompt and self._has_prefixes:
+            raise RequestError(
+                "the tokens of a prompt attend to one another in this model (model.prefix_attention), so they have no"
+                " log-probabilities; ask for those of the answer only"
+            )
         room = self.max_length - length
         wanted = 1 if request.max_new_tokens is None else request.max_new_tokens
         if wanted > room:

@@ -133,28 +133,38 @@ class LoadedModel:
             max_waiting=max_waiting,
         )
 
-    def logits(self, tokens: np.ndarray, segment_ids: np.ndarray | None = None) -> np.ndarray:
+    def logits(
+        self,
+        tokens: np.ndarray,
+        segment_ids: np.ndarray | None = None,
+        prefix_lengths: Sequence[int] | np.ndarray | None = None,
+    ) -> np.ndarray:
         """float32 logits [batch, length, vocab] of tokens [batch, length].
 
         Of a reward model or classifier, the scores [batch, labels] at the last token of each row's one sequence.
 
         With `segment_ids` [batch, length] a token attends only to its own segment, and positions restart at each; 0 is
-        padding.
+        padding. With `prefix_lengths` [batch], for a prefix language model, the first tokens of a row's one sequence
+        attend to one another in both directions; by default none do.
 
         Raises:
-          RequestError: a wrong shape, a row longer than the model's context, a token outside the vocabulary.
+          RequestError: a wrong shape, prefixes in a model without them, a row longer than the model's context, a token
+            outside the vocabulary.
         """
         tokens_BL = self._checked(tokens)
         segment_ids_BL = np.ones_like(tokens_BL) if segment_ids is None else np.asarray(segment_ids, np.int32)
         if segment_ids_BL.shape != tokens_BL.shape:
             raise RequestError(f"segment_ids have shape {segment_ids_BL.shape}, but tokens have {tokens_BL.shape}")
         length = tokens_BL.shape[1]
+        prefix_lengths_BL = self._prefixes(prefix_lengths, segment_ids_BL)
         padding = ((0, 0), (0, bucket_length(length, self.execution.max_length) - length))
-        tokens_BL, segment_ids_BL = np.pad(tokens_BL, padding), np.pad(segment_ids_BL, padding)
+        tokens_BL, segment_ids_BL, prefix_lengths_BL = jax.tree.map(
+            lambda x: np.pad(x, padding), (tokens_BL, segment_ids_BL, prefix_lengths_BL)
+        )
         positions_BL = segment_positions(segment_ids_BL)
         if self.config.labels is not None:
             return np.asarray(_scores(self.decoder, tokens_BL, positions_BL, segment_ids_BL))
-        return np.asarray(_logits(self.decoder, tokens_BL, positions_BL, segment_ids_BL))[:, :length]
+        return np.asarray(_logits(self.decoder, tokens_BL, positions_BL, segment_ids_BL, prefix_lengths_BL))[:, :length]
 
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[Score]:
         """Log-probability of each continuation after its prompt.
@@ -180,10 +190,11 @@ class LoadedModel:
             return []
         sequences = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations)]
         tokens, targets = [ids[:-1] for ids in sequences], [ids[1:] for ids in sequences]
+        # As in decoding: a prompt's last token begins the answer.
+        prefix_lengths = [len(prompt) - 1 for prompt in prompts] if self.config.prefix_attention else None
+        scores = score_sequences(target_scores, self.decoder, tokens, targets, prefix_lengths=prefix_lengths)
         found = []
-        for continuation, (log_p_L, is_best_L) in zip(
-            continuations, score_sequences(target_scores, self.decoder, tokens, targets)
-        ):
+        for continuation, (log_p_L, is_best_L) in zip(continuations, scores):
             count = len(continuation)
             found.append(Score(float(log_p_L[-count:].sum()), count, bool(is_best_L[-count:].all())))
         return found
@@ -234,6 +245,20 @@ class LoadedModel:
         num_prompt_tokens = int(np.searchsorted(ends, len(prompt.encode()), side="right"))
         return self.tokenizer.document_begin + ids[:num_prompt_tokens], ids[num_prompt_tokens:]
 
+    def _prefixes(self, prefix_lengths, segment_ids_BL: np.ndarray) -> np.ndarray | None:
+        """The length of the prefix of each token's sequence; None if there are no prefixes."""
+        if prefix_lengths is None:
+            return None
+        if not self.config.prefix_attention:
+            raise RequestError(f"{self.name}: is a causal model, so it takes no prefix_lengths")
+        lengths_B = np.asarray(prefix_lengths, np.int32)
+        if lengths_B.shape != segment_ids_BL.shape[:1] or segment_ids_BL.max() > 1:
+            raise RequestError(
+                f"prefix_lengths must be [batch], one of each row, which holds one sequence; they are {lengths_B.shape}"
+                f" of {len(segment_ids_BL)} rows with up to {segment_ids_BL.max()} sequences"
+            )
+        return np.where(segment_ids_BL > 0, lengths_B[:, None], 0)
+
     def _check_predicts_tokens(self) -> None:
         if self.config.labels is not None:
             raise RequestError(
@@ -265,8 +290,9 @@ def segment_positions(segment_ids_BL: np.ndarray) -> np.ndarray:
 
 
 @jax.jit
-def _logits(model: Decoder, tokens_BL, positions_BL, segment_ids_BL) -> jax.Array:
-    return model.logits(model(tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL).hidden_BLD)
+def _logits(model: Decoder, tokens_BL, positions_BL, segment_ids_BL, prefix_lengths_BL) -> jax.Array:
+    places = {"positions_BL": positions_BL, "segment_ids_BL": segment_ids_BL, "prefix_lengths_BL": prefix_lengths_BL}
+    return model.logits(model(tokens_BL, **places).hidden_BLD)
 
 
 @jax.jit

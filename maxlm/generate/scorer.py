@@ -35,7 +35,7 @@ def target_scores(model: Decoder, rows: Stream) -> tuple[jax.Array, ...]:
         log_p_BC = target_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
         return log_p_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC
 
-    hidden_BLD = model(rows.tokens, positions_BL=rows.positions, segment_ids_BL=rows.segment_ids).hidden_BLD
+    hidden_BLD = model.apply(rows).hidden_BLD
     return in_chunks(chunk, model, hidden_BLD, rows.targets, chunk_length=model.execution.loss_chunk_length)
 
 
@@ -45,6 +45,7 @@ def score_sequences(
     tokens: Sequence[Sequence[int]],
     targets: Sequence[Sequence[int]] | None = None,
     *,
+    prefix_lengths: Sequence[int] | None = None,
     title: str | None = None,
 ) -> list[tuple[np.ndarray, ...]]:
     """Run `program` over sequences; return its per-token values: for each sequence, arrays [its length].
@@ -54,6 +55,7 @@ def score_sequences(
     Args:
       tokens: ids; each sequence has at least one and fits the model's context.
       targets: the target of each token; None for programs that use no targets.
+      prefix_lengths: of each sequence, for prefix language models; None: there are no prefixes.
       title: of the progress bar; None shows none.
     """
     lengths = [len(ids) for ids in tokens]
@@ -63,7 +65,7 @@ def score_sequences(
     batches = [rows[start : start + num_rows] for start in range(0, len(rows), num_rows)]
     scores: dict[int, tuple[np.ndarray, ...]] = {}
     for members in batches if title is None else track(batches, title):
-        stream = _lay_out(members, tokens, targets, shape=(num_rows, row_length))
+        stream = _lay_out(members, tokens, targets, prefix_lengths, shape=(num_rows, row_length))
         outputs = jax.device_get(program(model, stream))
         for row, indices in enumerate(members):
             ends = np.cumsum([lengths[index] for index in indices])
@@ -76,11 +78,13 @@ def _lay_out(
     members: Sequence[Sequence[int]],
     tokens: Sequence[Sequence[int]],
     targets: Sequence[Sequence[int]] | None,
+    prefix_lengths: Sequence[int] | None,
     *,
     shape: tuple[int, int],
 ) -> Stream:
     """Pack sequences into rows; each is a segment with positions from 0."""
-    rows = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+    names = ["tokens", "targets", "segment_ids", "positions"] + ["prefix_lengths"] * (prefix_lengths is not None)
+    rows = {name: np.zeros(shape, np.int32) for name in names}
     for row, indices in enumerate(members):
         start = 0
         for segment, index in enumerate(indices, start=1):
@@ -90,6 +94,8 @@ def _lay_out(
                 rows["targets"][row, place] = targets[index]
             rows["segment_ids"][row, place] = segment
             rows["positions"][row, place] = np.arange(len(tokens[index]))
+            if prefix_lengths is not None:
+                rows["prefix_lengths"][row, place] = prefix_lengths[index]
             start = place.stop
     return Stream(**rows, loss_weights=(rows["segment_ids"] > 0).astype(np.float32))
 

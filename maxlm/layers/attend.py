@@ -39,7 +39,12 @@ def attend(
       kv_axis: the logical axis of the heads of keys and values.
     """
     dropout = None if context.noise is None else context.noise.attention_weights(query_BLHE.shape[2])
-    operands = dataclasses.replace(by_head, segments=(context.segment_ids_BL, context.segment_ids_BL), dropout=dropout)
+    operands = dataclasses.replace(
+        by_head,
+        segments=(context.segment_ids_BL, context.segment_ids_BL),
+        prefix=context.prefix,
+        dropout=dropout,
+    )
     settings: dict[str, Any] = {
         "implementation": None if execution.attention == "auto" else execution.attention,
         "matmul_dtype": jnp.dtype(operand_dtype(execution.matmul_dtype)),
@@ -56,6 +61,7 @@ def attend(
     tokens, vector = P(*heads[:2]), logical_to_spec(("heads",))
     specs: Any = AttentionOperands(
         segments=cast(Any, (tokens, tokens)),
+        prefix=operands.prefix and cast(Any, (tokens, tokens)),
         position_bias=jax.tree.map(lambda _: vector, operands.position_bias),
         sinks_N=None if operands.sinks_N is None else cast(Any, vector),
         dropout=dropout and WeightDropout(cast(Any, P(*heads[:3])), cast(Any, tokens), dropout.rate),

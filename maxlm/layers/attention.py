@@ -3,6 +3,7 @@
 Dimensions: B batch, L length, D embed, H query heads, K key-value heads, E head_dim, T cached tokens.
 """
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -60,7 +61,7 @@ class Attention(nnx.Module):
             mixed_BLHE = attend(self.execution, query_BLHE, key_BLKE, value_BLKE, self._rule, context, self._operands)
         else:
             cache, seen = cache.extend(key_BLKE, value_BLKE, context.positions_BL)
-            operands = self._operands
+            operands = dataclasses.replace(self._operands, prefix=context.prefix_in_cache(seen.positions_BT))
             mixed_BLHE = cached_attention(query_BLHE, *seen[:2], context.positions_BL, seen[2], self._rule, operands)
         y_BLD = multiply(self.execution, merge_heads(mixed_BLHE), self.out, context.residual_axes)
         return y_BLD + self.out_bias.astype(y_BLD.dtype) if self.config.out_bias else y_BLD, cache

@@ -20,7 +20,7 @@ TOKEN_AXES = ("batch", "length", None)
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions_BL", "segment_ids_BL", "angles", "noise"],
+    data_fields=["positions_BL", "segment_ids_BL", "angles", "prefix_lengths_BL", "noise"],
     meta_fields=["residual_axes", "row_order"],
 )
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class TokenContext:
     positions_BL: within a document.
     segment_ids_BL: tokens of one document have the same; 0 is padding.
     angles: cosines and sines of the rotary positions, for each head size and setting in the model: see `angles_of`.
+    prefix_lengths_BL: of a token's document; the tokens of a prefix attend to one another in both directions. None:
+      there are no prefixes.
     noise: in training, if anything is random.
     residual_axes: sharding of the stream between layers.
     row_order: order of tokens in rows that are sharded along `context`.
@@ -38,20 +40,44 @@ class TokenContext:
     positions_BL: jax.Array
     segment_ids_BL: jax.Array
     angles: dict[str, tuple[jax.Array, jax.Array]]
+    prefix_lengths_BL: jax.Array | None = None
     noise: Noise | None = None
     residual_axes: tuple[str | None, ...] = TOKEN_AXES
     row_order: RowOrder = "plain"
 
     @classmethod
-    def create(cls, config: ModelConfig, positions_BL: jax.Array, segment_ids_BL: jax.Array, **layout) -> Self:
+    def create(
+        cls,
+        config: ModelConfig,
+        positions_BL: jax.Array,
+        segment_ids_BL: jax.Array,
+        prefix_lengths_BL: jax.Array | None = None,
+    ) -> Self:
         """The context of tokens in a model, with the rotary angles that its layers need."""
         given = [layer.mixer.rotary for layer in config.each_layer()]
         settings = {_key(*rotary): rotary for rotary in given if rotary is not None}
         lengths_BL = None
         if any(rope.depends_on_length for rope, _ in settings.values()):
             lengths_BL = document_lengths(positions_BL, segment_ids_BL)
-        angles = {key: rope_angles(positions_BL, *setting, lengths_BL) for key, setting in settings.items()}
-        return cls(positions_BL, segment_ids_BL, angles, **layout)
+        angles = {
+            key: rope_angles(positions_BL, *setting, lengths_BL, prefix_lengths_BL) for key, setting in settings.items()
+        }
+        return cls(positions_BL, segment_ids_BL, angles, prefix_lengths_BL)
+
+    @property
+    def prefix(self) -> tuple[jax.Array, jax.Array] | None:
+        """`AttentionOperands.prefix` of these tokens and themselves."""
+        if self.prefix_lengths_BL is None:
+            return None
+        is_prefix_BL = self.positions_BL < self.prefix_lengths_BL
+        return is_prefix_BL, is_prefix_BL
+
+    def prefix_in_cache(self, cached_positions_BS: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        """`AttentionOperands.prefix` of these tokens and of those in a cache; a row is one sequence."""
+        if self.prefix_lengths_BL is None:
+            return None
+        longest_B1 = jnp.max(self.prefix_lengths_BL, axis=1, keepdims=True)
+        return self.positions_BL < self.prefix_lengths_BL, cached_positions_BS < longest_B1
 
     def angles_of(self, rope: RopeConfig, head_dim: int) -> tuple[jax.Array, jax.Array]:
         return self.angles[_key(rope, head_dim)]

@@ -27,6 +27,7 @@ from maxlm.layers.context import TokenContext
 from maxlm.layers.norm import Norm
 from maxlm.layers.weights import bias, multiply, residual_scale, weight
 from maxlm.ops.attention.definition import cached_attention
+from maxlm.ops.attention.operands import AttentionOperands
 from maxlm.ops.attention.rule import AttentionRule
 from maxlm.ops.linear import operand_dtype, whole
 from maxlm.ops.rope import apply_rope
@@ -144,6 +145,7 @@ class LatentAttention(nnx.Module):
             context.positions_BL,
             positions_1S,
             self._rule,
+            AttentionOperands(prefix=context.prefix_in_cache(positions_1S)),
         )
         return product("blhz,zhv->blhv", mixed_BLHZ, self.value)
 

@@ -82,6 +82,7 @@ class Decoder(nnx.Module):
         *,
         positions_BL: jax.Array | None = None,
         segment_ids_BL: jax.Array | None = None,
+        prefix_lengths_BL: jax.Array | None = None,
         caches: Any = None,
         noise: Noise | None = None,
     ) -> DecoderOutput:
@@ -90,6 +91,8 @@ class Decoder(nnx.Module):
         Args:
           positions_BL: by default those of whole rows. With caches, -1 is padding.
           segment_ids_BL: by default one sequence in each row.
+          prefix_lengths_BL: of a prefix language model: for each token, the length of the prefix of its sequence, whose
+            tokens attend to one another; with caches, they are given in one call. None: there are no prefixes.
           caches: of earlier tokens, from `create_caches`: the tokens attend to them and to one another.
           noise: of training; None: nothing is random.
         """
@@ -98,8 +101,8 @@ class Decoder(nnx.Module):
         if segment_ids_BL is None:
             segment_ids_BL = (positions_BL >= 0).astype(jnp.int32)
         if caches is not None:
-            return self._extend(tokens_BL, positions_BL, segment_ids_BL, caches)
-        residual, context = self.enter(tokens_BL, positions_BL, segment_ids_BL, noise)
+            return self._extend(tokens_BL, positions_BL, segment_ids_BL, prefix_lengths_BL, caches)
+        residual, context = self.enter(tokens_BL, positions_BL, segment_ids_BL, prefix_lengths_BL, noise)
         trunk = self.trunk_layers
         if (schedule := fitting_schedule(self.execution.pipeline, tokens_BL.shape[0])) is not None:
             x_BLD, auxiliary = gpipe(self.trunk, trunk, residual.x_BLD, context, schedule)
@@ -109,20 +112,28 @@ class Decoder(nnx.Module):
 
     def apply(self, stream: Stream, noise: Noise | None = None) -> DecoderOutput:
         """The outputs for a stream of tokens."""
-        return self(stream.tokens, positions_BL=stream.positions, segment_ids_BL=stream.segment_ids, noise=noise)
+        return self(
+            stream.tokens,
+            positions_BL=stream.positions,
+            segment_ids_BL=stream.segment_ids,
+            prefix_lengths_BL=stream.prefix_lengths,
+            noise=noise,
+        )
 
     def enter(
         self,
         tokens_BL: jax.Array,
         positions_BL: jax.Array,
         segment_ids_BL: jax.Array,
+        prefix_lengths_BL: jax.Array | None = None,
         noise: Noise | None = None,
     ) -> tuple[Residual, TokenContext]:
         """The input of the trunk: embeddings, after the groups of layers before it."""
         execution = self.execution
         order = row_order(tokens_BL.shape[1], execution.context_attention)
-        tokens_BL, positions_BL, segment_ids_BL = (
-            to_row_order(shard(x, "batch", "length"), order) for x in (tokens_BL, positions_BL, segment_ids_BL)
+        tokens_BL, positions_BL, segment_ids_BL, prefix_lengths_BL = jax.tree.map(
+            lambda x: to_row_order(shard(x, "batch", "length"), order),
+            (tokens_BL, positions_BL, segment_ids_BL, prefix_lengths_BL),
         )
         residual_axes = ("batch", "residual_length", None)
         if not fits(tokens_BL.shape, residual_axes[:2]):
@@ -130,8 +141,11 @@ class Decoder(nnx.Module):
         if noise is not None:
             columns_BL = shard(jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape), "batch", "length")
             noise = noise.in_model(to_row_order(columns_BL, order), residual_axes, self.config.num_layers)
-        context = TokenContext.create(
-            self.config, positions_BL, segment_ids_BL, noise=noise, residual_axes=residual_axes, row_order=order
+        context = replace(
+            TokenContext.create(self.config, positions_BL, segment_ids_BL, prefix_lengths_BL),
+            noise=noise,
+            residual_axes=residual_axes,
+            row_order=order,
         )
         x_BLD = shard(self._embed(tokens_BL, positions_BL), *residual_axes)
         x_BLD = x_BLD if noise is None else noise.embedding(x_BLD)
@@ -172,8 +186,8 @@ class Decoder(nnx.Module):
             residual = Residual(x_BLD, unite([residual.auxiliary, added]))
         return residual
 
-    def _extend(self, tokens_BL, positions_BL, segment_ids_BL, caches) -> DecoderOutput:
-        context = TokenContext.create(self.config, positions_BL, segment_ids_BL)
+    def _extend(self, tokens_BL, positions_BL, segment_ids_BL, prefix_lengths_BL, caches) -> DecoderOutput:
+        context = TokenContext.create(self.config, positions_BL, segment_ids_BL, prefix_lengths_BL)
         x_BLD, auxiliary, extended = self._embed(tokens_BL, positions_BL), [], []
         for number, (layers, group, cache) in enumerate(zip(self.layers, self.config.layers, caches)):
             layers, first = jax.tree.map(gather_layers, layers), self._first_layer(number)

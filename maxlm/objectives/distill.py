@@ -100,6 +100,8 @@ class Distillation(Objective, PackedRowsConfig):
         # The student's step runs both models, so the student's pipeline settings apply to the teacher too.
         model, execution, _ = trained_as(metadata, where=checkpoint)
         execution = execution.model_copy(update={"pipeline": config.execution.pipeline})
+        if problems := self.model_problems(model):
+            raise ConfigError([f"{path} (the teacher): {problem}" for problem in problems])
         if model.vocab_size != config.model.vocab_size:
             raise CheckpointError(
                 f"objective.teacher: {path} has tables of {model.vocab_size} tokens, and the student of"

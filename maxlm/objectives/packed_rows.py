@@ -83,8 +83,11 @@ class PackedRowsData:
         return range(self._held_out.num_steps)
 
     def _valid_batch(self, step: int, **shard: int) -> Batch:
-        rows = self._held_out.batch(step, **shard)
+        rows = self._held_out_rows(step, **shard)
         return replace(as_batch(rows), values={"source_ids_BL": rows["source_ids"]})
+
+    def _held_out_rows(self, step: int, **shard: int) -> dict[str, np.ndarray]:
+        return self._held_out.batch(step, **shard)
 
 
 def preview_rows(config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[PreviewRow]:

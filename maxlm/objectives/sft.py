@@ -24,6 +24,7 @@ class SupervisedFineTuning(Objective, RecordsConfig):
     """Next-token prediction on the assistant's tokens of chats."""
 
     learns_text: ClassVar[bool] = True
+    marks_prefixes: ClassVar[bool] = True
 
     kind: Literal["sft"] = "sft"
     train_file: str = Field(
@@ -42,13 +43,13 @@ class SupervisedFineTuning(Objective, RecordsConfig):
 
         return RecordData(
             context,
-            partial(self._read, row_length=context.config.row_length, tokenizer=context.tokenizer),
+            partial(self._read, config=context.config, tokenizer=context.tokenizer),
             loss=language_model_loss,
             summarize=summarize,
         )
 
     def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[PreviewRow]:
-        chats = self._read(self.train_file, row_length=config.row_length, tokenizer=tokenizer)
+        chats = self._read(self.train_file, config=config, tokenizer=tokenizer)
         for number, row in enumerate(rows_of(first_examples(chats, config, num_examples)["text"]), 1):
             yield PreviewRow(f"row {number}", row)
 
@@ -58,8 +59,9 @@ class SupervisedFineTuning(Objective, RecordsConfig):
     def for_verification(self) -> Self:
         return self.model_copy(update={"z_loss": max(self.z_loss, 0.1)})
 
-    def _read(self, path: str, *, row_length: int, tokenizer: Tokenizer) -> PackedChats:
-        return PackedChats.read(path, tokenizer, row_length=row_length, form=self)
+    def _read(self, path: str, *, config: TrainConfig, tokenizer: Tokenizer) -> PackedChats:
+        prefixes = config.model.prefix_attention
+        return PackedChats.read(path, tokenizer, row_length=config.row_length, form=self, prefixes=prefixes)
 
 
 OBJECTIVE = SupervisedFineTuning

@@ -82,15 +82,29 @@ def _ramp(x: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def rope_angles(
-    positions_BL: jax.Array, rope: RopeConfig, head_dim: int, lengths_BL: jax.Array | None = None
+    positions_BL: jax.Array,
+    rope: RopeConfig,
+    head_dim: int,
+    lengths_BL: jax.Array | None = None,
+    prefix_lengths_BL: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the angles by which pairs of channels rotate, each float32 [batch, length, 1, R / 2].
 
-    Both are multiplied by the factor on rotated queries and keys.
+    Both are multiplied by the factor on rotated queries and keys. If they are two-dimensional, the first R / 4 pairs
+    rotate by the first position, the others by the second.
 
     Args:
       lengths_BL: of the document of each token, for settings that depend on it.
+      prefix_lengths_BL: of the document of each token, for two-dimensional positions; None: there are no prefixes.
     """
+    if rope.two_dimensional:
+        flat = rope.model_copy(update={"two_dimensional": False, "share": rope.share / 2})
+        prefix_BL = jnp.zeros_like(positions_BL) if prefix_lengths_BL is None else prefix_lengths_BL
+        within_BL = jnp.minimum(positions_BL, jnp.maximum(prefix_BL - 1, 0))
+        after_BL = jnp.maximum(positions_BL - prefix_BL + 1, 0)
+        halves = (rope_angles(each_BL, flat, head_dim) for each_BL in (within_BL, after_BL))
+        cos, sin = (jnp.concatenate(pair, axis=-1) for pair in zip(*halves))
+        return cos, sin
     if rope.depends_on_length:
         frequencies, factor = _frequencies_of_lengths(lengths_BL[..., None, None], rope, head_dim)
     else:

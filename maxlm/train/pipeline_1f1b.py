@@ -294,7 +294,7 @@ class _Stages:
     def _entered(self, name: str, model: Decoder, stream: str, microbatch: Any) -> tuple[Residual, Any]:
         """The input of a model's trunk, and the context of its layers."""
         rows, noise = microbatch[stream], noise_of(microbatch, stream, self._loss_of.rates_of(name))
-        return model.enter(rows.tokens, rows.positions, rows.segment_ids, noise)
+        return model.enter(rows.tokens, rows.positions, rows.segment_ids, rows.prefix_lengths, noise)
 
     def _microbatch(self, number: Any) -> Any:
         return jax.tree.map(lambda leaf: pick(leaf, number), self._microbatches_M)

@@ -10,7 +10,7 @@ from rich.text import Text
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Stream
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.setup import find_tokenizer
+from maxlm.train.setup import find_tokenizer, resolve_model
 
 # Two alternating shades each, to show where a token ends.
 LEARNED_STYLES = ("bold black on green", "bold black on bright_green")
@@ -31,6 +31,7 @@ def preview(config: TrainConfig, *, num_examples: int, plain: bool) -> Iterator[
       MaxlmError: the tokenizer or the data cannot be read.
     """
     tokenizer = Tokenizer.load(find_tokenizer(config))
+    config = resolve_model(config, tokenizer)
     for example in config.objective.preview(config, tokenizer, num_examples):
         note = [Text(example.note)] if example.note else []
         yield Group(Text(example.title, "bold"), render_row(example.row, 0, tokenizer, plain=plain), *note, "")

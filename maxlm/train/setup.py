@@ -98,6 +98,8 @@ def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
         )
     if config.row_length > execution.max_length:
         raise ConfigError([f"row_length: {config.row_length} exceeds execution.max_length of {execution.max_length}"])
+    if problems := config.objective.model_problems(model):
+        raise ConfigError(problems)
     model = model.model_copy(update={"vocab_size": model.vocab_size or tokenizer.vocab_size})
     return config.model_copy(update={"model": model, "execution": execution})
 

@@ -14,10 +14,16 @@ def layer_norm(x, scale, bias=0.0, *, epsilon):
     return centered / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + epsilon) * scale + bias
 
 
-def rotate(x, position, rope, length):
+def rotate(x, position, rope, length, prefix=0):
     """RoPE of one head's vector: of its first R channels, i rotates with i + R/2 by position * theta^(-2i/R)."""
     half = int(len(x) * rope.share) // 2
     out = x.copy()
+    if rope.two_dimensional:
+        for i in range(half):
+            place = min(position, max(prefix - 1, 0)) if i < half // 2 else max(position - prefix + 1, 0)
+            turned = (x[i] + 1j * x[i + half]) * np.exp(1j * place * rope.theta ** (-(i % (half // 2)) / (half // 2)))
+            out[i], out[i + half] = turned.real, turned.imag
+        return out
     kind, factor = getattr(rope.scaling, "kind", None), 1
     for i in range(half):
         theta, slower = rope.theta, 1
@@ -53,8 +59,11 @@ def log_softmax(x):
     return x - x.max(-1, keepdims=True) - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
 
 
-def logits_of_row(config, weights, tokens, positions=None, segments=None):
-    """[length, vocab] for one row; `weights` holds arrays by path, as from `maxlm.core.tree.flatten`."""
+def logits_of_row(config, weights, tokens, positions=None, segments=None, prefix=None):
+    """[length, vocab] for one row; `weights` holds arrays by path, as from `maxlm.core.tree.flatten`.
+
+    prefix: for each token, the length of the prefix of its document.
+    """
     w = {path: np.asarray(value, np.float64) for path, value in weights.items()}
     length, epsilon = len(tokens), config.norm.epsilon
 
@@ -70,13 +79,14 @@ def logits_of_row(config, weights, tokens, positions=None, segments=None):
 
     positions = np.arange(length) if positions is None else positions
     segments = np.ones(length, int) if segments is None else segments
+    prefix = np.zeros(length, int) if prefix is None else prefix
     x = w["embedding"][tokens] * (config.embedding_scale or 1)
     x = x + w["positions"][positions] if config.learned_positions else x
     x = norm(x, below(w, "embedding_norm")) if config.embedding_norm else x
     for layer, own in layers_in_order(config, w):
         mixer = {"attention": attention, "mla": latent_attention, "gru": gru}[layer.mixer.kind]
         before = norm_if_any(x, below(own, "mixer_norm"))
-        mixed = mixer(layer.mixer, below(own, "mixer"), before, positions, segments, norm)
+        mixed = mixer(layer.mixer, below(own, "mixer"), before, positions, segments, prefix, norm)
         after = x + norm_if_any(mixed, below(own, "mixer_output_norm"))
         reads = {"sequential": after, "parallel": x, "parallel_one_norm": before}[config.residual]
         mlp = {"gated": gated_mlp, "plain": plain_mlp, "moe": mixture_of_experts}[layer.mlp.kind]
@@ -104,7 +114,14 @@ def below(weights, path):
     return {name[len(path) + 1 :]: value for name, value in weights.items() if name.startswith(f"{path}/")}
 
 
-def attention(config, w, h, positions, segments, norm):
+def sees(i, j, positions, segments, prefix, window):
+    """Whether token i of a row attends to token j."""
+    is_prefix = positions[i] < prefix[i] and positions[j] < prefix[j]
+    is_near = window is None or abs(i - j) < window
+    return segments[j] == segments[i] != 0 and (j <= i or is_prefix) and is_near
+
+
+def attention(config, w, h, positions, segments, prefix, norm):
     length, heads, kv_heads, dim = len(h), config.num_heads, config.num_kv_heads, config.head_dim
     q, k, v = (h @ w[name] + w.get(f"{name}_bias", 0) for name in ("query", "key", "value"))
     if config.qk_norm and config.qk_norm_over == "all_heads":
@@ -113,31 +130,28 @@ def attention(config, w, h, positions, segments, norm):
     if config.qk_norm and config.qk_norm_over == "head":
         q, k = norm(q, below(w, "query_norm")), norm(k, below(w, "key_norm"))
     lengths = lengths_of(positions, segments)
-    turn = lambda x, i: x if config.rope is None else rotate(x, positions[i], config.rope, lengths[i])  # noqa: E731
+    place = lambda i: (positions[i], config.rope, lengths[i], prefix[i])  # noqa: E731
+    turn = lambda x, i: x if config.rope is None else rotate(x, *place(i))  # noqa: E731
     scale = config.scale or 1 / np.sqrt(dim)
     mixed = np.zeros((length, heads, dim))
     for n in range(heads):
         shared = n // (heads // kv_heads)
         turned = [turn(k[j, shared], j) for j in range(length)]
         for i in range(length):
-            seen = [
-                j
-                for j in range(i + 1)
-                if segments[j] == segments[i] != 0 and (config.window is None or i - j < config.window)
-            ]
+            seen = [j for j in range(length) if sees(i, j, positions, segments, prefix, config.window)]
             if not seen:
                 continue
             query = turn(q[i, n], i)
             scores = soft_cap(np.array([query @ turned[j] * scale for j in seen]), config.soft_cap)
             if config.alibi:
-                scores -= config.alibi_scale * ALIBI_SLOPES[heads][n] * (i - np.array(seen))
+                scores -= config.alibi_scale * ALIBI_SLOPES[heads][n] * abs(i - np.array(seen))
             if config.sinks:
                 scores = np.append(scores, w["sinks"][n])
             mixed[i, n] = softmax(scores)[: len(seen)] @ v[seen, shared]
     return mixed.reshape(length, heads * dim) @ w["out"] + w.get("out_bias", 0)
 
 
-def latent_attention(config, w, h, positions, segments, norm):
+def latent_attention(config, w, h, positions, segments, prefix, norm):
     """Equations 9 to 19 of arXiv:2405.04434, and biases; `norm` is not that of the latents."""
     length, heads, content = len(h), config.num_heads, config.content_dim
     query = h
@@ -154,7 +168,7 @@ def latent_attention(config, w, h, positions, segments, norm):
     turn = lambda x, i: rotate(x, positions[i], config.rope, lengths[i])  # noqa: E731
     mixed = np.zeros((length, heads, config.value_dim))
     for i in range(length):
-        seen = [j for j in range(i + 1) if segments[j] == segments[i] != 0]
+        seen = [j for j in range(length) if sees(i, j, positions, segments, prefix, None)]
         for n in range(heads if seen else 0):
             turned = turn(q[i, n, content:], i)
             scores = [q[i, n, :content] @ k[j, n] + turned @ turn(shared[j], j) for j in seen]
@@ -173,7 +187,7 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def gru(config, w, h, positions, segments, norm):
+def gru(config, w, h, positions, segments, prefix, norm):
     """torch.nn.GRU's equations, one gate and one token at a time."""
     size, state, before, states = config.dim, np.zeros(config.dim), 0, []
     for i, token in enumerate(h):

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy_decoder import layers_in_order, log_softmax, logits_of_row
-from tiny_decoder import EXECUTION, VOCAB_SIZE, text_loss, tiny_config
+from tiny_decoder import EXECUTION, VOCAB_SIZE, drawn_model, text_loss, tiny_config
 
 from maxlm.config import ModelConfig
 from maxlm.config.execution import ExecutionConfig
 from maxlm.core.batch import Stream
 from maxlm.core.parameters import initialize
-from maxlm.core.tree import flatten, unflatten
+from maxlm.core.tree import flatten
 from maxlm.layers.cache import Cache, KeyValueCache, RingCache
 from maxlm.layers.stack import write_row
 from maxlm.models.decoder import Decoder
@@ -171,25 +171,8 @@ CONFIGS |= {
 
 @cache
 def make(config="plain", execution=EXECUTION) -> Decoder:
-    """Random weights, including norm scales and biases, that are large enough to expose any difference.
-
-    Args:
-      config: or the name of a variant.
-    """
-    config = CONFIGS.get(config, config)
-    model = initialize(Decoder(config, execution), jax.random.key(0))
-    flat = flatten(model)
-    random = np.random.default_rng(0)
-    for path, leaf in flat.items():
-        if "norm" in path:
-            flat[path] = jnp.asarray(random.uniform(0.5, 1.5, leaf.shape), "float32")
-        elif path.endswith(("bias", "sinks")):
-            flat[path] = jnp.asarray(random.normal(0, 0.2, leaf.shape), "float32")
-        elif path in ("embedding", "head", "positions"):
-            flat[path] = leaf * 30
-        else:
-            flat[path] = leaf * 1.5
-    return unflatten(flat, model)
+    """`drawn_model` of a configuration, or of the variant of this name."""
+    return drawn_model(CONFIGS.get(config, config), execution)
 
 
 def tokens_of(shape, seed=0):
