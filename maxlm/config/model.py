@@ -27,6 +27,8 @@ class TokenIds(Frozen):
     bos: int | None = None
     eos: int | tuple[int, ...] | None = None
     pad: int | None = None
+    mask: int | None = None
+    gmask: int | None = Field(None, description="Where the answer to a prompt belongs, in ChatGLM-6B.")
 
 
 class ModelConfig(Frozen):
@@ -48,10 +50,13 @@ class ModelConfig(Frozen):
             description="Equal layers (repeat, mixer, mlp), a repeated pattern of layers (repeat, pattern), or a list"
             " of such groups.",
         )
-    residual: Literal["sequential", "parallel", "parallel_one_norm"] = Field(
+    residual: Literal["sequential", "normalized", "parallel", "parallel_one_norm"] = Field(
         "sequential",
         description="The MLP reads the sum of the stream and the mixer's output, or what the mixer reads, through its"
-        " own norm or the mixer's.",
+        " own norm or the mixer's. If normalized, the output of each norm goes on as the stream.",
+    )
+    residual_factor: PositiveFloat = Field(
+        1.0, description="Factor on the stream where an output is added to it (DeepNorm, arXiv:2203.00555)."
     )
     prefix_attention: bool = Field(
         False,
@@ -77,10 +82,14 @@ class ModelConfig(Frozen):
     )
 
     @model_validator(mode="after")
-    def _has_attention(self) -> Self:
+    def _fits(self) -> Self:
         for key, part in self.each_part() if self.prefix_attention else ():
             if part.kind == "gru":
                 raise ValueError(f"prefix_attention needs attention, and {key} is a gru, which reads tokens in order")
+        if self.residual == "normalized" and self.norm.placement == "after":
+            raise ValueError("residual: normalized needs a norm before each mixer and MLP, not norm.placement: after")
+        if self.residual_factor != 1 and self.residual.startswith("parallel"):
+            raise ValueError(f"residual_factor needs residual: sequential or normalized, not {self.residual}")
         if self.prefix_attention and self.labels is not None:
             raise ValueError("prefix_attention is of models that answer prompts, and labels of those that score texts")
         return self

@@ -76,6 +76,10 @@ class RopeConfig(Frozen):
         " number of tokens after it (GLM, arXiv:2103.10360).",
     )
 
+    half_frequencies: bool = Field(
+        False, description="Round the radians per token to float16, as the code of ChatGLM-6B does."
+    )
+
     def rotated_channels(self, head_dim: int) -> int:
         """The number of a head's channels that rotate."""
         return int(head_dim * self.share)
@@ -93,8 +97,8 @@ class RopeConfig(Frozen):
                 f"rope.two_dimensional rotates two halves of the {channels} channels in pairs: their number must be a"
                 " multiple of 4"
             )
-        if self.two_dimensional and self.scaling is not None:
-            return "rope.two_dimensional has no scaling; leave one of the two out"
+        if self.scaling is not None and (self.two_dimensional or self.half_frequencies):
+            return "rope.two_dimensional and rope.half_frequencies have no scaling; leave one of them out"
         if isinstance(self.scaling, LongRopeScaling):
             lengths = {len(self.scaling.short_factors), len(self.scaling.long_factors)}
             if lengths != {channels // 2}:

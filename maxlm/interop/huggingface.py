@@ -256,7 +256,11 @@ def _token_ids(given: TokenIds | None, tokenizer: Tokenizer | None) -> dict[str,
     """The settings of special tokens."""
     if given is None and tokenizer is not None:
         given = TokenIds(bos=tokenizer.bos_id, eos=tokenizer.stop_ids or None, pad=tokenizer.pad_id)
-    return {} if given is None else {f"{name}_token_id": value for name, value in given.model_dump(mode="json").items()}
+    if given is None:
+        return {}
+    # transformers has defaults for the first three, so what is not there must be written too.
+    ids = given.model_dump(mode="json").items()
+    return {f"{key}_token_id": id_ for key, id_ in ids if id_ is not None or key in ("bos", "eos", "pad")}
 
 
 def _labels(labels: tuple[str, ...] | None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Layer(nnx.Module):
     """
 
     def __init__(self, model: ModelConfig, config: LayerConfig, execution: ExecutionConfig):
-        self.residual = model.residual
+        self.residual, self.residual_factor = model.residual, model.residual_factor
         before, after = model.norm.placement != "after", model.norm.placement != "before"
         self.mixer_norm = Norm(model.norm, model.embed_dim) if before else None
         self.mixer = MIXERS[config.mixer.kind](model, config.mixer, execution)
@@ -46,9 +46,10 @@ class Layer(nnx.Module):
         mixer_input_BLD = _normalized(self.mixer_norm, x_BLD)
         mixed_BLD, cache = self.mixer(shard(mixer_input_BLD, *TOKEN_AXES), context, cache)
         mixed_BLD = _normalized(self.mixer_output_norm, mixed_BLD)
-        sum_BLD = x_BLD + (mixed_BLD if context.noise is None else context.noise.mixer_output(mixed_BLD))
+        mixed_BLD = mixed_BLD if context.noise is None else context.noise.mixer_output(mixed_BLD)
+        sum_BLD = self._stream(x_BLD, mixer_input_BLD) + mixed_BLD
         match self.residual:
-            case "sequential":
+            case "sequential" | "normalized":
                 mlp_input_BLD = _normalized(self.mlp_norm, sum_BLD)
             case "parallel":
                 mlp_input_BLD = _normalized(self.mlp_norm, x_BLD)
@@ -56,8 +57,14 @@ class Layer(nnx.Module):
                 mlp_input_BLD = mixer_input_BLD
         added_BLD, auxiliary = self.mlp(shard(mlp_input_BLD, *TOKEN_AXES), context)
         added_BLD = _normalized(self.mlp_output_norm, added_BLD)
-        sum_BLD = sum_BLD + (added_BLD if context.noise is None else context.noise.mlp_output(added_BLD))
-        return sum_BLD, auxiliary, cache
+        added_BLD = added_BLD if context.noise is None else context.noise.mlp_output(added_BLD)
+        return self._stream(sum_BLD, mlp_input_BLD) + added_BLD, auxiliary, cache
+
+    def _stream(self, x_BLD: jax.Array, normalized_BLD: jax.Array) -> jax.Array:
+        """What an output is added to."""
+        x_BLD = normalized_BLD if self.residual == "normalized" else x_BLD
+        # A Python number keeps the dtype.
+        return x_BLD if self.residual_factor == 1 else self.residual_factor * x_BLD
 
 
 def _normalized(norm: Norm | None, x_BLD: jax.Array) -> jax.Array:

@@ -29,6 +29,8 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float
     channels = rope.rotated_channels(head_dim)
     frequencies = rope.theta ** (-np.arange(0, channels, 2) / channels)
     match rope.scaling:
+        case None if rope.half_frequencies:
+            return frequencies.astype(np.float32).astype(np.float16).astype(np.float64), 1.0
         case None:
             return frequencies, 1.0
         case LinearScaling(factor=factor):

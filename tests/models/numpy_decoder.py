@@ -87,11 +87,14 @@ def logits_of_row(config, weights, tokens, positions=None, segments=None, prefix
         mixer = {"attention": attention, "mla": latent_attention, "gru": gru}[layer.mixer.kind]
         before = norm_if_any(x, below(own, "mixer_norm"))
         mixed = mixer(layer.mixer, below(own, "mixer"), before, positions, segments, prefix, norm)
-        after = x + norm_if_any(mixed, below(own, "mixer_output_norm"))
-        reads = {"sequential": after, "parallel": x, "parallel_one_norm": before}[config.residual]
+        x, factor = (before if config.residual == "normalized" else x), config.residual_factor
+        after = factor * x + norm_if_any(mixed, below(own, "mixer_output_norm"))
+        reads = {"parallel": x, "parallel_one_norm": before}.get(config.residual, after)
+        reads = norm_if_any(reads, below(own, "mlp_norm"))
         mlp = {"gated": gated_mlp, "plain": plain_mlp, "moe": mixture_of_experts}[layer.mlp.kind]
-        added = mlp(layer.mlp, below(own, "mlp"), norm_if_any(reads, below(own, "mlp_norm")))
-        x = after + norm_if_any(added, below(own, "mlp_output_norm"))
+        added = mlp(layer.mlp, below(own, "mlp"), reads)
+        after = reads if config.residual == "normalized" else after
+        x = factor * after + norm_if_any(added, below(own, "mlp_output_norm"))
     x = norm(x, below(w, "final_norm"))
     head = w["embedding" if config.tie_embeddings else "head"]
     if config.normalized_head:

@@ -90,6 +90,12 @@ FAMILIES = {
             ],
         },
     },
+    "normalized residual with a factor": {
+        "norm": {"kind": "layer"},
+        "residual": "normalized",
+        "residual_factor": 1.7,
+        "layers": {"repeat": 2, "mixer": BIASED, "mlp": PLAIN},
+    },
     "parallel": {
         "norm": {"kind": "layer"},
         "residual": "parallel",
