@@ -7,6 +7,7 @@ from maxlm.config.load import parse_config
 SIZES = {"embed_dim": 256, "mlp_dim": 704, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
 OBJECTIVES = {
     "pretrain": {"sources": [{"path": "nowhere"}]},
+    "prefix_lm": {"sources": [{"path": "nowhere"}]},
     "distill": {"teacher": "nowhere", "sources": [{"path": "nowhere"}], "temperature": 2.0},
     "sft": {"train_file": "nowhere.jsonl"},
     "reward": {"train_file": "nowhere.jsonl", "center": 0.01},

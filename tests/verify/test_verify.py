@@ -78,6 +78,20 @@ def test_all_kinds_of_layers_are_the_same_in_every_layout():
     assert {finding.verdict for finding in report.findings} == {"same"}, report
 
 
+def test_prefixes_are_the_same_in_every_layout():
+    rope = {"two_dimensional": True, "theta": 500.0}
+    layers = {"repeat": 2, "mixer": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "rope": rope, "window": 40}}
+    model = small_model() | {"prefix_attention": True, "layers": layers}
+    layouts = [
+        "packing",
+        "mesh: data=2, context=2, tensor=2",
+        "mesh: fsdp=2, context=2, tensor=2, all_to_all",
+        "mesh: stage=2, 1f1b",
+    ]
+    report = verify(config_of("prefix_lm", model=model), only=layouts)
+    assert {finding.verdict for finding in report.findings} == {"same"}, report
+
+
 def variants(kind="sft", **settings):
     config = config_of(kind, **settings)
     return list(variants_of(config, reduced_config(config, vocab_size=64), num_devices=8))
