@@ -313,6 +313,15 @@ CASES: dict[str, dict[str, Any]] = {
         "attention_bias": False,
     },
     "bloom": {"model_type": "bloom", **TOKENS, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "bloom, residual of norms": {
+        "model_type": "bloom",
+        **TOKENS,
+        "hidden_size": 32,
+        "n_layer": 1,
+        "n_head": 4,
+        "apply_residual_connection_post_layernorm": True,
+        "tie_word_embeddings": False,
+    },
     "falcon": {
         "model_type": "falcon",
         **TOKENS,

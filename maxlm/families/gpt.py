@@ -188,7 +188,7 @@ def _read_bloom(settings: Settings) -> Description:
     # Attributes of old files have other names.
     embed_dim = settings.size("hidden_size", settings.get("n_embed", 64))
     heads = settings.size("n_head", settings.get("num_attention_heads", 8))
-    settings.require("apply_residual_connection_post_layernorm", False)
+    normalized = settings.get("apply_residual_connection_post_layernorm", False)
     # How a matrix was cut over devices in training, and how products are rounded.
     for key in (
         "attention_softmax_in_fp32",
@@ -212,6 +212,7 @@ def _read_bloom(settings: Settings) -> Description:
         tied=True,
         norm=_norm_config(settings.get("layer_norm_epsilon", 1e-5)),
         embedding_norm=True,
+        residual="normalized" if normalized else "sequential",
     )
     # Distances have no limit; the models were trained with 2,048 tokens.
     return Description(model, 2048)
@@ -225,7 +226,7 @@ def _write_bloom(description: Description) -> dict[str, Any]:
         "n_layer": model.num_layers,
         "n_head": layer.mixer.num_heads,
         "layer_norm_epsilon": model.norm.epsilon,
-        "apply_residual_connection_post_layernorm": False,
+        "apply_residual_connection_post_layernorm": model.residual == "normalized",
         "tie_word_embeddings": model.tie_embeddings,
     }
 
