@@ -65,6 +65,10 @@ class AttentionConfig(MixerPartConfig):
     def _fits(self) -> Self:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if self.alibi_scale != 1 and not self.alibi:
+            raise ValueError(f"alibi_scale ({self.alibi_scale}) needs alibi: true")
+        if self.qk_norm_over != "head" and not self.qk_norm:
+            raise ValueError(f"qk_norm_over ({self.qk_norm_over}) needs qk_norm: true")
         if self.rope is not None and self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE rotates pairs of channels")
         if self.rope is not None and (problem := self.rope.problem(self.head_dim)):
@@ -238,6 +242,10 @@ class MoeConfig(MlpPartConfig):
             )
         if self.group_score == "best_two" and self.num_groups > 1 and group_size < 2:
             raise ValueError("group_score best_two needs groups of two experts or more")
+        if self.num_shared_experts == 0 and self.shared_dim is not None:
+            raise ValueError(f"shared_dim ({self.shared_dim}) needs num_shared_experts of 1 or more")
+        if self.num_shared_experts == 0 and self.shared_gate:
+            raise ValueError("shared_gate needs num_shared_experts of 1 or more")
         return self
 
 

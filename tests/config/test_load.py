@@ -134,6 +134,19 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
             "model.layers.mixer: num_heads (4) must be a multiple of num_kv_heads (3)",
         ),
         ("model.layers.mixer.head_dim=7", "model.layers.mixer: head_dim (7) must be even"),
+        ("model.layers.mixer.alibi_scale=0.5", "model.layers.mixer: alibi_scale (0.5) needs alibi: true"),
+        (
+            "model.layers.mixer.qk_norm_over=all_heads",
+            "model.layers.mixer: qk_norm_over (all_heads) needs qk_norm: true",
+        ),
+        (
+            "model.layers.mlp={kind: moe, dim: 8, shared_dim: 16}",
+            "model.layers.mlp: shared_dim (16) needs num_shared_experts of 1 or more",
+        ),
+        (
+            "model.layers.mlp={kind: moe, dim: 8, shared_gate: true}",
+            "model.layers.mlp: shared_gate needs num_shared_experts of 1 or more",
+        ),
         ("row_length=512", "row_length (512) exceeds execution.max_length (256)"),
         ("model.learned_positions=8", "execution.max_length (256) exceeds model.learned_positions (8)"),
         ("model.layers.mixer.rope.share=0.02", "model.layers.mixer: rope.share (0.02) of head_dim"),
