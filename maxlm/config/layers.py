@@ -25,12 +25,35 @@ class PartConfig(Frozen):
         """The same structure with small sizes that `mesh` and meshes of two devices per axis divide, if these do."""
 
 
+class RelativeBiasConfig(Frozen):
+    """A learned number for each head and each range of distances: T5's relative positions (arXiv:1910.10683)."""
+
+    buckets: Count = Field(32, description="Ranges of distances; the first half of them hold one distance each.")
+    max_distance: Count = Field(128, description="Distances from here on are one range; the ranges below grow to it.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.buckets < 2:
+            raise ValueError(f"buckets ({self.buckets}) must be 2 or more")
+        if self.max_distance <= self.buckets // 2:
+            raise ValueError(
+                f"max_distance ({self.max_distance}) must exceed half of buckets, {self.buckets // 2}: those hold one"
+                " distance each"
+            )
+        return self
+
+
 class MixerPartConfig(PartConfig):
     """A layer that moves information between tokens."""
 
     @property
     def rotary(self) -> tuple[RopeConfig, int] | None:
         """Its rotary positions, and the channels of the heads that have them."""
+        return None
+
+    @property
+    def bias_table(self) -> tuple[RelativeBiasConfig, int] | None:
+        """Its learned bias by distance, and the number of heads that have one."""
         return None
 
 
@@ -49,6 +72,11 @@ class AttentionConfig(MixerPartConfig):
         False, description="Subtract slope * distance from the logits, with a slope per head (arXiv:2108.12409)."
     )
     alibi_scale: PositiveFloat = Field(1.0, description="Factor on the slopes of alibi.")
+    relative_bias: RelativeBiasConfig | None = Field(
+        None,
+        description="Add to the logits what is learned for each head and range of distances; all layers that have it"
+        " share one table (T5, arXiv:1910.10683).",
+    )
     scale: PositiveFloat | None = Field(None, description="Factor on the logits; null is 1 / sqrt(head_dim).")
     bias: bool = Field(False, description="Add a learned vector to queries, keys and values.")
     out_bias: bool = Field(False, description="Add a learned vector to the output.")
@@ -67,6 +95,8 @@ class AttentionConfig(MixerPartConfig):
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.alibi_scale != 1 and not self.alibi:
             raise ValueError(f"alibi_scale ({self.alibi_scale}) needs alibi: true")
+        if self.alibi and self.relative_bias is not None:
+            raise ValueError("alibi and relative_bias are both biases by distance; choose one")
         if self.qk_norm_over != "head" and not self.qk_norm:
             raise ValueError(f"qk_norm_over ({self.qk_norm_over}) needs qk_norm: true")
         if self.rope is not None and self.head_dim % 2:
@@ -79,9 +109,16 @@ class AttentionConfig(MixerPartConfig):
     def rotary(self) -> tuple[RopeConfig, int] | None:
         return None if self.rope is None else (self.rope, self.head_dim)
 
+    @property
+    def bias_table(self) -> tuple[RelativeBiasConfig, int] | None:
+        return None if self.relative_bias is None else (self.relative_bias, self.num_heads)
+
     def reduced(self, mesh: MeshConfig) -> Self:
         num_kv_heads = math.gcd(self.num_kv_heads, math.lcm(2, mesh.tensor))
         num_heads = num_kv_heads * (self.num_heads // self.num_kv_heads)
+        if self.relative_bias is not None:
+            # As many in all layers that share the table, whatever their key-value heads.
+            num_heads = math.gcd(self.num_heads, math.lcm(4, mesh.tensor))
         sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": 8}
         return self.model_copy(update=sizes | {"rope": self.rope and self.rope.reduced()})
 

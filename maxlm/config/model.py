@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, PositiveFloat, model_validator
 
 from maxlm.config.base import Count, CountOrZero, Frozen
-from maxlm.config.layers import LayerConfig, LayerGroup, LayersField, PartConfig, UniformGroup
+from maxlm.config.layers import (
+    LayerConfig,
+    LayerGroup,
+    LayersField,
+    PartConfig,
+    RelativeBiasConfig,
+    UniformGroup,
+)
 
 
 class NormConfig(Frozen):
@@ -94,6 +101,15 @@ class ModelConfig(Frozen):
             raise ValueError("prefix_attention is of models that answer prompts, and labels of those that score texts")
         return self
 
+    @model_validator(mode="after")
+    def _shares_one_table(self) -> Self:
+        if len({layer.mixer.bias_table for layer in self.each_layer()} - {None}) > 1:
+            raise ValueError(
+                "layers: those with a relative_bias share one table, so their buckets, max_distance and num_heads must"
+                " be equal"
+            )
+        return self
+
     @property
     def width(self) -> float:
         """How many times wider this model is than the one that its learning rate was tuned for."""
@@ -107,6 +123,11 @@ class ModelConfig(Frozen):
     def longest_group(self) -> int:
         """The index of the group with the most layers: only its layers are sharded over pipeline stages."""
         return max(range(len(self.layers)), key=lambda index: self.layers[index].num_layers)
+
+    @property
+    def bias_table(self) -> tuple[RelativeBiasConfig, int] | None:
+        """The learned bias by distance that layers share, and the number of heads that have one."""
+        return next((table for layer in self.each_layer() if (table := layer.mixer.bias_table) is not None), None)
 
     def each_part(self) -> Iterator[tuple[str, PartConfig]]:
         """Every mixer and MLP, with its dotted key as one would write it: `layers.mixer` in a uniform model."""

@@ -278,6 +278,11 @@ def find_family(model: Decoder) -> tuple[Family, dict[str, Placed]]:
     Raises:
       CheckpointError: there is none.
     """
+    if model.config.bias_table is not None:
+        raise CheckpointError(
+            "model.layers.mixer.relative_bias: none of the families that maxlm writes in Hugging Face's format has one;"
+            " leave out --format hf"
+        )
     declared = Decoder(model.config, model.execution)
     config = model.config.model_copy(update={"family": None, "token_ids": None, "labels": None})
     wanted = Description(config, model.execution.max_length)

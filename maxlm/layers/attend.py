@@ -62,7 +62,8 @@ def attend(
     specs: Any = AttentionOperands(
         segments=cast(Any, (tokens, tokens)),
         prefix=operands.prefix and cast(Any, (tokens, tokens)),
-        position_bias=jax.tree.map(lambda _: vector, operands.position_bias),
+        # The last axis of a vector or a table is over heads.
+        position_bias=jax.tree.map(lambda x: P(*[None] * (x.ndim - 1), *vector), operands.position_bias),
         sinks_N=None if operands.sinks_N is None else cast(Any, vector),
         dropout=dropout and WeightDropout(cast(Any, P(*heads[:3])), cast(Any, tokens), dropout.rate),
     )

@@ -25,7 +25,7 @@ from maxlm.layers.norm import Norm
 from maxlm.layers.weights import bias, multiply, residual_scale, weight
 from maxlm.ops.attention.definition import cached_attention
 from maxlm.ops.attention.operands import AttentionOperands
-from maxlm.ops.attention.position_bias import Alibi
+from maxlm.ops.attention.position_bias import Alibi, PositionBias
 from maxlm.ops.attention.rule import AttentionRule
 from maxlm.ops.rope import apply_rope
 
@@ -57,11 +57,12 @@ class Attention(nnx.Module):
         self, x_BLD: jax.Array, context: TokenContext, cache: KeyValueCache | RingCache | None = None
     ) -> tuple[jax.Array, KeyValueCache | RingCache | None]:
         query_BLHE, key_BLKE, value_BLKE = self._project(x_BLD, context)
+        operands = self._operands(context)
         if cache is None:
-            mixed_BLHE = attend(self.execution, query_BLHE, key_BLKE, value_BLKE, self._rule, context, self._operands)
+            mixed_BLHE = attend(self.execution, query_BLHE, key_BLKE, value_BLKE, self._rule, context, operands)
         else:
             cache, seen = cache.extend(key_BLKE, value_BLKE, context.positions_BL)
-            operands = dataclasses.replace(self._operands, prefix=context.prefix_in_cache(seen.positions_BT))
+            operands = dataclasses.replace(operands, prefix=context.prefix_in_cache(seen.positions_BT))
             mixed_BLHE = cached_attention(query_BLHE, *seen[:2], context.positions_BL, seen[2], self._rule, operands)
         y_BLD = multiply(self.execution, merge_heads(mixed_BLHE), self.out, context.residual_axes)
         return y_BLD + self.out_bias.astype(y_BLD.dtype) if self.config.out_bias else y_BLD, cache
@@ -101,12 +102,12 @@ class Attention(nnx.Module):
         scale = config.scale or 1 / math.sqrt(config.head_dim)
         return AttentionRule(scale=scale, window=config.window, soft_cap=config.soft_cap)
 
-    @property
-    def _operands(self) -> AttentionOperands:
-        config, alibi = self.config, None
+    def _operands(self, context: TokenContext) -> AttentionOperands:
+        config = self.config
+        bias: PositionBias | None = context.relative_bias if config.relative_bias is not None else None
         if config.alibi:
-            alibi = Alibi(shard(jnp.asarray(config.alibi_scale * alibi_slopes(config.num_heads)), "heads"))
-        return AttentionOperands(position_bias=alibi, sinks_N=self.sinks if config.sinks else None)
+            bias = Alibi(shard(jnp.asarray(config.alibi_scale * alibi_slopes(config.num_heads)), "heads"))
+        return AttentionOperands(position_bias=bias, sinks_N=self.sinks if config.sinks else None)
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from maxlm.config.model import ModelConfig
 from maxlm.config.rope import RopeConfig
 from maxlm.core.sharding import is_explicit, logical_to_spec, names_of
 from maxlm.layers.noise import Noise
+from maxlm.ops.attention.position_bias import RelativeBuckets
 from maxlm.ops.attention.ring import RowOrder
 from maxlm.ops.rope import rope_angles
 
@@ -20,12 +21,12 @@ TOKEN_AXES = ("batch", "length", None)
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions_BL", "segment_ids_BL", "angles", "prefix_lengths_BL", "noise"],
+    data_fields=["positions_BL", "segment_ids_BL", "angles", "prefix_lengths_BL", "noise", "relative_bias"],
     meta_fields=["residual_axes", "row_order"],
 )
 @dataclass(frozen=True)
 class TokenContext:
-    """Token metadata for all layers; the first axis of each array is the batch.
+    """Token metadata for all layers; the first axis of each array but those of `relative_bias` is the batch.
 
     positions_BL: within a document.
     segment_ids_BL: tokens of one document have the same; 0 is padding.
@@ -33,6 +34,7 @@ class TokenContext:
     prefix_lengths_BL: of a token's document; the tokens of a prefix attend to one another in both directions. None:
       there are no prefixes.
     noise: in training, if anything is random.
+    relative_bias: of attention by distance, from a weight that layers share: gradients flow through it.
     residual_axes: sharding of the stream between layers.
     row_order: order of tokens in rows that are sharded along `context`.
     """
@@ -42,6 +44,7 @@ class TokenContext:
     angles: dict[str, tuple[jax.Array, jax.Array]]
     prefix_lengths_BL: jax.Array | None = None
     noise: Noise | None = None
+    relative_bias: RelativeBuckets | None = None
     residual_axes: tuple[str | None, ...] = TOKEN_AXES
     row_order: RowOrder = "plain"
 

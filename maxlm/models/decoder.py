@@ -6,6 +6,7 @@ returns the same tree with arrays. Its methods are pure functions of the arrays.
 Dimensions: B batch, L length, D embed, V vocab.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from maxlm.layers.norm import Norm
 from maxlm.layers.stack import Group, apply_group, create_caches, declare_layers
 from maxlm.models.pipeline_parallelism import fitting_schedule, gpipe
 from maxlm.ops.attention.context import row_order, to_row_order, to_token_order
+from maxlm.ops.attention.position_bias import RelativeBuckets
 from maxlm.ops.linear import embed, operand_dtype
 from maxlm.ops.loss import Head, log_probabilities_in_chunks
 from maxlm.ops.norm import with_unit_rows
@@ -67,6 +69,8 @@ class Decoder(nnx.Module):
             self.positions = _table(config, execution, config.learned_positions, None)
         if config.embedding_norm:
             self.embedding_norm = Norm(config.norm, config.embed_dim)
+        if config.bias_table is not None:
+            self.relative_bias = _bias_table(config)
         self.layers: tuple[Group, ...] = nnx.data(declare_layers(config, execution))
         self.final_norm = Norm(config.norm, config.embed_dim)
         if config.labels is not None:
@@ -142,7 +146,7 @@ class Decoder(nnx.Module):
             columns_BL = shard(jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape), "batch", "length")
             noise = noise.in_model(to_row_order(columns_BL, order), residual_axes, self.config.num_layers)
         context = replace(
-            TokenContext.create(self.config, positions_BL, segment_ids_BL, prefix_lengths_BL),
+            self._context(positions_BL, segment_ids_BL, prefix_lengths_BL),
             noise=noise,
             residual_axes=residual_axes,
             row_order=order,
@@ -187,7 +191,7 @@ class Decoder(nnx.Module):
         return residual
 
     def _extend(self, tokens_BL, positions_BL, segment_ids_BL, prefix_lengths_BL, caches) -> DecoderOutput:
-        context = TokenContext.create(self.config, positions_BL, segment_ids_BL, prefix_lengths_BL)
+        context = self._context(positions_BL, segment_ids_BL, prefix_lengths_BL)
         x_BLD, auxiliary, extended = self._embed(tokens_BL, positions_BL), [], []
         for number, (layers, group, cache) in enumerate(zip(self.layers, self.config.layers, caches)):
             layers, first = jax.tree.map(gather_layers, layers), self._first_layer(number)
@@ -195,6 +199,14 @@ class Decoder(nnx.Module):
             auxiliary.append(added)
             extended.append(cache)
         return DecoderOutput(self.final_norm(x_BLD), unite(auxiliary), tuple(extended))
+
+    def _context(self, positions_BL, segment_ids_BL, prefix_lengths_BL) -> TokenContext:
+        context = TokenContext.create(self.config, positions_BL, segment_ids_BL, prefix_lengths_BL)
+        if self.config.bias_table is None:
+            return context
+        settings, _ = self.config.bias_table
+        bias = RelativeBuckets(self.relative_bias, settings.max_distance, bidirectional=False)
+        return replace(context, relative_bias=bias)
 
     def _embed(self, tokens_BL, positions_BL) -> jax.Array:
         config, dtype = self.config, self.execution.activation_dtype
@@ -265,6 +277,13 @@ def _table(
     shape = (config.vocab_size if num_rows is None else num_rows, config.embed_dim)
     dtype = jnp.dtype(execution.parameter_dtype)
     return nnx.data(Parameter(shape, (axis, "embed"), Normal(0.02), dtype, role="table"))
+
+
+def _bias_table(config: ModelConfig) -> Any:
+    """A number for each range of distances and each head; drawn as in T5."""
+    settings, num_heads = config.bias_table
+    initializer = Normal(1 / math.sqrt(config.embed_dim))
+    return nnx.data(Parameter((settings.buckets, num_heads), (None, "heads"), initializer, role="bias_table"))
 
 
 def _output_head(config: ModelConfig, execution: ExecutionConfig, temperature: float = 1.0) -> Head:

@@ -11,7 +11,7 @@ Dimensions: B rows, L length, D embed; S stages, M microbatches, R repeats; Q = 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from maxlm.config.pipeline import PipelineConfig
 from maxlm.core.sharding import LOGICAL_AXES, current_mesh, spec_of
 from maxlm.core.term import LossOutput, add
+from maxlm.layers.context import TokenContext
 
 STAGE = "stage"
 
@@ -101,24 +102,29 @@ def fitting_schedule(config: PipelineConfig, rows: int) -> Schedule | None:
     return Schedule(stages, fits[0], config.repeats) if fits else None
 
 
-def gpipe(apply: ApplyLayers, layers: Any, x_BLD: jax.Array, context: Any, schedule: Schedule):
+def gpipe(apply: ApplyLayers, layers: Any, x_BLD: jax.Array, context: TokenContext, schedule: Schedule):
     """Apply all layers to all rows: (x_BLD, auxiliary losses of the layers).
 
     Rows are sharded over the stages before and after. Stage s keeps microbatches s, s + S, ... in slots, which rotate
-    past the first stage, which in each tick takes one microbatch out of a slot and puts a finished one in.
+    past the first stage, which in each tick takes one microbatch out of a slot and puts a finished one in. Every stage
+    has the weights in the context, which have no rows.
     """
     slots = schedule.microbatches // schedule.stages
 
-    def run(layers, stream_SQBLD, contexts_M):
+    def run(layers, stream_SQBLD, contexts_M, relative_bias):
         stage, stream_QBLD = jax.lax.axis_index(STAGE), stream_SQBLD[0]
         layers = jax.tree.map(lambda leaf: leaf[:, 0], layers)
+
+        def context_of(microbatch):
+            rows = jax.tree.map(lambda leaf: pick(leaf, microbatch), contexts_M)
+            return replace(rows, relative_bias=relative_bias)
 
         def work(unit: Unit, state):
             x_BLD, auxiliary = state
             chunk = jax.tree.map(lambda leaf: pick(leaf, unit.turn), layers)
             # Values in idle stages are unused, and finite.
             x_BLD = jnp.where(unit.is_real, x_BLD, 0)
-            context = jax.tree.map(lambda leaf: pick(leaf, unit.microbatch), contexts_M)
+            context = context_of(unit.microbatch)
             x_BLD, added = apply(chunk, x_BLD, context, schedule.first_repeat(chunk, stage, unit.turn))
             return x_BLD, add(auxiliary, added)
 
@@ -140,8 +146,8 @@ def gpipe(apply: ApplyLayers, layers: Any, x_BLD: jax.Array, context: Any, sched
             state, stream = exchange(*carry, number)
             return (send(work(schedule.unit(number - stage), state), 1), stream), None
 
-        first = jax.tree.map(lambda leaf: leaf[0], (layers, stream_QBLD, contexts_M))
-        _, added = jax.eval_shape(apply, *first, 0)
+        first = jax.tree.map(lambda leaf: leaf[0], (layers, stream_QBLD))
+        _, added = jax.eval_shape(apply, *first, context_of(0), 0)
         state = (jnp.zeros_like(first[1]), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), added))
         # One extra slot: what finishes in a round replaces what enters in the next.
         stream = (
@@ -152,10 +158,11 @@ def gpipe(apply: ApplyLayers, layers: Any, x_BLD: jax.Array, context: Any, sched
         _, (stream_QBLD, auxiliary_Q) = exchange(*carry, schedule.num_ticks)
         return stream_QBLD[1:][None], jax.tree.map(lambda leaf: jnp.sum(leaf[1:], axis=0)[None], auxiliary_Q)
 
-    stream_SQBLD, auxiliary_S = over_stages(run, in_specs=(P(None, STAGE), P(STAGE), P()), out_specs=P(STAGE))(
+    stream_SQBLD, auxiliary_S = over_stages(run, in_specs=(P(None, STAGE), P(STAGE), P(), P()), out_specs=P(STAGE))(
         jax.tree.map(lambda leaf: to_chunks(leaf, schedule), layers),
         to_slots(x_BLD, schedule),
-        jax.tree.map(lambda leaf: to_microbatches(leaf, schedule), context),
+        jax.tree.map(lambda leaf: to_microbatches(leaf, schedule), replace(context, relative_bias=None)),
+        context.relative_bias,
     )
     return from_slots(stream_SQBLD, x_BLD), jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), auxiliary_S)
 

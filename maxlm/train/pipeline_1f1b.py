@@ -171,7 +171,8 @@ class _Stages:
             stash,
             entering,
         )
-        return stash, self._work(self._chunk(unit.turn), unit.turn, entering, _after(entering, microbatch))
+        microbatch = _after(entering, microbatch)
+        return stash, self._work(self._chunk(unit.turn), self._shared, unit.turn, entering, microbatch)
 
     def _backward(self, stash: State, arrived: State, turned: State, grads, tick) -> tuple[Any, State]:
         """The gradients with this tick's added, and the cotangent of the stage's input.
@@ -187,9 +188,10 @@ class _Stages:
         cotangent = select(unit.is_real, cotangent, jax.tree.map(jnp.zeros_like, cotangent))
 
         entered = jax.tree.map(lambda leaf: pick(leaf, self._place(unit)), stash)
-        work = lambda chunk, state: self._work(chunk, unit.turn, state, microbatch)  # noqa: E731
-        _, pull_back = jax.vjp(work, self._chunk(unit.turn), entered)
-        chunk_grads, entered_grads = pull_back(cotangent)
+        work = lambda chunk, shared, state: self._work(chunk, shared, unit.turn, state, microbatch)  # noqa: E731
+        _, pull_back = jax.vjp(work, self._chunk(unit.turn), self._shared, entered)
+        # Of the shared weights, layers have gradients only of those in their context.
+        chunk_grads, context_grads, entered_grads = pull_back(cotangent)
         staged_grads = [
             jax.lax.dynamic_update_index_in_dim(total, pick(total, unit.turn) + grad, unit.turn, 0)
             for total, grad in zip(staged_grads, chunk_grads)
@@ -201,7 +203,7 @@ class _Stages:
         # The first stage's last turn of a round, counted backwards.
         ends = schedule.enters(tick - schedule.lead - (schedule.stages - 1) + schedule.stages)
         (entry_grads,) = self._when(ends, lambda: jax.vjp(enter, self._shared)[1](start_grads), (self._shared,))
-        return (staged_grads, add(shared_grads, entry_grads)), entered_grads
+        return (staged_grads, add(add(shared_grads, context_grads), entry_grads)), entered_grads
 
     def _loss(self, leaving: State, microbatch: Any) -> tuple[LossOutput, tuple[list[jax.Array], State]]:
         """Terms of the output of the last stage, and the gradients of their means: of the shared weights, and of
@@ -273,9 +275,9 @@ class _Stages:
             for name, model in models.items()
         }
 
-    def _work(self, chunk: list[jax.Array], turn: Any, state: State, microbatch: Any) -> State:
+    def _work(self, chunk: list[jax.Array], shared: list[jax.Array], turn: Any, state: State, microbatch: Any) -> State:
         """A chunk of layers applied to each model's tokens."""
-        models = self._models(chunk, self._shared, self._kept_chunk(turn))
+        models = self._models(chunk, shared, self._kept_chunk(turn))
 
         def work(name: str, stream: str, residual: Residual) -> Residual:
             model, x_BLD = models[name], residual.x_BLD

@@ -28,7 +28,7 @@ from maxlm.verify.reduce import NUM_ROWS, ROW_LENGTH
 from maxlm.verify.workspace import Workspace, quiet
 
 # Parts of a model and of a layer, from input to output; heads are last.
-_PARTS = ("embedding", "positions", "embedding_norm", "layers", "final_norm")
+_PARTS = ("embedding", "positions", "embedding_norm", "relative_bias", "layers", "final_norm")
 _PARTS_OF_LAYER = ("mixer_norm", "mixer", "mixer_output_norm", "mlp_norm", "mlp", "mlp_output_norm")
 
 

@@ -147,6 +147,22 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
             "model.layers.mlp={kind: moe, dim: 8, shared_gate: true}",
             "model.layers.mlp: shared_gate needs num_shared_experts of 1 or more",
         ),
+        (
+            "model.layers.mixer={alibi: true, relative_bias: {}}",
+            "model.layers.mixer: alibi and relative_bias are both biases by distance; choose one",
+        ),
+        (
+            "model.layers.mixer.relative_bias={buckets: 1}",
+            "model.layers.mixer.relative_bias: buckets (1) must be 2 or more",
+        ),
+        (
+            "model.layers.mixer.relative_bias.max_distance=16",
+            "model.layers.mixer.relative_bias: max_distance (16) must exceed half of buckets, 16",
+        ),
+        (
+            "model.layers={pattern: [{mixer: {relative_bias: {}}}, {mixer: {relative_bias: {buckets: 8}}}]}",
+            "model: layers: those with a relative_bias share one table, so their buckets, max_distance and num_heads",
+        ),
         ("row_length=512", "row_length (512) exceeds execution.max_length (256)"),
         ("model.learned_positions=8", "execution.max_length (256) exceeds model.learned_positions (8)"),
         ("model.layers.mixer.rope.share=0.02", "model.layers.mixer: rope.share (0.02) of head_dim"),

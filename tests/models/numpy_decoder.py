@@ -86,7 +86,8 @@ def logits_of_row(config, weights, tokens, positions=None, segments=None, prefix
     for layer, own in layers_in_order(config, w):
         mixer = {"attention": attention, "mla": latent_attention, "gru": gru}[layer.mixer.kind]
         before = norm_if_any(x, below(own, "mixer_norm"))
-        mixed = mixer(layer.mixer, below(own, "mixer"), before, positions, segments, prefix, norm)
+        shared = {"relative_bias": w["relative_bias"]} if "relative_bias" in w else {}
+        mixed = mixer(layer.mixer, below(own, "mixer") | shared, before, positions, segments, prefix, norm)
         x, factor = (before if config.residual == "normalized" else x), config.residual_factor
         after = factor * x + norm_if_any(mixed, below(own, "mixer_output_norm"))
         reads = {"parallel": x, "parallel_one_norm": before}.get(config.residual, after)
@@ -148,6 +149,8 @@ def attention(config, w, h, positions, segments, prefix, norm):
             scores = soft_cap(np.array([query @ turned[j] * scale for j in seen]), config.soft_cap)
             if config.alibi:
                 scores -= config.alibi_scale * ALIBI_SLOPES[heads][n] * abs(i - np.array(seen))
+            if config.relative_bias:
+                scores += [w["relative_bias"][bucket_of(i - j, config.relative_bias), n] for j in seen]
             if config.sinks:
                 scores = np.append(scores, w["sinks"][n])
             mixed[i, n] = softmax(scores)[: len(seen)] @ v[seen, shared]
@@ -186,6 +189,15 @@ ALIBI_SLOPES = {
 }
 
 
+# The first distance of each bucket, as T5's code in transformers counts them, for (buckets, max_distance).
+BUCKET_STARTS = {(6, 10): [0, 1, 2, 3, 5, 7]}
+
+
+def bucket_of(distance, settings):
+    starts = BUCKET_STARTS[settings.buckets, settings.max_distance]
+    return sum(start <= max(distance, 0) for start in starts) - 1
+
+
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
@@ -206,15 +218,18 @@ def gru(config, w, h, positions, segments, prefix, norm):
     return np.array(states) @ w["out"]
 
 
+def gelu(x):
+    return x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))) / 2
+
+
 def plain_mlp(config, w, h):
-    hidden = h @ w["up"] + w["up_bias"]
-    erf = np.vectorize(math.erf)
-    return (hidden * (1 + erf(hidden / np.sqrt(2))) / 2) @ w["down"] + w["down_bias"]
+    return gelu(h @ w["up"] + w["up_bias"]) @ w["down"] + w["down_bias"]
 
 
 def gated_mlp(config, w, h):
     gate = h @ w["gate"]
-    return (gate / (1 + np.exp(-gate)) * (h @ w["up"])) @ w["down"]
+    gate = gelu(gate) if getattr(config, "activation", "silu") == "gelu" else gate * sigmoid(gate)
+    return (gate * (h @ w["up"])) @ w["down"]
 
 
 EXPERT_WEIGHTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")

@@ -59,6 +59,9 @@ HYBRID = {
 BIASED = {**SIZES, "bias": True, "out_bias": True, "rope": {"theta": 300.0, "share": 0.5}}
 GPT_OSS_EXPERTS = EXPERTS | {"bias": True, "swiglu_limit": 0.9, "router_logit_bias": True}
 PLAIN = {"kind": "plain", "dim": 24}
+# LaMDA's: a bias by distance that all layers share, and gated GELU.
+RELATIVE = {**SIZES, "rope": None, "relative_bias": {"buckets": 6, "max_distance": 10}}
+GELU = {"dim": 24, "activation": "gelu"}
 FAMILIES = {
     "norms around, unit offset": {
         "norm": {"placement": "around", "unit_offset": True},
@@ -95,6 +98,12 @@ FAMILIES = {
         "residual": "normalized",
         "residual_factor": 1.7,
         "layers": {"repeat": 2, "mixer": BIASED, "mlp": PLAIN},
+    },
+    "relative bias": {
+        "layers": {
+            "repeat": 2,
+            "pattern": [{"mixer": RELATIVE, "mlp": GELU}, {"mixer": RELATIVE | {"window": 5, "num_kv_heads": 4}}],
+        },
     },
     "parallel": {
         "norm": {"kind": "layer"},
@@ -350,6 +359,7 @@ CACHED = [
     "normalized head",
     "shared experts with a gate",
     "sinks, and experts with biases",
+    "relative bias",
     "windows",
     "all",
     "mixed",
@@ -377,7 +387,7 @@ def test_decoding_with_cache_matches_full_forward(name):
         np.testing.assert_allclose(got[:, 0], expected[np.arange(3), at], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["windows", "all", "mixed", "hybrid"])
+@pytest.mark.parametrize("name", ["windows", "all", "mixed", "hybrid", "relative bias"])
 @pytest.mark.parametrize("chunk", [1, 2, 7])
 def test_decoding_in_chunks_with_a_ring_matches_full_forward(name, chunk):
     """Chunks shorter and longer than the windows; rows begin and stop at different times, with padding on both sides,

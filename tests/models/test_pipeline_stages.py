@@ -138,13 +138,14 @@ def test_auxiliary_losses_are_counted_once_per_token_and_layer(schedule, experts
 SIZES = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 4}
 DENSE, SPARSE = {"mixer": SIZES, "mlp": {"dim": 24}}, {"mixer": SIZES, "mlp": {"kind": "moe", **MOE}}
 LOCAL = {"mixer": {**SIZES, "window": 5, "rope": {"theta": 500.0}, "qk_norm": True}, "mlp": {"dim": 24}}
+BIASED = SPARSE | {"mixer": {**SIZES, "rope": None, "relative_bias": {"buckets": 6, "max_distance": 9}}}
 GROUPS = {
     "before": [{"repeat": 1, **DENSE}, {"repeat": 4, **LOCAL}],
     "after": [{"repeat": 4, "pattern": [{"times": 2, **LOCAL}]}, {"repeat": 2, **DENSE}],
-    "both sides, with experts": [
-        {"repeat": 1, **SPARSE},
-        {"repeat": 4, "pattern": [LOCAL, SPARSE]},
-        {"repeat": 1, **SPARSE},
+    "both sides, with experts and a shared bias": [
+        {"repeat": 1, **BIASED},
+        {"repeat": 4, "pattern": [LOCAL, BIASED]},
+        {"repeat": 1, **BIASED},
     ],
 }
 

@@ -17,11 +17,12 @@ from maxlm.models.decoder import Decoder
 SIZES = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 LATENT = {"kind": "mla", "num_heads": 4, "latent_dim": 8, "content_dim": 6, "rope_dim": 4, "value_dim": 5}
 LAYERS = {
-    "windows, ALiBi, sinks": {
+    "windows, ALiBi, sinks, relative bias": {
         "repeat": 1,
         "pattern": [
             {"mixer": SIZES | {"window": 4, "sinks": True}, "mlp": {"dim": 24}},
             {"mixer": SIZES | {"rope": None, "alibi": True, "soft_cap": 3.0}, "mlp": {"dim": 24}},
+            {"mixer": SIZES | {"relative_bias": {"buckets": 6, "max_distance": 10}}, "mlp": {"dim": 24}},
         ],
     },
     "two-dimensional RoPE": {

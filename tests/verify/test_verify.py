@@ -66,6 +66,7 @@ def test_all_kinds_of_layers_are_the_same_in_every_layout():
             "mixer": attention
             | {"rope": {"theta": 500.0}, "qk_norm": True, "qk_norm_over": "all_heads", "soft_cap": 5.0}
         },
+        {"mixer": attention | {"rope": None, "relative_bias": {}}, "mlp": {"dim": 24, "activation": "gelu"}},
     ]
     norms = {"norm": {"kind": "layer", "placement": "around"}, "embedding_norm": True}
     model = small_model() | norms | {"layers": {"repeat": 2, "pattern": pattern}}
@@ -73,6 +74,7 @@ def test_all_kinds_of_layers_are_the_same_in_every_layout():
         "mesh: data=2, context=2, tensor=2",
         "mesh: stage=2, expert=2, tensor=2",
         "mesh: fsdp=2, context=2, tensor=2, all_to_all",
+        "mesh: stage=2, 1f1b",
     ]
     report = verify(config_of("sft", model=model), only=layouts)
     assert {finding.verdict for finding in report.findings} == {"same"}, report
