@@ -1,8 +1,9 @@
 """Where each tensor of a family is in a model of ours: the table of the family, applied to all layers."""
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,10 +55,12 @@ def placed_tensors(family: Family, declared: Decoder) -> dict[str, Placed]:
     for each in (*family.tensors, SCORE):
         if each.only is not None and not each.only(declared.config):
             continue
+        # Once for all layers and experts.
+        rows = functools.cache(functools.partial(_rows, each, declared.config))
         for name, parts in _instances(each, parameters, declared.config):
             if name in placed:
                 raise LookupError(f"{family.model_type}: {name} is twice in the table")
-            placed[name] = _place(each, name, parts, parameters, declared.config)
+            placed[name] = _place(each, name, parts, parameters, rows)
     held = Counter((piece.path, piece.place) for tensor in placed.values() for piece in tensor.pieces)
     wanted = {
         (path, place) for path, each in parameters.items() for place in np.ndindex(each.shape[: each.num_stacked])
@@ -109,19 +112,30 @@ def _places_of_layers(config: ModelConfig) -> Iterator[tuple[str, int, tuple[int
                 yield f"layers/{group}/{position}", int(number), place
 
 
+def _rows(each: Tensor, config: ModelConfig, sizes: tuple[int, ...]) -> list[np.ndarray]:
+    """Which rows of a tensor hold which parameter.
+
+    Raises:
+      LookupError: they are not each row once.
+    """
+    rows = [np.asarray(part) for part in each.rows(config, sizes)]
+    is_each_once = np.array_equal(np.sort(np.concatenate(rows)), np.arange(sum(sizes)))
+    if tuple(map(len, rows)) != sizes or not is_each_once:
+        raise LookupError(f"{each.name}: the rows of {each.holds} are not each row once")
+    return rows
+
+
 def _place(
     each: Tensor,
     name: str,
     parts: Sequence[_Held],
     parameters: dict[str, Parameter],
-    config: ModelConfig,
+    rows_of: Callable[[tuple[int, ...]], list[np.ndarray]],
 ) -> Placed:
     shapes = [parameters[path].shape[len(place) :] for path, place in parts[0]]
     is_transposed = len(shapes[0]) == 2 and parameters[parts[0][0][0]].role != "table"
-    sizes = [shape[-1] if is_transposed else shape[0] for shape in shapes]
-    rows = [np.asarray(each) for each in each.rows(config, sizes)]
-    if [len(part) for part in rows] != sizes or sorted(np.concatenate(rows)) != list(range(sum(sizes))):
-        raise LookupError(f"{name}: the rows of {[path for path, _ in parts[0]]} are not each row once")
+    sizes = tuple(shape[-1] if is_transposed else shape[0] for shape in shapes)
+    rows = rows_of(sizes)
     columns = (shapes[0][0] if is_transposed else shapes[0][1],) if len(shapes[0]) == 2 else ()
     shape = (sum(sizes), *columns)
     pieces = [
