@@ -5,9 +5,15 @@
 
 from typing import Any
 
-TOKENS = {"vocab_size": 67, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-LLAMA = {
-    **TOKENS,
+Settings = dict[str, Any]
+
+
+def without(settings: Settings, *keys: str) -> Settings:
+    return {key: value for key, value in settings.items() if key not in keys}
+
+
+TOKENS: Settings = {"vocab_size": 67, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LLAMA = TOKENS | {
     "hidden_size": 32,
     "intermediate_size": 40,
     "num_hidden_layers": 2,
@@ -16,10 +22,16 @@ LLAMA = {
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
 }
-STABLELM = {key: value for key, value in LLAMA.items() if key != "rms_norm_eps"}
-DEEPSEEK = {
-    **LLAMA,
-    "num_hidden_layers": 3,
+THREE_LAYERS = LLAMA | {"num_hidden_layers": 3}
+WIDE_HEADS = LLAMA | {"head_dim": 16}
+WINDOW = 6
+DENSE = LLAMA | {"model_type": "llama"}
+MISTRAL = LLAMA | {"model_type": "mistral"}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+QWEN2_MOE = THREE_LAYERS | EXPERTS | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 28}
+GEMMA2 = WIDE_HEADS | {"model_type": "gemma2", "num_hidden_layers": 4, "sliding_window": WINDOW}
+GEMMA3 = WIDE_HEADS | {"model_type": "gemma3_text", "query_pre_attn_scalar": 16, "sliding_window": WINDOW}
+DEEPSEEK = THREE_LAYERS | {
     "num_key_value_heads": 4,
     "q_lora_rank": 24,
     "kv_lora_rank": 20,
@@ -33,6 +45,32 @@ DEEPSEEK = {
     "n_group": 4,
     "topk_group": 2,
 }
+DEEPSEEK_2 = DEEPSEEK | {"model_type": "deepseek_v2"}
+DEEPSEEK_3 = DEEPSEEK | {"model_type": "deepseek_v3"}
+OLMO2 = LLAMA | {"model_type": "olmo2"}
+GPT_OSS = LLAMA | {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2}
+SMOLLM3 = THREE_LAYERS | {"model_type": "smollm3"}
+PHI3 = LLAMA | {"model_type": "phi3"}
+STABLELM = without(LLAMA, "rms_norm_eps") | {"model_type": "stablelm", "partial_rotary_factor": 0.25}
+NEOX = TOKENS | {
+    "model_type": "gpt_neox",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+BLOOM = TOKENS | {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}
+FALCON = TOKENS | {
+    "model_type": "falcon",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "alibi": False,
+}
+FALCON_SEQUENTIAL = FALCON | {"multi_query": False, "parallel_attn": False, "bias": True}
+FALCON_GROUPS = FALCON | {"num_kv_heads": 2, "new_decoder_architecture": True}
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "factor": 4.0,
@@ -40,29 +78,20 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-WINDOW = 6
 
-CASES: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", **LLAMA},
-    "llama, old keys, tied, one layer": {
-        "model_type": "llama",
-        **LLAMA,
+CASES: dict[str, Settings] = {
+    "llama": DENSE,
+    "llama, old keys, tied, one layer": DENSE
+    | {
         "num_hidden_layers": 1,
         "tie_word_embeddings": True,
         "rope_theta": 500.0,
         "rope_scaling": {"type": "linear", "factor": 2.0},
     },
-    "llama 3, biases, wide heads": {
-        "model_type": "llama",
-        **LLAMA,
-        "head_dim": 16,
-        "attention_bias": True,
-        "rope_theta": 5000.0,
-        "rope_scaling": LLAMA3_SCALING,
-    },
-    "llama, yarn": {
-        "model_type": "llama",
-        **LLAMA,
+    "llama 3, biases, wide heads": DENSE
+    | {"head_dim": 16, "attention_bias": True, "rope_theta": 5000.0, "rope_scaling": LLAMA3_SCALING},
+    "llama, yarn": DENSE
+    | {
         "rope_parameters": {
             "rope_type": "yarn",
             "factor": 4.0,
@@ -70,16 +99,10 @@ CASES: dict[str, dict[str, Any]] = {
             "rope_theta": 10000.0,
         },
     },
-    "llama, as many key heads": {"model_type": "llama", **{k: v for k, v in LLAMA.items() if "key_value" not in k}},
-    "llama, dynamic": {
-        "model_type": "llama",
-        **LLAMA,
-        "max_position_embeddings": 8,
-        "rope_scaling": {"type": "dynamic", "factor": 4.0},
-    },
-    "llama, longrope": {
-        "model_type": "llama",
-        **LLAMA,
+    "llama, as many key heads": without(DENSE, "num_key_value_heads"),
+    "llama, dynamic": DENSE | {"max_position_embeddings": 8, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
+    "llama, longrope": DENSE
+    | {
         "rope_parameters": {
             "rope_type": "longrope",
             "rope_theta": 10_000.0,
@@ -88,31 +111,15 @@ CASES: dict[str, dict[str, Any]] = {
             "long_factor": [1.0, 2.0, 3.0, 4.0],
         },
     },
-    "mistral": {"model_type": "mistral", **LLAMA, "sliding_window": WINDOW},
-    "mistral, window longer than the text": {"model_type": "mistral", **LLAMA, "sliding_window": 4096},
-    "mixtral": {"model_type": "mixtral", **LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2": {"model_type": "qwen2", **LLAMA, "tie_word_embeddings": True},
-    "qwen2, windows": {
-        "model_type": "qwen2",
-        **LLAMA,
-        "num_hidden_layers": 3,
-        "use_sliding_window": True,
-        "sliding_window": WINDOW,
-        "max_window_layers": 1,
-    },
-    "qwen2_moe": {
-        "model_type": "qwen2_moe",
-        **LLAMA,
-        "num_hidden_layers": 3,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 28,
-        "mlp_only_layers": [0],
-    },
-    "qwen2_moe, no biases, every other layer": {
-        "model_type": "qwen2_moe",
-        **LLAMA,
+    "mistral": MISTRAL | {"sliding_window": WINDOW},
+    "mistral, window longer than the text": MISTRAL | {"sliding_window": 4096},
+    "mixtral": LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2": LLAMA | {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2, windows": THREE_LAYERS
+    | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    "qwen2_moe": QWEN2_MOE | {"mlp_only_layers": [0]},
+    "qwen2_moe, no biases, every other layer": QWEN2_MOE
+    | {
         "num_hidden_layers": 4,
         "num_experts": 6,
         "num_experts_per_tok": 3,
@@ -123,43 +130,30 @@ CASES: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 2,
         "tie_word_embeddings": True,
     },
-    "qwen3": {"model_type": "qwen3", **LLAMA, "head_dim": 16},
-    "qwen3_moe": {
-        "model_type": "qwen3_moe",
-        **LLAMA,
-        "num_hidden_layers": 3,
-        "head_dim": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
-        "norm_topk_prob": True,
-        "mlp_only_layers": [1],
-    },
-    "gemma": {"model_type": "gemma", **LLAMA, "head_dim": 16, "hidden_activation": "gelu_pytorch_tanh"},
-    "gemma2": {
-        "model_type": "gemma2",
-        **LLAMA,
-        "num_hidden_layers": 4,
-        "head_dim": 16,
-        "query_pre_attn_scalar": 24,
-        "sliding_window": WINDOW,
-        "attn_logit_softcapping": 20.0,
-        "final_logit_softcapping": 10.0,
-    },
-    "gemma3_text": {
-        "model_type": "gemma3_text",
-        **LLAMA,
+    "qwen3": WIDE_HEADS | {"model_type": "qwen3"},
+    "qwen3_moe": WIDE_HEADS
+    | EXPERTS
+    | {"model_type": "qwen3_moe", "num_hidden_layers": 3, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    "gemma": WIDE_HEADS | {"model_type": "gemma", "hidden_activation": "gelu_pytorch_tanh"},
+    "gemma2": GEMMA2 | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0},
+    "gemma3_text": GEMMA3
+    | {
         "num_hidden_layers": 7,
-        "head_dim": 16,
-        "query_pre_attn_scalar": 16,
-        "sliding_window": WINDOW,
         "rope_theta": 1e6,
         "rope_local_base_freq": 1e4,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     },
-    "deepseek_v2": {
-        "model_type": "deepseek_v2",
-        **DEEPSEEK,
+    "gemma3_text, all layers global": GEMMA3 | {"layer_types": ["full_attention"] * 2},
+    "gemma3_text, scaled positions in windows": GEMMA3
+    | {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4},
+        },
+    },
+    "deepseek_v2": DEEPSEEK_2
+    | {
         "num_experts_per_tok": 3,
         "n_shared_experts": 2,
         "first_k_dense_replace": 1,
@@ -175,18 +169,10 @@ CASES: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 0.707,
         },
     },
-    "deepseek_v2, lite": {
-        "model_type": "deepseek_v2",
-        **DEEPSEEK,
-        "q_lora_rank": None,
-        "n_group": 1,
-        "topk_group": 1,
-        "topk_method": "greedy",
-    },
-    "deepseek_v3": {"model_type": "deepseek_v3", **DEEPSEEK, "first_k_dense_replace": 1, "norm_topk_prob": True},
-    "deepseek_v3, biases, scaled positions": {
-        "model_type": "deepseek_v3",
-        **DEEPSEEK,
+    "deepseek_v2, lite": DEEPSEEK_2 | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
+    "deepseek_v3": DEEPSEEK_3 | {"first_k_dense_replace": 1, "norm_topk_prob": True},
+    "deepseek_v3, biases, scaled positions": DEEPSEEK_3
+    | {
         "attention_bias": True,
         "first_k_dense_replace": 2,
         "num_nextn_predict_layers": 1,
@@ -198,17 +184,12 @@ CASES: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 0.8,
         },
     },
-    "olmo2": {"model_type": "olmo2", **LLAMA},
-    "olmo2, biases, tied": {
-        "model_type": "olmo2",
-        **LLAMA,
-        "attention_bias": True,
-        "tie_word_embeddings": True,
-        "rope_theta": 5000.0,
-    },
-    "olmo3": {
+    "deepseek_v3, no experts": DEEPSEEK_3 | {"num_hidden_layers": 2, "first_k_dense_replace": 2},
+    "olmo2": OLMO2,
+    "olmo2, biases, tied": OLMO2 | {"attention_bias": True, "tie_word_embeddings": True, "rope_theta": 5000.0},
+    "olmo3": LLAMA
+    | {
         "model_type": "olmo3",
-        **LLAMA,
         "num_hidden_layers": 5,
         "sliding_window": WINDOW,
         "rope_theta": 500000,
@@ -221,13 +202,10 @@ CASES: dict[str, dict[str, Any]] = {
             "beta_slow": 1,
         },
     },
-    "gpt_oss": {
-        "model_type": "gpt_oss",
-        **LLAMA,
+    "gpt_oss": GPT_OSS
+    | {
         "num_hidden_layers": 3,
         "head_dim": 16,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
         "sliding_window": WINDOW,
         "swiglu_limit": 0.7,
         "initial_context_length": 4096,
@@ -241,22 +219,14 @@ CASES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 16,
         },
     },
-    "gpt_oss, settings left out": {
-        "model_type": "gpt_oss",
-        **LLAMA,
-        "num_hidden_layers": 2,
-        "attention_bias": False,
-        "num_local_experts": 3,
-        "num_experts_per_tok": 3,
-        "tie_word_embeddings": True,
-    },
-    "glm": {"model_type": "glm", **LLAMA, "head_dim": 16, "attention_bias": True},
-    "glm4": {"model_type": "glm4", **LLAMA, "head_dim": 16},
-    "smollm3": {"model_type": "smollm3", **LLAMA, "num_hidden_layers": 5},
-    "smollm3, windows, biases": {
-        "model_type": "smollm3",
-        **LLAMA,
-        "num_hidden_layers": 3,
+    "gpt_oss, settings left out": GPT_OSS
+    | {"attention_bias": False, "num_local_experts": 3, "num_experts_per_tok": 3, "tie_word_embeddings": True},
+    "glm": WIDE_HEADS | {"model_type": "glm", "attention_bias": True},
+    "glm4": WIDE_HEADS | {"model_type": "glm4"},
+    "smollm3": SMOLLM3 | {"num_hidden_layers": 5},
+    "smollm3, no positions": SMOLLM3 | {"no_rope_layers": [0, 0, 0]},
+    "smollm3, windows, biases": SMOLLM3
+    | {
         "no_rope_layers": [0, 1, 1],
         "use_sliding_window": True,
         "sliding_window": WINDOW,
@@ -266,137 +236,56 @@ CASES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "rope_theta": 5000.0,
     },
-    "phi3": {"model_type": "phi3", **LLAMA, "sliding_window": WINDOW},
-    "phi3, longrope, short text": {
-        "model_type": "phi3",
-        **LLAMA,
+    "phi3": PHI3 | {"sliding_window": WINDOW},
+    "phi3, longrope, short text": PHI3
+    | {
         "original_max_position_embeddings": 32,
         "partial_rotary_factor": 0.75,
         "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.0, 2.0, 4.0]},
     },
-    "stablelm": {"model_type": "stablelm", **STABLELM, "partial_rotary_factor": 0.25},
-    "stablelm, parallel": {
-        "model_type": "stablelm",
-        **STABLELM,
-        "partial_rotary_factor": 0.5,
-        "use_parallel_residual": True,
-        "use_qkv_bias": True,
-    },
-    "gpt2": {
-        "model_type": "gpt2",
-        **TOKENS,
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 64,
-    },
-    "gpt_neox": {
-        "model_type": "gpt_neox",
-        **TOKENS,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 64,
-        "rotary_pct": 0.25,
-        "rotary_emb_base": 10000,
-    },
-    "gpt_neox, sequential": {
-        "model_type": "gpt_neox",
-        **TOKENS,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 64,
-        "use_parallel_residual": False,
+    "phi3, settings of Phi-4 mini, wide heads": PHI3
+    | {
+        "head_dim": 16,
         "attention_bias": False,
+        "mlp_bias": False,
+        "lm_head_bias": False,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+        "tie_word_embeddings": True,
+        "partial_rotary_factor": 0.75,
     },
-    "bloom": {"model_type": "bloom", **TOKENS, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "bloom, residual of norms": {
-        "model_type": "bloom",
-        **TOKENS,
-        "hidden_size": 32,
-        "n_layer": 1,
-        "n_head": 4,
-        "apply_residual_connection_post_layernorm": True,
-        "tie_word_embeddings": False,
-    },
-    "falcon": {
-        "model_type": "falcon",
-        **TOKENS,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-        "bias": False,
-        "alibi": False,
-    },
-    "falcon, alibi": {
-        "model_type": "falcon",
-        **TOKENS,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "multi_query": False,
-        "parallel_attn": False,
-        "bias": True,
-        "alibi": True,
-        "apply_residual_connection_post_layernorm": False,
-    },
-    "falcon, groups of heads, two norms": {
-        "model_type": "falcon",
-        **TOKENS,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_kv_heads": 2,
-        "new_decoder_architecture": True,
-        "max_position_embeddings": 64,
-        "alibi": False,
-    },
-    "falcon, sequential, own key heads": {
-        "model_type": "falcon",
-        **TOKENS,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "multi_query": False,
-        "parallel_attn": False,
-        "max_position_embeddings": 64,
-        "bias": True,
-        "alibi": False,
-    },
-    "falcon, groups of heads, one norm": {
-        "model_type": "falcon",
-        **TOKENS,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_kv_heads": 2,
-        "new_decoder_architecture": True,
-        "num_ln_in_parallel_attn": 1,
-        "max_position_embeddings": 64,
-        "bias": True,
-        "alibi": False,
-    },
+    "stablelm": STABLELM,
+    "stablelm, parallel": STABLELM
+    | {"partial_rotary_factor": 0.5, "use_parallel_residual": True, "use_qkv_bias": True},
+    "gpt2": TOKENS | {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt_neox": NEOX | {"rotary_pct": 0.25, "rotary_emb_base": 10000},
+    "gpt_neox, sequential": NEOX | {"use_parallel_residual": False, "attention_bias": False},
+    "bloom": BLOOM,
+    "bloom, residual of norms": BLOOM
+    | {"n_layer": 1, "apply_residual_connection_post_layernorm": True, "tie_word_embeddings": False},
+    "falcon": FALCON | {"bias": False},
+    "falcon, alibi": without(FALCON_SEQUENTIAL, "max_position_embeddings")
+    | {"alibi": True, "apply_residual_connection_post_layernorm": False},
+    "falcon, groups of heads, two norms": FALCON_GROUPS,
+    "falcon, sequential, own key heads": FALCON_SEQUENTIAL,
+    "falcon, groups of heads, one norm": FALCON_GROUPS | {"num_ln_in_parallel_attn": 1, "bias": True},
 }
 
 # Reward models and classifiers: computed by the classes ...ForSequenceClassification.
-SCORE_CASES: dict[str, dict[str, Any]] = {
-    "llama, reward": {
-        **CASES["llama"],
+SCORE_CASES: dict[str, Settings] = {
+    "llama, reward": DENSE
+    | {
         "architectures": ["LlamaForSequenceClassification"],
         "id2label": {"0": "reward"},
         "label2id": {"reward": 0},
     },
-    "qwen2, three classes": {
-        **CASES["qwen2"],
+    "qwen2, three classes": CASES["qwen2"]
+    | {
         "architectures": ["Qwen2ForSequenceClassification"],
         "id2label": {"0": "bad", "1": "fair", "2": "good"},
         "label2id": {"bad": 0, "fair": 1, "good": 2},
     },
-    "gpt2, two classes": {**CASES["gpt2"], "architectures": ["GPT2ForSequenceClassification"]},
+    "gpt2, two classes": CASES["gpt2"] | {"architectures": ["GPT2ForSequenceClassification"]},
 }
 
 

@@ -21,6 +21,8 @@ from maxlm.families.settings import Settings
 
 # sqrt(2 * 28), for the 28 layers of ChatGLM-6B: their code has it for any number of layers.
 _RESIDUAL_FACTOR = 56**0.5
+# Of ChatGLM 2 and 3, which only their names tell apart.
+_VOCABULARY_3, _NAME_3 = 65024, "chatglm3"
 _QKV = ("query", "key", "value")
 
 
@@ -149,13 +151,11 @@ def _read_later(settings: Settings) -> Description:
             f"{settings.where}: multi_query_attention is not set, so tensors have an order of rows that no published"
             " model has and maxlm does not support"
         )
-    # The length that rotary positions are scaled for; 1 in the first release.
-    ratio = float(settings.get("rope_ratio", 1))
     mixer = AttentionConfig(
         num_heads=heads,
         num_kv_heads=settings.size("multi_query_group_num", 1),
         head_dim=head_dim,
-        rope=RopeConfig(theta=10_000.0 * ratio, share=0.5),
+        rope=RopeConfig(theta=10_000.0 * _read_rope_ratio(settings), share=0.5),
         bias=settings.get("add_qkv_bias", False) or settings.get("add_bias_linear", False),
     )
     for key, value in {
@@ -179,15 +179,29 @@ def _read_later(settings: Settings) -> Description:
         "vocab_size",
     ):
         settings.get(key, None)
-    mlp = GatedMlpConfig(dim=settings.size("ffn_hidden_size", 13696))
+    mlp, num_layers = GatedMlpConfig(dim=settings.size("ffn_hidden_size", 13696)), settings.size("num_layers", 28)
+    # Some files have it under both names.
+    settings.require("num_hidden_layers", num_layers)
     model = ModelConfig(
-        vocab_size=settings.size("padded_vocab_size", 65024),
+        vocab_size=settings.size("padded_vocab_size", _VOCABULARY_3),
         embed_dim=settings.size("hidden_size", 4096),
         norm=NormConfig(kind="rms", epsilon=settings.get("layernorm_epsilon", 1e-5)),
-        layers=grouped([LayerConfig(mixer=mixer, mlp=mlp)] * settings.size("num_layers", 28)),
+        layers=grouped([LayerConfig(mixer=mixer, mlp=mlp)] * num_layers),
         tie_embeddings=False,
     )
     return Description(model, settings.size("seq_length", 2048))
+
+
+def _read_rope_ratio(settings: Settings) -> float:
+    """The factor on the base of rotary positions for longer texts. ChatGLM 2, alone, divides positions by it."""
+    ratio = settings.number("rope_ratio", 1.0, above=0)
+    is_2_or_3 = settings.get("padded_vocab_size", _VOCABULARY_3) == _VOCABULARY_3
+    if ratio != 1 and is_2_or_3 and _NAME_3 not in str(settings.get("_name_or_path", "")):
+        raise CheckpointError(
+            f"{settings.where}: rope_ratio is {ratio:g}, which ChatGLM 2 and 3 use differently, and maxlm supports that"
+            f" of 3; if this is ChatGLM 3, set _name_or_path to {_NAME_3}"
+        )
+    return ratio
 
 
 def _write_later(description: Description) -> dict[str, Any]:
@@ -211,6 +225,7 @@ def _write_later(description: Description) -> dict[str, Any]:
         "multi_query_group_num": layer.mixer.num_kv_heads,
         "original_rope": True,
         "rope_ratio": layer.mixer.rope.theta / 10_000,
+        "_name_or_path": _NAME_3 if model.vocab_size == _VOCABULARY_3 else "",
         "tie_word_embeddings": False,
     }
 

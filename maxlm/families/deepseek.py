@@ -97,7 +97,7 @@ def _read_v2(settings: Settings) -> Description:
         settings,
         query_rank=1536,
         max_length=2048,
-        num_dense=settings.get("first_k_dense_replace", 0),
+        num_dense=settings.size("first_k_dense_replace", 0, least=0),
         num_experts=settings.size("n_routed_experts", 64),
         experts_per_token=settings.size("num_experts_per_tok"),
         dim=settings.size("moe_intermediate_size", 1407),
@@ -113,13 +113,13 @@ def _read_v3(settings: Settings) -> Description:
     settings.require("topk_method", "noaux_tc")
     settings.require("scoring_func", "sigmoid")
     settings.require("moe_layer_freq", 1)
-    for name in ("aux_loss_alpha", "seq_aux", "num_nextn_predict_layers", "ep_size"):
+    for name in ("aux_loss_alpha", "seq_aux", "num_nextn_predict_layers"):
         settings.get(name, None)
     return _read(
         settings,
         query_rank=1536,
         max_length=4096,
-        num_dense=settings.get("first_k_dense_replace", 3),
+        num_dense=settings.size("first_k_dense_replace", 3, least=0),
         num_experts=settings.size("n_routed_experts", 256),
         experts_per_token=settings.size("num_experts_per_tok", 8),
         dim=settings.size("moe_intermediate_size", 2048),
@@ -135,13 +135,15 @@ def _read_v3(settings: Settings) -> Description:
 
 
 def _read(settings: Settings, *, query_rank: int, max_length: int, num_dense: int, **experts: Any) -> Description:
-    for name in ("head_dim", "num_key_value_heads", "qk_head_dim"):
-        settings.get(name, None)
     content, rotary = settings.size("qk_nope_head_dim", 128), settings.size("qk_rope_head_dim", 64)
+    heads = settings.size("num_attention_heads")
+    # Files repeat other settings.
+    for name, value in {"head_dim": rotary, "num_key_value_heads": heads, "qk_head_dim": content + rotary}.items():
+        settings.require(name, value, None)
     rope = read_rope(settings, theta=10_000.0)
     mixer = LatentAttentionConfig(
         kind="mla",
-        num_heads=settings.size("num_attention_heads"),
+        num_heads=heads,
         query_rank=settings.get("q_lora_rank", query_rank),
         latent_dim=settings.size("kv_lora_rank", 512),
         content_dim=content,
@@ -162,7 +164,7 @@ def _read(settings: Settings, *, query_rank: int, max_length: int, num_dense: in
 
 def _mscale_all_dim(settings: Settings) -> float:
     section = settings.section("rope_parameters") or settings.section("rope_scaling")
-    return section.get("mscale_all_dim", 0) or 0 if section else 0
+    return section.number("mscale_all_dim", 0) if section else 0
 
 
 def _scale(channels: int, rope: RopeConfig, mscale_all_dim: float) -> float | None:
@@ -176,7 +178,10 @@ def _write(description: Description) -> dict[str, Any]:
     model, layers = description.model, all_layers(description.model)
     mixer: Any = layers[0].mixer
     dense = [layer.mlp for layer in layers if layer.mlp.kind == "gated"]
-    experts = next(layer.mlp for layer in layers if layer.mlp.kind == "moe")
+    # A model without experts has settings of some.
+    experts = next(
+        (layer.mlp for layer in layers if layer.mlp.kind == "moe"), MoeConfig(kind="moe", dim=1, num_shared_experts=1)
+    )
     rope = write_rope(mixer.rope)
     if mixer.scale is not None:
         factor = mixer.rope.scaling.factor

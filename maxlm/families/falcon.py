@@ -8,6 +8,7 @@ import numpy as np
 
 from maxlm.config.layers import AttentionConfig, LayerConfig, PlainMlpConfig
 from maxlm.config.model import ModelConfig, NormConfig
+from maxlm.errors import CheckpointError
 from maxlm.families.common import layer_norm, read_activation, write_activation
 from maxlm.families.family import Description, Family, tensor
 from maxlm.families.layers import first_layer, grouped
@@ -56,11 +57,12 @@ FALCON_TENSORS = (
 def _read_falcon(settings: Settings) -> Description:
     embed_dim, heads = settings.size("hidden_size", 4544), settings.size("num_attention_heads", 71)
     is_new = settings.get("new_decoder_architecture", False)
-    kv_heads = settings.size("num_kv_heads", heads) if is_new else 1 if settings.get("multi_query", True) else heads
-    settings.get("num_kv_heads", None)
-    settings.get("multi_query", None)
     alibi, head_dim = settings.get("alibi", False), embed_dim // heads
     settings.require("alibi", False, True)
+    if embed_dim % heads:
+        raise CheckpointError(
+            f"{settings.where}: hidden_size is {embed_dim}, and must be a multiple of num_attention_heads, {heads}"
+        )
     settings.require("apply_residual_connection_post_layernorm", False)
     if alibi:
         for name in ("rope_theta", "rope_scaling", "rope_parameters"):
@@ -75,7 +77,7 @@ def _read_falcon(settings: Settings) -> Description:
         residual = "parallel" if is_new and norms != 1 else "parallel_one_norm"
     mixer = AttentionConfig(
         num_heads=heads,
-        num_kv_heads=kv_heads,
+        num_kv_heads=_read_kv_heads(settings, heads),
         head_dim=head_dim,
         rope=None if alibi else read_rope(settings, theta=10_000.0),
         alibi=alibi,
@@ -99,6 +101,18 @@ def _read_falcon(settings: Settings) -> Description:
         tie_embeddings=settings.get("tie_word_embeddings", True),
     )
     return Description(model, settings.size("max_position_embeddings", 2048))
+
+
+def _read_kv_heads(settings: Settings, heads: int) -> int:
+    if settings.get("new_decoder_architecture", False):
+        settings.get("multi_query", None)
+        return settings.size("num_kv_heads", heads)
+    if settings.get("multi_query", True):
+        settings.get("num_kv_heads", None)
+        return 1
+    # Only the new architecture has groups of heads.
+    settings.require("num_kv_heads", heads, None)
+    return heads
 
 
 def _write_falcon(description: Description) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from maxlm.families.common import (
 )
 from maxlm.families.family import Description, Family, tensor
 from maxlm.families.layers import all_layers, first_layer, read_kinds, read_window, write_windows
-from maxlm.families.rope import read_rope, read_ropes_by_kind, write_rope
+from maxlm.families.rope import read_rope, read_ropes_by_kind, write_rope, write_ropes_by_kind
 from maxlm.families.settings import Settings
 
 # Four norms in a layer. What other families call post_attention_layernorm is before the MLP there.
@@ -81,9 +81,10 @@ def _read_gemma3(settings: Settings) -> Description:
         whole, local = by_kind["full_attention"], by_kind["sliding_attention"]
     else:
         whole = read_rope(settings, theta=1e6)
-        local = RopeConfig(theta=float(settings.get("rope_local_base_freq", 1e4)))
-    soft_cap = settings.get("attn_logit_softcapping", None)
-    mixer = _windowed_attention(settings, rope=whole, soft_cap=soft_cap, qk_norm=True)
+        local = RopeConfig(theta=settings.number("rope_local_base_freq", 1e4))
+    # transformers does not apply it, whatever this is.
+    settings.require("attn_logit_softcapping", None)
+    mixer = _windowed_attention(settings, rope=whole, qk_norm=True)
     pattern = settings.size("sliding_window_pattern", 6)
     return _read_windowed(settings, mixer, local, pattern=pattern, final_soft_cap=None, max_length=131072)
 
@@ -92,7 +93,7 @@ def _windowed_attention(settings: Settings, **more: Any) -> AttentionConfig:
     """Attention over whole texts."""
     settings.require("use_bidirectional_attention", None, False)
     bias = settings.get("attention_bias", False)
-    scale = settings.get("query_pre_attn_scalar", 256) ** -0.5
+    scale = settings.number("query_pre_attn_scalar", 256, above=0) ** -0.5
     sizes = read_attention(settings, num_kv_heads=4, head_dim=256, **more)
     return AttentionConfig(**sizes, scale=scale, bias=bias, out_bias=bias)
 
@@ -118,11 +119,13 @@ def _read_windowed(
 
 def _write_windowed(description: Description) -> dict[str, Any]:
     model, layer = description.model, first_layer(description.model)
+    # transformers wants a window even if no layer has one: its default.
+    windows = {key: value for key, value in write_windows(model).items() if value is not None}
     return {
         **write_model(description),
         "intermediate_size": layer.mlp.dim,
         "hidden_activation": write_activation(layer.mlp.activation),
-        **write_windows(model),
+        **windows,
         "attention_bias": layer.mixer.bias,
         "query_pre_attn_scalar": _whole((layer.mixer.scale or layer.mixer.head_dim**-0.5) ** -2),
         "attn_logit_softcapping": layer.mixer.soft_cap,
@@ -138,7 +141,12 @@ def _whole(number: float) -> float:
 def _write_gemma3(description: Description) -> dict[str, Any]:
     by_window = {layer.mixer.window is not None: layer.mixer.rope for layer in all_layers(description.model)}
     local, whole = by_window.get(True, RopeConfig()), by_window.get(False, RopeConfig(theta=1e6))
-    return {**_write_windowed(description), **write_rope(whole), "rope_local_base_freq": local.theta}
+    if local.scaling is None:
+        ropes = {**write_rope(whole), "rope_local_base_freq": local.theta}
+    else:
+        ropes = write_ropes_by_kind(full_attention=whole, sliding_attention=local)
+    written = _write_windowed(description)
+    return {**{key: value for key, value in written.items() if not key.startswith("rope_")}, **ropes}
 
 
 FAMILIES = (

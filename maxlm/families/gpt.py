@@ -142,8 +142,10 @@ def _write_gpt2(description: Description) -> dict[str, Any]:
 def _read_neox(settings: Settings) -> Description:
     embed_dim, heads = settings.size("hidden_size"), settings.size("num_attention_heads")
     bias, parallel = settings.get("attention_bias", True), settings.get("use_parallel_residual", True)
-    theta = settings.get("rotary_emb_base", 10_000)
-    share = settings.get("rotary_pct", 0.25)
+    theta, share = settings.number("rotary_emb_base", 10_000.0), settings.number("rotary_pct", 0.25)
+    # Some files repeat them under the names of other families, which transformers overlooks here.
+    settings.require("rope_theta", theta, None)
+    settings.require("partial_rotary_factor", share, None)
     rope: RopeConfig = read_rope(settings, theta=theta, share=share)
     mixer = _attention(embed_dim, heads, rope=rope, bias=bias, out_bias=bias)
     mlp = PlainMlpConfig(

@@ -50,7 +50,7 @@ def read_kinds(settings: Settings, default: Callable[[int], str], num_layers: in
     num_layers: where it is missing.
     """
     num_layers = settings.size("num_hidden_layers", *([] if num_layers is None else [num_layers]))
-    kinds = settings.get("layer_types", None)
+    kinds = settings.items("layer_types")
     if kinds is None:
         return [default(number) for number in range(num_layers)]
     if len(kinds) != num_layers:

@@ -22,6 +22,15 @@ PHI3_TENSORS = (
 def _read_phi3(settings: Settings) -> Description:
     rope = read_rope(settings, theta=10_000.0, share=1.0, original_length=4096)
     settings.get("original_max_position_embeddings", None)
+    # Settings of the authors' own code, at the values that change nothing.
+    for key, value in {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "lm_head_bias": False,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+    }.items():
+        settings.require(key, value)
     mixer = AttentionConfig(**read_attention(settings, rope=rope), window=settings.get("sliding_window", None))
     layer = LayerConfig(mixer=mixer, mlp=read_gated_mlp(settings))
     return read_model(settings, [layer] * settings.size("num_hidden_layers"), max_length=4096, epsilon=1e-5)
@@ -29,11 +38,7 @@ def _read_phi3(settings: Settings) -> Description:
 
 def _write_phi3(description: Description) -> dict[str, Any]:
     layer = first_layer(description.model)
-    written = {**write_model(description), **write_gated_mlp(layer.mlp), "sliding_window": layer.mixer.window}
-    # Heads have always hidden_size / num_attention_heads channels.
-    if written.pop("head_dim") * layer.mixer.num_heads != description.model.embed_dim:
-        return {}
-    return written
+    return {**write_model(description), **write_gated_mlp(layer.mlp), "sliding_window": layer.mixer.window}
 
 
 FAMILIES = (Family("phi3", "Phi3ForCausalLM", _read_phi3, _write_phi3, PHI3_TENSORS),)

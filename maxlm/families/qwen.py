@@ -43,7 +43,7 @@ def _read_qwen(settings: Settings, mixer: AttentionConfig) -> Description:
 
 
 def _qwen_windows(settings: Settings) -> list[int | None]:
-    full, window = settings.get("max_window_layers", 28), settings.get("sliding_window", 4096)
+    full, window = settings.size("max_window_layers", 28, least=0), settings.get("sliding_window", 4096)
     has_windows = settings.get("use_sliding_window", False) and window is not None
     kinds = read_kinds(
         settings, lambda number: "sliding_attention" if has_windows and number >= full else "full_attention"
@@ -68,8 +68,10 @@ def _write_qwen3(description: Description) -> dict[str, Any]:
 def _read_qwen2_moe(settings: Settings) -> Description:
     # Which layers have windows depends on the version of transformers.
     settings.require("use_sliding_window", False)
-    for name in ("sliding_window", "max_window_layers", "layer_types"):
+    for name in ("sliding_window", "max_window_layers"):
         settings.get(name, None)
+    for kind in read_kinds(settings, lambda number: "full_attention"):
+        read_window(settings, kind, None)
     sizes = read_attention(settings, theta=10_000.0, num_kv_heads=16)
     return _read_moe(
         settings,
@@ -103,7 +105,7 @@ def _read_moe(settings: Settings, mixer: AttentionConfig, **sizes: Any) -> Descr
     dense = read_gated_mlp(settings)
     settings.require("hidden_act", "silu", "swish")
     experts = MoeConfig(kind="moe", normalize_weights=settings.get("norm_topk_prob", False), **sizes)
-    step, without = settings.size("decoder_sparse_step", 1), settings.get("mlp_only_layers", None) or []
+    step, without = settings.size("decoder_sparse_step", 1), settings.items("mlp_only_layers") or []
     layers = [
         LayerConfig(mixer=mixer, mlp=dense if number in without or (number + 1) % step else experts)
         for number in range(settings.size("num_hidden_layers"))

@@ -27,28 +27,41 @@ def read_rope(
       original_length: of the texts that the model was trained with first, where it is missing beside the scaling;
         None: what the scaling says, or the longest.
     """
-    scaling, parameters = settings.section("rope_scaling"), settings.section("rope_parameters")
-    section = parameters or scaling or Settings({}, settings.where)
-    theta = section.get("rope_theta", settings.get("rope_theta", theta))
+    sections = [each for key in ("rope_parameters", "rope_scaling") if (each := settings.section(key))]
+    theta = settings.number("rope_theta", theta)
     if share is not None:
-        share = section.get("partial_rotary_factor", settings.get("partial_rotary_factor", share))
-    rope = RopeConfig(
-        theta=float(theta), share=1.0 if share is None else share, scaling=_scaling(settings, section, original_length)
-    )
-    section.check_all_read()
-    return rope
+        share = settings.number("partial_rotary_factor", share)
+    ropes = [
+        RopeConfig(
+            theta=section.number("rope_theta", theta),
+            share=1.0 if share is None else section.number("partial_rotary_factor", share),
+            scaling=_scaling(settings, section, original_length),
+        )
+        for section in sections or [Settings({}, settings.where)]
+    ]
+    for section in sections:
+        section.check_all_read()
+    if ropes[0] != ropes[-1]:
+        # Versions of transformers differ in the one that they take.
+        raise CheckpointError(f"{settings.where}: rope_parameters and rope_scaling differ; remove one of them")
+    return ropes[0]
 
 
 def read_ropes_by_kind(settings: Settings, **theta: float) -> dict[str, RopeConfig] | None:
-    """The rotary positions of each kind of layer in `layer_types`; None if `rope_parameters` has none by kind.
+    """The rotary positions of each kind of layer in `layer_types`; None if there are no `rope_parameters`.
 
     theta: of each kind, where it is missing.
     """
-    by_kind = settings.section("rope_parameters")
-    given = {kind: by_kind.get(kind, None) for kind in theta} if by_kind else {}
-    if by_kind is None or not any(given.values()):
+    by_kind, scaling = settings.section("rope_parameters"), settings.section("rope_scaling")
+    if by_kind is None:
+        if scaling and (name := scaling.get("type", None)) and not scaling.get("rope_type", None):
+            # transformers 5 takes it for "default" in these models.
+            raise CheckpointError(f"{scaling.where}: type is {name!r}; call it rope_type, as all versions read it")
         return None
+    given = {kind: by_kind.get(kind, None) for kind in theta}
+    # transformers overlooks what stands beside the kinds.
     by_kind.check_all_read()
+    settings.require("rope_scaling", None)
     length = settings.get("max_position_embeddings", None)
     return {
         kind: read_rope(
@@ -63,10 +76,6 @@ def _scaling(settings: Settings, section: Settings, original: int | None) -> Rop
     old_name = section.get("type", "default")
     kind = section.get("rope_type", old_name)
 
-    def number(name: str, *default: Any) -> Any:
-        value = section.get(name, *default)
-        return float(value) if isinstance(value, int) else value
-
     def original_length() -> int:
         of_scaling = section.size("original_max_position_embeddings", settings.get("max_position_embeddings"))
         # What stands beside the scaling counts, as Phi-3 has it.
@@ -76,26 +85,26 @@ def _scaling(settings: Settings, section: Settings, original: int | None) -> Rop
         case "default":
             return None
         case "linear":
-            return LinearScaling(kind="linear", factor=number("factor"))
+            return LinearScaling(kind="linear", factor=section.number("factor"))
         case "llama3":
             return Llama3Scaling(
                 kind="llama3",
-                factor=number("factor"),
-                low_frequency_factor=number("low_freq_factor"),
-                high_frequency_factor=number("high_freq_factor"),
+                factor=section.number("factor"),
+                low_frequency_factor=section.number("low_freq_factor"),
+                high_frequency_factor=section.number("high_freq_factor"),
                 original_length=original_length(),
             )
         case "yarn":
-            factor, attention_factor = number("factor"), number("attention_factor", None)
-            of_keys, of_all = number("mscale", None), number("mscale_all_dim", None)
+            factor, attention_factor = section.number("factor"), section.number("attention_factor", None)
+            of_keys, of_all = section.number("mscale", None), section.number("mscale_all_dim", None)
             if attention_factor is None and of_keys and of_all:
                 attention_factor = mscale(factor, of_keys) / mscale(factor, of_all)
             return YarnScaling(
                 kind="yarn",
                 factor=factor,
                 original_length=original_length(),
-                beta_fast=number("beta_fast", None) or 32.0,
-                beta_slow=number("beta_slow", None) or 1.0,
+                beta_fast=section.number("beta_fast", None) or 32.0,
+                beta_slow=section.number("beta_slow", None) or 1.0,
                 attention_factor=attention_factor,
                 truncate=section.get("truncate", True),
             )
@@ -103,18 +112,20 @@ def _scaling(settings: Settings, section: Settings, original: int | None) -> Rop
             # transformers compares lengths with the longest one, whatever this is.
             section.get("original_max_position_embeddings", None)
             return DynamicScaling(
-                kind="dynamic", factor=number("factor"), original_length=settings.size("max_position_embeddings")
+                kind="dynamic",
+                factor=section.number("factor"),
+                original_length=settings.size("max_position_embeddings"),
             )
         case "longrope" | "su":
             length = original_length()
-            factor = number("factor", None) or settings.get("max_position_embeddings") / length
+            factor = section.number("factor", None) or settings.size("max_position_embeddings") / length
             by_factor = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
             return LongRopeScaling(
                 kind="longrope",
                 original_length=length,
-                short_factors=tuple(section.get("short_factor")),
-                long_factors=tuple(section.get("long_factor")),
-                attention_factor=number("attention_factor", None) or by_factor,
+                short_factors=tuple(section.items("short_factor") or ()),
+                long_factors=tuple(section.items("long_factor") or ()),
+                attention_factor=section.number("attention_factor", None) or by_factor,
             )
     raise CheckpointError(
         f"{section.where}: rope_type is {kind!r}, which is not supported; it must be default, linear, dynamic, llama3,"

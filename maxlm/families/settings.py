@@ -1,5 +1,6 @@
 """config.json of a Hugging Face model, read so that no setting which changes the function is overlooked."""
 
+import math
 import re
 from typing import Any
 
@@ -18,7 +19,7 @@ _WITHOUT_EFFECT = re.compile(
             r".*_token_ids?",
             # Noise and losses of training, initialization, speed.
             r".*dropout(_prob)?|.*_pdrop|initializer_range|router_(aux_loss_coef|jitter_noise)|output_router_logits",
-            r"chunk_size_feed_forward|pretraining_tp|use_cache|keys_to_ignore_at_inference",
+            r"chunk_size_feed_forward|pretraining_tp|use_cache|cache_implementation|keys_to_ignore_at_inference|ep_size",
             # Generation and what is returned.
             r"output_(attentions|hidden_states|scores)|return_dict(_in_generate)?|(max|min)_length|bad_words_ids",
             r"(begin_)?suppress_tokens|do_sample|early_stopping|(encoder_)?no_repeat_ngram_size|num_beams|num_beam_groups",
@@ -61,13 +62,34 @@ class Settings:
             raise CheckpointError(f"{self.where}: {key} is missing, which the model needs; restore it")
         return value
 
-    def size(self, key: str, default: Any = _MISSING) -> int:
-        """A positive number of something; null is the default."""
-        value = self.get(key, default)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{self.where}: {key} is {value!r}, and must be a positive whole number")
+    def size(self, key: str, default: Any = _MISSING, *, least: int = 1) -> int:
+        """A number of something; null is the default."""
+        value = self._or_default(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            kind = "positive whole number" if least else "whole number"
+            raise CheckpointError(f"{self.where}: {key} is {value!r}, and must be a {kind}")
         return value
+
+    def number(self, key: str, default: Any = _MISSING, *, above: float = -math.inf) -> Any:
+        """A number as a float; null is the default, which may be None."""
+        value = self._or_default(key, default)
+        if value is None and default is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:
+            kind = "a number" if above == -math.inf else f"a number above {above}"
+            raise CheckpointError(f"{self.where}: {key} is {value!r}, and must be {kind}")
+        return float(value)
+
+    def items(self, key: str) -> list[Any] | None:
+        """A list; None if there is none."""
+        value = self.get(key, None)
+        if value is not None and not isinstance(value, list):
+            raise CheckpointError(f"{self.where}: {key} is {value!r}, and must be a list")
+        return value
+
+    def _or_default(self, key: str, default: Any) -> Any:
+        value = self.get(key, default)
+        return default if value is None and default is not _MISSING else value
 
     def require(self, key: str, *allowed: Any) -> None:
         """Check a setting that is supported at some values only, the first of which is its default.
@@ -76,7 +98,7 @@ class Settings:
           CheckpointError: it has another value.
         """
         if (value := self.get(key, allowed[0])) not in allowed:
-            values = " or ".join(map(repr, allowed))
+            values = " or ".join(dict.fromkeys(map(repr, allowed)))
             raise CheckpointError(
                 f"{self.where}: {key} is {value!r}, which maxlm does not support; it must be {values}"
             )

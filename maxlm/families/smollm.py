@@ -27,7 +27,7 @@ def _read_smollm3(settings: Settings) -> Description:
 def _read_positions(settings: Settings) -> list[bool]:
     """Whether each layer has rotary positions."""
     interval, num_layers = settings.size("no_rope_layer_interval", 4), settings.size("num_hidden_layers")
-    given = settings.get("no_rope_layers", None)
+    given = settings.items("no_rope_layers")
     if given is None:
         return [(number + 1) % interval != 0 for number in range(num_layers)]
     if len(given) < num_layers:
@@ -50,7 +50,7 @@ def _read_windows(settings: Settings, has_rope: list[bool]) -> list[int | None]:
 
 def _write_smollm3(description: Description) -> dict[str, Any]:
     mixers = [layer.mixer for layer in all_layers(description.model)]
-    rope = next(mixer.rope for mixer in mixers if mixer.rope is not None)
+    rope = next((mixer.rope for mixer in mixers if mixer.rope is not None), None)
     return {
         **write_model(description),
         **write_gated_mlp(first_layer(description.model).mlp),

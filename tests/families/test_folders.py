@@ -17,7 +17,7 @@ from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckpointError
 from maxlm.interop import tensor_files
-from maxlm.interop.huggingface import load_huggingface, write_huggingface
+from maxlm.interop.huggingface import load_huggingface, read_description, write_huggingface
 
 LLAMA = CASES["llama"]
 
@@ -84,6 +84,57 @@ def refused(folder: Path, *words: str) -> None:
 def test_settings_that_do_not_fit_are_refused(folder, changes, words):
     change_settings(folder, **changes)
     refused(folder, *words)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "words"),
+    [
+        ("llama", {"rope_theta": "x"}, ["rope_theta is 'x'", "must be a number"]),
+        ("llama, longrope", {"max_position_embeddings": [8]}, ["max_position_embeddings is [8]"]),
+        (
+            "llama, yarn",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            ["rope_parameters and rope_scaling differ"],
+        ),
+        ("olmo3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["type is 'linear'", "call it rope_type"]),
+        ("olmo3", {"layer_types": 5}, ["layer_types is 5", "must be a list"]),
+        ("olmo3", {"rope_scaling": None, "rope_parameters": {"rope_theta": 1e5}}, ["rope_parameters", "rope_theta"]),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping is 50.0", "must be None"]),
+        ("gemma3_text", {"query_pre_attn_scalar": 0}, ["query_pre_attn_scalar is 0", "above 0"]),
+        ("qwen2_moe", {"layer_types": ["sliding_attention"] * 3}, ["sliding_attention", "without a sliding_window"]),
+        ("qwen2_moe", {"mlp_only_layers": 1}, ["mlp_only_layers is 1", "must be a list"]),
+        ("deepseek_v3", {"first_k_dense_replace": -1}, ["first_k_dense_replace is -1", "must be a whole number"]),
+        ("deepseek_v3", {"num_key_value_heads": 2}, ["num_key_value_heads is 2", "must be 4"]),
+        ("gpt_neox", {"rope_theta": 500.0}, ["rope_theta is 500.0", "must be 10000.0"]),
+        ("falcon, alibi", {"num_kv_heads": 2}, ["num_kv_heads is 2", "must be 4"]),
+        ("falcon, alibi", {"num_attention_heads": 64}, ["must be a multiple of num_attention_heads, 64"]),
+    ],
+    ids=str,
+)
+def test_settings_that_would_be_overlooked_are_refused(case, changes, words, tmp_path):
+    """What transformers computes otherwise, or not at all."""
+    (tmp_path / "config.json").write_text(json.dumps(CASES[case] | changes))
+    with pytest.raises(CheckpointError) as refusal:
+        read_description(tmp_path)
+    for word in words:
+        assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [
+        ("gemma2", {"cache_implementation": "hybrid"}),
+        ("deepseek_v2", {"ep_size": 1}),
+        ("gpt_neox", {"rope_theta": 10000, "partial_rotary_factor": 0.25}),
+        ("llama, yarn", {"rope_scaling": CASES["llama, yarn"]["rope_parameters"]}),
+    ],
+)
+def test_settings_that_repeat_others_change_nothing(case, changes, tmp_path):
+    descriptions = []
+    for settings in (CASES[case], CASES[case] | changes):
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        descriptions.append(read_description(tmp_path))
+    assert descriptions[0] == descriptions[1]
 
 
 def test_tensors_that_do_not_fit_are_refused(folder):
