@@ -288,6 +288,44 @@ SCORE_CASES: dict[str, Settings] = {
     "gpt2, two classes": CASES["gpt2"] | {"architectures": ["GPT2ForSequenceClassification"]},
 }
 
+# The kind of tokenizer that published models have, as tests/tokenizer_kinds.py makes small ones. Where tokenizer.json
+# is named, transformers 5 gives other ids without it: it puts no space before the text.
+_SENTENCEPIECE, _SENTENCEPIECE_JSON = "SentencePiece BPE", "SentencePiece BPE, tokenizer.json"
+_BYTES, _BYTES_WITH_BOS = "byte-level BPE", "byte-level BPE with bos"
+TOKENIZERS: dict[str, str] = {
+    "llama": _SENTENCEPIECE,
+    "llama 3": _BYTES_WITH_BOS,
+    "mistral": _SENTENCEPIECE_JSON,
+    "mixtral": _SENTENCEPIECE_JSON,
+    "qwen2": _BYTES,
+    "qwen2_moe": _BYTES,
+    "qwen3": _BYTES,
+    "qwen3_moe": _BYTES,
+    "gemma": _SENTENCEPIECE,
+    "gemma2": _SENTENCEPIECE,
+    "gemma3_text": _SENTENCEPIECE,
+    "deepseek_v2": _BYTES_WITH_BOS,
+    "deepseek_v3": _BYTES_WITH_BOS,
+    "olmo2": _BYTES,
+    "olmo3": _BYTES,
+    "gpt_oss": _BYTES,
+    "glm": _BYTES,
+    "glm4": _BYTES,
+    "smollm3": _BYTES_WITH_BOS,
+    "phi3": _SENTENCEPIECE_JSON,
+    "stablelm": _BYTES,
+    "gpt2": _BYTES,
+    "gpt_neox": _BYTES,
+    "bloom": _BYTES,
+    "falcon": _BYTES,
+}
+
+
+def tokenizer_kind(case: str) -> str:
+    """The kind of tokenizer of a case: that of the generation which its name begins with, or of its family."""
+    own = case.partition(",")[0]
+    return TOKENIZERS[own] if own in TOKENIZERS else TOKENIZERS[(CASES | SCORE_CASES)[case]["model_type"]]
+
 
 def file_name(case: str) -> str:
     return case.replace(", ", "-").replace(" ", "_")
