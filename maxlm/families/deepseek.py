@@ -180,7 +180,8 @@ def _write(description: Description) -> dict[str, Any]:
     dense = [layer.mlp for layer in layers if layer.mlp.kind == "gated"]
     # A model without experts has settings of some.
     experts = next(
-        (layer.mlp for layer in layers if layer.mlp.kind == "moe"), MoeConfig(kind="moe", dim=1, num_shared_experts=1)
+        (layer.mlp for layer in layers if layer.mlp.kind == "moe"),
+        MoeConfig(kind="moe", dim=1, num_shared_experts=1, normalize_weights=False),
     )
     rope = write_rope(mixer.rope)
     if mixer.scale is not None:
