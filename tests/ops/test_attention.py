@@ -170,6 +170,22 @@ def test_bfloat16_in_bfloat16_out(implementation, expected):
         np.testing.assert_allclose(got.astype(np.float32), expected(case)[name], atol=0.06, rtol=0.03)
 
 
+def test_gradients_of_a_single_block_in_16_bits():
+    """Processors with matrix units for bfloat16 have failed at them."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    query, key, value, gradient = (jax.random.normal(each, (2, 2, 48, 8)) for each in keys)
+
+    def gradients(blocks):
+        rule, operands = AttentionRule(0.3), AttentionOperands()
+        output, log_sum = blocks.forward(rule, query, key, value, operands)
+        mean = jnp.sum(output * gradient, axis=-1)
+        return blocks.backward(rule, query, key, value, operands, log_sum, mean, gradient)[:3]
+
+    got, exact = (jax.jit(gradients, static_argnums=0)(Blockwise(jnp.dtype(x))) for x in ("bfloat16", "float32"))
+    for one, other in zip(got, exact):
+        np.testing.assert_allclose(one, other, atol=0.1)
+
+
 def test_matmul_dtype_casts_only_operands(expected):
     case = Case("matmul_dtype", segments=True)
     for name, got in run("xla", case, matmul_dtype=jnp.bfloat16).items():

@@ -171,4 +171,6 @@ def _sum_over_blocks(blocks, pieces: list[jax.Array], key_length: int) -> jax.Ar
             if keys.start <= start and end <= keys.stop
         ]
         spans.append(sum(here) if here else jnp.zeros((*pieces[0].shape[:-1], end - start), pieces[0].dtype))
-    return jnp.concatenate(spans, axis=-1).swapaxes(2, 3)
+    # Into a single product, XLA would fold the transposition, and CPUs lack the product that results in 16 bits.
+    whole = jax.lax.optimization_barrier(spans[0]) if len(spans) == 1 else jnp.concatenate(spans, axis=-1)
+    return whole.swapaxes(2, 3)
