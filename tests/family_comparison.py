@@ -1,7 +1,7 @@
 """A tiny model of a family, computed by maxlm and by transformers, imported and exported."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -11,6 +11,7 @@ from drawn_weights import draw, inputs
 from family_cases import CASES, SCORE_CASES, file_name
 from safetensors.numpy import load_file, save_file
 
+from maxlm.families.family import Description, Family
 from maxlm.families.placement import placed_tensors
 from maxlm.interop.huggingface import load_huggingface, read_description, write_huggingface
 from maxlm.models.decoder import Decoder
@@ -39,7 +40,7 @@ class Comparison:
 def write_folder(folder: Path, settings: dict) -> dict[str, np.ndarray]:
     """A folder as transformers writes it, with weights drawn from a seed; returns the tensors."""
     (folder / "config.json").write_text(json.dumps(settings))
-    family, description = read_description(folder)
+    family, description = _described(folder)
     placed = placed_tensors(family, Decoder(description.model))
     tensors = {name: draw(name, tensor.shape) for name, tensor in placed.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -108,7 +109,13 @@ def _write(folder: Path, model: Decoder) -> tuple[dict[str, np.ndarray], bool]:
     out = folder / "out"
     out.mkdir()
     write_huggingface(out, model, None, {})
-    return load_file(out / "model.safetensors"), read_description(out) == read_description(folder)
+    return load_file(out / "model.safetensors"), _described(out) == _described(folder)
+
+
+def _described(folder: Path) -> tuple[Family, Description]:
+    """The model of a folder, without prediction modules, which transformers does not write."""
+    family, description = read_description(folder)
+    return family, replace(description, model=description.model.main_model)
 
 
 def _are_same(written: dict[str, np.ndarray], tensors: dict[str, np.ndarray]) -> bool:

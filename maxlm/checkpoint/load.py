@@ -21,6 +21,7 @@ from maxlm.core.parameters import abstract
 from maxlm.errors import CheckpointError
 from maxlm.models.adapters import declare_adapters, merge_adapters
 from maxlm.models.decoder import Decoder, with_execution
+from maxlm.models.multi_token import without_modules
 from maxlm.models.scores import with_labels
 from maxlm.runtime.storage import absolute_path, real_path, resolve_path, storage_path
 from maxlm.tokenizer.codec import Tokenizer
@@ -52,6 +53,7 @@ def load_checkpoint(
     if lora is None:
         return restore(checkpoint, abstract(plan, mesh)), tokenizer
     base = load_start(checkpoint, execution, mesh)
+    base = base if config.multi_token else without_modules(base)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         if config.labels is not None:
             base = with_labels(base, config.labels, jax.random.key(metadata["config"]["seed"]))

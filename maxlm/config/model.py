@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, ValidationInfo, field_validator, model_validator
 
 from maxlm.config.base import Count, CountOrZero, Frozen
 from maxlm.config.layers import (
@@ -36,6 +36,13 @@ class TokenIds(Frozen):
     pad: int | None = None
     mask: int | None = None
     gmask: int | None = Field(None, description="Where the answer to a prompt belongs, in ChatGLM-6B.")
+
+
+class MultiTokenConfig(Frozen):
+    """Modules that predict tokens further ahead, each from the one before it (arXiv:2412.19437, section 2.2)."""
+
+    modules: Count = Field(1, description="How many tokens after the next one are predicted.")
+    layer: LayerConfig | None = Field(None, description="The layer of each module; null is one like the model's last.")
 
 
 class ModelConfig(Frozen):
@@ -80,6 +87,11 @@ class ModelConfig(Frozen):
     labels: tuple[str, ...] | None = Field(
         None, description="Score whole sequences, for these classes or one reward, instead of predicting tokens."
     )
+    multi_token: MultiTokenConfig | None = Field(
+        None,
+        description="Modules that predict tokens after the next one. objective.kind=multi_token trains them; generation"
+        " does not use them.",
+    )
     logit_soft_cap: PositiveFloat | None = Field(None, description="Output logits become c * tanh(logits / c).")
     family: str | None = Field(
         None, description="The model_type that Hugging Face's format is written with; null is the first one that fits."
@@ -87,6 +99,15 @@ class ModelConfig(Frozen):
     token_ids: TokenIds | None = Field(
         None, description="Special tokens that Hugging Face's format is written with; null takes the tokenizer's."
     )
+
+    @field_validator("multi_token")
+    @classmethod
+    def _with_layer(cls, given: MultiTokenConfig | None, info: ValidationInfo) -> MultiTokenConfig | None:
+        """The modules with their layer, so that equal models have equal sections."""
+        if given is None or "layers" not in info.data:
+            return given
+        *_, last = (layer for group in info.data["layers"] for layer in group.each_layer())
+        return given.model_copy(update={"layer": given.layer or last})
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -99,6 +120,8 @@ class ModelConfig(Frozen):
             raise ValueError(f"residual_factor needs residual: sequential or normalized, not {self.residual}")
         if self.prefix_attention and self.labels is not None:
             raise ValueError("prefix_attention is of models that answer prompts, and labels of those that score texts")
+        if self.multi_token is not None and self.labels is not None:
+            raise ValueError("multi_token is of models that predict tokens, and labels of those that score texts")
         return self
 
     @model_validator(mode="after")
@@ -109,6 +132,11 @@ class ModelConfig(Frozen):
                 " be equal"
             )
         return self
+
+    @property
+    def main_model(self) -> Self:
+        """The model without its prediction modules."""
+        return self.model_copy(update={"multi_token": None})
 
     @property
     def width(self) -> float:
@@ -137,8 +165,21 @@ class ModelConfig(Frozen):
                 key = key if len(group.pattern) == 1 else f"{key}.pattern.{position}"
                 yield f"{key}.mixer", layer.mixer
                 yield f"{key}.mlp", layer.mlp
+        for layer in self.module_layers:
+            if layer not in self.each_layer():
+                yield "multi_token.layer.mixer", layer.mixer
+                yield "multi_token.layer.mlp", layer.mlp
 
     def each_layer(self) -> Iterator[LayerConfig]:
         """The layers in order."""
         for group in self.layers:
             yield from group.each_layer()
+
+    @property
+    def num_modules(self) -> int:
+        return 0 if self.multi_token is None else self.multi_token.modules
+
+    @property
+    def module_layers(self) -> tuple[LayerConfig, ...]:
+        """The layer of the prediction modules, if there are any."""
+        return () if self.multi_token is None or self.multi_token.layer is None else (self.multi_token.layer,)

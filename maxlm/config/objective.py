@@ -38,6 +38,8 @@ class ObjectiveConfig(Frozen):
     needs_start: ClassVar[bool] = True
     # Whether it can train prefix language models, whose rows mark prefixes.
     marks_prefixes: ClassVar[bool] = False
+    # Whether it trains the prediction modules of `model.multi_token`. Others train a model without them.
+    trains_modules: ClassVar[bool] = False
 
     kind: str
 
@@ -50,6 +52,24 @@ class ObjectiveConfig(Frozen):
     def resume_multiple(self) -> int:
         """Checkpoints are allowed at multiples of this many steps."""
         return 1
+
+    def trained_part(self, start: ModelConfig) -> ModelConfig:
+        """The part of a starting model that is trained."""
+        return start if self.trains_modules else start.main_model
+
+    def module_problem(self, model: ModelConfig) -> str | None:
+        """A sentence if a model has prediction modules that are not trained, or lacks those that are."""
+        if self.trains_modules and model.multi_token is None:
+            return (
+                f"model.multi_token: objective.kind={self.kind} trains prediction modules, and the model has none; set"
+                " model.multi_token.modules=1, or objective.kind=pretrain"
+            )
+        if not self.trains_modules and model.multi_token is not None:
+            return (
+                f"model.multi_token: objective.kind={self.kind} does not train prediction modules; set it to null, or"
+                " objective.kind=multi_token"
+            )
+        return None
 
     def problems(self, config: "TrainConfig") -> list[str]:
         """Problems with the other settings of its run, one sentence each."""

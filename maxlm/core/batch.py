@@ -6,10 +6,11 @@ from functools import partial
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from maxlm.core.sharding import check_row_length, logical_to_spec, row_groups, row_shard
+from maxlm.core.sharding import check_row_length, logical_to_spec, row_groups, row_shard, shard
 
 
 @partial(
@@ -54,6 +55,19 @@ class Batch:
 
     def __getitem__(self, name: str) -> Stream:
         return self.streams[name]
+
+
+def look_ahead(stream: Stream, distance: int) -> Stream:
+    """At each place what stands `distance` places later; padding where the document has ended by then."""
+
+    def later(x_BL: jax.Array) -> jax.Array:
+        # Devices along `context` exchange whole rows: a few bytes a token.
+        whole_BL = jnp.pad(shard(x_BL, "batch", None), ((0, 0), (0, distance)))
+        return shard(whole_BL[:, distance:], "batch", "length")
+
+    is_same_BL = later(stream.segment_ids) == stream.segment_ids
+    fields = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
+    return Stream(**{name: jnp.where(is_same_BL, later(getattr(stream, name)), 0) for name in fields})
 
 
 def put_batch(batch: Any, mesh: Mesh, axes: tuple[str | None, ...] = ("batch", "length")) -> Any:

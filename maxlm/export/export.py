@@ -80,6 +80,7 @@ def export_model(
     paths = [] if target.quantize is None else find_held_out(model_path) if data is None else [data]
     load = load_any_model if target.quantize is None else load_model
     model, tokenizer = load(model_path, ema=ema)
+    model = target.stored(model)
     bounds = {"max_perplexity_change": max_perplexity_change, "max_mean_kl": max_mean_kl}
     if target.quantize is None:
         written, receipt = model, None

@@ -1,6 +1,6 @@
 """DeepSeek V2 and V3: latent attention, and experts in groups with shared ones.
 
-The layers for predicting several tokens, which follow the others in published files, are not read, as in transformers.
+The prediction modules of V3 follow its layers in published files; files that transformers wrote do not have them.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from maxlm.config.layers import LatentAttentionConfig, LayerConfig, MoeConfig
-from maxlm.config.model import ModelConfig
+from maxlm.config.model import ModelConfig, MultiTokenConfig
 from maxlm.config.rope import RopeConfig, YarnScaling
 from maxlm.families.common import TENSORS, read_gated_mlp, read_model
 from maxlm.families.family import Description, Family, tensor
@@ -75,6 +75,16 @@ TENSORS_OF_BOTH = (
     ),
 )
 
+_MODULE = "model.layers.{layer}"
+# The order of the inputs of `eh_proj` is ours: the embedding, then the hidden state.
+TENSORS_OF_MODULES = (
+    tensor(f"{_MODULE}.enorm.weight", "layer/embedding_norm/scale"),
+    tensor(f"{_MODULE}.hnorm.weight", "layer/hidden_norm/scale"),
+    tensor(f"{_MODULE}.eh_proj.weight", "layer/project"),
+    tensor(f"{_MODULE}.shared_head.norm.weight", "layer/final_norm/scale"),
+)
+COPIES_IN_MODULES = ((f"{_MODULE}.embed_tokens.weight", "embedding"), (f"{_MODULE}.shared_head.head.weight", "head"))
+
 
 def _read_v2(settings: Settings) -> Description:
     method = settings.get("topk_method", "greedy")
@@ -87,7 +97,7 @@ def _read_v2(settings: Settings) -> Description:
     for name in ("aux_loss_alpha", "seq_aux"):
         settings.get(name, None)
     is_limited = method == "group_limited_greedy"
-    groups = {
+    groups: dict[str, Any] = {
         "num_groups": settings.size("n_group") if is_limited else 1,
         "groups_per_token": settings.size("topk_group") if is_limited else 1,
     }
@@ -113,12 +123,14 @@ def _read_v3(settings: Settings) -> Description:
     settings.require("topk_method", "noaux_tc")
     settings.require("scoring_func", "sigmoid")
     settings.require("moe_layer_freq", 1)
-    for name in ("aux_loss_alpha", "seq_aux", "num_nextn_predict_layers"):
+    for name in ("aux_loss_alpha", "seq_aux"):
         settings.get(name, None)
+    modules = settings.size("num_nextn_predict_layers", 1, least=0)
     return _read(
         settings,
         query_rank=1536,
         max_length=4096,
+        multi_token=MultiTokenConfig(modules=modules) if modules else None,
         num_dense=settings.size("first_k_dense_replace", 3, least=0),
         num_experts=settings.size("n_routed_experts", 256),
         experts_per_token=settings.size("num_experts_per_tok", 8),
@@ -134,7 +146,15 @@ def _read_v3(settings: Settings) -> Description:
     )
 
 
-def _read(settings: Settings, *, query_rank: int, max_length: int, num_dense: int, **experts: Any) -> Description:
+def _read(
+    settings: Settings,
+    *,
+    query_rank: int,
+    max_length: int,
+    num_dense: int,
+    multi_token: MultiTokenConfig | None = None,
+    **experts: Any,
+) -> Description:
     content, rotary = settings.size("qk_nope_head_dim", 128), settings.size("qk_rope_head_dim", 64)
     heads = settings.size("num_attention_heads")
     # Files repeat other settings.
@@ -159,7 +179,7 @@ def _read(settings: Settings, *, query_rank: int, max_length: int, num_dense: in
         LayerConfig(mixer=mixer, mlp=dense if number < num_dense else moe)
         for number in range(settings.size("num_hidden_layers"))
     ]
-    return read_model(settings, layers, max_length=max_length)
+    return read_model(settings, layers, max_length=max_length, multi_token=multi_token)
 
 
 def _mscale_all_dim(settings: Settings) -> float:
@@ -225,7 +245,19 @@ def _write_v2(description: Description) -> dict[str, Any]:
     return {**written, "topk_method": method}
 
 
+def _write_v3(description: Description) -> dict[str, Any]:
+    return {**_write(description), "num_nextn_predict_layers": description.model.num_modules}
+
+
 FAMILIES = (
     Family("deepseek_v2", "DeepseekV2ForCausalLM", _read_v2, _write_v2, TENSORS_OF_BOTH, ignores_later_layers=True),
-    Family("deepseek_v3", "DeepseekV3ForCausalLM", _read_v3, _write, TENSORS_OF_BOTH, ignores_later_layers=True),
+    Family(
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        _read_v3,
+        _write_v3,
+        (*TENSORS_OF_BOTH, *TENSORS_OF_MODULES),
+        copies=COPIES_IN_MODULES,
+        ignores_later_layers=True,
+    ),
 )

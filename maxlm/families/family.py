@@ -32,7 +32,7 @@ class Tensor:
 
     Attributes:
       name: with {layer}, the number of a layer, and {expert}.
-      holds: paths of parameters; those in a layer begin with `layer/`.
+      holds: paths of parameters; those in a layer, or in a prediction module, begin with `layer/`.
       rows: which rows hold which parameter.
       input_first: the matrix is stored as [in, out], as ours are.
       all_experts: it holds the parameters of all experts of a layer, one expert after the other on its first axis.
@@ -84,6 +84,8 @@ class Family:
         by reading it.
       tensors: the table.
       ignored: regular expression of tensors without parameters, such as constants.
+      copies: further copies of tables that files may have, with the paths of the tables: in each layer {layer} of the
+        prediction modules.
       ignores_later_layers: files may have layers after the model's, for predicting several tokens.
       is_in_transformers: False: its code comes with the weights.
       classifier: the class of `transformers` for models with labels, if not named like others; "": there is none.
@@ -95,6 +97,7 @@ class Family:
     write: Callable[[Description], dict[str, Any]]
     tensors: tuple[Tensor, ...]
     ignored: str = ""
+    copies: tuple[tuple[str, str], ...] = ()
     ignores_later_layers: bool = False
     is_in_transformers: bool = True
     classifier: str | None = None

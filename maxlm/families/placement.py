@@ -105,11 +105,25 @@ def _instances(
 
 
 def _places_of_layers(config: ModelConfig) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """The path of the stack of each layer, the layer's number and its index in the stack."""
+    """The path of the stack of each layer, the layer's number and its index in the stack; then the paths of each
+    prediction module and its layer, which are in no stack."""
     for group, positions in enumerate(layer_indices(config)):
         for position, numbers in enumerate(positions):
             for place, number in np.ndenumerate(numbers):
                 yield f"layers/{group}/{position}", int(number), place
+    for number in range(config.num_modules):
+        for prefix in (f"multi_token/{number}", f"multi_token/{number}/layer"):
+            yield prefix, config.num_layers + number, ()
+
+
+def copied_tables(family: Family, placed: dict[str, Placed], config: ModelConfig) -> dict[str, str]:
+    """Names of further copies of tables, and of the tensors that they are copies of."""
+    tables = {piece.path: name for name, tensor in placed.items() for piece in tensor.pieces if not piece.place}
+    return {
+        name.format(layer=config.num_layers + number): tables.get(path, tables["embedding"])
+        for number in range(config.num_modules)
+        for name, path in family.copies
+    }
 
 
 def _rows(each: Tensor, config: ModelConfig, sizes: tuple[int, ...]) -> list[np.ndarray]:
@@ -155,5 +169,5 @@ def _place(
 def ignores(family: Family, name: str, model: ModelConfig) -> bool:
     """Whether a tensor of a file holds no parameters of a model."""
     if family.ignores_later_layers and (layer := re.match(r"model\.layers\.(\d+)\.", name)):
-        return int(layer[1]) >= model.num_layers
+        return int(layer[1]) >= model.num_layers + model.num_modules
     return bool(family.ignored) and re.fullmatch(family.ignored, name) is not None

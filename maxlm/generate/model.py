@@ -20,6 +20,7 @@ from maxlm.generate.request import Request
 from maxlm.generate.scorer import score_sequences, target_scores
 from maxlm.interop.load import load_any_model
 from maxlm.models.decoder import Decoder, with_execution, with_matrices_cast
+from maxlm.models.multi_token import without_modules
 from maxlm.models.regroup import unrolled
 from maxlm.models.scores import sequence_scores
 from maxlm.tokenizer.codec import Tokenizer
@@ -49,13 +50,14 @@ def load(path: str | Path, *, ema: bool = False) -> "LoadedModel":
 def for_this_backend(decoder: Decoder) -> Decoder:
     """Adapt the computation to decoding on this backend: the same weights and function.
 
-    Layers are unrolled, and matrices are stored in the dtype of the products' operands, which a decode step would
-    otherwise convert them to, each time. On CPU, activations are float32: CPUs emulate bfloat16 arithmetic, which makes
-    a decode step three times slower. Matrix products keep the operand dtype that the model was trained with.
+    Layers are unrolled, prediction modules left out, and matrices stored in the dtype of the products' operands, which
+    a decode step would otherwise convert them to, each time. On CPU, activations are float32: CPUs emulate bfloat16
+    arithmetic, which makes a decode step three times slower. Matrix products keep the operand dtype that the model was
+    trained with.
     """
     if jax.default_backend() == "cpu":
         decoder = with_execution(decoder, decoder.execution.model_copy(update={"activation_dtype": "float32"}))
-    return jax.jit(lambda decoder: with_matrices_cast(unrolled(decoder)))(decoder)
+    return jax.jit(lambda decoder: with_matrices_cast(unrolled(decoder)))(without_modules(decoder))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class Format:
     recognizes: whether a folder is of this format, by its name or content.
     load: the model on the first device, and its tokenizer or None; raises CheckpointError if the folder is corrupt.
     write: writes a model, its tokenizer and the receipt of its quantization (or {}) into an empty folder.
+    stored: what of a model it stores; the rest, prediction modules, is left out.
     quantize: quantized models to try, smallest first: the first one whose receipt is within its bounds is written.
       None: the format stores the model as it is.
     """
@@ -37,6 +38,7 @@ class Format:
     recognizes: Callable[[Path], bool]
     load: Callable[[Path], tuple[Decoder, Tokenizer | None]]
     write: Callable[[Path, Decoder, Tokenizer | None, dict[str, Any]], None]
+    stored: Callable[[Decoder], Decoder]
     quantize: Callable[[Decoder], Iterable[Candidate]] | None = None
 
 

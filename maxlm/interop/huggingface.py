@@ -1,7 +1,10 @@
 """Hugging Face's format: config.json, and safetensors files with a tensor for each parameter of each layer."""
 
+import contextlib
 import dataclasses
 import json
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,12 @@ from maxlm.core.parameters import Parameter, abstract
 from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError
 from maxlm.families.family import CLASSIFIER, Description, Family, families
-from maxlm.families.placement import Piece, Placed, ignores, placed_tensors
+from maxlm.families.placement import Piece, Placed, copied_tables, ignores, placed_tensors
 from maxlm.families.settings import Settings
 from maxlm.interop.formats import Format
 from maxlm.interop.tensor_files import TensorFiles, write_tensors
 from maxlm.models.decoder import Decoder
+from maxlm.models.multi_token import without_modules
 from maxlm.runtime.manifest import write_json
 from maxlm.runtime.storage import storage_path
 from maxlm.tokenizer.codec import Tokenizer
@@ -46,6 +50,8 @@ def load_huggingface(path: Path, mesh: Mesh | None = None) -> tuple[Decoder, Tok
     """
     family, description = read_description(path)
     files = TensorFiles(path)
+    if not _has_modules(files, description.model):
+        description = dataclasses.replace(description, model=description.model.main_model)
     dtypes = {dtype for name, dtype in files.dtypes.items() if not ignores(family, name, description.model)}
     is_short = dtypes == {"bfloat16"}
     execution = ExecutionConfig(
@@ -70,6 +76,12 @@ def load_huggingface(path: Path, mesh: Mesh | None = None) -> tuple[Decoder, Tok
     return unflatten(arrays, targets), _read_tokenizer(path, description.model)
 
 
+def _has_modules(files: TensorFiles, model: ModelConfig) -> bool:
+    """Whether files have the prediction modules that config.json counts. transformers does not write them."""
+    first_module = rf"(model\.)?layers\.{model.num_layers}\..*"
+    return model.labels is None and any(re.fullmatch(first_module, name) for name in files.shapes)
+
+
 def _read_tokenizer(path: Path, model: ModelConfig) -> Tokenizer | None:
     """The tokenizer of a folder; None if it has none."""
     if not is_huggingface_tokenizer(storage_path(path)):
@@ -84,7 +96,7 @@ def _read_tokenizer(path: Path, model: ModelConfig) -> Tokenizer | None:
 
 
 def read_description(path: Path) -> tuple[Family, Description]:
-    """The family of a model, and what its config.json says.
+    """The family of a model, and what its config.json says. The files may lack its prediction modules.
 
     Raises:
       CheckpointError: see `load_huggingface`.
@@ -144,6 +156,14 @@ def _check_tensors(family: Family, files: TensorFiles, placed: dict[str, Placed]
             f"{where}: the tensor {missing[0]} is missing{_more(missing)}; the files do not fit {CONFIG_FILE}"
         )
     extra = [name for name in files.shapes if name not in placed and not ignores(family, name, declared.config)]
+    copies = copied_tables(family, placed, declared.config)
+    for name in copies.keys() & files.shapes:
+        if not _same_tables(files, name, copies[name]):
+            raise CheckpointError(
+                f"{where}: {name} differs from {copies[name]}, which prediction modules share with the model; set"
+                f" num_nextn_predict_layers to 0 in {CONFIG_FILE} to leave the modules out"
+            )
+    extra = [name for name in extra if name not in copies]
     if declared.config.tie_embeddings:
         extra = [name for name in extra if not _is_copy_of_embedding(family, files, placed, name)]
     if extra:
@@ -163,12 +183,16 @@ def _is_copy_of_embedding(family: Family, files: TensorFiles, placed: dict[str, 
     if name not in {each.name for each in family.tensors if each.holds == ("head",)}:
         return False
     (embedding,) = [each.name for each in placed.values() if each.pieces[0].path == "embedding"]
-    if not np.array_equal(files.read(name, slice(None)), files.read(embedding, slice(None))):
+    if not _same_tables(files, name, embedding):
         raise CheckpointError(
             f"{files.folder}: {name} differs from {embedding}, but {CONFIG_FILE} ties them: set tie_word_embeddings to"
             " false if the model has two tables"
         )
     return True
+
+
+def _same_tables(files: TensorFiles, left: str, right: str) -> bool:
+    return np.array_equal(files.read(left, slice(None)), files.read(right, slice(None)))
 
 
 def _more(names: list[str]) -> str:
@@ -247,9 +271,10 @@ def write_huggingface(path: Path, model: Decoder, tokenizer: Tokenizer | None, r
             (path / name).write_bytes(content)
         if not (path / GENERATION_FILE).exists():
             write_json(path / GENERATION_FILE, _token_ids(None, tokenizer))
-    arrays = flatten(model)
-    total = sum(x.size for x in arrays.values()) * np.dtype(jnp.dtype(dtype)).itemsize
-    write_tensors(path, _their_tensors(arrays, placed, dtype), total)
+    copies = copied_tables(family, placed, model.config)
+    tensors = placed | {name: placed[table] for name, table in copies.items()}
+    total = sum(math.prod(tensor.shape) for tensor in tensors.values()) * np.dtype(jnp.dtype(dtype)).itemsize
+    write_tensors(path, _their_tensors(flatten(model), tensors, dtype), total)
 
 
 def _token_ids(given: TokenIds | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -313,18 +338,32 @@ def _is_exact(x: jax.Array, dtype: Any) -> bool:
 
 
 def _their_tensors(
-    arrays: dict[str, jax.Array], placed: dict[str, Placed], dtype: str
+    arrays: dict[str, jax.Array], tensors: dict[str, Placed], dtype: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-    for tensor in placed.values():
+    for name, tensor in tensors.items():
         whole = np.empty(tensor.shape, jnp.dtype(dtype))
         for piece in tensor.pieces:
             part = np.asarray(arrays[piece.path][piece.place])
             of_piece = whole if piece.expert is None else whole[piece.expert]
             rows_first = of_piece.T if tensor.input_first else of_piece
             rows_first[piece.rows] = part.T if tensor.is_transposed else part
-        yield tensor.name, whole
+        yield name, whole
+
+
+def _stored(model: Decoder) -> Decoder:
+    """The model with its prediction modules, or without them if no family has models with such modules."""
+    if model.multi_token:
+        with contextlib.suppress(CheckpointError):
+            find_family(model)
+            return model
+    return without_modules(model)
 
 
 FORMAT = Format(
-    "hf", "a Hugging Face folder", recognizes=is_huggingface, load=load_huggingface, write=write_huggingface
+    "hf",
+    "a Hugging Face folder",
+    recognizes=is_huggingface,
+    load=load_huggingface,
+    write=write_huggingface,
+    stored=_stored,
 )

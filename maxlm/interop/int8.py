@@ -31,6 +31,7 @@ from maxlm.core.tree import flatten, unflatten
 from maxlm.errors import CheckpointError, TokenizerError
 from maxlm.interop.formats import Candidate, Format
 from maxlm.models.decoder import Decoder
+from maxlm.models.multi_token import without_modules
 from maxlm.models.quantized import Tables, quantize_model
 from maxlm.ops.qtensor import QTensor
 from maxlm.runtime.manifest import write_json
@@ -161,5 +162,11 @@ def candidates(model: Decoder) -> Iterator[Candidate]:
 
 
 FORMAT = Format(
-    "int8", "an int8 bundle", recognizes=is_bundle, load=load_bundle, write=write_bundle, quantize=candidates
+    "int8",
+    "an int8 bundle",
+    recognizes=is_bundle,
+    load=load_bundle,
+    write=write_bundle,
+    stored=without_modules,
+    quantize=candidates,
 )

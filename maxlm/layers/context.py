@@ -57,7 +57,7 @@ class TokenContext:
         prefix_lengths_BL: jax.Array | None = None,
     ) -> Self:
         """The context of tokens in a model, with the rotary angles that its layers need."""
-        given = [layer.mixer.rotary for layer in config.each_layer()]
+        given = [layer.mixer.rotary for layer in (*config.each_layer(), *config.module_layers)]
         settings = {_key(*rotary): rotary for rotary in given if rotary is not None}
         lengths_BL = None
         if any(rope.depends_on_length for rope, _ in settings.values()):

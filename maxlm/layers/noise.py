@@ -38,12 +38,12 @@ class Noise:
     columns_BL: jax.Array | None = None
     residual_axes: tuple[str | None, ...] = ()
     num_layers: int = 0
-    layer: jax.Array | None = None
+    layer: int | jax.Array | None = None
 
     def in_model(self, columns_BL: jax.Array, residual_axes: tuple[str | None, ...], num_layers: int) -> Self:
         return replace(self, columns_BL=columns_BL, residual_axes=residual_axes, num_layers=num_layers)
 
-    def at_layer(self, number: jax.Array) -> Self:
+    def at_layer(self, number: int | jax.Array) -> Self:
         return replace(self, layer=number)
 
     def embedding(self, x_BLD: jax.Array) -> jax.Array:

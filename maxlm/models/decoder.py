@@ -17,7 +17,7 @@ from flax import nnx
 
 from maxlm.config.execution import DEFAULT_EXECUTION, ExecutionConfig
 from maxlm.config.model import ModelConfig
-from maxlm.core.batch import Stream
+from maxlm.core.batch import Stream, look_ahead
 from maxlm.core.parameters import Normal, Parameter, zeros
 from maxlm.core.sharding import fits, gather_layers, shard
 from maxlm.core.term import LossOutput, unite
@@ -25,6 +25,7 @@ from maxlm.core.tree import flatten, unflatten
 from maxlm.layers.context import TOKEN_AXES, TokenContext
 from maxlm.layers.noise import Noise
 from maxlm.layers.norm import Norm
+from maxlm.layers.prediction_module import PredictionModule, declare_modules
 from maxlm.layers.stack import Group, apply_group, create_caches, declare_layers
 from maxlm.models.pipeline_parallelism import fitting_schedule, gpipe
 from maxlm.ops.attention.context import row_order, to_row_order, to_token_order
@@ -35,15 +36,16 @@ from maxlm.ops.norm import with_unit_rows
 from maxlm.ops.qtensor import QTensor
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["hidden_BLD", "auxiliary", "caches"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["hidden_BLD", "auxiliary", "caches", "context"], meta_fields=[])
 @dataclass(frozen=True)
 class DecoderOutput:
     """hidden_BLD: final hidden states; auxiliary: auxiliary losses and metrics of the layers; caches: with the new
-    tokens, if there were any."""
+    tokens, if there were any; context: of the layers, if there were none."""
 
     hidden_BLD: jax.Array
     auxiliary: LossOutput
     caches: Any = None
+    context: TokenContext | None = None
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["x_BLD", "auxiliary"], meta_fields=[])
@@ -79,6 +81,7 @@ class Decoder(nnx.Module):
             self.score = nnx.data(Parameter(shape, (None, None), zeros, dtype, role="table"))
         elif not config.tie_embeddings:
             self.head = _table(config, execution)
+        self.multi_token: tuple[PredictionModule, ...] = nnx.data(declare_modules(config, execution))
 
     def __call__(
         self,
@@ -180,7 +183,29 @@ class Decoder(nnx.Module):
         rest = range(self.config.longest_group + 1, len(self.layers))
         residual = self._apply_groups(rest, residual, context)
         hidden_BLD = shard(self.final_norm(residual.x_BLD), *TOKEN_AXES)
-        return DecoderOutput(to_token_order(hidden_BLD, context.row_order), residual.auxiliary)
+        return DecoderOutput(to_token_order(hidden_BLD, context.row_order), residual.auxiliary, context=context)
+
+    def predict_ahead(self, output: DecoderOutput, stream: Stream) -> list[tuple[Stream, DecoderOutput]]:
+        """For each prediction module the tokens that it reads, with its targets, and its outputs.
+
+        Args:
+          output: of `apply` for this stream.
+        """
+        hidden_BLD, outputs = output.hidden_BLD, []
+        order, axes = output.context.row_order, output.context.residual_axes
+        for number, module in enumerate(self.multi_token, 1):
+            ahead = look_ahead(stream, number)
+            tokens_BL, positions_BL, segment_ids_BL = (
+                to_row_order(x, order) for x in (ahead.tokens, ahead.positions, ahead.segment_ids)
+            )
+            hidden_BLD, auxiliary = module(
+                shard(self._embed(tokens_BL, positions_BL), *axes),
+                shard(to_row_order(hidden_BLD, order), *axes),
+                replace(output.context, segment_ids_BL=segment_ids_BL),
+            )
+            hidden_BLD = to_token_order(shard(hidden_BLD, *TOKEN_AXES), order)
+            outputs.append((ahead, DecoderOutput(hidden_BLD, auxiliary)))
+        return outputs
 
     def _apply_groups(self, numbers: range, residual: Residual, context: TokenContext) -> Residual:
         for number in numbers:

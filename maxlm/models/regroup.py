@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.config.layers import LayerGroup, PatternLayerConfig
+from maxlm.core.tree import path_of
 from maxlm.layers.layer import Layer
 from maxlm.layers.stack import each_layer, layer_indices
 from maxlm.models.decoder import Decoder
@@ -25,9 +26,12 @@ def regroup(model: Decoder, layers: tuple[LayerGroup, ...]) -> Decoder:
 
     new_layers = iter([stacked(numbers) for group in layer_indices(config) for numbers in group])
     is_part = lambda node: isinstance(node, Layer | QTensor)  # noqa: E731
-    others = iter([node for node in jax.tree.leaves(model, is_leaf=is_part) if not isinstance(node, Layer)])
-    places, structure = jax.tree.flatten(type(model)(config, model.execution), is_leaf=is_part)
-    return jax.tree.unflatten(structure, [next(new_layers if isinstance(place, Layer) else others) for place in places])
+    is_stack = lambda path: path_of(path).startswith("layers/")  # noqa: E731
+    parts = jax.tree_util.tree_leaves_with_path(model, is_leaf=is_part)
+    others = iter([part for path, part in parts if not is_stack(path)])
+    plan = type(model)(config, model.execution)
+    places, structure = jax.tree_util.tree_flatten_with_path(plan, is_leaf=is_part)
+    return jax.tree.unflatten(structure, [next(new_layers if is_stack(path) else others) for path, _ in places])
 
 
 def unrolled(model: Decoder) -> Decoder:

@@ -23,6 +23,7 @@ from maxlm.errors import CheckpointError, ConfigError
 from maxlm.interop.load import load_model
 from maxlm.models.applied import AppliedModel
 from maxlm.models.decoder import Decoder, with_execution
+from maxlm.models.multi_token import without_modules
 from maxlm.objectives.packed_rows import PackedRowsData, as_batch, preview_rows
 from maxlm.ops.loss import in_chunks
 from maxlm.tokenizer.codec import Tokenizer
@@ -117,7 +118,7 @@ class Distillation(Objective, PackedRowsConfig):
         except ConfigError as error:
             raise ConfigError([f"{path} (the teacher): {problem}" for problem in error.problems]) from None
         teacher, _ = load_model(path, mesh)
-        return with_execution(teacher, execution)
+        return with_execution(without_modules(teacher), execution)
 
 
 class _DistillationData(PackedRowsData):

@@ -14,6 +14,8 @@ from maxlm.core.tree import flatten
 from maxlm.interop.load import load_model
 from maxlm.models.adapters import apply_adapters, declare_adapters
 from maxlm.models.decoder import Decoder, with_execution
+from maxlm.models.multi_token import with_modules
+from maxlm.runtime.progress import console
 from maxlm.train.setup import Setup
 
 
@@ -49,6 +51,12 @@ def make_model(setup: Setup) -> TrainedModel:
         if config.init_from is None:
             return initialize(plan, key, mesh)
         decoder, _ = load_model(config.init_from, mesh)
+        if decoder.multi_token and config.model.multi_token is None:
+            console.print(
+                f"objective.kind={objective.kind} does not train the prediction modules of {config.init_from}: they are"
+                " left out"
+            )
+        decoder = with_modules(decoder, config.model.multi_token, key, mesh)
         return objective.from_decoder(with_execution(decoder, config.execution), key)
 
     trained, used, adapters = plan, [plan], None
@@ -82,9 +90,12 @@ def num_active_parameters(models: Sequence[Decoder], adapters: Any = None) -> fl
 
     total = count(adapters)
     for model in models:
-        total += count([leaf for path, leaf in flatten(model).items() if not path.startswith("layers/")])
+        alone = [leaf for path, leaf in flatten(model).items() if not path.startswith(("layers/", "multi_token/"))]
+        total += count(alone)
         for group, layers in zip(model.config.layers, model.layers):
             total += sum(count(layer, part.mlp.active_share) for part, layer in zip(group.pattern, layers))
+        for layer in model.config.module_layers:
+            total += count(model.multi_token, layer.mlp.active_share)
     return total
 
 

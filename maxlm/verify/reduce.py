@@ -9,9 +9,9 @@ import math
 
 from maxlm.checkpoint.folder import find_checkpoint, read_metadata, trained_as
 from maxlm.config.execution import DEFAULT_EXECUTION, ExecutionConfig
-from maxlm.config.layers import LayerGroup, PatternLayerConfig
+from maxlm.config.layers import LayerConfig, LayerGroup, PatternLayerConfig
 from maxlm.config.mesh import MeshConfig
-from maxlm.config.model import ModelConfig
+from maxlm.config.model import ModelConfig, MultiTokenConfig
 from maxlm.config.regularization import RegularizationConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.sharding import MESH_AXES
@@ -37,9 +37,10 @@ def full_model(config: TrainConfig) -> tuple[ModelConfig, ExecutionConfig, str]:
         checkpoint = find_checkpoint(config.init_from)
     except CheckpointError:
         origin = f"the default one, because {config.init_from} does not exist yet"
-        return ModelConfig(), config.execution or DEFAULT_EXECUTION, origin
+        modules = MultiTokenConfig() if config.objective.trains_modules else None
+        return ModelConfig(multi_token=modules), config.execution or DEFAULT_EXECUTION, origin
     model, execution, _ = trained_as(read_metadata(checkpoint), where=checkpoint)
-    return model, config.execution or execution, f"that of {config.init_from}"
+    return config.objective.trained_part(model), config.execution or execution, f"that of {config.init_from}"
 
 
 def own_mesh(config: TrainConfig) -> MeshConfig:
@@ -63,12 +64,16 @@ def reduced_model(
     mesh = mesh or MeshConfig(fsdp=1)
     windows = sorted({window for _, part in model.each_part() if (window := getattr(part, "window", None))})
 
-    def reduced_layer(layer: PatternLayerConfig) -> PatternLayerConfig:
+    def reduced_layer(layer: LayerConfig) -> LayerConfig:
         mixer = layer.mixer.reduced(mesh)
         if (window := getattr(mixer, "window", None)) is not None and window > 5:
             # A few tokens, in the same order of size.
             mixer = mixer.model_copy(update={"window": 5 + 6 * windows.index(window)})
-        return PatternLayerConfig(mixer=mixer, mlp=layer.mlp.reduced(mesh), times=min(layer.times, 2))
+        return LayerConfig(mixer=mixer, mlp=layer.mlp.reduced(mesh))
+
+    def reduced_position(layer: PatternLayerConfig) -> PatternLayerConfig:
+        small = reduced_layer(layer)
+        return PatternLayerConfig(mixer=small.mixer, mlp=small.mlp, times=min(layer.times, 2))
 
     def reduced_repeat(group: LayerGroup) -> int:
         # Repeats that two stages can share, once and twice each, if those of the model can.
@@ -78,14 +83,18 @@ def reduced_model(
     groups = [
         LayerGroup(
             repeat=reduced_repeat(group) if number == model.longest_group else 1,
-            pattern=tuple(reduced_layer(layer) for layer in group.pattern),
+            pattern=tuple(reduced_position(layer) for layer in group.pattern),
         )
         for number, group in enumerate(model.layers)
     ]
+    modules = model.multi_token
+    if modules is not None and modules.layer is not None:
+        modules = modules.model_copy(update={"layer": reduced_layer(modules.layer)})
     changes = {
         "vocab_size": vocab_size,
         "embed_dim": math.lcm(16, mesh.fsdp * mesh.expert * mesh.context),
         "layers": tuple(groups),
+        "multi_token": modules,
     }
     return model.model_copy(update=changes)
 

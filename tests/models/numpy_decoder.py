@@ -65,7 +65,29 @@ def logits_of_row(config, weights, tokens, positions=None, segments=None, prefix
     prefix: for each token, the length of the prefix of its document.
     """
     w = {path: np.asarray(value, np.float64) for path, value in weights.items()}
-    length, epsilon = len(tokens), config.norm.epsilon
+    return head_of(config, w)(hidden_of_row(config, w, tokens, positions, segments, prefix))
+
+
+def ahead_of_row(config, weights, tokens):
+    """For each prediction module k = 1, 2, ... [length - k, vocab]: of the token k places after the next one, for one
+    document. Equations 21 to 23 of arXiv:2412.19437, with both inputs in the order of the released weights."""
+    w = {path: np.asarray(value, np.float64) for path, value in weights.items()}
+    norm, hidden, logits = norm_of(config), hidden_of_row(config, w, tokens), []
+    embedded = embeddings_of_row(config, w, tokens, np.arange(len(tokens)))
+    for k in range(1, min(config.multi_token.modules, len(tokens) - 1) + 1):
+        own, length = below(w, f"multi_token/{k - 1}"), len(tokens) - k
+        inputs = norm(embedded[k:], below(own, "embedding_norm")), norm(hidden[:length], below(own, "hidden_norm"))
+        h = np.concatenate(inputs, axis=-1) @ own["project"]
+        places = np.arange(length), np.ones(length, int), np.zeros(length, int)
+        h = residual_layer(config, config.multi_token.layer, below(own, "layer") | shared_of(w), h, *places)
+        hidden = norm(h, below(own, "final_norm"))
+        logits.append(head_of(config, w)(hidden))
+    return logits
+
+
+def norm_of(config):
+    """(vectors, own weights) -> the vectors normalized."""
+    epsilon = config.norm.epsilon
 
     def norm(x, own):
         if config.norm.unit_offset:
@@ -74,33 +96,56 @@ def logits_of_row(config, weights, tokens, positions=None, segments=None, prefix
             rms_norm(x, own["scale"], epsilon) if config.norm.kind == "rms" else layer_norm(x, **own, epsilon=epsilon)
         )
 
+    return norm
+
+
+def embeddings_of_row(config, w, tokens, positions):
+    x = w["embedding"][tokens] * (config.embedding_scale or 1)
+    x = x + w["positions"][positions] if config.learned_positions else x
+    return norm_of(config)(x, below(w, "embedding_norm")) if config.embedding_norm else x
+
+
+def hidden_of_row(config, w, tokens, positions=None, segments=None, prefix=None):
+    """[length, width], after the final norm."""
+    positions = np.arange(len(tokens)) if positions is None else positions
+    segments = np.ones(len(tokens), int) if segments is None else segments
+    prefix = np.zeros(len(tokens), int) if prefix is None else prefix
+    x = embeddings_of_row(config, w, tokens, positions)
+    for layer, own in layers_in_order(config, w):
+        x = residual_layer(config, layer, own | shared_of(w), x, positions, segments, prefix)
+    return norm_of(config)(x, below(w, "final_norm"))
+
+
+def shared_of(w):
+    """The weights of a layer that are the same for all."""
+    return {"mixer/relative_bias": w["relative_bias"]} if "relative_bias" in w else {}
+
+
+def residual_layer(config, layer, own, x, positions, segments, prefix):
+    norm = norm_of(config)
+
     def norm_if_any(x, own):
         return norm(x, own) if own else x
 
-    positions = np.arange(length) if positions is None else positions
-    segments = np.ones(length, int) if segments is None else segments
-    prefix = np.zeros(length, int) if prefix is None else prefix
-    x = w["embedding"][tokens] * (config.embedding_scale or 1)
-    x = x + w["positions"][positions] if config.learned_positions else x
-    x = norm(x, below(w, "embedding_norm")) if config.embedding_norm else x
-    for layer, own in layers_in_order(config, w):
-        mixer = {"attention": attention, "mla": latent_attention, "gru": gru}[layer.mixer.kind]
-        before = norm_if_any(x, below(own, "mixer_norm"))
-        shared = {"relative_bias": w["relative_bias"]} if "relative_bias" in w else {}
-        mixed = mixer(layer.mixer, below(own, "mixer") | shared, before, positions, segments, prefix, norm)
-        x, factor = (before if config.residual == "normalized" else x), config.residual_factor
-        after = factor * x + norm_if_any(mixed, below(own, "mixer_output_norm"))
-        reads = {"parallel": x, "parallel_one_norm": before}.get(config.residual, after)
-        reads = norm_if_any(reads, below(own, "mlp_norm"))
-        mlp = {"gated": gated_mlp, "plain": plain_mlp, "moe": mixture_of_experts}[layer.mlp.kind]
-        added = mlp(layer.mlp, below(own, "mlp"), reads)
-        after = reads if config.residual == "normalized" else after
-        x = factor * after + norm_if_any(added, below(own, "mlp_output_norm"))
-    x = norm(x, below(w, "final_norm"))
+    mixer = {"attention": attention, "mla": latent_attention, "gru": gru}[layer.mixer.kind]
+    before = norm_if_any(x, below(own, "mixer_norm"))
+    mixed = mixer(layer.mixer, below(own, "mixer"), before, positions, segments, prefix, norm)
+    x, factor = (before if config.residual == "normalized" else x), config.residual_factor
+    after = factor * x + norm_if_any(mixed, below(own, "mixer_output_norm"))
+    reads = {"parallel": x, "parallel_one_norm": before}.get(config.residual, after)
+    reads = norm_if_any(reads, below(own, "mlp_norm"))
+    mlp = {"gated": gated_mlp, "plain": plain_mlp, "moe": mixture_of_experts}[layer.mlp.kind]
+    added = mlp(layer.mlp, below(own, "mlp"), reads)
+    after = reads if config.residual == "normalized" else after
+    return factor * after + norm_if_any(added, below(own, "mlp_output_norm"))
+
+
+def head_of(config, w):
+    """hidden states -> logits."""
     head = w["embedding" if config.tie_embeddings else "head"]
     if config.normalized_head:
         head = head / np.sqrt((head**2).sum(-1, keepdims=True))
-    return soft_cap(x @ head.T, config.logit_soft_cap)
+    return lambda x: soft_cap(x @ head.T, config.logit_soft_cap)
 
 
 def layers_in_order(config, weights):
