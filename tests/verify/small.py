@@ -8,6 +8,7 @@ SIZES = {"embed_dim": 256, "mlp_dim": 704, "num_heads": 4, "num_kv_heads": 2, "h
 OBJECTIVES = {
     "pretrain": {"sources": [{"path": "nowhere"}]},
     "prefix_lm": {"sources": [{"path": "nowhere"}]},
+    "multi_token": {"sources": [{"path": "nowhere"}]},
     "distill": {"teacher": "nowhere", "sources": [{"path": "nowhere"}], "temperature": 2.0},
     "sft": {"train_file": "nowhere.jsonl"},
     "reward": {"train_file": "nowhere.jsonl", "center": 0.01},

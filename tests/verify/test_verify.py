@@ -94,6 +94,33 @@ def test_prefixes_are_the_same_in_every_layout():
     assert {finding.verdict for finding in report.findings} == {"same"}, report
 
 
+def test_prediction_modules_are_the_same_in_every_layout():
+    """Rows in a ring and in pieces, stages of both schedules, experts, and their noise."""
+    mixer = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    experts = {"kind": "moe", "dim": 12, "num_experts": 4, "router_bias": True}
+    layers = {"repeat": 2, "mixer": mixer, "mlp": {"dim": 24}}
+    model = {
+        "embed_dim": 16,
+        "layers": layers,
+        "multi_token": {"modules": 2, "layer": {"mixer": mixer, "mlp": experts}},
+    }
+    layouts = [
+        "accumulation: 2",
+        "packing",
+        "padding",
+        "token ids",
+        "remat: full",
+        "mesh: data=2, context=2, tensor=2",
+        "mesh: stage=2, expert=2, tensor=2",
+        "mesh: fsdp=2, context=2, tensor=2, all_to_all",
+        "mesh: stage=2, 1f1b",
+        "mesh: data=2, fsdp=2, accumulation 2, padding",
+    ]
+    rates = {"embedding_dropout": 0.1, "residual_dropout": 0.1, "attention_dropout": 0.3, "stochastic_depth": 0.3}
+    report = verify(config_of("multi_token", model=model, regularization=rates), only=layouts)
+    assert {finding.verdict for finding in report.findings} == {"same"}, report
+
+
 def variants(kind="sft", **settings):
     config = config_of(kind, **settings)
     return list(variants_of(config, reduced_config(config, vocab_size=64), num_devices=8))
