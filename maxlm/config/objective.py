@@ -38,7 +38,7 @@ class ObjectiveConfig(Frozen):
     needs_start: ClassVar[bool] = True
     # Whether it can train prefix language models, whose rows mark prefixes.
     marks_prefixes: ClassVar[bool] = False
-    # Whether it trains the prediction modules of `model.multi_token`. Others train a model without them.
+    # Whether it trains the prediction modules of a model. Others train the model without them.
     trains_modules: ClassVar[bool] = False
 
     kind: str
@@ -54,22 +54,8 @@ class ObjectiveConfig(Frozen):
         return 1
 
     def trained_part(self, start: ModelConfig) -> ModelConfig:
-        """The part of a starting model that is trained."""
+        """What is trained of a starting model: all of it, or the model without its prediction modules."""
         return start if self.trains_modules else start.main_model
-
-    def module_problem(self, model: ModelConfig) -> str | None:
-        """A sentence if a model has prediction modules that are not trained, or lacks those that are."""
-        if self.trains_modules and model.multi_token is None:
-            return (
-                f"model.multi_token: objective.kind={self.kind} trains prediction modules, and the model has none; set"
-                " model.multi_token.modules=1, or objective.kind=pretrain"
-            )
-        if not self.trains_modules and model.multi_token is not None:
-            return (
-                f"model.multi_token: objective.kind={self.kind} does not train prediction modules; set it to null, or"
-                " objective.kind=multi_token"
-            )
-        return None
 
     def problems(self, config: "TrainConfig") -> list[str]:
         """Problems with the other settings of its run, one sentence each."""
@@ -78,12 +64,18 @@ class ObjectiveConfig(Frozen):
 
     def model_problems(self, model: ModelConfig) -> list[str]:
         """Why it cannot train this model, one sentence each."""
+        problems = []
         if model.prefix_attention and not self.marks_prefixes:
-            return [
+            problems.append(
                 f"objective.kind={self.kind} trains causal models, and prompts of this one attend to themselves in both"
                 " directions (model.prefix_attention); choose objective.kind=prefix_lm or sft"
-            ]
-        return []
+            )
+        if model.multi_token is not None and not self.trains_modules:
+            problems.append(
+                f"objective.kind={self.kind} does not train the prediction modules of model.multi_token; set it to"
+                " null, or choose objective.kind=multi_token"
+            )
+        return problems
 
 
 class PackedSource(Frozen):

@@ -78,8 +78,6 @@ class TrainConfig(Frozen):
             )
         if self.objective.needs_start and self.init_from is None:
             problems.append(f"init_from must name the model that objective.kind={self.objective.kind} starts from")
-        if self.model is not None and (problem := self.objective.module_problem(self.model)):
-            problems.append(problem)
         problems += self.objective.problems(self)
         if self.model is not None:
             problems += self.objective.model_problems(self.model)

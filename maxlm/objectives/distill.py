@@ -100,6 +100,7 @@ class Distillation(Objective, PackedRowsConfig):
         check_fingerprint(metadata["fingerprint"], tokenizer.fingerprint, path)
         # The student's step runs both models, so the student's pipeline settings apply to the teacher too.
         model, execution, _ = trained_as(metadata, where=checkpoint)
+        model = model.main_model
         execution = execution.model_copy(update={"pipeline": config.execution.pipeline})
         if problems := self.model_problems(model):
             raise ConfigError([f"{path} (the teacher): {problem}" for problem in problems])

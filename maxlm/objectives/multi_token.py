@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 from pydantic import Field, PositiveFloat
 
+from maxlm.config.model import ModelConfig
 from maxlm.core.batch import Batch
 from maxlm.core.term import LossOutput, Term, unite
 from maxlm.models.applied import AppliedModel
@@ -24,6 +25,15 @@ class MultiTokenPrediction(Pretraining):
 
     kind: Literal["multi_token"] = "multi_token"  # type: ignore[assignment]
     weight: PositiveFloat = Field(0.3, description="Weight of the mean cross-entropy of the modules.")
+
+    def model_problems(self, model: ModelConfig) -> list[str]:
+        problems = super().model_problems(model)
+        if model.multi_token is None:
+            problems.append(
+                f"objective.kind={self.kind} trains prediction modules, and this model has none; set"
+                " model.multi_token.modules=1, or choose objective.kind=pretrain"
+            )
+        return problems
 
     def compute_loss(self, model: AppliedModel, batch: Batch, teacher: AppliedModel | None = None) -> LossOutput:
         parts = [super().compute_loss(model, batch, teacher)]

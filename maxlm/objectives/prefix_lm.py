@@ -27,12 +27,13 @@ class PrefixLanguageModeling(Pretraining):
     rate: Fraction = Field(1.0, description="Share of the documents with a prefix, of a length drawn evenly.")
 
     def model_problems(self, model: ModelConfig) -> list[str]:
-        if model.prefix_attention:
-            return []
-        return [
-            f"objective.kind={self.kind} trains prefix language models, and this one is causal; set"
-            " model.prefix_attention=true, or choose objective.kind=pretrain"
-        ]
+        problems = super().model_problems(model)
+        if not model.prefix_attention:
+            problems.append(
+                f"objective.kind={self.kind} trains prefix language models, and this one is causal; set"
+                " model.prefix_attention=true, or choose objective.kind=pretrain"
+            )
+        return problems
 
     def open_data(self, context: RunContext) -> "PrefixRowsData":
         return PrefixRowsData(context)

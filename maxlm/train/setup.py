@@ -89,8 +89,8 @@ def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
         if config.lora is not None and model is not None and model.multi_token and not start.multi_token:
             raise ConfigError(
                 [
-                    f"lora: adapters cannot train the new modules of model.multi_token, which {config.init_from} lacks;"
-                    " set lora=null, or objective.kind=pretrain and model.multi_token=null"
+                    f"lora: adapters cannot train modules of model.multi_token that {config.init_from} lacks; set lora"
+                    " to null"
                 ]
             )
         model = (
@@ -99,8 +99,6 @@ def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
             else model.model_copy(update={"vocab_size": model.vocab_size or start.vocab_size})
         )
         execution = start_execution if execution is None else execution
-    if problem := config.objective.module_problem(model):
-        raise ConfigError([problem])
     execution = DEFAULT_EXECUTION if execution is None else execution
     # More rows than tokens, such as a multiple of 128, are never used.
     if 0 < model.vocab_size < tokenizer.vocab_size:
