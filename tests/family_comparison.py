@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,23 @@ def write_folder(folder: Path, settings: dict) -> dict[str, np.ndarray]:
     family, description = _described(folder)
     placed = placed_tensors(family, Decoder(description.model))
     tensors = {name: draw(name, tensor.shape) for name, tensor in placed.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+def write_folder_with_modules(folder: Path, settings: dict, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """A folder of DeepSeek-V3 as it was published: behind the layers, the tensors of each prediction module, with
+    further copies of both tables."""
+    tensors, layers, width = write_folder(folder, settings), settings["num_hidden_layers"], settings["hidden_size"]
+    for number in range(layers, layers + settings["num_nextn_predict_layers"]):
+        name, last = f"model.layers.{number}", f"model.layers.{layers - 1}."
+        own = {f"{name}.{part}.weight": (width,) for part in ("enorm", "hnorm", "shared_head.norm")}
+        own[f"{name}.eh_proj.weight"] = (width, 2 * width)
+        own |= {each.replace(last, f"{name}."): x.shape for each, x in tensors.items() if each.startswith(last)}
+        tensors |= {each: draw(each, shape) for each, shape in own.items()}
+        tensors[f"{name}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
+        tensors[f"{name}.shared_head.head.weight"] = tensors["lm_head.weight"]
+    tensors = {name: x.astype(dtype) for name, x in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return tensors
 

@@ -47,8 +47,9 @@ def run_import(args: argparse.Namespace) -> int:
         tokens = "no tokenizer, so it takes token ids only"
     else:
         tokens = f"a tokenizer of {found.tokenizer_size:,} tokens"
+    modules = f" and {found.modules} prediction modules" if found.modules else ""
     print(
-        f"{args.output}: {found.family} with {found.parameters:,} parameters in {found.dtype}, for up to"
+        f"{args.output}: {found.family}{modules} with {found.parameters:,} parameters in {found.dtype}, for up to"
         f" {found.max_length:,} tokens; {tokens}"
     )
     return 0

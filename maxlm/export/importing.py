@@ -15,11 +15,12 @@ from maxlm.runtime.storage import real_path
 class Imported:
     """What was imported.
 
-    tokenizer_size: None without a tokenizer.
+    modules: of multi-token prediction; tokenizer_size: None without a tokenizer.
     """
 
     family: str
     parameters: int
+    modules: int
     dtype: str
     max_length: int
     vocab_size: int
@@ -48,6 +49,7 @@ def import_huggingface(folder: str | os.PathLike, output: str | os.PathLike) -> 
     found = Imported(
         family=model.config.family,
         parameters=sum(x.size for x in arrays.values()),
+        modules=model.config.num_modules,
         dtype=model.execution.parameter_dtype,
         max_length=model.execution.max_length,
         vocab_size=model.config.vocab_size,
