@@ -94,29 +94,28 @@ def test_prefixes_are_the_same_in_every_layout():
     assert {finding.verdict for finding in report.findings} == {"same"}, report
 
 
-def test_prediction_modules_are_the_same_in_every_layout():
-    """Rows in a ring and in pieces, stages of both schedules, experts, and their noise."""
-    mixer = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
-    experts = {"kind": "moe", "dim": 12, "num_experts": 4, "router_bias": True}
-    layers = {"repeat": 2, "mixer": mixer, "mlp": {"dim": 24}}
-    model = {
-        "embed_dim": 16,
-        "layers": layers,
-        "multi_token": {"modules": 2, "layer": {"mixer": mixer, "mlp": experts}},
-    }
-    layouts = [
-        "accumulation: 2",
-        "packing",
-        "padding",
-        "token ids",
-        "remat: full",
-        "mesh: data=2, context=2, tensor=2",
-        "mesh: stage=2, expert=2, tensor=2",
-        "mesh: fsdp=2, context=2, tensor=2, all_to_all",
-        "mesh: stage=2, 1f1b",
-        "mesh: data=2, fsdp=2, accumulation 2, padding",
-    ]
-    rates = {"embedding_dropout": 0.1, "residual_dropout": 0.1, "attention_dropout": 0.3, "stochastic_depth": 0.3}
+MODULE_MIXER = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("modules", "rates", "layouts"),
+    [
+        (
+            {"modules": 2},
+            {},
+            ["packing", "remat: full", "mesh: data=2, context=2, tensor=2", "mesh: stage=2, expert=2, tensor=2"],
+        ),
+        (
+            {"layer": {"mixer": MODULE_MIXER, "mlp": {"kind": "moe", "dim": 12, "router_bias": True}}},
+            {"embedding_dropout": 0.1, "residual_dropout": 0.1, "attention_dropout": 0.3, "stochastic_depth": 0.3},
+            ["mesh: fsdp=2, expert=2, context=2", "mesh: stage=2, 1f1b"],
+        ),
+    ],
+    ids=["two", "experts and noise"],
+)
+def test_prediction_modules_are_the_same_in_every_layout(modules, rates, layouts):
+    layers = {"repeat": 2, "mixer": MODULE_MIXER, "mlp": {"dim": 24}}
+    model = {"embed_dim": 16, "layers": layers, "multi_token": modules}
     report = verify(config_of("multi_token", model=model, regularization=rates), only=layouts)
     assert {finding.verdict for finding in report.findings} == {"same"}, report
 
