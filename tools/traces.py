@@ -68,6 +68,7 @@ PRETRAINING: dict[str, dict[str, Any]] = {
             "mlp": {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "dim": 32},
         }
     },
+    "prediction modules": {"model.multi_token": {"modules": 2}, "objective.kind": "multi_token"},
     "mesh of rows and heads": {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}},
     "mesh of context": {"mesh": {"fsdp": 1, "context": 2}},
     "stages, gpipe": {"mesh": {"fsdp": 1, "stage": 2}, "model": FOUR_LAYERS},
@@ -190,7 +191,7 @@ def trained(name: str) -> dict[str, Any]:
     import yaml
 
     tree = configuration(RUNS[name]) | {"output": name}
-    if tree["objective"]["kind"] != "pretrain":
+    if tree["objective"]["kind"] not in ("pretrain", "multi_token"):
         trained(BASE)
     Path("config.yaml").write_text(yaml.safe_dump(tree))
     final = json.loads(run("train", "config.yaml", "--json"))
