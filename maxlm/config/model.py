@@ -126,11 +126,14 @@ class ModelConfig(Frozen):
 
     @model_validator(mode="after")
     def _shares_one_table(self) -> Self:
-        if len({layer.mixer.bias_table for layer in self.each_layer()} - {None}) > 1:
+        of_layers = {layer.mixer.bias_table for layer in self.each_layer()} | {None}
+        if len(of_layers) > 2:
             raise ValueError(
                 "layers: those with a relative_bias share one table, so their buckets, max_distance and num_heads must"
                 " be equal"
             )
+        if any(layer.mixer.bias_table not in of_layers for layer in self.module_layers):
+            raise ValueError("multi_token.layer.mixer.relative_bias: must be that of a layer of the model, or null")
         return self
 
     @property

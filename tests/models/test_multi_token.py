@@ -22,6 +22,7 @@ from maxlm.objectives.multi_token import MultiTokenPrediction
 
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
 EXPERTS = {"kind": "moe", "num_experts": 4, "experts_per_token": 2, "dim": 12}
+BUCKETS = {"buckets": 6, "max_distance": 10}
 LATENT = {"kind": "mla", "num_heads": 2, "latent_dim": 8, "content_dim": 6, "rope_dim": 4, "value_dim": 5}
 CONFIGS = {
     "two modules": {"layers": {"repeat": 2, "mixer": HEADS, "mlp": {"dim": 24}}, "multi_token": {"modules": 2}},
@@ -39,6 +40,10 @@ CONFIGS = {
             {"repeat": 1, "mixer": LATENT, "mlp": {"dim": 24}},
             {"repeat": 1, "mixer": LATENT, "mlp": EXPERTS | {"scoring": "sigmoid", "router_bias": True}},
         ],
+        "multi_token": {"modules": 1},
+    },
+    "a bias that layers share": {
+        "layers": {"repeat": 2, "mixer": {**HEADS, "rope": None, "relative_bias": BUCKETS}, "mlp": {"dim": 24}},
         "multi_token": {"modules": 1},
     },
     "learned positions": {

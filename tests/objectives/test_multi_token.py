@@ -133,6 +133,9 @@ def test_wrong_pairing_is_refused(plain_folder, tiny_data_folder):
         resolved(config_of("x", tiny_data_folder, model=None, init_from=str(plain_folder)))
     with pytest.raises(ConfigError, match="multi_token is of models that predict tokens, and labels of those"):
         config_of("x", tiny_data_folder, model=MODEL | {"labels": ["good"]})
+    own_bias = {"layer": {"mixer": MODEL["layers"]["mixer"] | {"rope": None, "relative_bias": {}}}}
+    with pytest.raises(ConfigError, match="relative_bias: must be that of a layer of the model, or null"):
+        config_of("x", tiny_data_folder, model=MODEL | {"multi_token": own_bias})
 
 
 def test_generation_and_exports_leave_modules_out(run_folder, tmp_path):
