@@ -170,16 +170,18 @@ def test_bfloat16_in_bfloat16_out(implementation, expected):
         np.testing.assert_allclose(got.astype(np.float32), expected(case)[name], atol=0.06, rtol=0.03)
 
 
-def test_gradients_of_a_single_block_in_16_bits():
+@pytest.mark.parametrize("transposed", [False, True], ids=["as returned", "as ring attention adds them up"])
+def test_gradients_of_a_single_block_in_16_bits(transposed):
     """Processors with matrix units for bfloat16 have failed at them."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    query, key, value, gradient = (jax.random.normal(each, (2, 2, 48, 8)) for each in keys)
+    keys, sizes = jax.random.split(jax.random.key(0), 4), (12, 12, 8, 8)
+    query, key, value, gradient = (jax.random.normal(each, (2, 4, 64, size)) for each, size in zip(keys, sizes))
 
     def gradients(blocks):
         rule, operands = AttentionRule(0.3), AttentionOperands()
         output, log_sum = blocks.forward(rule, query, key, value, operands)
         mean = jnp.sum(output * gradient, axis=-1)
-        return blocks.backward(rule, query, key, value, operands, log_sum, mean, gradient)[:3]
+        found = blocks.backward(rule, query, key, value, operands, log_sum, mean, gradient)[:3]
+        return [x.swapaxes(2, 3) if transposed else x for x in found]
 
     got, exact = (jax.jit(gradients, static_argnums=0)(Blockwise(jnp.dtype(x))) for x in ("bfloat16", "float32"))
     for one, other in zip(got, exact):

@@ -94,7 +94,7 @@ class Blockwise:
                 bias_gradients = jax.tree.map(jnp.add, bias_gradients, to_biases(logits_gradient_BKGqs)[0])
 
         return (
-            _all_heads(jnp.concatenate(query_gradients, axis=3)),
+            _all_heads(_joined(query_gradients, axis=3)),
             _sum_over_blocks(blocks, key_pieces, key_length),
             _sum_over_blocks(blocks, value_pieces, key_length),
             AttentionOperands(position_bias=bias_gradients[0], bias_BNTS=bias_gradients[1]),
@@ -171,6 +171,10 @@ def _sum_over_blocks(blocks, pieces: list[jax.Array], key_length: int) -> jax.Ar
             if keys.start <= start and end <= keys.stop
         ]
         spans.append(sum(here) if here else jnp.zeros((*pieces[0].shape[:-1], end - start), pieces[0].dtype))
-    # Into a single product, XLA would fold the transposition, and CPUs lack the product that results in 16 bits.
-    whole = jax.lax.optimization_barrier(spans[0]) if len(spans) == 1 else jnp.concatenate(spans, axis=-1)
-    return whole.swapaxes(2, 3)
+    return _joined(spans, axis=-1).swapaxes(2, 3)
+
+
+def _joined(products: list[jax.Array], axis: int) -> jax.Array:
+    """Concatenated products. A barrier after a single one: XLA would fold a transposition into it, and CPUs lack the
+    product that results in 16 bits."""
+    return jax.lax.optimization_barrier(products[0]) if len(products) == 1 else jnp.concatenate(products, axis)
