@@ -16,7 +16,7 @@ import torch
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 
-from chatglm_cases import CASES, rows  # noqa: E402
+from chatglm_comparison import CASES, golden_file, rows  # noqa: E402
 from drawn_weights import draw  # noqa: E402
 
 NEW_TOKENS = 8
@@ -65,8 +65,7 @@ def main() -> None:
     first, later = (Path(folder).resolve() for folder in sys.argv[1:])
     for name, settings in CASES.items():
         computed = compute(settings, first if "first" in name else later)
-        file = TESTS / "families" / "golden" / f"{name.replace(', ', '-').replace(' ', '_')}.npz"
-        np.savez_compressed(file, **computed)
+        np.savez_compressed(golden_file(name), **computed)
         print(name, computed["greedy"])
 
 

@@ -15,6 +15,7 @@ prepare_platform()
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+import chatglm_comparison  # noqa: E402
 import family_equations  # noqa: E402
 from family_cases import CASES, SCORE_CASES, tokenizer_kind  # noqa: E402
 from family_comparison import compare, compare_scores, write_folder  # noqa: E402
@@ -71,6 +72,12 @@ def rows():
                 numbers, greedy = [_number(compared.scores), "", _number(compared.gradient_norm)], ""
         exact = [greedy, _yes(compared.same_tensors), _yes(compared.same_model)]
         yield [name, f"`{model_type}`", *numbers, *exact, tokenizer_cell(with_model[model_type], tokenizer_kind(name))]
+    for name, settings in chatglm_comparison.CASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            equal = chatglm_comparison.compare_with_authors(name, Path(folder))
+        numbers = [_number(equal.logits), "", _number(equal.gradient_norm)]
+        exact = [_yes(equal.same_greedy), _yes(equal.same_tensors), _yes(equal.same_model)]
+        yield [name, f"`{settings['model_type']}`", *numbers, *exact, ""]
     for name, settings in family_equations.CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             equal = family_equations.compare_with_equations(name, Path(folder))
