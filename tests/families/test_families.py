@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import chatglm_comparison
 import family_equations
 import pytest
 from family_cases import CASES, SCORE_CASES, tokenizer_kind
@@ -36,7 +37,7 @@ def test_page_lists_each_case():
     rows = [line for line in (ROOT / "docs" / "families.md").read_text().splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
     listed = {name: tokenizer for name, *_, tokenizer in cells[2:]}
-    assert list(listed) == [*CASES, *SCORE_CASES, *family_equations.CASES]
+    assert list(listed) == [*CASES, *SCORE_CASES, *chatglm_comparison.CASES, *family_equations.CASES]
     for name in CASES | SCORE_CASES:
         assert tokenizer_kind(name).removesuffix(", tokenizer.json") in KINDS
         assert listed[name] == f"{tokenizer_kind(name)}: yes"
