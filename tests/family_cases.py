@@ -28,10 +28,10 @@ WINDOW = 6
 DENSE = LLAMA | {"model_type": "llama"}
 MISTRAL = LLAMA | {"model_type": "mistral"}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-QWEN2_MOE = THREE_LAYERS | EXPERTS | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 28}
+QWEN2_MOE = LLAMA | EXPERTS | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 28}
 GEMMA2 = WIDE_HEADS | {"model_type": "gemma2", "num_hidden_layers": 4, "sliding_window": WINDOW}
 GEMMA3 = WIDE_HEADS | {"model_type": "gemma3_text", "query_pre_attn_scalar": 16, "sliding_window": WINDOW}
-DEEPSEEK = THREE_LAYERS | {
+DEEPSEEK = LLAMA | {
     "num_key_value_heads": 4,
     "q_lora_rank": 24,
     "kv_lora_rank": 20,
@@ -120,7 +120,6 @@ CASES: dict[str, Settings] = {
     "qwen2_moe": QWEN2_MOE | {"mlp_only_layers": [0]},
     "qwen2_moe, no biases, every other layer": QWEN2_MOE
     | {
-        "num_hidden_layers": 4,
         "num_experts": 6,
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 20,
@@ -131,14 +130,12 @@ CASES: dict[str, Settings] = {
         "tie_word_embeddings": True,
     },
     "qwen3": WIDE_HEADS | {"model_type": "qwen3"},
-    "qwen3_moe": WIDE_HEADS
-    | EXPERTS
-    | {"model_type": "qwen3_moe", "num_hidden_layers": 3, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    "qwen3_moe": WIDE_HEADS | EXPERTS | {"model_type": "qwen3_moe", "norm_topk_prob": True, "mlp_only_layers": [1]},
     "gemma": WIDE_HEADS | {"model_type": "gemma", "hidden_activation": "gelu_pytorch_tanh"},
     "gemma2": GEMMA2 | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0},
     "gemma3_text": GEMMA3
     | {
-        "num_hidden_layers": 7,
+        "num_hidden_layers": 6,
         "rope_theta": 1e6,
         "rope_local_base_freq": 1e4,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
@@ -174,7 +171,7 @@ CASES: dict[str, Settings] = {
     "deepseek_v3, biases, scaled positions": DEEPSEEK_3
     | {
         "attention_bias": True,
-        "first_k_dense_replace": 2,
+        "first_k_dense_replace": 1,
         "num_nextn_predict_layers": 1,
         "rope_scaling": {
             "type": "yarn",
@@ -184,7 +181,7 @@ CASES: dict[str, Settings] = {
             "mscale_all_dim": 0.8,
         },
     },
-    "deepseek_v3, no experts": DEEPSEEK_3 | {"num_hidden_layers": 2, "first_k_dense_replace": 2},
+    "deepseek_v3, no experts": DEEPSEEK_3 | {"first_k_dense_replace": 2},
     "olmo2": OLMO2,
     "olmo2, biases, tied": OLMO2 | {"attention_bias": True, "tie_word_embeddings": True, "rope_theta": 5000.0},
     "olmo3": LLAMA
@@ -204,7 +201,6 @@ CASES: dict[str, Settings] = {
     },
     "gpt_oss": GPT_OSS
     | {
-        "num_hidden_layers": 3,
         "head_dim": 16,
         "sliding_window": WINDOW,
         "swiglu_limit": 0.7,
@@ -220,7 +216,13 @@ CASES: dict[str, Settings] = {
         },
     },
     "gpt_oss, settings left out": GPT_OSS
-    | {"attention_bias": False, "num_local_experts": 3, "num_experts_per_tok": 3, "tie_word_embeddings": True},
+    | {
+        "num_hidden_layers": 1,
+        "attention_bias": False,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 3,
+        "tie_word_embeddings": True,
+    },
     "glm": WIDE_HEADS | {"model_type": "glm", "attention_bias": True},
     "glm4": WIDE_HEADS | {"model_type": "glm4"},
     "smollm3": SMOLLM3 | {"num_hidden_layers": 5},

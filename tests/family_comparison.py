@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from drawn_weights import draw, inputs
 from family_cases import CASES, SCORE_CASES, file_name
 from safetensors.numpy import load_file, save_file
 
+from maxlm.core.tree import flatten
 from maxlm.families.family import Description, Family
 from maxlm.families.placement import placed_tensors
 from maxlm.interop.huggingface import load_huggingface, read_description, write_huggingface
-from maxlm.models.decoder import Decoder
+from maxlm.models.decoder import Decoder, with_execution
+from maxlm.models.quantized import quantize_model
 from maxlm.models.scores import sequence_scores
+from maxlm.ops.qtensor import MAX_VALUE
 
 GOLDEN = Path(__file__).parent / "families" / "golden"
 
@@ -25,7 +29,10 @@ GOLDEN = Path(__file__).parent / "families" / "golden"
 class Comparison:
     """Largest absolute differences of logits, of whole texts and with a cache; relative ones of loss and gradient norm.
 
-    same_greedy: the greedy continuation is that of transformers.
+    same_greedy: the most likely token after each prefix of transformers' greedy continuation is its next token.
+    int8_divergence: median KL divergence, in nats, of the int8 model's next tokens, one by one with a cache, from ours:
+      where rounding selects another expert, it is large.
+    float_matrices: paths of matrices that are not quantized, or not to the nearest multiple of their scale.
     same_tensors: what is exported is bit for bit what was imported; same_model: and its settings describe that model.
     """
 
@@ -34,6 +41,8 @@ class Comparison:
     loss: float
     gradient_norm: float
     same_greedy: bool
+    int8_divergence: float
+    float_matrices: list[str]
     same_tensors: bool
     same_model: bool
 
@@ -106,17 +115,27 @@ def compare(name: str, folder: Path) -> Comparison:
     golden = np.load(GOLDEN / f"{file_name(name)}.npz")
     tensors = write_folder(folder, CASES[name])
     model, _ = load_huggingface(folder)
+    # Compilation is most of the cost: nothing is recomputed, and only with a cache are experts computed as for users.
+    model = with_execution(model, model.execution.model_copy(update={"remat": "none"}))
+    simple = with_execution(model, model.execution.model_copy(update={"experts": "reference"}))
     tokens, mask = inputs()
-    logits, loss, gradient_norm = _compute(model, tokens, mask)
-    greedy, cached_logits = _continue_greedily(model, tokens[0], len(golden["greedy"]))
+    logits, loss, gradient_norm = _compute(simple, tokens, mask)
+    greedy, length = golden["greedy"], tokens.shape[1]
+    text = np.concatenate([tokens[0], greedy])
+    # The prompt at once, which is longer than a window, then its continuation.
+    cached_logits = _cached_logits(model, text, length)
+    quantized = _quantize(model)
+    divergence = _divergence(cached_logits, _cached_logits(quantized, text, 1))
 
     written, same_model = _write(folder, model)
     return Comparison(
         logits=_largest((logits - golden["logits"])[mask == 1]),
-        cached_logits=_largest(cached_logits - golden["logits"][0]),
+        cached_logits=_largest(cached_logits[:length] - golden["logits"][0]),
         loss=_largest(loss / golden["loss"] - 1),
         gradient_norm=_largest(gradient_norm / golden["gradient_norm"] - 1),
-        same_greedy=np.array_equal(greedy, golden["greedy"]),
+        same_greedy=np.array_equal(np.argmax(cached_logits[length - 1 : -1], axis=-1), greedy),
+        int8_divergence=float(np.median(divergence)),
+        float_matrices=_float_matrices(model, quantized),
         same_tensors=_are_same(written, tensors),
         same_model=same_model,
     )
@@ -126,7 +145,8 @@ def _write(folder: Path, model: Decoder) -> tuple[dict[str, np.ndarray], bool]:
     """The tensors of its export, and whether its settings describe the model of the folder."""
     out = folder / "out"
     out.mkdir()
-    write_huggingface(out, model, None, {})
+    # From host arrays, which are sliced without compiling anything.
+    write_huggingface(out, jax.device_get(model), None, {})
     return load_file(out / "model.safetensors"), _described(out) == _described(folder)
 
 
@@ -164,24 +184,42 @@ def _compute(model, tokens, mask):
     return logits, value, _norm(gradient)
 
 
-def _continue_greedily(model: Decoder, tokens: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The most likely next tokens, one by one with a cache, and the logits of the given tokens, its prompt."""
-    length = len(tokens)
+_quantize = jax.jit(quantize_model)
 
-    @jax.jit
-    def run(model):
-        def step(carry, position):
-            caches, token = carry
-            output = model(token[None, None], positions_BL=position[None, None], caches=caches)
-            token = jnp.argmax(model.logits(output.hidden_BLD)[0, 0]).astype(jnp.int32)
-            return (output.caches, token), token
 
-        caches = model.create_caches(1, length + count, jnp.float32)
-        prompt = model(tokens[None], positions_BL=jnp.arange(length)[None], caches=caches)
-        logits = model.logits(prompt.hidden_BLD)[0]
-        first = jnp.argmax(logits[-1]).astype(jnp.int32)
-        _, later = jax.lax.scan(step, (prompt.caches, first), length + jnp.arange(count - 1))
-        return logits, jnp.concatenate([first[None], later])
+@partial(jax.jit, static_argnames="chunk_length")
+def _cached_logits(model, tokens, chunk_length):
+    """Logits [length, vocab] of a row whose tokens are given in chunks, with a cache of the earlier ones."""
 
-    logits, chosen = run(model)
-    return np.asarray(chosen), np.asarray(logits)
+    def step(caches, chunk):
+        tokens_L, positions_L = chunk
+        output = model(tokens_L[None], positions_BL=positions_L[None], caches=caches)
+        return output.caches, model.logits(output.hidden_BLD)[0]
+
+    length, padding = len(tokens), (0, -len(tokens) % chunk_length)
+    padded = jnp.pad(tokens, padding), jnp.pad(jnp.arange(length), padding, constant_values=-1)
+    chunks = tuple(x.reshape(-1, chunk_length) for x in padded)
+    _, logits = jax.lax.scan(step, model.create_caches(1, length, jnp.float32), chunks)
+    return logits.reshape(len(padded[0]), -1)[:length]
+
+
+def _divergence(logits: jax.Array, others: jax.Array) -> np.ndarray:
+    """KL divergence of the second distribution from the first, at each place."""
+    log_p, log_q = (np.asarray(jax.nn.log_softmax(x)) for x in (logits, others))
+    return np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def _float_matrices(model: Decoder, quantized: Decoder) -> list[str]:
+    """Paths of matrices and tables that are not multiples of a scale, each the nearest."""
+    found, given = (flatten(jax.device_get(each)) for each in (quantized, model))
+
+    def is_rounded(path: str, role: str) -> bool:
+        if found.get(f"{path}/values", np.empty(0)).dtype != np.int8:
+            return False
+        weight = given[path] if role == "table" else np.swapaxes(given[path], -1, -2)
+        values, scales = found[f"{path}/values"], found[f"{path}/scales"][..., None]
+        nearest = np.abs(values * scales - weight) <= 0.501 * scales
+        return bool(np.all(nearest) and np.all(np.max(np.abs(values), axis=-1) == MAX_VALUE))
+
+    roles = {path: parameter.role for path, parameter in flatten(Decoder(model.config, model.execution)).items()}
+    return [path for path, role in roles.items() if role in ("matrix", "table") and not is_rounded(path, role)]

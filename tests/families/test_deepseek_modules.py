@@ -94,7 +94,7 @@ def test_modules_that_do_not_fit_are_refused(tmp_path):
         change(tmp_path, **{own: None})
         assert load_huggingface(tmp_path)[0].multi_token
     change(tmp_path, **{f"{name}.hnorm.weight": None})
-    with pytest.raises(CheckpointError, match=r"layers\.3\.hnorm\.weight is missing"):
+    with pytest.raises(CheckpointError, match=rf"{name}\.hnorm\.weight is missing"):
         load_huggingface(tmp_path)
 
 

@@ -23,6 +23,9 @@ def test_same_as_transformers_both_ways(name, tmp_path):
     assert compared.loss < 1e-5
     assert compared.gradient_norm < 1e-3
     assert compared.same_greedy
+    # At most 3e-3 with weights of eight seeds; of most families, 1e-4.
+    assert compared.int8_divergence < 1e-2
+    assert not compared.float_matrices
     assert compared.same_tensors
     assert compared.same_model
 

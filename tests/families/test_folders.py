@@ -101,7 +101,7 @@ def test_settings_that_do_not_fit_are_refused(folder, changes, words):
         ("olmo3", {"rope_scaling": None, "rope_parameters": {"rope_theta": 1e5}}, ["rope_parameters", "rope_theta"]),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping is 50.0", "must be None"]),
         ("gemma3_text", {"query_pre_attn_scalar": 0}, ["query_pre_attn_scalar is 0", "above 0"]),
-        ("qwen2_moe", {"layer_types": ["sliding_attention"] * 3}, ["sliding_attention", "without a sliding_window"]),
+        ("qwen2_moe", {"layer_types": ["sliding_attention"] * 2}, ["sliding_attention", "without a sliding_window"]),
         ("qwen2_moe", {"mlp_only_layers": 1}, ["mlp_only_layers is 1", "must be a list"]),
         ("deepseek_v3", {"first_k_dense_replace": -1}, ["first_k_dense_replace is -1", "must be a whole number"]),
         ("deepseek_v3", {"num_key_value_heads": 2}, ["num_key_value_heads is 2", "must be 4"]),
