@@ -25,7 +25,7 @@ NEW_TOKENS = 8
 
 
 def compute(settings: dict) -> dict[str, np.ndarray]:
-    model = _load(AutoModelForCausalLM, settings)
+    model = load_model(AutoModelForCausalLM, settings)
     tokens, mask = (torch.from_numpy(x).long() for x in inputs())
     # Row by row, the shorter one first: transformers scales rotary positions of all rows by the longest text so far.
     rows = [row[own == 1] for row, own in zip(tokens, mask)]
@@ -48,14 +48,14 @@ def compute(settings: dict) -> dict[str, np.ndarray]:
 
 def compute_scores(settings: dict) -> dict[str, np.ndarray]:
     """Scores of each row, and the norm of the gradient of the sum of their squares."""
-    model = _load(AutoModelForSequenceClassification, settings)
+    model = load_model(AutoModelForSequenceClassification, settings)
     tokens, mask = (torch.from_numpy(x).long() for x in inputs())
     scores = model(tokens, attention_mask=mask).logits
     scores.square().sum().backward()
     return {"scores": scores.detach().numpy(), "gradient_norm": _gradient_norm(model)}
 
 
-def _load(kind: type, settings: dict) -> torch.nn.Module:
+def load_model(kind: type, settings: dict) -> torch.nn.Module:
     settings = dict(settings)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with tempfile.TemporaryDirectory() as folder:
