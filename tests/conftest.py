@@ -62,6 +62,31 @@ def tiny_tokenizer_folder(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def huggingface_folder(tmp_path_factory) -> Path:
+    """A tiny Qwen 3 with a tokenizer, as transformers writes them."""
+    from family_cases import CASES
+    from family_comparison import write_folder
+    from tokenizer_kinds import KINDS
+
+    from maxlm.tokenizer.codec import Tokenizer
+
+    folder = tmp_path_factory.mktemp("qwen3")
+    KINDS["byte-level BPE"](folder)
+    write_folder(folder, CASES["qwen3"] | {"vocab_size": Tokenizer.load(folder).vocab_size})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def imported_run(tmp_path_factory, huggingface_folder) -> Path:
+    """The same model as a run folder."""
+    from maxlm.export.importing import import_huggingface
+
+    run = tmp_path_factory.mktemp("imported") / "run"
+    import_huggingface(huggingface_folder, run)
+    return run
+
+
+@pytest.fixture(scope="session")
 def tiny_data_folder(tmp_path_factory, tiny_tokenizer_folder) -> str:
     """Packed rows of 32 tokens, some held out, from a real build."""
     from pydoc_data.topics import topics

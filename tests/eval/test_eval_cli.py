@@ -199,3 +199,17 @@ def test_report_of_a_run(pipeline, run):
     page = (pipeline / "run" / "report.html").read_text(encoding="utf-8")
     for text in ("data/documents", "tokenizer", "train/pretrain", "Bits per byte", "same hash"):
         assert text in page, text
+
+
+def test_model_of_hugging_face_is_evaluated_as_its_import(huggingface_folder, imported_run, run, tmp_path):
+    text, task = tmp_path / "text.txt", tmp_path / "task.jsonl"
+    text.write_text("The statement is a simple expression.\n\nA class has methods.")
+    task.write_text(json.dumps({"prompt": "the", "choices": [" river", " stone"], "answer": 0}) + "\n")
+    words = ("--data", text, "--task", task, "--compare", imported_run, "--no-baselines", "--json")
+    code, out = run("eval", huggingface_folder, *words)
+    assert code == 0
+    result = json.loads(out)
+    assert result["text"]["bits_per_byte"]["value"] > 0
+    assert result["text"]["difference"]["value"] == 0
+    [example] = result["tasks"][0]["examples"]
+    assert example["output"] == example["compare_output"]

@@ -11,6 +11,8 @@ import jax
 import pytest
 from running_server import serve, sse_events, wait_until
 
+import maxlm
+
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "The quick brown"}]
 
@@ -381,3 +383,11 @@ def test_unknown_model_may_have_any_name(http):
 def test_chat_without_a_model_uses_the_served_one(http):
     reply = http.post(CHAT, json={"messages": MESSAGES, "max_tokens": 1}).json()
     assert reply["model"] == "tiny-int8"
+
+
+def test_model_of_hugging_face_is_served_as_it_generates(huggingface_folder):
+    model = maxlm.load(huggingface_folder)
+    body = {"prompt": ["The statement", "def f("], "max_tokens": 6, "temperature": 0}
+    with serve(model) as (url, _):
+        reply = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+    assert [choice["text"] for choice in reply["choices"]] == model.generate(body["prompt"], max_new_tokens=6)

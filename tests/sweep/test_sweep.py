@@ -13,7 +13,7 @@ import yaml
 from xla_flags import one_device
 
 from maxlm.cli import main
-from maxlm.config import load_config
+from maxlm.config import load_config, parse_config
 from maxlm.errors import CheckFailed, ConfigError
 from maxlm.runtime.manifest import read_manifest
 from maxlm.sweep.records import Record
@@ -150,6 +150,31 @@ def test_survivors_of_a_round_resume_from_their_checkpoints(sweep_of, tmp_path):
     steps = [record["step"] for record in read_metrics(out / "trials" / winner["id"]) if "loss" in record]
     assert steps == [1, 2, 3, 4]
     assert load_config(out / "best.yaml").steps == 4
+
+
+@pytest.mark.slow
+def test_trials_fine_tune_an_imported_model(imported_run, tmp_path):
+    """With adapters, in a separate process each."""
+    chats = tmp_path / "chats.jsonl"
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}]
+    chats.write_text("".join(json.dumps({"messages": chat}) + "\n" for _ in range(8)))
+    train = {
+        "kind": "train",
+        "output": "unused",
+        "init_from": str(imported_run),
+        "objective": {"kind": "sft", "train_file": str(chats), "valid_file": str(chats)},
+        "lora": {"rank": 2},
+        "optim": {"schedule": {"warmup_steps": 0}},
+        "steps": 3,
+        "batch_size": 4,
+        "row_length": 32,
+    }
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(train))
+    sweep = {"kind": "sweep", "output": str(tmp_path / "out"), "train": str(tmp_path / "train.yaml")}
+    config = parse_config({**sweep, "fields": {"optim.learning_rate": [1e-6, 1e-2]}})
+    summary = run_sweep(config, environment=environment(tmp_path / "site", kills=False))
+    assert summary["trials"] == {"finished": 2, "diverged": 0, "failed": 0}
+    assert summary["best"]["setting"] == {"optim.learning_rate": 1e-2}
 
 
 def test_sweep_exits_with_1_if_all_trials_fail(tmp_path, train_file, capsys, monkeypatch):

@@ -54,30 +54,106 @@ def test_noise_is_the_same_in_every_layout(kind):
     assert {finding.verdict for finding in report.findings} == {"same"}, report
 
 
-def test_all_kinds_of_layers_are_the_same_in_every_layout():
-    attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
-    pattern = [
-        {"times": 2, "mixer": {"kind": "gru", "dim": 12}, "mlp": {"kind": "plain", "dim": 24}},
-        {
-            "mixer": attention | {"window": 16, "rope": None, "alibi": True, "alibi_scale": 0.5},
-            "mlp": {"kind": "moe", "dim": 12},
+ATTENTION = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+LATENT = {"kind": "mla", "num_heads": 4, "latent_dim": 16, "content_dim": 8, "rope_dim": 4, "value_dim": 8}
+GATED = {"kind": "gated", "dim": 24}
+DYNAMIC = {"kind": "dynamic", "factor": 4.0, "original_length": 16}
+# Each kind of mixer, MLP, norm and residual, with each of their settings, is in one of them.
+KINDS = {
+    "recurrence, biases by distance, norms around": {
+        "norm": {"kind": "layer", "placement": "around"},
+        "embedding_norm": True,
+        "layers": {
+            "repeat": 2,
+            "pattern": [
+                {"times": 2, "mixer": {"kind": "gru", "dim": 12}, "mlp": {"kind": "plain", "dim": 24}},
+                {
+                    "mixer": ATTENTION | {"window": 16, "rope": None, "alibi": True, "alibi_scale": 0.5},
+                    "mlp": {"kind": "moe", "dim": 12},
+                },
+                {
+                    "mixer": ATTENTION
+                    | {"rope": {"theta": 500.0}, "qk_norm": True, "qk_norm_over": "all_heads", "soft_cap": 5.0}
+                },
+                {"mixer": ATTENTION | {"rope": None, "relative_bias": {}}, "mlp": GATED | {"activation": "gelu"}},
+            ],
         },
-        {
-            "mixer": attention
-            | {"rope": {"theta": 500.0}, "qk_norm": True, "qk_norm_over": "all_heads", "soft_cap": 5.0}
+    },
+    "sinks, biases, parallel, learned positions": {
+        "residual": "parallel",
+        "norm": {"kind": "rms", "unit_offset": True},
+        "learned_positions": 512,
+        "layers": {
+            "repeat": 2,
+            "pattern": [
+                {"mixer": ATTENTION | {"sinks": True, "window": 16, "bias": True, "out_bias": True}, "mlp": GATED},
+                {"mixer": ATTENTION | {"sinks": True, "qk_norm": True, "rope": {"share": 0.5}}},
+            ],
         },
-        {"mixer": attention | {"rope": None, "relative_bias": {}}, "mlp": {"dim": 24, "activation": "gelu"}},
-    ]
-    norms = {"norm": {"kind": "layer", "placement": "around"}, "embedding_norm": True}
-    model = small_model() | norms | {"layers": {"repeat": 2, "pattern": pattern}}
+    },
+    "latent attention, groups of experts, norms after": {
+        "norm": {"kind": "rms", "placement": "after"},
+        "layers": [
+            {"repeat": 1, "mixer": LATENT | {"query_rank": 16, "bias": True}, "mlp": GATED},
+            {
+                "repeat": 2,
+                "mixer": LATENT,
+                "mlp": {
+                    "kind": "moe",
+                    "dim": 12,
+                    "num_groups": 4,
+                    "groups_per_token": 2,
+                    "group_score": "best_two",
+                    "scoring": "sigmoid",
+                    "router_bias": True,
+                    "num_shared_experts": 1,
+                    "routed_scaling": 2.0,
+                },
+            },
+        ],
+    },
+    "experts with biases, one norm, rotation by length": {
+        "residual": "parallel_one_norm",
+        "norm": {"kind": "layer", "bias": False},
+        "layers": {
+            "repeat": 2,
+            "mixer": ATTENTION | {"rope": {"scaling": DYNAMIC}},
+            "mlp": {
+                "kind": "moe",
+                "dim": 12,
+                "num_experts": 4,
+                "bias": True,
+                "swiglu_limit": 2.0,
+                "router_logit_bias": True,
+                "num_shared_experts": 1,
+                "shared_dim": 20,
+                "shared_gate": True,
+            },
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_all_kinds_of_layers_are_the_same_in_every_layout(name):
     layouts = [
         "mesh: data=2, context=2, tensor=2",
         "mesh: stage=2, expert=2, tensor=2",
         "mesh: fsdp=2, context=2, tensor=2, all_to_all",
         "mesh: stage=2, 1f1b",
     ]
-    report = verify(config_of("sft", model=model), only=layouts)
-    assert {finding.verdict for finding in report.findings} == {"same"}, report
+    report = verify(config_of("sft", model=small_model() | KINDS[name]), only=layouts)
+    assert [finding.verdict for finding in report.findings] == ["same"] * len(layouts), report
+
+
+def test_fine_tuning_of_an_imported_model_is_verified(imported_run, tmp_path, capsys):
+    config = config_of("sft", init_from=str(imported_run), model=None, execution=None, lora={"rank": 2})
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_yaml(config))
+    assert main(["verify", str(file), "--only", "mesh: fsdp=2", "--only", "packing", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"]
+    assert f"that of {imported_run}" in report["subject"]
 
 
 def test_prefixes_are_the_same_in_every_layout():
