@@ -33,7 +33,9 @@ def register(subparsers) -> None:
         epilog=_EVAL_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    evaluation.add_argument("model", metavar="MODEL", help="a run folder, a checkpoint folder or an int8 bundle")
+    evaluation.add_argument(
+        "model", metavar="MODEL", help="folder of a run, checkpoint, int8 bundle or Hugging Face model"
+    )
     evaluation.add_argument(
         "--data",
         metavar="PATH",

@@ -96,7 +96,7 @@ def run_chat(args: argparse.Namespace) -> int:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a run folder, a checkpoint folder or an int8 bundle")
+    parser.add_argument("model", metavar="MODEL", help="folder of a run, checkpoint, int8 bundle or Hugging Face model")
     parser.add_argument("--ema", action="store_true", help="use the run's EMA weights (optim.ema_decay)")
 
 

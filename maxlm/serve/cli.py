@@ -19,7 +19,7 @@ def register(subparsers) -> None:
         epilog="example: maxlm serve runs/small-sft --port 8000, then open http://127.0.0.1:8000/ or set the base_url"
         " of an OpenAI client to http://127.0.0.1:8000/v1",
     )
-    serve.add_argument("model", metavar="MODEL", help="a run folder, a checkpoint folder or an int8 bundle")
+    serve.add_argument("model", metavar="MODEL", help="folder of a run, checkpoint, int8 bundle or Hugging Face model")
     serve.add_argument("--ema", action="store_true", help="use the run's EMA weights (optim.ema_decay)")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
     serve.add_argument("--port", type=port, default=8000, help="port to listen on; 0 picks a free one (8000)")
