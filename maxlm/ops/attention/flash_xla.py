@@ -11,6 +11,7 @@ and s are the lengths of a block of queries and of its keys.
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -174,7 +175,7 @@ def _sum_over_blocks(blocks, pieces: list[jax.Array], key_length: int) -> jax.Ar
     return _joined(spans, axis=-1).swapaxes(2, 3)
 
 
-def _joined(products: list[jax.Array], axis: int) -> jax.Array:
+def _joined(products: list[Any], axis: int) -> jax.Array:
     """Concatenated products. A barrier after a single one: XLA would fold a transposition into it, and CPUs lack the
     product that results in 16 bits."""
-    return jax.lax.optimization_barrier(products[0]) if len(products) == 1 else jnp.concatenate(products, axis)
+    return jnp.concatenate(products, axis) if len(products) > 1 else jax.lax.optimization_barrier(products[0])
