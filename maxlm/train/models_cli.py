@@ -50,7 +50,8 @@ def run_models(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({name: asdict(size) for name, size in sizes.items()} | {"meshes": [*map(asdict, meshes)]}))
         return 0
-    console = Console(soft_wrap=True, markup=False, highlight=False)
+    # In a narrower terminal lines wrap, and no number is cut off.
+    console = Console(width=120, soft_wrap=True, markup=False, highlight=False)
     table = Table("name", "parameters", "active", "context", "bf16", "int8", "cache", "AdamW", box=None)
     for column in table.columns:
         column.justify, column.no_wrap = "left" if column is table.columns[0] else "right", True
