@@ -79,6 +79,14 @@ LLAMA3_SCALING = {
     "original_max_position_embeddings": 16,
 }
 
+GLM4_MOE = LLAMA | {
+    "model_type": "glm4_moe",
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.5,
+}
 CASES: dict[str, Settings] = {
     "llama": DENSE,
     "llama, old keys, tied, one layer": DENSE
@@ -182,6 +190,19 @@ CASES: dict[str, Settings] = {
         },
     },
     "deepseek_v3, no experts": DEEPSEEK_3 | {"first_k_dense_replace": 2},
+    "glm4_moe": GLM4_MOE,
+    "glm4_moe, norms and biases, groups": GLM4_MOE
+    | {
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 0,
+        "num_hidden_layers": 1,
+        "partial_rotary_factor": 0.25,
+        "head_dim": 16,
+        "num_nextn_predict_layers": 0,
+    },
     "olmo2": OLMO2,
     "olmo2, biases, tied": OLMO2 | {"attention_bias": True, "tie_word_embeddings": True, "rope_theta": 5000.0},
     "olmo3": LLAMA
@@ -313,6 +334,7 @@ TOKENIZERS: dict[str, str] = {
     "gpt_oss": _BYTES,
     "glm": _BYTES,
     "glm4": _BYTES,
+    "glm4_moe": _BYTES,
     "smollm3": _BYTES_WITH_BOS,
     "phi3": _SENTENCEPIECE_JSON,
     "stablelm": _BYTES,

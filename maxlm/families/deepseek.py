@@ -47,6 +47,14 @@ def _compresses_queries(model: ModelConfig) -> bool:
     return first_layer(model).mixer.query_rank is not None
 
 
+EXPERTS_WITH_SHARED = (
+    *EXPERTS,
+    tensor("model.layers.{layer}.mlp.gate.e_score_correction_bias", "layer/mlp/router_bias"),
+    *(
+        tensor(f"model.layers.{{layer}}.mlp.shared_experts.{name}_proj.weight", f"layer/mlp/shared/{name}")
+        for name in ("gate", "up", "down")
+    ),
+)
 _ATTENTION = "model.layers.{layer}.self_attn"
 _QUERY = {"rows": _query_rows}
 TENSORS_OF_BOTH = (
@@ -67,12 +75,7 @@ TENSORS_OF_BOTH = (
     ),
     tensor(f"{_ATTENTION}.kv_a_layernorm.weight", "layer/mixer/latent_norm/scale"),
     tensor(f"{_ATTENTION}.kv_b_proj.weight", "layer/mixer/key", "layer/mixer/value", rows=_key_value_rows),
-    *EXPERTS,
-    tensor("model.layers.{layer}.mlp.gate.e_score_correction_bias", "layer/mlp/router_bias"),
-    *(
-        tensor(f"model.layers.{{layer}}.mlp.shared_experts.{name}_proj.weight", f"layer/mlp/shared/{name}")
-        for name in ("gate", "up", "down")
-    ),
+    *EXPERTS_WITH_SHARED,
 )
 
 _MODULE = "model.layers.{layer}"

@@ -1,4 +1,4 @@
-"""Prediction modules of a DeepSeek-V3 folder, loaded and computed by transformers."""
+"""Prediction modules of a folder of DeepSeek-V3 or GLM-4.5, loaded and computed by transformers."""
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,12 @@ from family_comparison import write_folder_with_modules
 from transformers.modeling_layers import MtpModel
 
 from maxlm.core.batch import Stream
-from maxlm.interop.huggingface import load_huggingface, write_huggingface
+from maxlm.interop.huggingface import find_family, load_huggingface, write_huggingface
 
 MODULES = 2
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v3, biases, scaled positions"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v3, biases, scaled positions", "glm4_moe"])
 def test_modules_compute_the_same_in_transformers(name, tmp_path, monkeypatch):
     case = {**CASES[name], "num_nextn_predict_layers": MODULES}
     write_folder_with_modules(tmp_path, case)
@@ -34,10 +34,10 @@ def test_modules_compute_the_same_in_transformers(name, tmp_path, monkeypatch):
     # It knows the number of layers of the published model only.
     layers = case["num_hidden_layers"]
     ignored = [rf"model\.layers\.{layers + number}.*" for number in range(MODULES)]
-    monkeypatch.setattr(transformers.DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", ignored)
-    theirs = transformers.DeepseekV3ForCausalLM.from_pretrained(
-        tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
-    )
+    family, _ = find_family(model)
+    kind = getattr(transformers, family.architecture)
+    monkeypatch.setattr(kind, "_keys_to_ignore_on_load_unexpected", ignored)
+    theirs = kind.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
     modules = MtpModel.from_pretrained(theirs)
     given = torch.from_numpy(tokens).long()
     with torch.no_grad():
