@@ -11,11 +11,11 @@ and s are the lengths of a block of queries and of its keys.
 import dataclasses
 import functools
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from maxlm.core.hardware import traced_platform
 from maxlm.ops.attention.operands import AttentionOperands, group_heads
 from maxlm.ops.attention.rule import MASKED_LOGIT, AttentionRule
 
@@ -71,6 +71,10 @@ class Blockwise:
         query_gradients, key_pieces, value_pieces = [], [], []
         bias_gradients = jax.tree.map(jnp.zeros_like, operands.biases)
         blocks = _blocks(_reach(rule, operands), length, key_length)
+        of_gradients = product
+        if len(blocks) == 1 and traced_platform() == "cpu":
+            # Into a single product XLA folds a transposition of the result, and CPUs lack what results in 16 bits.
+            of_gradients = functools.partial(_einsum, self.matmul_dtype, product_dtype=jnp.float32)
         for queries, keys in blocks:
             query_BKGqH, gradient_BKGqV = query_BKGTH[:, :, :, queries], gradient_BKGTV[:, :, :, queries]
             key_BKsH, value_BKsV = key_BKSH[:, :, keys], value_BKSV[:, :, keys]
@@ -87,25 +91,25 @@ class Blockwise:
             logits_gradient_BKGqs = probabilities_BKGqs * (weights_gradient_BKGqs - mean_BKGT1[:, :, :, queries])
             weights_BKGqs = _drop(operands, probabilities_BKGqs, queries, keys)
             product_gradient_BKGqs = rule.product_gradient(logits_BKGqs, logits_gradient_BKGqs)
-            query_gradients.append(product("bkgqs,bksh->bkgqh", product_gradient_BKGqs, key_BKsH))
+            query_gradients.append(of_gradients("bkgqs,bksh->bkgqh", product_gradient_BKGqs, key_BKsH))
             # [H, s], not [s, H]: then the small operand is transposed, which is faster on CPUs.
-            key_pieces.append(product("bkgqh,bkgqs->bkhs", query_BKGqH, product_gradient_BKGqs))
-            value_pieces.append(product("bkgqh,bkgqs->bkhs", gradient_BKGqV, weights_BKGqs))
+            key_pieces.append(of_gradients("bkgqh,bkgqs->bkhs", query_BKGqH, product_gradient_BKGqs))
+            value_pieces.append(of_gradients("bkgqh,bkgqs->bkhs", gradient_BKGqV, weights_BKGqs))
             if to_biases is not None:
                 bias_gradients = jax.tree.map(jnp.add, bias_gradients, to_biases(logits_gradient_BKGqs)[0])
 
         return (
-            _all_heads(_joined(query_gradients, axis=3)),
+            _all_heads(jnp.concatenate(query_gradients, axis=3)),
             _sum_over_blocks(blocks, key_pieces, key_length),
             _sum_over_blocks(blocks, value_pieces, key_length),
             AttentionOperands(position_bias=bias_gradients[0], bias_BNTS=bias_gradients[1]),
         )
 
 
-def _einsum(matmul_dtype, formula: str, left, right):
-    return jnp.einsum(
-        formula, left.astype(matmul_dtype), right.astype(matmul_dtype), preferred_element_type=jnp.float32
-    )
+def _einsum(matmul_dtype, formula: str, left, right, *, product_dtype=None):
+    """A product in float32 of operands rounded to `matmul_dtype`; in `product_dtype`, if they are then converted."""
+    left, right = (x.astype(matmul_dtype).astype(product_dtype or matmul_dtype) for x in (left, right))
+    return jnp.einsum(formula, left, right, preferred_element_type=jnp.float32)
 
 
 def _all_heads(x_BKGTH):
@@ -172,10 +176,4 @@ def _sum_over_blocks(blocks, pieces: list[jax.Array], key_length: int) -> jax.Ar
             if keys.start <= start and end <= keys.stop
         ]
         spans.append(sum(here) if here else jnp.zeros((*pieces[0].shape[:-1], end - start), pieces[0].dtype))
-    return _joined(spans, axis=-1).swapaxes(2, 3)
-
-
-def _joined(products: list[Any], axis: int) -> jax.Array:
-    """Concatenated products. A barrier after a single one: XLA would fold a transposition into it, and CPUs lack the
-    product that results in 16 bits."""
-    return jnp.concatenate(products, axis) if len(products) > 1 else jax.lax.optimization_barrier(products[0])
+    return jnp.concatenate(spans, axis=-1).swapaxes(2, 3)
