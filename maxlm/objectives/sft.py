@@ -60,7 +60,7 @@ class SupervisedFineTuning(Objective, RecordsConfig):
         return self.model_copy(update={"z_loss": max(self.z_loss, 0.1)})
 
     def _read(self, path: str, *, config: TrainConfig, tokenizer: Tokenizer) -> PackedChats:
-        prefixes = config.model.prefix_attention
+        prefixes = config.model is not None and config.model.prefix_attention
         return PackedChats.read(path, tokenizer, row_length=config.row_length, form=self, prefixes=prefixes)
 
 

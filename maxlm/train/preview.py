@@ -1,5 +1,6 @@
 """The first training examples as the model sees them, with tokens colored by loss weight."""
 
+import contextlib
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ from rich.text import Text
 
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Stream
+from maxlm.errors import CheckpointError
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.setup import find_tokenizer, resolve_model
 
@@ -31,7 +33,9 @@ def preview(config: TrainConfig, *, num_examples: int, plain: bool) -> Iterator[
       MaxlmError: the tokenizer or the data cannot be read.
     """
     tokenizer = Tokenizer.load(find_tokenizer(config))
-    config = resolve_model(config, tokenizer)
+    # The starting model may be trained later: then it is taken for a causal one.
+    with contextlib.suppress(CheckpointError):
+        config = resolve_model(config, tokenizer)
     for example in config.objective.preview(config, tokenizer, num_examples):
         note = [Text(example.note)] if example.note else []
         yield Group(Text(example.title, "bold"), render_row(example.row, 0, tokenizer, plain=plain), *note, "")
