@@ -15,7 +15,7 @@ from maxlm.config.rope import RopeConfig
 from maxlm.errors import CheckpointError
 from maxlm.families.common import layer_norm
 from maxlm.families.family import Description, Family, interleaved_rope, tensor
-from maxlm.families.gpt import by_head
+from maxlm.families.gpt import by_head, with_bias
 from maxlm.families.layers import first_layer, grouped
 from maxlm.families.settings import Settings
 
@@ -23,7 +23,7 @@ from maxlm.families.settings import Settings
 _RESIDUAL_FACTOR = 56**0.5
 # Of ChatGLM 2 and 3, which only their names tell apart.
 _VOCABULARY_3, _NAME_3 = 65024, "chatglm3"
-_QKV = ("query", "key", "value")
+_QKV = ("layer/mixer/query", "layer/mixer/key", "layer/mixer/value")
 
 
 def _rows_of_first(model: ModelConfig, sizes: Sequence[int]) -> Sequence[np.ndarray]:
@@ -52,36 +52,16 @@ _FIRST, _LATER = "transformer.layers.{layer}", "transformer.encoder.layers.{laye
 TENSORS = (
     tensor("transformer.word_embeddings.weight", "embedding", only=_is_first),
     *layer_norm(f"{_FIRST}.input_layernorm", "layer/mixer_norm", only=_is_first),
-    *(
-        tensor(
-            f"{_FIRST}.attention.query_key_value.{kind}",
-            *(f"layer/mixer/{name}{suffix}" for name in _QKV),
-            rows=_rows_of_first,
-            only=_is_first,
-        )
-        for kind, suffix in (("weight", ""), ("bias", "_bias"))
-    ),
-    tensor(f"{_FIRST}.attention.dense.weight", "layer/mixer/out", only=_is_first),
-    tensor(f"{_FIRST}.attention.dense.bias", "layer/mixer/out_bias", only=_is_first),
+    *with_bias(f"{_FIRST}.attention.query_key_value", *_QKV, rows=_rows_of_first, only=_is_first),
+    *with_bias(f"{_FIRST}.attention.dense", "layer/mixer/out", only=_is_first),
     *layer_norm(f"{_FIRST}.post_attention_layernorm", "layer/mlp_norm", only=_is_first),
-    *(
-        tensor(f"{_FIRST}.mlp.{theirs}.{kind}", f"layer/mlp/{ours}{suffix}", only=_is_first)
-        for theirs, ours in (("dense_h_to_4h", "up"), ("dense_4h_to_h", "down"))
-        for kind, suffix in (("weight", ""), ("bias", "_bias"))
-    ),
+    *with_bias(f"{_FIRST}.mlp.dense_h_to_4h", "layer/mlp/up", only=_is_first),
+    *with_bias(f"{_FIRST}.mlp.dense_4h_to_h", "layer/mlp/down", only=_is_first),
     *layer_norm("transformer.final_layernorm", "final_norm", only=_is_first),
     tensor("lm_head.weight", "head", only=_is_first),
     tensor("transformer.embedding.word_embeddings.weight", "embedding", only=_is_later),
     tensor(f"{_LATER}.input_layernorm.weight", "layer/mixer_norm/scale", only=_is_later),
-    *(
-        tensor(
-            f"{_LATER}.self_attention.query_key_value.{kind}",
-            *(f"layer/mixer/{name}{suffix}" for name in _QKV),
-            rows=_fused_rows,
-            only=_is_later,
-        )
-        for kind, suffix in (("weight", ""), ("bias", "_bias"))
-    ),
+    *with_bias(f"{_LATER}.self_attention.query_key_value", *_QKV, rows=_fused_rows, only=_is_later),
     tensor(f"{_LATER}.self_attention.dense.weight", "layer/mixer/out", only=_is_later),
     tensor(f"{_LATER}.post_attention_layernorm.weight", "layer/mlp_norm/scale", only=_is_later),
     tensor(f"{_LATER}.mlp.dense_h_to_4h.weight", "layer/mlp/gate", "layer/mlp/up", only=_is_later),

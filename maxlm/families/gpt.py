@@ -25,11 +25,11 @@ def by_head(model: ModelConfig, sizes: Sequence[int]) -> Sequence[np.ndarray]:
 QKV = ("query", "key", "value")
 
 
-def _with_bias(name: str, *holds: str, **layout: Any) -> tuple[Tensor, Tensor]:
+def with_bias(name: str, *holds: str, **layout: Any) -> tuple[Tensor, Tensor]:
     """A matrix and its bias."""
-    rows = {key: value for key, value in layout.items() if key == "rows"}
+    of_bias = {key: value for key, value in layout.items() if key != "input_first"}
     return tensor(f"{name}.weight", *holds, **layout), tensor(
-        f"{name}.bias", *(f"{each}_bias" for each in holds), **rows
+        f"{name}.bias", *(f"{each}_bias" for each in holds), **of_bias
     )
 
 
@@ -38,22 +38,22 @@ GPT2_TENSORS = (
     tensor("transformer.wte.weight", "embedding"),
     tensor("transformer.wpe.weight", "positions"),
     *layer_norm("transformer.h.{layer}.ln_1", "layer/mixer_norm"),
-    *_with_bias("transformer.h.{layer}.attn.c_attn", *_ATTENTION, input_first=True),
-    *_with_bias("transformer.h.{layer}.attn.c_proj", "layer/mixer/out", input_first=True),
+    *with_bias("transformer.h.{layer}.attn.c_attn", *_ATTENTION, input_first=True),
+    *with_bias("transformer.h.{layer}.attn.c_proj", "layer/mixer/out", input_first=True),
     *layer_norm("transformer.h.{layer}.ln_2", "layer/mlp_norm"),
-    *_with_bias("transformer.h.{layer}.mlp.c_fc", "layer/mlp/up", input_first=True),
-    *_with_bias("transformer.h.{layer}.mlp.c_proj", "layer/mlp/down", input_first=True),
+    *with_bias("transformer.h.{layer}.mlp.c_fc", "layer/mlp/up", input_first=True),
+    *with_bias("transformer.h.{layer}.mlp.c_proj", "layer/mlp/down", input_first=True),
     *layer_norm("transformer.ln_f", "final_norm"),
     tensor("lm_head.weight", "head"),
 )
 NEOX_TENSORS = (
     tensor("gpt_neox.embed_in.weight", "embedding"),
     *layer_norm("gpt_neox.layers.{layer}.input_layernorm", "layer/mixer_norm"),
-    *_with_bias("gpt_neox.layers.{layer}.attention.query_key_value", *_ATTENTION, rows=by_head),
-    *_with_bias("gpt_neox.layers.{layer}.attention.dense", "layer/mixer/out"),
+    *with_bias("gpt_neox.layers.{layer}.attention.query_key_value", *_ATTENTION, rows=by_head),
+    *with_bias("gpt_neox.layers.{layer}.attention.dense", "layer/mixer/out"),
     *layer_norm("gpt_neox.layers.{layer}.post_attention_layernorm", "layer/mlp_norm"),
-    *_with_bias("gpt_neox.layers.{layer}.mlp.dense_h_to_4h", "layer/mlp/up"),
-    *_with_bias("gpt_neox.layers.{layer}.mlp.dense_4h_to_h", "layer/mlp/down"),
+    *with_bias("gpt_neox.layers.{layer}.mlp.dense_h_to_4h", "layer/mlp/up"),
+    *with_bias("gpt_neox.layers.{layer}.mlp.dense_4h_to_h", "layer/mlp/down"),
     *layer_norm("gpt_neox.final_layer_norm", "final_norm"),
     tensor("embed_out.weight", "head"),
 )
@@ -61,11 +61,11 @@ BLOOM_TENSORS = (
     tensor("transformer.word_embeddings.weight", "embedding"),
     *layer_norm("transformer.word_embeddings_layernorm", "embedding_norm"),
     *layer_norm("transformer.h.{layer}.input_layernorm", "layer/mixer_norm"),
-    *_with_bias("transformer.h.{layer}.self_attention.query_key_value", *_ATTENTION, rows=by_head),
-    *_with_bias("transformer.h.{layer}.self_attention.dense", "layer/mixer/out"),
+    *with_bias("transformer.h.{layer}.self_attention.query_key_value", *_ATTENTION, rows=by_head),
+    *with_bias("transformer.h.{layer}.self_attention.dense", "layer/mixer/out"),
     *layer_norm("transformer.h.{layer}.post_attention_layernorm", "layer/mlp_norm"),
-    *_with_bias("transformer.h.{layer}.mlp.dense_h_to_4h", "layer/mlp/up"),
-    *_with_bias("transformer.h.{layer}.mlp.dense_4h_to_h", "layer/mlp/down"),
+    *with_bias("transformer.h.{layer}.mlp.dense_h_to_4h", "layer/mlp/up"),
+    *with_bias("transformer.h.{layer}.mlp.dense_4h_to_h", "layer/mlp/down"),
     *layer_norm("transformer.ln_f", "final_norm"),
     tensor("lm_head.weight", "head"),
 )
