@@ -128,25 +128,39 @@ def _read_v3(settings: Settings) -> Description:
     settings.require("moe_layer_freq", 1)
     for name in ("aux_loss_alpha", "seq_aux"):
         settings.get(name, None)
-    modules = settings.size("num_nextn_predict_layers", 1, least=0)
     return _read(
         settings,
         query_rank=1536,
         max_length=4096,
-        multi_token=MultiTokenConfig(modules=modules) if modules else None,
+        multi_token=read_modules(settings),
         num_dense=settings.size("first_k_dense_replace", 3, least=0),
-        num_experts=settings.size("n_routed_experts", 256),
-        experts_per_token=settings.size("num_experts_per_tok", 8),
-        dim=settings.size("moe_intermediate_size", 2048),
-        num_shared_experts=settings.size("n_shared_experts", 1),
-        num_groups=settings.size("n_group", 8),
-        groups_per_token=settings.size("topk_group", 4),
-        group_score="best_two",
-        scoring="sigmoid",
-        normalize_weights=settings.get("norm_topk_prob", True),
-        routed_scaling=settings.get("routed_scaling_factor", 2.5),
-        router_bias=True,
+        **read_experts(settings, num_experts=256, dim=2048, num_groups=8, groups_per_token=4, routed_scaling=2.5),
     )
+
+
+def read_modules(settings: Settings) -> MultiTokenConfig | None:
+    """The prediction modules of V3 and of models like it."""
+    modules = settings.size("num_nextn_predict_layers", 1, least=0)
+    return MultiTokenConfig(modules=modules) if modules else None
+
+
+def read_experts(
+    settings: Settings, *, num_experts: int, dim: int, num_groups: int, groups_per_token: int, routed_scaling: float
+) -> dict[str, Any]:
+    """The experts of V3 and of models like it; the arguments are taken where settings are missing."""
+    return {
+        "num_experts": settings.size("n_routed_experts", num_experts),
+        "experts_per_token": settings.size("num_experts_per_tok", 8),
+        "dim": settings.size("moe_intermediate_size", dim),
+        "num_shared_experts": settings.size("n_shared_experts", 1),
+        "num_groups": settings.size("n_group", num_groups),
+        "groups_per_token": settings.size("topk_group", groups_per_token),
+        "group_score": "best_two",
+        "scoring": "sigmoid",
+        "normalize_weights": settings.get("norm_topk_prob", True),
+        "routed_scaling": settings.number("routed_scaling_factor", routed_scaling),
+        "router_bias": True,
+    }
 
 
 def _read(
@@ -197,6 +211,19 @@ def _scale(channels: int, rope: RopeConfig, mscale_all_dim: float) -> float | No
     return mscale(rope.scaling.factor, mscale_all_dim) ** 2 / math.sqrt(channels)
 
 
+def write_experts(experts: MoeConfig) -> dict[str, Any]:
+    return {
+        "n_routed_experts": experts.num_experts,
+        "n_shared_experts": experts.num_shared_experts,
+        "num_experts_per_tok": experts.experts_per_token,
+        "moe_intermediate_size": experts.dim,
+        "n_group": experts.num_groups,
+        "topk_group": experts.groups_per_token,
+        "norm_topk_prob": experts.normalize_weights,
+        "routed_scaling_factor": experts.routed_scaling,
+    }
+
+
 def _write(description: Description) -> dict[str, Any]:
     model, layers = description.model, all_layers(description.model)
     mixer: Any = layers[0].mixer
@@ -230,14 +257,7 @@ def _write(description: Description) -> dict[str, Any]:
         "intermediate_size": dense[0].dim if dense else experts.dim,
         "hidden_act": "silu",
         "first_k_dense_replace": len(dense),
-        "n_routed_experts": experts.num_experts,
-        "n_shared_experts": experts.num_shared_experts,
-        "num_experts_per_tok": experts.experts_per_token,
-        "moe_intermediate_size": experts.dim,
-        "n_group": experts.num_groups,
-        "topk_group": experts.groups_per_token,
-        "norm_topk_prob": experts.normalize_weights,
-        "routed_scaling_factor": experts.routed_scaling,
+        **write_experts(experts),
         **rope,
     }
 
