@@ -29,7 +29,7 @@ DENSE = LLAMA | {"model_type": "llama"}
 MISTRAL = LLAMA | {"model_type": "mistral"}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 QWEN2_MOE = LLAMA | EXPERTS | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 28}
-GEMMA2 = WIDE_HEADS | {"model_type": "gemma2", "num_hidden_layers": 4, "sliding_window": WINDOW}
+GEMMA2 = WIDE_HEADS | {"model_type": "gemma2", "sliding_window": WINDOW}
 GEMMA3 = WIDE_HEADS | {"model_type": "gemma3_text", "query_pre_attn_scalar": 16, "sliding_window": WINDOW}
 DEEPSEEK = LLAMA | {
     "num_key_value_heads": 4,
@@ -143,7 +143,7 @@ CASES: dict[str, Settings] = {
     "gemma2": GEMMA2 | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0},
     "gemma3_text": GEMMA3
     | {
-        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
         "rope_theta": 1e6,
         "rope_local_base_freq": 1e4,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
@@ -159,9 +159,9 @@ CASES: dict[str, Settings] = {
     },
     "deepseek_v2": DEEPSEEK_2
     | {
+        "num_hidden_layers": 1,
         "num_experts_per_tok": 3,
         "n_shared_experts": 2,
-        "first_k_dense_replace": 1,
         "topk_method": "group_limited_greedy",
         "routed_scaling_factor": 16.0,
         "rope_scaling": {
@@ -174,12 +174,20 @@ CASES: dict[str, Settings] = {
             "mscale_all_dim": 0.707,
         },
     },
-    "deepseek_v2, lite": DEEPSEEK_2 | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
+    "deepseek_v2, lite": DEEPSEEK_2
+    | {
+        "first_k_dense_replace": 1,
+        "q_lora_rank": None,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+    },
     "deepseek_v3": DEEPSEEK_3 | {"first_k_dense_replace": 1, "norm_topk_prob": True},
     "deepseek_v3, biases, scaled positions": DEEPSEEK_3
     | {
+        "num_hidden_layers": 1,
+        "first_k_dense_replace": 0,
         "attention_bias": True,
-        "first_k_dense_replace": 1,
         "num_nextn_predict_layers": 1,
         "rope_scaling": {
             "type": "yarn",
@@ -208,7 +216,7 @@ CASES: dict[str, Settings] = {
     "olmo3": LLAMA
     | {
         "model_type": "olmo3",
-        "num_hidden_layers": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": WINDOW,
         "rope_theta": 500000,
         "rope_scaling": {
@@ -246,7 +254,7 @@ CASES: dict[str, Settings] = {
     },
     "glm": WIDE_HEADS | {"model_type": "glm", "attention_bias": True},
     "glm4": WIDE_HEADS | {"model_type": "glm4"},
-    "smollm3": SMOLLM3 | {"num_hidden_layers": 5},
+    "smollm3": SMOLLM3 | {"no_rope_layer_interval": 2},
     "smollm3, no positions": SMOLLM3 | {"no_rope_layers": [0, 0, 0]},
     "smollm3, windows, biases": SMOLLM3
     | {

@@ -34,11 +34,20 @@ def folder(original, tmp_path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "llama"))
 
 
+def write_settings(folder: Path, settings: dict) -> None:
+    """Write config.json, without settings that are ... ."""
+    kept = {key: value for key, value in settings.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
 def change_settings(folder: Path, **changes) -> None:
     """Change settings of config.json; a setting that becomes ... is removed."""
-    settings = json.loads((folder / "config.json").read_text()) | changes
-    settings = {key: value for key, value in settings.items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps(settings))
+    write_settings(folder, json.loads((folder / "config.json").read_text()) | changes)
+
+
+def describe(folder: Path, settings: dict) -> tuple:
+    write_settings(folder, settings)
+    return read_description(folder)
 
 
 def change_tensors(folder: Path, **changes) -> None:
@@ -130,11 +139,26 @@ def test_settings_that_would_be_overlooked_are_refused(case, changes, words, tmp
     ],
 )
 def test_settings_that_repeat_others_change_nothing(case, changes, tmp_path):
-    descriptions = []
-    for settings in (CASES[case], CASES[case] | changes):
-        (tmp_path / "config.json").write_text(json.dumps(settings))
-        descriptions.append(read_description(tmp_path))
-    assert descriptions[0] == descriptions[1]
+    assert describe(tmp_path, CASES[case] | changes) == describe(tmp_path, CASES[case])
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("case", "default", "layers"),
+    [
+        ("gemma2", {}, {"layer_types": [SLIDING, FULL, SLIDING, FULL, SLIDING]}),
+        ("gemma3_text", {"num_hidden_layers": 7}, {"layer_types": [SLIDING] * 5 + [FULL, SLIDING]}),
+        ("olmo3", {}, {"layer_types": [SLIDING] * 3 + [FULL, SLIDING]}),
+        ("gpt_oss", {}, {"layer_types": [SLIDING, FULL, SLIDING, FULL, SLIDING]}),
+        ("smollm3", {"no_rope_layer_interval": ...}, {"no_rope_layers": [1, 1, 1, 0, 1]}),
+    ],
+)
+def test_layers_that_are_not_listed_follow_the_pattern_of_the_family(case, default, layers, tmp_path):
+    """What transformers 5.23 writes as the default of these settings."""
+    settings = CASES[case] | {"layer_types": ..., "num_hidden_layers": 5} | default
+    assert describe(tmp_path, settings) == describe(tmp_path, settings | layers)
 
 
 def test_tensors_that_do_not_fit_are_refused(folder):
