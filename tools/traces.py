@@ -101,7 +101,7 @@ POST_TRAINING: dict[str, dict[str, Any]] = {
             "valid_file": "prompts.jsonl",
             "group_size": 4,
             "max_new_tokens": 8,
-            "kl_beta": 0.05,
+            "kl": {"beta": 0.05},
             "updates_per_rollout": 2,
         }
     },

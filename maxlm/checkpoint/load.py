@@ -3,6 +3,7 @@
 import contextlib
 import os
 from functools import partial
+from typing import Literal
 
 import jax
 from etils import epath
@@ -20,6 +21,7 @@ from maxlm.config.execution import ExecutionConfig
 from maxlm.core.parameters import abstract
 from maxlm.errors import CheckpointError
 from maxlm.models.adapters import declare_adapters, merge_adapters
+from maxlm.models.critic import with_critic, without_critic
 from maxlm.models.decoder import Decoder, with_execution
 from maxlm.models.multi_token import without_modules
 from maxlm.models.scores import with_labels
@@ -45,21 +47,25 @@ def load_checkpoint(
     metadata = read_metadata(checkpoint)
     config, execution, lora = trained_as(metadata, where=checkpoint)
     # The weights identify the model: a reward model has a head, with or without adapters.
-    if any(path.split("/")[0] == "score" for path in metadata["shapes"]) and config.labels is None:
+    parts = {path.split("/")[0] for path in metadata["shapes"]}
+    if "score" in parts and config.labels is None:
         config = config.model_copy(update={"labels": ("reward",)})
-    plan = Decoder(config, execution)
+    critic: Literal["own", "shared"] | None = "own" if "critic" in parts else "shared" if "value" in parts else None
+    plan = Decoder(config.model_copy(update={"critic": critic}), execution)
     tokenizer = _read_tokenizer(checkpoint, metadata["fingerprint"])
     restore = restore_ema if ema else restore_weights
     if lora is None:
-        return restore(checkpoint, abstract(plan, mesh)), tokenizer
+        return without_critic(restore(checkpoint, abstract(plan, mesh))), tokenizer
     base = load_start(checkpoint, execution, mesh)
     base = base if config.multi_token else without_modules(base)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        if critic is not None:
+            base = with_critic(base, critic, jax.random.key(metadata["config"]["seed"]))
         if config.labels is not None:
             base = with_labels(base, config.labels, jax.random.key(metadata["config"]["seed"]))
         adapters = restore(checkpoint, abstract(declare_adapters(plan, lora), mesh))
         merged = jax.jit(partial(merge_adapters, config=lora), donate_argnums=0)(base, adapters)
-    return merged, tokenizer
+    return without_critic(merged), tokenizer
 
 
 def load_start(checkpoint: epath.Path, execution: ExecutionConfig, mesh: jax.sharding.Mesh | None = None) -> Decoder:

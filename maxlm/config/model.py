@@ -92,6 +92,9 @@ class ModelConfig(Frozen):
         description="Modules that predict tokens after the next one. objective.kind=multi_token trains them; generation"
         " does not use them.",
     )
+    critic: Literal["shared", "own"] | None = Field(
+        None, description="Values of tokens, by a head on the same layers or a model of its own; set by the objective."
+    )
     logit_soft_cap: PositiveFloat | None = Field(None, description="Output logits become c * tanh(logits / c).")
     family: str | None = Field(
         None, description="The model_type that Hugging Face's format is written with; null is the first one that fits."
@@ -138,8 +141,8 @@ class ModelConfig(Frozen):
 
     @property
     def main_model(self) -> Self:
-        """The model without its prediction modules."""
-        return self.model_copy(update={"multi_token": None})
+        """The model without what only training uses: prediction modules, and a critic."""
+        return self.model_copy(update={"multi_token": None, "critic": None})
 
     @property
     def width(self) -> float:

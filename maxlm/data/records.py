@@ -131,6 +131,26 @@ def parse_pair(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[
     return prompt, chosen, rejected
 
 
+def parse_judged(record: dict[str, Any], where: str, form: RecordFormat) -> list[tuple[Text, Text, bool]]:
+    """Parse answers that were judged alone: prompt, answer, and whether it is good. A pair is a good and a bad one.
+
+    Raises:
+      DataError: it is neither, or has an unknown key.
+    """
+    if "chosen" in record or "preferred_output" in record:
+        prompt, chosen, rejected = parse_pair(record, where, form)
+        return [(prompt, chosen, True), (prompt, rejected, False)]
+    label = field(record, "label", where)
+    if label not in (True, False):
+        raise DataError(f"{where}: label must be true for a good answer or false for a bad one, not {label!r}")
+    prompt, answer = parse_chat({key: value for key, value in record.items() if key != "label"}, where, form)
+    if prompt is None:
+        if not isinstance(answer, list) or len(answer) < 2:
+            raise DataError(f"{where}: must have a prompt before the answer that the label judges")
+        prompt, answer = answer[:-1], answer[-1:]
+    return [(prompt, answer, bool(label))]
+
+
 def parse_prompt(record: dict[str, Any], where: str, form: RecordFormat) -> Text:
     """Parse the prompt of a record.
 

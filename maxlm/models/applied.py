@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import jax.numpy as jnp
@@ -18,12 +18,14 @@ from maxlm.ops.dropout import hashed
 class AppliedModel:
     """A model, its outputs for each stream of a batch by name, and the label smoothing of its cross-entropies.
 
-    A loss takes it in place of the model, so that a pipeline can compute the outputs its own way.
+    A loss takes it in place of the model, so that a pipeline can compute the outputs its own way. `others` are applied
+    to the same streams: a `teacher`, or a `critic`.
     """
 
     decoder: Any
     outputs: Mapping[str, DecoderOutput]
     label_smoothing: float = 0.0
+    others: Mapping[str, Self] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: Any, batch: Batch, rates: RegularizationConfig | None = None) -> Self:

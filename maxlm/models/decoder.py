@@ -76,12 +76,14 @@ class Decoder(nnx.Module):
         self.layers: tuple[Group, ...] = nnx.data(declare_layers(config, execution))
         self.final_norm = Norm(config.norm, config.embed_dim)
         if config.labels is not None:
-            dtype = jnp.dtype(execution.parameter_dtype)
-            shape = (len(config.labels), config.embed_dim)
-            self.score = nnx.data(Parameter(shape, (None, None), zeros, dtype, role="table"))
+            self.score = _score_table(len(config.labels), config, execution)
         elif not config.tie_embeddings:
             self.head = _table(config, execution)
         self.multi_token: tuple[PredictionModule, ...] = nnx.data(declare_modules(config, execution))
+        if config.critic == "shared":
+            self.value = _score_table(1, config, execution)
+        elif config.critic == "own":
+            self.critic = Decoder(config.main_model.model_copy(update={"labels": ("value",)}), execution)
 
     def __call__(
         self,
@@ -162,7 +164,8 @@ class Decoder(nnx.Module):
     @property
     def trained_whole(self) -> tuple[str, ...]:
         """Paths of weights that are trained along with adapters, because they are newly initialized."""
-        return () if self.config.labels is None else ("score",)
+        of_critic = {None: (), "shared": ("value",), "own": ("critic/score",)}[self.config.critic]
+        return of_critic if self.config.labels is None else ("score",)
 
     @property
     def trunk_layers(self) -> Group:
@@ -302,6 +305,12 @@ def _table(
     shape = (config.vocab_size if num_rows is None else num_rows, config.embed_dim)
     dtype = jnp.dtype(execution.parameter_dtype)
     return nnx.data(Parameter(shape, (axis, "embed"), Normal(0.02), dtype, role="table"))
+
+
+def _score_table(num_scores: int, config: ModelConfig, execution: ExecutionConfig) -> Any:
+    """A row for each score of a hidden state; zeros, so that all begin equal."""
+    dtype = jnp.dtype(execution.parameter_dtype)
+    return nnx.data(Parameter((num_scores, config.embed_dim), (None, None), zeros, dtype, role="table"))
 
 
 def _bias_table(config: ModelConfig) -> Any:

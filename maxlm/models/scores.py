@@ -17,7 +17,12 @@ def with_labels(decoder: Decoder, labels: tuple[str, ...], key: jax.Array) -> De
 
 def token_scores(model: Decoder, output: DecoderOutput) -> jax.Array:
     """The scores at each token, float32 [B, L, labels]."""
-    return jnp.sum(output.hidden_BLD[..., None, :].astype(jnp.float32) * jnp.asarray(model.score, jnp.float32), axis=-1)
+    return scores_of(model.score, output)
+
+
+def scores_of(table: jax.Array, output: DecoderOutput) -> jax.Array:
+    """The product of each hidden state with each row of a table, float32 [B, L, rows]."""
+    return jnp.sum(output.hidden_BLD[..., None, :].astype(jnp.float32) * jnp.asarray(table, jnp.float32), axis=-1)
 
 
 def sequence_scores(

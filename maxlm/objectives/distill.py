@@ -52,8 +52,9 @@ class Distillation(Objective, PackedRowsConfig):
     def inputs(self) -> tuple[Input, ...]:
         return (*super().inputs, Input("teacher", "teacher", self.teacher, "weights"))
 
-    def compute_loss(self, model: AppliedModel, batch: Batch, teacher: AppliedModel | None = None) -> LossOutput:
+    def compute_loss(self, model: AppliedModel, batch: Batch) -> LossOutput:
         text, output = batch["text"], model.outputs["text"]
+        teacher = model.others["teacher"]
         hidden_BLD, taught_BLD = output.hidden_BLD, teacher.outputs["text"].hidden_BLD
         divergence_BL = token_divergence(
             model.decoder, hidden_BLD, teacher.decoder, taught_BLD, temperature=self.temperature

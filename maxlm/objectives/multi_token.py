@@ -35,8 +35,8 @@ class MultiTokenPrediction(Pretraining):
             )
         return problems
 
-    def compute_loss(self, model: AppliedModel, batch: Batch, teacher: AppliedModel | None = None) -> LossOutput:
-        parts = [super().compute_loss(model, batch, teacher)]
+    def compute_loss(self, model: AppliedModel, batch: Batch) -> LossOutput:
+        parts = [super().compute_loss(model, batch)]
         predictions = model.decoder.predict_ahead(model.outputs["text"], batch["text"])
         for number, (ahead, output) in enumerate(predictions, 1):
             log_probability_BL, _ = model.decoder.log_probabilities(

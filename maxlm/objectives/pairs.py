@@ -1,6 +1,7 @@
 """Data of objectives that learn from preference pairs."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from maxlm.core.batch import Batch
 from maxlm.core.term import LossOutput, Term
 from maxlm.data.preference import PreferencePairs
 from maxlm.models.applied import AppliedModel
-from maxlm.objectives.record_data import RecordData, first_examples
+from maxlm.objectives.record_data import Examples, RecordData, first_examples
 from maxlm.objectives.sequences import rows_of
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.objective import ExampleMaker, PreviewRow, RunContext
@@ -22,10 +23,11 @@ def open_pairs(
     loss: Callable[[AppliedModel, Batch], LossOutput],
     *,
     term: str,
-    complete: Callable[[Batch], Batch] = lambda batch: batch,
+    prepare_examples: Callable[[Examples, np.ndarray], Examples] = lambda examples, _: examples,
+    with_policy: Callable[[Any, Batch], Batch] | None = None,
 ) -> RecordData:
     """Batches with the streams `chosen` and `rejected`; validation reports the mean of a loss term, and accuracy and
-    margin of the chosen answer."""
+    margin of the chosen answer. The functions are those of `RecordData`."""
     config = context.config
 
     def read(path: str) -> PreferencePairs:
@@ -37,7 +39,14 @@ def open_pairs(
         means = {name: float(np.asarray(value.mean())) for name, value in sums.items()}
         return {"loss": means[term], "accuracy": means["accuracy"], "reward_margin": means["reward_margin"]}
 
-    return RecordData(context, read, loss=loss, summarize=summarize, complete=complete)
+    return RecordData(
+        context,
+        read,
+        loss=loss,
+        summarize=summarize,
+        prepare_examples=prepare_examples,
+        with_policy=with_policy,
+    )
 
 
 def preview_pairs(

@@ -1,6 +1,6 @@
-"""Policy optimization: sample groups of answers, reward them, and make the better ones of each group more likely.
+"""Policy optimization: sample answers, reward them, and make the better ones more likely.
 
-Dimensions: B rows (answers), L length of prompt and answer, N prompts, G answers per prompt.
+Dimensions: B rows (answers), L length of prompt and answer.
 """
 
 from collections.abc import Iterator
@@ -11,73 +11,68 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from maxlm.config.base import Count, Frozen
+from maxlm.config.base import Count, CountOrZero, Frozen
+from maxlm.config.execution import ExecutionConfig
+from maxlm.config.model import ModelConfig
 from maxlm.config.objective import RecordsConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch
 from maxlm.core.term import LossOutput, Term
 from maxlm.data.preference import pad
 from maxlm.models.applied import AppliedModel
+from maxlm.models.critic import values, with_critic
+from maxlm.models.decoder import Decoder
+from maxlm.objectives.policy_advantages import AnyAdvantage, GroupAdvantage
 from maxlm.objectives.policy_data import PolicyData, read_policy_prompts
+from maxlm.objectives.policy_losses import (
+    AVERAGES,
+    AnySurrogate,
+    Average,
+    ClippedSurrogate,
+    ImportanceConfig,
+    KlConfig,
+    PolicyTokens,
+    average,
+    close_answers,
+)
 from maxlm.objectives.record_data import first_indices
-from maxlm.objectives.sequences import target_log_probabilities
-from maxlm.ops.advantages import group_advantages, leave_one_out_advantages
-from maxlm.ops.policy_losses import clipped_importance_loss, clipped_surrogate, kl_to_reference
+from maxlm.objectives.sequences import is_real, target_log_probabilities, token_entropies
+from maxlm.ops.policy_losses import value_loss
 from maxlm.prompts.chat_template import ChatTokens
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContext
 
 
-class GroupAdvantage(Frozen):
-    """An answer's reward relative to the mean of its group (GRPO)."""
+class CriticConfig(Frozen):
+    """The values of tokens for generalized advantage estimation."""
 
-    kind: Literal["group"] = "group"
-    normalize_std: bool = Field(True, description="Divide by the group's standard deviation.")
-
-    def __call__(self, rewards_NG: np.ndarray) -> np.ndarray:
-        return group_advantages(rewards_NG, normalize_std=self.normalize_std)
-
-
-class LeaveOneOutAdvantage(Frozen):
-    """An answer's reward relative to the mean of the other answers in its group (RLOO)."""
-
-    kind: Literal["leave_one_out"] = "leave_one_out"
-
-    def __call__(self, rewards_NG: np.ndarray) -> np.ndarray:
-        return leave_one_out_advantages(rewards_NG)
+    kind: Literal["own", "shared"] = Field(
+        "own", description="A model of its own that starts as a copy, or a head on the layers of the policy."
+    )
+    weight: PositiveFloat = Field(0.5, description="Weight of the value loss.")
+    clip: PositiveFloat | None = Field(0.2, description="How far a value may move in an update; null: freely.")
 
 
-class ClippedSurrogate(Frozen):
-    """No gradient for a token whose probability ratio has left the bounds in the direction of its advantage (PPO)."""
+class OverlongConfig(Frozen):
+    """What becomes of answers that are cut off at max_new_tokens, or almost."""
 
-    kind: Literal["clip"] = "clip"
-    low: PositiveFloat = 0.2
-    high: PositiveFloat = 0.28
-
-    def __call__(
-        self, log_p_BL: jax.Array, log_ratio_BL: jax.Array, advantages_B: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        return clipped_surrogate(log_ratio_BL, advantages_B, clip_low=self.low, clip_high=self.high)
+    learn: bool = Field(True, description="false: tokens of answers that are cut off have no loss (DAPO's filtering).")
+    buffer: CountOrZero = Field(
+        0, description="The last tokens up to max_new_tokens in which the penalty rises from 0 to its full size."
+    )
+    penalty: NonNegativeFloat = Field(1.0, description="Subtracted from the reward of an answer of max_new_tokens.")
 
 
-class ClippedImportance(Frozen):
-    """The importance weight of a token is clipped, and every token keeps a gradient (CISPO)."""
+class DynamicSampling(Frozen):
+    """Replace groups with equal rewards by those of other prompts (DAPO)."""
 
-    kind: Literal["cispo"] = "cispo"
-    high: PositiveFloat = Field(4.0, description="A weight is at most 1 + high.")
-
-    def __call__(
-        self, log_p_BL: jax.Array, log_ratio_BL: jax.Array, advantages_B: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        return clipped_importance_loss(log_p_BL, log_ratio_BL, advantages_B, clip_high=self.high)
+    max_rounds: Annotated[int, Field(ge=2)] = Field(
+        3, description="Rounds of sampling at most; then groups without a signal fill the batch."
+    )
 
 
 class PolicyOptimization(Objective, RecordsConfig):
-    """Learn from sampled answers with verifiable rewards.
-
-    The loss is the mean over the tokens of all answers, so that a token counts the same in a short answer as in a
-    long one.
-    """
+    """Learn from sampled answers and their rewards."""
 
     samples: ClassVar[bool] = True
 
@@ -89,28 +84,36 @@ class PolicyOptimization(Objective, RecordsConfig):
         "exact_match",
         description="A reward function of `maxlm.scoring.rewards`, or your own as package.module:function.",
     )
-    group_size: Annotated[int, Field(ge=2)] = Field(8, description="Answers sampled per prompt.")
+    group_size: Count = Field(8, description="Answers sampled per prompt.")
     max_new_tokens: Count = 32
     temperature: PositiveFloat = 1.0
-    advantage: Annotated[GroupAdvantage | LeaveOneOutAdvantage, Field(discriminator="kind")] = Field(
-        GroupAdvantage(), description="How much better than expected an answer is."
-    )
-    surrogate: Annotated[ClippedSurrogate | ClippedImportance, Field(discriminator="kind")] = Field(
+    advantage: AnyAdvantage = Field(GroupAdvantage(), description="How much better than expected an answer is.")
+    surrogate: AnySurrogate = Field(
         ClippedSurrogate(), description="The loss of a token, given the advantage of its answer."
     )
-    kl_beta: NonNegativeFloat = Field(0.0, description="Weight of the KL divergence from the starting model.")
+    average: Average = Field("tokens", description=f"What the losses of tokens are divided by. {AVERAGES}")
+    kl: KlConfig = KlConfig()
+    entropy_weight: NonNegativeFloat = Field(0.0, description="Weight of the entropy, which keeps answers diverse.")
+    critic: CriticConfig | None = Field(None, description="For advantage.kind=gae; null otherwise.")
+    importance: ImportanceConfig | None = None
+    largest_kl: NonNegativeFloat | None = Field(
+        None, description="Bad answers that were sampled from a more distant policy are left out."
+    )
+    overlong: OverlongConfig = OverlongConfig()
+    dynamic_sampling: DynamicSampling | None = None
     updates_per_rollout: Count = Field(
         1, description="Training steps per round of sampling, each on different answers."
     )
+    epochs_per_rollout: Count = Field(1, description="How often the answers of a round are trained on.")
 
     @property
     def needs_reference(self) -> bool:
-        return self.kl_beta > 0
+        return self.kl.beta > 0
 
     @property
     def resume_multiple(self) -> int:
-        """Answers are sampled every `updates_per_rollout` steps, so a run can only resume at such a step."""
-        return self.updates_per_rollout
+        """Answers are sampled every so many steps, and a run can only resume at such a step."""
+        return self.updates_per_rollout * self.epochs_per_rollout
 
     def problems(self, config: TrainConfig) -> list[str]:
         problems = []
@@ -119,36 +122,97 @@ class PolicyOptimization(Objective, RecordsConfig):
                 f"objective.max_new_tokens ({self.max_new_tokens}) leaves no room for a prompt in"
                 f" row_length ({config.row_length})"
             )
-        multiple = self.updates_per_rollout
+        names = " * ".join(name for name in ("updates_per_rollout", "epochs_per_rollout") if getattr(self, name) > 1)
         for name, value in (("steps", config.steps), ("checkpoint.every", config.checkpoint.every)):
-            if value % multiple:
-                problems.append(f"{name} ({value}) must be a multiple of updates_per_rollout ({multiple})")
+            if value % self.resume_multiple:
+                problems.append(f"{name} ({value}) must be a multiple of {names} ({self.resume_multiple})")
+        if self.advantage.needs_groups and self.group_size < 2:
+            problems.append(
+                f"objective.advantage.kind={self.advantage.kind} compares answers to the same prompt; set"
+                " objective.group_size to at least 2"
+            )
+        if self.advantage.needs_critic != (self.critic is not None):
+            problems.append("objective.critic and objective.advantage.kind=gae need one another; set both, or neither")
+        if self.kl.beta and self.kl.within == "loss" and self.kl.estimator == "k1" and not self.kl.true_gradient:
+            problems.append(
+                "objective.kl.estimator=k1 has no useful gradient in a loss; choose k2 or k3, set"
+                " objective.kl.true_gradient=true, or objective.kl.within=reward"
+            )
+        if self.overlong.buffer > self.max_new_tokens:
+            problems.append(
+                f"objective.overlong.buffer ({self.overlong.buffer}) exceeds max_new_tokens ({self.max_new_tokens})"
+            )
         return problems
 
-    def compute_loss(self, model: AppliedModel, batch: Batch, teacher: AppliedModel | None = None) -> LossOutput:
-        answers, values = batch["answers"], batch.values
-        weights_BL = answers.loss_weights
-        num_tokens, num_rows = jnp.sum(weights_BL), jnp.sum(jnp.ones_like(values["rewards_B"]))
+    def declare(self, config: ModelConfig, execution: ExecutionConfig) -> Decoder:
+        critic = None if self.critic is None else self.critic.kind
+        return Decoder(config.model_copy(update={"critic": critic}), execution)
 
-        output = model.outputs["answers"]
+    def from_decoder(self, decoder: Decoder, key: jax.Array) -> Decoder:
+        return decoder if self.critic is None else with_critic(decoder, self.critic.kind, key)
+
+    def compute_loss(self, model: AppliedModel, batch: Batch) -> LossOutput:
+        answers, given = batch["answers"], batch.values
+        output, is_answer_BL = model.outputs["answers"], answers.loss_weights
         log_p_BL = target_log_probabilities(model.decoder, answers, output, temperature=self.temperature)
-        log_ratio_BL = log_p_BL - values["sampled_BL"]
-        loss_BL, is_clipped_BL = self.surrogate(log_p_BL, log_ratio_BL, values["advantages_B"])
-        terms = {"policy": Term(jnp.sum(weights_BL * loss_BL), num_tokens)}
+        old_BL = given.get("old_BL", given["sampled_BL"])
+        tokens = PolicyTokens(log_p_BL, log_p_BL - old_BL, given["advantages_BL"], is_answer_BL)
+
+        def mean(x_BL: jax.Array) -> Term:
+            return Term(jnp.sum(is_answer_BL * x_BL), jnp.sum(is_answer_BL))
+
+        loss_BL, is_clipped_BL = self.surrogate(tokens)
+        if self.largest_kl is not None:
+            loss_BL *= close_answers(tokens, self.largest_kl)
+        if self.importance is not None:
+            loss_BL *= self.importance.weights(old_BL - given["sampled_BL"], is_answer_BL)
+        terms = {"policy": average(loss_BL, is_answer_BL, self.average, longest=self.max_new_tokens)}
         metrics = {
-            "reward": Term(jnp.sum(values["rewards_B"]), num_rows),
-            "groups_with_signal": Term(jnp.sum(values["has_signal_B"]), num_rows),
-            "completion_length": Term(num_tokens, num_rows),
-            "clip_fraction": Term(jnp.sum(weights_BL * is_clipped_BL), num_tokens),
+            "clip_fraction": mean(is_clipped_BL),
+            "ratio": mean(jnp.exp(tokens.log_ratio_BL)),
+            "advantage_size": mean(jnp.abs(tokens.advantages_BL)),
+            # Over answers of the policy, the mean of -log p is its entropy.
+            "entropy": mean(-log_p_BL),
+            "sampler_mismatch": mean(
+                jnp.abs(old_BL - given["sampled_BL"] if "old_BL" in given else tokens.log_ratio_BL)
+            ),
+            **self._of_answers(batch),
         }
-        if self.kl_beta:
-            kl_BL = kl_to_reference(log_p_BL, values["reference_BL"])
-            terms["kl_penalty"] = Term(self.kl_beta * jnp.sum(weights_BL * kl_BL), num_tokens)
-            metrics["kl"] = Term(jnp.sum(weights_BL * kl_BL), num_tokens)
+        if "reference_BL" in given:
+            kl_BL = self.kl.loss(tokens, given["reference_BL"])
+            metrics["kl"] = mean(kl_BL)
+            if self.kl.within == "loss":
+                terms["kl_penalty"] = average(
+                    self.kl.beta * kl_BL, is_answer_BL, self.average, longest=self.max_new_tokens
+                )
+        if self.entropy_weight:
+            entropy_BL = token_entropies(model.decoder, output.hidden_BLD, temperature=self.temperature)
+            bonus = mean(entropy_BL)
+            terms["entropy_bonus"] = Term(-self.entropy_weight * bonus.sum, bonus.weight)
+        if self.critic is not None:
+            critic = model.others.get("critic")
+            values_BL = values(model.decoder, output, None if critic is None else critic.outputs["answers"])
+            error_BL = value_loss(values_BL, given["values_BL"], given["returns_BL"], clip=self.critic.clip)
+            error = mean(error_BL)
+            terms["value"] = Term(self.critic.weight * error.sum, error.weight)
+            metrics["value_mean"] = mean(values_BL)
+            metrics["return_mean"] = mean(given["returns_BL"])
         return LossOutput(terms, metrics).joined(output.auxiliary)
 
+    def _of_answers(self, batch: Batch) -> dict[str, Term]:
+        """Metrics that do not depend on the model."""
+        real_B = is_real(batch["answers"])
+        num_rows = jnp.sum(real_B)
+        values = batch.values
+        return {
+            "reward": Term(jnp.sum(real_B * values["rewards_B"]), num_rows),
+            "groups_with_signal": Term(jnp.sum(real_B * values["has_signal_B"]), num_rows),
+            "completion_length": Term(jnp.sum(values["lengths_B"]), num_rows),
+            "truncated": Term(jnp.sum(real_B * values["is_truncated_B"]), num_rows),
+        }
+
     def open_data(self, context: RunContext) -> PolicyData:
-        return PolicyData(context, advantages=self.advantage, needs_reference=self.needs_reference)
+        return PolicyData(context)
 
     def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[PreviewRow]:
         prompts = read_policy_prompts(self.train_file, self, tokenizer, row_length=config.row_length)
@@ -165,18 +229,27 @@ class PolicyOptimization(Objective, RecordsConfig):
         def moved(scale: float) -> np.ndarray:
             return ((log_p_BL + make.normal(log_p_BL.shape, scale=scale)) * answers.loss_weights).astype(np.float32)
 
-        values = {
+        given = {
             "sampled_BL": moved(0.3),
-            "reference_BL": moved(0.5),
-            "advantages_B": make.normal((num_rows,), mean=0.5),
+            "advantages_BL": make.normal(log_p_BL.shape, mean=0.5) * answers.loss_weights,
             "rewards_B": make.normal((num_rows,)),
             "has_signal_B": (make.normal((num_rows,)) < 0.5).astype(np.float32),
+            "lengths_B": answers.loss_weights.sum(axis=1),
+            "is_truncated_B": (make.normal((num_rows,)) < 0.5).astype(np.float32),
         }
-        return Batch({"answers": answers}, values)
+        if self.importance is not None:
+            given["old_BL"] = given["sampled_BL"] + moved(0.3) - moved(0.3)
+        if self.needs_reference:
+            given["reference_BL"] = moved(0.5)
+        if self.critic is not None:
+            given |= {name: make.normal(log_p_BL.shape) for name in ("values_BL", "returns_BL")}
+        return Batch({"answers": answers}, given)
 
     def for_verification(self) -> Self:
-        small = {"group_size": 2, "max_new_tokens": 8, "updates_per_rollout": 1}
-        return self.model_copy(update={**small, "kl_beta": max(self.kl_beta, 0.1)})
+        small = {"group_size": 2, "max_new_tokens": 8, "updates_per_rollout": 1, "epochs_per_rollout": 1}
+        kl = self.kl.model_copy(update={"beta": max(self.kl.beta, 0.1)})
+        overlong = self.overlong.model_copy(update={"buffer": min(self.overlong.buffer, 4)})
+        return self.model_copy(update={**small, "kl": kl, "overlong": overlong})
 
 
 OBJECTIVE = PolicyOptimization

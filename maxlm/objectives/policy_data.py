@@ -4,43 +4,63 @@ Dimensions: B rows (answers), L length of prompt and answer, N prompts, G answer
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from maxlm.core.batch import Batch, Stream, put_batch
 from maxlm.data.chat import EpochOrder, padded_batches, share_of, training_order
 from maxlm.data.preference import Prompt, read_prompts, round_up
 from maxlm.data.sample import even_sample
+from maxlm.models.critic import apply_critic, without_critic
+from maxlm.objectives.policy_advantages import RewardedAnswers
 from maxlm.objectives.sampler import Answers, Sampler
 from maxlm.objectives.sequences import local_rows, target_log_probabilities, whole_rows
-from maxlm.ops.advantages import has_signal
+from maxlm.ops.advantages import has_signal, overlong_penalty
+from maxlm.ops.policy_losses import kl_estimate
+from maxlm.runtime.agree import any_process
 from maxlm.scoring.reward_call import CheckedReward
 from maxlm.scoring.rewards import check_answer, find_reward
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.objective import RunContext
 
-# Random stream of validation: no step has this number.
+# Random streams of validation and of greedy answers: no step has these numbers.
 _VALIDATION_STREAM = 2**32 - 1
+_GREEDY_STREAM = 2**32 - 2
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Answers of this process to some prompts, a group for each, and their rewards [N, G]."""
+
+    prompts: list[Prompt]
+    answers: Answers
+    rewards_NG: np.ndarray
+
+    def taken(self, indices: np.ndarray) -> "Groups":
+        """The groups of these prompts, in this order."""
+        size = self.rewards_NG.shape[1]
+        rows = (indices[:, None] * size + np.arange(size)).reshape(-1)
+        return Groups([self.prompts[index] for index in indices], self.answers.taken(rows), self.rewards_NG[indices])
+
+    def joined(self, other: "Groups") -> "Groups":
+        """Both, one after the other."""
+        rewards_NG = np.concatenate([self.rewards_NG, other.rewards_NG])
+        return Groups(self.prompts + other.prompts, self.answers.joined(other.answers), rewards_NG)
 
 
 class PolicyData:
-    """Samples and rewards groups of answers to the prompts of a file.
+    """Samples and rewards groups of answers to the prompts of a file. Settings are those of the policy objective."""
 
-    Args:
-      advantages: rewards [N, G] -> how much better each answer is than expected: [N, G].
-      needs_reference: whether batches hold the log-probabilities of the answers under the starting model.
-    """
-
-    def __init__(self, context: RunContext, *, advantages: Callable[[np.ndarray], np.ndarray], needs_reference: bool):
+    def __init__(self, context: RunContext):
         config, objective = context.config, context.config.objective
         self._context = context
-        self._advantages = advantages
-        self._needs_reference = needs_reference
+        self._reference = context.reference() if objective.needs_reference else None
         self._reward = CheckedReward(objective.reward, find_reward(objective.reward))
         self._prompts = self._read(objective.train_file)
         self._valid_prompts = [] if objective.valid_file is None else self._read(objective.valid_file)
@@ -55,73 +75,154 @@ class PolicyData:
             seed=config.seed,
         )
         self._sum = jax.jit(jnp.sum)
-
-        @jax.jit
-        def reference_log_probabilities(model: Any, answers: Stream) -> jax.Array:
-            return whole_rows(target_log_probabilities(model, answers, temperature=objective.temperature))
-
-        self._reference_log_probabilities = reference_log_probabilities
+        self._measure = jax.jit(partial(_measure, objective=objective))
 
     def prepare(self, frozen: dict[str, Any]) -> None:
         self._reward.try_out([*self._prompts, *self._valid_prompts])
 
     def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[Batch]:
-        step = start_step
+        objective = self._context.config.objective
+        rollout = start_step // objective.resume_multiple
         while True:
-            yield from self._roll_out(current_model(), step)
-            step += self._context.config.objective.updates_per_rollout
+            batches = self._roll_out(current_model(), rollout)
+            for _ in range(objective.epochs_per_rollout):
+                yield from batches
+            rollout += 1
 
     def documents(self, batch: int) -> list[dict[str, Any]]:
-        prompts = self._order.indices(batch, batch_size=self._context.config.batch_size)
+        objective = self._context.config.objective
+        rollout, step = divmod(batch, objective.resume_multiple)
+        number = rollout * objective.updates_per_rollout + step % objective.updates_per_rollout
+        prompts = np.concatenate(
+            [self._indices(number, each, shard=0, num_shards=1) for each in range(self._num_rounds)]
+        )
         return [{"id": self._prompts[prompt].place} for prompt in prompts]
 
     def validate(self, model: Any) -> dict[str, float]:
         if not self._valid_prompts:
             return {}
-        temperature = self._context.config.objective.temperature
+        model, temperature = without_critic(model), self._context.config.objective.temperature
         return {
             "reward": self._mean_valid_reward(model, temperature),
             "greedy_reward": self._mean_valid_reward(model, 0.0),
         }
 
-    def _roll_out(self, model: Any, step: int) -> list[Batch]:
+    def _roll_out(self, model: Any, rollout: int) -> list[Batch]:
         """Answers to this process's prompts of the next `updates_per_rollout` steps, split by step."""
-        config, objective = self._context.config, self._context.config.objective
-        group_size, num_steps = objective.group_size, objective.updates_per_rollout
-        mine = self._context.rows
-        examples = [
-            self._order.indices(step + offset, batch_size=config.batch_size, shard=mine.index, num_shards=mine.count)
-            for offset in range(num_steps)
-        ]
-        numbers = [
-            share_of(np.arange(config.batch_size) + n * config.batch_size, mine.index, mine.count)
-            for n in range(num_steps)
-        ]
-        prompts = [self._prompts[index] for index in np.concatenate(examples) for _ in range(group_size)]
-        rows = (np.concatenate(numbers)[:, None] * group_size + np.arange(group_size)).reshape(-1)
+        objective = self._context.config.objective
+        num_steps, group_size = objective.updates_per_rollout, objective.group_size
+        policy = without_critic(model)
+        groups, found = self._sample(policy, rollout)
+        stream, sampled_BL = policy_rows(groups.answers)
+        parts = [Batch({"answers": share_of_tree(stream, n, num_steps)}) for n in range(num_steps)]
+        measured = [self._measured(model, part) for part in parts]
+        given = {name: np.concatenate([part[name] for part in measured]) for name in measured[0]}
 
-        answers = self._sampler(model, prompts, rows, stream=step, temperature=objective.temperature)
-        rewards_NG = self._reward(prompts, answers.texts).reshape(-1, group_size)
-        advantages_NG = self._advantages(rewards_NG)
-        stream, sampled_BL = policy_rows(answers)
-        values = {
+        lengths_B, is_answer_BL = groups.answers.lengths_R, stream.loss_weights > 0
+        is_truncated_B = self._is_truncated(groups.answers)
+        penalty_B = objective.overlong.penalty * overlong_penalty(
+            lengths_B, longest=objective.max_new_tokens, buffer=objective.overlong.buffer
+        )
+        penalties_BL = np.zeros(sampled_BL.shape, np.float32)
+        if self._reference is not None and objective.kl.within == "reward":
+            log_p = (jnp.asarray(x_BL) for x_BL in (sampled_BL, given["reference_BL"]))
+            penalties_BL = objective.kl.beta * np.asarray(kl_estimate(*log_p, estimator=objective.kl.estimator))
+        answers = RewardedAnswers(
+            rewards_NG=groups.rewards_NG - penalty_B.reshape(groups.rewards_NG.shape),
+            is_answer_BL=is_answer_BL,
+            penalties_BL=penalties_BL,
+            add_up=self._over_processes,
+            greedy_N=self._greedy_rewards(policy, groups.prompts) if objective.advantage.needs_greedy else None,
+            values_BL=given.get("values_BL"),
+        )
+        advantages_BL, returns_BL = objective.advantage(answers)
+        if not objective.overlong.learn:
+            stream = replace(stream, loss_weights=stream.loss_weights * ~is_truncated_B[:, None])
+        given |= {
             "sampled_BL": sampled_BL,
-            "advantages_B": advantages_NG.reshape(-1),
-            "rewards_B": rewards_NG.reshape(-1),
-            "has_signal_B": np.repeat(has_signal(rewards_NG), group_size).astype(np.float32),
+            "advantages_BL": advantages_BL,
+            "rewards_B": groups.rewards_NG.reshape(-1),
+            "has_signal_B": np.repeat(found, group_size),
+            "lengths_B": lengths_B.astype(np.float32),
+            "is_truncated_B": is_truncated_B.astype(np.float32),
         }
-        whole = Batch({"answers": stream}, values)
-        return [
-            self._with_reference(jax.tree.map(lambda x, n=n: share_of(x, n, num_steps), whole))
+        if returns_BL is not None:
+            given["returns_BL"] = returns_BL
+        whole = Batch({"answers": stream}, given)
+        return [share_of_tree(whole, n, num_steps) for n in range(num_steps)]
+
+    def _sample(self, policy: Any, rollout: int) -> tuple[Groups, np.ndarray]:
+        """The groups to train on, and for each prompt the share of all sampled groups whose rewards differ."""
+        objective = self._context.config.objective
+        wanted = objective.updates_per_rollout * self._context.config.batch_size // self._context.rows.count
+        groups = self._sample_round(policy, rollout, 0)
+        signal = has_signal(groups.rewards_NG)
+        for number in range(1, self._num_rounds):
+            if not any_process(signal.sum() < wanted):
+                break
+            groups = groups.joined(self._sample_round(policy, rollout, number))
+            signal = has_signal(groups.rewards_NG)
+        # Groups with a signal first, otherwise in the order of sampling.
+        chosen = np.sort(np.argsort(~signal, kind="stable")[:wanted])
+        return groups.taken(chosen), np.full(wanted, signal.mean(), np.float32)
+
+    def _sample_round(self, policy: Any, rollout: int, number: int) -> Groups:
+        config, objective = self._context.config, self._context.config.objective
+        group_size, num_steps, rows = objective.group_size, objective.updates_per_rollout, self._context.rows
+        steps = rollout * num_steps + np.arange(num_steps)
+        examples = [self._indices(int(step), number, shard=rows.index, num_shards=rows.count) for step in steps]
+        places = [
+            share_of(np.arange(config.batch_size) + n * config.batch_size, rows.index, rows.count)
             for n in range(num_steps)
         ]
+        prompts = [self._prompts[index] for index in np.concatenate(examples)]
+        first = (np.concatenate(places) + number * num_steps * config.batch_size) * group_size
+        answers = self._sampler(
+            policy,
+            [prompt for prompt in prompts for _ in range(group_size)],
+            (first[:, None] + np.arange(group_size)).reshape(-1),
+            stream=rollout * objective.resume_multiple,
+            temperature=objective.temperature,
+        )
+        rewards = self._reward([prompt for prompt in prompts for _ in range(group_size)], answers.texts)
+        return Groups(prompts, answers, rewards.reshape(-1, group_size))
 
-    def _with_reference(self, batch: Batch) -> Batch:
-        if not self._needs_reference:
-            return batch
-        answers = put_batch(batch["answers"], self._context.mesh)
-        reference_BL = local_rows(self._reference_log_probabilities(self._context.reference, answers))
-        return replace(batch, values={**batch.values, "reference_BL": reference_BL})
+    def _indices(self, step: int, number: int, *, shard: int, num_shards: int) -> np.ndarray:
+        """The prompts of a step in one round of sampling."""
+        return self._order.indices(
+            step * self._num_rounds + number,
+            batch_size=self._context.config.batch_size,
+            shard=shard,
+            num_shards=num_shards,
+        )
+
+    @property
+    def _num_rounds(self) -> int:
+        dynamic = self._context.config.objective.dynamic_sampling
+        return 1 if dynamic is None else dynamic.max_rounds
+
+    def _measured(self, model: Any, batch: Batch) -> dict[str, np.ndarray]:
+        """What training needs to know of answers besides their rewards, from passes over whole rows."""
+        measured = self._measure(model, self._reference, put_batch(batch["answers"], self._context.mesh))
+        return {name: local_rows(x_BL) for name, x_BL in measured.items()}
+
+    def _greedy_rewards(self, policy: Any, prompts: list[Prompt]) -> np.ndarray:
+        """The reward of the greedy answer to each prompt: [N]."""
+        rows = np.arange(len(prompts))
+        answers = self._sampler(policy, prompts, rows, stream=_GREEDY_STREAM, temperature=0.0)
+        return self._reward(prompts, answers.texts)
+
+    def _is_truncated(self, answers: Answers) -> np.ndarray:
+        """Whether an answer was cut off at max_new_tokens: bool [B]."""
+        last_R = answers.tokens_RN[np.arange(len(answers.lengths_R)), answers.lengths_R - 1]
+        return ~np.isin(last_R, self._context.tokenizer.stop_ids)
+
+    def _over_processes(self, x: np.ndarray) -> np.ndarray:
+        """The sum over processes with different rows."""
+        if jax.process_count() == 1:
+            return x
+        copies = jax.process_count() / self._context.rows.count
+        return np.sum(multihost_utils.process_allgather(x), axis=0) / copies
 
     def _mean_valid_reward(self, model: Any, temperature: float) -> float:
         """Mean reward of one answer per prompt, in batches of the training shape, for which sampling is compiled."""
@@ -149,6 +250,27 @@ class PolicyData:
     def _read(self, path: str) -> list[Prompt]:
         config = self._context.config
         return read_policy_prompts(path, config.objective, self._context.tokenizer, row_length=config.row_length)
+
+
+def _measure(model: Any, reference: Any, answers: Stream, *, objective: Any) -> dict[str, jax.Array]:
+    """Values [B, L] of the tokens of answers under the current policy, the starting model, and the critic."""
+
+    def log_p(model: Any) -> jax.Array:
+        return whole_rows(target_log_probabilities(model, answers, temperature=objective.temperature))
+
+    measured = {}
+    if objective.importance is not None:
+        measured["old_BL"] = log_p(model)
+    if reference is not None:
+        measured["reference_BL"] = log_p(reference)
+    if objective.critic is not None:
+        measured["values_BL"] = whole_rows(apply_critic(model, answers))
+    return measured
+
+
+def share_of_tree(tree: Any, part: int, num_parts: int) -> Any:
+    """One of equal parts of the rows of all arrays."""
+    return jax.tree.map(lambda x: share_of(x, part, num_parts), tree)
 
 
 def read_policy_prompts(path: str, objective: Any, tokenizer: Tokenizer, *, row_length: int) -> list[Prompt]:

@@ -25,7 +25,7 @@ class Pretraining(Objective, PackedRowsConfig):
     kind: Literal["pretrain"] = "pretrain"
     z_loss: NonNegativeFloat = Field(0.0, description="Weight of the mean squared log of the softmax normalizer.")
 
-    def compute_loss(self, model: AppliedModel, batch: Batch, teacher: AppliedModel | None = None) -> LossOutput:
+    def compute_loss(self, model: AppliedModel, batch: Batch) -> LossOutput:
         return language_model_loss(model, batch, z_loss=self.z_loss)
 
     def open_data(self, context: RunContext) -> PackedRowsData:

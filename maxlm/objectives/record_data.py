@@ -36,7 +36,9 @@ class RecordData:
       read: a file's path -> its examples.
       loss: (model, batch) -> terms that validation sums.
       summarize: (those sums, the full validation batches) -> values by name.
-      complete: adds outputs of a model to this process's rows of a batch.
+      prepare_examples: (examples, indices of those that are read) -> examples with values of the starting model.
+      with_policy: (current model, this process's rows of a batch) -> the batch with values of that model, which are
+        constants of the loss.
     """
 
     def __init__(
@@ -46,11 +48,14 @@ class RecordData:
         *,
         loss: Callable[[Any, Batch], LossOutput],
         summarize: Callable[[dict[str, Term], list[Batch]], dict[str, float]],
-        complete: Callable[[Batch], Batch] = lambda batch: batch,
+        prepare_examples: Callable[[Examples, np.ndarray], Examples] = lambda examples, _: examples,
+        with_policy: Callable[[Any, Batch], Batch] | None = None,
     ):
         self._config, self._rows = context.config, context.rows
-        self._read, self._summarize, self._complete = read, summarize, complete
-        self._examples = read(self._config.objective.train_file)
+        self._read, self._summarize = read, summarize
+        self._prepare_examples, self._with_policy = prepare_examples, with_policy
+        examples = read(self._config.objective.train_file)
+        self._examples = prepare_examples(examples, read_in_training(len(examples), self._config))
         self._evaluator = Evaluator(loss, context.mesh)
 
     def prepare(self, frozen: dict[str, Any]) -> None:
@@ -60,7 +65,9 @@ class RecordData:
     def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[Batch]:
         size = self._config.batch_size
         batches = step_batches(self._order, self._examples.batch, start_step, batch_size=size, rows=self._rows)
-        return map(self._complete, batches)
+        if self._with_policy is None:
+            return batches
+        return (self._with_policy(current_model(), batch) for batch in batches)
 
     def documents(self, batch: int) -> list[dict[str, Any]]:
         examples = self._order.indices(batch, batch_size=self._config.batch_size)
@@ -69,7 +76,10 @@ class RecordData:
     def validate(self, model: Any) -> dict[str, float]:
         if self._config.objective.valid_file is None:
             return {}
-        return self._summarize(self._evaluator.sums(model, self._valid_rows), self._valid_batches)
+        rows = self._valid_rows
+        if self._with_policy is not None:
+            rows = [self._with_policy(model, batch) for batch in rows]
+        return self._summarize(self._evaluator.sums(model, rows), self._valid_batches)
 
     @functools.cached_property
     def _order(self) -> EpochOrder:
@@ -82,12 +92,23 @@ class RecordData:
         """The validation batches, with the rows of all processes."""
         config = self._config
         examples = self._read(config.objective.valid_file)
-        return [examples.batch(i) for i in padded_batches(len(examples), config.batch_size, config.eval_batches)]
+        indices = padded_batches(len(examples), config.batch_size, config.eval_batches)
+        read = np.concatenate(indices)
+        examples = self._prepare_examples(examples, read[read >= 0])
+        return [examples.batch(each) for each in indices]
 
     @functools.cached_property
     def _valid_rows(self) -> list[Batch]:
         """This process's rows of the validation batches."""
-        return [self._complete(_share(batch, self._rows)) for batch in self._valid_batches]
+        return [_share(batch, self._rows) for batch in self._valid_batches]
+
+
+def read_in_training(num_examples: int, config: TrainConfig) -> np.ndarray:
+    """Indices, ascending, of the examples that the steps of a run read."""
+    count = config.steps * config.batch_size
+    if count >= num_examples:
+        return np.arange(num_examples)
+    return np.sort(EpochOrder(num_examples, seed=config.seed).indices(0, batch_size=count))
 
 
 def first_examples(examples: Examples, config: TrainConfig, count: int) -> Batch:

@@ -44,7 +44,7 @@ class RewardModeling(Objective, RecordsConfig):
     def from_decoder(self, decoder: Decoder, key: jax.Array) -> Decoder:
         return with_labels(decoder, LABELS, key)
 
-    def compute_loss(self, model: AppliedModel, batch: Batch, teacher: AppliedModel | None = None) -> LossOutput:
+    def compute_loss(self, model: AppliedModel, batch: Batch) -> LossOutput:
         real_B = is_real(batch["chosen"])
         weight = jnp.sum(real_B)
         outputs = model.outputs

@@ -4,9 +4,9 @@ Dimensions: R answers of this process, P prompt length after padding, N new toke
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,20 @@ class Answers:
     lengths_R: np.ndarray
     log_probabilities_RN: np.ndarray
     texts: list[str]
+
+    def taken(self, rows: np.ndarray) -> Self:
+        """These answers, in this order."""
+        arrays = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "texts"}
+        return replace(self, **arrays, texts=[self.texts[row] for row in rows])
+
+    def joined(self, other: Self) -> Self:
+        """Both, one after the other."""
+        arrays = {
+            field.name: np.concatenate([getattr(self, field.name), getattr(other, field.name)])
+            for field in fields(self)
+            if field.name != "texts"
+        }
+        return replace(self, **arrays, texts=self.texts + other.texts)
 
 
 class Sampler:

@@ -13,6 +13,7 @@ import numpy as np
 from maxlm.core.batch import Stream
 from maxlm.core.sharding import shard
 from maxlm.models.decoder import Decoder, DecoderOutput
+from maxlm.ops.loss import in_chunks
 
 
 def target_log_probabilities(
@@ -34,6 +35,20 @@ def target_log_probabilities(
         output.hidden_BLD, stream.targets, temperature=temperature, smoothing=smoothing
     )
     return jnp.where(stream.loss_weights > 0, log_probability_BL, 0.0)
+
+
+def token_entropies(model: Decoder, hidden_BLD: jax.Array, *, temperature: float = 1.0) -> jax.Array:
+    """The entropy of the distribution over the vocabulary at each token, in nats: float32 [B, L].
+
+    The full logits are never materialized.
+    """
+
+    def chunk(model, hidden):
+        log_p_BCV = jax.nn.log_softmax(model.logits(hidden) / temperature)
+        return (-jnp.sum(jnp.exp(log_p_BCV) * log_p_BCV, axis=-1),)
+
+    (entropy_BL,) = in_chunks(chunk, model, hidden_BLD, chunk_length=model.execution.loss_chunk_length)
+    return entropy_BL
 
 
 def whole_rows(x_BL: jax.Array) -> jax.Array:

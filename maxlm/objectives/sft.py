@@ -32,7 +32,7 @@ class SupervisedFineTuning(Objective, RecordsConfig):
     )
     z_loss: NonNegativeFloat = 0.0
 
-    def compute_loss(self, model: AppliedModel, batch: Batch, teacher: AppliedModel | None = None) -> LossOutput:
+    def compute_loss(self, model: AppliedModel, batch: Batch) -> LossOutput:
         return language_model_loss(model, batch, z_loss=self.z_loss)
 
     def open_data(self, context: RunContext) -> RecordData:

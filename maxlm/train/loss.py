@@ -1,7 +1,7 @@
 """The loss of a run: an objective's loss as a function of the trained and the frozen weights."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from maxlm.config.regularization import RegularizationConfig
@@ -29,17 +29,21 @@ class TrainingLoss:
         )
 
     def rates_of(self, model: str) -> RegularizationConfig | None:
-        """Nothing is random in a teacher."""
+        """Nothing is random in a teacher or critic."""
         return self.regularization if model == "trained" else None
 
     def models(self, trainable: Any, frozen: dict[str, Any]) -> dict[str, Any]:
-        """The models that the loss applies: the `trained` one, and the `teacher`, if any."""
-        models = {"trained": self.assemble(trainable, frozen)}
+        """The models that the loss applies: the `trained` one; its `critic` and a `teacher`, if any."""
+        trained = self.assemble(trainable, frozen)
+        models = {"trained": trained}
+        if trained.config.critic == "own":
+            models["critic"] = trained.critic
         return models | ({"teacher": frozen["teacher"]} if "teacher" in frozen else {})
 
     def of_outputs(self, applied: dict[str, AppliedModel], batch: Batch) -> LossOutput:
         """The loss, given the outputs of the models."""
-        output = self.objective.compute_loss(applied["trained"], batch, applied.get("teacher"))
+        trained, others = applied["trained"], {name: each for name, each in applied.items() if name != "trained"}
+        output = self.objective.compute_loss(replace(trained, others=others), batch)
         return weigh_router_losses(output, self.regularization)
 
 

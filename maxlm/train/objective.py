@@ -32,8 +32,10 @@ class RunContext:
     config: TrainConfig
     tokenizer: Tokenizer
     mesh: Mesh
-    # The starting model, unchanged by training; None if the objective does not need it.
-    reference: Any
+    # Gives the starting model, unchanged by training. Without adapters it loads it, to be dropped after use.
+    reference: Callable[[], Any]
+    # Hash of its weights, by which what is computed with it is kept; None: nothing is kept.
+    reference_hash: str | None = None
 
     @functools.cached_property
     def rows(self) -> RowShard:
@@ -102,11 +104,6 @@ class Objective(ObjectiveConfig):
     # Whether answers are sampled from the model that is trained.
     samples: ClassVar[bool] = False
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the starting model must be kept along with the trained one."""
-        return False
-
     def declare(self, config: ModelConfig, execution: ExecutionConfig) -> Decoder:
         """The parameters of the model that is trained."""
         return Decoder(config, execution)
@@ -127,13 +124,13 @@ class Objective(ObjectiveConfig):
         return None
 
     @abstractmethod
-    def compute_loss(self, model: AppliedModel, batch: Batch, teacher: AppliedModel | None = None) -> LossOutput:
+    def compute_loss(self, model: AppliedModel, batch: Batch) -> LossOutput:
         """The loss terms of a batch; pure and traceable.
 
         Args:
-          model: that of `declare`, with adapters, and its outputs for the streams of the batch.
+          model: that of `declare`, with adapters, and its outputs for the streams of the batch; among its `others` a
+            teacher, if there is one.
           batch: its `row_seeds_B` are for randomness in training.
-          teacher: the teacher and its outputs, if there is one.
         """
 
     @abstractmethod

@@ -53,7 +53,11 @@ def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, Any
             hashes = {name: content_hash(path) for name, path in inputs.items()} if is_primary() else {}
             model = make_model(setup)
             objective = setup.config.objective
-            data = objective.open_data(RunContext(setup.config, setup.tokenizer, setup.mesh, model.reference))
+            start = setup.lineage.start
+            context = RunContext(
+                setup.config, setup.tokenizer, setup.mesh, model.reference, None if start is None else start["hash"]
+            )
+            data = objective.open_data(context)
             data.prepare(model.frozen)
             loss = TrainingLoss(objective, setup.config.regularization, model.assemble)
             result = fit(model, data, loss, setup.lineage, mesh=setup.mesh, stopwatch=stopwatch)

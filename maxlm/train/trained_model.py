@@ -29,7 +29,7 @@ class TrainedModel:
     create: makes their initial values; called only if there is no checkpoint to resume from or roll back to.
     frozen: weights that are not trained, by name: the `base` of adapters, a `teacher`.
     assemble: (trainable, frozen) -> the model for the loss.
-    reference: the starting model, if the objective or adapters need it.
+    reference: gives the starting model; without adapters it loads it.
     """
 
     plan: Any
@@ -38,7 +38,7 @@ class TrainedModel:
     create: Callable[[], Any]
     frozen: dict[str, Any]
     assemble: Callable[[Any, dict[str, Any]], Any]
-    reference: Any = None
+    reference: Callable[[], Any]
 
 
 def make_model(setup: Setup) -> TrainedModel:
@@ -61,13 +61,13 @@ def make_model(setup: Setup) -> TrainedModel:
 
     trained, used, adapters = plan, [plan], None
     if config.lora is None:
-        create, frozen = starting_model, {}
-        reference = starting_model() if objective.needs_reference else None
+        create, frozen, reference = starting_model, {}, starting_model
     else:
         trained = adapters = declare_adapters(plan, config.lora)
         create = lambda: initialize(trained, key, mesh)  # noqa: E731
-        reference = starting_model()
-        frozen = {"base": reference}
+        base = starting_model()
+        frozen = {"base": base}
+        reference = lambda: base  # noqa: E731
     if (teacher := objective.load_teacher(config, setup.tokenizer, mesh)) is not None:
         used.append(type(teacher)(teacher.config, teacher.execution))
         frozen["teacher"] = teacher

@@ -119,7 +119,7 @@ class Subject:
         reference = frozen.get("base", trainable)
         config = workspace.with_prompts(self.config)
         with quiet(), jax.set_mesh(mesh):
-            return config.objective.open_data(RunContext(config, workspace.tokenizer, mesh, reference))
+            return config.objective.open_data(RunContext(config, workspace.tokenizer, mesh, lambda: reference))
 
     @cached_property
     def order(self) -> list[str]:

@@ -13,6 +13,7 @@ from maxlm.config.model import ModelConfig
 from maxlm.core.batch import Batch
 from maxlm.core.parameters import initialize
 from maxlm.data.chat import PackedChats
+from maxlm.data.judged import JudgedAnswers
 from maxlm.data.preference import PreferencePairs
 from maxlm.models.applied import AppliedModel
 from maxlm.models.decoder import Decoder
@@ -122,11 +123,46 @@ class TestDpo:
         assert_same(terms_and_gradient(objective, model, batch, accumulate=2), expected)
         assert_same(terms_and_gradient(objective, model, padded(batch, rows=2, columns=5)), expected)
 
+    @pytest.mark.parametrize(
+        ("loss", "settings"),
+        [
+            ({"kind": "simpo"}, {"tail_weight": 0.5, "weight_by_policy": True, "sft_weight": 0.3}),
+            ({"kind": "orpo"}, {"sft_on_prompts": True}),
+            ({"kind": "aot", "paired": False}, {}),
+        ],
+        ids=lambda value: value.get("kind"),
+    )
+    def test_no_loss_depends_on_padding_and_accumulation(self, loss, settings, model, tokenizer, tmp_path):
+        path = write_lines(tmp_path / "pairs.jsonl", PAIRS)
+        objective = objective_of({"kind": "preference", "train_file": path, "loss": loss, **settings})
+        pairs = PreferencePairs.read(path, tokenizer, row_length=32).batch(np.arange(4))
+        names = [*objective.loss.names_of_matches]
+        if objective.loss.needs_reference:
+            names += ["reference_chosen_B", "reference_rejected_B"]
+        drawn = np.random.default_rng(0).normal(-20, 3, (len(names), 4)).astype(np.float32)
+        batch = replace(pairs, values=dict(zip(names, drawn)))
+        expected = terms_and_gradient(objective, model, batch)
+        assert_same(terms_and_gradient(objective, model, batch, accumulate=2), expected)
+        assert_same(terms_and_gradient(objective, model, padded(batch, rows=2, columns=5)), expected)
+
+
+class TestKto:
+    def test_padding_and_accumulation_change_nothing(self, model, tokenizer, tmp_path):
+        path = write_lines(tmp_path / "pairs.jsonl", PAIRS)
+        objective = objective_of({"kind": "unpaired_preference", "train_file": path, "bad_weight": 1.3})
+        answers = JudgedAnswers.read(path, tokenizer, row_length=32, form=objective).batch(np.arange(8))
+        reference = np.random.default_rng(0).normal(-20, 3, 8).astype(np.float32)
+        values = {**answers.values, "reference_B": reference, "baseline_B": np.full(8, 0.7, np.float32)}
+        batch = Batch({"answers": answers["answers"]}, values)
+        expected = terms_and_gradient(objective, model, batch)
+        assert_same(terms_and_gradient(objective, model, batch, accumulate=2), expected)
+        assert_same(terms_and_gradient(objective, model, padded(batch, rows=2, columns=5)), expected)
+
 
 class TestGrpo:
     @pytest.fixture(scope="class")
     def objective(self):
-        settings = {"kl_beta": 0.1, "temperature": 0.7, "max_new_tokens": 6}
+        settings = {"kl": {"beta": 0.1}, "temperature": 0.7, "max_new_tokens": 6}
         return objective_of({"kind": "policy", "train_file": "nowhere", **settings})
 
     @pytest.fixture(scope="class")
@@ -140,7 +176,9 @@ class TestGrpo:
         values = {
             "sampled_BL": drawn[0] * rows.loss_weights,
             "reference_BL": drawn[1] * rows.loss_weights,
-            "advantages_B": rng.normal(size=4).astype(np.float32),
+            "advantages_BL": rng.normal(size=(4, 1)).astype(np.float32) * rows.loss_weights,
+            "lengths_B": rows.loss_weights.sum(axis=1),
+            "is_truncated_B": np.zeros(4, np.float32),
             "rewards_B": np.array([1, 0, 0, 1], np.float32),
             "has_signal_B": np.array([1, 1, 0, 0], np.float32),
         }
@@ -156,7 +194,7 @@ class TestGrpo:
         answers, values = batch["answers"], batch.values
         logits = model.logits(model(answers.tokens, segment_ids_BL=answers.segment_ids).hidden_BLD) / 0.7
         log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), answers.targets[..., None], -1)[..., 0]
-        ratio, a = np.exp((log_p - values["sampled_BL"]).astype(np.float64)), values["advantages_B"][:, None]
+        ratio, a = np.exp((log_p - values["sampled_BL"]).astype(np.float64)), values["advantages_BL"]
         token_loss = -np.minimum(ratio * a, np.clip(ratio, 0.8, 1.28) * a) * answers.loss_weights
         log_ratio = (values["reference_BL"] - log_p).astype(np.float64)
         kl = (np.exp(log_ratio) - log_ratio - 1) * answers.loss_weights

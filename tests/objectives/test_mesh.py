@@ -23,6 +23,7 @@ from maxlm.train.trained_model import assemble
 RECORDS = {
     "sft": [chat("sky", "blue"), chat("grass", "green"), chat("coin", "yes")],
     "preference": [{"prompt": question(f"coin {n}"), "chosen": "yes", "rejected": "no"} for n in range(4)],
+    "unpaired_preference": [{"prompt": question(f"coin {n}"), "completion": "yes", "label": n < 2} for n in range(4)],
     "reward": [{"prompt": question(f"coin {n}"), "chosen": "yes", "rejected": "no"} for n in range(4)],
     "policy": [{"prompt": question(f"coin {n}"), "answer": "yes"} for n in range(4)],
 }
@@ -50,14 +51,14 @@ def build(tokenizer, model_config, weights, tmp_path):
     def make(kind, mesh, lora=None):
         objective = {"kind": kind, "train_file": write_lines(tmp_path / f"{kind}.jsonl", RECORDS[kind])}
         if kind == "policy":
-            objective |= {"max_new_tokens": 4, "group_size": 2, "kl_beta": 0.1}
+            objective |= {"max_new_tokens": 4, "group_size": 2, "kl": {"beta": 0.1}}
         config = make_config(
             tmp_path / kind, init_from="x", objective=objective, mesh=mesh, lora=lora, model=model_config
         )
         mesh = make_mesh(config.mesh)
         reference = jax.device_put(weights, shardings(Decoder(config.model, config.execution), mesh))
         with jax.set_mesh(mesh):
-            data = config.objective.open_data(RunContext(config, tokenizer, mesh, reference))
+            data = config.objective.open_data(RunContext(config, tokenizer, mesh, lambda: reference))
         return config, mesh, config.objective.declare(config.model, config.execution), data, reference
 
     return make
@@ -68,7 +69,7 @@ def build(tokenizer, model_config, weights, tmp_path):
     [(MESH, None), (MESH, {"rank": 2}), ({"fsdp": 2, "context": 2, "tensor": 2}, None)],
     ids=["full", "lora", "context"],
 )
-@pytest.mark.parametrize("kind", ["sft", "preference", "reward", "policy"])
+@pytest.mark.parametrize("kind", ["sft", "preference", "unpaired_preference", "reward", "policy"])
 def test_gradient_of_every_objective_can_be_sharded_over_rows_weights_and_heads(build, kind, sizes, lora):
     """Shardings are part of types here: a mistake raises when the step is traced."""
     config, mesh, plan, data, reference = build(kind, sizes, lora)
@@ -91,7 +92,7 @@ def test_gradient_of_every_objective_can_be_sharded_over_rows_weights_and_heads(
     assert layout(gradient) == layout(trainable)
 
 
-@pytest.mark.parametrize("kind", ["preference", "policy"])
+@pytest.mark.parametrize("kind", ["preference", "unpaired_preference", "policy"])
 def test_batches_that_need_a_model_are_the_same_on_any_mesh(build, kind):
     batches = []
     for mesh in ({"data": 1, "fsdp": 1, "tensor": 1}, MESH):

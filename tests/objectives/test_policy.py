@@ -42,7 +42,7 @@ def grpo_config(output, tuned, prompts, *, objective=None, **settings):
             "max_new_tokens": 6,
             "group_size": 4,
             "updates_per_rollout": 2,
-            "kl_beta": 0.01,
+            "kl": {"beta": 0.01},
             **(objective or {}),
         },
         batch_size=4,

@@ -29,7 +29,7 @@ LORA = {"rank": 2, "targets": ["query", "down"]}
 def test_stages_change_nothing(kind, lora, schedule, tokenizer, tmp_path):
     objective = {"kind": kind, "train_file": write_lines(tmp_path / "records.jsonl", RECORDS[kind])}
     if kind == "policy":
-        objective |= {"max_new_tokens": 4, "group_size": 2, "kl_beta": 0.1}
+        objective |= {"max_new_tokens": 4, "group_size": 2, "kl": {"beta": 0.1}}
     model = toy_model(num_layers=4, vocab_size=tokenizer.vocab_size)
     settings = {"lora": lora, "model": model, "execution": {**EXECUTION, "pipeline": {"schedule": schedule}}}
     results, batch = [], None
@@ -39,7 +39,7 @@ def test_stages_change_nothing(kind, lora, schedule, tokenizer, tmp_path):
         mesh = make_mesh(config.mesh)
         with jax.set_mesh(mesh):
             start = initialize(Decoder(config.model, config.execution), jax.random.key(0), mesh)
-            data = config.objective.open_data(RunContext(config, tokenizer, mesh, start))
+            data = config.objective.open_data(RunContext(config, tokenizer, mesh, lambda start=start: start))
             if batch is None:
                 # Answers are sampled and scored on the stages too.
                 batch = next(data.batches(0, lambda: start))  # noqa: B023

@@ -44,7 +44,7 @@ def test_values_by_source_do_not_depend_on_order_or_processes(
         sources = {"kind": "pretrain", "sources": [{"path": path} for path in paths]}
         config = tiny_config(tmp_path / "run", "", objective=sources, batch_size=4, eval_batches=3)
         config = resolve_model(config, tokenizer)
-        return PackedRowsData(RunContext(config, tokenizer, make_mesh(config.mesh), None))
+        return PackedRowsData(RunContext(config, tokenizer, make_mesh(config.mesh), lambda: None))
 
     def part_of_one(*paths, index=0, count=1):
         part = objective(*paths)

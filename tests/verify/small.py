@@ -13,6 +13,7 @@ OBJECTIVES = {
     "sft": {"train_file": "nowhere.jsonl"},
     "reward": {"train_file": "nowhere.jsonl", "center": 0.01},
     "preference": {"train_file": "nowhere.jsonl"},
+    "unpaired_preference": {"train_file": "nowhere.jsonl"},
     "policy": {"train_file": "nowhere.jsonl"},
 }
 

@@ -31,8 +31,14 @@ SKIPPED = Finding("mesh", "tensor=2", skipped="num_heads: 3 is not divisible")
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [("reward", {}), ("preference", {}), ("distill", {}), ("policy", {"lora": {"rank": 4}})],
-    ids=["reward", "preference", "distill", "grpo with adapters"],
+    [
+        ("reward", {}),
+        ("preference", {}),
+        ("unpaired_preference", {}),
+        ("distill", {}),
+        ("policy", {"lora": {"rank": 4}}),
+    ],
+    ids=["reward", "preference", "kto", "distill", "grpo with adapters"],
 )
 def test_every_objective_passes_with_padding_and_on_three_axes(kind, settings):
     report = verify(config_of(kind, **settings), only=["padding", "mesh: data=2, fsdp=2, tensor=2"])
@@ -296,7 +302,7 @@ def test_configured_mesh_is_a_variant():
 def test_every_loss_term_is_enabled():
     small = reduced_config(config_of("preference"), vocab_size=64)
     assert small.objective.sft_weight >= 0.1
-    assert reduced_config(config_of("policy"), vocab_size=64).objective.kl_beta >= 0.1
+    assert reduced_config(config_of("policy"), vocab_size=64).objective.kl.beta >= 0.1
 
 
 @pytest.mark.parametrize(
