@@ -46,11 +46,10 @@ def clipped_surrogate(
     """
     ratio_BL = probability_ratio(log_ratio_BL)
     kept_BL = ratio_BL if largest_ratio is None else jnp.minimum(ratio_BL, largest_ratio)
-    free_BL = kept_BL * advantages_BL
-    clipped_BL = jnp.clip(ratio_BL, 1 - clip_low, 1 + clip_high) * advantages_BL
-    loss_BL, is_clipped_BL = -jnp.minimum(free_BL, clipped_BL), clipped_BL < free_BL
-    if largest_ratio is not None:
-        is_clipped_BL |= (ratio_BL > largest_ratio) & (advantages_BL < 0)
+    inside_BL = jnp.clip(ratio_BL, 1 - clip_low, 1 + clip_high)
+    free_BL, clipped_BL = kept_BL * advantages_BL, inside_BL * advantages_BL
+    loss_BL = -jnp.minimum(free_BL, clipped_BL)
+    is_clipped_BL = jnp.where(clipped_BL < free_BL, inside_BL != ratio_BL, kept_BL != ratio_BL)
     if largest_loss_ratio is not None:
         bound_BL = -largest_loss_ratio * advantages_BL
         is_bounded_BL = (advantages_BL < 0) & (loss_BL > bound_BL)
