@@ -15,6 +15,16 @@ def flatten(tree: Any) -> dict[str, Any]:
     return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def part_at(tree: Any, path: str) -> Any:
+    """The part of a tree at a path, which need not be a leaf."""
+    for name in path.split("/"):
+        if isinstance(tree, dict):
+            tree = tree[name]
+        else:
+            tree = tree[int(name)] if isinstance(tree, (list, tuple)) else getattr(tree, name)
+    return tree
+
+
 def unflatten(flat: dict[str, Any], like: Any) -> Any:
     """A tree with the structure of `like` and the leaves of `flat`.
 

@@ -9,7 +9,7 @@ import jax
 
 from maxlm.core.batch import Stream
 from maxlm.core.parameters import initialize
-from maxlm.core.tree import flatten, unflatten
+from maxlm.core.tree import flatten, part_at, unflatten
 from maxlm.models.decoder import Decoder, DecoderOutput
 from maxlm.models.scores import scores_of, token_scores
 
@@ -39,8 +39,8 @@ def without_critic(decoder: Decoder) -> Decoder:
     if decoder.config.critic is None:
         return decoder
     plan = Decoder(decoder.config.model_copy(update={"critic": None}), decoder.execution)
-    flat = flatten(decoder)
-    return unflatten({path: flat[path] for path in flatten(plan)}, plan)
+    # Weights may be adapted: then they are more than one leaf.
+    return unflatten({path: part_at(decoder, path) for path in flatten(plan)}, plan)
 
 
 def values(decoder: Decoder, output: DecoderOutput, of_critic: DecoderOutput | None) -> jax.Array:
