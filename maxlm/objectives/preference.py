@@ -16,6 +16,7 @@ from maxlm.config.base import Fraction
 from maxlm.config.objective import RecordsConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch, Stream, put_batch
+from maxlm.core.sharding import shard
 from maxlm.core.term import LossOutput, Term, add
 from maxlm.models.applied import AppliedModel
 from maxlm.models.decoder import Decoder, DecoderOutput
@@ -140,7 +141,8 @@ class PreferenceOptimization(Objective, RecordsConfig):
         if self.tail_weight == 1:
             return 1.0
         shared_B = jnp.minimum(*(jnp.sum(stream.loss_weights, axis=1) for stream in batch.streams.values()))
-        place_BL = jnp.cumsum(batch[name].loss_weights, axis=1)
+        # A running sum needs whole rows.
+        place_BL = shard(jnp.cumsum(shard(batch[name].loss_weights, "batch", None), axis=1), "batch", "length")
         return jnp.where(place_BL <= shared_B[:, None], 1.0, self.tail_weight)
 
     def _next_token_term(self, model: AppliedModel, stream: Stream, output: DecoderOutput) -> Term:

@@ -282,7 +282,7 @@ class _Stages:
         def work(name: str, stream: str, residual: Residual) -> Residual:
             model, x_BLD = models[name], residual.x_BLD
             # A frozen model has no backward pass.
-            x_BLD = x_BLD if name == "trained" else jax.lax.stop_gradient(x_BLD)
+            x_BLD = jax.lax.stop_gradient(x_BLD) if name == "teacher" else x_BLD
             first = self._schedule.first_repeat(model.trunk_layers, self._stage, turn)
             _, context = self._entered(name, model, stream, microbatch)
             x_BLD, added = model.trunk(model.trunk_layers, x_BLD, context, first)
