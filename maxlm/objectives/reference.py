@@ -22,7 +22,6 @@ from maxlm.objectives.record_data import Examples
 from maxlm.runtime.agree import from_primary
 from maxlm.runtime.distributed import is_primary
 from maxlm.runtime.progress import track
-from maxlm.runtime.storage import storage_path
 from maxlm.train.objective import RunContext
 
 # (starting model, batch) -> values [B] by name.
@@ -69,8 +68,8 @@ def with_reference(
     for part in parts:
         for x in (part, *jax.tree.leaves(examples.batch(part))):
             digest.update(np.ascontiguousarray(x).tobytes())
-    file = storage_path(config.output) / "reference" / f"{digest.hexdigest()}.npz"
-    if context.reference_hash is not None and (saved := _read(file)) is not None:
+    file = None if context.folder is None else context.folder / "reference" / f"{digest.hexdigest()}.npz"
+    if file is not None and (saved := _read(file)) is not None:
         return WithReference(examples, saved)
 
     model = context.reference()
@@ -82,7 +81,7 @@ def with_reference(
         for name, x in of_part.items():
             of_file = values.setdefault(name, np.full(len(examples), np.nan, np.float32))
             of_file[part[part >= 0]] = np.asarray(x.addressable_data(0))[part >= 0]
-    if context.reference_hash is not None and is_primary():
+    if file is not None and is_primary():
         file.parent.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
         np.savez_compressed(content, allow_pickle=False, **values)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from maxlm.config.execution import ExecutionConfig
@@ -34,7 +35,8 @@ class RunContext:
     mesh: Mesh
     # Gives the starting model, unchanged by training. Without adapters it loads it, to be dropped after use.
     reference: Callable[[], Any]
-    # Hash of its weights, by which what is computed with it is kept; None: nothing is kept.
+    # The run folder, and the hash of the starting model's weights; None: nothing is kept.
+    folder: epath.Path | None = None
     reference_hash: str | None = None
 
     @functools.cached_property

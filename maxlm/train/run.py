@@ -55,7 +55,12 @@ def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, Any
             objective = setup.config.objective
             start = setup.lineage.start
             context = RunContext(
-                setup.config, setup.tokenizer, setup.mesh, model.reference, None if start is None else start["hash"]
+                setup.config,
+                setup.tokenizer,
+                setup.mesh,
+                model.reference,
+                setup.folder,
+                None if start is None else start["hash"],
             )
             data = objective.open_data(context)
             data.prepare(model.frozen)
