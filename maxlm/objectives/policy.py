@@ -3,8 +3,8 @@
 Dimensions: B rows (answers), L length of prompt and answer.
 """
 
-from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,32 @@ class DynamicSampling(Frozen):
     )
 
 
+class StopConfig(Frozen):
+    """When to end a run before its last step; null: never."""
+
+    largest_kl: PositiveFloat | None = Field(None, description="The divergence from the starting model exceeds this.")
+    smallest_entropy: PositiveFloat | None = Field(None, description="The entropy falls below this, in nats.")
+    reward_drop: PositiveFloat | None = Field(
+        None, description="The mean reward is lower than the best one so far by more than this."
+    )
+
+    def reason(self, records: Sequence[Mapping[str, Any]]) -> str | None:
+        """Why to stop now, given the records so far."""
+        last, best = records[-1], max(record["reward"] for record in records)
+        if self.largest_kl is not None and last["kl"] > self.largest_kl:
+            return f"kl is {last['kl']:.4g}, above objective.stop.largest_kl ({self.largest_kl:g})"
+        if self.smallest_entropy is not None and last["entropy"] < self.smallest_entropy:
+            return (
+                f"entropy is {last['entropy']:.4g}, below objective.stop.smallest_entropy ({self.smallest_entropy:g})"
+            )
+        if self.reward_drop is not None and best - last["reward"] > self.reward_drop:
+            return (
+                f"reward fell from {best:.4g} to {last['reward']:.4g}, by more than objective.stop.reward_drop"
+                f" ({self.reward_drop:g})"
+            )
+        return None
+
+
 class PolicyOptimization(Objective, RecordsConfig):
     """Learn from sampled answers and their rewards."""
 
@@ -101,6 +127,7 @@ class PolicyOptimization(Objective, RecordsConfig):
     )
     overlong: OverlongConfig = OverlongConfig()
     dynamic_sampling: DynamicSampling | None = None
+    stop: StopConfig = StopConfig()
     updates_per_rollout: Count = Field(
         1, description="Training steps per round of sampling, each on different answers."
     )
@@ -138,11 +165,18 @@ class PolicyOptimization(Objective, RecordsConfig):
                 "objective.kl.estimator=k1 has no useful gradient in a loss; choose k2 or k3, set"
                 " objective.kl.true_gradient=true, or objective.kl.within=reward"
             )
+        if self.stop.largest_kl is not None and not self.needs_reference:
+            problems.append(
+                "objective.stop.largest_kl needs the starting model, which is only kept if objective.kl.beta is above 0"
+            )
         if self.overlong.buffer > self.max_new_tokens:
             problems.append(
                 f"objective.overlong.buffer ({self.overlong.buffer}) exceeds max_new_tokens ({self.max_new_tokens})"
             )
         return problems
+
+    def stop_reason(self, records: Sequence[Mapping[str, Any]]) -> str | None:
+        return self.stop.reason(records)
 
     def declare(self, config: ModelConfig, execution: ExecutionConfig) -> Decoder:
         critic = None if self.critic is None else self.critic.kind

@@ -34,6 +34,7 @@ class TrainResult:
     Attributes:
       start: the step that it was resumed at, or 0.
       record: provenance of the steps, as in the metadata of a checkpoint: `config`, `start`, `changes`.
+      stopped: why the objective ended the run before its last step; None if it did not.
     """
 
     state: TrainState
@@ -44,6 +45,7 @@ class TrainResult:
     metrics: dict[str, float]
     goodput: Goodput
     tokens_per_second: float
+    stopped: str | None = None
 
 
 def fit(
@@ -155,4 +157,8 @@ def fit(
         rate = segment.window.tokens_per_second_overall()
     if end.interrupted and is_primary():
         console.print(f"stopped by a signal: step {end.step} is saved; run the same command to resume", markup=False)
-    return TrainResult(end.state, first_step, end.step, record, end.interrupted, end.valid, goodput.goodput, rate)
+    if end.stopped and is_primary():
+        console.print(f"stopped at step {end.step}, which is saved: {end.stopped}", markup=False)
+    return TrainResult(
+        end.state, first_step, end.step, record, end.interrupted, end.valid, goodput.goodput, rate, end.stopped
+    )

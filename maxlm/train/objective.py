@@ -6,7 +6,7 @@ which is a pure function, and separately the data for batches. Each is one modul
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -123,6 +123,15 @@ class Objective(ObjectiveConfig):
     def declare_teacher(self, config: ModelConfig, execution: ExecutionConfig) -> Decoder | None:
         """A teacher of another width for a student of this shape; None if the objective has none."""
         del config, execution
+        return None
+
+    def stop_reason(self, records: Sequence[Mapping[str, Any]]) -> str | None:
+        """Why training should end now, as a clause; None to go on.
+
+        Args:
+          records: of `metrics.jsonl`, since this attempt began; the last one is new.
+        """
+        del records
         return None
 
     @abstractmethod

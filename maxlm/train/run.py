@@ -138,6 +138,7 @@ def finish(
     metrics = {
         "steps": result.steps,
         "finished": not result.interrupted,
+        **({"stopped": result.stopped} if result.stopped else {}),
         "seconds": round(result.goodput.total, 2),
         "attempts": result.goodput.attempts,
         "tokens_per_second": round(result.tokens_per_second, 1),

@@ -23,13 +23,15 @@ from maxlm.train.state import TrainState
 
 @dataclass(frozen=True)
 class SegmentEnd:
-    """Why a segment ended: the last step, a signal, or bad steps, after which there is no state."""
+    """Why a segment ended: the last step, a reason of the objective, a signal, or bad steps, after which there is no
+    state."""
 
     state: TrainState | None
     step: int
     interrupted: bool = False
     valid: dict[str, float] | None = None
     bad_steps: tuple[BadStep, ...] = ()
+    stopped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Segment:
         config, data, counting = self.config, self.data, self.stopwatch.counting
         resume_multiple = config.objective.resume_multiple
         first = step = int(state.step)
-        interrupted, valid = False, {}
+        interrupted, valid, stopped = False, {}, None
+        records: list[dict[str, Any]] = []
         watch = GuardWatch(config.guard, step, lambda bad: self.quarantine.note(bad, data))
         self.window.reset()
         # The batch builder of an objective that samples needs the current weights.
@@ -64,6 +67,7 @@ class Segment:
 
         def report():
             record = self.window.close(step, learning_rate=self.learning_rate(step - 1))
+            records.append(record)
             log.train({**record, "goodput": self.goodput.goodput.productive})
 
         def save(*, is_end: bool):
@@ -116,6 +120,9 @@ class Segment:
             if saves or step % config.log_every == 0:
                 report()
                 self.checkpoints.check_failures()
+                stopped = stopped or config.objective.stop_reason(records)
+            if stopped and step % resume_multiple == 0 and not watch.is_amid_refused:
+                last = saves = True
             if last:
                 # Saved before validation: if something fails after training, a restart does the rest.
                 save(is_end=True)
@@ -126,7 +133,7 @@ class Segment:
             if saves and not last:
                 interrupted = stopping
                 save(is_end=interrupted)
-            if interrupted:
+            if last or interrupted:
                 break
         if first == config.steps:
             # The run may have ended before validation, removal of local checkpoints, or writing its manifest.
@@ -134,7 +141,7 @@ class Segment:
                 valid = validate(data, state, self.model)
             if not log.has_valid(step):
                 log.valid(step, valid)
-        return SegmentEnd(current["state"], step, interrupted, valid)
+        return SegmentEnd(current["state"], step, interrupted, valid, stopped=stopped)
 
 
 def validate(data: TrainingData, state: TrainState, model: Callable[[Any], Any]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from toy_task import make_config, question, write_lines
 from maxlm.core.tree import flatten
 from maxlm.errors import ConfigError
 from maxlm.interop.load import load_model
+from maxlm.objectives.policy import StopConfig
 from maxlm.train.metrics import read_metrics
 from maxlm.train.run import train
 
@@ -82,3 +83,32 @@ def test_inconsistent_settings_are_rejected(settings, sentence, tuned, prompts, 
     with pytest.raises(ConfigError) as refusal:
         make_config(tmp_path, init_from=str(tuned[0]), objective=objective, steps=4, checkpoint={"every": 4})
     assert sentence in str(refusal.value)
+
+
+def test_a_run_ends_early_with_the_reason(tuned, prompts, tmp_path, capsys):
+    config = ppo_config(tmp_path / "run", tuned, prompts, {"kind": "shared"}, steps=24)
+    stop = {"smallest_entropy": 5.0}
+    config = config.model_copy(
+        update={"objective": config.objective.model_copy(update={"stop": type(config.objective.stop)(**stop)})}
+    )
+    manifest = train(config)
+    metrics = manifest["metrics"]
+    assert metrics["steps"] == 2, "the first record; a multiple of epochs_per_rollout"
+    assert metrics["stopped"].startswith("entropy is 0.")
+    assert "below objective.stop.smallest_entropy (5)" in metrics["stopped"]
+    assert metrics["stopped"] in capsys.readouterr().err
+    load_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "record", "reason"),
+    [
+        ({"largest_kl": 0.5}, {"kl": 0.6}, "kl is 0.6, above objective.stop.largest_kl (0.5)"),
+        ({"reward_drop": 0.3}, {"reward": 0.1}, "reward fell from 0.5 to 0.1, by more than objective.stop.reward_drop"),
+        ({"largest_kl": 0.5, "smallest_entropy": 0.1, "reward_drop": 0.5}, {}, None),
+    ],
+)
+def test_reasons_to_stop(settings, record, reason):
+    usual = {"reward": 0.5, "kl": 0.1, "entropy": 0.3}
+    found = StopConfig(**settings).reason([usual, usual | record])
+    assert found is None if reason is None else found.startswith(reason)
