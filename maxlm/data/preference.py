@@ -11,7 +11,7 @@ import numpy as np
 from maxlm.config.data import RecordFormat
 from maxlm.core.batch import Batch, Stream
 from maxlm.data.chat import check_some_left, encode_answer, encode_prompt
-from maxlm.data.records import field, parse_pair, parse_prompt, read_records
+from maxlm.data.records import Text, parse_pair, parse_prompt, read_records
 from maxlm.errors import DataError
 from maxlm.prompts.chat_template import ChatTokens
 from maxlm.tokenizer.codec import Tokenizer
@@ -96,11 +96,12 @@ class PreferencePairs:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to sample from: token ids, the record for the reward function, and its FILE:LINE."""
+    """A prompt to sample from: token ids, the record for the reward function, its FILE:LINE, and text or messages."""
 
     ids: list[int]
     record: dict[str, Any]
     place: str = ""
+    text: Text = ""
 
 
 def read_prompts(
@@ -111,9 +112,9 @@ def read_prompts(
     row_length: int,
     form: RecordFormat | None = None,
 ) -> list[Prompt]:
-    """Read prompts of a file with `prompt` and `answer`; those longer than `max_prompt_length` are skipped.
+    """Read prompts of a file; those longer than `max_prompt_length` are skipped.
 
-    All other keys of a record are for its reward function.
+    All keys of a record, such as `answer`, are for its reward function.
 
     Raises:
       DataError: a line is not such a record, or no prompt is left.
@@ -121,12 +122,12 @@ def read_prompts(
     form = form or RecordFormat()
     prompts, num_too_long = [], 0
     for where, record in read_records(path, form):
-        field(record, "answer", where)
-        ids = encode_prompt(tokenizer, parse_prompt(record, where, form), where)
+        text = parse_prompt(record, where, form)
+        ids = encode_prompt(tokenizer, text, where)
         if len(ids) > max_prompt_length:
             num_too_long += 1
         else:
-            prompts.append(Prompt(ids, record, where))
+            prompts.append(Prompt(ids, record, where, text))
     check_some_left(path, len(prompts), num_too_long, what="prompts with their answers", row_length=row_length)
     return prompts
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from maxlm.config.base import Count, CountOrZero, Frozen
+from maxlm.config.base import Count, CountOrZero, Frozen, Seconds
 from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.config.objective import RecordsConfig
@@ -23,7 +23,7 @@ from maxlm.models.applied import AppliedModel
 from maxlm.models.critic import values, with_critic
 from maxlm.models.decoder import Decoder
 from maxlm.objectives.policy_advantages import AnyAdvantage, GroupAdvantage
-from maxlm.objectives.policy_data import PolicyData, read_policy_prompts
+from maxlm.objectives.policy_data import REWARD_PART, PolicyData, read_policy_prompts
 from maxlm.objectives.policy_losses import (
     AVERAGES,
     AnySurrogate,
@@ -39,6 +39,7 @@ from maxlm.objectives.record_data import first_indices
 from maxlm.objectives.sequences import is_real, target_log_probabilities, token_entropies
 from maxlm.ops.policy_losses import value_loss
 from maxlm.prompts.chat_template import ChatTokens
+from maxlm.scoring.rewards import RewardSetting
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContext
 
@@ -104,11 +105,15 @@ class PolicyOptimization(Objective, RecordsConfig):
 
     kind: Literal["policy"] = "policy"
     train_file: str = Field(
-        description="Prompts: JSON, JSONL or Parquet with `prompt` (messages or text) and `answer`."
+        description="Prompts: JSON, JSONL or Parquet with `prompt` (messages or text), and `answer` for most rewards."
     )
-    reward: str = Field(
+    reward: RewardSetting = Field(
         "exact_match",
-        description="A reward function of `maxlm.scoring.rewards`, or your own as package.module:function.",
+        description="A rule of `maxlm.scoring.rewards`, your own function as package.module:function, or a list of"
+        " {name, weight, settings}, whose weighted sum is the reward.",
+    )
+    reward_time_limit: Seconds = Field(
+        60.0, description="Seconds that a reward function may take for the answers to one prompt."
     )
     group_size: Count = Field(8, description="Answers sampled per prompt.")
     max_new_tokens: Count = 32
@@ -243,6 +248,7 @@ class PolicyOptimization(Objective, RecordsConfig):
             "groups_with_signal": Term(jnp.sum(real_B * values["has_signal_B"]), num_rows),
             "completion_length": Term(jnp.sum(values["lengths_B"]), num_rows),
             "truncated": Term(jnp.sum(real_B * values["is_truncated_B"]), num_rows),
+            **{name: Term(jnp.sum(real_B * x), num_rows) for name, x in values.items() if name.startswith(REWARD_PART)},
         }
 
     def open_data(self, context: RunContext) -> PolicyData:
@@ -252,7 +258,8 @@ class PolicyOptimization(Objective, RecordsConfig):
         prompts = read_policy_prompts(self.train_file, self, tokenizer, row_length=config.row_length)
         for number, index in enumerate(first_indices(len(prompts), config, num_examples), 1):
             ids = prompts[index].ids
-            note = f"answer: {prompts[index].record['answer']}   reward: {self.reward}"
+            reward = self.reward if isinstance(self.reward, str) else ", ".join(part.name for part in self.reward)
+            note = f"answer: {prompts[index].record.get('answer')}   reward: {reward}"
             yield PreviewRow(f"prompt {number}", pad([ChatTokens(ids, [0.0] * len(ids))], len(ids)), note)
 
     def example(self, make: ExampleMaker) -> Batch:

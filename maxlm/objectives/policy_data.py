@@ -25,10 +25,12 @@ from maxlm.ops.advantages import has_signal, overlong_penalty
 from maxlm.ops.policy_losses import kl_estimate
 from maxlm.runtime.agree import any_process
 from maxlm.scoring.reward_call import CheckedReward
-from maxlm.scoring.rewards import check_answer, find_reward
+from maxlm.scoring.rewards import check_record, find_rewards
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.objective import RunContext
 
+# Prefix of the parts of a reward among a batch's values: the name of its metric.
+REWARD_PART = "reward_"
 # Random streams of validation and of greedy answers: no step has these numbers.
 _VALIDATION_STREAM = 2**32 - 1
 _GREEDY_STREAM = 2**32 - 2
@@ -36,22 +38,26 @@ _GREEDY_STREAM = 2**32 - 2
 
 @dataclass(frozen=True)
 class Groups:
-    """Answers of this process to some prompts, a group for each, and their rewards [N, G]."""
+    """Answers of this process to some prompts, a group for each, and their rewards and parts of them [N, G]."""
 
     prompts: list[Prompt]
     answers: Answers
     rewards_NG: np.ndarray
+    parts_NG: dict[str, np.ndarray]
 
     def taken(self, indices: np.ndarray) -> "Groups":
         """The groups of these prompts, in this order."""
         size = self.rewards_NG.shape[1]
         rows = (indices[:, None] * size + np.arange(size)).reshape(-1)
-        return Groups([self.prompts[index] for index in indices], self.answers.taken(rows), self.rewards_NG[indices])
+        prompts = [self.prompts[index] for index in indices]
+        parts_NG = {name: part_NG[indices] for name, part_NG in self.parts_NG.items()}
+        return Groups(prompts, self.answers.taken(rows), self.rewards_NG[indices], parts_NG)
 
     def joined(self, other: "Groups") -> "Groups":
         """Both, one after the other."""
         rewards_NG = np.concatenate([self.rewards_NG, other.rewards_NG])
-        return Groups(self.prompts + other.prompts, self.answers.joined(other.answers), rewards_NG)
+        parts_NG = {name: np.concatenate([part_NG, other.parts_NG[name]]) for name, part_NG in self.parts_NG.items()}
+        return Groups(self.prompts + other.prompts, self.answers.joined(other.answers), rewards_NG, parts_NG)
 
 
 class PolicyData:
@@ -61,7 +67,7 @@ class PolicyData:
         config, objective = context.config, context.config.objective
         self._context = context
         self._reference = context.reference() if objective.needs_reference else None
-        self._reward = CheckedReward(objective.reward, find_reward(objective.reward))
+        self._reward = CheckedReward(find_rewards(objective.reward), time_limit=objective.reward_time_limit)
         self._prompts = self._read(objective.train_file)
         self._valid_prompts = [] if objective.valid_file is None else self._read(objective.valid_file)
         longest = max(len(prompt.ids) for prompt in [*self._prompts, *self._valid_prompts])
@@ -146,6 +152,8 @@ class PolicyData:
             "lengths_B": lengths_B.astype(np.float32),
             "is_truncated_B": is_truncated_B.astype(np.float32),
         }
+        if len(groups.parts_NG) > 1:
+            given |= {f"{REWARD_PART}{name}": part_NG.reshape(-1) for name, part_NG in groups.parts_NG.items()}
         if returns_BL is not None:
             given["returns_BL"] = returns_BL
         whole = Batch({"answers": stream}, given)
@@ -184,8 +192,11 @@ class PolicyData:
             stream=rollout * objective.resume_multiple,
             temperature=objective.temperature,
         )
-        rewards = self._reward([prompt for prompt in prompts for _ in range(group_size)], answers.texts)
-        return Groups(prompts, answers, rewards.reshape(-1, group_size))
+        rewards = self._reward(
+            [prompt for prompt in prompts for _ in range(group_size)], answers.texts, answers.lengths_R
+        )
+        parts_NG = {name: part.reshape(-1, group_size) for name, part in rewards.parts.items()}
+        return Groups(prompts, answers, rewards.total.reshape(-1, group_size), parts_NG)
 
     def _indices(self, step: int, number: int, *, shard: int, num_shards: int) -> np.ndarray:
         """The prompts of a step in one round of sampling."""
@@ -210,7 +221,7 @@ class PolicyData:
         """The reward of the greedy answer to each prompt: [N]."""
         rows = np.arange(len(prompts))
         answers = self._sampler(policy, prompts, rows, stream=_GREEDY_STREAM, temperature=0.0)
-        return self._reward(prompts, answers.texts)
+        return self._reward(prompts, answers.texts, answers.lengths_R).total
 
     def _is_truncated(self, answers: Answers) -> np.ndarray:
         """Whether an answer was cut off at max_new_tokens: bool [B]."""
@@ -236,7 +247,8 @@ class PolicyData:
             places = sample[np.maximum(mine, 0)]
             drawn = [self._valid_prompts[place] for place in places]
             answers = self._sampler(model, drawn, places, stream=_VALIDATION_STREAM, temperature=temperature)
-            rewards = np.where(mine >= 0, self._reward(drawn, answers.texts), 0.0).astype(np.float32)
+            rewards = self._reward(drawn, answers.texts, answers.lengths_R).total
+            rewards = np.where(mine >= 0, rewards, 0.0).astype(np.float32)
             total += float(self._sum(put_batch(rewards, self._context.mesh)))
         return total / len(sample)
 
@@ -274,7 +286,7 @@ def share_of_tree(tree: Any, part: int, num_parts: int) -> Any:
 
 
 def read_policy_prompts(path: str, objective: Any, tokenizer: Tokenizer, *, row_length: int) -> list[Prompt]:
-    """The prompts of a file that leave room for an answer, each with an answer that the reward can match.
+    """The prompts of a file that leave room for an answer, each a record that some completion can satisfy.
 
     Raises:
       DataError: a record is not a prompt, or none fits.
@@ -282,7 +294,7 @@ def read_policy_prompts(path: str, objective: Any, tokenizer: Tokenizer, *, row_
     room = row_length - objective.max_new_tokens
     prompts = read_prompts(path, tokenizer, max_prompt_length=room, row_length=row_length, form=objective)
     for prompt in prompts:
-        check_answer(objective.reward, prompt.record, prompt.place)
+        check_record(objective.reward, prompt.record, prompt.place)
     return prompts
 
 

@@ -67,6 +67,9 @@ _CHINESE = re.compile(
 )
 
 
+_ZERO = Fraction(0)
+
+
 @dataclass(frozen=True)
 class Number:
     """A number in a text.
@@ -78,18 +81,21 @@ class Number:
     value: Fraction | None
     is_percent: bool = False
 
-    def equals(self, other: "Number") -> bool:
-        """Whether both are the same number.
+    def equals(self, other: "Number", *, absolute: Fraction = _ZERO, relative: Fraction = _ZERO) -> bool:
+        """Whether both are the same number, or differ by at most max(absolute, relative * |other|).
 
         If only one has a percent sign, it is either a unit, as in the question "how many percent", or a hundredth:
         50% equals 50 and 0.5.
         """
         if self.value is None or other.value is None:
             return False
-        if self.is_percent == other.is_percent:
-            return self.value == other.value
-        percent, plain = (self.value, other.value) if self.is_percent else (other.value, self.value)
-        return plain in (percent, percent / 100)
+        values = [self.value]
+        if self.is_percent and not other.is_percent:
+            values.append(self.value / 100)
+        elif other.is_percent and not self.is_percent:
+            values.append(self.value * 100)
+        allowed = max(absolute, relative * abs(other.value))
+        return any(abs(value - other.value) <= allowed for value in values)
 
 
 def find_numbers(text: str, *, chinese: bool = False) -> list[Number]:

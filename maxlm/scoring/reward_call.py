@@ -2,82 +2,140 @@
 
 import copy
 import inspect
+import itertools
 import math
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from maxlm.data.preference import Prompt
 from maxlm.errors import ConfigError
-from maxlm.scoring.rewards import RewardFunction
+from maxlm.runtime.time_limit import TimeLimitExceeded, within
+from maxlm.scoring.rewards import Reward
 
-_WANTED = "a reward function returns a finite number for (completion, record)"
+_WANTED = "a reward function returns one finite number per completion for (prompt, completions, record)"
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The weighted sum of the rewards of completions, and each part without its weight: float32 [completions]."""
+
+    total: np.ndarray
+    parts: dict[str, np.ndarray]
 
 
 class CheckedReward:
     """Rewards of completions, each a finite number.
 
     Args:
-      name: as in `objective.reward`, for error messages.
-      function: (completion, record of the training file) -> number.
+      rewards: the parts of the sum.
+      time_limit: seconds for the completions of one prompt, each part on its own.
     """
 
-    def __init__(self, name: str, function: RewardFunction):
-        self._name, self._function = name, function
+    def __init__(self, rewards: Sequence[Reward], *, time_limit: float):
+        self._rewards, self._time_limit = rewards, time_limit
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
-        """The reward of each completion, with its prompt: float32 [completions].
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], num_tokens: Sequence[int] | np.ndarray
+    ) -> Rewards:
+        """The rewards of each completion, with its prompt. Consecutive completions of one prompt are one call.
 
         Raises:
-          ConfigError: the function raised, or returned something else.
+          ConfigError: a function raised, took too long, or returned something else.
         """
-        rewards = [self._reward(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
-        return np.array(rewards, np.float32)
+        values: dict[str, list[float]] = {reward.name: [] for reward in self._rewards}
+        indices = range(len(prompts))
+        for _, group in itertools.groupby(indices, key=lambda index: id(prompts[index])):
+            members = list(group)
+            texts, counts = [completions[index] for index in members], [int(num_tokens[index]) for index in members]
+            for reward in self._rewards:
+                values[reward.name] += self._call(reward, prompts[members[0]], texts, counts)
+        arrays = {name: np.array(numbers, np.float64) for name, numbers in values.items()}
+        total = sum((reward.weight * arrays[reward.name] for reward in self._rewards), np.zeros(len(prompts)))
+        return Rewards(total.astype(np.float32), {name: array.astype(np.float32) for name, array in arrays.items()})
 
     def try_out(self, prompts: Sequence[Prompt]) -> None:
-        """Call the function for the first and last prompt, with the correct answer and with an empty completion.
+        """Call the functions for the first and last prompt, with the correct answer and with an empty completion.
 
         Raises:
           ConfigError: as above.
         """
         for prompt in {id(prompt): prompt for prompt in (prompts[0], prompts[-1])}.values():
-            self([prompt, prompt], [str(prompt.record["answer"]), ""])
+            self([prompt, prompt], [str(prompt.record.get("answer", "")), ""], [1, 1])
 
-    def _reward(self, prompt: Prompt, completion: str) -> float:
-        # A copy, so that a function that modifies its record does not affect later calls.
-        record = copy.deepcopy(prompt.record)
+    def _call(self, reward: Reward, prompt: Prompt, completions: list[str], num_tokens: list[int]) -> list[float]:
+        # Copies, so that a function that modifies its arguments does not affect later calls.
+        text, record = copy.deepcopy((prompt.text, prompt.record))
         try:
-            reward = self._function(completion, record)
+            returned = within(
+                self._time_limit, lambda: _listed(reward(text, list(completions), record, num_tokens), completions)
+            )
+        except TimeLimitExceeded:
+            raise self._error(
+                reward,
+                prompt,
+                f"has not returned after {self._time_limit:g} seconds for {len(completions)} completions; make it"
+                " faster, end its own waits, or raise objective.reward_time_limit",
+            ) from None
+        except _Returned as error:
+            raise self._error(reward, prompt, f"returned {error}; {_WANTED}; fix it") from None
         # User code may raise anything, or call `exit`.
         except (Exception, SystemExit) as error:
             message = " ".join(str(error).split())[:200]
-            problem = f"raised {type(error).__name__}: {message}{self._line_of(error)}"
-            raise self._error(prompt, completion, problem) from error
-        if (problem := _problem_with(reward)) is not None:
-            raise self._error(prompt, completion, f"returned {problem}")
-        return float(reward)
+            problem = f"raised {type(error).__name__}: {message}{_line_of(reward, error)}"
+            raise self._error(reward, prompt, f"{problem}; {_WANTED}; fix it") from error
+        for completion, value in zip(completions, returned):
+            if (problem := _problem_with(value)) is not None:
+                shown = completion if len(completion) <= 60 else completion[:60] + "…"
+                raise self._error(reward, prompt, f"returned {problem} for the completion {shown!r}; {_WANTED}; fix it")
+        return [float(value) for value in returned]
 
-    def _error(self, prompt: Prompt, completion: str, problem: str) -> ConfigError:
-        shown = completion if len(completion) <= 60 else completion[:60] + "…"
+    @staticmethod
+    def _error(reward: Reward, prompt: Prompt, problem: str) -> ConfigError:
         where = f" for {prompt.place}" if prompt.place else ""
-        return ConfigError(
-            [f"objective.reward: {self._name}{where} and the completion {shown!r} {problem}; {_WANTED}; fix it"]
-        )
+        return ConfigError([f"objective.reward: {reward.source}{where} {problem}"])
 
-    def _line_of(self, error: BaseException) -> str:
-        """The line of the function's own file that raised the error, or called what raised it."""
-        try:
-            file = inspect.getsourcefile(inspect.unwrap(self._function))
-        except TypeError:
-            return ""
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        return f" ({file}:{lines[-1]})" if lines else ""
+
+class _Returned(Exception):  # noqa: N818 - never leaves this module
+    """A return value that is not a list of as many values as there are completions; its message describes it."""
+
+
+def _listed(returned: Any, completions: Sequence[str]) -> list[Any]:
+    """The values for each completion, whose iteration may also run user code."""
+    if returned is None:
+        raise _Returned("None")
+    if inspect.iscoroutine(returned):
+        returned.close()
+        raise _Returned("a coroutine (the function must not be `async`)")
+    if isinstance(returned, (str, bytes)):
+        raise _Returned(f"the text {returned[:40]!r}")
+    if isinstance(returned, dict) or not hasattr(returned, "__iter__"):
+        raise _Returned(f"one {type(returned).__name__} instead of a list")
+    if getattr(returned, "ndim", 1) == 0:
+        raise _Returned("one number instead of a list")
+    # One value more than wanted: a generator may be endless.
+    values = list(itertools.islice(returned, len(completions) + 1))
+    if len(values) != len(completions):
+        count = f"{len(values)}" if len(values) < len(completions) else f"more than {len(completions)}"
+        raise _Returned(f"{count} values for {len(completions)} completions")
+    return values
+
+
+def _line_of(reward: Reward, error: BaseException) -> str:
+    """The line of the function's own file that raised the error, or called what raised it."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(reward.function))
+    except TypeError:
+        return ""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" ({file}:{lines[-1]})" if lines else ""
 
 
 def _problem_with(reward: Any) -> str | None:
-    """Describe a return value that is not a finite number; None if it is one."""
+    """Describe a value that is not a finite number; None if it is one."""
     if reward is None:
         return "None"
     if inspect.iscoroutine(reward):

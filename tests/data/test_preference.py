@@ -96,12 +96,13 @@ def test_prompts_keep_their_record_for_the_reward(tokenizer, tmp_path):
     record = {"prompt": QUESTION, "answer": "yes", "unit": "word"}
     (prompt,) = read_prompts(write(tmp_path / "g.jsonl", record), tokenizer, max_prompt_length=16, row_length=32)
     assert prompt.record == record
+    assert prompt.text == QUESTION
     assert prompt.ids == tokenizer.encode_chat(QUESTION, generation_prompt=True).ids
 
 
-def test_prompts_must_have_an_answer_and_fit(tokenizer, tmp_path):
-    with pytest.raises(DataError, match=r"g\.jsonl:1: lacks 'answer'"):
-        read_prompts(write(tmp_path / "g.jsonl", {"prompt": "a"}), tokenizer, max_prompt_length=16, row_length=32)
+def test_prompts_must_have_a_prompt_and_fit(tokenizer, tmp_path):
+    with pytest.raises(DataError, match=r"g\.jsonl:1: lacks 'prompt'"):
+        read_prompts(write(tmp_path / "g.jsonl", {"answer": "a"}), tokenizer, max_prompt_length=16, row_length=32)
     path = write(tmp_path / "g.jsonl", {"prompt": "a" * 50, "answer": "b"})
     with pytest.raises(DataError, match="all 1 prompts with their answers are longer"):
         read_prompts(path, tokenizer, max_prompt_length=16, row_length=32)

@@ -1,9 +1,11 @@
 """Everything that a run reads or calls is opened and tested before its first step, and errors are one sentence."""
 
 import functools
+import itertools
 import json
 import os
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from maxlm.checkpoint.folder import find_checkpoint
 from maxlm.data.preference import Prompt
 from maxlm.errors import ConfigError, DataError
 from maxlm.scoring.reward_call import CheckedReward
-from maxlm.scoring.rewards import find_reward
+from maxlm.scoring.rewards import Reward, RewardPart, find_rewards
 from maxlm.train.run import train
 
 PAIR = {"prompt": question("sky"), "chosen": "blue", "rejected": "red"}
@@ -26,13 +28,14 @@ RECORDS = {
 OWN_REWARD = """
 calls = 0
 
-def reward(completion, record):
+def reward(prompt, completions, record):
     global calls
-    calls += 1
+    calls += len(completions)
     if calls > LIMIT:
-        return None
+        return [None] * len(completions)
     record.clear()
-    return len(completion) % 3
+    prompt.clear()
+    return [len(completion) % 3 for completion in completions]
 """
 
 
@@ -66,64 +69,117 @@ def test_held_out_data_is_parsed_before_first_step(kind, valid, message, untrain
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def give(value, completion, record):
+def give(value, prompt, completions, record):
     if isinstance(value, BaseException):
         raise value
     return value
 
 
-async def later(completion, record):
+async def later(prompt, completions, record):
+    return [1.0]
+
+
+def for_one_completion(completion, record):
     return 1.0
 
 
-def of_one_argument(completion):
-    return 1.0
+def checked(*functions, weights=(1.0, 1.0), time_limit=60.0):
+    rewards = [
+        Reward(f"part{index}", f"mine:part{index}", weight, function, {}, takes_tokens=False)
+        for index, (function, weight) in enumerate(zip(functions, weights))
+    ]
+    return CheckedReward(rewards, time_limit=time_limit)
 
 
 @pytest.mark.parametrize(
     ("function", "message"),
     [
         (functools.partial(give, None), "returned None"),
-        (functools.partial(give, float("nan")), "returned nan"),
-        (functools.partial(give, float("-inf")), "returned -inf"),
-        (functools.partial(give, 1e300), r"returned 1e\+300"),
+        (functools.partial(give, 1.0), "returned one float instead of a list"),
+        (functools.partial(give, np.array(1.0)), "returned one number instead of a list"),
         (functools.partial(give, "1.0"), r"returned the text '1\.0'"),
-        (functools.partial(give, []), "returned 0 values in a list"),
-        (functools.partial(give, [1.0]), "returned 1 values in a list"),
-        (functools.partial(give, np.ones(3)), "returned 3 values in a ndarray"),
-        (functools.partial(give, [[1], [1, 2]]), "returned an object of type list"),
-        (functools.partial(give, {"reward": 1}), "returned an object of type dict"),
-        (functools.partial(give, 1j), "returned an object of type complex"),
+        (functools.partial(give, {"a": 1, "b": 2}), "returned one dict instead of a list"),
+        (functools.partial(give, []), "returned 0 values for 2 completions"),
+        (functools.partial(give, [1.0]), "returned 1 values for 2 completions"),
+        (functools.partial(give, itertools.count()), "returned more than 2 values for 2 completions"),
+        (functools.partial(give, [1, None]), "returned None for the completion ''"),
+        (functools.partial(give, [1, float("nan")]), "returned nan for the completion ''"),
+        (functools.partial(give, [float("-inf"), 1]), "returned -inf for the completion '4'"),
+        (functools.partial(give, [1e300, 1]), r"returned 1e\+300 for the completion '4'"),
+        (functools.partial(give, ["1.0", 1]), r"returned the text '1\.0' for the completion '4'"),
+        (functools.partial(give, np.ones((2, 3))), "returned 3 values in a ndarray for the completion '4'"),
+        (functools.partial(give, [[[1], [1, 2]], 1]), "returned an object of type list for"),
+        (functools.partial(give, [{"reward": 1}] * 2), "returned an object of type dict for"),
+        (functools.partial(give, [1j, 1]), "returned an object of type complex for"),
         (functools.partial(give, ValueError("no\nanswer")), "raised ValueError: no answer"),
         (functools.partial(give, SystemExit(3)), "raised SystemExit: 3"),
+        (functools.partial(give, TimeoutError("a request")), "raised TimeoutError: a request"),
         (later, "returned a coroutine"),
-        (of_one_argument, "raised TypeError: .*takes 1 positional argument"),
+        (for_one_completion, "raised TypeError: .*takes 2 positional arguments"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",  # the id of a partial would contain an address
 )
-def test_reward_that_is_not_a_number_is_an_error_with_value_and_place(function, message):
-    reward = CheckedReward("mine:reward", function)
-    wanted = rf"^objective\.reward: mine:reward for p\.jsonl:1 and the completion '4' {message}"
+def test_reward_that_is_not_a_list_of_numbers_is_an_error_with_value_and_place(function, message):
+    wanted = rf"^objective\.reward: mine:part0 for p\.jsonl:1 {message}"
     with pytest.raises(ConfigError, match=wanted) as caught:
-        reward.try_out([Prompt([1], {"answer": 4}, "p.jsonl:1")])
-    assert "a reward function returns a finite number for (completion, record)" in str(caught.value)
+        checked(function).try_out([Prompt([1], {"answer": 4}, "p.jsonl:1")])
+    assert "returns one finite number per completion for (prompt, completions, record)" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_reward_that_hangs_is_ended_by_its_time_limit():
+    released = threading.Event()
+
+    def hangs(prompt, completions, record):
+        released.wait(60)
+        return [0.0] * len(completions)
+
+    try:
+        with pytest.raises(ConfigError, match=r"part0 for p\.jsonl:1 has not returned after 0\.05 seconds for 2 compl"):
+            checked(hangs, time_limit=0.05).try_out([Prompt([1], {}, "p.jsonl:1")])
+    finally:
+        released.set()
 
 
 @pytest.mark.parametrize("value", [1, True, 0.5, np.float32(2), np.array(3)], ids=repr)
 def test_any_scalar_is_a_reward(value):
-    reward = CheckedReward("mine", functools.partial(give, value))
-    [got] = reward([Prompt([1], {"answer": 4})], [""])
-    assert got == float(value)
+    for values in ([value], (value,), np.array([value]), iter([value])):
+        rewards = checked(functools.partial(give, values))([Prompt([1], {})], [""], [1])
+        assert rewards.total.tolist() == [float(value)]
+
+
+def test_rewards_are_weighted_and_reported_by_part():
+    calls = []
+
+    def length(prompt, completions, record):
+        calls.append((prompt, completions, record))
+        return [len(text) for text in completions]
+
+    def bonus(prompt, completions, record):
+        return [record["bonus"]] * len(completions)
+
+    prompts = [Prompt([1], {"bonus": 1}, text="a"), Prompt([1], {"bonus": 2}, text="b")]
+    reward = checked(length, bonus, weights=(0.5, -1.0))
+    rewards = reward([prompts[0], prompts[0], prompts[1]], ["", "four", "six"], [1, 1, 1])
+    assert rewards.parts["part0"].tolist() == [0, 4, 3]
+    assert rewards.parts["part1"].tolist() == [1, 1, 2]
+    assert rewards.total.tolist() == [-1, 1, -0.5]
+    assert rewards.total.dtype == np.float32
+    assert calls == [("a", ["", "four"], {"bonus": 1}), ("b", ["six"], {"bonus": 2})], "one call per prompt"
+
+
+def test_parts_of_the_same_name_are_numbered():
+    found = find_rewards([RewardPart(name="exact_match"), RewardPart(name="contains"), RewardPart(name="exact_match")])
+    assert [reward.name for reward in found] == ["exact_match", "contains", "exact_match_2"]
 
 
 def test_reward_that_raises_is_reported_with_its_line(tmp_path, monkeypatch):
     (tmp_path / "raises_a.py").write_text(
-        "import json\n\ndef reward(completion, record):\n    return json.loads('{')\n"
+        "import json\n\ndef reward(prompt, completions, record):\n    return json.loads('{')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match=r"raised JSONDecodeError: .* \(.*raises_a\.py:4\)"):
-        CheckedReward("raises_a:reward", find_reward("raises_a:reward")).try_out([Prompt([1], {"answer": ""})])
+        CheckedReward(find_rewards("raises_a:reward"), time_limit=60).try_out([Prompt([1], {"answer": ""})])
 
 
 @pytest.mark.parametrize("text", ["1 / 0", "def f(:", "import nothing_of_this_name", "raise SystemExit(3)"])
@@ -132,7 +188,7 @@ def test_reward_module_that_fails_to_import_is_one_sentence(text, tmp_path, monk
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "fails_to_load", raising=False)
     with pytest.raises(ConfigError, match=r"'fails_to_load:reward' cannot be imported: "):
-        find_reward("fails_to_load:reward")
+        find_rewards("fails_to_load:reward")
 
 
 def reward_config(tmp_path, untrained, limit: int, **settings):
@@ -160,7 +216,7 @@ def reward_config(tmp_path, untrained, limit: int, **settings):
 def test_reward_is_tested_before_first_step(untrained, tmp_path, monkeypatch, no_steps):
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(
-        ConfigError, match=r"own_reward_of_test:reward for .*jsonl:2 and the completion '' returned None"
+        ConfigError, match=r"own_reward_of_test:reward for .*jsonl:2 returned None for the completion 'blue'"
     ):
         train(reward_config(tmp_path, untrained, limit=3))
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -169,7 +225,7 @@ def test_reward_is_tested_before_first_step(untrained, tmp_path, monkeypatch, no
 def test_reward_that_fails_during_a_run_loses_no_step(untrained, tmp_path, monkeypatch):
     """It is called 4 times before the first step, and 4 times per step, with copies of the record, which it clears."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ConfigError, match=r"for .*prompts\.jsonl:\d and the completion '.*' returned None"):
+    with pytest.raises(ConfigError, match=r"for .*prompts\.jsonl:\d returned None for the completion '.*'"):
         train(reward_config(tmp_path, untrained, limit=8))
     assert find_checkpoint(tmp_path / "run").name == "1"
     assert train(reward_config(tmp_path, untrained, limit=100))["metrics"]["steps"] == 2

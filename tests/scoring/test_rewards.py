@@ -3,7 +3,7 @@
 import pytest
 
 from maxlm.errors import ConfigError, DataError
-from maxlm.scoring.rewards import REWARDS, check_answer, find_reward
+from maxlm.scoring.rewards import RULES, RewardPart, check_record, find_function, find_rewards
 
 RIGHT = [
     # reward, completion, answer
@@ -123,7 +123,28 @@ WRONG = [
 )
 def test_rewards(cases, expected):
     for name, completion, answer in cases:
-        assert find_reward(name)(completion, {"answer": answer}) == expected, (name, completion, answer)
+        assert find_function(name)("?", [completion], {"answer": answer}) == [expected], (name, completion, answer)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "settings", "expected"),
+    [
+        ("3.14", "3.14159", {}, 0.0),
+        ("3.14", "3.14159", {"absolute_tolerance": 0.01}, 1.0),
+        ("3.13", "3.14159", {"absolute_tolerance": 0.01}, 0.0),
+        ("1010", "1000", {"relative_tolerance": 0.01}, 1.0),
+        ("1011", "1000", {"relative_tolerance": 0.01}, 0.0),
+        ("1011", "1000", {"relative_tolerance": 0.01, "absolute_tolerance": 20.0}, 1.0),
+        ("-1010", "-1000", {"relative_tolerance": 0.01}, 1.0),
+        ("51%", "0.5", {"absolute_tolerance": 0.01}, 1.0),
+        ("0.51", "50%", {"absolute_tolerance": 1.0}, 1.0),
+        ("none", "0", {"absolute_tolerance": 9.0}, 0.0),
+    ],
+)
+def test_numbers_with_a_tolerance(completion, answer, settings, expected):
+    for name in ("last_number", "last_number_zh"):
+        (reward,) = find_rewards([RewardPart(name=name, settings=settings)])
+        assert reward("?", [completion], {"answer": answer}, [1]) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -145,25 +166,67 @@ def test_rewards(cases, expected):
 )
 def test_answer_that_no_completion_can_match_is_rejected_with_its_line(name, answer, sentence):
     with pytest.raises(DataError, match=f"^prompts.jsonl:7: for the reward {name} answer {sentence}; fix or remove"):
-        check_answer(name, {"answer": answer}, "prompts.jsonl:7")
+        check_record(name, {"answer": answer}, "prompts.jsonl:7")
     with pytest.raises(ValueError, match=sentence):
-        find_reward(name)("4", {"answer": answer})
+        find_function(name)("?", ["4"], {"answer": answer})
 
 
-def test_custom_reward_accepts_any_answer():
-    check_answer("my.module:reward", {"answer": None}, "prompts.jsonl:7")
+def test_rules_name_the_field_that_a_record_lacks():
+    for setting in ("exact_match", (RewardPart(name="my.module:reward"), RewardPart(name="exact_match"))):
+        with pytest.raises(DataError, match=r"^p\.jsonl:7: lacks 'answer'; did you mean 'answer' instead of 'answr'"):
+            check_record(setting, {"answr": "4"}, "p.jsonl:7")
+
+
+def test_custom_reward_accepts_any_record():
+    check_record("my.module:reward", {"answer": None}, "prompts.jsonl:7")
+    check_record("my.module:reward", {}, "prompts.jsonl:7")
 
 
 def test_unknown_reward_suggests_nearest_name():
     with pytest.raises(ConfigError, match=r"objective\.reward: 'exact_mach' .* did you mean exact_match\?"):
-        find_reward("exact_mach")
+        find_function("exact_mach")
     with pytest.raises(ConfigError, match="allowed: exact_match"):
-        find_reward("zzz")
+        find_function("zzz")
 
 
 def test_custom_reward_is_imported_from_its_module():
-    assert find_reward("maxlm.scoring.rewards:contains") is REWARDS["contains"]
+    assert find_function("maxlm.scoring.rules.answers:contains") is RULES["contains"].function
     with pytest.raises(ConfigError, match="cannot be imported"):
-        find_reward("maxlm.scoring.rewards:nothing")
+        find_function("maxlm.scoring.rewards:nothing")
     with pytest.raises(ConfigError, match="cannot be imported"):
-        find_reward("no_such_module:reward")
+        find_function("no_such_module:reward")
+
+
+def test_settings_are_checked_by_the_signature():
+    def part(name, **settings):
+        return [RewardPart(name=name, settings=settings)]
+
+    (reward,) = find_rewards(part("last_number", absolute_tolerance=1))
+    assert dict(reward.settings) == {"absolute_tolerance": 1.0}
+    for settings, sentence in [
+        ({"tolerance": 1}, "there is no setting 'tolerance'; the settings of last_number are absolute_tolerance, rel"),
+        ({"absolute_tolerance": "1"}, "absolute_tolerance: input should be a valid number"),
+        ({"absolute_tolerance": -1}, "absolute_tolerance: input should be greater than or equal to 0"),
+    ]:
+        with pytest.raises(ConfigError, match=rf"^objective\.reward: last_number: {sentence}"):
+            find_rewards(part("last_number", **settings))
+    with pytest.raises(ConfigError, match="exact_match: there is no setting 'low'; it has no settings"):
+        find_rewards(part("exact_match", low=1))
+
+
+def test_settings_of_own_functions(tmp_path, monkeypatch):
+    (tmp_path / "own_settings.py").write_text(
+        "def words(prompt, completions, record, *, wanted: list[str], num_tokens, scale=1):\n"
+        "    return [scale * sum(word in text for word in wanted) - n for text, n in zip(completions, num_tokens)]\n"
+        "def anything(prompt, completions, record, **settings):\n"
+        "    return [len(settings)] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (reward,) = find_rewards([RewardPart(name="own_settings:words", settings={"wanted": ["a", "b"], "scale": 3})])
+    assert reward("?", ["a b", "b", ""], {}, [1, 2, 3]) == [5, 1, -3]
+    with pytest.raises(ConfigError, match=r"own_settings:words: the setting 'wanted' is missing; the settings of"):
+        find_rewards("own_settings:words")
+    with pytest.raises(ConfigError, match=r"there is no setting 'num_tokens'"):
+        find_rewards([RewardPart(name="own_settings:words", settings={"wanted": ["a"], "num_tokens": [3]})])
+    (reward,) = find_rewards([RewardPart(name="own_settings:anything", settings={"a": 1, "b": None})])
+    assert reward("?", ["x"], {}, [1]) == [2]

@@ -1,25 +1,18 @@
-"""Verifiable rewards: (completion, record of the training file) -> number.
+"""Rewards of completions that must contain the `answer` of the record: as text, in tags, or as a number."""
 
-A configuration names one of `REWARDS`, or a custom function as `package.module:function`. `right_answer` reads the
-correct answer from the record and rejects one that no completion can match.
-"""
-
-import difflib
-import importlib
 import json
 import math
-import os
 import re
-import sys
 import unicodedata
-from collections.abc import Callable
-from typing import Any
+from fractions import Fraction
+from typing import Annotated, Any
 
-from maxlm.errors import ConfigError, DataError
+from pydantic import Field
+
 from maxlm.prompts.answer_formats import final_line, tagged_answers
 from maxlm.scoring.numerals import Number, find_numbers
 
-RewardFunction = Callable[[str, dict[str, Any]], float]
+Tolerance = Annotated[float, Field(ge=0)]
 
 # Writing systems whose words are not separated by spaces, or take endings without one, by the prefix of their
 # characters' Unicode names.
@@ -29,43 +22,66 @@ _UNSPACED = (
 )  # fmt: skip
 
 
-def exact_match(completion: str, record: dict[str, Any]) -> float:
+def exact_match(prompt: Any, completions: list[str], record: dict[str, Any]) -> list[float]:
     """1 if the completion, stripped of surrounding whitespace, is the answer."""
-    return float(_composed(completion) == right_answer(record))
+    answer = right_answer(record)
+    return [float(_composed(text) == answer) for text in completions]
 
 
-def contains(completion: str, record: dict[str, Any]) -> float:
+def contains(prompt: Any, completions: list[str], record: dict[str, Any]) -> list[float]:
     """1 if the completion contains the answer as whole words.
 
     In scripts without spaces between words (Chinese, Japanese, Thai, ...), or with endings joined to them (Korean), the
     answer may be anywhere.
     """
-    text, answer = _composed(completion), right_answer(record)
-    starts = (match.start() for match in re.finditer(f"(?={re.escape(answer)})", text))
-    return float(any(_is_whole(text, start, start + len(answer)) for start in starts))
+    answer = right_answer(record)
+
+    def found(text: str) -> bool:
+        starts = (match.start() for match in re.finditer(f"(?={re.escape(answer)})", text))
+        return any(_is_whole(text, start, start + len(answer)) for start in starts)
+
+    return [float(found(_composed(text))) for text in completions]
 
 
-def last_number(completion: str, record: dict[str, Any]) -> float:
-    """1 if the last number in the completion equals the answer's: 1,000 is 1000.0, and 50% is 0.5 or 50."""
-    return _last_number(completion, right_number(record))
+def last_number(
+    prompt: Any,
+    completions: list[str],
+    record: dict[str, Any],
+    *,
+    absolute_tolerance: Tolerance = 0.0,
+    relative_tolerance: Tolerance = 0.0,
+) -> list[float]:
+    """1 if the last number in the completion equals the answer's: 1,000 is 1000.0, and 50% is 0.5 or 50.
+
+    Or if it differs from the answer a by at most max(absolute_tolerance, relative_tolerance * |a|).
+    """
+    wanted, tolerances = right_number(record), (absolute_tolerance, relative_tolerance)
+    return [_last_number(text, wanted, tolerances) for text in completions]
 
 
-def last_number_zh(completion: str, record: dict[str, Any]) -> float:
+def last_number_zh(
+    prompt: Any,
+    completions: list[str],
+    record: dict[str, Any],
+    *,
+    absolute_tolerance: Tolerance = 0.0,
+    relative_tolerance: Tolerance = 0.0,
+) -> list[float]:
     """`last_number` with Chinese numerals too, in the completion and in the answer: 十八, 两万, 四分之三."""
-    return _last_number(completion, right_number(record, chinese=True), chinese=True)
+    wanted, tolerances = right_number(record, chinese=True), (absolute_tolerance, relative_tolerance)
+    return [_last_number(text, wanted, tolerances, chinese=True) for text in completions]
 
 
-def tagged_answer(completion: str, record: dict[str, Any]) -> float:
+def tagged_answer(prompt: Any, completions: list[str], record: dict[str, Any]) -> list[float]:
     """1 if the completion has one <answer>...</answer> with the answer in it; 0.1 if it has one with something else."""
-    answer, found = right_answer(record), tagged_answers(completion)
-    if len(found) != 1:
-        return 0.0
-    return 1.0 if _composed(found[0]) == answer else 0.1
+    answer = right_answer(record)
 
+    def reward(found: list[str]) -> float:
+        if len(found) != 1:
+            return 0.0
+        return 1.0 if _composed(found[0]) == answer else 0.1
 
-REWARDS: dict[str, RewardFunction] = {
-    function.__name__: function for function in (exact_match, contains, last_number, last_number_zh, tagged_answer)
-}
+    return [reward(tagged_answers(text)) for text in completions]
 
 
 def right_answer(record: dict[str, Any]) -> str:
@@ -104,55 +120,10 @@ def right_number(record: dict[str, Any], *, chinese: bool = False) -> Number:
     return numbers[0]
 
 
-# Rewards for which `check_answer` requires more than a non-empty answer.
-_READERS = {"last_number": right_number, "last_number_zh": lambda record: right_number(record, chinese=True)}
-
-
-def check_answer(reward: str, record: dict[str, Any], where: str) -> None:
-    """Reject a record whose answer this reward could never match; a custom function accepts any record.
-
-    Raises:
-      DataError: its message begins with `where`, FILE:LINE.
-    """
-    if reward not in REWARDS:
-        return
-    try:
-        _READERS.get(reward, right_answer)(record)
-    except ValueError as error:
-        raise DataError(
-            f"{where}: for the reward {reward} answer {error}; fix or remove the line, or choose another reward"
-        ) from None
-
-
-def find_reward(name: str) -> RewardFunction:
-    """The reward function of this name.
-
-    Raises:
-      ConfigError: there is no such function.
-    """
-    if name in REWARDS:
-        return REWARDS[name]
-    module_name, colon, function_name = name.partition(":")
-    if colon:
-        # sys.path holds the folder of the maxlm command; user modules are in the current folder.
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
-        try:
-            function = getattr(importlib.import_module(module_name), function_name)
-        # A user module may raise anything on import.
-        except (Exception, SystemExit) as error:
-            raise ConfigError([f"objective.reward: {name!r} cannot be imported: {_first_line(error)}"]) from error
-        if not callable(function):
-            raise ConfigError([f"objective.reward: {name!r} is not a function but a {type(function).__name__}"])
-        return function
-    near = difflib.get_close_matches(name, REWARDS, 1)
-    hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(REWARDS)}, or package.module:function"
-    raise ConfigError([f"objective.reward: {name!r} is not a reward function; {hint}"])
-
-
-def _last_number(completion: str, wanted: Number, *, chinese: bool = False) -> float:
+def _last_number(completion: str, wanted: Number, tolerances: tuple[float, float], *, chinese: bool = False) -> float:
     numbers = find_numbers(completion, chinese=chinese)
-    return float(bool(numbers) and numbers[-1].equals(wanted))
+    absolute, relative = (Fraction(tolerance) for tolerance in tolerances)
+    return float(bool(numbers) and numbers[-1].equals(wanted, absolute=absolute, relative=relative))
 
 
 def _composed(text: str) -> str:
@@ -184,11 +155,6 @@ def _is_of_word(character: str) -> bool:
 
 def _is_unspaced(character: str) -> bool:
     return unicodedata.name(character, "").startswith(_UNSPACED)
-
-
-def _first_line(error: BaseException) -> str:
-    text = (str(error).strip().splitlines() or [""])[0]
-    return text if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {text}"
 
 
 def _shown(value: Any) -> str:

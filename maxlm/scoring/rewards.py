@@ -1,0 +1,205 @@
+"""Reward functions: (prompt, completions, record of the training file) -> a number for each completion.
+
+A configuration names one of `RULES`, or a custom function as `package.module:function`, or several with weights. The
+keyword-only parameters of a function are its settings.
+"""
+
+import difflib
+import functools
+import importlib
+import inspect
+import os
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, NotRequired
+
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from maxlm.config.base import Frozen
+from maxlm.data.records import Text, field
+from maxlm.errors import ConfigError, DataError
+from maxlm.scoring.rules import answers
+
+RewardFunction = Callable[..., Sequence[float]]
+
+# A parameter of this name is no setting: it receives the number of tokens of each completion, its end token included.
+TOKENS = "num_tokens"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A reward function that is part of maxlm.
+
+    field: of the record that the function reads; None if it reads none.
+    read: raises ValueError for a record that no completion could satisfy; its message follows the name of the field.
+    """
+
+    function: RewardFunction
+    field: str | None = None
+    read: Callable[[dict[str, Any]], Any] = lambda record: None
+
+
+RULES: Mapping[str, Rule] = {
+    rule.function.__name__: rule
+    for rule in (
+        Rule(answers.exact_match, "answer", answers.right_answer),
+        Rule(answers.contains, "answer", answers.right_answer),
+        Rule(answers.last_number, "answer", answers.right_number),
+        Rule(answers.last_number_zh, "answer", functools.partial(answers.right_number, chinese=True)),
+        Rule(answers.tagged_answer, "answer", answers.right_answer),
+    )
+}
+
+
+class RewardPart(Frozen):
+    """A reward function, and its weight in the sum."""
+
+    name: str = Field(description="A rule of `maxlm.scoring.rewards`, or your own function as package.module:function.")
+    weight: float = 1.0
+    settings: dict[str, Any] = Field({}, description="Keyword arguments of the function.")
+
+
+# The name of a function, or several with their weights.
+RewardSetting = Annotated[
+    Annotated[str, Tag("name")] | Annotated[tuple[RewardPart, ...], Field(min_length=1), Tag("parts")],
+    Discriminator(lambda value: "parts" if isinstance(value, list | tuple) else "name"),
+]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward function with its settings.
+
+    name: of its part of the sum, unique.
+    source: its name in the configuration.
+    """
+
+    name: str
+    source: str
+    weight: float
+    function: RewardFunction
+    settings: Mapping[str, Any]
+    takes_tokens: bool
+
+    def __call__(
+        self, prompt: Text, completions: list[str], record: dict[str, Any], num_tokens: Sequence[int]
+    ) -> Sequence[float]:
+        counts = {TOKENS: list(num_tokens)} if self.takes_tokens else {}
+        return self.function(prompt, completions, record, **counts, **self.settings)
+
+
+def find_rewards(setting: str | Sequence[RewardPart]) -> list[Reward]:
+    """The reward functions of a configuration.
+
+    Raises:
+      ConfigError: there is no such function, or its settings do not fit.
+    """
+    parts = [RewardPart(name=setting)] if isinstance(setting, str) else setting
+    found: dict[str, Reward] = {}
+    for part in parts:
+        function = find_function(part.name)
+        base = part.name.rpartition(":")[2]
+        number = sum(other.name.rpartition(":")[2] == base for other in parts[: len(found)]) + 1
+        name = base if number == 1 else f"{base}_{number}"
+        settings, takes_tokens = _checked_settings(function, part)
+        found[name] = Reward(name, part.name, part.weight, function, settings, takes_tokens)
+    return list(found.values())
+
+
+def check_record(setting: str | Sequence[RewardPart], record: dict[str, Any], where: str) -> None:
+    """Reject a record that no completion could satisfy; a custom function accepts any record.
+
+    Raises:
+      DataError: its message begins with `where`, FILE:LINE.
+    """
+    for name in [setting] if isinstance(setting, str) else [part.name for part in setting]:
+        rule = RULES.get(name)
+        if rule is None or rule.field is None:
+            continue
+        field(record, rule.field, where)
+        try:
+            rule.read(record)
+        except ValueError as error:
+            raise DataError(
+                f"{where}: for the reward {name} {rule.field} {error}; fix or remove the line, or choose another reward"
+            ) from None
+
+
+def find_function(name: str) -> RewardFunction:
+    """The reward function of this name.
+
+    Raises:
+      ConfigError: there is no such function.
+    """
+    if name in RULES:
+        return RULES[name].function
+    module_name, colon, function_name = name.partition(":")
+    if colon:
+        # sys.path holds the folder of the maxlm command; user modules are in the current folder.
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            function = getattr(importlib.import_module(module_name), function_name)
+        # A user module may raise anything on import.
+        except (Exception, SystemExit) as error:
+            raise ConfigError([f"objective.reward: {name!r} cannot be imported: {_first_line(error)}"]) from error
+        if not callable(function):
+            raise ConfigError([f"objective.reward: {name!r} is not a function but a {type(function).__name__}"])
+        return function
+    near = difflib.get_close_matches(name, RULES, 1)
+    hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(RULES)}, or package.module:function"
+    raise ConfigError([f"objective.reward: {name!r} is not a reward function; {hint}"])
+
+
+def _checked_settings(function: RewardFunction, part: RewardPart) -> tuple[dict[str, Any], bool]:
+    """The settings of a part, validated by the annotations of the function; whether it takes numbers of tokens."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a function in C without a signature
+        return dict(part.settings), False
+    hints = _hints(function)
+    keywords = [each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    fields: dict[str, Any] = {}
+    for each in keywords:
+        if each.name != TOKENS:
+            hint = hints.get(each.name, Any)
+            fields[each.name] = hint if each.default is inspect.Parameter.empty else NotRequired[hint]
+    make: Any = TypedDict  # mypy knows literal fields only
+    settings = make("settings", fields)
+    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+    settings.__pydantic_config__ = ConfigDict(
+        extra="allow" if takes_any else "forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True
+    )
+    try:
+        given = TypeAdapter(settings).validate_python(part.settings)
+    except ValidationError as error:
+        allowed = f"; the settings of {part.name} are {', '.join(fields)}" if fields else "; it has no settings"
+        problems = [f"objective.reward: {part.name}: {_explain(item)}{allowed}" for item in error.errors()]
+        raise ConfigError(problems) from None
+    return given, any(each.name == TOKENS for each in keywords)
+
+
+def _hints(function: RewardFunction) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(inspect.unwrap(function), include_extras=True)
+    except Exception:  # a partial, an object, or annotations that cannot be evaluated
+        return {}
+
+
+def _explain(item: Any) -> str:
+    name = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"there is no setting {name!r}"
+    if item["type"] == "missing":
+        return f"the setting {name!r} is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{name or 'settings'}: {message}"
+
+
+def _first_line(error: BaseException) -> str:
+    text = (str(error).strip().splitlines() or [""])[0]
+    return text if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {text}"
