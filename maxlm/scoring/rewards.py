@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 from maxlm.config.base import Frozen
 from maxlm.data.records import Text, field
 from maxlm.errors import ConfigError, DataError
-from maxlm.scoring.rules import answers
+from maxlm.scoring.rules import answers, form, latex, style
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -50,6 +50,14 @@ RULES: Mapping[str, Rule] = {
         Rule(answers.last_number, "answer", answers.right_number),
         Rule(answers.last_number_zh, "answer", functools.partial(answers.right_number, chinese=True)),
         Rule(answers.tagged_answer, "answer", answers.right_answer),
+        Rule(latex.latex_answer, "answer", answers.right_answer),
+        Rule(form.regex_match),
+        Rule(form.tag_format),
+        Rule(form.json_format),
+        Rule(style.length),
+        Rule(style.overlong),
+        Rule(style.language),
+        Rule(style.repetition),
     )
 }
 
