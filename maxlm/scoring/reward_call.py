@@ -82,6 +82,8 @@ class CheckedReward:
             ) from None
         except _Returned as error:
             raise self._error(reward, prompt, f"returned {error}; {_WANTED}; fix it") from None
+        except ConfigError:
+            raise
         # User code may raise anything, or call `exit`.
         except (Exception, SystemExit) as error:
             message = " ".join(str(error).split())[:200]

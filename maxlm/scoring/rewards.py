@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 from maxlm.config.base import Frozen
 from maxlm.data.records import Text, field
 from maxlm.errors import ConfigError, DataError
-from maxlm.scoring.rules import answers, form, latex, style
+from maxlm.scoring.rules import answers, code, form, latex, style
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -58,6 +58,7 @@ RULES: Mapping[str, Rule] = {
         Rule(style.overlong),
         Rule(style.language),
         Rule(style.repetition),
+        Rule(code.unit_tests, "tests", code.read_tests),
     )
 }
 
