@@ -26,6 +26,7 @@ class PreferencePairs:
     Args:
       parts: row_length must be divisible by this.
       places: FILE:LINE of each pair.
+      margins: of each pair, if the objective uses them.
     """
 
     def __init__(
@@ -35,9 +36,11 @@ class PreferencePairs:
         row_length: int,
         places: Sequence[str] = (),
         parts: int = 1,
+        margins: Sequence[float] | None = None,
     ):
         self._pairs = pairs
         self._places = places
+        self._margins = margins
         longest = max(len(answer.ids) for pair in pairs for answer in pair)
         self.row_length = min(row_length, round_up(longest, parts))
 
@@ -50,19 +53,24 @@ class PreferencePairs:
         row_length: int,
         parts: int = 1,
         form: RecordFormat | None = None,
+        with_margins: bool = False,
     ) -> Self:
         """Read pairs of a file with `prompt`, `chosen` and `rejected`; those too long are skipped and counted.
 
         Rows are as long as the longest answer, up to `row_length`, and divisible by `parts`.
         `prompt` is a list of messages or a plain string; an answer is a string, or, after messages, a list of messages.
 
+        Args:
+          with_margins: whether a pair may have a `margin`, a number of 0 or more; 0 if it has none.
+
         Raises:
           DataError: a line is not a pair, or no pair is left.
         """
         form = form or RecordFormat()
-        pairs, places, num_too_long = [], [], 0
+        pairs, places, margins, num_too_long = [], [], [], 0
+        others = ("margin",) if with_margins else ()
         for where, record in read_records(path, form):
-            prompt, *answers = parse_pair(record, where, form)
+            prompt, *answers = parse_pair(record, where, form, others=others)
             if answers[0] == answers[1]:
                 raise DataError(
                     f"{where}: chosen and rejected are the same, so there is no preference; remove the line"
@@ -73,8 +81,9 @@ class PreferencePairs:
             else:
                 pairs.append((chosen, rejected))
                 places.append(where)
+                margins.append(_margin(record, where) if with_margins else 0.0)
         check_some_left(path, len(pairs), num_too_long, what="pairs", row_length=row_length)
-        return cls(pairs, row_length=row_length, places=places, parts=parts)
+        return cls(pairs, row_length=row_length, places=places, parts=parts, margins=margins if with_margins else None)
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -87,11 +96,24 @@ class PreferencePairs:
         """These pairs, in order, as the streams `chosen` and `rejected`; index -1 gives padding.
 
         Each row has one sequence, left-aligned; loss weights are 1 where the target is the answer's. A row without
-        tokens is padding.
+        tokens is padding. Margins are the value `margin_B`.
         """
         pairs = [self._pairs[index] if index >= 0 else (_NOTHING, _NOTHING) for index in indices]
         chosen, rejected = zip(*pairs)
-        return Batch({"chosen": pad(chosen, self.row_length), "rejected": pad(rejected, self.row_length)})
+        streams = {"chosen": pad(chosen, self.row_length), "rejected": pad(rejected, self.row_length)}
+        if self._margins is None:
+            return Batch(streams)
+        margins = [self._margins[index] if index >= 0 else 0.0 for index in indices]
+        return Batch(streams, {"margin_B": np.array(margins, np.float32)})
+
+
+def _margin(record: dict[str, Any], where: str) -> float:
+    margin = record.get("margin")
+    if margin is None:
+        return 0.0
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < math.inf:
+        raise DataError(f"{where}: margin must be a number of 0 or more, not {str(margin)[:40]!r}; fix or remove it")
+    return float(margin)
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,13 @@ def parse_chat(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[
     raise DataError(f"{where}: a chat has {_CHAT_FORMS}")
 
 
-def parse_pair(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[Text, Text, Text]:
+def parse_pair(
+    record: dict[str, Any], where: str, form: RecordFormat, *, others: Collection[str] = ()
+) -> tuple[Text, Text, Text]:
     """Parse prompt, chosen and rejected answer. Without a prompt, it is the common beginning of both answers.
+
+    Args:
+      others: known keys that the caller reads.
 
     Raises:
       DataError: it is not a pair, or has an unknown key.
@@ -107,7 +112,7 @@ def parse_pair(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[
         given = record.get("input")
         given = given if isinstance(given, dict) else {}
         check_keys(given, ("messages",), where, form, what="input")
-        known = ("input", "preferred_output", "non_preferred_output")
+        known = ("input", "preferred_output", "non_preferred_output", *others)
         check_keys(record, known, where, form)
         record = {
             "prompt": field(given, "messages", f"{where}: input"),
@@ -117,7 +122,7 @@ def parse_pair(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[
     found = _prompt(record, where, form)
     prompt, known = found if found is not None else (None, ())
     chosen, rejected = (_answer(field(record, name, where), where, form) for name in ("chosen", "rejected"))
-    check_keys(record, (*known, "chosen", "rejected"), where, form)
+    check_keys(record, (*known, "chosen", "rejected", *others), where, form)
     are_chats = isinstance(chosen, list) and isinstance(rejected, list)
     if isinstance(prompt, str) and are_chats and {"role": "user", "content": prompt} in chosen[:2]:
         prompt = None

@@ -25,14 +25,21 @@ def open_pairs(
     term: str,
     prepare_examples: Callable[[Examples, np.ndarray], Examples] = lambda examples, _: examples,
     with_policy: Callable[[Any, Batch], Batch] | None = None,
+    with_margins: bool = False,
 ) -> RecordData:
     """Batches with the streams `chosen` and `rejected`; validation reports the mean of a loss term, and accuracy and
-    margin of the chosen answer. The functions are those of `RecordData`."""
+    margin of the chosen answer. The functions are those of `RecordData`; `with_margins`: and the value `margin_B`, from
+    the records."""
     config = context.config
 
     def read(path: str) -> PreferencePairs:
         return PreferencePairs.read(
-            path, context.tokenizer, row_length=config.row_length, parts=context.row_parts, form=config.objective
+            path,
+            context.tokenizer,
+            row_length=config.row_length,
+            parts=context.row_parts,
+            form=config.objective,
+            with_margins=with_margins,
         )
 
     def summarize(sums: dict[str, Term], batches: list[Batch]) -> dict[str, float]:
@@ -50,14 +57,22 @@ def open_pairs(
 
 
 def preview_pairs(
-    objective: RecordsConfig, config: TrainConfig, tokenizer: Tokenizer, num_examples: int
+    objective: RecordsConfig,
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    num_examples: int,
+    *,
+    with_margins: bool = False,
 ) -> Iterator[PreviewRow]:
     """The first pairs, the chosen answer first."""
-    pairs = PreferencePairs.read(objective.train_file, tokenizer, row_length=config.row_length, form=objective)
+    pairs = PreferencePairs.read(
+        objective.train_file, tokenizer, row_length=config.row_length, form=objective, with_margins=with_margins
+    )
     batch = first_examples(pairs, config, num_examples)
-    for number, (chosen, rejected) in enumerate(zip(rows_of(batch["chosen"]), rows_of(batch["rejected"])), 1):
-        yield PreviewRow(f"pair {number}, chosen", chosen)
-        yield PreviewRow(f"pair {number}, rejected", rejected)
+    for index, (chosen, rejected) in enumerate(zip(rows_of(batch["chosen"]), rows_of(batch["rejected"]))):
+        margin = f"margin: {batch.values['margin_B'][index]:g}" if with_margins else ""
+        yield PreviewRow(f"pair {index + 1}, chosen", chosen, margin)
+        yield PreviewRow(f"pair {index + 1}, rejected", rejected)
 
 
 def example_pairs(make: ExampleMaker) -> Batch:

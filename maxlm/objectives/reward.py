@@ -4,10 +4,12 @@ Dimensions: B pairs.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from pydantic import Field, NonNegativeFloat
 
 from maxlm.config.execution import ExecutionConfig
@@ -34,7 +36,8 @@ class RewardModeling(Objective, RecordsConfig):
 
     kind: Literal["reward"] = "reward"
     train_file: str = Field(
-        description="Pairs: JSON, JSONL or Parquet with `prompt` (messages or text), `chosen` and `rejected`."
+        description="Pairs: JSON, JSONL or Parquet with `prompt` (messages or text), `chosen` and `rejected`, and"
+        " optionally `margin`, by how much the reward of the chosen answer is to be higher."
     )
     center: NonNegativeFloat = Field(0.0, description="Weight of the squared sum of a pair's rewards.")
 
@@ -54,7 +57,8 @@ class RewardModeling(Objective, RecordsConfig):
             return sequence_scores(model.decoder, outputs[name], **places)[:, 0]
 
         chosen_B, rejected_B = rewards("chosen"), rewards("rejected")
-        terms = {"bradley_terry": Term(jnp.sum(real_B * bradley_terry_loss(chosen_B, rejected_B)), weight)}
+        loss_B = bradley_terry_loss(chosen_B, rejected_B, batch.values["margin_B"])
+        terms = {"bradley_terry": Term(jnp.sum(real_B * loss_B), weight)}
         if self.center:
             # Otherwise only differences are learned; this centers the rewards of a pair at zero (arXiv:2312.09244).
             terms["center"] = Term(self.center * jnp.sum(real_B * jnp.square(chosen_B + rejected_B)), weight)
@@ -65,13 +69,14 @@ class RewardModeling(Objective, RecordsConfig):
         return LossOutput(terms, metrics).joined(add(outputs["chosen"].auxiliary, outputs["rejected"].auxiliary))
 
     def open_data(self, context: RunContext) -> RecordData:
-        return open_pairs(context, self.compute_loss, term="bradley_terry")
+        return open_pairs(context, self.compute_loss, term="bradley_terry", with_margins=True)
 
     def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[PreviewRow]:
-        return preview_pairs(self, config, tokenizer, num_examples)
+        return preview_pairs(self, config, tokenizer, num_examples, with_margins=True)
 
     def example(self, make: ExampleMaker) -> Batch:
-        return example_pairs(make)
+        pairs = example_pairs(make)
+        return replace(pairs, values={"margin_B": np.abs(make.normal((len(pairs["chosen"].tokens),)))})
 
     def for_verification(self) -> Self:
         return self.model_copy(update={"center": max(self.center, 0.1)})

@@ -13,9 +13,13 @@ from jax.nn import log_sigmoid, sigmoid
 _LARGEST_EXPONENT = 40.0
 
 
-def bradley_terry_loss(chosen_B: jax.Array, rejected_B: jax.Array) -> jax.Array:
-    """-log P(chosen is preferred) = -log sigmoid(r_chosen - r_rejected) of each pair (Bradley and Terry, 1952)."""
-    return -log_sigmoid(chosen_B - rejected_B)
+def bradley_terry_loss(chosen_B: jax.Array, rejected_B: jax.Array, margin_B: jax.Array | float = 0.0) -> jax.Array:
+    """-log sigmoid(r_chosen - r_rejected - m) of each pair.
+
+    Without a margin m: -log P(chosen is preferred) (Bradley and Terry, 1952). With one, rewards of a pair are pushed
+    further apart the clearer its preference is (Llama 2, arXiv:2307.09288, equation 2).
+    """
+    return -log_sigmoid(chosen_B - rejected_B - margin_B)
 
 
 def logistic_loss(logits_B: jax.Array, *, label_smoothing: float = 0.0) -> jax.Array:

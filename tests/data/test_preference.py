@@ -92,6 +92,19 @@ def test_bad_pair_is_reported_with_file_and_line(tokenizer, tmp_path, record, me
         PreferencePairs.read(write(tmp_path / "p.jsonl", record), tokenizer, row_length=32)
 
 
+def test_margins_are_read_only_where_they_are_used(tokenizer, tmp_path):
+    pair = {"prompt": QUESTION, "chosen": "yes", "rejected": "no"}
+    path = write(tmp_path / "p.jsonl", {**pair, "margin": 1.5}, pair, {**pair, "margin": None}, {**pair, "margin": 2})
+    pairs = PreferencePairs.read(path, tokenizer, row_length=32, with_margins=True)
+    np.testing.assert_array_equal(pairs.batch(np.array([0, 1, 2, 3, -1])).values["margin_B"], [1.5, 0, 0, 2, 0])
+    with pytest.raises(DataError, match=r"p\.jsonl:1: the record has the unknown key 'margin'"):
+        PreferencePairs.read(path, tokenizer, row_length=32)
+    for margin in (-1, float("inf"), float("nan"), "1", True, [1]):
+        path = write(tmp_path / "p.jsonl", {**pair, "margin": margin})
+        with pytest.raises(DataError, match=r"p\.jsonl:1: margin must be a number of 0 or more, not "):
+            PreferencePairs.read(path, tokenizer, row_length=32, with_margins=True)
+
+
 def test_prompts_keep_their_record_for_the_reward(tokenizer, tmp_path):
     record = {"prompt": QUESTION, "answer": "yes", "unit": "word"}
     (prompt,) = read_prompts(write(tmp_path / "g.jsonl", record), tokenizer, max_prompt_length=16, row_length=32)

@@ -62,6 +62,19 @@ def test_bradley_terry():
     check(lambda r: bradley_terry_loss(r, rejected), lambda r: -np.log(sigmoid(r - np.float64(rejected))), chosen)
 
 
+def test_bradley_terry_with_margin():
+    rejected, margins = np.float32(0.7), np.array([0, 0.5, 3], np.float32)[:, None]
+    chosen = np.random.default_rng(0).normal(scale=3, size=(3, 20))
+
+    def reference(r):
+        return -np.log(sigmoid(r - np.float64(rejected) - np.float64(margins)))
+
+    check(lambda r: bradley_terry_loss(r, rejected, margins), reference, chosen)
+    # A pair whose rewards are as far apart as its margin is at the middle of the sigmoid.
+    gradient = jax.grad(bradley_terry_loss, argnums=(0, 1))(jnp.float32(3.7), jnp.float32(0.7), 3.0)
+    np.testing.assert_allclose(gradient, (-0.5, 0.5), rtol=1e-6)
+
+
 def test_kl_estimate():
     reference_log_p = np.float32(-1.3)
     log_p = np.random.default_rng(0).normal(loc=-1.5, size=50)

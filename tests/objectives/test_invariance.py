@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy_task import EXECUTION, chat, make_config, question, toy_model, write_lines
@@ -17,6 +18,9 @@ from maxlm.data.judged import JudgedAnswers
 from maxlm.data.preference import PreferencePairs
 from maxlm.models.applied import AppliedModel
 from maxlm.models.decoder import Decoder
+from maxlm.models.scores import sequence_scores
+from maxlm.objectives.sequences import rows_of
+from maxlm.scoring.reward_model import reward_of_sequences
 from maxlm.train.step import loss_and_gradient
 
 CHATS = [chat("sky", "blue"), chat("grass", "green"), chat("coin 1", "yes"), chat("snow and coal", "white and black")]
@@ -105,10 +109,35 @@ class TestReward:
     def test_padding_and_accumulation_change_nothing(self, model, tokenizer, tmp_path):
         path = write_lines(tmp_path / "pairs.jsonl", PAIRS)
         objective = objective_of({"kind": "reward", "train_file": path, "center": 0.01})
-        batch = PreferencePairs.read(path, tokenizer, row_length=32).batch(np.arange(4))
+        batch = PreferencePairs.read(path, tokenizer, row_length=32, with_margins=True).batch(np.arange(4))
+        batch = replace(batch, values={"margin_B": np.array([0, 1, 0.5, 2], np.float32)})
         expected = terms_and_gradient(objective, model, batch)
         assert_same(terms_and_gradient(objective, model, batch, accumulate=2), expected)
         assert_same(terms_and_gradient(objective, model, padded(batch, rows=2, columns=5)), expected)
+
+    def test_score_is_that_of_the_last_token_also_if_padding_is_the_end_token(self, model, tokenizer, tmp_path):
+        path = write_lines(tmp_path / "pairs.jsonl", PAIRS)
+        objective = objective_of({"kind": "reward", "train_file": path, "center": 0.01})
+        batch = PreferencePairs.read(path, tokenizer, row_length=32, with_margins=True).batch(np.arange(4))
+        expected = terms_and_gradient(objective, model, batch)
+        end = next(int(row.tokens[0][row.segment_ids[0] > 0][-1]) for row in rows_of(batch["chosen"]))
+
+        def with_ends(stream):
+            return replace(stream, tokens=np.where(stream.segment_ids > 0, stream.tokens, end))
+
+        ends = replace(batch, streams={name: with_ends(stream) for name, stream in batch.streams.items()})
+        assert (ends["chosen"].tokens != batch["chosen"].tokens).any()
+        assert_same(terms_and_gradient(objective, model, ends), expected)
+        # The reward is that of each row's last token, computed alone.
+        scores = sequence_scores_of(model, ends["chosen"])
+        for row, score in zip(rows_of(batch["chosen"]), scores):
+            ids = row.tokens[0][row.segment_ids[0] > 0].tolist()
+            np.testing.assert_allclose(score, reward_of_sequences(model, [ids])[0], rtol=1e-4, atol=1e-5)
+
+
+def sequence_scores_of(model, stream):
+    places = {"positions_BL": stream.positions, "segment_ids_BL": stream.segment_ids}
+    return sequence_scores(model, model.apply(jax.tree.map(jnp.asarray, stream)), **places)[:, 0]
 
 
 class TestDpo:
