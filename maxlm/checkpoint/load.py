@@ -46,10 +46,10 @@ def load_checkpoint(
     checkpoint = find_checkpoint(path)
     metadata = read_metadata(checkpoint)
     config, execution, lora = trained_as(metadata, where=checkpoint)
-    # The weights identify the model: a reward model has a head, with or without adapters.
+    # The weights identify the model: a reward model has a head, with or without adapters, named as its objective.
     parts = {path.split("/")[0] for path in metadata["shapes"]}
     if "score" in parts and config.labels is None:
-        config = config.model_copy(update={"labels": ("reward",)})
+        config = config.model_copy(update={"labels": (metadata["config"]["objective"]["kind"],)})
     critic: Literal["own", "shared"] | None = "own" if "critic" in parts else "shared" if "value" in parts else None
     plan = Decoder(config.model_copy(update={"critic": critic}), execution)
     tokenizer = _read_tokenizer(checkpoint, metadata["fingerprint"])

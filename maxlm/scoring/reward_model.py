@@ -34,8 +34,12 @@ def score(model: Decoder, tokenizer: Tokenizer, texts: Sequence[str | Sequence[d
 
 def reward_of_sequences(model: Decoder, sequences: Sequence[list[int]]) -> np.ndarray:
     """The reward of each sequence of token ids, read at its last token: float32 [number of sequences]."""
-    values = score_sequences(_token_values, model, sequences, title="score")
-    return np.array([value_L[-1] for (value_L,) in values], np.float32)
+    return np.array([value_L[-1] for value_L in values_of_sequences(model, sequences)], np.float32)
+
+
+def values_of_sequences(model: Decoder, sequences: Sequence[list[int]]) -> list[np.ndarray]:
+    """The score at each token of each sequence, from itself and those before it: float32 [its length]."""
+    return [value_L for (value_L,) in score_sequences(_token_values, model, sequences, title="score")]
 
 
 @jax.jit

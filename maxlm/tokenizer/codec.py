@@ -125,7 +125,12 @@ class Tokenizer:
         return self._encoder.encode_batch(texts, num_threads=num_threads)
 
     def encode_within(self, text: str) -> list[int]:
-        """The ids of a part of a text that is not its beginning; names of control tokens in it are text."""
+        """The ids of a part of a text that is not its beginning; names of control tokens in it are text.
+
+        Raises:
+          TokenizerError: if the text contains a lone surrogate, which cannot be encoded.
+        """
+        _check_encodable(text)
         return self._encoder.encode_plain(text)
 
     def encode_documents(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:

@@ -102,9 +102,9 @@ def test_score_prints_a_line_per_record_and_a_summary(reward_run, pairs, tuned, 
     assert [line["id"] for line in lines] == [f"{path}:{n}" for n in (1, 2, 3, 4)]
     expected = [by_line[0][0], by_line[0][1], by_line[1][0]]
     np.testing.assert_allclose([line["score"] for line in lines[:3]], expected, rtol=1e-4, atol=1e-5)
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert "4 records, mean score" in output.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "4 records, mean score" in printed.err
     write_lines(tmp_path / "answers.jsonl", [records[0]])
     assert main(["score", str(folder), path]) == 0
     assert json.loads(capsys.readouterr().out)["score"] == pytest.approx(lines[0]["score"], rel=1e-4)
@@ -126,8 +126,9 @@ def test_score_prints_a_line_per_record_and_a_summary(reward_run, pairs, tuned, 
     for arguments, sentence in [
         ([str(folder), path], "contains no records; a record is"),
         ([str(folder), path, "--output", path], "is the file to score"),
+        ([str(folder), str(tmp_path / "none"), "--output", str(output)], "none: there is no such file"),
         ([str(folder), path, "--output", str(tmp_path)], "must be a file in an existing folder"),
-        ([str(tuned[0]), path], "is a language model, not a reward model; give the run folder"),
+        ([str(tuned[0]), pairs["valid_file"]], "is a language model, not a reward model; give the run folder"),
     ]:
         assert main(["score", *arguments]) == 2
         assert sentence in capsys.readouterr().err

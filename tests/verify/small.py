@@ -12,6 +12,7 @@ OBJECTIVES = {
     "distill": {"teacher": "nowhere", "sources": [{"path": "nowhere"}], "temperature": 2.0},
     "sft": {"train_file": "nowhere.jsonl"},
     "reward": {"train_file": "nowhere.jsonl", "center": 0.01},
+    "process_reward": {"train_file": "nowhere.jsonl"},
     "preference": {"train_file": "nowhere.jsonl"},
     "unpaired_preference": {"train_file": "nowhere.jsonl"},
     "policy": {"train_file": "nowhere.jsonl"},
