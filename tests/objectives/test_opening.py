@@ -16,6 +16,7 @@ from maxlm.data.preference import Prompt
 from maxlm.errors import ConfigError, DataError
 from maxlm.scoring.reward_call import CheckedReward
 from maxlm.scoring.rewards import Reward, RewardPart, find_rewards
+from maxlm.train.metrics import read_metrics
 from maxlm.train.run import train
 
 PAIR = {"prompt": question("sky"), "chosen": "blue", "rejected": "red"}
@@ -229,3 +230,34 @@ def test_reward_that_fails_during_a_run_loses_no_step(untrained, tmp_path, monke
         train(reward_config(tmp_path, untrained, limit=8))
     assert find_checkpoint(tmp_path / "run").name == "1"
     assert train(reward_config(tmp_path, untrained, limit=100))["metrics"]["steps"] == 2
+
+
+def test_parts_of_a_reward_are_metrics(untrained, tmp_path):
+    """Also where groups with equal rewards are replaced, which takes groups of several rounds of sampling."""
+    reward = [
+        {"name": "length", "weight": -0.5, "settings": {"high": 2, "margin": 1}},
+        {"name": "overlong", "weight": 2.0, "settings": {"max_tokens": 4, "buffer": 2}},
+    ]
+    config = make_config(
+        tmp_path / "run",
+        init_from=str(untrained),
+        objective={
+            "kind": "policy",
+            "train_file": write_lines(tmp_path / "prompts.jsonl", [{"prompt": question("sky")}] * 2),
+            "reward": reward,
+            "group_size": 2,
+            "max_new_tokens": 4,
+            "dynamic_sampling": {"max_rounds": 2},
+        },
+        steps=2,
+        batch_size=2,
+        row_length=16,
+        log_every=1,
+    )
+    train(config)
+    records = [record for record in read_metrics(tmp_path / "run") if "reward" in record]
+    assert len(records) == 2
+    for record in records:
+        expected = -0.5 * record["reward_length"] + 2.0 * record["reward_overlong"]
+        assert record["reward"] == pytest.approx(expected, abs=1e-6)
+        assert -1 <= record["reward_overlong"] < 0

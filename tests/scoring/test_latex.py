@@ -3,8 +3,9 @@
 import pytest
 
 from maxlm.scoring.rewards import RewardPart, find_rewards
+from maxlm.scoring.rules.exact import Unreadable
 from maxlm.scoring.rules.latex import equal, find_answer
-from maxlm.scoring.rules.latex_terms import Unreadable, evaluate
+from maxlm.scoring.rules.latex_terms import evaluate
 
 SAME = [
     (r"\frac12", "0.5"),

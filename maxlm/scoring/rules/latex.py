@@ -11,7 +11,8 @@ from fractions import Fraction
 from typing import Any
 
 from maxlm.scoring.rules.answers import right_answer
-from maxlm.scoring.rules.latex_terms import Unreadable, Value, evaluate
+from maxlm.scoring.rules.exact import Unreadable, Value
+from maxlm.scoring.rules.latex_terms import evaluate
 
 _POINTS = 3
 _MAX_BOXES = 20

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
+from maxlm.scoring.rules.exact import Unreadable, Value, both, exact_power, exact_root, small
+
 # Answers are short; the limits keep time and memory of hostile ones small.
 _MAX_CHARACTERS = 1000
 _MAX_DEPTH = 40
-_MAX_BITS = 4096
-
-Value = Fraction | complex
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>\d+(?:\.\d*)?|\.\d+)|(?P<command>\\[A-Za-z]+)|(?P<letter>[A-Za-z\u0370-\u03ff])"
@@ -38,10 +37,6 @@ _FUNCTIONS: dict[str, Callable[[complex], complex]] = {
     "\\csc": lambda x: 1 / cmath.sin(x),
     "\\cot": lambda x: 1 / cmath.tan(x),
 }
-
-
-class Unreadable(ValueError):  # noqa: N818 - a result, handled by every caller
-    """The text is not one of the terms that are read, or has no finite value."""
 
 
 def evaluate(text: str, variables: Callable[[str], Value]) -> Value:
@@ -99,7 +94,7 @@ class _Parser:
         while self.peek() in ("+", "-"):
             sign = self.take()
             other = self.product(depth)
-            value = _small(_both(lambda a, b: a + b if sign == "+" else a - b, value, other))  # noqa: B023
+            value = small(both(lambda a, b: a + b if sign == "+" else a - b, value, other))  # noqa: B023
         return value
 
     def product(self, depth: int) -> Value:
@@ -108,12 +103,12 @@ class _Parser:
             token = self.peek()
             if token in _PRODUCT:
                 self.take()
-                value = _small(_both(lambda a, b: a * b, value, self.factor(depth)))
+                value = small(both(lambda a, b: a * b, value, self.factor(depth)))
             elif token in ("/", "\\div"):
                 self.take()
-                value = _small(_both(lambda a, b: a / b, value, self.factor(depth)))
+                value = small(both(lambda a, b: a / b, value, self.factor(depth)))
             elif self._begins_factor(token):
-                value = _small(_both(lambda a, b: a * b, value, self.power(depth)))
+                value = small(both(lambda a, b: a * b, value, self.power(depth)))
             else:
                 return value
 
@@ -134,13 +129,13 @@ class _Parser:
         while self.peek() in ("^", "!", "%"):
             token = self.take()
             if token == "^":
-                value = _power(value, self.argument(depth))
+                value = exact_power(value, self.argument(depth))
             elif token == "!":
                 if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= 100:
                     raise Unreadable("a factorial of no small integer")
                 value = Fraction(math.factorial(int(value)))
             else:
-                value = _both(lambda a, b: a / b, value, Fraction(100))
+                value = both(lambda a, b: a / b, value, Fraction(100))
         return value
 
     def argument(self, depth: int) -> Value:
@@ -176,11 +171,11 @@ class _Parser:
         if token == "\\frac":
             self.take()
             over = self.argument(depth)
-            return _both(lambda a, b: a / b, over, self.argument(depth))
+            return both(lambda a, b: a / b, over, self.argument(depth))
         if token == "\\sqrt":
             self.take()
             index = self.group("[", "]", depth) if self.peek() == "[" else Fraction(2)
-            return _root(self.argument(depth), index)
+            return exact_root(self.argument(depth), index)
         if token in _FUNCTIONS:
             return self.function(depth)
         if token in _CONSTANTS:
@@ -201,7 +196,7 @@ class _Parser:
         value = _FUNCTIONS[name](complex(self.power(_deeper(depth))))
         if base is not None:
             value /= cmath.log(complex(base))
-        return value if power is None else _power(value, power)
+        return value if power is None else exact_power(value, power)
 
     def subscripted(self, name: str) -> str:
         if self.peek() != "_":
@@ -220,42 +215,3 @@ def _deeper(depth: int) -> int:
     if depth >= _MAX_DEPTH:
         raise Unreadable("it is nested too deeply")
     return depth + 1
-
-
-def _both(operation: Callable, left: Value, right: Value) -> Value:
-    """An operation, exact if both are rational."""
-    if isinstance(left, Fraction) and isinstance(right, Fraction):
-        return operation(left, right)
-    return operation(complex(left), complex(right))
-
-
-def _small(value: Value) -> Value:
-    """The value, unless it is a rational number of too many digits."""
-    if isinstance(value, Fraction) and max(value.numerator.bit_length(), value.denominator.bit_length()) > _MAX_BITS:
-        raise Unreadable("it has too many digits")
-    return value
-
-
-def _power(base: Value, exponent: Value) -> Value:
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction):
-        if exponent.denominator == 1:
-            bits = max(base.numerator.bit_length(), base.denominator.bit_length()) * abs(exponent)
-            if bits > _MAX_BITS:
-                raise Unreadable("it has too many digits")
-            return base ** int(exponent)
-        if base > 0:
-            return _root(_power(base, Fraction(exponent.numerator)), Fraction(exponent.denominator))
-    return complex(base) ** complex(exponent)
-
-
-def _root(value: Value, index: Value) -> Value:
-    """The principal root: exact if it is rational; of negative numbers real for odd indices."""
-    if isinstance(value, Fraction) and isinstance(index, Fraction) and index.denominator == 1 and index > 0:
-        if value < 0 and index % 2:
-            return -_root(-value, index)
-        if value >= 0:
-            exact = [round(part ** (1 / int(index))) for part in (value.numerator, value.denominator)]
-            root = Fraction(*exact) if exact[1] else None
-            if root is not None and root ** int(index) == value:
-                return root
-    return complex(value) ** (1 / complex(index))

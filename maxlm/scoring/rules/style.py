@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field
 
 from maxlm.data.shingles import hash_ngrams, hash_words
 from maxlm.errors import TokenizerError
+from maxlm.ops.advantages import overlong_penalty
 from maxlm.tokenizer.scripts import runs_of
 
 Count = Annotated[int, Field(ge=0)]
@@ -55,7 +56,7 @@ def overlong(
     (max_tokens - buffer - n) / buffer      up to n = max_tokens
     -1                                      above
     """
-    return [float(np.clip((max_tokens - buffer - n) / buffer, -1.0, 0.0)) for n in num_tokens]
+    return [-float(penalty) for penalty in overlong_penalty(np.array(num_tokens), longest=max_tokens, buffer=buffer)]
 
 
 def _valid_language(name: str) -> str:
