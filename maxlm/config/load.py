@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from maxlm.config.data import DataConfig, TokenizerConfig
+from maxlm.config.feedback import ConstitutionConfig, FeedbackConfig
 from maxlm.config.objective import ObjectiveConfig, objective_classes
 from maxlm.config.preset import PresetConfig
 from maxlm.config.read import MAX_DEPTH, BadYaml, read_yaml
@@ -31,7 +32,8 @@ from maxlm.errors import ConfigError
 MAX_SHOWN = 60  # characters of a value quoted in a message
 
 AnyConfig = Annotated[
-    TrainConfig | DataConfig | TokenizerConfig | SweepConfig | PresetConfig, Field(discriminator="kind")
+    TrainConfig | DataConfig | TokenizerConfig | SweepConfig | PresetConfig | FeedbackConfig | ConstitutionConfig,
+    Field(discriminator="kind"),
 ]
 _MODELS: dict[str, type[BaseModel]] = {
     "train": TrainConfig,
@@ -39,6 +41,8 @@ _MODELS: dict[str, type[BaseModel]] = {
     "tokenizer": TokenizerConfig,
     "sweep": SweepConfig,
     "model": PresetConfig,
+    "feedback": FeedbackConfig,
+    "constitution": ConstitutionConfig,
 }
 
 
@@ -48,7 +52,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (), *
     Args:
       path: a YAML file, or the name of a recipe, such as `post/sft`.
       overrides: `dotted.key=value` strings; values are read as YAML.
-      kind: the kind that the caller needs (`train`, `data`, `tokenizer`, `sweep`); None accepts any.
+      kind: the kind that the caller needs, such as `train` or `data`; None accepts any.
 
     Raises:
       ConfigError: with one line per mistake.

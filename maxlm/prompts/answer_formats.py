@@ -1,10 +1,146 @@
-"""Extract the final answer of a text that reasons first."""
+"""The form that an answer must have: how it is asked for, and how it is read from a text that reasons first."""
 
+import json
 import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jsonschema
+import referencing
+
+from maxlm.errors import ConfigError
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 # How the references of GSM8K end (arXiv:2110.14168).
 _FINAL_LINE = re.compile(r"(?:^|\n)####[ \t]*(\S.*)\s*$")
+# Marks around a choice: Markdown, quotes, brackets, final punctuation.
+_MARKS = " \t*_`'\"()[]{}<>“”‘’「」『』【】《》.。,，;；!！:："
+
+
+class UnreadableAnswer(Exception):  # noqa: N818 - a result, which callers count
+    """A text does not hold an answer of the format; the message says why."""
+
+
+class AnswerFormat(Protocol):
+    """A form of answers that evaluation, judges and prompts share."""
+
+    def instruction(self) -> str:
+        """A sentence that asks a model for this form."""
+        ...
+
+    def parse(self, text: str) -> Any:
+        """The answer in a text; the last one, if it holds several.
+
+        Raises:
+          UnreadableAnswer: it holds none.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ChoiceFormat:
+    """One of a few words, in a last line such as `Answer: B`, or alone.
+
+    Case, Markdown and quotes around it do not matter, nor does the width of the colon.
+
+    Raises:
+      ConfigError: the choices are fewer than two, empty, or equal but for case.
+    """
+
+    choices: tuple[str, ...]
+    label: str = "Answer"
+
+    def __post_init__(self):
+        plain = [_plain(choice) for choice in self.choices]
+        if len(plain) < 2 or not all(plain) or len({*plain}) < len(plain):
+            raise ConfigError([f"choices: must be two or more different words, not {', '.join(self.choices)}"])
+
+    def instruction(self) -> str:
+        return f'End with one line, "{self.label}: X", where X is {_listed(self.choices)}.'
+
+    def parse(self, text: str) -> str:
+        by_plain = {_plain(choice): choice for choice in self.choices}
+        labelled = re.findall(
+            rf"^[^\S\n]*[*_#>`]*[^\S\n]*{re.escape(self.label)}[*_`]*[^\S\n]*[:：](.*)$",
+            text,
+            re.MULTILINE | re.IGNORECASE,
+        )
+        given = labelled[-1] if labelled else text
+        if (found := by_plain.get(_plain(given))) is None:
+            what = f"ends with {self.label}: {_short(given)}" if labelled else f"has no line {self.label}: X"
+            raise UnreadableAnswer(f"{what}, where X is {_listed(self.choices)}")
+        return found
+
+
+@dataclass(frozen=True)
+class RegexFormat:
+    """What a regular expression finds: its first group, or all of it if it has none.
+
+    Raises:
+      ConfigError: it is not a regular expression.
+    """
+
+    pattern: str
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError([f"pattern: {self.pattern!r} is not a regular expression: {error}"]) from None
+
+    def instruction(self) -> str:
+        return f"The answer must match the regular expression {self.pattern}"
+
+    def parse(self, text: str) -> str:
+        matches = list(re.finditer(self.pattern, text, re.MULTILINE))
+        if not matches:
+            raise UnreadableAnswer(f"has nothing that matches {self.pattern}")
+        last = matches[-1]
+        return next((group for group in last.groups() if group is not None), last[0])
+
+
+class JsonFormat:
+    """A JSON value that fits a JSON schema (draft 2020-12, unless the schema names another).
+
+    It may stand alone, in a fenced block, or in other text. Schemas cannot refer to other files.
+
+    Raises:
+      ConfigError: the schema itself is wrong.
+    """
+
+    def __init__(self, schema: dict[str, Any]):
+        self.schema = schema
+        kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+        try:
+            kind.check_schema(schema)
+            # An empty registry: references are never fetched.
+            self._validator = kind(schema, registry=referencing.Registry())
+            self._problem({})
+        except jsonschema.SchemaError as error:
+            place = ".".join(map(str, error.absolute_path)) or "the schema"
+            raise ConfigError([f"schema: {place}: {_short(error.message, 200)}"]) from None
+        except referencing.exceptions.Unresolvable as error:
+            raise ConfigError([f"schema: the reference {error.ref} is to nothing in the schema"]) from None
+
+    def instruction(self) -> str:
+        return f"Answer with one JSON value that fits this JSON schema: {json.dumps(self.schema, ensure_ascii=False)}"
+
+    def parse(self, text: str) -> Any:
+        problem = "holds no JSON value"
+        for value in _json_values(text):
+            if (found := self._problem(value)) is None:
+                return value
+            problem = found
+        raise UnreadableAnswer(problem)
+
+    def _problem(self, value: Any) -> str | None:
+        error = jsonschema.exceptions.best_match(self._validator.iter_errors(value))
+        if error is None:
+            return None
+        place = ".".join(map(str, error.absolute_path))
+        return f"the JSON value does not fit the schema: {f'{place}: ' if place else ''}{_short(error.message, 160)}"
 
 
 def tagged_answers(text: str) -> list[str]:
@@ -16,3 +152,33 @@ def final_line(text: str) -> str:
     """The answer in a last line such as `#### 18`; the whole text if there is none."""
     found = _FINAL_LINE.search(text)
     return found[1].strip() if found else text
+
+
+def _json_values(text: str) -> Iterator[Any]:
+    """The JSON values of a text: all of it, or else the objects and lists in it, the last first."""
+    try:
+        yield json.loads(text)
+        return
+    except (ValueError, RecursionError):
+        pass
+    decoder, found, position = json.JSONDecoder(), [], 0
+    while (start := re.compile(r"[\[{]").search(text, position)) is not None:
+        try:
+            value, position = decoder.raw_decode(text, start.start())
+            found.append(value)
+        except (ValueError, RecursionError):
+            position = start.end()
+    yield from reversed(found)
+
+
+def _plain(choice: str) -> str:
+    return unicodedata.normalize("NFKC", choice).strip().strip(_MARKS).casefold()
+
+
+def _listed(choices: Sequence[str]) -> str:
+    return f"{', '.join(choices[:-1])} or {choices[-1]}"
+
+
+def _short(text: str, most: int = 60) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
