@@ -23,6 +23,7 @@ COMMANDS = (
     "maxlm.tokenizer.cli",
     "maxlm.train.cli",
     "maxlm.scoring.cli",
+    "maxlm.feedback.cli",
     "maxlm.verify.cli",
     "maxlm.eval.cli",
     "maxlm.report.cli",

@@ -26,6 +26,7 @@ COMMANDS = (
     "serve",
     "quickstart",
     "sweep",
+    "feedback",
     "verify",
 )
 

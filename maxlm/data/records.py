@@ -20,6 +20,8 @@ from maxlm.errors import DataError
 # A chat is messages, or a prompt and its completion; each is a string or messages.
 Text = str | Messages
 
+# What `maxlm feedback` says about a pair: who judged, under which principles, how the votes went, how sure it is.
+_JUDGMENT_KEYS = ("judge", "principles", "votes", "confidence")
 _CHAT_KEYS = ("messages", "conversations")
 _ALPACA_KEYS = ("instruction", "input", "system", "history")
 _CHAT_FORMS = (
@@ -122,7 +124,7 @@ def parse_pair(
     found = _prompt(record, where, form)
     prompt, known = found if found is not None else (None, ())
     chosen, rejected = (_answer(field(record, name, where), where, form) for name in ("chosen", "rejected"))
-    check_keys(record, (*known, "chosen", "rejected", *others), where, form)
+    check_keys(record, (*known, "chosen", "rejected", *_JUDGMENT_KEYS, *others), where, form)
     are_chats = isinstance(chosen, list) and isinstance(rejected, list)
     if isinstance(prompt, str) and are_chats and {"role": "user", "content": prompt} in chosen[:2]:
         prompt = None

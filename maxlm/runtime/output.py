@@ -11,7 +11,7 @@ from typing import Literal
 from maxlm.errors import ConfigError
 from maxlm.runtime.storage import absolute_path, is_remote, storage_path
 
-Stage = Literal["data", "tokenizer", "train", "export", "import", "model"]
+Stage = Literal["data", "tokenizer", "train", "export", "import", "model", "feedback"]
 
 # A file that identifies each stage's folder before its manifest is written, which happens last.
 _SIGNS = {
@@ -19,6 +19,7 @@ _SIGNS = {
     "export": "bundle.json",
     "train": "goodput.jsonl",
     "tokenizer": "tokenizer.model",
+    "feedback": "replies.jsonl",
 }
 # Subfolders that a stage creates and removes.
 _INNER: dict[str, tuple[str, ...]] = {

@@ -1,0 +1,199 @@
+"""`maxlm feedback`: a judge's feedback on the answers to a file of prompts, as training data."""
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from maxlm.config.feedback import AnyChatModel, ConstitutionConfig, EndpointConfig, FeedbackConfig, LocalModelConfig
+from maxlm.config.load import load_config
+from maxlm.config.recipes import find_config
+from maxlm.errors import ConfigError, DataError, FaultError, RequestError
+from maxlm.feedback.records import Item, read_items
+from maxlm.feedback.tasks import Context, Outcome, find_task, usable_principles
+from maxlm.runtime.manifest import FILE_NAME as MANIFEST
+from maxlm.runtime.manifest import content_hash, write_manifest
+from maxlm.runtime.output import check_output
+from maxlm.runtime.progress import progress_bar
+from maxlm.runtime.storage import locked, storage_path
+from maxlm.scoring.chat_models import ChatModel, LocalChatModel, in_threads
+from maxlm.scoring.judge import Judge, position_bias
+from maxlm.scoring.ledger import Ledger
+from maxlm.scoring.reply_log import RecordedModel, ReplyLog
+
+REPLIES, ASIDE = "replies.jsonl", "aside.jsonl"
+# The share of failures is judged over at least so many records.
+_ENOUGH_RECORDS = 100
+
+
+def run_feedback(config: FeedbackConfig) -> dict[str, Any]:
+    """Ask for feedback on each record; write the data, what was left out, all replies and the manifest.
+
+    The output is the same function of settings, records and replies in every run. Replies are recorded as they arrive,
+    so that a rerun asks only for what is missing.
+
+    Returns:
+      The summary: counts, the shares of the judge's verdicts, requests, tokens and cost.
+
+    Raises:
+      ConfigError, DataError: a setting or a record is wrong; nothing was sent.
+      RequestError: an endpoint refuses all requests, or a limit is reached; what is done is written.
+      FaultError: too many records have no usable reply; what is done is written.
+    """
+    check_output(config.output, "feedback")
+    output = storage_path(config.output)
+    constitution = load_config(config.constitution, kind="constitution")
+    items = read_items(config.records, config)
+    if config.model is None and (bare := next((item for item in items if not item.answers), None)):
+        raise DataError(f"{bare.place}: has no answer; set model, which answers such prompts, or add answers")
+    output.mkdir(parents=True, exist_ok=True)
+    with locked(output, seconds=0) as is_mine:
+        if not is_mine:
+            raise ConfigError([f"output: another process writes {config.output}; wait for it, or stop it"])
+        # It would describe other files than those that are written now.
+        (output / MANIFEST).unlink(missing_ok=True)
+        log = ReplyLog(output / REPLIES)
+        ledger = Ledger(
+            cost=log.cost,
+            requests=log.requests,
+            max_cost=config.limits.max_cost,
+            max_requests=config.limits.max_requests,
+        )
+        stopping = threading.Event()
+        sections = [config.judge] if config.model in (None, config.judge) else [config.judge, config.model]
+        models = [RecordedModel(_open(section, ledger, stopping), log) for section in sections]
+        with closing(models[0]), closing(models[-1]):
+            context = _context(config, constitution, models[0], None if config.model is None else models[-1])
+            outcomes: dict[int, Outcome] = {}
+            try:
+                _ask(context, items, outcomes, ledger, stopping)
+            except (RequestError, FaultError) as error:
+                _write(output, config, outcomes)
+                raise type(error)(
+                    f"{error}; {len(outcomes)} of {len(items)} records are done, and kept in {config.output}: run the"
+                    " same command to go on"
+                ) from None
+    _write(output, config, outcomes)
+    summary = _summary(outcomes, models, ledger)
+    inputs: dict[str, str | Path] = {"records": config.records, "constitution": find_config(config.constitution)}
+    for name, section in (("judge", config.judge), ("model", config.model)):
+        if isinstance(section, LocalModelConfig):
+            inputs[name] = section.path
+    write_manifest(
+        output,
+        stage=f"feedback/{config.task.kind}",
+        inputs=inputs,
+        config={**config.model_dump(mode="json"), "principles": constitution.model_dump(mode="json")["principles"]},
+        metrics=summary,
+    )
+    return summary
+
+
+def _open(section: AnyChatModel, ledger: Ledger, stopping: threading.Event) -> ChatModel:
+    if isinstance(section, EndpointConfig):
+        # Here, since it imports an HTTP client, which local models do not need.
+        from maxlm.scoring.chat_endpoint import ChatEndpoint
+
+        return ChatEndpoint(section, ledger=ledger, stopping=stopping)
+    hashed = content_hash(section.path)
+    return LocalChatModel(section.path, content_hash=hashed, concurrent=section.concurrent, ledger=ledger)
+
+
+def _context(
+    config: FeedbackConfig, constitution: ConstitutionConfig, judge: ChatModel, model: ChatModel | None
+) -> Context:
+    task = find_task(config)
+    principles = usable_principles(constitution, task)
+    if not principles:
+        raise ConfigError(
+            [f"{config.constitution}: no principle has {' and '.join(task.asks)}, which {config.task.kind} asks"]
+        )
+    votes = getattr(config.task, "votes", 1)
+    if votes > len(principles) and config.task.temperature == 0:
+        raise ConfigError(
+            [
+                f"task.votes: {votes} votes under {len(principles)} principles repeat one, and without sampling its"
+                " verdict too; set task.temperature above 0, add principles, or lower task.votes"
+            ]
+        )
+    return Context(
+        config,
+        principles,
+        Judge(
+            judge,
+            constitution.prompts,
+            max_tokens=config.task.max_tokens,
+            temperature=config.task.temperature,
+            seed=config.seed,
+            where=f"{config.constitution}: prompts",
+        ),
+        model,
+    )
+
+
+def _ask(
+    context: Context, items: Sequence[Item], outcomes: dict[int, Outcome], ledger: Ledger, stopping: threading.Event
+) -> None:
+    """Fill `outcomes` by index, until all are there or too many have failed."""
+    most = context.config.limits.max_failed_fraction
+    workers = max(model.concurrent for model in (context.judge.model, context.model) if model is not None)
+    failed = 0
+    with (
+        progress_bar("feedback", len(items)) as (progress, bar),
+        closing(in_threads(context.perform, items, workers=workers, stopping=stopping)) as results,
+    ):
+        for index, outcome in results:
+            outcomes[index] = outcome
+            failed += outcome.failed
+            progress.update(bar, advance=1, note=f"cost {ledger.cost:.4g}" if ledger.cost else "")
+            enough = min(max(len(outcomes), _ENOUGH_RECORDS), len(items))
+            if outcome.failed and failed > most * enough:
+                aside = outcome.aside[-1]
+                last = f"{aside['place']}: {aside.get('detail', aside['reason'])}"
+                raise FaultError(
+                    f"{failed} of {len(outcomes)} records have no usable reply, which is above"
+                    f" limits.max_failed_fraction={most:g} of {enough}; the last is {last}"
+                )
+
+
+def _write(output: epath.Path, config: FeedbackConfig, outcomes: dict[int, Outcome]) -> None:
+    """Replace the files of data and of what was left out, in the order of the records."""
+    ordered = [outcomes[index] for index in sorted(outcomes)]
+    for name, lines in (
+        (find_task(config).file_name, (line for outcome in ordered for line in outcome.made)),
+        (ASIDE, (line for outcome in ordered for line in outcome.aside)),
+    ):
+        temporary = output / f"{name}.tmp"
+        with temporary.open("w", encoding="utf-8") as file:
+            for line in lines:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        temporary.replace(output / name)
+
+
+def _summary(outcomes: dict[int, Outcome], models: Sequence[RecordedModel], ledger: Ledger) -> dict[str, Any]:
+    found = list(outcomes.values())
+    verdicts = [verdict for outcome in found for verdict in outcome.verdicts]
+    summary: dict[str, Any] = {
+        "records": len(found),
+        "made": sum(len(outcome.made) for outcome in found),
+        "aside": dict(Counter(line["reason"] for outcome in found for line in outcome.aside).most_common()),
+        "failed": sum(outcome.failed for outcome in found),
+        "unreadable": sum(outcome.unreadable for outcome in found),
+    }
+    if verdicts:
+        confidences = [verdict.confidence for verdict in verdicts]
+        summary |= {**position_bias(verdicts), "mean_confidence": sum(confidences) / len(confidences)}
+    return summary | {
+        "replies": sum(model.replies for model in models),
+        "replies_from_log": sum(model.from_log for model in models),
+        "retries": sum(model.retries for model in models),
+        "prompt_tokens": sum(model.prompt_tokens for model in models),
+        "completion_tokens": sum(model.completion_tokens for model in models),
+        "requests_total": ledger.requests,
+        "cost_total": ledger.cost,
+    }
