@@ -20,6 +20,7 @@ COMMANDS = (
     "maxlm.train.config_cli",
     "maxlm.train.models_cli",
     "maxlm.data.cli",
+    "maxlm.data.prompts_cli",
     "maxlm.tokenizer.cli",
     "maxlm.train.cli",
     "maxlm.scoring.cli",

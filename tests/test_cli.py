@@ -27,6 +27,7 @@ COMMANDS = (
     "quickstart",
     "sweep",
     "feedback",
+    "prompt",
     "verify",
 )
 

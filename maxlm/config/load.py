@@ -23,6 +23,7 @@ from maxlm.config.data import DataConfig, TokenizerConfig
 from maxlm.config.feedback import ConstitutionConfig, FeedbackConfig
 from maxlm.config.objective import ObjectiveConfig, objective_classes
 from maxlm.config.preset import PresetConfig
+from maxlm.config.prompt import PromptConfig
 from maxlm.config.read import MAX_DEPTH, BadYaml, read_yaml
 from maxlm.config.recipes import find_config, find_recipe
 from maxlm.config.sweep import SweepConfig
@@ -32,7 +33,14 @@ from maxlm.errors import ConfigError
 MAX_SHOWN = 60  # characters of a value quoted in a message
 
 AnyConfig = Annotated[
-    TrainConfig | DataConfig | TokenizerConfig | SweepConfig | PresetConfig | FeedbackConfig | ConstitutionConfig,
+    TrainConfig
+    | DataConfig
+    | TokenizerConfig
+    | SweepConfig
+    | PresetConfig
+    | FeedbackConfig
+    | ConstitutionConfig
+    | PromptConfig,
     Field(discriminator="kind"),
 ]
 _MODELS: dict[str, type[BaseModel]] = {
@@ -43,6 +51,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "model": PresetConfig,
     "feedback": FeedbackConfig,
     "constitution": ConstitutionConfig,
+    "prompt": PromptConfig,
 }
 
 

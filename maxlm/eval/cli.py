@@ -18,6 +18,8 @@ A task file has one JSON object per line:
   {"prompt": "2 + 2 =", "answer": "4"}
   {"messages": [{"role": "user", "content": "Capital of France?"}], "answer": "Paris", "kind": "capitals"}
   {"prompt": "The sky is", "choices": [" blue", " loud"], "answer": 0}
+  {"prompt": "Is 7 prime? Answer: yes or no", "answer": "yes", "format": {"kind": "choices", "choices": ["yes", "no"]}}
+With format, the answer is read from what is generated (docs/prompts.md).
 With choices, the model takes the one with the highest log-probability after the prompt. Choices are appended to the
 prompt verbatim, so include the leading space.
 """

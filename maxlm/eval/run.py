@@ -201,4 +201,5 @@ def _task_dict(result: TaskResult) -> dict:
         "accuracy": result.accuracy.to_dict(),
         "by_kind": {kind: interval.to_dict() for kind, interval in result.by_kind.items()},
         "too_long": result.too_long,
+        "unreadable": result.unreadable,
     }

@@ -59,6 +59,8 @@ def _print_task(console: Console, evaluation: Evaluation, task: TaskEvaluation) 
     console.print(table)
     if task.model.too_long:
         console.print(f"{task.model.too_long} examples exceed the model's context and count as wrong")
+    if task.model.unreadable:
+        console.print(f"{task.model.unreadable} outputs hold no answer of the format and count as wrong")
     for example, output, correct in list(zip(task.examples, task.model.outputs, task.model.correct))[:_SHOWN_EXAMPLES]:
         prompt = example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
         mark = "[green]right[/]" if correct else "[red]wrong[/]"

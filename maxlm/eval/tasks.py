@@ -1,19 +1,25 @@
 """Task files: questions with one correct answer, generated or multiple choice."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from maxlm.config.data import RecordFormat
+from maxlm.config.prompt import AnyFormatConfig
 from maxlm.core.interval import Interval, proportion_interval
 from maxlm.data.messages import check_keys, parse_messages
 from maxlm.data.records import read_records
-from maxlm.errors import DataError
+from maxlm.errors import ConfigError, DataError
 from maxlm.generate.model import LoadedModel, Prompt
+from maxlm.prompts.answer_formats import AnswerFormat, UnreadableAnswer, answer_format
 
-_FIELDS = ("prompt", "messages", "conversations", "choices", "answer", "kind")
+_FIELDS = ("prompt", "messages", "conversations", "choices", "answer", "kind", "format")
+_FORMAT: TypeAdapter[AnyFormatConfig] = TypeAdapter(AnyFormatConfig)
 
 
 @dataclass(frozen=True)
@@ -24,12 +30,22 @@ class Example:
     answer: text of the correct answer.
     choices: the options, one of which is `answer`; empty if the answer is to be generated.
     kind: a label to group results by.
+    format: how the answer is read from what is generated; None compares all of it.
     """
 
     prompt: Prompt
     answer: str
     choices: tuple[str, ...] = ()
     kind: str | None = None
+    format: AnswerFormat | None = None
+
+    def read(self, text: str) -> Any:
+        """The answer in a text: its value in the format, or all of the text.
+
+        Raises:
+          UnreadableAnswer: it holds no answer of the format.
+        """
+        return text.strip() if self.format is None else self.format.parse(text)
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,7 @@ class TaskResult:
     outputs: [n], the generated or chosen answers.
     by_kind: accuracy per kind.
     too_long: examples that exceed the model's context; they count as wrong, with an empty output.
+    unreadable: other outputs without an answer of the example's format; they count as wrong.
     """
 
     accuracy: Interval
@@ -48,10 +65,11 @@ class TaskResult:
     outputs: tuple[str, ...]
     by_kind: dict[str, Interval]
     too_long: int
+    unreadable: int = 0
 
 
 def read_examples(path: str | Path, *, ignore_keys: Sequence[str] = ()) -> list[Example]:
-    """Read examples, one object each: `prompt` or `messages`, `answer`, and optionally `choices` and `kind`.
+    """Read examples, one object each: `prompt` or `messages`, `answer`, and optionally `choices`, `kind` and `format`.
 
     With `choices`, `answer` is the 0-based index of the correct one. Without, it is the text; it may be left out if
     the last message is the assistant's, which then is the answer.
@@ -99,7 +117,28 @@ def parse_example(record: dict, *, where: str, form: RecordFormat) -> Example:
     kind = record.get("kind")
     if kind is not None and not isinstance(kind, str):
         raise DataError(f"{where}: kind must be a string")
-    return Example(prompt, answer, tuple(choices or ()), kind)
+    if record.get("format") is not None and choices is not None:
+        raise DataError(
+            f"{where}: has choices, one of which is chosen, so that no format is needed; remove one of them"
+        )
+    form = None if record.get("format") is None else _parse_format(record["format"], answer, where)
+    return Example(prompt, answer, tuple(choices or ()), kind, form)
+
+
+def _parse_format(given: Any, answer: str, where: str) -> AnswerFormat:
+    """A record's format, by which its own answer can be read."""
+    try:
+        form = answer_format(_FORMAT.validate_json(json.dumps(given), strict=True), where=f"{where}: format")
+        form.parse(answer)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, ("format", *first["loc"][1:])))  # without the tag of the union
+        raise DataError(f"{where}: {place}: {first['msg'].lower()}") from None
+    except ConfigError as error:
+        raise DataError(str(error)) from None
+    except UnreadableAnswer as error:
+        raise DataError(f"{where}: answer does not have its own format: it {error}") from None
+    return form
 
 
 def answer_by_generation(
@@ -111,7 +150,7 @@ def answer_by_generation(
     seed: int = 0,
     stop: Sequence[str] = (),
 ) -> TaskResult:
-    """Generate an answer to each prompt; correct if it equals the reference, ignoring surrounding whitespace."""
+    """Generate an answer to each prompt; correct if it holds the reference: see `Example.read`."""
     lengths = [len(model.encode(example.prompt)) + max_new_tokens for example in examples]
     fitting = [index for index, length in enumerate(lengths) if length <= model.execution.max_length]
     outputs = [""] * len(examples)
@@ -125,8 +164,15 @@ def answer_by_generation(
         )
         for index, text in zip(fitting, texts):
             outputs[index] = text
-    right = [output.strip() == example.answer.strip() for output, example in zip(outputs, examples)]
-    return _result(examples, right, outputs, too_long=len(examples) - len(fitting), seed=seed)
+    right, unreadable = [], 0
+    for index, (output, example) in enumerate(zip(outputs, examples)):
+        try:
+            right.append(example.read(output) == example.read(example.answer))
+        except UnreadableAnswer:
+            right.append(False)
+            unreadable += index in fitting
+    result = _result(examples, right, outputs, too_long=len(examples) - len(fitting), seed=seed)
+    return replace(result, unreadable=unreadable)
 
 
 def answer_by_choice(model: LoadedModel, examples: Sequence[Example], *, seed: int = 0) -> TaskResult:

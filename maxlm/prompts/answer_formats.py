@@ -10,11 +10,15 @@ from typing import Any, Protocol
 import jsonschema
 import referencing
 
+from maxlm.config.prompt import AnyFormatConfig, ChoiceFormatConfig, JsonFormatConfig, RegexFormatConfig
 from maxlm.errors import ConfigError
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 # How the references of GSM8K end (arXiv:2110.14168).
 _FINAL_LINE = re.compile(r"(?:^|\n)####[ \t]*(\S.*)\s*$")
+_OPENING = re.compile(r"[\[{]")
+# How many brackets are tried as the beginning of a JSON value; each may take a pass over the rest of the text.
+_MAX_STARTS = 1000
 # Marks around a choice: Markdown, quotes, brackets, final punctuation.
 _MARKS = " \t*_`'\"()[]{}<>“”‘’「」『』【】《》.。,，;；!！:："
 
@@ -120,9 +124,9 @@ class JsonFormat:
             self._problem({})
         except jsonschema.SchemaError as error:
             place = ".".join(map(str, error.absolute_path)) or "the schema"
-            raise ConfigError([f"schema: {place}: {_short(error.message, 200)}"]) from None
+            raise ConfigError([f"json_schema: {place}: {_short(error.message, 200)}"]) from None
         except referencing.exceptions.Unresolvable as error:
-            raise ConfigError([f"schema: the reference {error.ref} is to nothing in the schema"]) from None
+            raise ConfigError([f"json_schema: the reference {error.ref} is to nothing in the schema"]) from None
 
     def instruction(self) -> str:
         return f"Answer with one JSON value that fits this JSON schema: {json.dumps(self.schema, ensure_ascii=False)}"
@@ -141,6 +145,24 @@ class JsonFormat:
             return None
         place = ".".join(map(str, error.absolute_path))
         return f"the JSON value does not fit the schema: {f'{place}: ' if place else ''}{_short(error.message, 160)}"
+
+
+def answer_format(config: AnyFormatConfig, *, where: str) -> AnswerFormat:
+    """The format of a configuration.
+
+    Raises:
+      ConfigError: its choices, schema or pattern are wrong; the message begins with `where`.
+    """
+    try:
+        match config:
+            case ChoiceFormatConfig():
+                return ChoiceFormat(config.choices, config.label)
+            case JsonFormatConfig():
+                return JsonFormat(config.json_schema)
+            case RegexFormatConfig():
+                return RegexFormat(config.pattern)
+    except ConfigError as error:
+        raise ConfigError([f"{where}: {error}"]) from None
 
 
 def tagged_answers(text: str) -> list[str]:
@@ -162,7 +184,9 @@ def _json_values(text: str) -> Iterator[Any]:
     except (ValueError, RecursionError):
         pass
     decoder, found, position = json.JSONDecoder(), [], 0
-    while (start := re.compile(r"[\[{]").search(text, position)) is not None:
+    for _ in range(_MAX_STARTS):
+        if (start := _OPENING.search(text, position)) is None:
+            break
         try:
             value, position = decoder.raw_decode(text, start.start())
             found.append(value)

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -62,6 +63,23 @@ class PromptTemplate:
             raise DataError(f"{where}: cannot be put into the template {self._where}: {message}") from None
 
 
+def _shown(value: Any) -> Any:
+    """A value that is inserted; what would appear in Python's notation is refused."""
+    if value is None or isinstance(value, dict | list | tuple):
+        what = "null" if value is None else "a list" if not isinstance(value, dict) else "an object"
+        raise ValueError(f"a value is {what}; use if, for, join or tojson in the template")
+    return value
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    # Jinja's own filter escapes HTML.
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
 @functools.cache
 def _environment() -> ImmutableSandboxedEnvironment:
-    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_shown
+    )
+    environment.filters["tojson"] = _to_json
+    return environment

@@ -49,7 +49,7 @@ def test_all_recipes_are_listed_with_kind_and_purpose(capsys):
     assert [line.split()[0] for line in lines] == sorted(listed)
     for path in listed.values():
         kind, sentence = describe_recipe(path)
-        assert kind in ("train", "data", "tokenizer", "sweep", "feedback", "constitution")
+        assert kind in ("train", "data", "tokenizer", "sweep", "feedback", "constitution", "prompt")
         assert len(sentence) > 10, path
 
 

@@ -1,13 +1,16 @@
 """Strict parsing of task files; exact-match scoring of answers, and choices by log-probability."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from maxlm.errors import DataError
 from maxlm.eval.tasks import Example, answer_by_choice, answer_by_generation, read_examples, run_task
+from maxlm.prompts.answer_formats import JsonFormat, RegexFormat
 
+CHOICES = {"kind": "choices", "choices": ["yes", "no"]}
 CHAT = [{"role": "user", "content": "the river and"}]
 
 
@@ -46,6 +49,12 @@ def test_reads_prompts_chats_and_choices(tmp_path):
         ({"messages": [{"role": "user"}], "answer": "b"}, "role and content"),
         ({"messages": "hello", "answer": "b"}, "list of objects"),
         ({"prompt": "a", "answer": "b", "kind": 3}, "kind must be a string"),
+        ({"prompt": "a", "answer": "b", "format": "json"}, "format: "),
+        ({"prompt": "a", "answer": "b", "format": {"kind": "yaml"}}, "format: input tag 'yaml' found"),
+        ({"prompt": "a", "answer": "b", "format": {"kind": "regex", "pattern": "("}}, "format: pattern: '\\('"),
+        ({"prompt": "a", "answer": "b", "format": {"kind": "choices", "choices": ["a"]}}, "format.choices: "),
+        ({"prompt": "a", "answer": "b", "format": CHOICES}, "answer does not have its own format: it has no line"),
+        ({"prompt": "a", "choices": ["b", "c"], "answer": 0, "format": CHOICES}, "has choices, one of which is chosen"),
         ([1], "JSON object"),
     ],
 )
@@ -96,6 +105,21 @@ def test_answer_is_correct_if_it_matches_the_generated_text(model):
     assert set(result.by_kind) == {"as written", "changed"}
     assert result.by_kind["changed"].value == 0
     assert result.too_long == 0
+
+
+def test_answers_with_a_format_are_read_from_what_is_generated(model):
+    """The value counts and not the text around it; what holds none is wrong, and counted."""
+    prompts = ["the river", "water"]
+    first, second = model.generate(prompts, max_new_tokens=6)
+    word = first.split()[0]
+    form = RegexFormat(rf"({re.escape(word)})")
+    assert word not in second
+    result = answer_by_generation(model, [Example(prompt, word, format=form) for prompt in prompts], max_new_tokens=6)
+    np.testing.assert_array_equal(result.correct, [1, 0])
+    assert result.unreadable == 1
+    person = JsonFormat({"type": "object"})
+    example = Example("a", '{"name": "Ann", "age": 3}', format=person)
+    assert example.read('So: {"age": 3, "name": "Ann"}.') == example.read(example.answer)
 
 
 def test_example_longer_than_the_context_counts_as_wrong(model, sentences):
