@@ -53,6 +53,16 @@ def test_documented_commands_and_settings_are_valid(path, monkeypatch):
             load_config(args.config, args.overrides)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_whole_configurations_on_pages_are_valid(page, tmp_path):
+    """YAML blocks that begin with `kind:`, after a comment or not."""
+    for block in re.findall(
+        r"^```yaml\n((?:#.*\n)*kind: .*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    ):
+        (tmp_path / "block.yaml").write_text(block, encoding="utf-8")
+        load_config(tmp_path / "block.yaml")
+
+
 def test_index_links_all_pages():
     index = ROOT / "docs" / "index.md"
     linked = {(index.parent / link).resolve() for link in LINK.findall(index.read_text(encoding="utf-8"))}

@@ -33,8 +33,8 @@ def register(subparsers) -> None:
     feedback = subparsers.add_parser(
         "feedback",
         help="let a model judge, rate or revise answers: preference data and chats",
-        description="Make training data from the feedback of a judge, which is a model of yours or an"
-        " OpenAI-compatible API, under the principles of a constitution (docs/ai-feedback.md).",
+        description="Make training data from the feedback of a judge, under the principles of a constitution.\n"
+        "The judge is a model of yours or any OpenAI-compatible API (docs/ai-feedback.md).",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

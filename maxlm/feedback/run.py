@@ -4,7 +4,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -55,43 +55,47 @@ def run_feedback(config: FeedbackConfig) -> dict[str, Any]:
     with locked(output, seconds=0) as is_mine:
         if not is_mine:
             raise ConfigError([f"output: another process writes {config.output}; wait for it, or stop it"])
-        # It would describe other files than those that are written now.
-        (output / MANIFEST).unlink(missing_ok=True)
         log = ReplyLog(output / REPLIES)
+        limits = config.limits
         ledger = Ledger(
-            cost=log.cost,
-            requests=log.requests,
-            max_cost=config.limits.max_cost,
-            max_requests=config.limits.max_requests,
+            cost=log.cost, requests=log.requests, max_cost=limits.max_cost, max_requests=limits.max_requests
         )
         stopping = threading.Event()
         sections = [config.judge] if config.model in (None, config.judge) else [config.judge, config.model]
-        models = [RecordedModel(_open(section, ledger, stopping), log) for section in sections]
-        with closing(models[0]), closing(models[-1]):
+        outcomes: dict[int, Outcome] = {}
+        with ExitStack() as stack:
+            models = [RecordedModel(_open(section, ledger, stopping), log) for section in sections]
+            for model in models:
+                stack.enter_context(closing(model))
             context = _context(config, constitution, models[0], None if config.model is None else models[-1])
-            outcomes: dict[int, Outcome] = {}
+            # It would describe other files than those that are written now.
+            (output / MANIFEST).unlink(missing_ok=True)
             try:
                 _ask(context, items, outcomes, ledger, stopping)
             except (RequestError, FaultError) as error:
-                _write(output, config, outcomes)
                 raise type(error)(
                     f"{error}; {len(outcomes)} of {len(items)} records are done, and kept in {config.output}: run the"
                     " same command to go on"
                 ) from None
-    _write(output, config, outcomes)
-    summary = _summary(outcomes, models, ledger)
+            finally:
+                _write(output, config, outcomes)
+        summary = _summary(outcomes, models, ledger)
+        write_manifest(
+            output,
+            stage=f"feedback/{config.task.kind}",
+            inputs=_inputs(config),
+            config={**config.model_dump(mode="json"), "principles": constitution.model_dump(mode="json")["principles"]},
+            metrics=summary,
+        )
+    return summary
+
+
+def _inputs(config: FeedbackConfig) -> dict[str, str | Path]:
     inputs: dict[str, str | Path] = {"records": config.records, "constitution": find_config(config.constitution)}
     for name, section in (("judge", config.judge), ("model", config.model)):
         if isinstance(section, LocalModelConfig):
             inputs[name] = section.path
-    write_manifest(
-        output,
-        stage=f"feedback/{config.task.kind}",
-        inputs=inputs,
-        config={**config.model_dump(mode="json"), "principles": constitution.model_dump(mode="json")["principles"]},
-        metrics=summary,
-    )
-    return summary
+    return inputs
 
 
 def _open(section: AnyChatModel, ledger: Ledger, stopping: threading.Event) -> ChatModel:

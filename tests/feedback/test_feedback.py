@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from etils import epath
 from judge_server import completion, failure, judge_server
 
 from maxlm.cli import main
@@ -17,6 +18,7 @@ from maxlm.config.data import RecordFormat
 from maxlm.data.chat import PackedChats
 from maxlm.data.preference import PreferencePairs
 from maxlm.runtime.manifest import content_hash, manifest_chain, read_manifest
+from maxlm.runtime.storage import locked
 from maxlm.tokenizer.codec import Tokenizer
 
 CONSTITUTION = """
@@ -229,7 +231,17 @@ def test_killed_run_continues_where_it_was(run, server):
     assert code == 0, said
     assert before == 7
     assert len(server.bodies) == 16 + 1  # the one that was under way is asked for again
-    assert len(read_lines(out / "preferences.jsonl")) == 8
+    assert run(PAIRS, f"output={out}-at-once")[0] == 0
+    assert (out / "preferences.jsonl").read_bytes() == (out.parent / "out-at-once/preferences.jsonl").read_bytes()
+
+
+def test_two_processes_do_not_write_one_folder(run, server, tmp_path):
+    (tmp_path / "out").mkdir()
+    with locked(epath.Path(tmp_path / "out"), seconds=0):
+        code, _, said = run(PAIRS)
+    assert code == 2
+    assert "output: another process writes" in said
+    assert server.bodies == []
 
 
 BAD_JUDGES = {
@@ -367,3 +379,10 @@ def test_judgments_are_allowed_in_pairs_only_by_their_names(tmp_path):
     assert parse_pair(judged, "here", RecordFormat()) == ("a", "b", "c")
     with pytest.raises(DataError, match="unknown key 'confidense'; did you mean 'confidence'"):
         parse_pair({**pair, "confidense": 1.0}, "here", RecordFormat())
+
+
+def test_example_of_the_page_in_python(server, capsys):
+    page = Path(__file__).parents[2] / "docs" / "ai-feedback.md"
+    [example] = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    exec(example.replace("http://127.0.0.1:8000/v1", server.base_url), {})
+    assert capsys.readouterr().out == "second 1.0\n"
