@@ -73,9 +73,10 @@ def run_feedback(config: FeedbackConfig) -> dict[str, Any]:
             try:
                 _ask(context, items, outcomes, ledger, stopping)
             except (RequestError, FaultError) as error:
+                done = sum(not outcome.failed for outcome in outcomes.values())
                 raise type(error)(
-                    f"{error}; {len(outcomes)} of {len(items)} records are done, and kept in {config.output}: run the"
-                    " same command to go on"
+                    f"{error}; {done} of {len(items)} records are done, and kept in {config.output}: run the same"
+                    " command to go on"
                 ) from None
             finally:
                 _write(output, config, outcomes)

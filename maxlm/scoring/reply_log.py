@@ -60,7 +60,7 @@ class RecordedModel:
 
     Attributes:
       replies, from_log: how many it gave, and how many of them were in the log.
-      retries, prompt_tokens, completion_tokens: of the others.
+      retries, prompt_tokens, completion_tokens: that these replies took, whenever they were sent.
     """
 
     def __init__(self, model: ChatModel, log: ReplyLog):
@@ -78,6 +78,7 @@ class RecordedModel:
             self.replies += 1
             if (known := self._log.find(key)) is not None:
                 self.from_log += 1
+                self._count(known)
                 return known
             first = self._pending.get(key)
             mine = self._pending.setdefault(key, Future())
@@ -107,10 +108,13 @@ class RecordedModel:
             raise
         self._log.add(key, self.name, found)
         with self._lock:
-            self.retries += found.requests - 1
-            self.prompt_tokens += found.prompt_tokens
-            self.completion_tokens += found.completion_tokens
+            self._count(found)
         return found
+
+    def _count(self, reply: Reply) -> None:
+        self.retries += reply.requests - 1
+        self.prompt_tokens += reply.prompt_tokens
+        self.completion_tokens += reply.completion_tokens
 
 
 def _key(identity: dict[str, Any], request: ChatRequest) -> str:

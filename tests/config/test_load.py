@@ -18,6 +18,7 @@ from maxlm.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 CONFIG_FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 
+KINDS = "'train', 'data', 'tokenizer', 'sweep', 'model', 'feedback', 'constitution', 'prompt'"
 GOOD = """\
 kind: train
 output: runs/x
@@ -78,7 +79,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
         ("mesh.data=-1", "mesh: data and fsdp are -1, but only one axis may be; fsdp is -1 by default"),
         (
             "kind=trian",
-            "kind: 'trian' must be one of 'train', 'data', 'tokenizer', 'sweep', 'model'; did you mean train?",
+            f"kind: 'trian' must be one of {KINDS}; did you mean train?",
         ),
         (
             "objective.kind=polcy",
@@ -375,7 +376,7 @@ def test_binary_files_and_folders_are_reported(tmp_path):
 
 def test_wrong_kind_is_reported(good):
     good.write_text(GOOD.replace("kind: train\n", "", 1), encoding="utf-8")
-    assert problems(good) == ["kind: must be given: one of 'train', 'data', 'tokenizer', 'sweep', 'model'"]
+    assert problems(good) == [f"kind: must be given: one of {KINDS}"]
     good.write_text(GOOD, encoding="utf-8")
     assert problems(good, kind="data") == ["kind is 'train', but this command needs kind: data"]
 

@@ -122,6 +122,7 @@ def test_pairs_are_labelled_and_read_as_preference_data(run, server, tiny_tokeni
 def test_rerun_costs_nothing_and_gives_the_same_bytes(run, server):
     _, out, said = run(PAIRS, "task.votes=2")
     assert "16 votes" in said
+    metrics = read_manifest(out)["metrics"]
     first = (out / "preferences.jsonl").read_bytes(), (out / "aside.jsonl").read_bytes()
     sent = len(server.bodies)
     code, out, said = run(PAIRS, "task.votes=2")
@@ -129,6 +130,8 @@ def test_rerun_costs_nothing_and_gives_the_same_bytes(run, server):
     assert len(server.bodies) == sent == 32
     assert ((out / "preferences.jsonl").read_bytes(), (out / "aside.jsonl").read_bytes()) == first
     assert "32 replies, 32 of them recorded earlier" in said
+    assert read_manifest(out)["metrics"] == {**metrics, "replies_from_log": 32}
+    assert metrics["prompt_tokens"] == 320
     # Of two votes, one is for the longer answer, and one for the shorter.
     assert [line["reason"] for line in read_lines(out / "aside.jsonl")] == ["tie"] * 8
     assert read_lines(out / "aside.jsonl")[0]["answers"] == ["Yes.", "Yes, I say."]
