@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config.prompt import PromptConfig
-from maxlm.data.records import read_records
+from maxlm.data.records import check_encodable, read_records
 from maxlm.errors import DataError
 from maxlm.prompts.builder import BuiltPrompt, PromptBuilder
 
@@ -17,6 +17,8 @@ def open_builder(config: PromptConfig, *, where: str) -> PromptBuilder:
       ConfigError, DataError: see `PromptBuilder`, or the examples cannot be read.
     """
     examples = [] if config.examples is None else list(read_records(config.examples.file))
+    for place, record in examples:
+        check_encodable(record, place)
     return PromptBuilder(config, where=where, examples=examples)
 
 
@@ -37,6 +39,7 @@ def build_prompts(
         if is_first:
             builder.check_columns([*record], place, with_answer=with_answers)
             is_first = False
+        check_encodable(record, place)
         yield place, builder.build(record, place, with_answer=with_answers)
     if is_first:
         raise DataError(f"{path}: has no records")

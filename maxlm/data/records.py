@@ -5,6 +5,7 @@ ignored silently.
 """
 
 import difflib
+import json
 import os
 import textwrap
 from collections.abc import Collection, Iterator
@@ -68,6 +69,20 @@ def field(record: dict[str, Any], name: str, where: str) -> Any:
     has = textwrap.shorten(", ".join(record), 200, placeholder=" ...") or "nothing"
     hint = f"; did you mean {name!r} instead of {near[0]!r}?" if near else f"; it has {has}"
     raise DataError(f"{where}: lacks {name!r}{hint}")
+
+
+def check_encodable(record: dict[str, Any], where: str) -> None:
+    """Refuse a record with lone surrogates, which JSON may hold, but no file, request or tokenizer.
+
+    Raises:
+      DataError: it has one.
+    """
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{where}: holds a lone surrogate, half of a character such as \\ud83d; repair or remove the line"
+        ) from None
 
 
 def parse_chat(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[Text | None, Text]:
@@ -192,10 +207,11 @@ def _alpaca(record: dict[str, Any], where: str) -> Messages:
     history = record.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise DataError(f"{where}: history must be a list of [question, answer]")
+    asked = [text for text in (record["instruction"], record.get("input")) if text]
     texts = [text for turn in history for text in turn]
-    texts.append("\n".join(text for text in (record["instruction"], record.get("input")) if text))
-    if not all(isinstance(text, str) for text in texts):
+    if not all(isinstance(text, str) for text in [*asked, *texts]):
         raise DataError(f"{where}: instruction, input and history must be strings")
+    texts.append("\n".join(asked))
     return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
 
 

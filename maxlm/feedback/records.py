@@ -6,7 +6,7 @@ from typing import Any
 
 from maxlm.config.data import RecordFormat
 from maxlm.data.messages import check_keys, parse_messages
-from maxlm.data.records import parse_pair, parse_prompt, read_records
+from maxlm.data.records import check_encodable, parse_pair, parse_prompt, read_records
 from maxlm.errors import DataError
 from maxlm.scoring.chat_models import Prompt
 from maxlm.scoring.judge import Answer
@@ -44,6 +44,7 @@ def read_items(path: str | Path, form: RecordFormat) -> list[Item]:
 
 
 def _parse(record: dict[str, Any], where: str, form: RecordFormat) -> Item:
+    check_encodable(record, where)
     if {"chosen", "preferred_output"} & {*record}:
         prompt, chosen, rejected = parse_pair(record, where, form)
         return _item(where, prompt, [chosen, rejected])

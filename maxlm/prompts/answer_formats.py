@@ -116,9 +116,11 @@ class JsonFormat:
 
     def __init__(self, schema: dict[str, Any]):
         self.schema = schema
+        if not isinstance(schema.get("$schema", ""), str):
+            raise ConfigError(["json_schema: $schema: must be a string"])
         kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
         try:
-            kind.check_schema(schema)
+            kind.check_schema(schema, format_checker=kind.FORMAT_CHECKER)  # patterns are regular expressions
             # An empty registry: references are never fetched.
             self._validator = kind(schema, registry=referencing.Registry())
             self._problem({})
@@ -127,6 +129,8 @@ class JsonFormat:
             raise ConfigError([f"json_schema: {place}: {_short(error.message, 200)}"]) from None
         except referencing.exceptions.Unresolvable as error:
             raise ConfigError([f"json_schema: the reference {error.ref} is to nothing in the schema"]) from None
+        except RecursionError:
+            raise ConfigError(["json_schema: a reference leads back to itself"]) from None
 
     def instruction(self) -> str:
         return f"Answer with one JSON value that fits this JSON schema: {json.dumps(self.schema, ensure_ascii=False)}"
@@ -134,7 +138,11 @@ class JsonFormat:
     def parse(self, text: str) -> Any:
         problem = "holds no JSON value"
         for value in _json_values(text):
-            if (found := self._problem(value)) is None:
+            try:
+                found = self._problem(value)
+            except RecursionError:
+                found = "the JSON value is nested too deeply"
+            if found is None:
                 return value
             problem = found
         raise UnreadableAnswer(problem)

@@ -130,6 +130,7 @@ REFUSED = {
     r"lacks 'messages'; it has text; a chat has messages or conversations \(.*\), instruction and": {"text": "a"},
     r"lacks 'output'": {"instruction": "a"},
     r"history must be a list of": {"instruction": "a", "output": "b", "history": "c"},
+    r"instruction, input and history must be strings": {"instruction": ["a"], "input": ["b"], "output": "c"},
 }
 
 

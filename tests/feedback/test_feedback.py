@@ -335,6 +335,7 @@ def test_refused_key_ends_the_run_with_one_sentence(run, server, monkeypatch):
         ([PAIRS[0], {"answers": ["a", "b"]}], [], "records.jsonl:2: lacks 'prompt'"),
         ([{"prompt": " ", "answers": ["a", "b"]}], [], "records.jsonl:1: the prompt is empty"),
         ([{"prompt": "a", "answers": ["a", 3]}], [], "records.jsonl:1: an answer must be a text or messages, not '3'"),
+        ([{"prompt": "a", "answers": ["b", "\ud83d"]}], [], "records.jsonl:1: holds a lone surrogate"),
         ([{"prompt": "a", "answers": "b"}], [], "records.jsonl:1: answers must be a list"),
         ([{"prompt": "a", "answers": ["b"], "completion": "c"}], [], "records.jsonl:1: has completion and answers"),
         ([{"prompt": "a", "anwsers": ["b"]}], [], "unknown key 'anwsers'; did you mean 'answers'?"),

@@ -94,6 +94,9 @@ def test_values_that_are_no_objects_must_stand_alone():
     [
         ({"type": "objekt"}, "json_schema: type: 'objekt' is not valid"),
         ({"$ref": "https://example.com/schema.json"}, "the reference https://example.com/schema.json is to nothing"),
+        ({"$schema": 5}, r"\$schema: must be a string"),
+        ({"type": "string", "pattern": "("}, "json_schema: pattern: '\\(' is not a 'regex'"),
+        ({"$ref": "#"}, "a reference leads back to itself"),
         ({"$ref": "#/$defs/nothing"}, "the reference /\\$defs/nothing is to nothing|the reference #/"),
     ],
 )

@@ -141,6 +141,8 @@ def test_data_without_answers(files, tmp_path):
             [{"name": "a", "label": "perhaps"}],
             "pool.jsonl:1: the right answer does not have the form",
         ),
+        (("", ""), [{"name": "\ud83d", "label": "no"}], POOL, "data.jsonl:1: holds a lone surrogate"),
+        (("", ""), DATA, [{"name": "\ud83d", "label": "no"}], "pool.jsonl:1: holds a lone surrogate"),
         (("", ""), [], POOL, "data.jsonl: has no records"),
         (("", ""), DATA, [], "pool.jsonl: has no examples"),
         (("", ""), DATA, [{"name": "cat"}], "answer: {{ label }} is unknown; "),
