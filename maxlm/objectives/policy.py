@@ -54,16 +54,6 @@ class CriticConfig(Frozen):
     clip: PositiveFloat | None = Field(0.2, description="How far a value may move in an update; null: freely.")
 
 
-class OverlongConfig(Frozen):
-    """What becomes of answers that are cut off at max_new_tokens, or almost."""
-
-    learn: bool = Field(True, description="false: tokens of answers that are cut off have no loss (DAPO's filtering).")
-    buffer: CountOrZero = Field(
-        0, description="The last tokens up to max_new_tokens in which the penalty rises from 0 to its full size."
-    )
-    penalty: NonNegativeFloat = Field(1.0, description="Subtracted from the reward of an answer of max_new_tokens.")
-
-
 class DynamicSampling(Frozen):
     """Replace groups with equal rewards by those of other prompts (DAPO)."""
 
@@ -130,13 +120,20 @@ class PolicyOptimization(Objective, RecordsConfig):
     largest_kl: NonNegativeFloat | None = Field(
         None, description="Bad answers that were sampled from a more distant policy are left out."
     )
-    overlong: OverlongConfig = OverlongConfig()
+    learn_truncated: bool = Field(
+        True, description="false: answers that are cut off at max_new_tokens have no loss (DAPO's overlong filtering)."
+    )
     dynamic_sampling: DynamicSampling | None = None
     stop: StopConfig = StopConfig()
     updates_per_rollout: Count = Field(
         1, description="Training steps per round of sampling, each on different answers."
     )
     epochs_per_rollout: Count = Field(1, description="How often the answers of a round are trained on.")
+    staleness: CountOrZero = Field(
+        0,
+        description="A round of sampling uses the weights of so many rounds earlier: its answers are rewarded while"
+        " training goes on.",
+    )
 
     @property
     def needs_reference(self) -> bool:
@@ -174,9 +171,10 @@ class PolicyOptimization(Objective, RecordsConfig):
             problems.append(
                 "objective.stop.largest_kl needs the starting model, which is only kept if objective.kl.beta is above 0"
             )
-        if self.overlong.buffer > self.max_new_tokens:
+        if self.staleness and self.dynamic_sampling is not None:
             problems.append(
-                f"objective.overlong.buffer ({self.overlong.buffer}) exceeds max_new_tokens ({self.max_new_tokens})"
+                "objective.dynamic_sampling waits for the rewards of a round, and objective.staleness does not; set one"
+                " of them to its default"
             )
         return problems
 
@@ -287,10 +285,15 @@ class PolicyOptimization(Objective, RecordsConfig):
         return Batch({"answers": answers}, given)
 
     def for_verification(self) -> Self:
-        small = {"group_size": 2, "max_new_tokens": 8, "updates_per_rollout": 1, "epochs_per_rollout": 1}
+        small = {
+            "group_size": 2,
+            "max_new_tokens": 8,
+            "updates_per_rollout": 1,
+            "epochs_per_rollout": 1,
+            "staleness": 0,
+        }
         kl = self.kl.model_copy(update={"beta": max(self.kl.beta, 0.1)})
-        overlong = self.overlong.model_copy(update={"buffer": min(self.overlong.buffer, 4)})
-        return self.model_copy(update={**small, "kl": kl, "overlong": overlong})
+        return self.model_copy(update={**small, **at_once, "kl": kl})
 
 
 OBJECTIVE = PolicyOptimization

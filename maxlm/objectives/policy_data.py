@@ -3,8 +3,10 @@
 Dimensions: B rows (answers), L length of prompt and answer, N prompts, G answers per prompt.
 """
 
+import json
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,47 +19,28 @@ from maxlm.core.batch import Batch, Stream, put_batch
 from maxlm.data.chat import EpochOrder, padded_batches, share_of, training_order
 from maxlm.data.preference import Prompt, read_prompts, round_up
 from maxlm.data.sample import even_sample
-from maxlm.models.critic import apply_critic, without_critic
+from maxlm.models.critic import without_critic
 from maxlm.objectives.policy_advantages import RewardedAnswers
+from maxlm.objectives.rollouts import Rollout, RolloutFiles, in_background, measure, policy_rows
 from maxlm.objectives.sampler import Answers, Sampler
-from maxlm.objectives.sequences import local_rows, target_log_probabilities, whole_rows
-from maxlm.ops.advantages import has_signal, overlong_penalty
+from maxlm.objectives.sequences import local_rows
+from maxlm.ops.advantages import has_signal
 from maxlm.ops.policy_losses import kl_estimate
 from maxlm.runtime.agree import any_process
-from maxlm.scoring.reward_call import CheckedReward
+from maxlm.runtime.distributed import is_primary
+from maxlm.runtime.storage import LineLog
+from maxlm.scoring.reward_call import CheckedReward, Rewards
 from maxlm.scoring.rewards import check_record, find_rewards
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.objective import RunContext
 
 # Prefix of the parts of a reward among a batch's values: the name of its metric.
 REWARD_PART = "reward_"
+# Answers of a round that are written to `samples.jsonl`.
+_LOGGED = 4
 # Random streams of validation and of greedy answers: no step has these numbers.
 _VALIDATION_STREAM = 2**32 - 1
 _GREEDY_STREAM = 2**32 - 2
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Answers of this process to some prompts, a group for each, and their rewards and parts of them [N, G]."""
-
-    prompts: list[Prompt]
-    answers: Answers
-    rewards_NG: np.ndarray
-    parts_NG: dict[str, np.ndarray]
-
-    def taken(self, indices: np.ndarray) -> "Groups":
-        """The groups of these prompts, in this order."""
-        size = self.rewards_NG.shape[1]
-        rows = (indices[:, None] * size + np.arange(size)).reshape(-1)
-        prompts = [self.prompts[index] for index in indices]
-        parts_NG = {name: part_NG[indices] for name, part_NG in self.parts_NG.items()}
-        return Groups(prompts, self.answers.taken(rows), self.rewards_NG[indices], parts_NG)
-
-    def joined(self, other: "Groups") -> "Groups":
-        """Both, one after the other."""
-        rewards_NG = np.concatenate([self.rewards_NG, other.rewards_NG])
-        parts_NG = {name: np.concatenate([part_NG, other.parts_NG[name]]) for name, part_NG in self.parts_NG.items()}
-        return Groups(self.prompts + other.prompts, self.answers.joined(other.answers), rewards_NG, parts_NG)
 
 
 class PolicyData:
@@ -81,19 +64,34 @@ class PolicyData:
             seed=config.seed,
         )
         self._sum = jax.jit(jnp.sum)
-        self._measure = jax.jit(partial(_measure, objective=objective))
+        self._measure = jax.jit(partial(measure, objective=objective))
+        self._files = None
+        if objective.staleness and context.folder is not None:
+            # A run goes on from its last checkpoint, or from the one before if that one cannot be read.
+            since = 2 * -(-config.checkpoint.every // objective.resume_multiple)
+            self._files = RolloutFiles(context.folder, keep=since + objective.staleness + 1)
 
     def prepare(self, frozen: dict[str, Any]) -> None:
         self._reward.try_out([*self._prompts, *self._valid_prompts])
 
     def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[Batch]:
         objective = self._context.config.objective
-        rollout = start_step // objective.resume_multiple
+        number, staleness = start_step // objective.resume_multiple, objective.staleness
+        log = self._open_log(start_step)
+        # Rounds of sampling that are not yet trained on, each with its rewards.
+        pending: deque[tuple[Rollout, Callable[[], Rewards]]] = deque()
+        for earlier in range(number, number + staleness if number else 0):
+            rollout = self._files.read(earlier)
+            pending.append((rollout, in_background(partial(self._rewards_of, rollout))))
         while True:
-            batches = self._roll_out(current_model(), rollout)
+            while len(pending) <= staleness:
+                pending.append(self._start(current_model(), number + len(pending)))
+            rollout, wait = pending.popleft()
+            batches = self._finish(rollout, wait())
+            self._log_samples(log, number, rollout, batches)
             for _ in range(objective.epochs_per_rollout):
                 yield from batches
-            rollout += 1
+            number += 1
 
     def documents(self, batch: int) -> list[dict[str, Any]]:
         objective = self._context.config.objective
@@ -113,90 +111,147 @@ class PolicyData:
             "greedy_reward": self._mean_valid_reward(model, 0.0),
         }
 
-    def _roll_out(self, model: Any, rollout: int) -> list[Batch]:
-        """Answers to this process's prompts of the next `updates_per_rollout` steps, split by step."""
-        objective = self._context.config.objective
-        num_steps, group_size = objective.updates_per_rollout, objective.group_size
-        policy = without_critic(model)
-        groups, found = self._sample(policy, rollout)
-        stream, sampled_BL = policy_rows(groups.answers)
-        parts = [Batch({"answers": share_of_tree(stream, n, num_steps)}) for n in range(num_steps)]
+    def _start(self, model: Any, number: int) -> tuple[Rollout, Callable[[], Rewards]]:
+        """Sample a round, and begin to reward it, while steps on earlier ones are computed if there is staleness."""
+        rollout, rewards = self._sample(model, number)
+        if rewards is not None:
+            return rollout, lambda: rewards
+        if self._files is not None:
+            # Before training goes on: a checkpoint must not be newer than the answers that come after it.
+            self._files.write(number, rollout)
+        return rollout, in_background(partial(self._rewards_of, rollout))
+
+    def _sample(self, model: Any, number: int) -> tuple[Rollout, Rewards | None]:
+        """A round of sampling, with its rewards if they decide what is sampled."""
+        objective, policy = self._context.config.objective, without_critic(model)
+        prompts_R, answers = self._sample_once(policy, number, 0)
+        rewards = None
+        if objective.dynamic_sampling is not None:
+            prompts_R, answers, rewards = self._sample_until_signal(policy, number, prompts_R, answers)
+        greedy = None
+        if objective.advantage.needs_greedy:
+            asked = [self._prompts[index] for index in prompts_R[:: objective.group_size]]
+            greedy = self._sampler(policy, asked, np.arange(len(asked)), stream=_GREEDY_STREAM, temperature=0.0)
+        stream, _ = policy_rows(answers)
+        parts = [share_of_tree(stream, n, objective.updates_per_rollout) for n in range(objective.updates_per_rollout)]
         measured = [self._measured(model, part) for part in parts]
         given = {name: np.concatenate([part[name] for part in measured]) for name in measured[0]}
+        return Rollout(prompts_R, answers, given, greedy), rewards
 
-        lengths_B, is_answer_BL = groups.answers.lengths_R, stream.loss_weights > 0
-        is_truncated_B = self._is_truncated(groups.answers)
-        penalty_B = objective.overlong.penalty * overlong_penalty(
-            lengths_B, longest=objective.max_new_tokens, buffer=objective.overlong.buffer
+    def _sample_until_signal(
+        self, policy: Any, number: int, prompts_R: np.ndarray, answers: Answers
+    ) -> tuple[np.ndarray, Answers, Rewards]:
+        """Sample more rounds until enough groups have different rewards; those come first, in order."""
+        group_size, wanted = self._context.config.objective.group_size, len(prompts_R)
+        rewards = self._reward([self._prompts[index] for index in prompts_R], answers.texts, answers.lengths_R)
+        for round_number in range(1, self._num_rounds):
+            signal = has_signal(rewards.total.reshape(-1, group_size))
+            if not any_process(signal.sum() * group_size < wanted):
+                break
+            more_R, more = self._sample_once(policy, number, round_number)
+            added = self._reward([self._prompts[index] for index in more_R], more.texts, more.lengths_R)
+            prompts_R, answers = np.concatenate([prompts_R, more_R]), answers.joined(more)
+            rewards = rewards.joined(added)
+        signal = has_signal(rewards.total.reshape(-1, group_size))
+        groups = np.sort(np.argsort(~signal, kind="stable")[: wanted // group_size])
+        rows = (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
+        return prompts_R[rows], answers.taken(rows), rewards.taken(rows)
+
+    def _sample_once(self, policy: Any, number: int, round_number: int) -> tuple[np.ndarray, Answers]:
+        """Answers to this process's prompts of the next `updates_per_rollout` steps, and the index of each's prompt."""
+        config, objective = self._context.config, self._context.config.objective
+        group_size, num_steps, rows = objective.group_size, objective.updates_per_rollout, self._context.rows
+        steps = number * num_steps + np.arange(num_steps)
+        prompts = [self._indices(int(step), round_number, shard=rows.index, num_shards=rows.count) for step in steps]
+        places = [
+            share_of(np.arange(config.batch_size) + n * config.batch_size, rows.index, rows.count)
+            for n in range(num_steps)
+        ]
+        prompts_R = np.repeat(np.concatenate(prompts), group_size)
+        first = (np.concatenate(places) + round_number * num_steps * config.batch_size) * group_size
+        answers = self._sampler(
+            policy,
+            [self._prompts[index] for index in prompts_R],
+            (first[:, None] + np.arange(group_size)).reshape(-1),
+            stream=number * objective.resume_multiple,
+            temperature=objective.temperature,
         )
+        return prompts_R, answers
+
+    def _rewards_of(self, rollout: Rollout) -> Rewards:
+        prompts = [self._prompts[index] for index in rollout.prompts_R]
+        return self._reward(prompts, rollout.answers.texts, rollout.answers.lengths_R)
+
+    def _finish(self, rollout: Rollout, rewards: Rewards) -> list[Batch]:
+        """The batches of a round of sampling, one for each of its steps."""
+        objective = self._context.config.objective
+        num_steps, group_size = objective.updates_per_rollout, objective.group_size
+        answers, given = rollout.answers, dict(rollout.measured)
+        stream, sampled_BL = policy_rows(answers)
+        is_truncated_B = self._is_truncated(answers)
         penalties_BL = np.zeros(sampled_BL.shape, np.float32)
         if self._reference is not None and objective.kl.within == "reward":
             log_p = (jnp.asarray(x_BL) for x_BL in (sampled_BL, given["reference_BL"]))
             penalties_BL = objective.kl.beta * np.asarray(kl_estimate(*log_p, estimator=objective.kl.estimator))
-        answers = RewardedAnswers(
-            rewards_NG=groups.rewards_NG - penalty_B.reshape(groups.rewards_NG.shape),
-            is_answer_BL=is_answer_BL,
-            penalties_BL=penalties_BL,
-            add_up=self._over_processes,
-            greedy_N=self._greedy_rewards(policy, groups.prompts) if objective.advantage.needs_greedy else None,
-            values_BL=given.get("values_BL"),
+        greedy_N = None
+        if rollout.greedy is not None:
+            prompts = [self._prompts[index] for index in rollout.prompts_R[::group_size]]
+            greedy_N = self._reward(prompts, rollout.greedy.texts, rollout.greedy.lengths_R).total
+        rewards_NG = rewards.total.reshape(-1, group_size)
+        advantages_BL, returns_BL = objective.advantage(
+            RewardedAnswers(
+                rewards_NG=rewards_NG,
+                is_answer_BL=stream.loss_weights > 0,
+                penalties_BL=penalties_BL,
+                add_up=self._over_processes,
+                greedy_N=greedy_N,
+                values_BL=given.get("values_BL"),
+            )
         )
-        advantages_BL, returns_BL = objective.advantage(answers)
-        if not objective.overlong.learn:
+        if not objective.learn_truncated:
             stream = replace(stream, loss_weights=stream.loss_weights * ~is_truncated_B[:, None])
         given |= {
             "sampled_BL": sampled_BL,
             "advantages_BL": advantages_BL,
-            "rewards_B": groups.rewards_NG.reshape(-1),
-            "has_signal_B": np.repeat(found, group_size),
-            "lengths_B": lengths_B.astype(np.float32),
+            "rewards_B": rewards.total,
+            "has_signal_B": np.repeat(has_signal(rewards_NG), group_size).astype(np.float32),
+            "lengths_B": answers.lengths_R.astype(np.float32),
             "is_truncated_B": is_truncated_B.astype(np.float32),
         }
-        if len(groups.parts_NG) > 1:
-            given |= {f"{REWARD_PART}{name}": part_NG.reshape(-1) for name, part_NG in groups.parts_NG.items()}
+        if len(rewards.parts) > 1:
+            given |= {f"{REWARD_PART}{name}": part_B for name, part_B in rewards.parts.items()}
         if returns_BL is not None:
             given["returns_BL"] = returns_BL
         whole = Batch({"answers": stream}, given)
         return [share_of_tree(whole, n, num_steps) for n in range(num_steps)]
 
-    def _sample(self, policy: Any, rollout: int) -> tuple[Groups, np.ndarray]:
-        """The groups to train on, and for each prompt the share of all sampled groups whose rewards differ."""
-        objective = self._context.config.objective
-        wanted = objective.updates_per_rollout * self._context.config.batch_size // self._context.rows.count
-        groups = self._sample_round(policy, rollout, 0)
-        signal = has_signal(groups.rewards_NG)
-        for number in range(1, self._num_rounds):
-            if not any_process(signal.sum() < wanted):
-                break
-            groups = groups.joined(self._sample_round(policy, rollout, number))
-            signal = has_signal(groups.rewards_NG)
-        # Groups with a signal first, otherwise in the order of sampling.
-        chosen = np.sort(np.argsort(~signal, kind="stable")[:wanted])
-        return groups.taken(chosen), np.full(wanted, signal.mean(), np.float32)
+    def _open_log(self, start_step: int) -> LineLog | None:
+        """`samples.jsonl` of the run folder, without samples of steps that are repeated."""
+        if self._context.folder is None or not is_primary():
+            return None
+        return LineLog(self._context.folder / "samples.jsonl", keep=lambda line: json.loads(line)["step"] < start_step)
 
-    def _sample_round(self, policy: Any, rollout: int, number: int) -> Groups:
+    def _log_samples(self, log: LineLog | None, number: int, rollout: Rollout, batches: list[Batch]) -> None:
+        """Write the first answers of some rounds: as many rounds as there are records of metrics."""
         config, objective = self._context.config, self._context.config.objective
-        group_size, num_steps, rows = objective.group_size, objective.updates_per_rollout, self._context.rows
-        steps = rollout * num_steps + np.arange(num_steps)
-        examples = [self._indices(int(step), number, shard=rows.index, num_shards=rows.count) for step in steps]
-        places = [
-            share_of(np.arange(config.batch_size) + n * config.batch_size, rows.index, rows.count)
-            for n in range(num_steps)
-        ]
-        prompts = [self._prompts[index] for index in np.concatenate(examples)]
-        first = (np.concatenate(places) + number * num_steps * config.batch_size) * group_size
-        answers = self._sampler(
-            policy,
-            [prompt for prompt in prompts for _ in range(group_size)],
-            (first[:, None] + np.arange(group_size)).reshape(-1),
-            stream=rollout * objective.resume_multiple,
-            temperature=objective.temperature,
-        )
-        rewards = self._reward(
-            [prompt for prompt in prompts for _ in range(group_size)], answers.texts, answers.lengths_R
-        )
-        parts_NG = {name: part.reshape(-1, group_size) for name, part in rewards.parts.items()}
-        return Groups(prompts, answers, rewards.total.reshape(-1, group_size), parts_NG)
+        step, every = number * objective.resume_multiple, config.log_every
+        if log is None or -step % every >= objective.resume_multiple:
+            return
+        values, tokenizer = batches[0].values, self._context.tokenizer
+        parts = [name for name in values if name.startswith(REWARD_PART)]
+        for row in range(min(_LOGGED, len(values["rewards_B"]))):
+            prompt = self._prompts[rollout.prompts_R[row]]
+            record = {
+                "step": step,
+                "id": prompt.place,
+                "prompt": tokenizer.decode(prompt.ids),
+                "answer": rollout.answers.texts[row],
+                "reward": float(values["rewards_B"][row]),
+                **{name: float(values[name][row]) for name in parts},
+                "advantage": float(values["advantages_BL"][row].sum() / max(values["lengths_B"][row], 1)),
+                "truncated": bool(values["is_truncated_B"][row]),
+            }
+            log.append(json.dumps(record, ensure_ascii=False))
 
     def _indices(self, step: int, number: int, *, shard: int, num_shards: int) -> np.ndarray:
         """The prompts of a step in one round of sampling."""
@@ -212,16 +267,10 @@ class PolicyData:
         dynamic = self._context.config.objective.dynamic_sampling
         return 1 if dynamic is None else dynamic.max_rounds
 
-    def _measured(self, model: Any, batch: Batch) -> dict[str, np.ndarray]:
+    def _measured(self, model: Any, answers: Stream) -> dict[str, np.ndarray]:
         """What training needs to know of answers besides their rewards, from passes over whole rows."""
-        measured = self._measure(model, self._reference, put_batch(batch["answers"], self._context.mesh))
+        measured = self._measure(model, self._reference, put_batch(answers, self._context.mesh))
         return {name: local_rows(x_BL) for name, x_BL in measured.items()}
-
-    def _greedy_rewards(self, policy: Any, prompts: list[Prompt]) -> np.ndarray:
-        """The reward of the greedy answer to each prompt: [N]."""
-        rows = np.arange(len(prompts))
-        answers = self._sampler(policy, prompts, rows, stream=_GREEDY_STREAM, temperature=0.0)
-        return self._reward(prompts, answers.texts, answers.lengths_R).total
 
     def _is_truncated(self, answers: Answers) -> np.ndarray:
         """Whether an answer was cut off at max_new_tokens: bool [B]."""
@@ -264,22 +313,6 @@ class PolicyData:
         return read_policy_prompts(path, config.objective, self._context.tokenizer, row_length=config.row_length)
 
 
-def _measure(model: Any, reference: Any, answers: Stream, *, objective: Any) -> dict[str, jax.Array]:
-    """Values [B, L] of the tokens of answers under the current policy, the starting model, and the critic."""
-
-    def log_p(model: Any) -> jax.Array:
-        return whole_rows(target_log_probabilities(model, answers, temperature=objective.temperature))
-
-    measured = {}
-    if objective.importance is not None:
-        measured["old_BL"] = log_p(model)
-    if reference is not None:
-        measured["reference_BL"] = log_p(reference)
-    if objective.critic is not None:
-        measured["values_BL"] = whole_rows(apply_critic(model, answers))
-    return measured
-
-
 def share_of_tree(tree: Any, part: int, num_parts: int) -> Any:
     """One of equal parts of the rows of all arrays."""
     return jax.tree.map(lambda x: share_of(x, part, num_parts), tree)
@@ -296,25 +329,3 @@ def read_policy_prompts(path: str, objective: Any, tokenizer: Tokenizer, *, row_
     for prompt in prompts:
         check_record(objective.reward, prompt.record, prompt.place)
     return prompts
-
-
-def policy_rows(answers: Answers) -> tuple[Stream, np.ndarray]:
-    """Each prompt directly followed by its answer, and the sampled log-probability of each target: [B, L]."""
-    num_rows, prompt_length = answers.prompts_RP.shape
-    max_new_tokens = answers.tokens_RN.shape[1]
-    rows, columns = np.nonzero(np.arange(max_new_tokens) < answers.lengths_R[:, None])
-    places = answers.prompt_lengths_R[rows] + columns
-
-    tokens = np.zeros((num_rows, prompt_length + max_new_tokens), np.int32)
-    tokens[:, :prompt_length] = answers.prompts_RP
-    tokens[rows, places] = answers.tokens_RN[rows, columns]
-    ends = answers.prompt_lengths_R + answers.lengths_R
-    segment_ids = (np.arange(tokens.shape[1]) < ends[:, None]).astype(np.int32)
-    targets = np.zeros_like(tokens)
-    targets[:, :-1] = tokens[:, 1:]
-    loss_weights = np.zeros(tokens.shape, np.float32)
-    loss_weights[rows, places - 1] = 1.0
-    sampled_BL = np.zeros(tokens.shape, np.float32)
-    sampled_BL[rows, places - 1] = answers.log_probabilities_RN[rows, columns]
-    positions = np.arange(tokens.shape[1], dtype=np.int32) * segment_ids
-    return Stream(tokens, targets, loss_weights, segment_ids, positions), sampled_BL

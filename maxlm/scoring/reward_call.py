@@ -7,7 +7,7 @@ import math
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -25,6 +25,15 @@ class Rewards:
 
     total: np.ndarray
     parts: dict[str, np.ndarray]
+
+    def taken(self, indices: np.ndarray) -> Self:
+        """Those of these completions, in this order."""
+        return type(self)(self.total[indices], {name: part[indices] for name, part in self.parts.items()})
+
+    def joined(self, other: Self) -> Self:
+        """Those of both, one after the other."""
+        parts = {name: np.concatenate([part, other.parts[name]]) for name, part in self.parts.items()}
+        return type(self)(np.concatenate([self.total, other.total]), parts)
 
 
 class CheckedReward:

@@ -16,7 +16,7 @@ from maxlm.core.tree import flatten
 from maxlm.data.preference import Prompt
 from maxlm.errors import ConfigError, DataError
 from maxlm.interop.load import load_model
-from maxlm.objectives.policy_data import policy_rows
+from maxlm.objectives.rollouts import policy_rows
 from maxlm.objectives.sampler import Sampler
 from maxlm.objectives.sequences import target_log_probabilities
 from maxlm.train.metrics import read_metrics

@@ -75,7 +75,8 @@ def test_resumed_run_matches_uninterrupted_run(runs):
         ({"advantage": {"kind": "group"}, "critic": None, "group_size": 1}, "set objective.group_size to at least 2"),
         ({"kl": {"beta": 0.1, "estimator": "k1"}}, "objective.kl.estimator=k1 has no useful gradient in a loss"),
         ({"epochs_per_rollout": 3}, "steps (4) must be a multiple of epochs_per_rollout (3)"),
-        ({"overlong": {"buffer": 7}}, "objective.overlong.buffer (7) exceeds max_new_tokens (6)"),
+        ({"staleness": 1, "dynamic_sampling": {}}, "objective.dynamic_sampling waits for the rewards of a round"),
+        ({"stop": {"largest_kl": 1.0}, "kl": {}}, "objective.stop.largest_kl needs the starting model"),
     ],
 )
 def test_inconsistent_settings_are_rejected(settings, sentence, tuned, prompts, tmp_path):

@@ -1,0 +1,164 @@
+"""Rounds of sampling: answers to the prompts of some steps, and what passes over them give.
+
+Dimensions: R answers of this process, B rows (answers), L length of prompt and answer.
+"""
+
+import io
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import jax
+import numpy as np
+from etils import epath
+
+from maxlm.core.batch import Stream
+from maxlm.errors import CheckpointError
+from maxlm.models.critic import apply_critic
+from maxlm.objectives.sampler import Answers
+from maxlm.objectives.sequences import target_log_probabilities, whole_rows
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A round of sampling on this process, before its answers are rewarded.
+
+    prompts_R: the index of each answer's prompt in its file; answers to the same prompt are in a row.
+    measured: values [B, L] by name, of `measure`.
+    greedy: the greedy answer to each prompt, if asked for.
+    """
+
+    prompts_R: np.ndarray
+    answers: Answers
+    measured: Mapping[str, np.ndarray]
+    greedy: Answers | None = None
+
+    def write(self, file: epath.Path) -> None:
+        """Write it to a file, whole or not at all."""
+        content = io.BytesIO()
+        parts = {"answers": self.answers} | ({} if self.greedy is None else {"greedy": self.greedy})
+        arrays = {f"{name}/{key}": x for name, part in parts.items() for key, x in _arrays(part).items()}
+        arrays |= {f"measured/{name}": x_BL for name, x_BL in self.measured.items()}
+        np.savez_compressed(content, allow_pickle=False, prompts_R=self.prompts_R, **arrays)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{file.name}.partial")
+        partial.write_bytes(content.getvalue())
+        partial.replace(file)
+
+    @classmethod
+    def read(cls, file: epath.Path) -> Self:
+        """Read a file of `write`.
+
+        Raises:
+          CheckpointError: it is missing.
+        """
+        if not file.exists():
+            raise CheckpointError(
+                f"{file}: is missing; its answers were sampled with earlier weights (objective.staleness), so the run"
+                " cannot go on exactly; put it back, or start a new run"
+            )
+        with np.load(io.BytesIO(file.read_bytes())) as arrays:
+            found = dict(arrays)
+
+        def part(name: str) -> dict[str, np.ndarray]:
+            return {path.split("/")[1]: x for path, x in found.items() if path.startswith(f"{name}/")}
+
+        greedy = part("greedy")
+        return cls(
+            found["prompts_R"], _answers(part("answers")), part("measured"), _answers(greedy) if greedy else None
+        )
+
+
+def _arrays(answers: Answers) -> dict[str, np.ndarray]:
+    arrays = {field.name: getattr(answers, field.name) for field in fields(answers)}
+    return arrays | {"texts": np.array(json.dumps(answers.texts))}
+
+
+def _answers(arrays: dict[str, np.ndarray]) -> Answers:
+    return Answers(**{**arrays, "texts": json.loads(str(arrays["texts"]))})
+
+
+class RolloutFiles:
+    """Files of recent rounds in the run folder, one for each process; older ones are removed.
+
+    Args:
+      keep: how many rounds.
+    """
+
+    def __init__(self, folder: epath.Path, *, keep: int):
+        self._folder, self._keep = folder / "rollouts", keep
+
+    def write(self, number: int, rollout: Rollout) -> None:
+        rollout.write(self._file(number))
+        self._file(number - self._keep).unlink(missing_ok=True)
+
+    def read(self, number: int) -> Rollout:
+        return Rollout.read(self._file(number))
+
+    def _file(self, number: int) -> epath.Path:
+        return self._folder / f"{number}.{jax.process_index()}.npz"
+
+
+def measure(model: Any, reference: Any, answers: Stream, *, objective: Any) -> dict[str, jax.Array]:
+    """Values [B, L] of the tokens of answers under the current policy, the starting model, and the critic."""
+
+    def log_p(model: Any) -> jax.Array:
+        return whole_rows(target_log_probabilities(model, answers, temperature=objective.temperature))
+
+    measured = {}
+    if objective.importance is not None:
+        measured["old_BL"] = log_p(model)
+    if reference is not None:
+        measured["reference_BL"] = log_p(reference)
+    if objective.critic is not None:
+        measured["values_BL"] = whole_rows(apply_critic(model, answers))
+    return measured
+
+
+def policy_rows(answers: Answers) -> tuple[Stream, np.ndarray]:
+    """Each prompt directly followed by its answer, and the sampled log-probability of each target: [B, L]."""
+    num_rows, prompt_length = answers.prompts_RP.shape
+    max_new_tokens = answers.tokens_RN.shape[1]
+    rows, columns = np.nonzero(np.arange(max_new_tokens) < answers.lengths_R[:, None])
+    places = answers.prompt_lengths_R[rows] + columns
+
+    tokens = np.zeros((num_rows, prompt_length + max_new_tokens), np.int32)
+    tokens[:, :prompt_length] = answers.prompts_RP
+    tokens[rows, places] = answers.tokens_RN[rows, columns]
+    ends = answers.prompt_lengths_R + answers.lengths_R
+    segment_ids = (np.arange(tokens.shape[1]) < ends[:, None]).astype(np.int32)
+    targets = np.zeros_like(tokens)
+    targets[:, :-1] = tokens[:, 1:]
+    loss_weights = np.zeros(tokens.shape, np.float32)
+    loss_weights[rows, places - 1] = 1.0
+    sampled_BL = np.zeros(tokens.shape, np.float32)
+    sampled_BL[rows, places - 1] = answers.log_probabilities_RN[rows, columns]
+    positions = np.arange(tokens.shape[1], dtype=np.int32) * segment_ids
+    return Stream(tokens, targets, loss_weights, segment_ids, positions), sampled_BL
+
+
+def in_background(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Start a function in a thread; what is returned waits for its result, or raises what it raised."""
+
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append((function(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    # A daemon, so that the process can end while user code still runs.
+    thread = threading.Thread(target=run, name="rewards", daemon=True)
+    thread.start()
+
+    def wait() -> Any:
+        thread.join()
+        value, error = outcome[0]
+        if error is not None:
+            raise error
+        return value
+
+    return wait
