@@ -285,13 +285,8 @@ class PolicyOptimization(Objective, RecordsConfig):
         return Batch({"answers": answers}, given)
 
     def for_verification(self) -> Self:
-        small = {
-            "group_size": 2,
-            "max_new_tokens": 8,
-            "updates_per_rollout": 1,
-            "epochs_per_rollout": 1,
-            "staleness": 0,
-        }
+        small = {"group_size": 2, "max_new_tokens": 8}
+        at_once = {"updates_per_rollout": 1, "epochs_per_rollout": 1, "staleness": 0}
         kl = self.kl.model_copy(update={"beta": max(self.kl.beta, 0.1)})
         return self.model_copy(update={**small, **at_once, "kl": kl})
 
