@@ -83,6 +83,9 @@ POST_TRAINING: dict[str, dict[str, Any]] = {
     "sft": {"objective": {"kind": "sft", "train_file": "chats.jsonl", "valid_file": "chats.jsonl"}},
     "sft, adapters": {"objective": {"kind": "sft", "train_file": "chats.jsonl"}, "lora": LORA},
     "reward": {"objective": {"kind": "reward", "train_file": "pairs.jsonl", "valid_file": "pairs.jsonl"}},
+    "process reward": {
+        "objective": {"kind": "process_reward", "train_file": "solutions.jsonl", "valid_file": "solutions.jsonl"}
+    },
     "dpo": {"objective": {"kind": "preference", "train_file": "pairs.jsonl", "valid_file": "pairs.jsonl"}},
     "dpo, all terms": {
         "objective": {
@@ -179,6 +182,7 @@ def traces(only: str) -> Iterator[tuple[str, Any]]:
         "receipt: chats": partial(json_of, "export", "sft", "int8-sft"),
         "greedy text: int8": greedy_int8,
         "scores: reward": partial(json_of, "score", "reward", "pairs.jsonl"),
+        "scores: process reward": partial(json_of, "score", "process reward", "solutions.jsonl"),
     }
     for name, trace in every.items():
         if only in name:
@@ -226,6 +230,7 @@ def make_data() -> None:
         "chats": [{"messages": [*q, {"role": "assistant", "content": a}]} for q, a in zip(asked, answers)],
         "pairs": [{"prompt": q, "chosen": a, "rejected": a + "0"} for q, a in zip(asked, answers)],
         "prompts": [{"prompt": q, "answer": a} for q, a in zip(asked, answers)],
+        "solutions": [{"prompt": q, "steps": [a, a + "0"], "labels": [1, 0]} for q, a in zip(asked, answers)],
         "tasks": [{"kind": "sum", "prompt": q, "answer": a} for q, a in zip(asked, answers)],
     }
     for name, lines in records.items():

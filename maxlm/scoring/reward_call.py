@@ -131,7 +131,7 @@ def _listed(returned: Any, completions: Sequence[str]) -> list[Any]:
     values = list(itertools.islice(returned, len(completions) + 1))
     if len(values) != len(completions):
         count = f"{len(values)}" if len(values) < len(completions) else f"more than {len(completions)}"
-        raise _Returned(f"{count} values for {len(completions)} completions")
+        raise _Returned(f"{count} {'value' if count == '1' else 'values'} for {len(completions)} completions")
     return values
 
 

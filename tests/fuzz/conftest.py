@@ -18,9 +18,8 @@ def place(tmp_path_factory, tiny_tokenizer_folder):
         "tokenizer": tiny_tokenizer_folder,
         "row_length": 64,
     }
-    objectives = {
-        kind: {"kind": kind, "train_file": "records.jsonl"} for kind in ("sft", "preference", "reward", "policy")
-    }
+    kinds = ("sft", "preference", "reward", "process_reward", "policy")
+    objectives = {kind: {"kind": kind, "train_file": "records.jsonl"} for kind in kinds}
     for kind, objective in objectives.items():
         (folder / f"{kind}.yaml").write_text(yaml.safe_dump({**train, "objective": objective}))
     for name, text in RECIPES.items():

@@ -15,6 +15,7 @@ TREES = {name: yaml.safe_load(text) for name, text in RECIPES.items()}
 
 CHAT = {"messages": [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]}
 PAIR = {"prompt": [{"role": "user", "content": "Say hello."}], "chosen": "Hello.", "rejected": "No."}
+SOLUTION = {"prompt": "What is 2 + 2?", "steps": ["It is 4.", "Or 5."], "labels": [True, False]}
 QUESTION = {"prompt": "What is 2 + 2?", "answer": "4"}
 CHOICE = {"prompt": "The sky is", "choices": [" blue", " loud"], "answer": 0, "kind": "sky"}
 DOCUMENT = {"id": "a", "text": "Once upon a time there was a language model that read every file it was given."}
@@ -72,6 +73,13 @@ def test_preferences(place, content, kind):
 
 
 @cases(60)
+@given(record_files(SOLUTION))
+def test_solutions(place, content):
+    write(place / "records.jsonl", content)
+    check("preview", "process_reward.yaml", "-n", 1)
+
+
+@cases(60)
 @given(record_files(QUESTION))
 def test_prompts(place, content):
     write(place / "records.jsonl", content)
@@ -93,7 +101,12 @@ def test_documents(place, content, id_field):
 
 def test_valid_records_are_accepted(place):
     """Otherwise, rejecting everything would pass."""
-    for record, kinds in ((CHAT, ["sft"]), (PAIR, ["preference", "reward"]), (QUESTION, ["policy"])):
+    for record, kinds in (
+        (CHAT, ["sft"]),
+        (PAIR, ["preference", "reward"]),
+        (SOLUTION, ["process_reward"]),
+        (QUESTION, ["policy"]),
+    ):
         write(place / "records.jsonl", json.dumps(record).encode())
         assert [check("preview", f"{kind}.yaml") for kind in kinds] == [0] * len(kinds)
     assert build(place, write(place / "right.jsonl", json.dumps(DOCUMENT).encode()), id_field="id") == 0

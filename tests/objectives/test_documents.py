@@ -21,10 +21,12 @@ def record(kind: str, thing: str) -> dict:
         return {"prompt": question(thing), "answer": "yes"}
     if kind == "unpaired_preference":
         return {"prompt": question(thing), "completion": "yes", "label": len(thing) == 3}
+    if kind == "process_reward":
+        return {"prompt": question(thing), "steps": ["yes", "no"], "labels": [1, 0]}
     return {"prompt": question(thing), "chosen": "yes", "rejected": "no"}
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "preference", "unpaired_preference", "policy"])
+@pytest.mark.parametrize("kind", ["sft", "reward", "process_reward", "preference", "unpaired_preference", "policy"])
 def test_lines_of_a_batch_match_its_tokens(kind, tokenizer, untrained, tmp_path):
     records = [record(kind, TOO_LONG), *(record(kind, thing) for thing in THINGS)]
     file = write_lines(tmp_path / "data.jsonl", records)

@@ -101,7 +101,7 @@ def checked(*functions, weights=(1.0, 1.0), time_limit=60.0):
         (functools.partial(give, "1.0"), r"returned the text '1\.0'"),
         (functools.partial(give, {"a": 1, "b": 2}), "returned one dict instead of a list"),
         (functools.partial(give, []), "returned 0 values for 2 completions"),
-        (functools.partial(give, [1.0]), "returned 1 values for 2 completions"),
+        (functools.partial(give, [1.0]), "returned 1 value for 2 completions"),
         (functools.partial(give, itertools.count()), "returned more than 2 values for 2 completions"),
         (functools.partial(give, [1, None]), "returned None for the completion ''"),
         (functools.partial(give, [1, float("nan")]), "returned nan for the completion ''"),
