@@ -21,7 +21,10 @@ _WANTED = "a reward function returns one finite number per completion for (promp
 
 @dataclass(frozen=True)
 class Rewards:
-    """The weighted sum of the rewards of completions, and each part without its weight: float32 [completions]."""
+    """The weighted sum of the rewards of completions, and what is reported: float32 [completions].
+
+    parts: each part of the sum without its weight, and, as PART_NAME, further numbers that its function reports.
+    """
 
     total: np.ndarray
     parts: dict[str, np.ndarray]
@@ -46,6 +49,7 @@ class CheckedReward:
 
     def __init__(self, rewards: Sequence[Reward], *, time_limit: float):
         self._rewards, self._time_limit = rewards, time_limit
+        self._names: dict[str, Any] = {}  # what each part has reported
 
     def __call__(
         self, prompts: Sequence[Prompt], completions: Sequence[str], num_tokens: Sequence[int] | np.ndarray
@@ -55,13 +59,14 @@ class CheckedReward:
         Raises:
           ConfigError: a function raised, took too long, or returned something else.
         """
-        values: dict[str, list[float]] = {reward.name: [] for reward in self._rewards}
+        values: dict[str, list[float]] = {}
         indices = range(len(prompts))
         for _, group in itertools.groupby(indices, key=lambda index: id(prompts[index])):
             members = list(group)
             texts, counts = [completions[index] for index in members], [int(num_tokens[index]) for index in members]
             for reward in self._rewards:
-                values[reward.name] += self._call(reward, prompts[members[0]], texts, counts)
+                for name, numbers in self._call(reward, prompts[members[0]], texts, counts).items():
+                    values.setdefault(name, []).extend(numbers)
         arrays = {name: np.array(numbers, np.float64) for name, numbers in values.items()}
         total = sum((reward.weight * arrays[reward.name] for reward in self._rewards), np.zeros(len(prompts)))
         return Rewards(total.astype(np.float32), {name: array.astype(np.float32) for name, array in arrays.items()})
@@ -75,13 +80,20 @@ class CheckedReward:
         for prompt in {id(prompt): prompt for prompt in (prompts[0], prompts[-1])}.values():
             self([prompt, prompt], [str(prompt.record.get("answer", "")), ""], [1, 1])
 
-    def _call(self, reward: Reward, prompt: Prompt, completions: list[str], num_tokens: list[int]) -> list[float]:
+    def _call(
+        self, reward: Reward, prompt: Prompt, completions: list[str], num_tokens: list[int]
+    ) -> dict[str, list[float]]:
+        """The rewards of completions, by the name of the part, and what else its function reports."""
         # Copies, so that a function that modifies its arguments does not affect later calls.
         text, record = copy.deepcopy((prompt.text, prompt.record))
+
+        def call() -> dict[str, list[Any]]:
+            metrics: dict[str, Any] = {}
+            values = {reward.name: _listed(reward(text, list(completions), record, num_tokens, metrics), completions)}
+            return values | {f"{reward.name}_{name}": _listed(each, completions) for name, each in metrics.items()}
+
         try:
-            returned = within(
-                self._time_limit, lambda: _listed(reward(text, list(completions), record, num_tokens), completions)
-            )
+            returned = within(self._time_limit, call)
         except TimeLimitExceeded:
             raise self._error(
                 reward,
@@ -98,11 +110,16 @@ class CheckedReward:
             message = " ".join(str(error).split())[:200]
             problem = f"raised {type(error).__name__}: {message}{_line_of(reward, error)}"
             raise self._error(reward, prompt, f"{problem}; {_WANTED}; fix it") from error
-        for completion, value in zip(completions, returned):
-            if (problem := _problem_with(value)) is not None:
-                shown = completion if len(completion) <= 60 else completion[:60] + "…"
-                raise self._error(reward, prompt, f"returned {problem} for the completion {shown!r}; {_WANTED}; fix it")
-        return [float(value) for value in returned]
+        if self._names.setdefault(reward.name, returned.keys()) != returned.keys():
+            raise self._error(reward, prompt, "reports other metrics than before; it must report the same in each call")
+        for values in returned.values():
+            for completion, value in zip(completions, values):
+                if (problem := _problem_with(value)) is not None:
+                    shown = completion if len(completion) <= 60 else completion[:60] + "…"
+                    raise self._error(
+                        reward, prompt, f"returned {problem} for the completion {shown!r}; {_WANTED}; fix it"
+                    )
+        return {name: [float(value) for value in values] for name, values in returned.items()}
 
     @staticmethod
     def _error(reward: Reward, prompt: Prompt, problem: str) -> ConfigError:

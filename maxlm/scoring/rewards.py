@@ -25,8 +25,10 @@ from maxlm.scoring.rules import answers, code, form, latex, style
 
 RewardFunction = Callable[..., Sequence[float]]
 
-# A parameter of this name is no setting: it receives the number of tokens of each completion, its end token included.
-TOKENS = "num_tokens"
+# Parameters of these names are no settings. The first receives the number of tokens of each completion, its end token
+# included. The second receives an empty dict, into which the function may put further numbers by name, one for each
+# completion and the same names in every call, which are only reported.
+TOKENS, METRICS = "num_tokens", "metrics"
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Reward:
 
     name: of its part of the sum, unique.
     source: its name in the configuration.
+    takes: which of TOKENS and METRICS the function has as parameters.
     """
 
     name: str
@@ -91,13 +94,20 @@ class Reward:
     weight: float
     function: RewardFunction
     settings: Mapping[str, Any]
-    takes_tokens: bool
+    takes: frozenset[str] = frozenset()
 
     def __call__(
-        self, prompt: Text, completions: list[str], record: dict[str, Any], num_tokens: Sequence[int]
+        self,
+        prompt: Text,
+        completions: list[str],
+        record: dict[str, Any],
+        num_tokens: Sequence[int],
+        metrics: dict[str, Sequence[float]] | None = None,
     ) -> Sequence[float]:
-        counts = {TOKENS: list(num_tokens)} if self.takes_tokens else {}
-        return self.function(prompt, completions, record, **counts, **self.settings)
+        """The function's own value; numbers that it only reports are put into `metrics`."""
+        available = {TOKENS: list(num_tokens), METRICS: {} if metrics is None else metrics}
+        given = {name: value for name, value in available.items() if name in self.takes}
+        return self.function(prompt, completions, record, **given, **self.settings)
 
 
 def find_rewards(setting: str | Sequence[RewardPart]) -> list[Reward]:
@@ -113,8 +123,8 @@ def find_rewards(setting: str | Sequence[RewardPart]) -> list[Reward]:
         base = part.name.rpartition(":")[2]
         number = sum(other.name.rpartition(":")[2] == base for other in parts[: len(found)]) + 1
         name = base if number == 1 else f"{base}_{number}"
-        settings, takes_tokens = _checked_settings(function, part)
-        found[name] = Reward(name, part.name, part.weight, function, settings, takes_tokens)
+        settings, takes = _checked_settings(function, part)
+        found[name] = Reward(name, part.name, part.weight, function, settings, takes)
     return list(found.values())
 
 
@@ -163,17 +173,17 @@ def find_function(name: str) -> RewardFunction:
     raise ConfigError([f"objective.reward: {name!r} is not a reward function; {hint}"])
 
 
-def _checked_settings(function: RewardFunction, part: RewardPart) -> tuple[dict[str, Any], bool]:
-    """The settings of a part, validated by the annotations of the function; whether it takes numbers of tokens."""
+def _checked_settings(function: RewardFunction, part: RewardPart) -> tuple[dict[str, Any], frozenset[str]]:
+    """The settings of a part, validated by the annotations of the function; which other parameters it has."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # a function in C without a signature
-        return dict(part.settings), False
+        return dict(part.settings), frozenset()
     hints = _hints(function)
     keywords = [each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
     fields: dict[str, Any] = {}
     for each in keywords:
-        if each.name != TOKENS:
+        if each.name not in (TOKENS, METRICS):
             hint = hints.get(each.name, Any)
             fields[each.name] = hint if each.default is inspect.Parameter.empty else NotRequired[hint]
     make: Any = TypedDict  # mypy knows literal fields only
@@ -188,7 +198,7 @@ def _checked_settings(function: RewardFunction, part: RewardPart) -> tuple[dict[
         allowed = f"; the settings of {part.name} are {', '.join(fields)}" if fields else "; it has no settings"
         problems = [f"objective.reward: {part.name}: {_explain(item)}{allowed}" for item in error.errors()]
         raise ConfigError(problems) from None
-    return given, any(each.name == TOKENS for each in keywords)
+    return given, frozenset({TOKENS, METRICS} & {each.name for each in keywords})
 
 
 def _hints(function: RewardFunction) -> dict[str, Any]:

@@ -84,9 +84,9 @@ def for_one_completion(completion, record):
     return 1.0
 
 
-def checked(*functions, weights=(1.0, 1.0), time_limit=60.0):
+def checked(*functions, weights=(1.0, 1.0), time_limit=60.0, takes=frozenset()):
     rewards = [
-        Reward(f"part{index}", f"mine:part{index}", weight, function, {}, takes_tokens=False)
+        Reward(f"part{index}", f"mine:part{index}", weight, function, {}, takes)
         for index, (function, weight) in enumerate(zip(functions, weights))
     ]
     return CheckedReward(rewards, time_limit=time_limit)
@@ -167,6 +167,27 @@ def test_rewards_are_weighted_and_reported_by_part():
     assert rewards.total.tolist() == [-1, 1, -0.5]
     assert rewards.total.dtype == np.float32
     assert calls == [("a", ["", "four"], {"bonus": 1}), ("b", ["six"], {"bonus": 2})], "one call per prompt"
+
+
+def test_functions_report_further_numbers():
+    def noted(prompt, completions, record, *, metrics):
+        if "metrics" in record:
+            metrics.update(record["metrics"])
+        return [1.0] * len(completions)
+
+    reward = checked(noted, takes=frozenset({"metrics"}))
+    good = Prompt([1], {"metrics": {"length": [3, 4.5]}}, "p.jsonl:1")
+    rewards = reward([good] * 2, ["a", "b"], [1, 1])
+    assert {name: part.tolist() for name, part in rewards.parts.items()} == {"part0": [1, 1], "part0_length": [3, 4.5]}
+    assert rewards.total.tolist() == [1, 1]
+    for metrics, sentence in [
+        (None, "reports other metrics than before"),
+        ({"length": [3]}, "returned 1 value for 2 completions"),
+        ({"length": [3, None]}, "returned None for the completion 'b'"),
+    ]:
+        bad = Prompt([1], {} if metrics is None else {"metrics": metrics}, "p.jsonl:2")
+        with pytest.raises(ConfigError, match=rf"part0 for p\.jsonl:2 {sentence}"):
+            reward([bad] * 2, ["a", "b"], [1, 1])
 
 
 def test_parts_of_the_same_name_are_numbered():

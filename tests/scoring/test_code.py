@@ -67,7 +67,12 @@ def test_hostile_code_is_worth_nothing_and_disturbs_no_other():
         "import os\nwhile True: os.fork()",
     ]
     mixed = [text for each in hostile for text in (each, RIGHT)]
-    assert reward(mixed, ASSERTIONS, seconds=2.0, workers=2) == [0, 1] * len(hostile)
+    (found,) = find_rewards([RewardPart(name="unit_tests", settings={"seconds": 2.0, "workers": 2})])
+    metrics = {}
+    assert found("?", mixed, {"tests": ASSERTIONS}, [1] * len(mixed), metrics) == [0, 1] * len(hostile)
+    # Code that exits by itself, after an error or by failing to fork, was not stopped.
+    assert metrics["stopped"][1::2] == [0] * len(hostile)
+    assert [metrics["stopped"][place] for place in (0, 4)] == [1, 1], "endless loop, output flood"
 
 
 def test_code_of_a_completion():

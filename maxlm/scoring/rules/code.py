@@ -45,6 +45,7 @@ def unit_tests(
     completions: list[str],
     record: dict[str, Any],
     *,
+    metrics: dict[str, Any],
     share: bool = False,
     seconds: PositiveFloat = 10.0,
     memory_mb: Annotated[int, Field(ge=64)] = 512,
@@ -56,6 +57,8 @@ def unit_tests(
     {input, output} of a whole program.
 
     The code is the last ```python block, or the completion itself. Outputs are equal up to trailing whitespace.
+
+    Reports `stopped`, the share of an answer's programs that a bound or a signal ended.
 
     Args:
       share: give the share of tests that pass instead.
@@ -75,13 +78,14 @@ def unit_tests(
         tasks = ({"code": code, "tests": tests, "secret": secret} for code in codes)
         programs = [Program(_HARNESS, stdin=json.dumps(task)) for task in tasks]
     else:
-        programs = [Program(code, stdin=test["input"]) for code in codes for test in tests]
+        programs = [Program(code, stdin=test["input"]) for test in tests for code in codes]
     outcomes = _run(programs, limits, workers, accept_no_isolation=accept_no_isolation)
+    by_answer = [outcomes[start :: len(codes)] for start in range(len(codes))]
+    metrics["stopped"] = [sum(each.ended != "exit" for each in its) / len(its) for its in by_answer]
     if isinstance(tests[0], str):
-        passed = [_num_passed(outcome, secret) for outcome in outcomes]
+        passed = [_num_passed(outcome, secret) for (outcome,) in by_answer]
     else:
-        right = [_gave(outcome, test["output"]) for outcome, test in zip(outcomes, tests * len(codes))]
-        passed = [sum(right[start : start + len(tests)]) for start in range(0, len(right), len(tests))]
+        passed = [sum(_gave(outcome, test["output"]) for outcome, test in zip(its, tests)) for its in by_answer]
     return [count / len(tests) if share else float(count == len(tests)) for count in passed]
 
 
