@@ -251,7 +251,7 @@ def token_rewards(answers):
             lambda r: r - ((r * MASK.sum(1).reshape(2, 2)).sum(1) / MASK.sum(1).reshape(2, 2).sum(1))[:, None],
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_advantages_of_answers(settings, expected):
     """Penalties of tokens are part of an answer's reward."""
