@@ -60,6 +60,7 @@ _RULES: tuple[tuple[Change, tuple[str, ...]], ...] = (
             "lora.*",
             "init_from",
             "tokenizer",
+            "chat_template",
             "optim.kind",
         ),
     ),

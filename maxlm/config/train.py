@@ -35,6 +35,11 @@ class TrainConfig(Frozen):
     output: str = Field(description="The run folder; an existing run there is resumed.")
     init_from: str | None = Field(None, description="A run folder or checkpoint with the initial weights.")
     tokenizer: str | None = Field(None, description="Tokenizer folder; null uses that of the data or of init_from.")
+    chat_template: str | None = Field(
+        None,
+        description="For a tokenizer without a chat template: the name of one, such as chatml or llama3, or a Jinja"
+        " file; docs/chats.md lists them.",
+    )
     model: ModelConfig | None = Field(None, description="null uses the model of init_from.")
     execution: ExecutionConfig | None = Field(None, description="null uses that of init_from, or the defaults.")
     objective: AnyObjective

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from maxlm.errors import TokenizerError
+from maxlm.prompts.tools import RESULTS, as_written
 from maxlm.runtime.storage import storage_path
 
 FILE_NAME = "chat_template.json"
@@ -58,11 +59,25 @@ class ChatTemplate:
     answering_role: str
     begin: tuple[dict[str, str], ...]
 
-    def encode(self, messages: Sequence[dict], encoder: TextEncoder, *, generation_prompt: bool = False) -> ChatTokens:
+    @property
+    def writes(self) -> set[str]:
+        """What it writes as its own, and not as text: see `as_written`."""
+        return {RESULTS} if "tool" in self.roles else set()
+
+    def encode(
+        self,
+        messages: Sequence[dict],
+        encoder: TextEncoder,
+        *,
+        tools: Sequence[dict] | None = None,
+        generation_prompt: bool = False,
+    ) -> ChatTokens:
         """The ids of a chat.
 
         Args:
-          messages: `{"role": ..., "content": ...}` each; a `weight` multiplies the loss on an answer.
+          messages: `{"role": ..., "content": ...}` each; a `weight` multiplies the loss on an answer. Tool calls and
+            results are those of OpenAI, but `arguments` is an object.
+          tools: functions that the model may call, in OpenAI's form.
           generation_prompt: end with the prefix of the answering role, for generation. Nothing is learned then.
 
         Returns:
@@ -84,7 +99,7 @@ class ChatTemplate:
 
         ids = encode(self.begin)
         weights = [0.0] * len(ids)
-        for message in messages:
+        for message in as_written(messages, tools, self.writes)[0]:
             role = self.role(message.get("role"))
             prefix, answer = encode(role.prefix), encode([{"text": message["content"]}, *role.suffix])
             ids += prefix + answer

@@ -4,13 +4,14 @@ They are programs of strangers: they run in a sandbox, for a limited number of s
 parsed as a control token, as `apply_chat_template(sanitize_control_tokens=True)` of transformers has it.
 """
 
+import difflib
 import functools
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -20,12 +21,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from maxlm.errors import TokenizerError
 from maxlm.prompts.chat_template import ChatTemplate, ChatTokens
+from maxlm.prompts.tools import CALLS, NAMES, RESULTS, TOOLS, as_written, to_json
 
 # Lines of Python that a template may run. A chat of a thousand messages takes some ten thousand.
 _MAX_STEPS = 5_000_000
 # Noncharacters of Unicode, which no text contains: they enclose control tokens in messages, and generated text.
 _PLAIN, _PLAIN_END, _GENERATED, _GENERATED_END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 _MARKS = re.compile(f"[{_PLAIN}-{_GENERATED_END}]")
+# Names in the style of control tokens.
+_LIKE_CONTROL = re.compile(r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|<(?:start|end)_of_turn>|<reserved_\d+>|\[gMASK\]|<sop>")
+_ROLES = ("system", "user", "assistant", "tool")
 
 _Range = tuple[int, int]
 
@@ -80,23 +85,38 @@ class JinjaTemplate:
         self.source = source
         self._special_tokens = dict(special_tokens)
 
-    def encode(self, messages: Sequence[dict], encoder: RangeEncoder, *, generation_prompt: bool = False) -> ChatTokens:
+    def encode(
+        self,
+        messages: Sequence[dict],
+        encoder: RangeEncoder,
+        *,
+        tools: Sequence[dict] | None = None,
+        generation_prompt: bool = False,
+    ) -> ChatTokens:
         """The ids of a chat; see `ChatTemplate.encode`.
 
         Answers are what the template puts into `{% generation %}`; without such a mark, what it writes for an answer
-        after its generation prompt, up to the last control token.
+        after its generation prompt, up to the last control token. If it writes none there, as those of GLM, the control
+        token that begins the next question ends the answer, and is added to the last one.
 
         Raises:
-          TokenizerError: the template refuses the messages, fails, runs for too long, or writes an answer in another
-            way than it prompts for one.
+          TokenizerError: a role is unknown, the template refuses the messages, fails, runs for too long, or writes an
+            answer in another way than it prompts for one.
         """
+        for message in messages:
+            self._check_role(message.get("role"))
         is_control = _pattern(encoder.control_tokens)
-        marked = [_marked(message, is_control) for message in messages]
-        rendered = self._render(marked, generation_prompt=generation_prompt)
+        if tools or any(message.keys() & {"tool_calls", "tool_call_id", "name"} for message in messages):
+            messages, tools = as_written(messages, tools, self.writes)
+        marked = [_marked(self._as_given(message), is_control) for message in messages]
+        render = functools.partial(self._render, tools=_marked(tools, is_control))
+        rendered = render(marked, generation_prompt=generation_prompt)
+        if messages[-1]["role"] == self.answering_role and not generation_prompt and not rendered.generated:
+            rendered = self._with_end(rendered, encoder.control_tokens)
         ids, ranges = encoder.encode_ranges(rendered.text, rendered.plain)
         weights = [0.0] * len(ids)
         if not generation_prompt:
-            for (start, end), weight in self._answers(messages, marked, rendered, is_control):
+            for (start, end), weight in self._answers(messages, marked, rendered, is_control, render):
                 weights = [
                     weight if start < its_end and its_start < end else kept
                     for kept, (its_start, its_end) in zip(weights, ranges)
@@ -104,18 +124,98 @@ class JinjaTemplate:
         return ChatTokens(ids, weights)
 
     def end_of_turn(self, control_tokens: Iterable[str]) -> str | None:
-        """The control token that ends an answer; None if there is none, or a chat of two messages is refused."""
-        answer = "An answer."
-        chat = [{"role": "user", "content": "A question?"}, {"role": self.answering_role, "content": answer}]
+        """The control token that ends an answer, or else begins the question after it; None if there is none, or a chat
+        of two messages is refused."""
+        is_control = _pattern(control_tokens)
+        for chat in (_CHAT, [*_CHAT, _CHAT[0]]):
+            try:
+                _, found, rest = self._render(chat).text.partition(_CHAT[1]["content"])
+            except TokenizerError:
+                return None
+            if found and (end := is_control.search(rest)):
+                return end[0]
+        return None
+
+    def problem(self, encoder: RangeEncoder, tokens: Sequence[str] = ()) -> str | None:
+        """Why answers in this template cannot be learned with this tokenizer: a sentence, or None.
+
+        Args:
+          tokens: texts that must be one token each, besides those that look like control tokens.
+        """
         try:
-            _, found, rest = self._render(chat).text.rpartition(answer)
+            text = self._render(_CHAT).text
+        except TokenizerError as error:
+            # One that refuses this chat may take others.
+            return None if isinstance(error.__cause__ or error.__context__, _RefusedError) else str(error)
+        for mark in [*tokens, *_LIKE_CONTROL.findall(text)]:
+            if len(encoder.encode_ranges(mark, [])[0]) != 1:
+                return (
+                    f"the chat template writes {mark!r}, which is not one token of the tokenizer; add it to the"
+                    " tokenizer, or use a chat template of this model"
+                )
+        if self.end_of_turn(encoder.control_tokens) is None:
+            return (
+                "the chat template ends an answer with no control token, so a model would not learn to end it; let it"
+                " write eos_token after each answer"
+            )
+        return None
+
+    def _with_end(self, rendered: _Rendered, control_tokens: Iterable[str]) -> _Rendered:
+        """With the control token that ends the last answer, if the template does not write it."""
+        if _end_of(rendered, _pattern(control_tokens)) is None and (end := self.end_of_turn(control_tokens)):
+            return replace(rendered, text=rendered.text.rstrip("\n") + end)
+        return rendered
+
+    @functools.cached_property
+    def writes(self) -> set[str]:
+        """What it writes as its own, and not as text, as it shows for examples: see `as_written`."""
+        question, answer = _CHAT
+        found = set()
+        named = [question | {"name": "one_speaker"}, answer | {"name": "another_speaker"}]
+        if self._shows(named, "one_speaker", "another_speaker"):
+            found.add(NAMES)
+        if self._shows([question, answer], _TOOL["function"]["name"], tools=[_TOOL]):
+            found.add(TOOLS)
+        if self._call_form is not None:
+            found.add(CALLS)
+            called = self._as_given(_CALL)
+            if self._shows([question, called, _RESULT, answer], "a_result", tools=[_TOOL]):
+                found.add(RESULTS)
+        return found
+
+    @functools.cached_property
+    def _call_form(self) -> "_CallForm | None":
+        """How it takes calls; those of DeepSeek need arguments in JSON, and no content. None: it ignores them."""
+        forms = (_CallForm(content, is_json) for is_json in (False, True) for content in ("", None))
+        return next((form for form in forms if self._shows([_CHAT[0], form.of(_CALL)], "a_value", tools=[_TOOL])), None)
+
+    def _shows(self, messages: list[dict], *texts: str, tools: list[dict] | None = None) -> bool:
+        """Whether the template takes these messages, and each of the texts is in what it writes."""
+        try:
+            text = self._render(messages, tools=tools).text
         except TokenizerError:
-            return None
-        end = _pattern(control_tokens).search(rest) if found else None
-        return end[0] if end else None
+            return False
+        return all(each in text for each in texts)
+
+    def _as_given(self, message: dict) -> dict:
+        """A message as the template is given it."""
+        message = {key: value for key, value in message.items() if key != "weight" and value is not None}
+        return self._call_form.of(message) if message.get("tool_calls") and self._call_form else message
+
+    def _check_role(self, role: object) -> None:
+        if role in _ROLES or (isinstance(role, str) and re.search(f"[\"']{re.escape(role)}[\"']", self.source)):
+            return
+        near = difflib.get_close_matches(str(role), _ROLES, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"roles are {', '.join(_ROLES)}"
+        raise TokenizerError(f"chat role {role!r} is unknown; {hint}")
 
     def _answers(
-        self, messages: Sequence[dict], marked: list[dict], rendered: _Rendered, is_control: re.Pattern
+        self,
+        messages: Sequence[dict],
+        marked: list[dict],
+        rendered: _Rendered,
+        is_control: re.Pattern,
+        render: Callable[..., _Rendered],
     ) -> Iterator[tuple[_Range, float]]:
         """What is learned, and its weight."""
         answers = [i for i, message in enumerate(messages) if message.get("role") == self.answering_role]
@@ -131,24 +231,28 @@ class JinjaTemplate:
         for i, weight in zip(answers, weights):
             if not weight:
                 continue
-            before = self._render(marked[:i], generation_prompt=True).text if i else ""
-            through = self._render(marked[: i + 1]).text
-            if not (rendered.text.startswith(through) and through.startswith(before)):
+            before = render(marked[:i], generation_prompt=True).text if i else ""
+            through = render(marked[: i + 1])
+            if not (rendered.text.startswith(through.text) and through.text.startswith(before)):
                 raise TokenizerError(
                     f"the chat template writes message {i + 1} in another way than it prompts for it, or than later"
                     " messages leave it, so what is learned is not clear; enclose answers in {% generation %} and"
                     " {% endgeneration %} in the template, or set the weight of the message to 0"
                 )
-            ends = [found.end() for found in is_control.finditer(through, len(before))]
-            is_last = ends and not through[ends[-1] :].strip()
-            yield (len(before), ends[-1] if is_last else len(through)), weight
+            if (end := _end_of(through, is_control)) is None:
+                # The next message begins with it, or it is added.
+                following = is_control.match(rendered.text, len(through.text))
+                end = following.end() if following else len(through.text)
+            yield (len(before), end), weight
 
-    def _render(self, messages: list[dict], *, generation_prompt: bool = False) -> _Rendered:
+    def _render(
+        self, messages: list[dict], *, tools: Sequence[dict] | None = None, generation_prompt: bool = False
+    ) -> _Rendered:
         try:
             with _limited():
                 text = self._template.render(
                     messages=messages,
-                    tools=None,
+                    tools=tools,
                     documents=None,
                     add_generation_prompt=generation_prompt,
                     **self._special_tokens,
@@ -162,6 +266,49 @@ class JinjaTemplate:
         except Exception as error:
             raise TokenizerError(f"the chat template fails: {type(error).__name__}: {error}") from None
         return _without_marks(text)
+
+
+@dataclass(frozen=True)
+class _CallForm:
+    """How a template takes an answer with calls: `empty` for a content without text, arguments as objects or JSON."""
+
+    empty: str | None
+    is_json: bool
+
+    def of(self, message: dict) -> dict:
+        calls = message["tool_calls"]
+        if self.is_json:
+            functions = [call["function"] | {"arguments": to_json(call["function"]["arguments"])} for call in calls]
+            calls = [call | {"function": function} for call, function in zip(calls, functions)]
+        return message | {"content": message["content"] or self.empty, "tool_calls": calls}
+
+
+# Examples that show what a template does.
+_CHAT: list[dict[str, Any]] = [
+    {"role": "user", "content": "A question?"},
+    {"role": "assistant", "content": "An answer."},
+]
+# Mistral's templates want ids of nine characters.
+_CALL: dict[str, Any] = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {
+            "id": "call00001",
+            "type": "function",
+            "function": {"name": "a_function", "arguments": {"an_argument": "a_value"}},
+        }
+    ],
+}
+_RESULT = {"role": "tool", "name": "a_function", "tool_call_id": "call00001", "content": "a_result"}
+_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "a_listed_function",
+        "description": "A description.",
+        "parameters": {"type": "object", "properties": {"an_argument": {"type": "string", "description": "A value."}}},
+    },
+}
 
 
 def to_jinja(template: ChatTemplate) -> str:
@@ -197,12 +344,20 @@ def _pattern(control_tokens: Iterable[str]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(control_tokens, key=len, reverse=True))) or "(?!)")
 
 
+def _end_of(rendered: _Rendered, is_control: re.Pattern) -> int | None:
+    """Where the last control token of a text ends, if only whitespace follows it, and it is not from a message."""
+    ends = [found.span() for found in is_control.finditer(rendered.text)]
+    if not ends or ends[-1] in rendered.plain or rendered.text[ends[-1][1] :].strip():
+        return None
+    return ends[-1][1]
+
+
 def _marked(value: Any, is_control: re.Pattern) -> Any:
-    """A message, with its control tokens marked as text, and without what is not the template's."""
+    """Parts of a chat, with control tokens in them marked as text."""
     if isinstance(value, str):
         return is_control.sub(lambda found: f"{_PLAIN}{found[0]}{_PLAIN_END}", _MARKS.sub("", value))
     if isinstance(value, dict):
-        return {key: _marked(item, is_control) for key, item in value.items() if key != "weight" and item is not None}
+        return {_marked(key, is_control): _marked(item, is_control) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_marked(item, is_control) for item in value]
     return value

@@ -14,10 +14,19 @@ from maxlm.errors import TokenizerError
 from maxlm.prompts import chat_template as chat
 from maxlm.prompts.chat_template import ChatTemplate, ChatTokens
 from maxlm.prompts.jinja_template import JinjaTemplate
+from maxlm.prompts.named_templates import read_template, template_tokens
+from maxlm.prompts.tools import texts_in
 from maxlm.runtime.storage import storage_path
 from maxlm.tokenizer.convert import huggingface_files
 from maxlm.tokenizer.encoder import Additions, Encoder
-from maxlm.tokenizer.huggingface import GENERATION_FILE, is_huggingface_tokenizer, read_huggingface_tokenizer
+from maxlm.tokenizer.huggingface import (
+    GENERATION_FILE,
+    TEMPLATE_FILE,
+    HuggingFaceEncoder,
+    huggingface_tokenizer,
+    is_huggingface_tokenizer,
+    read_huggingface_tokenizer,
+)
 from maxlm.tokenizer.sentencepiece_encoder import MODEL_FILE, SentencePieceEncoder
 
 BOS, EOS, PAD, UNKNOWN = "<|bos|>", "<|eos|>", "<|pad|>", "<|unk|>"
@@ -186,23 +195,63 @@ class Tokenizer:
 
     # Chat
 
-    def encode_chat(self, messages: Sequence[dict], *, generation_prompt: bool = False) -> ChatTokens:
+    def encode_chat(
+        self, messages: Sequence[dict], *, tools: Sequence[dict] | None = None, generation_prompt: bool = False
+    ) -> ChatTokens:
         """Encode a chat with the chat template; see `ChatTemplate.encode`.
 
         Raises:
           TokenizerError: the template refuses it, or there is none.
         """
         _check_messages(messages)
+        for text in texts_in(tools):
+            _check_encodable(text)
         encoder: Any = self._encoder
-        return self.template.encode(messages, encoder, generation_prompt=generation_prompt)
+        return self.template.encode(messages, encoder, tools=tools, generation_prompt=generation_prompt)
 
     @property
     def template(self) -> ChatTemplate | JinjaTemplate:
         if self._template is None:
             raise TokenizerError(
-                "the tokenizer has no chat template, so it takes texts but no chats; put one into chat_template.jinja"
+                "the tokenizer has no chat template, so it takes texts but no chats; put one into chat_template.jinja,"
+                " or name one when training: chat_template=chatml"
             )
         return self._template
+
+    def with_template(self, name: str) -> "Tokenizer":
+        """The same tokenizer with a chat template: one of maxlm by its name, or a Jinja file.
+
+        Raises:
+          TokenizerError: there is no such template, the tokenizer has one already, or the two do not fit.
+        """
+        source = read_template(name)
+        if self._template is not None or not isinstance(self._encoder, HuggingFaceEncoder):
+            raise TokenizerError(
+                "the tokenizer has a chat template, which its model was trained with; leave chat_template out"
+            )
+        files = {**self._encoder.files, TEMPLATE_FILE: source.encode()}
+        found = Tokenizer(*huggingface_tokenizer(files))
+        found.check_template(template_tokens(name))
+        return found
+
+    def check_template(self, tokens: Sequence[str] = ()) -> None:
+        """Check that answers in the chat template can be learned with this tokenizer.
+
+        Args:
+          tokens: texts that must be one token each, besides those that look like control tokens.
+
+        Raises:
+          TokenizerError: it has no template, or one with control tokens that it lacks, or that does not end answers.
+        """
+        template = self.template
+        if isinstance(template, JinjaTemplate):
+            encoder: Any = self._encoder
+            problem = template.problem(encoder, tokens)
+        else:
+            ends = template.end_of_turn(self.control_tokens) is not None
+            problem = None if ends else "the chat template ends an answer with no control token; give it one as suffix"
+        if problem is not None:
+            raise TokenizerError(problem)
 
     @property
     def answering_role(self) -> str:
@@ -234,7 +283,7 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write its files; the caller writes the manifest last."""
-        folder = Path(folder)
+        folder = storage_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self._encoder.files.items():
             (folder / name).write_bytes(content)
@@ -281,9 +330,8 @@ def _check_messages(messages: Sequence[Any]) -> None:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise TokenizerError(f"message {number} of the chat must have a role and a string content")
-        for value in message.values():
-            if isinstance(value, str):
-                _check_encodable(value)
+        for text in texts_in(message):
+            _check_encodable(text)
 
 
 def _check_encodable(text: str) -> None:

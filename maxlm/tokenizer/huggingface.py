@@ -53,6 +53,11 @@ def read_huggingface_tokenizer(folder: epath.Path) -> tuple["HuggingFaceEncoder"
             ' python -c "from transformers import AutoTokenizer as Tokenizer;'
             f" Tokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
+    return huggingface_tokenizer(files)
+
+
+def huggingface_tokenizer(files: dict[str, bytes]) -> tuple["HuggingFaceEncoder", JinjaTemplate | None]:
+    """The tokenizer of these files, and its chat template if it has one; see `read_huggingface_tokenizer`."""
     settings = _Settings(files)
     encoder = HuggingFaceEncoder(files, settings)
     source = settings.chat_template()

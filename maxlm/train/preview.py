@@ -12,7 +12,7 @@ from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Stream
 from maxlm.errors import CheckpointError
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.setup import find_tokenizer, resolve_model
+from maxlm.train.setup import load_tokenizer, resolve_model
 
 # Two alternating shades each, to show where a token ends.
 LEARNED_STYLES = ("bold black on green", "bold black on bright_green")
@@ -32,7 +32,7 @@ def preview(config: TrainConfig, *, num_examples: int, plain: bool) -> Iterator[
     Raises:
       MaxlmError: the tokenizer or the data cannot be read.
     """
-    tokenizer = Tokenizer.load(find_tokenizer(config))
+    tokenizer = load_tokenizer(config)
     # The starting model may be trained later: then it is taken for a causal one.
     with contextlib.suppress(CheckpointError):
         config = resolve_model(config, tokenizer)

@@ -106,6 +106,8 @@ def copy_tokenizer(setup: Setup) -> None:
         if has_checkpoint(setup.folder):
             check_fingerprint(fingerprint, setup.tokenizer.fingerprint, setup.folder)
     copy_folder(setup.tokenizer_folder, copy)
+    if setup.config.chat_template is not None:
+        setup.tokenizer.save(copy)
 
 
 def is_finished(folder: epath.Path, steps: int) -> bool:

@@ -58,7 +58,7 @@ def set_up(config: TrainConfig, peers: Peers | None, *, accept_changes: bool = F
     check_output(config.output, "train")
     check_not_read(config)
     tokenizer_folder = find_tokenizer(config)
-    tokenizer = Tokenizer.load(tokenizer_folder)
+    tokenizer = load_tokenizer(config)
     if peers is not None:
         hashes = _hashes(config, tokenizer) | {"--accept-changes": accept_changes}
         check_start(peers, config, hashes, timeout=config.processes.start_timeout_seconds)
@@ -73,7 +73,8 @@ def set_up(config: TrainConfig, peers: Peers | None, *, accept_changes: bool = F
     row_shard(mesh)
     if config.init_from is not None:
         start_fingerprint = read_metadata(find_checkpoint(config.init_from))["fingerprint"]
-        check_fingerprint(start_fingerprint, tokenizer.fingerprint, config.init_from)
+        # What it was trained with: it may lack the chat template that this run adds.
+        check_fingerprint(start_fingerprint, Tokenizer.load(tokenizer_folder).fingerprint, config.init_from)
     lineage = Lineage.of(config, tokenizer, accept_changes=accept_changes)
     return Setup(config, storage_path(config.output), tokenizer, tokenizer_folder, mesh, lineage)
 
@@ -122,7 +123,7 @@ def declared_model(config: TrainConfig) -> Any:
     """
     if config.model is None or config.model.vocab_size == 0:
         try:
-            tokenizer = Tokenizer.load(find_tokenizer(config))
+            tokenizer = load_tokenizer(config)
         except (DataError, TokenizerError) as error:
             raise ConfigError(
                 [f"model.vocab_size: is that of the tokenizer ({error}); or give model.vocab_size"]
@@ -130,6 +131,21 @@ def declared_model(config: TrainConfig) -> Any:
         config = resolve_model(config, tokenizer)
     plan = config.objective.declare(config.model, config.execution or DEFAULT_EXECUTION)
     return plan if config.lora is None else {"model": plan, "adapters": declare_adapters(plan, config.lora)}
+
+
+def load_tokenizer(config: TrainConfig) -> Tokenizer:
+    """The tokenizer of a run, with the chat template that the configuration names.
+
+    Raises:
+      DataError, TokenizerError: there is none, or the template does not fit.
+    """
+    tokenizer = Tokenizer.load(find_tokenizer(config))
+    if config.chat_template is None:
+        return tokenizer
+    try:
+        return tokenizer.with_template(config.chat_template)
+    except TokenizerError as error:
+        raise TokenizerError(f"{find_tokenizer(config)}: {error}") from None
 
 
 def find_tokenizer(config: TrainConfig) -> epath.Path:
