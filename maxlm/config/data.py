@@ -1,8 +1,8 @@
 """Text sources, cleaning and packing, and tokenizer training."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from maxlm.config.base import Characters, Count, CountOrZero, Fraction, Frozen, Seed
 
@@ -47,6 +47,33 @@ class RecordFormat(Frozen):
     ignore_keys: tuple[str, ...] = Field(
         (), description="Keys of records and messages to ignore; other unknown keys are errors."
     )
+
+
+class ChatConfig(RecordFormat):
+    """How chats become examples to learn from."""
+
+    train_on: Literal["all", "last"] | tuple[int | str, ...] = Field(
+        "all",
+        description="Answers to learn: all, the last of a chat, or a list of their numbers in it (1 is the first, -1"
+        " the last) and of names of those who answer.",
+    )
+    weighting: Literal["token", "dialogue"] = Field(
+        "token", description="What counts the same in the loss: each learned token, or each chat."
+    )
+    too_long: Literal["drop", "truncate", "split"] = Field(
+        "drop",
+        description="What becomes of chats longer than row_length: none, their last turns after the system prompt, or"
+        " several chats.",
+    )
+
+    @field_validator("train_on")
+    @classmethod
+    def _names_answers(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and (not value or 0 in value):
+            raise ValueError(
+                "must be all, last, or a list of names and of numbers of answers, from 1 or from -1 backwards"
+            )
+        return value
 
 
 class CleanConfig(Frozen):

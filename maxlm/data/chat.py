@@ -1,79 +1,23 @@
-"""Chats for fine-tuning: tokenization, packing into rows, and the rows of each step."""
+"""Chats for fine-tuning: packing into rows, and the rows of each step."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
-from maxlm.config.data import RecordFormat
+from maxlm.config.data import ChatConfig
 from maxlm.core.batch import Batch, Stream
 from maxlm.core.packing import pack
 from maxlm.core.sharding import RowShard
-from maxlm.data.messages import parse_messages
-from maxlm.data.records import parse_chat, read_records
+from maxlm.data.chat_reader import read_chats
 from maxlm.data.sample import even_sample
-from maxlm.errors import DataError, TokenizerError
+from maxlm.errors import DataError
 from maxlm.prompts.chat_template import ChatTokens
 from maxlm.runtime.progress import console
 from maxlm.tokenizer.codec import Tokenizer
-
-
-def encode_chat(tokenizer: Tokenizer, messages: Any, where: str, *, generation_prompt: bool = False) -> ChatTokens:
-    """`Tokenizer.encode_chat` for messages from a file.
-
-    Raises:
-      DataError: they are not a list of messages, a role is unknown, or a message with a weight is not an answer.
-    """
-    messages = parse_messages(messages, where, RecordFormat())
-    try:
-        encoded = tokenizer.encode_chat(messages, generation_prompt=generation_prompt)
-    except TokenizerError as error:
-        remedy = "; objective.roles may map it to a known one" if str(error).startswith("chat role") else ""
-        raise DataError(f"{where}: {error}{remedy}") from None
-    for number, message in enumerate(messages, 1):
-        if message.get("weight") and message["role"] != tokenizer.answering_role:
-            raise DataError(
-                f"{where}: message {number} of role {message['role']!r} has a weight, but only messages of the"
-                f" {tokenizer.answering_role} are trained on; remove its weight, or set it to 0"
-            )
-    return encoded
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: Any, where: str) -> list[int]:
-    """Token ids of a prompt: messages up to the next answer, or a plain text after the bos token."""
-    if isinstance(prompt, str):
-        return encode_text(tokenizer, prompt, where, bos=True)
-    return encode_chat(tokenizer, prompt, where, generation_prompt=True).ids
-
-
-def encode_text(tokenizer: Tokenizer, text: str, where: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-    """`Tokenizer.encode` for a text from a file; raises DataError."""
-    try:
-        return tokenizer.encode(text, bos=bos, eos=eos)
-    except TokenizerError as error:
-        raise DataError(f"{where}: {error}") from None
-
-
-def encode_answer(tokenizer: Tokenizer, prompt: Any, answer: Any, where: str) -> ChatTokens:
-    """Tokenize a prompt and an answer as one sequence, with weight 1 only on the answer, not on earlier ones."""
-    if isinstance(prompt, str):
-        if not isinstance(answer, str):
-            raise DataError(f"{where}: if the prompt is a string, the answers must be strings")
-        prompt_ids = encode_text(tokenizer, prompt, where, bos=True)
-        ids = prompt_ids + encode_text(tokenizer, answer, where, eos=True)
-        return ChatTokens(ids, [0.0] * len(prompt_ids) + [1.0] * (len(ids) - len(prompt_ids)))
-    if isinstance(answer, str):
-        answer = [{"role": tokenizer.answering_role, "content": answer}]
-    if not isinstance(answer, list):
-        raise DataError(f"{where}: an answer must be a string or a list of messages")
-    given = [{**message, "weight": 0.0} for message in parse_messages(prompt, where, RecordFormat())]
-    whole = encode_chat(tokenizer, [*given, *answer], where)
-    if not any(whole.loss_weights):
-        raise DataError(f"{where}: an answer has no message of role {tokenizer.answering_role!r}")
-    return whole
 
 
 class EpochOrder:
@@ -114,14 +58,24 @@ class PackedChats:
       places: FILE:LINE of each chat.
       prefixes: for a prefix language model, whose prompts attend to themselves in both directions: only the last answer
         of a chat is trained on, and what is before it is its prefix.
+      weighting: what has the weight 1 in the loss: each learned token, or each dialogue, by dividing its weights by the
+        number of its learned tokens.
     """
 
     def __init__(
-        self, chats: Sequence[ChatTokens], *, row_length: int, places: Sequence[str] = (), prefixes: bool = False
+        self,
+        chats: Sequence[ChatTokens],
+        *,
+        row_length: int,
+        places: Sequence[str] = (),
+        prefixes: bool = False,
+        weighting: Literal["token", "dialogue"] = "token",
     ):
         self.row_length = row_length
         if prefixes:
             chats = [_with_last_answer(chat) for chat in chats]
+        if weighting == "dialogue":
+            chats = [_weighing_one(chat) for chat in chats]
         # As in decoding: the last token of the prompt begins the answer.
         self._prefix_lengths = np.array([max(_answer_start(chat) - 1, 0) for chat in chats]) if prefixes else None
         self._places = places
@@ -138,47 +92,13 @@ class PackedChats:
         tokenizer: Tokenizer,
         *,
         row_length: int,
-        form: RecordFormat | None = None,
+        form: ChatConfig | None = None,
         prefixes: bool = False,
     ) -> Self:
-        """Read the chats of a file; those too long for a row, or with no answer to train on, are skipped and counted.
-
-        Raises:
-          DataError: a record is not a chat, or no chat is left.
-        """
-        form = form or RecordFormat()
-        chats, places, num_too_long, num_weightless, unanswered = [], [], 0, 0, []
-        for where, record in read_records(path, form):
-            prompt, answer = parse_chat(record, where, form)
-            if prompt is None:
-                chat = encode_chat(tokenizer, answer, where)
-            else:
-                chat = encode_answer(tokenizer, prompt, answer, where)
-            if not any(chat.loss_weights):
-                if any("weight" in message for message in answer):
-                    num_weightless += 1
-                else:
-                    unanswered.append(where)
-            elif len(chat.ids) - 1 > row_length:
-                num_too_long += 1
-            else:
-                chats.append(chat)
-                places.append(where)
-        if num_weightless:
-            console.print(f"{path}: {num_weightless} chats have only weights of 0 and are skipped", markup=False)
-        if unanswered:
-            lacks = f"no message of role {tokenizer.answering_role!r}"
-            if not chats and not num_too_long:
-                raise DataError(
-                    f"{unanswered[0]}: has {lacks}, like every other chat that could be trained on;"
-                    " objective.roles may name the role that answers"
-                )
-            console.print(
-                f"{path}: {len(unanswered)} chats have {lacks} and are skipped; the first is {unanswered[0]}",
-                markup=False,
-            )
-        check_some_left(path, len(chats), num_too_long, what="chats", row_length=row_length)
-        packed = cls(chats, row_length=row_length, places=places, prefixes=prefixes)
+        """Read the chats of a file: see `read_chats`."""
+        form = form or ChatConfig()
+        chats, places = read_chats(path, tokenizer, row_length=row_length, form=form)
+        packed = cls(chats, row_length=row_length, places=places, prefixes=prefixes, weighting=form.weighting)
         full = packed._lengths.sum() / (len(packed.rows) * row_length)
         console.print(f"{path}: {len(chats)} chats in {len(packed.rows)} rows, {full:.0%} full", markup=False)
         return packed
@@ -233,6 +153,12 @@ def _with_last_answer(chat: ChatTokens) -> ChatTokens:
     """The chat, with the loss weights of its last answer only."""
     start = _answer_start(chat)
     return replace(chat, loss_weights=[0.0] * start + list(chat.loss_weights[start:]))
+
+
+def _weighing_one(chat: ChatTokens) -> ChatTokens:
+    """The chat, with its weights divided by the number of tokens that are learned."""
+    count = sum(weight > 0 for weight in chat.loss_weights[1:])
+    return replace(chat, loss_weights=[weight / count for weight in chat.loss_weights])
 
 
 def check_some_left(path: str | Path, num_left: int, num_too_long: int, *, what: str, row_length: int) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 
 from maxlm.config.data import RecordFormat
 from maxlm.core.batch import Batch
-from maxlm.data.chat import check_some_left, encode_answer
+from maxlm.data.chat import check_some_left
+from maxlm.data.encoding import encode_answer
 from maxlm.data.preference import pad, round_up
 from maxlm.data.records import parse_judged, read_records
 from maxlm.errors import DataError

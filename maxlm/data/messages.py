@@ -1,11 +1,13 @@
-"""Convert chat messages of common formats to `{"role", "content"}` with an optional `weight`."""
+"""Convert chat messages of common formats to `{"role", "content"}`, with optional `weight`, `name` and tool calls."""
 
 import difflib
 import math
 from collections.abc import Collection
+from types import NoneType
 from typing import Any
 
 from maxlm.config.data import RecordFormat
+from maxlm.data.tool_calls import Calls, parse_calls
 from maxlm.errors import DataError
 
 Messages = list[dict[str, Any]]
@@ -18,14 +20,31 @@ _ROLES = {
     "ai": "assistant",
     "model": "assistant",
     "developer": "system",
+    "observation": "tool",
+    "function": "tool",
 }
 # Loss weight of an answer: a number, or true or false.
 _WEIGHT_KEYS = ("weight", "train", "trainable", "training")
-_KEYS = ("role", "content", "from", "value", *_WEIGHT_KEYS)
-_TOOL_KEYS = ("tool_calls", "function_call")
+_CALL_KEYS = ("tool_calls", "function_call")
+_KEYS = ("role", "content", "from", "value", "name", "tool_call_id", *_CALL_KEYS, *_WEIGHT_KEYS)
+# The role of an answer in ShareGPT's form whose content is a call.
+_CALL_ROLE = "function_call"
 _TEXT_PARTS = ("text", "input_text", "output_text")
 # Metadata keys that do not affect training.
-_HARMLESS = ("id", "source", "dataset", "kind", "category", "language", "licence", "license", "url", "metadata", "tags")
+_HARMLESS = (
+    "id",
+    "source",
+    "dataset",
+    "kind",
+    "category",
+    "language",
+    "licence",
+    "license",
+    "url",
+    "metadata",
+    "tags",
+    "parallel_tool_calls",
+)
 
 
 def check_keys(
@@ -51,7 +70,8 @@ def parse_messages(messages: Any, where: str, form: RecordFormat, *, name: str =
     """Parse messages with role and content, or from and value; content is a string or a list of text parts.
 
     Returns:
-      `{"role", "content"}` each, with a `weight` of 0 or more if given.
+      `{"role", "content"}` each, with a `weight` of 0 or more, a `name`, `tool_calls` (`parse_calls`) and a
+      `tool_call_id` if given.
 
     Raises:
       DataError: they are not a list of messages, or one contains something other than text or has an unknown key.
@@ -65,26 +85,44 @@ def _parse(message: Any, what: str, where: str, form: RecordFormat) -> dict[str,
     if not isinstance(message, dict):
         raise DataError(f"{where}: {what} must be an object with role and content")
     given = {key: value for key, value in message.items() if value is not None}
-    calls = [key for key in _TOOL_KEYS if given.get(key)]
-    if calls and calls[0] not in form.ignore_keys:
+    used = {key: value for key, value in given.items() if key not in form.ignore_keys}
+    check_keys(used, _KEYS, where, form, what=what)
+    role, content = used.get("role", used.get("from")), used.get("content", used.get("value"))
+    call_keys = [key for key in _CALL_KEYS if used.get(key)]
+    if not isinstance(role, str) or not isinstance(content, str | list | (NoneType if call_keys else str)):
         raise DataError(
-            f"{where}: {what} calls tools ({calls[0]}), which the chat template does not support;"
-            " write the call as content, or list the key in ignore_keys"
+            f"{where}: {what} must be an object with role and content, or from and value, which are strings; only an"
+            " answer that calls tools may have no content"
         )
-    check_keys(given, _KEYS, where, form, what=what)
-    role, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
-    if not isinstance(role, str) or not isinstance(content, str | list):
-        raise DataError(
-            f"{where}: {what} must be an object with role and content, or from and value, which are strings"
-        )
-    if {"role", "from"} <= {*given} or {"content", "value"} <= {*given}:
+    if {"role", "from"} <= {*used} or {"content", "value"} <= {*used}:
         raise DataError(f"{where}: {what} must have either role and content, or from and value, not both")
-    content = content if isinstance(content, str) else _text_of(content, what, where, form)
-    if calls and not content.strip():
-        raise DataError(f"{where}: {what} is empty without its {calls[0]}; remove the record")
+    content = _text_of(content, what, where, form) if isinstance(content, list) else content or ""
     role = form.roles.get(role, _ROLES.get(role, role))
-    weight = _weight(given, what, where)
-    return {"role": role, "content": content} | ({} if weight is None else {"weight": weight})
+    calls = _calls(used, call_keys, f"{where}: {what}")
+    if role == _CALL_ROLE:
+        role, calls, content = "assistant", parse_calls(content, f"{where}: {what}, a {_CALL_ROLE}"), ""
+    if calls and role != "assistant":
+        raise DataError(f"{where}: {what} of role {role!r} calls tools, but only the assistant can; correct its role")
+    if not calls and not content.strip() and (ignored := [key for key in _CALL_KEYS if given.get(key)]):
+        raise DataError(f"{where}: {what} is empty without its {ignored[0]}; remove the record")
+    parsed = {"role": role, "content": content} | ({"tool_calls": calls} if calls else {})
+    for key in ("name", "tool_call_id"):
+        if key in used:
+            parsed[key] = _string(used[key], f"{where}: {what}: {key}")
+    weight = _weight(used, what, where)
+    return parsed if weight is None else parsed | {"weight": weight}
+
+
+def _calls(used: dict[str, Any], keys: list[str], what: str) -> Calls:
+    if len(keys) > 1:
+        raise DataError(f"{what} has both {keys[0]} and {keys[1]}; keep one")
+    return parse_calls(used[keys[0]], f"{what}: {keys[0]}") if keys else []
+
+
+def _string(value: Any, what: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{what} must be a string that is not empty, not {value!r}")
+    return value
 
 
 def _text_of(parts: list, what: str, where: str, form: RecordFormat) -> str:

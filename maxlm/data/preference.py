@@ -10,7 +10,8 @@ import numpy as np
 
 from maxlm.config.data import RecordFormat
 from maxlm.core.batch import Batch, Stream
-from maxlm.data.chat import check_some_left, encode_answer, encode_prompt
+from maxlm.data.chat import check_some_left
+from maxlm.data.encoding import encode_answer, encode_prompt
 from maxlm.data.records import Text, parse_pair, parse_prompt, read_records
 from maxlm.errors import DataError
 from maxlm.prompts.chat_template import ChatTokens

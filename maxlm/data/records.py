@@ -10,20 +10,31 @@ import os
 import textwrap
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from maxlm.config.data import RecordFormat
 from maxlm.data.files import unreadable
 from maxlm.data.json_values import Broken, lookup, read_values
 from maxlm.data.messages import Messages, check_keys, parse_messages
+from maxlm.data.tool_calls import parse_tools
 from maxlm.errors import DataError
 
 # A chat is messages, or a prompt and its completion; each is a string or messages.
 Text = str | Messages
 
+
+class Chat(NamedTuple):
+    """A chat to train on: all of its messages as `answer`, or a prompt and its completion; and tools to call."""
+
+    prompt: Text | None
+    answer: Any  # messages, or a text after a prompt
+    tools: list[dict[str, Any]] | None = None
+
+
 # What `maxlm feedback` says about a pair: who judged, under which principles, how the votes went, how sure it is.
 _JUDGMENT_KEYS = ("judge", "principles", "votes", "confidence")
 _CHAT_KEYS = ("messages", "conversations")
+_TOOL_KEYS = ("tools", "functions")
 _ALPACA_KEYS = ("instruction", "input", "system", "history")
 _CHAT_FORMS = (
     "messages or conversations (objects with role and content, or from and value), instruction and output with input,"
@@ -85,7 +96,7 @@ def check_encodable(record: dict[str, Any], where: str) -> None:
         ) from None
 
 
-def parse_chat(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[Text | None, Text]:
+def parse_chat(record: dict[str, Any], where: str, form: RecordFormat) -> Chat:
     """Parse a record to train on: messages without a prompt, or a prompt and its completion.
 
     Raises:
@@ -93,18 +104,20 @@ def parse_chat(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[
     """
     if (found := _prompt(record, where, form)) is not None:
         prompt, known = found
+        known = (*known, *_TOOL_KEYS)
+        tools = _tools(record, where, form)
         if "instruction" in known:
             check_keys(record, (*known, "output"), where, form)
             answer = field(record, "output", where)
             if not isinstance(answer, str):
                 raise DataError(f"{where}: output must be a string")
-            return None, [*prompt, {"role": "assistant", "content": answer}]
+            return Chat(None, [*prompt, {"role": "assistant", "content": answer}], tools)
         if "prompt" not in known:
             check_keys(record, known, where, form)
-            return None, prompt
+            return Chat(None, prompt, tools)
         if "completion" in record:
             check_keys(record, (*known, "completion"), where, form)
-            return prompt, _answer(record["completion"], where, form)
+            return Chat(prompt, _answer(record["completion"], where, form), tools)
     if {"role", "content"} <= {*record}:
         raise DataError(f'{where}: is one message; give all of a chat as one object: {{"messages": [...]}}')
     try:
@@ -165,7 +178,12 @@ def parse_judged(record: dict[str, Any], where: str, form: RecordFormat) -> list
     label = field(record, "label", where)
     if label not in (True, False):
         raise DataError(f"{where}: label must be true for a good answer or false for a bad one, not {label!r}")
-    prompt, answer = parse_chat({key: value for key, value in record.items() if key != "label"}, where, form)
+    chat = {key: value for key, value in record.items() if key != "label"}
+    prompt, answer, tools = parse_chat(chat, where, form)
+    if tools is not None:
+        raise DataError(
+            f"{where}: has tools, which only chats for SFT may have; remove them, or list them in ignore_keys"
+        )
     if prompt is None:
         if not isinstance(answer, list) or len(answer) < 2:
             raise DataError(f"{where}: must have a prompt before the answer that the label judges")
@@ -200,6 +218,13 @@ def _prompt(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[Tex
     if isinstance(prompt, str):
         return prompt, ("prompt",)
     return parse_messages(prompt, where, form, name="prompt"), ("prompt",)
+
+
+def _tools(record: dict[str, Any], where: str, form: RecordFormat) -> list[dict[str, Any]] | None:
+    keys = [key for key in _TOOL_KEYS if record.get(key) and key not in form.ignore_keys]
+    if len(keys) > 1:
+        raise DataError(f"{where}: has both tools and functions; keep one")
+    return parse_tools(record[keys[0]], where) if keys else None
 
 
 def _alpaca(record: dict[str, Any], where: str) -> Messages:

@@ -9,7 +9,8 @@ import numpy as np
 
 from maxlm.config.data import RecordFormat
 from maxlm.core.batch import Batch
-from maxlm.data.chat import check_some_left, encode_prompt
+from maxlm.data.chat import check_some_left
+from maxlm.data.encoding import encode_prompt
 from maxlm.data.messages import check_keys
 from maxlm.data.preference import pad, round_up
 from maxlm.data.records import Text, field, parse_prompt, read_records

@@ -1,11 +1,13 @@
 """Supervised fine-tuning: next-token prediction on the assistant's tokens of packed chats."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat
 
+from maxlm.config.data import ChatConfig
 from maxlm.config.objective import RecordsConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch
@@ -20,7 +22,7 @@ from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContext
 
 
-class SupervisedFineTuning(Objective, RecordsConfig):
+class SupervisedFineTuning(Objective, RecordsConfig, ChatConfig):
     """Next-token prediction on the assistant's tokens of chats."""
 
     learns_text: ClassVar[bool] = True
@@ -44,7 +46,7 @@ class SupervisedFineTuning(Objective, RecordsConfig):
         return RecordData(
             context,
             partial(self._read, config=context.config, tokenizer=context.tokenizer),
-            loss=language_model_loss,
+            loss=_unweighted_loss,
             summarize=summarize,
         )
 
@@ -62,6 +64,13 @@ class SupervisedFineTuning(Objective, RecordsConfig):
     def _read(self, path: str, *, config: TrainConfig, tokenizer: Tokenizer) -> PackedChats:
         prefixes = config.model is not None and config.model.prefix_attention
         return PackedChats.read(path, tokenizer, row_length=config.row_length, form=self, prefixes=prefixes)
+
+
+def _unweighted_loss(model: AppliedModel, batch: Batch) -> LossOutput:
+    """The loss with weight 1 for each learned token, so that figures of runs with other weights compare."""
+    text = batch["text"]
+    weights = (text.loss_weights > 0).astype(text.loss_weights.dtype)
+    return language_model_loss(model, replace(batch, streams={"text": replace(text, loss_weights=weights)}))
 
 
 OBJECTIVE = SupervisedFineTuning

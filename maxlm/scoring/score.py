@@ -10,7 +10,7 @@ import numpy as np
 
 from maxlm.config.data import RecordFormat
 from maxlm.core.interval import mean_interval, proportion_interval
-from maxlm.data.chat import encode_answer, encode_chat
+from maxlm.data.encoding import encode_answer, encode_chat
 from maxlm.data.messages import parse_messages
 from maxlm.data.records import field, parse_prompt, read_records
 from maxlm.data.steps import encode_steps, parse_steps

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from maxlm.config import TokenizerConfig
-from maxlm.data.chat import EpochOrder, PackedChats, encode_prompt, pack, padded_batches, training_order
+from maxlm.config.data import ChatConfig
+from maxlm.data.chat import EpochOrder, PackedChats, pack, padded_batches, training_order
+from maxlm.data.encoding import encode_prompt
 from maxlm.data.records import read_records
+from maxlm.data.tool_calls import link_results
 from maxlm.errors import DataError
 from maxlm.tokenizer.train import train_tokenizer
 
@@ -122,31 +125,162 @@ def test_bad_line_is_reported_with_file_and_line(tokenizer, tmp_path, line, mess
         PackedChats.read(path, tokenizer, row_length=40)
 
 
-def test_chats_without_an_answer_are_skipped_and_counted(tokenizer, tmp_path, capsys):
-    question = {"messages": [{"role": "user", "content": "a"}]}
-    path = write(tmp_path / "chats.jsonl", CHATS[0], question, question)
-    assert len(PackedChats.read(path, tokenizer, row_length=40).rows) == 1
-    assert f"2 chats have no message of role 'assistant' and are skipped; the first is {path}:2" in " ".join(
-        capsys.readouterr().err.split()
+ANSWERLESS = {"messages": [{"role": "user", "content": "a"}]}
+
+
+def weighted(*weights):
+    return {"messages": [m | {"weight": w} for m, w in zip(chat("yes", "no", "no", "yes")["messages"], weights)]}
+
+
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [
+        (ANSWERLESS, r"has no message of role 'assistant', so nothing of it is learned; .*objective\.roles"),
+        (weighted(0, 0, 0, 0), "all its answers have weight 0, so nothing of it is learned"),
+        (weighted(1, 1, 0, 1), "message 1 of role 'user' has a weight, but only messages of the assistant"),
+        (chat("yes", " \n"), "message 2 is an empty answer; remove the record, or set the weight"),
+        ({"prompt": "yes", "completion": ""}, "it is an empty answer"),
+        ({"prompt": chat("yes")["messages"], "completion": "\t"}, "message 2 is an empty answer"),
+        ({"messages": [*chat("a")["messages"], {"role": "tool", "content": "b"}]}, "message 2 is the result of a tool"),
+    ],
+)
+def test_a_chat_without_anything_to_learn_is_refused_with_its_line(tokenizer, tmp_path, record, sentence):
+    path = write(tmp_path / "chats.jsonl", CHATS[0], record)
+    with pytest.raises(DataError, match=rf"chats\.jsonl:2: {sentence}"):
+        PackedChats.read(path, tokenizer, row_length=40)
+
+
+def test_empty_answers_may_be_context(tokenizer, tmp_path):
+    record = {"messages": [m | {"weight": w} for m, w in zip(chat("a", "", "b", "c")["messages"], (0, 0, 0, 1))]}
+    assert len(PackedChats.read(write(tmp_path / "chats.jsonl", record), tokenizer, row_length=40)) == 1
+
+
+def learned_texts(tokenizer, packed):
+    """The learned text of each segment."""
+    for _, targets, weights, _ in segments_of(packed.batch(np.arange(len(packed)))["text"]):
+        yield tokenizer.decode(targets[weights > 0], skip_control=False)
+
+
+def test_message_weights_become_loss_weights(tokenizer, tmp_path):
+    path = write(tmp_path / "chats.jsonl", weighted(0, 0, 0, 2.5))
+    packed = PackedChats.read(path, tokenizer, row_length=40)
+    assert list(learned_texts(tokenizer, packed)) == ["yes<|end|>"]
+    assert {*packed.batch(np.array([0]))["text"].loss_weights[0].tolist()} == {0.0, 2.5}
+
+
+@pytest.mark.parametrize(
+    ("train_on", "learned"),
+    [
+        ("all", "one<|end|>two<|end|>three<|end|>"),
+        ("last", "three<|end|>"),
+        ([1], "one<|end|>"),
+        ([-2, 3], "two<|end|>three<|end|>"),
+        (["Ann"], "Ann: two<|end|>"),
+        (["Ann", 1], "one<|end|>Ann: two<|end|>"),
+    ],
+)
+def test_the_answers_to_learn_are_selected(tokenizer, tmp_path, train_on, learned):
+    record = chat("a", "one", "b", "two", "c", "three")
+    if "Ann" in train_on:
+        record["messages"][3]["name"] = "Ann"
+    path = write(tmp_path / "chats.jsonl", record)
+    packed = PackedChats.read(path, tokenizer, row_length=100, form=ChatConfig(train_on=train_on))
+    assert list(learned_texts(tokenizer, packed)) == [learned]
+
+
+def test_selected_answers_keep_their_weights(tokenizer, tmp_path):
+    path = write(tmp_path / "chats.jsonl", weighted(0, 3, 0, 0.5))
+    packed = PackedChats.read(path, tokenizer, row_length=40, form=ChatConfig(train_on="last"))
+    assert {*packed.batch(np.array([0]))["text"].loss_weights[0].tolist()} == {0.0, 0.5}
+
+
+def test_chats_without_a_selected_answer_are_counted_and_the_first_is_named(tokenizer, tmp_path, capsys):
+    path = write(tmp_path / "chats.jsonl", CHATS[1], CHATS[0], CHATS[2])
+    packed = PackedChats.read(path, tokenizer, row_length=40, form=ChatConfig(train_on=[2]))
+    assert list(learned_texts(tokenizer, packed)) == ["yes<|end|>"]
+    reported = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"2 of 3 chats have no answer that objective.train_on selects and are skipped; the first is {path}:2"
+        in reported
     )
-    write(path, question)
-    with pytest.raises(DataError, match=r"chats\.jsonl:1: has no message of role 'assistant', like .*roles"):
-        PackedChats.read(path, tokenizer, row_length=40)
+    with pytest.raises(DataError, match=r"none of its 3 chats has an answer that objective\.train_on selects"):
+        PackedChats.read(path, tokenizer, row_length=40, form=ChatConfig(train_on=["Bob"]))
 
 
-def test_message_weights_become_loss_weights(tokenizer, tmp_path, capsys):
-    def weighted(*weights):
-        return {"messages": [m | {"weight": w} for m, w in zip(chat("yes", "no", "no", "yes")["messages"], weights)]}
+def test_weighting_by_dialogue_gives_every_chat_the_weight_one(tokenizer, tmp_path):
+    path = write(tmp_path / "chats.jsonl", *CHATS, weighted(0, 2, 0, 0.5))
+    packed = PackedChats.read(path, tokenizer, row_length=40, form=ChatConfig(weighting="dialogue"))
+    sums = []
+    for _, _, weights, _ in segments_of(packed.batch(np.arange(len(packed)))["text"]):
+        count = (weights > 0).sum()
+        sums.append(weights.sum())
+        assert ({*np.round(weights[weights > 0] * count, 5)}) <= {1.0, 2.0, 0.5}
+    weights = np.array(tokenizer.encode_chat(weighted(0, 2, 0, 0.5)["messages"]).loss_weights)
+    np.testing.assert_allclose(sorted(sums), [1, 1, 1, 1, weights.sum() / (weights > 0).sum()], rtol=1e-6)
 
-    path = write(tmp_path / "chats.jsonl", weighted(0, 0, 0, 2.5), weighted(0, 0, 0, 0))
-    batch = PackedChats.read(path, tokenizer, row_length=40).batch(np.array([0]))["text"]
-    learned = batch.targets[0][batch.loss_weights[0] > 0]
-    assert tokenizer.decode(learned, skip_control=False) == "yes<|end|>"
-    assert {*batch.loss_weights[0].tolist()} == {0.0, 2.5}
-    assert "1 chats have only weights of 0 and are skipped" in " ".join(capsys.readouterr().err.split())
-    write(path, weighted(1, 1, 0, 1))
-    with pytest.raises(DataError, match="message 1 of role 'user' has a weight, but only messages of the assistant"):
-        PackedChats.read(path, tokenizer, row_length=40)
+
+SYSTEM = {"role": "system", "content": "s"}
+LONG = {"messages": [SYSTEM, *chat("a", "one", "b", "two", "c", "three", "d", "four")["messages"]]}
+
+
+def texts(tokenizer, packed):
+    for tokens, targets, _, _ in segments_of(packed.batch(np.arange(len(packed)))["text"]):
+        yield tokenizer.decode([*tokens, targets[-1]], skip_control=False)
+
+
+def rendered(*contents):
+    turns = "".join(f"<|user|>{q}<|end|><|assistant|>{a}<|end|>" for q, a in zip(contents[::2], contents[1::2]))
+    return f"<|bos|><|system|>s<|end|>{turns}"
+
+
+def room_for(tokenizer, *contents):
+    """The row length that these messages after the system prompt fill."""
+    return len(tokenizer.encode_chat([SYSTEM, *chat(*contents)["messages"]]).ids) - 1
+
+
+def test_too_long_chats_keep_their_system_prompt_and_last_turns(tokenizer, tmp_path, capsys):
+    path = write(tmp_path / "chats.jsonl", LONG, chat("one", "two " * 100))
+    length = room_for(tokenizer, "c", "three", "d", "four")
+    packed = PackedChats.read(path, tokenizer, row_length=length, form=ChatConfig(too_long="truncate"))
+    assert list(texts(tokenizer, packed)) == [rendered("c", "three", "d", "four")]
+    reported = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"2 of 2 chats are longer than row_length={length} tokens: 1 lose their first turns, 1 are skipped" in reported
+    )
+
+
+def test_too_long_chats_are_split_between_turns_and_every_answer_is_learned_once(tokenizer, tmp_path, capsys):
+    path = write(tmp_path / "chats.jsonl", LONG)
+    length = room_for(tokenizer, "c", "three", "d", "four")
+    packed = PackedChats.read(path, tokenizer, row_length=length, form=ChatConfig(too_long="split"))
+    parts = [rendered("a", "one", "b", "two"), rendered("c", "three", "d", "four")]
+    assert sorted(texts(tokenizer, packed)) == parts
+    assert packed.places(0) == [f"{path}:1"]
+    assert "1 of 1 chats are longer" in " ".join(capsys.readouterr().err.split())
+    last = PackedChats.read(path, tokenizer, row_length=length, form=ChatConfig(too_long="split", train_on=[3]))
+    assert list(texts(tokenizer, last)) == [parts[1]]
+    assert list(learned_texts(tokenizer, last)) == ["three<|end|>"]
+
+
+def test_exchanges_that_are_too_long_by_themselves_are_left_out(tokenizer, tmp_path, capsys):
+    record = {"messages": [SYSTEM, *chat("a", "one", "b", "two " * 50, "c", "three")["messages"]]}
+    path = write(tmp_path / "chats.jsonl", record)
+    length = room_for(tokenizer, "c", "three")
+    packed = PackedChats.read(path, tokenizer, row_length=length, form=ChatConfig(too_long="split"))
+    assert sorted(texts(tokenizer, packed)) == [rendered("a", "one"), rendered("c", "three")]
+    assert "2 parts are made of them, 1 exchanges are skipped" in " ".join(capsys.readouterr().err.split())
+
+
+def test_calls_and_their_results_are_not_split(tokenizer, tmp_path):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    asked = [{"role": "user", "content": "x"}, call, {"role": "tool", "content": "y"}, chat("q", "z")["messages"][1]]
+    path = write(tmp_path / "chats.jsonl", {"messages": [*CHATS[0]["messages"], *asked]})
+    length = len(tokenizer.encode_chat(link_results(asked, "f")).ids) - 1
+    packed = PackedChats.read(path, tokenizer, row_length=length, form=ChatConfig(too_long="split"))
+    whole, other = sorted(texts(tokenizer, packed), key=len, reverse=True)
+    assert whole.startswith("<|bos|><|user|>x<|end|><|assistant|><tool_call>")
+    assert whole.endswith("</tool_response><|end|><|assistant|>z<|end|>")
+    assert other == "<|bos|><|user|>one and one?<|end|><|assistant|>two.<|end|>"
 
 
 def test_missing_and_empty_files_are_reported_in_one_sentence(tokenizer, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maxlm.config import TokenizerConfig
-from maxlm.data.chat import encode_answer
+from maxlm.data.encoding import encode_answer
 from maxlm.data.preference import PreferencePairs, read_prompts
 from maxlm.errors import DataError
 from maxlm.tokenizer.train import train_tokenizer

@@ -9,15 +9,28 @@ import pytest
 from maxlm.config.data import RecordFormat
 from maxlm.data.messages import parse_messages
 from maxlm.data.records import parse_chat, parse_pair, parse_prompt, read_records
+from maxlm.data.tool_calls import link_results
 from maxlm.errors import DataError
 
 Q, A = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}
 SYSTEM = {"role": "system", "content": "be brief"}
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+PARSED_CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
 NO, OTHER = {"role": "assistant", "content": "no."}, {"role": "user", "content": "how?"}
 
 
 def parsed(parse, record, **form):
     return parse(record, "f.jsonl:3", RecordFormat(**form))
+
+
+CALLS = {"role": "assistant", "content": "", "tool_calls": [PARSED_CALL]}
+RESULT = {"role": "tool", "content": "sunny"}
+
+
+def calling(arguments):
+    function = {"name": "weather", "arguments": arguments}
+    return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
 
 
 CHATS = {
@@ -47,12 +60,88 @@ CHATS = {
 @pytest.mark.parametrize("kind", CHATS)
 def test_chats_in_common_forms(kind):
     record, messages = CHATS[kind]
-    assert parsed(parse_chat, record) == (None, messages)
+    assert parsed(parse_chat, record) == (None, messages, None)
+
+
+TOOL_CHATS = {
+    "OpenAI": {
+        "messages": [
+            Q,
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+            A,
+        ],
+        "tools": [{"type": "function", "function": WEATHER}],
+        "parallel_tool_calls": True,
+    },
+    "OpenAI's older form": {
+        "messages": [
+            Q,
+            {"role": "assistant", "content": "", "function_call": CALL["function"]},
+            {"role": "function", "name": "weather", "content": "sunny"},
+            A,
+        ],
+        "functions": [WEATHER],
+    },
+    "ShareGPT": {
+        "conversations": [
+            {"from": "human", "value": "why?"},
+            {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Rome"}}'},
+            {"from": "observation", "value": "sunny"},
+            {"from": "gpt", "value": "so."},
+        ],
+        "tools": json.dumps([WEATHER]),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", TOOL_CHATS)
+def test_tool_calls_in_common_forms(kind):
+    _, messages, tools = parsed(parse_chat, TOOL_CHATS[kind])
+    assert tools == [{"type": "function", "function": WEATHER}]
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "assistant"]
+    (call,) = messages[1]["tool_calls"]
+    assert call["function"] == PARSED_CALL["function"]
+    assert (messages[1]["content"], messages[2]["content"]) == ("", "sunny")
+    # What is parsed is a chat in the first form.
+    assert parse_messages(messages, "f", RecordFormat()) == messages
+
+
+def test_results_get_the_ids_of_their_calls():
+    other = {"function": {"name": "time", "arguments": {}}}
+    messages = parse_messages(
+        [
+            Q,
+            {"role": "assistant", "tool_calls": [CALL, other]},
+            {"role": "tool", "content": "noon", "tool_call_id": "call00002"},
+            {"role": "tool", "content": "sunny"},
+        ],
+        "f",
+        RecordFormat(),
+    )
+    linked = link_results(messages, "f")
+    assert [call["id"] for call in linked[1]["tool_calls"]] == ["c1", "call00002"]
+    assert [(m["tool_call_id"], m["name"]) for m in linked[2:]] == [("call00002", "time"), ("c1", "weather")]
+
+
+@pytest.mark.parametrize(
+    ("messages", "sentence"),
+    [
+        ([Q, RESULT], r"message 2 is the result of a tool, but no answer right before it makes such a call"),
+        ([Q, A, RESULT], r"message 3 is the result of a tool"),
+        ([Q, CALLS, RESULT, RESULT], r"message 4 is the result of a tool"),
+        ([Q, CALLS, Q, RESULT], r"message 4 is the result of a tool"),
+        ([Q, CALLS, RESULT | {"tool_call_id": "c9"}], r"message 3 is the result of the call 'c9'"),
+    ],
+)
+def test_results_without_a_call_are_refused(messages, sentence):
+    with pytest.raises(DataError, match=rf"^f:3: {sentence}"):
+        link_results(messages, "f:3")
 
 
 def test_a_prompt_and_its_completion():
-    assert parsed(parse_chat, {"prompt": "a", "completion": "b"}) == ("a", "b")
-    assert parsed(parse_chat, {"prompt": [Q], "completion": [A]}) == ([Q], [A])
+    assert parsed(parse_chat, {"prompt": "a", "completion": "b"}) == ("a", "b", None)
+    assert parsed(parse_chat, {"prompt": [Q], "completion": [A]}) == ([Q], [A], None)
 
 
 PAIRS = {
@@ -111,13 +200,30 @@ def test_two_records_on_a_line_have_different_places(tmp_path):
 REFUSED = {
     r"message 2 has the unknown key 'wieght'; did you mean 'weight'": {"messages": [Q, A | {"wieght": 0}]},
     r"message 2 has the unknown key 'loss_mask'": {"messages": [Q, A | {"loss_mask": 0}]},
-    r"the record has the unknown key 'tools'; known are messages, system; or list it": {
-        "messages": [Q, A],
-        "tools": "[]",
+    r"the record has the unknown key 'tool'; did you mean 'tools'": {"messages": [Q, A], "tool": "[]"},
+    r"message 2: tool_calls must be an object with the name of a function": {
+        "messages": [Q, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
     },
-    r"message 2 calls tools \(tool_calls\)": {
-        "messages": [Q, {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]
+    r"message 2: tool_calls: arguments: is not JSON": {"messages": [Q, calling('{"city": ')]},
+    r"message 2: tool_calls: arguments must be an object": {"messages": [Q, calling("[1]")]},
+    r"message 2: tool_calls is of type 'custom', but only functions": {
+        "messages": [Q, A | {"tool_calls": [{"type": "custom", "function": {"name": "f"}}]}]
     },
+    r"message 2, a function_call: is not JSON": {
+        "conversations": [{"from": "human", "value": "why?"}, {"from": "function_call", "value": "search(x)"}]
+    },
+    r"message 1 of role 'user' calls tools, but only the assistant can": {"messages": [Q | {"tool_calls": [CALL]}]},
+    r"message 2 has both tool_calls and function_call": {
+        "messages": [Q, A | {"tool_calls": [CALL], "function_call": CALL["function"]}]
+    },
+    r"message 2 must be an object with role and content.*only an answer that calls tools may have no content": {
+        "messages": [Q, {"role": "assistant", "content": None}]
+    },
+    r"tools must be a list of functions, or its JSON text, not dict": {"messages": [Q, A], "tools": {"name": "f"}},
+    r"tools: is not JSON": {"messages": [Q, A], "tools": "search"},
+    r"tool 2 must be a function: an object with a name": {"messages": [Q, A], "tools": [{"name": "f"}, {}]},
+    r"has both tools and functions": {"messages": [Q, A], "tools": [{"name": "f"}], "functions": [{"name": "f"}]},
+    r"message 2: name must be a string that is not empty": {"messages": [Q, A | {"name": " "}]},
     r"message 2 must be an object with role and content": {"messages": [Q, {"role": "assistant"}]},
     r"message 1 must have either role and content, or from and value, not both": {"messages": [Q | {"from": "gpt"}]},
     r"part 2 of message 1 is of type 'image_url', but only text is supported": {
@@ -143,7 +249,7 @@ def test_unsupported_content_of_a_chat_is_rejected(sentence):
 
 def test_ignored_keys_must_not_leave_an_empty_answer():
     record = {"messages": [Q | {"name": "Ann"}, A | {"tool_calls": [1]}], "label": True}
-    assert parsed(parse_chat, record, ignore_keys=["name", "label", "tool_calls"]) == (None, [Q, A])
+    assert parsed(parse_chat, record, ignore_keys=["name", "label", "tool_calls"])[1] == [Q, A]
     form = RecordFormat(ignore_keys=["tool_calls"])
     with pytest.raises(DataError, match="message 1 is empty without its tool_calls"):
         parse_messages([{"role": "assistant", "content": "", "tool_calls": [1]}], "f", form)
