@@ -9,12 +9,17 @@ from maxlm.config.base import Frozen
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 # What is random in a step.
-_NOISE = ("embedding_dropout", "residual_dropout", "attention_dropout", "stochastic_depth")
+_NOISE = ("neftune_alpha", "embedding_dropout", "residual_dropout", "attention_dropout", "stochastic_depth")
 
 
 class RegularizationConfig(Frozen):
     """Noise and terms of the loss that belong to the run, not to the model. Validation and inference have none."""
 
+    neftune_alpha: NonNegativeFloat = Field(
+        0.0,
+        description="NEFTune: uniform noise on embeddings, at most this / sqrt(tokens of the document * embed_dim);"
+        " 5 to 15 in its paper.",
+    )
     embedding_dropout: Rate = Field(0.0, description="Share of the embeddings' channels that are zeroed.")
     residual_dropout: Rate = Field(0.0, description="The same of what each mixer and MLP adds to the stream.")
     attention_dropout: Rate = Field(

@@ -70,6 +70,19 @@ def look_ahead(stream: Stream, distance: int) -> Stream:
     return Stream(**{name: jnp.where(is_same_BL, later(getattr(stream, name)), 0) for name in fields})
 
 
+def document_lengths(segment_ids_BL: jax.Array) -> jax.Array:
+    """The number of tokens of each token's document in its row: int32 [B, L]; for padding, that of the padding."""
+    # Devices along `context` exchange whole rows: a few bytes a token.
+    whole_BL = shard(segment_ids_BL, "batch", None)
+    length = whole_BL.shape[1]
+    starts_BL = whole_BL[:, 1:] != whole_BL[:, :-1]
+    begins_BL, ends_BL = (jnp.pad(starts_BL, ((0, 0), side), constant_values=True) for side in ((1, 0), (0, 1)))
+    columns_L = jnp.arange(length)
+    first_BL = jax.lax.cummax(jnp.where(begins_BL, columns_L, 0), axis=1)
+    last_BL = jax.lax.cummin(jnp.where(ends_BL, columns_L, length), axis=1, reverse=True)
+    return shard(last_BL - first_BL + 1, "batch", "length")
+
+
 def put_batch(batch: Any, mesh: Mesh, axes: tuple[str | None, ...] = ("batch", "length")) -> Any:
     """Turn this process's rows into global arrays, sharded along the logical axes of their first dimensions.
 

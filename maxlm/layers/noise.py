@@ -15,12 +15,12 @@ from maxlm.core.sharding import shard
 from maxlm.ops.dropout import WeightDropout, drop, hashed
 
 # What a mask is for: two masks of one token in one layer must differ.
-_EMBEDDING, _MIXER, _MLP, _DEPTH, _QUERIES, _KEYS = range(6)
+_EMBEDDING, _MIXER, _MLP, _DEPTH, _QUERIES, _KEYS, _NEFTUNE = range(7)
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["row_seeds_B", "columns_BL", "layer"],
+    data_fields=["row_seeds_B", "columns_BL", "lengths_BL", "layer"],
     meta_fields=["rates", "num_layers", "residual_axes"],
 )
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Noise:
 
     row_seeds_B: uint32, from (seed, step, row).
     columns_BL: the place of each token in its row, in the layout of a mixer's input; a model adds it.
+    lengths_BL: length of each token's document in its row, in the same layout; None if nothing depends on it.
     residual_axes: sharding of the stream between layers.
     layer: number of the layer that is computed; the embedding has none.
     """
@@ -36,18 +37,34 @@ class Noise:
     row_seeds_B: jax.Array
     rates: RegularizationConfig
     columns_BL: jax.Array | None = None
+    lengths_BL: jax.Array | None = None
     residual_axes: tuple[str | None, ...] = ()
     num_layers: int = 0
     layer: int | jax.Array | None = None
 
-    def in_model(self, columns_BL: jax.Array, residual_axes: tuple[str | None, ...], num_layers: int) -> Self:
-        return replace(self, columns_BL=columns_BL, residual_axes=residual_axes, num_layers=num_layers)
+    def in_model(
+        self,
+        columns_BL: jax.Array,
+        lengths_BL: jax.Array | None,
+        residual_axes: tuple[str | None, ...],
+        num_layers: int,
+    ) -> Self:
+        return replace(
+            self, columns_BL=columns_BL, lengths_BL=lengths_BL, residual_axes=residual_axes, num_layers=num_layers
+        )
 
     def at_layer(self, number: int | jax.Array) -> Self:
         return replace(self, layer=number)
 
     def embedding(self, x_BLD: jax.Array) -> jax.Array:
-        """Dropout of the embeddings."""
+        """Embeddings with the uniform noise of NEFTune (arXiv:2310.05914), at most alpha / sqrt(L * D) in a document of
+        length L, and dropout."""
+        if self.rates.neftune_alpha:
+            lengths_BL = jnp.maximum(shard(self.lengths_BL, *self.residual_axes[:2]), 1)
+            bound_BL = self.rates.neftune_alpha * jax.lax.rsqrt(lengths_BL * float(x_BLD.shape[-1]))
+            # From -1 to 1: 24 bits, which float32 holds exactly.
+            uniform_BLD = (self._bits(x_BLD, _NEFTUNE) >> 8).astype(jnp.float32) * 2.0**-23 - 1.0
+            x_BLD = (x_BLD + bound_BL[..., None] * uniform_BLD).astype(x_BLD.dtype)
         return self._drop(x_BLD, self.rates.embedding_dropout, _EMBEDDING)
 
     def mixer_output(self, x_BLD: jax.Array) -> jax.Array:
@@ -75,12 +92,14 @@ class Noise:
         return x_BLD
 
     def _drop(self, x_BLD: jax.Array, rate: float, site: int) -> jax.Array:
-        if not rate:
-            return x_BLD
+        return drop(x_BLD, rate, self._bits(x_BLD, site)) if rate else x_BLD
+
+    def _bits(self, x_BLD: jax.Array, site: int) -> jax.Array:
+        """uint32 of the shape of x, uniform."""
         columns_BL = shard(self.columns_BL, *self.residual_axes[:2])
         tokens_BL = hashed(self._seeds(site)[:, None], columns_BL)
         channels_D = jnp.arange(x_BLD.shape[-1])
-        return drop(x_BLD, rate, hashed(tokens_BL[..., None], channels_D))
+        return hashed(tokens_BL[..., None], channels_D)
 
     def _seeds(self, site: int) -> jax.Array:
         seeds_B = hashed(self.row_seeds_B, site)

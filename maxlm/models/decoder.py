@@ -17,7 +17,7 @@ from flax import nnx
 
 from maxlm.config.execution import DEFAULT_EXECUTION, ExecutionConfig
 from maxlm.config.model import ModelConfig
-from maxlm.core.batch import Stream, look_ahead
+from maxlm.core.batch import Stream, document_lengths, look_ahead
 from maxlm.core.parameters import Normal, Parameter, zeros
 from maxlm.core.sharding import fits, gather_layers, shard
 from maxlm.core.term import LossOutput, unite
@@ -140,6 +140,9 @@ class Decoder(nnx.Module):
         """The input of the trunk: embeddings, after the groups of layers before it."""
         execution = self.execution
         order = row_order(tokens_BL.shape[1], execution.context_attention)
+        lengths_BL = None
+        if noise is not None and noise.rates.neftune_alpha:
+            lengths_BL = to_row_order(document_lengths(segment_ids_BL), order)
         tokens_BL, positions_BL, segment_ids_BL, prefix_lengths_BL = jax.tree.map(
             lambda x: to_row_order(shard(x, "batch", "length"), order),
             (tokens_BL, positions_BL, segment_ids_BL, prefix_lengths_BL),
@@ -149,7 +152,7 @@ class Decoder(nnx.Module):
             residual_axes = TOKEN_AXES
         if noise is not None:
             columns_BL = shard(jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape), "batch", "length")
-            noise = noise.in_model(to_row_order(columns_BL, order), residual_axes, self.config.num_layers)
+            noise = noise.in_model(to_row_order(columns_BL, order), lengths_BL, residual_axes, self.config.num_layers)
         context = replace(
             self._context(positions_BL, segment_ids_BL, prefix_lengths_BL),
             noise=noise,

@@ -18,7 +18,13 @@ from maxlm.models.regroup import unrolled
 TEXT = pack(documents(), rows=4, length=24, per_row=3)
 BATCH = Batch({"text": TEXT}, row_seeds_B=np.arange(1, 5, dtype=np.uint32))
 CONFIG = tiny_config(num_layers=4)
-RATES = {"embedding_dropout": 0.2, "residual_dropout": 0.2, "attention_dropout": 0.2, "stochastic_depth": 0.5}
+RATES = {
+    "neftune_alpha": 5.0,
+    "embedding_dropout": 0.2,
+    "residual_dropout": 0.2,
+    "attention_dropout": 0.2,
+    "stochastic_depth": 0.5,
+}
 
 
 @pytest.fixture(scope="module")

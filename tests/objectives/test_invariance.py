@@ -84,11 +84,12 @@ class TestSft:
     def objective(self):
         return objective_of({"kind": "sft", "train_file": "nowhere", "z_loss": 1e-2})
 
-    def test_packing_padding_and_accumulation_change_nothing(self, objective, model, tokenizer):
+    @pytest.mark.parametrize("weighting", ["token", "dialogue"])
+    def test_packing_padding_and_accumulation_change_nothing(self, objective, model, tokenizer, weighting):
         encoded = [tokenizer.encode_chat(record["messages"]) for record in CHATS]
-        packed = PackedChats(encoded, row_length=40)
+        packed = PackedChats(encoded, row_length=40, weighting=weighting)
         assert len(packed.rows) == 2
-        alone = PackedChats(encoded, row_length=max(len(c.ids) - 1 for c in encoded))
+        alone = PackedChats(encoded, row_length=max(len(c.ids) - 1 for c in encoded), weighting=weighting)
         alone.rows = [[index] for index in range(4)]
         expected = terms_and_gradient(objective, model, alone.batch(np.arange(4)))
         assert_same(terms_and_gradient(objective, model, packed.batch(np.arange(2))), expected)
@@ -96,6 +97,22 @@ class TestSft:
         assert_same(
             terms_and_gradient(objective, model, padded(alone.batch(np.arange(4)), rows=2, columns=7)), expected
         )
+
+    def test_weighting_by_dialogue_is_the_mean_of_the_means_of_dialogues(self, objective, model, tokenizer):
+        encoded = [tokenizer.encode_chat(record["messages"]) for record in CHATS]
+        packed = PackedChats(encoded, row_length=40, weighting="dialogue").batch(np.arange(2))
+        text = packed["text"]
+        outputs = model(text.tokens, positions_BL=text.positions, segment_ids_BL=text.segment_ids)
+        log_p = np.asarray(jax.nn.log_softmax(model.logits(outputs.hidden_BLD)), np.float64)
+        nll = -np.take_along_axis(log_p, text.targets[..., None], -1)[..., 0]
+        learned = [
+            nll[row][(text.segment_ids[row] == segment) & (text.loss_weights[row] > 0)].mean()
+            for row in range(2)
+            for segment in range(1, text.segment_ids[row].max() + 1)
+        ]
+        assert len(learned) == 4
+        means, _ = terms_and_gradient(objective, model, packed)
+        np.testing.assert_allclose(means["cross_entropy"], np.mean(learned), rtol=1e-5)
 
 
 class TestReward:

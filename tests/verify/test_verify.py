@@ -48,7 +48,8 @@ def test_every_objective_passes_with_padding_and_on_three_axes(kind, settings):
 
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_noise_is_the_same_in_every_layout(kind):
-    rates = {"embedding_dropout": 0.1, "residual_dropout": 0.1, "attention_dropout": 0.3, "stochastic_depth": 0.3}
+    rates = {"neftune_alpha": 5.0, "embedding_dropout": 0.1, "residual_dropout": 0.1, "attention_dropout": 0.3}
+    rates |= {"stochastic_depth": 0.3}
     layouts = [
         "accumulation: 2",
         "attention: xla",
