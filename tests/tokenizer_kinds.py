@@ -7,7 +7,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import sentencepiece
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 TEXTS = [
     "", " ", "  ", "Hello world", " leading", "trailing ", "two  spaces   three", "don't WE'LL I'm",
@@ -38,6 +38,17 @@ def _write(folder: Path, tokenizer: Tokenizer, **config) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **config}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_byte_tokenizer(folder: Path, *control_tokens: str, **config) -> None:
+    """A tokenizer of bytes with these control tokens."""
+    tokenizer = Tokenizer(
+        models.BPE({piece: n for n, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in control_tokens])
+    _write(folder, tokenizer, **config)
 
 
 def _byte_level(folder: Path) -> None:

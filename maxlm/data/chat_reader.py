@@ -20,10 +20,10 @@ def read_chats(
 ) -> tuple[list[ChatTokens], list[str]]:
     """The chats of a file, of at most `row_length` + 1 tokens each, and their places, FILE:LINE.
 
-    What becomes of longer ones, and of those without an answer that `form.train_on` selects, is printed.
+    What becomes of longer ones, and of those without an answer, or none that `form.train_on` selects, is printed.
 
     Raises:
-      DataError: a record is not a chat, or has no answer to learn, or nothing is left; with file and line.
+      DataError: a record is not a chat, or all its answers have weight 0, or nothing is left; with file and line.
     """
     tokenizer.check_template()
     reader = _Reader(tokenizer, form, row_length)
@@ -48,6 +48,7 @@ class _Reader:
     num_too_long: int = 0
     num_kept: int = 0  # what is left of those that are too long: chats, or their parts
     num_dropped: int = 0  # chats that are too long, or exchanges of chats that are split
+    unanswered: list[str] = field(default_factory=list)
     unselected: list[str] = field(default_factory=list)
 
     def examples(self, chat: Chat, where: str) -> list[ChatTokens]:
@@ -61,8 +62,11 @@ class _Reader:
         encode = partial(encode_chat, self.tokenizer, where=where, tools=chat.tools)
         whole = encode(messages)
         if not is_learned(whole):
-            self._check_learned(given, where)
-            self.unselected.append(where)
+            role = self.tokenizer.answering_role
+            weights = [message.get("weight", 1.0) for message in given if message["role"] == role]
+            if weights and not any(weights):
+                raise DataError(f"{where}: all its answers have weight 0, so nothing of it is learned; remove it")
+            (self.unselected if weights else self.unanswered).append(where)
             return []
         return [whole] if self._fits(whole) else self._shortened(messages, encode)
 
@@ -84,36 +88,30 @@ class _Reader:
         self.num_dropped += num_dropped
         return parts
 
-    def _check_learned(self, messages: Messages, where: str) -> None:
-        role = self.tokenizer.answering_role
-        weights = [message.get("weight", 1.0) for message in messages if message["role"] == role]
-        if not weights:
-            raise DataError(
-                f"{where}: has no message of role {role!r}, so nothing of it is learned; remove it, or name the role"
-                " that answers in objective.roles"
-            )
-        if not any(weights):
-            raise DataError(f"{where}: all its answers have weight 0, so nothing of it is learned; remove it")
-
     def report(self, path: str | Path, *, found: bool) -> None:
         """Print what became of chats that are too long, or without a selected answer; raise DataError if none is
         found."""
         longer = f"longer than row_length={self.row_length} tokens"
         if not found and self.num_too_long:
             raise DataError(f"{path}: all {self.num_too_long} chats are {longer}; raise row_length")
-        if not found and self.unselected:
-            raise DataError(
-                f"{path}: none of its {len(self.unselected)} chats has an answer that objective.train_on selects;"
-                " correct it, or set it to all"
-            )
+        lacks = {
+            f"no message of role {self.tokenizer.answering_role!r}": self.unanswered,
+            "no answer that objective.train_on selects": self.unselected,
+        }
+        for what, places in lacks.items():
+            if places and not found:
+                raise DataError(
+                    f"{places[0]}: has {what}, like every other chat; objective.roles may name the role that answers,"
+                    " and objective.train_on the answers to learn"
+                )
+            if places:
+                console.print(
+                    f"{path}: {len(places)} of {self.num_chats} chats have {what} and are skipped; the first is"
+                    f" {places[0]}",
+                    markup=False,
+                )
         if not found:
             raise DataError(f"{path}: has no chats; give a file with at least one")
-        if self.unselected:
-            console.print(
-                f"{path}: {len(self.unselected)} of {self.num_chats} chats have no answer that objective.train_on"
-                f" selects and are skipped; the first is {self.unselected[0]}",
-                markup=False,
-            )
         if self.num_too_long:
             outcome = {
                 "drop": " and are skipped",

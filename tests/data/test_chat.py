@@ -135,7 +135,6 @@ def weighted(*weights):
 @pytest.mark.parametrize(
     ("record", "sentence"),
     [
-        (ANSWERLESS, r"has no message of role 'assistant', so nothing of it is learned; .*objective\.roles"),
         (weighted(0, 0, 0, 0), "all its answers have weight 0, so nothing of it is learned"),
         (weighted(1, 1, 0, 1), "message 1 of role 'user' has a weight, but only messages of the assistant"),
         (chat("yes", " \n"), "message 2 is an empty answer; remove the record, or set the weight"),
@@ -147,6 +146,16 @@ def weighted(*weights):
 def test_a_chat_without_anything_to_learn_is_refused_with_its_line(tokenizer, tmp_path, record, sentence):
     path = write(tmp_path / "chats.jsonl", CHATS[0], record)
     with pytest.raises(DataError, match=rf"chats\.jsonl:2: {sentence}"):
+        PackedChats.read(path, tokenizer, row_length=40)
+
+
+def test_chats_without_an_answer_are_skipped_and_counted(tokenizer, tmp_path, capsys):
+    path = write(tmp_path / "chats.jsonl", CHATS[0], ANSWERLESS, ANSWERLESS)
+    assert len(PackedChats.read(path, tokenizer, row_length=40).rows) == 1
+    reported = " ".join(capsys.readouterr().err.split())
+    assert f"2 of 3 chats have no message of role 'assistant' and are skipped; the first is {path}:2" in reported
+    write(path, ANSWERLESS)
+    with pytest.raises(DataError, match=r"chats\.jsonl:1: has no message of role 'assistant', like .*roles"):
         PackedChats.read(path, tokenizer, row_length=40)
 
 
@@ -203,7 +212,7 @@ def test_chats_without_a_selected_answer_are_counted_and_the_first_is_named(toke
         f"2 of 3 chats have no answer that objective.train_on selects and are skipped; the first is {path}:2"
         in reported
     )
-    with pytest.raises(DataError, match=r"none of its 3 chats has an answer that objective\.train_on selects"):
+    with pytest.raises(DataError, match=r"chats\.jsonl:1: has no answer that objective\.train_on selects"):
         PackedChats.read(path, tokenizer, row_length=40, form=ChatConfig(train_on=["Bob"]))
 
 
