@@ -15,7 +15,7 @@ from maxlm.core.term import LossOutput, Term
 from maxlm.data.chat import PackedChats
 from maxlm.models.applied import AppliedModel
 from maxlm.objectives.language_model import language_model_loss
-from maxlm.objectives.record_data import RecordData, first_examples
+from maxlm.objectives.record_data import RecordData, first_indices
 from maxlm.objectives.sequences import rows_of
 from maxlm.objectives.validation import language_model_values, target_bytes
 from maxlm.tokenizer.codec import Tokenizer
@@ -52,8 +52,9 @@ class SupervisedFineTuning(Objective, RecordsConfig, ChatConfig):
 
     def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[PreviewRow]:
         chats = self._read(self.train_file, config=config, tokenizer=tokenizer)
-        for number, row in enumerate(rows_of(first_examples(chats, config, num_examples)["text"]), 1):
-            yield PreviewRow(f"row {number}", row)
+        indices = first_indices(len(chats), config, num_examples)
+        for number, (index, row) in enumerate(zip(indices, rows_of(chats.batch(indices)["text"])), 1):
+            yield PreviewRow(f"row {number}", row, places=tuple(chats.places(index)))
 
     def example(self, make: ExampleMaker) -> Batch:
         return Batch({"text": make.documents()})

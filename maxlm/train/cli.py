@@ -21,6 +21,7 @@ examples:
 PREVIEW_EPILOG = """\
 examples:
   maxlm preview configs/post/sft.yaml              is the loss on the answers only?
+  maxlm preview configs/post/sft.yaml --html page.html     the same as a page, with ids and weights
   maxlm preview configs/post/dpo.yaml -n 1         one pair
   maxlm preview configs/quickstart/pretrain.yaml   where does each document start in a packed row?
 """
@@ -62,6 +63,7 @@ def register(subparsers) -> None:
     )
     add_config(preview, "train")
     preview.add_argument("-n", type=count, default=3, metavar="N", help="number of examples (3)")
+    preview.add_argument("--html", metavar="FILE", help="write a page instead, which also shows ids and loss weights")
     preview.set_defaults(func=run_preview)
 
 
@@ -99,14 +101,20 @@ def run_preview(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from maxlm.config.load import load_config
-    from maxlm.train.preview import legend, preview
+    from maxlm.train.preview import legend, preview, render
 
     config = load_config(args.config, args.overrides, kind="train")
+    tokenizer, examples = preview(config, num_examples=args.n)
+    if args.html is not None:
+        from maxlm.train.preview_page import write_preview
+
+        write_preview(args.html, f"Training examples of {args.config}", list(examples), tokenizer)
+        print(f"wrote {args.html}")
+        return 0
     console = Console(highlight=False)
     plain = console.color_system is None
-    examples = preview(config, num_examples=args.n, plain=plain)
     for number, example in enumerate(examples):
         if number == 0:
             console.print(legend(plain=plain), "")
-        console.print(example, soft_wrap=plain)
+        console.print(render(example, tokenizer, plain=plain), soft_wrap=plain)
     return 0

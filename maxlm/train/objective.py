@@ -75,11 +75,13 @@ class TrainingData(Protocol):
 
 
 class PreviewRow(NamedTuple):
-    """A training example to show: a title, a stream of one row, and optionally a note below it."""
+    """A training example to show: a title, a stream of one row, and optionally a note below it, and where each of its
+    segments is from."""
 
     title: str
     row: Stream
     note: str = ""
+    places: tuple[str, ...] = ()
 
 
 class ExampleMaker(Protocol):

@@ -1,6 +1,7 @@
 """`maxlm train` and `maxlm preview`: their output and error messages."""
 
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,56 @@ def test_preview_shows_a_prompt_and_its_answer(write_config, capsys):
     out = capsys.readouterr().out
     assert "coin↵\none<|end|><|assistant|>" in out
     assert "answer: yes   reward: exact_match" in out
+
+
+class _Tokens(HTMLParser):
+    """The tokens of a page: (text, what is shown when pointing at it, classes); and all tags."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tokens, self.tags, self._open = [], [], None
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        attributes = dict(attrs)
+        self._open = attributes if "data-about" in attributes else None
+
+    def handle_data(self, data):
+        if self._open is not None:
+            self.tokens.append((data, self._open["data-about"], self._open["class"].split()))
+            self._open = None
+
+
+def test_preview_as_a_page_shows_every_token_with_its_weight(write_config, tmp_path, capsys):
+    records = [chat("sky", "blue"), chat("grass", "green")]
+    records[1]["messages"][1]["weight"] = 0.5
+    path = write_config("sft", records, row_length=64)
+    # All text is escaped.
+    path = Path(path).rename(tmp_path / "<script>.yaml")
+    page_path = tmp_path / "page.html"
+    assert main(["preview", str(path), "-n", "1", "--html", str(page_path)]) == 0
+    assert capsys.readouterr().out == f"wrote {page_path}\n"
+    page = page_path.read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "&lt;script&gt;.yaml" in page
+    assert "http" not in page.replace("http-equiv", "")
+    found = _Tokens(page)
+    text = "".join(token for token, _, _ in found.tokens)
+    assert "<|bos|><|user|>grass<|end|><|assistant|>green<|end|>" in text
+    learned = "".join(token for token, _, classes in found.tokens if "learned" in classes)
+    assert sorted(learned.removesuffix("<|end|>").split("<|end|>")) == ["blue", "green"]
+    ends = [about for token, about, classes in found.tokens if token == "<|end|>" and "learned" in classes]
+    assert sorted(about.splitlines()[-1] for about in ends) == ["loss weight 0.5", "loss weight 1"]
+    assert {about.splitlines()[1].split(", ")[1] for _, about, _ in found.tokens} == {"segment 1", "segment 2"}
+    assert all("control" in classes for token, _, classes in found.tokens if token == "<|bos|>")
+    assert f"{tmp_path}/sft.jsonl:1" in page
+
+
+def test_preview_page_that_cannot_be_written_is_one_sentence(write_config, tmp_path, capsys):
+    path = write_config("sft", [chat("sky", "blue")])
+    assert main(["preview", path, "--html", str(tmp_path / "no" / "page.html")]) == 2
+    assert "page.html: cannot be written: No such file or directory; give another file" in capsys.readouterr().err
 
 
 def test_preview_colors_by_loss_weight_if_terminal_has_colors(write_config, capsys, monkeypatch):
