@@ -42,7 +42,7 @@ class RecordFormat(Frozen):
         description="Field -> its name in the file, if it differs: `{prompt: question}`; dotted names are nested.",
     )
     roles: dict[str, str] = Field(
-        {}, description="Role in the file -> standard role: `{observation: user}`; human and gpt are built in."
+        {}, description="Role in the file -> standard role: `{bot: assistant}`; human and gpt are built in."
     )
     ignore_keys: tuple[str, ...] = Field(
         (), description="Keys of records and messages to ignore; other unknown keys are errors."

@@ -51,19 +51,18 @@ def split(messages: Messages, encode: Encode, limit: int) -> tuple[list[ChatToke
       The chats that have something to learn, and the number of exchanges that are too long by themselves.
     """
     system, exchanges = _exchanges(messages)
-    parts, num_too_long, start = [], 0, 0
-    while start < len(exchanges):
-        rest = exchanges[start:]
-        count = bisect.bisect_left(
-            range(1, len(rest) + 1),
-            True,
-            key=lambda end, rest=rest: _encoded(system, rest[:end], encode, limit) is None,  # type: ignore[misc]
-        )
-        if (part := _encoded(system, rest[:count], encode, limit) if count else None) is None:
+    parts, num_too_long = [], 0
+    while exchanges:
+        longest, count = None, 0
+        for end in range(1, len(exchanges) + 1):
+            if (part := _encoded(system, exchanges[:end], encode, limit)) is None:
+                break
+            longest, count = part, end
+        if longest is None:
             num_too_long += 1
-        elif is_learned(part):
-            parts.append(part)
-        start += max(count, 1)
+        elif is_learned(longest):
+            parts.append(longest)
+        exchanges = exchanges[max(count, 1) :]
     return parts, num_too_long
 
 

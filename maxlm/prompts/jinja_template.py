@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import jinja2
 import jinja2.ext
+import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from maxlm.errors import TokenizerError
@@ -114,14 +115,12 @@ class JinjaTemplate:
         if messages[-1]["role"] == self.answering_role and not generation_prompt and not rendered.generated:
             rendered = self._with_end(rendered, encoder.control_tokens)
         ids, ranges = encoder.encode_ranges(rendered.text, rendered.plain)
-        weights = [0.0] * len(ids)
+        starts, ends = np.array(ranges, np.int64).reshape(-1, 2).T
+        loss_weights = np.zeros(len(ids))
         if not generation_prompt:
             for (start, end), weight in self._answers(messages, marked, rendered, is_control, render):
-                weights = [
-                    weight if start < its_end and its_start < end else kept
-                    for kept, (its_start, its_end) in zip(weights, ranges)
-                ]
-        return ChatTokens(ids, weights)
+                loss_weights[(start < ends) & (starts < end)] = weight
+        return ChatTokens(ids, loss_weights.tolist())
 
     def end_of_turn(self, control_tokens: Iterable[str]) -> str | None:
         """The control token that ends an answer, or else begins the question after it; None if there is none, or a chat
