@@ -66,10 +66,11 @@ class ChatConfig(RecordFormat):
         " several chats.",
     )
 
-    @field_validator("train_on")
+    @field_validator("train_on", mode="before")
     @classmethod
     def _names_answers(cls, value: Any) -> Any:
-        if isinstance(value, tuple) and (not value or 0 in value):
+        is_list = isinstance(value, list | tuple) and value and all(type(each) in (int, str) and each for each in value)
+        if value not in ("all", "last") and not is_list:
             raise ValueError(
                 "must be all, last, or a list of names and of numbers of answers, from 1 or from -1 backwards"
             )

@@ -100,7 +100,7 @@ def _parse(message: Any, what: str, where: str, form: RecordFormat) -> dict[str,
     role = form.roles.get(role, _ROLES.get(role, role))
     calls = _calls(used, call_keys, f"{where}: {what}")
     if role == _CALL_ROLE:
-        role, calls, content = "assistant", parse_calls(content, f"{where}: {what}, a {_CALL_ROLE}"), ""
+        role, calls, content = "assistant", _shared_calls(content, f"{where}: {what}, a {_CALL_ROLE}"), ""
     if calls and role != "assistant":
         raise DataError(f"{where}: {what} of role {role!r} calls tools, but only the assistant can; correct its role")
     if not calls and not content.strip() and (ignored := [key for key in _CALL_KEYS if given.get(key)]):
@@ -117,6 +117,13 @@ def _calls(used: dict[str, Any], keys: list[str], what: str) -> Calls:
     if len(keys) > 1:
         raise DataError(f"{what} has both {keys[0]} and {keys[1]}; keep one")
     return parse_calls(used[keys[0]], f"{what}: {keys[0]}") if keys else []
+
+
+def _shared_calls(content: str, what: str) -> Calls:
+    try:
+        return parse_calls(content, what)
+    except DataError as error:
+        raise DataError(f"{error}; to learn it as text, set objective.roles.{_CALL_ROLE}=assistant") from None
 
 
 def _string(value: Any, what: str) -> str:

@@ -31,6 +31,8 @@ _PLAIN, _PLAIN_END, _GENERATED, _GENERATED_END = "\ufdd0", "\ufdd1", "\ufdd2", "
 _MARKS = re.compile(f"[{_PLAIN}-{_GENERATED_END}]")
 # Names in the style of control tokens.
 _LIKE_CONTROL = re.compile(r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|<(?:start|end)_of_turn>|<reserved_\d+>|\[gMASK\]|<sop>")
+# Of messages that templates may not write.
+_SPECIAL_KEYS = {"tool_calls", "name"}
 _ROLES = ("system", "user", "assistant", "tool")
 
 _Range = tuple[int, int]
@@ -85,6 +87,7 @@ class JinjaTemplate:
             raise TokenizerError(f"line {line} of the chat template is not valid Jinja: {error}") from None
         self.source = source
         self._special_tokens = dict(special_tokens)
+        self._ends = functools.cache(self._find_ends)
 
     def encode(
         self,
@@ -107,33 +110,43 @@ class JinjaTemplate:
         for message in messages:
             self._check_role(message.get("role"))
         is_control = _pattern(encoder.control_tokens)
-        if tools or any(message.keys() & {"tool_calls", "tool_call_id", "name"} for message in messages):
+        if tools or any(message.get("role") == "tool" or message.keys() & _SPECIAL_KEYS for message in messages):
             messages, tools = as_written(messages, tools, self.writes)
         marked = [_marked(self._as_given(message), is_control) for message in messages]
         render = functools.partial(self._render, tools=_marked(tools, is_control))
         rendered = render(marked, generation_prompt=generation_prompt)
-        if messages[-1]["role"] == self.answering_role and not generation_prompt and not rendered.generated:
-            rendered = self._with_end(rendered, encoder.control_tokens)
+        own_end, next_turn = self._ends(frozenset(encoder.control_tokens))
+        ends_with_answer = messages[-1]["role"] == self.answering_role and not generation_prompt
+        if ends_with_answer and not rendered.generated and own_end is None and next_turn is not None:
+            rendered = replace(rendered, text=rendered.text.rstrip("\n") + next_turn)
         ids, ranges = encoder.encode_ranges(rendered.text, rendered.plain)
         starts, ends = np.array(ranges, np.int64).reshape(-1, 2).T
         loss_weights = np.zeros(len(ids))
         if not generation_prompt:
-            for (start, end), weight in self._answers(messages, marked, rendered, is_control, render):
+            found = self._answers(messages, marked, rendered, is_control, render, has_end=own_end is not None)
+            for (start, end), weight in found:
                 loss_weights[(start < ends) & (starts < end)] = weight
         return ChatTokens(ids, loss_weights.tolist())
 
     def end_of_turn(self, control_tokens: Iterable[str]) -> str | None:
         """The control token that ends an answer, or else begins the question after it; None if there is none, or a chat
         of two messages is refused."""
+        own, following = self._ends(frozenset(control_tokens))
+        return own or following
+
+    def _find_ends(self, control_tokens: frozenset[str]) -> tuple[str | None, str | None]:
+        """The first control tokens after an answer: if it is the last message, and if a question follows."""
         is_control = _pattern(control_tokens)
-        for chat in (_CHAT, [*_CHAT, _CHAT[0]]):
+
+        def first(chat: list[dict]) -> str | None:
             try:
                 _, found, rest = self._render(chat).text.partition(_CHAT[1]["content"])
             except TokenizerError:
                 return None
-            if found and (end := is_control.search(rest)):
-                return end[0]
-        return None
+            end = is_control.search(rest) if found else None
+            return end[0] if end else None
+
+        return first(_CHAT), first([*_CHAT, _CHAT[0]])
 
     def problem(self, encoder: RangeEncoder, tokens: Sequence[str] = ()) -> str | None:
         """Why answers in this template cannot be learned with this tokenizer: a sentence, or None.
@@ -145,7 +158,10 @@ class JinjaTemplate:
             text = self._render(_CHAT).text
         except TokenizerError as error:
             # One that refuses this chat may take others.
-            return None if isinstance(error.__cause__ or error.__context__, _RefusedError) else str(error)
+            if isinstance(error.__context__, _RefusedError):
+                return None
+            remedy = "; name it in tokenizer_config.json, or use another template" if "_token'" in str(error) else ""
+            return f"{error}{remedy}"
         for mark in [*tokens, *_LIKE_CONTROL.findall(text)]:
             if len(encoder.encode_ranges(mark, [])[0]) != 1:
                 return (
@@ -158,12 +174,6 @@ class JinjaTemplate:
                 " write eos_token after each answer"
             )
         return None
-
-    def _with_end(self, rendered: _Rendered, control_tokens: Iterable[str]) -> _Rendered:
-        """With the control token that ends the last answer, if the template does not write it."""
-        if _end_of(rendered, _pattern(control_tokens)) is None and (end := self.end_of_turn(control_tokens)):
-            return replace(rendered, text=rendered.text.rstrip("\n") + end)
-        return rendered
 
     @functools.cached_property
     def writes(self) -> set[str]:
@@ -215,6 +225,8 @@ class JinjaTemplate:
         rendered: _Rendered,
         is_control: re.Pattern,
         render: Callable[..., _Rendered],
+        *,
+        has_end: bool,
     ) -> Iterator[tuple[_Range, float]]:
         """What is learned, and its weight."""
         answers = [i for i, message in enumerate(messages) if message.get("role") == self.answering_role]
@@ -239,8 +251,8 @@ class JinjaTemplate:
                     " {% endgeneration %} in the template, or set the weight of the message to 0"
                 )
             if (end := _end_of(through, is_control)) is None:
-                # The next message begins with it, or it is added.
-                following = is_control.match(rendered.text, len(through.text))
+                # Without an end of its own, the next message begins with it, or it is added.
+                following = None if has_end else is_control.match(rendered.text, len(through.text.rstrip("\n")))
                 end = following.end() if following else len(through.text)
             yield (len(before), end), weight
 

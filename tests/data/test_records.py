@@ -209,7 +209,7 @@ REFUSED = {
     r"message 2: tool_calls is of type 'custom', but only functions": {
         "messages": [Q, A | {"tool_calls": [{"type": "custom", "function": {"name": "f"}}]}]
     },
-    r"message 2, a function_call: is not JSON": {
+    r"message 2, a function_call: is not JSON: .*; to learn it as text, set objective.roles.function_call=assistant": {
         "conversations": [{"from": "human", "value": "why?"}, {"from": "function_call", "value": "search(x)"}]
     },
     r"message 1 of role 'user' calls tools, but only the assistant can": {"messages": [Q | {"tool_calls": [CALL]}]},

@@ -2,7 +2,8 @@
 
 import pytest
 
-from maxlm.errors import TokenizerError
+from maxlm.data.encoding import encode_chat
+from maxlm.errors import DataError, TokenizerError
 from maxlm.prompts.named_templates import template_names
 
 CHAT = [
@@ -203,6 +204,11 @@ def test_turns_that_do_not_alternate_are_refused_where_a_template_needs_it(load,
         load(name).encode_chat([CHAT[1], CHAT[1], CHAT[2]])
 
 
+def test_messages_of_a_file_that_do_not_alternate_are_named(load):
+    with pytest.raises(DataError, match=r"^f:7: .* must take turns; messages 1 and 2 are both of role 'user'"):
+        encode_chat(load("llama2"), [CHAT[1], CHAT[1], CHAT[2]], "f:7")
+
+
 @pytest.mark.parametrize(
     ("name", "lacks"),
     [
@@ -226,11 +232,28 @@ def test_template_whose_tokens_are_missing_is_refused_in_one_sentence(make_token
 
 
 def test_template_without_an_end_token_is_refused(make_tokenizer):
-    with pytest.raises(TokenizerError, match="'eos_token' is undefined"):
+    with pytest.raises(TokenizerError, match="'eos_token' is undefined; name it in tokenizer_config"):
         make_tokenizer("<s>", bos_token="<s>").with_template("llama2")
     own = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     with pytest.raises(TokenizerError, match="ends an answer with no control token, so a model would not learn to end"):
         make_tokenizer("<s>", "</s>", chat_template=own, **NAMED).check_template()
+
+
+@pytest.mark.parametrize(
+    ("answer", "learned"),
+    [
+        # Text after the end is the template's, not the model's, and nothing is added.
+        ("{{ m.content }}</s>.", ("Hi there</s>.", "Fine</s>.")),
+        ("{{ m.content }}", ("Hi there<s>", "Fine<s>")),
+    ],
+)
+def test_an_end_is_added_only_where_a_template_has_none(make_tokenizer, answer, learned):
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<s>{{ m.content }}>{% else %}ANSWER{% endif %}{% endfor %}"
+    ).replace("ANSWER", answer)
+    tokenizer = make_tokenizer("<s>", "</s>", chat_template=template, **NAMED)
+    chat = [*CHAT[1:4], {"role": "assistant", "content": "Fine"}]
+    assert learned_parts(tokenizer, tokenizer.encode_chat(chat)) == learned
 
 
 def test_unknown_name_and_second_template_are_refused(make_tokenizer, tmp_path):

@@ -235,5 +235,7 @@ def test_own_tokenizer_is_the_same_as_files_of_hugging_face(tokenizer, tmp_path)
         CHAT[:3], generation_prompt=True
     )
     assert written.stop_ids == tokenizer.stop_ids
-    with pytest.raises(TokenizerError, match="chat role tool is unknown"):
-        written.encode_chat([{"role": "tool", "content": "x"}])
+    result = [{"role": "tool", "content": "x"}]
+    assert written.encode_chat(result) == tokenizer.encode_chat(result)
+    with pytest.raises(TokenizerError, match="chat role 'judge' is unknown"):
+        written.encode_chat([{"role": "judge", "content": "x"}])
