@@ -8,7 +8,7 @@ import pytest
 
 from maxlm.config.data import RecordFormat
 from maxlm.data.messages import parse_messages
-from maxlm.data.records import parse_chat, parse_pair, parse_prompt, read_records
+from maxlm.data.records import parse_chat, parse_judged, parse_pair, parse_prompt, read_records
 from maxlm.data.tool_calls import link_results
 from maxlm.errors import DataError
 
@@ -253,6 +253,13 @@ def test_ignored_keys_must_not_leave_an_empty_answer():
     form = RecordFormat(ignore_keys=["tool_calls"])
     with pytest.raises(DataError, match="message 1 is empty without its tool_calls"):
         parse_messages([{"role": "assistant", "content": "", "tool_calls": [1]}], "f", form)
+
+
+def test_tools_of_judged_answers_are_refused_and_not_ignored():
+    record = {"messages": [Q, A], "label": True, "tools": [WEATHER]}
+    with pytest.raises(DataError, match=r"f\.jsonl:3: has tools, which only chats for SFT may have"):
+        parsed(parse_judged, record)
+    assert parsed(parse_judged, record, ignore_keys=["tools"]) == [([Q], [A], True)]
 
 
 def test_invalid_pairs_are_rejected():
