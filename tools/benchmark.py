@@ -23,17 +23,19 @@ import optax  # noqa: E402
 import plain_llama  # noqa: E402
 
 from maxlm.config import load_config  # noqa: E402
+from maxlm.config.adapters import LoraConfig  # noqa: E402
 from maxlm.config.execution import ExecutionConfig  # noqa: E402
 from maxlm.config.fault import GuardConfig  # noqa: E402
 from maxlm.config.model import ModelConfig  # noqa: E402
-from maxlm.config.train import LoraConfig, OptimConfig  # noqa: E402
+from maxlm.config.train import OptimConfig  # noqa: E402
 from maxlm.core.batch import Batch, Stream  # noqa: E402
 from maxlm.core.parameters import initialize  # noqa: E402
 from maxlm.generate.engine import Engine  # noqa: E402
 from maxlm.generate.model import for_this_backend  # noqa: E402
 from maxlm.generate.request import Event, Request  # noqa: E402
 from maxlm.interop.int8 import quantize_model  # noqa: E402
-from maxlm.models.adapters import apply_adapters, declare_adapters  # noqa: E402
+from maxlm.models.adapters.apply import apply_adapters  # noqa: E402
+from maxlm.models.adapters.declare import declare_adapters  # noqa: E402
 from maxlm.models.applied import AppliedModel  # noqa: E402
 from maxlm.models.decoder import Decoder  # noqa: E402
 from maxlm.objectives.language_model import language_model_loss  # noqa: E402

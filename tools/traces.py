@@ -78,10 +78,10 @@ PRETRAINING: dict[str, dict[str, Any]] = {
         "execution.pipeline": {"schedule": "1f1b"},
     },
 }
-LORA = {"rank": 4}
+LORA = {"kind": "lora", "rank": 4}
 POST_TRAINING: dict[str, dict[str, Any]] = {
     "sft": {"objective": {"kind": "sft", "train_file": "chats.jsonl", "valid_file": "chats.jsonl"}},
-    "sft, adapters": {"objective": {"kind": "sft", "train_file": "chats.jsonl"}, "lora": LORA},
+    "sft, adapters": {"objective": {"kind": "sft", "train_file": "chats.jsonl"}, "adapters": LORA},
     "reward": {"objective": {"kind": "reward", "train_file": "pairs.jsonl", "valid_file": "pairs.jsonl"}},
     "process reward": {
         "objective": {"kind": "process_reward", "train_file": "solutions.jsonl", "valid_file": "solutions.jsonl"}
@@ -94,7 +94,7 @@ POST_TRAINING: dict[str, dict[str, Any]] = {
             "loss": {"kind": "dpo", "label_smoothing": 0.1},
             "sft_weight": 0.3,
         },
-        "lora": LORA,
+        "adapters": LORA,
     },
     "grpo": {"objective": {"kind": "policy", "train_file": "prompts.jsonl", "group_size": 4, "max_new_tokens": 8}},
     "grpo, all terms": {

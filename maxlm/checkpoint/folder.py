@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import orbax.checkpoint as ocp
 import xxhash
 from etils import epath
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from maxlm.config.adapters import AdaptersConfig
 from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
-from maxlm.config.train import LoraConfig
 from maxlm.errors import CheckpointError
 from maxlm.runtime.retry import first_line
 from maxlm.runtime.storage import absolute_path, plain_path
@@ -24,6 +24,8 @@ from maxlm.runtime.storage import absolute_path, plain_path
 FOLDER = "checkpoints"
 # Version of the state needed to resume training, including checksums. Weights of earlier formats can be read.
 FORMAT = 2
+
+_ADAPTERS: TypeAdapter[AdaptersConfig | None] = TypeAdapter(AdaptersConfig | None)
 
 
 def has_checkpoint(run_folder: epath.Path) -> bool:
@@ -77,20 +79,19 @@ class Trained(NamedTuple):
 
     model: ModelConfig
     execution: ExecutionConfig
-    lora: LoraConfig | None
+    adapters: AdaptersConfig | None
 
 
 def trained_as(metadata: dict[str, Any], *, where: epath.Path) -> Trained:
-    """The model, execution and LoRA configuration in a checkpoint's metadata; other settings may be of any version.
+    """The model, execution and adapters in a checkpoint's metadata; other settings may be of any version.
 
     Raises:
       CheckpointError: they were written by an incompatible version of maxlm.
     """
     config = metadata["config"]
     try:
-        lora = config.get("lora")
         model, execution = ModelConfig(**config["model"]), ExecutionConfig(**config["execution"])
-        return Trained(model, execution, None if lora is None else LoraConfig(**lora))
+        return Trained(model, execution, _ADAPTERS.validate_python(config.get("adapters")))
     except KeyError as error:
         raise CheckpointError(
             f"{where}: was saved by another version of maxlm, without the setting {error}; use that version"

@@ -2,8 +2,9 @@
 
 import contextlib
 import os
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from etils import epath
@@ -17,10 +18,13 @@ from maxlm.checkpoint.folder import (
     weights_hash,
 )
 from maxlm.checkpoint.restore import restore_ema, restore_weights
+from maxlm.config.adapters import AdaptersConfig
 from maxlm.config.execution import ExecutionConfig
 from maxlm.core.parameters import abstract
 from maxlm.errors import CheckpointError
-from maxlm.models.adapters import declare_adapters, merge_adapters
+from maxlm.models.adapters.apply import merge_adapters
+from maxlm.models.adapters.declare import declare_adapters
+from maxlm.models.adapters.frozen import Adapters, quantized_base
 from maxlm.models.critic import with_critic, without_critic
 from maxlm.models.decoder import Decoder, with_execution
 from maxlm.models.multi_token import without_modules
@@ -45,27 +49,70 @@ def load_checkpoint(
     """
     checkpoint = find_checkpoint(path)
     metadata = read_metadata(checkpoint)
-    config, execution, lora = trained_as(metadata, where=checkpoint)
+    if (adapted := _load_adapters(checkpoint, metadata, mesh, ema=ema)) is not None:
+        with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+            base = quantized_base(adapted.base, adapted.config.base, adapted.declared)
+            merge = jax.jit(partial(merge_adapters, config=adapted.config), donate_argnums=0)
+            model = merge(base, adapted.adapters)
+    else:
+        restore = restore_ema if ema else restore_weights
+        model = restore(checkpoint, abstract(_declared(metadata, checkpoint), mesh))
+    return without_critic(model), _read_tokenizer(checkpoint, metadata["fingerprint"])
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Adapters of a run, and the model that they were trained on, which is not quantized.
+
+    declared: declarations of the adapters.
+    """
+
+    base: Decoder
+    adapters: Adapters
+    config: AdaptersConfig
+    declared: Adapters
+
+
+def load_adapters(path: str | os.PathLike, *, ema: bool = False) -> Adapted:
+    """Load the adapters of a run and their base, on the first device.
+
+    Raises:
+      CheckpointError: see `load_checkpoint`; or the run has trained a whole model.
+    """
+    checkpoint = find_checkpoint(path)
+    if (found := _load_adapters(checkpoint, read_metadata(checkpoint), None, ema=ema)) is None:
+        raise CheckpointError(f"{path}: has trained a whole model, and no adapters; give a run with adapters")
+    return found
+
+
+def _load_adapters(
+    checkpoint: epath.Path, metadata: dict[str, Any], mesh: jax.sharding.Mesh | None, *, ema: bool
+) -> Adapted | None:
+    settings = trained_as(metadata, where=checkpoint).adapters
+    if settings is None:
+        return None
+    plan = _declared(metadata, checkpoint)
+    base = load_start(checkpoint, plan.execution, mesh)
+    base = base if plan.config.multi_token else without_modules(base)
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        if plan.config.critic is not None:
+            base = with_critic(base, plan.config.critic, jax.random.key(metadata["config"]["seed"]))
+        if plan.config.labels is not None:
+            base = with_labels(base, plan.config.labels, jax.random.key(metadata["config"]["seed"]))
+        declared = declare_adapters(plan, settings)
+        adapters = (restore_ema if ema else restore_weights)(checkpoint, abstract(declared, mesh))
+    return Adapted(base, adapters, settings, declared)
+
+
+def _declared(metadata: dict[str, Any], checkpoint: epath.Path) -> Decoder:
+    """The declarations of the model of a checkpoint."""
+    config, execution, _ = trained_as(metadata, where=checkpoint)
     # The weights identify the model: a reward model has a head, with or without adapters, named as its objective.
     parts = {path.split("/")[0] for path in metadata["shapes"]}
     if "score" in parts and config.labels is None:
         config = config.model_copy(update={"labels": (metadata["config"]["objective"]["kind"],)})
     critic: Literal["own", "shared"] | None = "own" if "critic" in parts else "shared" if "value" in parts else None
-    plan = Decoder(config.model_copy(update={"critic": critic}), execution)
-    tokenizer = _read_tokenizer(checkpoint, metadata["fingerprint"])
-    restore = restore_ema if ema else restore_weights
-    if lora is None:
-        return without_critic(restore(checkpoint, abstract(plan, mesh))), tokenizer
-    base = load_start(checkpoint, execution, mesh)
-    base = base if config.multi_token else without_modules(base)
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        if critic is not None:
-            base = with_critic(base, critic, jax.random.key(metadata["config"]["seed"]))
-        if config.labels is not None:
-            base = with_labels(base, config.labels, jax.random.key(metadata["config"]["seed"]))
-        adapters = restore(checkpoint, abstract(declare_adapters(plan, lora), mesh))
-        merged = jax.jit(partial(merge_adapters, config=lora), donate_argnums=0)(base, adapters)
-    return without_critic(merged), tokenizer
+    return Decoder(config.model_copy(update={"critic": critic}), execution)
 
 
 def load_start(checkpoint: epath.Path, execution: ExecutionConfig, mesh: jax.sharding.Mesh | None = None) -> Decoder:

@@ -74,7 +74,7 @@ def check_shapes(saved: dict[str, list], wanted: dict[str, list], *, where: epat
     if difference := first_difference(saved, wanted):
         raise CheckpointError(
             f"{where}: is a checkpoint of another model: {difference}; give the model section, and for adapters the"
-            " lora section, that it was trained with"
+            " adapters section, that it was trained with"
         )
 
 

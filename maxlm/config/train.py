@@ -2,8 +2,9 @@
 
 from typing import Literal, Self
 
-from pydantic import ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
+from maxlm.config.adapters import AdaptersConfig
 from maxlm.config.base import Count, CountOrZero, Frozen, Seed
 from maxlm.config.execution import DEFAULT_EXECUTION, ExecutionConfig
 from maxlm.config.fault import CheckpointConfig, GuardConfig
@@ -13,16 +14,6 @@ from maxlm.config.objective import AnyObjective
 from maxlm.config.optim import OptimConfig
 from maxlm.config.processes import ProcessesConfig
 from maxlm.config.regularization import RegularizationConfig
-
-
-class LoraConfig(Frozen):
-    """Low-rank adapters (LoRA): only they are trained."""
-
-    rank: Count = 8
-    alpha: PositiveFloat = 16.0
-    targets: tuple[str, ...] = Field(
-        ("query", "key", "value", "out", "gate", "up", "down"), description="Names of the weights that get an adapter."
-    )
 
 
 class TrainConfig(Frozen):
@@ -43,7 +34,7 @@ class TrainConfig(Frozen):
     model: ModelConfig | None = Field(None, description="null uses the model of init_from.")
     execution: ExecutionConfig | None = Field(None, description="null uses that of init_from, or the defaults.")
     objective: AnyObjective
-    lora: LoraConfig | None = None
+    adapters: AdaptersConfig | None = Field(None, description="Train few parameters next to the frozen model.")
     regularization: RegularizationConfig = RegularizationConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()

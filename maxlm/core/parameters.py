@@ -26,6 +26,10 @@ Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 Role = Literal["matrix", "table", "router", "router_bias", "norm", "bias", "bias_table", "vector", "adapter"]
 
 
+# Leading axes that stack the parameters of layers.
+LAYER_AXES = ("layers", "unstaged_layers", "times")
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One declared parameter. Optimizers, quantization, adapters and reports ask its role, never its path or rank."""
@@ -37,6 +41,10 @@ class Parameter:
     role: Role = field(kw_only=True)
     # What its random numbers depend on, if not its path.
     name: str | None = field(default=None, kw_only=True)
+    # Which layers of its stack are trained, counted over all leading axes of layers; None: all.
+    trained: tuple[bool, ...] | None = field(default=None, kw_only=True)
+    # Its learning rate, relative to that of its parameter group.
+    learning_rate_factor: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):

@@ -63,7 +63,7 @@ TENSORS_OF_BOTH = (
         f"{_ATTENTION}.q_proj.weight", "layer/mixer/query", only=lambda model: not _compresses_queries(model), **_QUERY
     ),
     tensor(f"{_ATTENTION}.q_a_proj.weight", "layer/mixer/query_down"),
-    tensor(f"{_ATTENTION}.q_a_proj.bias", "layer/mixer/query_bias"),
+    tensor(f"{_ATTENTION}.q_a_proj.bias", "layer/mixer/query_down_bias"),
     tensor(f"{_ATTENTION}.q_a_layernorm.weight", "layer/mixer/query_norm/scale"),
     tensor(f"{_ATTENTION}.q_b_proj.weight", "layer/mixer/query", only=_compresses_queries, **_QUERY),
     tensor(f"{_ATTENTION}.kv_a_proj_with_mqa.weight", "layer/mixer/latent", "layer/mixer/rope_key", rows=_latent_rows),

@@ -74,7 +74,7 @@ class LatentAttention(nnx.Module):
         self.out = declare(heads(config.value_dim), embed, residual_scale(model.num_layers))
         if config.bias:
             if config.query_rank is not None:
-                self.query_bias = bias((config.query_rank, None))
+                self.query_down_bias = bias((config.query_rank, None))
             self.latent_bias, self.rope_key_bias = bias((config.latent_dim, None)), bias((config.rope_dim, None))
             self.out_bias = bias((model.embed_dim, None))
 
@@ -100,7 +100,7 @@ class LatentAttention(nnx.Module):
         """What a query looks for in the content of keys, [B, L, H, C], and in their positions, [B, L, H, R]."""
         config, times = self.config, partial(multiply, self.execution)
         if config.query_rank is not None:
-            x_BLD = self.query_norm(self._with_bias(times(x_BLD, self.query_down), "query_bias"))
+            x_BLD = self.query_norm(self._with_bias(times(x_BLD, self.query_down), "query_down_bias"))
         query_BLHE = split_heads(times(x_BLD, self.query), config.num_heads, "heads")
         content_BLHC, rotary_BLHR = jnp.split(query_BLHE, [config.content_dim], axis=-1)
         return content_BLHC, apply_rope(rotary_BLHR, context.angles_of(config.rope, config.rope_dim))

@@ -1,10 +1,11 @@
-"""Matrix products of activations and weights: plain, adapted (LoRA) and quantized.
+"""Matrix products of activations and weights: plain, adapted (LoRA, DoRA, IA3) and quantized.
 
 Dimensions: I input features, O output features, R rank of an adapter; `...` leading batch dimensions.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +23,40 @@ from maxlm.core.sharding import (
     spec_of,
     without,
 )
-from maxlm.ops import eight_bit
+from maxlm.ops import block_quantized, eight_bit
+from maxlm.ops.block_quantized import BlockQuantized
 from maxlm.ops.qtensor import QTensor
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["base", "down", "up"], meta_fields=["scale"])
+@partial(jax.tree_util.register_dataclass, data_fields=["base", "down", "up", "magnitude"], meta_fields=["scale"])
 @dataclass(frozen=True)
 class AdaptedWeight:
-    """A frozen weight with a low-rank update: W + scale * down @ up (LoRA, arXiv:2106.09685)."""
+    """A frozen weight with a low-rank update: W + scale * down @ up (LoRA, arXiv:2106.09685).
 
-    base: jax.Array | QTensor  # [I, O]
+    With a `magnitude`, it is the length of the weights of each output (DoRA, arXiv:2402.09353): each column of the sum
+    is multiplied by magnitude / its own length. The length is not differentiated (section 4.3 of the paper).
+    """
+
+    base: jax.Array | BlockQuantized  # [I, O]
     down: jax.Array  # [I, R]
     up: jax.Array  # [R, O]
     scale: float
+    magnitude: jax.Array | None = None  # [O]
 
 
-Weight = jax.Array | QTensor | AdaptedWeight
+@partial(jax.tree_util.register_dataclass, data_fields=["base", "factor"], meta_fields=["of"])
+@dataclass(frozen=True)
+class ScaledWeight:
+    """A frozen weight [I, O] with a factor of each of its outputs, [O], or inputs, [I] (IA3, arXiv:2205.05638)."""
+
+    base: jax.Array | BlockQuantized
+    factor: jax.Array
+    of: Literal["output", "input"]
+
+
+Weight = jax.Array | QTensor | BlockQuantized | AdaptedWeight | ScaledWeight
+# Those that are several arrays.
+WEIGHTS = (QTensor, BlockQuantized, AdaptedWeight, ScaledWeight)
 
 
 def linear(
@@ -64,18 +83,56 @@ def _linear(x, weight, dtype, output_axes, gradient_sum):
         adapter_dtype = "bfloat16" if dtype in eight_bit.KINDS else dtype
         narrow = _linear(x, weight.down, adapter_dtype, None, gradient_sum)
         update = _linear(narrow, weight.up, adapter_dtype, output_axes, gradient_sum)
-        return _linear(x, weight.base, dtype, output_axes, gradient_sum) + weight.scale * update
+        y = _linear(x, weight.base, dtype, output_axes, gradient_sum) + weight.scale * update
+        return y if weight.magnitude is None else y * _length_ratio(weight).astype(y.dtype)
+    if isinstance(weight, ScaledWeight):
+        factor = gather_weight(weight.factor).astype(x.dtype)
+        if weight.of == "input":
+            return _linear(x * factor, weight.base, dtype, output_axes, gradient_sum)
+        return _linear(x, weight.base, dtype, output_axes, gradient_sum) * factor
     if isinstance(weight, QTensor):
         return weight.multiply(x)
     out_spec = logical_to_spec(output_axes) if output_axes is not None and is_explicit() else None
+    if isinstance(weight, BlockQuantized):
+        # 8-bit products would round what is rounded already.
+        return block_quantized.multiply(
+            x, weight, "bfloat16" if dtype in eight_bit.KINDS else operand_dtype(dtype), out_spec
+        )
     return _matmul(x, weight, operand_dtype(dtype), 0, out_spec, gradient_sum)
 
 
 def whole(weight: Weight) -> jax.Array:
     """A weight as a matrix [I, O], on each device but for its tensor-parallel part."""
     if isinstance(weight, AdaptedWeight):
-        return whole(weight.base) + weight.scale * (gather_weight(weight.down) @ gather_weight(weight.up))
+        sum_IO = whole(weight.base) + weight.scale * (gather_weight(weight.down) @ gather_weight(weight.up))
+        return sum_IO if weight.magnitude is None else sum_IO * _length_ratio(weight)
+    if isinstance(weight, ScaledWeight):
+        factor = gather_weight(weight.factor)
+        return whole(weight.base) * (factor if weight.of == "output" else factor[:, None])
+    if isinstance(weight, BlockQuantized):
+        return weight.dequantize()
     return weight.dequantize().T if isinstance(weight, QTensor) else gather_weight(weight)
+
+
+def output_squares(weight: jax.Array | BlockQuantized) -> jax.Array:
+    """The squared length of the weights [..., I, O] of each output, float32 [..., O], on each device but for its
+    tensor-parallel part."""
+    if isinstance(weight, BlockQuantized):
+        return weight.output_squares()
+    return jnp.sum(jnp.square(gather_weight(weight).astype(jnp.float32)), axis=-2)
+
+
+def _length_ratio(weight: AdaptedWeight) -> jax.Array:
+    """magnitude / ||W + scale * down @ up|| of each output, [O], without making the sum."""
+    down_IR, up_RO = (jax.lax.stop_gradient(gather_weight(x)) for x in (weight.down, weight.up))
+    base = jax.lax.stop_gradient(weight.base)
+    cross_RO = _linear(down_IR.T, base, "float32", None, "float32")
+    gram_RR = _dot(down_IR.T, down_IR, 0, None)
+    update_RO = _dot(gram_RR, up_RO, 0, None)
+    squares_O = output_squares(base) + jnp.sum(
+        up_RO * (2 * weight.scale * cross_RO + weight.scale**2 * update_RO), axis=0
+    )
+    return gather_weight(weight.magnitude) * jax.lax.rsqrt(jax.lax.stop_gradient(squares_O))
 
 
 def operand_dtype(dtype: str) -> str:

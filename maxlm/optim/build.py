@@ -10,11 +10,11 @@ import optax
 from jax.typing import ArrayLike
 
 from maxlm.config.optim import NewRowsConfig, OptimConfig
-from maxlm.core.parameters import Parameter
+from maxlm.core.parameters import Parameter, Role
 from maxlm.core.tree import flatten
 from maxlm.optim.adafactor import scale_by_adafactor
 from maxlm.optim.adam8bit import scale_by_adam8bit
-from maxlm.optim.groups import Plan, check_groups, group_of, map_with_plan
+from maxlm.optim.groups import Plan, check_groups, group_of, map_with_plan, of_trained_layers
 from maxlm.optim.muon import scale_by_muon
 from maxlm.optim.new_rows import check_new_rows, only_new_rows
 from maxlm.optim.rounding import stochastic_round
@@ -39,6 +39,10 @@ class Optimizer:
     transformation: optax.GradientTransformation
     new_rows: NewRowsConfig | None = None
 
+    def of_trained(self, grads: Any) -> Any:
+        """The gradients, zero for layers of a stack that are not trained."""
+        return map_with_plan(lambda _, parameter, grad: of_trained_layers(parameter, grad), self.plan, grads)
+
     def init(self, params: Any) -> Any:
         """The state before the first step."""
         return self.transformation.init(params)
@@ -62,6 +66,7 @@ class Optimizer:
             change = (1 if parameter.role == "router_bias" else factor) * update
             if self.new_rows is not None:
                 change = only_new_rows(self.new_rows, parameter, change, step)
+            change = of_trained_layers(parameter, change)
             new = param.astype(jnp.float32) + change
             if param.dtype != jnp.bfloat16:
                 return new.astype(param.dtype)
@@ -188,18 +193,22 @@ def _scale_by_rates(config: OptimConfig, plan: Plan, width: float) -> optax.Grad
         decay = group.weight_decay
         if decay is None:
             decay = config.weight_decay if parameter.is_matrix else 0.0
-        transfer = _transfer(config.kind, parameter.role in _HIDDEN, width)
+        transfer = _transfer(config.kind, parameter.role, width)
+        rate = parameter.learning_rate_factor * rate
         return -rate * (transfer * direction + decay * param)
 
     return optax.stateless(lambda updates, params: map_with_plan(scale, plan, updates, params))
 
 
-def _transfer(kind: str, is_hidden: bool, width: float) -> float:
+def _transfer(kind: str, role: Role, width: float) -> float:
     """Factor that transfers a learning rate from another width (arXiv:2203.03466, table 8, with logits / width).
 
     The matrices of layers are hidden: both sides grow with the width. Muon's own scale fits every width: its
-    updates have the same spectral norm (arXiv:2310.17813).
+    updates have the same spectral norm (arXiv:2310.17813). The width of adapters is their rank.
     """
+    if role == "adapter":
+        return 1.0
+    is_hidden = role in _HIDDEN
     if kind == "sgd":
         return 1.0 if is_hidden else width
     return 1 / width if is_hidden and kind != "muon" else 1.0

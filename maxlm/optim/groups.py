@@ -6,9 +6,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from maxlm.config.optim import GroupConfig
-from maxlm.core.parameters import Parameter
+from maxlm.core.parameters import LAYER_AXES, Parameter
+from maxlm.core.sharding import shard
 from maxlm.core.tree import path_of
 from maxlm.errors import ConfigError
 
@@ -24,6 +26,18 @@ def map_with_plan(function, plan: Plan, tree: Any, *others: Any) -> Any:
         return function(path, plan[path], *leaves)
 
     return jax.tree_util.tree_map_with_path(apply, tree, *others)
+
+
+def of_trained_layers(parameter: Parameter, change: jax.Array) -> jax.Array:
+    """A gradient or change of a parameter, with zeros for the layers of its stack that are not trained."""
+    if parameter.trained is None:
+        return change
+    is_layer_axis = [axis in LAYER_AXES for axis in parameter.axes]
+    shape = [size if is_layer else 1 for size, is_layer in zip(parameter.shape, is_layer_axis)]
+    is_trained = jnp.asarray(parameter.trained).reshape(shape)
+    is_trained = jnp.broadcast_to(is_trained, parameter.shape)
+    # -0 is the number that added to any other, 0 and -0 included, returns its bits.
+    return jnp.where(shard(is_trained, *parameter.axes), change, -0.0)
 
 
 def group_of(path: str, groups: tuple[GroupConfig, ...]) -> GroupConfig:

@@ -28,7 +28,7 @@ def check_new_rows(config: NewRowsConfig | None, plan: Plan) -> None:
         return
     tables = [parameter for parameter in plan.values() if parameter.is_vocabulary]
     if not tables:
-        raise ConfigError(["optim.new_rows: adapters have no rows of tokens; leave out lora, or optim.new_rows"])
+        raise ConfigError(["optim.new_rows: adapters have no rows of tokens; leave out adapters, or optim.new_rows"])
     if config.first >= (rows := tables[0].shape[0]):
         raise ConfigError(
             [

@@ -10,7 +10,7 @@ TRAIN_EPILOG = """\
 examples:
   maxlm train configs/quickstart/pretrain.yaml               pretrain; the same command resumes a run that was stopped
   maxlm train configs/post/sft.yaml                          fine-tune on chats
-  maxlm train configs/post/sft.yaml lora.rank=16             the same, but train only low-rank adapters
+  maxlm train configs/post/sft.yaml adapters.kind=lora        the same, but train only low-rank adapters
   maxlm train configs/post/dpo.yaml objective.loss.beta=0.05     learn from preferences; reward, grpo, distill alike
   maxlm train CONFIG output=runs/second seed=1               override any setting with key=value
   maxlm train CONFIG --supervise 10                          restart from the last checkpoint after a crash

@@ -73,8 +73,7 @@ def fit(
       TrainingError: too many steps were skipped, too often, or a checkpoint could not be saved.
     """
     config, folder = lineage.config, storage_path(lineage.config.output)
-    # The width of adapters is their rank.
-    optimizer = make_optimizer(config.optim, model.plan, width=config.model.width if config.lora is None else 1.0)
+    optimizer = make_optimizer(config.optim, model.plan, width=config.model.width)
     schedule = partial(schedule_factor, config.optim.schedule, config.steps)
     step_function = jax.jit(
         partial(

@@ -21,7 +21,7 @@ from maxlm.config.execution import DEFAULT_EXECUTION
 from maxlm.config.train import TrainConfig
 from maxlm.core.sharding import make_mesh, mesh_sizes, row_shard
 from maxlm.errors import ConfigError, DataError, TokenizerError
-from maxlm.models.adapters import declare_adapters
+from maxlm.models.adapters.declare import declare_adapters
 from maxlm.runtime.manifest import read_manifest
 from maxlm.runtime.output import check_output
 from maxlm.runtime.peers import Peers
@@ -87,10 +87,10 @@ def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
         start, start_execution, _ = trained_as(read_metadata(checkpoint), where=checkpoint)
         if model is not None:
             check_same_model(model, start, config.init_from)
-        if config.lora is not None and model is not None and model.multi_token and not start.multi_token:
+        if config.adapters is not None and model is not None and model.multi_token and not start.multi_token:
             raise ConfigError(
                 [
-                    f"lora: adapters cannot train modules of model.multi_token that {config.init_from} lacks; set lora"
+                    f"adapters: cannot train modules of model.multi_token that {config.init_from} lacks; set adapters"
                     " to null"
                 ]
             )
@@ -130,7 +130,7 @@ def declared_model(config: TrainConfig) -> Any:
             ) from None
         config = resolve_model(config, tokenizer)
     plan = config.objective.declare(config.model, config.execution or DEFAULT_EXECUTION)
-    return plan if config.lora is None else {"model": plan, "adapters": declare_adapters(plan, config.lora)}
+    return plan if config.adapters is None else {"model": plan, "adapters": declare_adapters(plan, config.adapters)}
 
 
 def load_tokenizer(config: TrainConfig) -> Tokenizer:

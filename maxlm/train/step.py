@@ -67,6 +67,7 @@ def train_step(
         accumulate=accumulate,
         pipeline=pipeline,
     )
+    grads = optimizer.of_trained(grads)
     loss = sum(term.mean() for term in output.terms.values())
     grad_norm = optimizer.gradient_norm(grads)
 

@@ -12,7 +12,9 @@ from maxlm.config.train import TrainConfig
 from maxlm.core.parameters import abstract, initialize
 from maxlm.core.tree import flatten
 from maxlm.interop.load import load_model
-from maxlm.models.adapters import apply_adapters, declare_adapters
+from maxlm.models.adapters.apply import apply_adapters
+from maxlm.models.adapters.declare import create_adapters, declare_adapters
+from maxlm.models.adapters.frozen import quantized_base
 from maxlm.models.decoder import Decoder, with_execution
 from maxlm.models.multi_token import with_modules
 from maxlm.runtime.progress import console
@@ -60,12 +62,12 @@ def make_model(setup: Setup) -> TrainedModel:
         return objective.from_decoder(with_execution(decoder, config.execution), key)
 
     trained, used, adapters = plan, [plan], None
-    if config.lora is None:
+    if config.adapters is None:
         create, frozen, reference = starting_model, {}, starting_model
     else:
-        trained = adapters = declare_adapters(plan, config.lora)
-        create = lambda: initialize(trained, key, mesh)  # noqa: E731
-        base = starting_model()
+        trained = adapters = declare_adapters(plan, config.adapters)
+        base = quantized_base(starting_model(), config.adapters.base, adapters)
+        create = partial(create_adapters, plan, config.adapters, base, key, mesh)
         frozen = {"base": base}
         reference = lambda: base  # noqa: E731
     if (teacher := objective.load_teacher(config, setup.tokenizer, mesh)) is not None:
@@ -88,7 +90,9 @@ def num_active_parameters(models: Sequence[Decoder], adapters: Any = None) -> fl
     def count(tree: Any, share: float = 1.0) -> float:
         return sum(math.prod(each.shape) * (share if "experts" in each.axes else 1) for each in flatten(tree).values())
 
-    total = count(adapters)
+    # A weight that is trained whole is one of the model's.
+    new = {path: each for path, each in flatten(adapters).items() if not path.endswith("/whole")}
+    total = count(new)
     for model in models:
         alone = [leaf for path, leaf in flatten(model).items() if not path.startswith(("layers/", "multi_token/"))]
         total += count(alone)
@@ -101,4 +105,4 @@ def num_active_parameters(models: Sequence[Decoder], adapters: Any = None) -> fl
 
 def assemble(config: TrainConfig, trainable: Any, frozen: dict[str, Any]) -> Any:
     """The trained model: the trained weights, or adapters on a frozen `base`."""
-    return apply_adapters(frozen["base"], trainable, config.lora) if "base" in frozen else trainable
+    return apply_adapters(frozen["base"], trainable, config.adapters) if "base" in frozen else trainable

@@ -7,7 +7,7 @@ from maxlm.runtime.arguments import add_config
 EPILOG = """\
 examples:
   maxlm verify configs/quickstart/pretrain.yaml                    all variants
-  maxlm verify configs/post/sft.yaml lora.rank=8 --only mesh       with one setting changed, on every mesh
+  maxlm verify configs/post/sft.yaml adapters.kind=lora --only mesh  with one setting changed, on every mesh
   maxlm verify configs/post/grpo.yaml --only packing --only rollout
 """
 

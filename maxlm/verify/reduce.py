@@ -123,7 +123,6 @@ def _regularization(config: RegularizationConfig) -> RegularizationConfig:
 
 def reduced_config(config: TrainConfig, *, vocab_size: int) -> TrainConfig:
     """The configuration of the small model, with every term of its objective enabled."""
-    lora = config.lora and config.lora.model_copy(update={"rank": 2, "alpha": 2 * config.lora.alpha / config.lora.rank})
     model, execution, _ = full_model(config)
     repeats = execution.pipeline.repeats
     return config.model_copy(
@@ -132,7 +131,7 @@ def reduced_config(config: TrainConfig, *, vocab_size: int) -> TrainConfig:
             "execution": reduced_execution(execution),
             "objective": config.objective.for_verification(),
             "regularization": _regularization(config.regularization),
-            "lora": lora,
+            "adapters": config.adapters and config.adapters.reduced(),
             "batch_size": NUM_ROWS,
             "accumulate": 1,
             "row_length": ROW_LENGTH,
@@ -145,8 +144,12 @@ def describe_subject(config: TrainConfig, full: TrainConfig, origin: str) -> str
     model, eight_bit = config.model, full.execution.eight_bit
     left_off = f", without the 8-bit rounding of execution.eight_bit={eight_bit}" if eight_bit else ""
     kinds = dict.fromkeys(part.kind for _, part in model.each_part())
+    adapters = ""
+    if config.adapters is not None:
+        stored = f" on a base in {config.adapters.base.kind}" if config.adapters.base else ""
+        adapters = f", {config.adapters.kind} adapters{stored}"
     return (
-        f"{config.objective.kind}{', adapters' if config.lora else ''}; the model is {origin}, at {model.num_layers}"
+        f"{config.objective.kind}{adapters}; the model is {origin}, at {model.num_layers}"
         f" layers ({', '.join(kinds)}), width {model.embed_dim}; {NUM_ROWS} rows of {ROW_LENGTH} tokens,"
         f" float32{left_off}"
     )

@@ -16,7 +16,8 @@ from maxlm.core.compat import quick_compiler_options
 from maxlm.core.parameters import initialize
 from maxlm.core.sharding import named_sharding
 from maxlm.core.tree import flatten, unflatten
-from maxlm.models.adapters import declare_adapters
+from maxlm.models.adapters.declare import declare_adapters
+from maxlm.models.adapters.frozen import quantized_base
 from maxlm.objectives.sequences import target_log_probabilities
 from maxlm.train import step
 from maxlm.train.loss import TrainingLoss
@@ -90,7 +91,7 @@ class Subject:
             )
 
         with jax.set_mesh(mesh) if mesh is not None else jax.default_device(jax.devices()[0]):
-            placed = place(trainable, trainable_plan, mesh), place(frozen, frozen_plan, mesh)
+            placed = place(trainable, trainable_plan, mesh), self.stored(place(frozen, frozen_plan, mesh), execution)
             rows = batch if mesh is None else put_batch(batch, mesh)
             program = jax.jit(compute, compiler_options=quick_compiler_options())
             output, gradient = jax.device_get(program(*placed, rows))
@@ -104,9 +105,16 @@ class Subject:
         objective, model = self.config.objective, self.config.model
         plan, teacher = objective.declare(model, execution), objective.declare_teacher(model, execution)
         frozen = {} if teacher is None else {"teacher": teacher}
-        if self.config.lora is None:
+        if self.config.adapters is None:
             return plan, frozen
-        return declare_adapters(plan, self.config.lora), frozen | {"base": plan}
+        return declare_adapters(plan, self.config.adapters), frozen | {"base": plan}
+
+    def stored(self, frozen: dict[str, Any], execution: ExecutionConfig) -> dict[str, Any]:
+        """The frozen weights, with the base of adapters quantized as the configuration says."""
+        if self.config.adapters is None:
+            return frozen
+        adapters = self.plans(execution)[0]
+        return frozen | {"base": quantized_base(frozen["base"], self.config.adapters.base, adapters)}
 
     def assemble(self, trainable: Any, frozen: dict[str, Any]) -> Any:
         """The model for the loss."""
@@ -115,7 +123,9 @@ class Subject:
     def open_data(self, workspace: Workspace, mesh: Mesh) -> TrainingData:
         """The data of an objective that samples, from synthetic prompts; its reference is the starting model."""
         plans = self.plans(self.config.execution)
-        trainable, frozen = (place(weights, plan, mesh) for weights, plan in zip(self.weights, plans))
+        with jax.set_mesh(mesh):
+            trainable, frozen = (place(weights, plan, mesh) for weights, plan in zip(self.weights, plans))
+            frozen = self.stored(frozen, self.config.execution)
         reference = frozen.get("base", trainable)
         config = workspace.with_prompts(self.config)
         with quiet(), jax.set_mesh(mesh):
@@ -180,6 +190,7 @@ class Subject:
         """Log-probabilities of the targets under these weights."""
         plans = self.plans(self.config.execution)
         trainable, frozen = (place(weights, plan, None) for weights, plan in zip(self.weights, plans))
+        frozen = self.stored(frozen, self.config.execution)
         temperature = getattr(self.config.objective, "temperature", 1.0)
 
         def compute(trainable, frozen, stream):

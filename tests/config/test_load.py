@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from maxlm.config import dump_yaml, json_schema, load_config, parse_config
+from maxlm.config.adapters import LoraConfig
 from maxlm.config.model import ModelConfig
-from maxlm.config.train import LoraConfig
 from maxlm.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -225,8 +225,8 @@ def test_spellings_of_equal_layers_are_equal(good):
 
 
 def test_unknown_key_without_a_close_match_lists_the_allowed_keys(good):
-    [problem] = problems(good, ["lora={zzz: 1}"])
-    assert problem == f"lora.zzz: unknown key; allowed here: {', '.join(LoraConfig.model_fields)}"
+    [problem] = problems(good, ["adapters={kind: lora, zzz: 1}"])
+    assert problem == f"adapters.zzz: unknown key; allowed here: {', '.join(LoraConfig.model_fields)}"
 
 
 def test_overrides_reach_sections_lists_and_missing_keys(good):
@@ -238,8 +238,9 @@ def test_overrides_reach_sections_lists_and_missing_keys(good):
             "optim.learning_rate=3e-4",
             "optim.clip_norm=null",
             "optim.schedule.kind=wsd",
-            "lora=null",
-            "lora.rank=4",
+            "adapters=null",
+            "adapters.kind=lora",
+            "adapters.rank=4",
             "model.layers={repeat: 3, pattern: [{mixer: {num_heads: 8}}, {mixer: {window: 16}}]}",
             "model.layers.pattern.0.mixer.head_dim=32",
             "model.layers.pattern.1.times=5",
@@ -250,7 +251,7 @@ def test_overrides_reach_sections_lists_and_missing_keys(good):
     assert config.optim.learning_rate == 3e-4
     assert config.optim.clip_norm is None
     assert config.optim.schedule.kind == "wsd"
-    assert config.lora.rank == 4
+    assert config.adapters.rank == 4
     mixers = [layer.mixer for layer in config.model.each_layer()]
     assert [(mixer.window, mixer.num_heads, mixer.head_dim) for mixer in mixers] == 3 * [
         (None, 8, 32),
@@ -271,10 +272,10 @@ def test_many_mistakes_are_truncated_and_aliases_are_not_shared(good):
         load_config(good, [f"x{i}=1" for i in range(50)])
     lines = str(error.value).splitlines()
     assert (len(lines), lines[-1]) == (21, "and 30 more")
-    shared = "guard: &x {max_rollbacks: 1}\noptim: {schedule: {<<: {warmup_steps: 3}, warmup_steps: 4}}\nlora: *x\n"
+    shared = "guard: &x {max_rollbacks: 1}\noptim: {schedule: {<<: {warmup_steps: 3}, warmup_steps: 4}}\nadapters: *x\n"
     good.write_text(GOOD + shared)
-    config = load_config(good, ["lora={rank: 2}", "guard.max_rollbacks=2"])
-    assert (config.optim.schedule.warmup_steps, config.lora.rank, config.guard.max_rollbacks) == (4, 2, 2)
+    config = load_config(good, ["adapters={kind: lora, rank: 2}", "guard.max_rollbacks=2"])
+    assert (config.optim.schedule.warmup_steps, config.adapters.rank, config.guard.max_rollbacks) == (4, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -348,13 +349,13 @@ def test_missing_file_suggests_the_closest_name(good):
         (GOOD + "seed: &a [*a]\n", "is nested too deep"),
         ("a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + ALIASES, "holds more than 100,000 values"),
         (GOOD + "1: 2\n", "the key 1 must be a string; write it in quotes"),
-        (GOOD + 'lora: "a\\0b"\n', "holds a NUL or a lone surrogate"),
-        (GOOD + 'lora: "\\ud800"\n', "holds a NUL or a lone surrogate"),
-        (GOOD + "lora: \x01\n", ", line 7: holds the character '\\x01', which YAML does not allow"),
-        (GOOD + "lora: !!binary x\n", "line 7: is not valid YAML: failed to decode base64 data"),
-        (GOOD + "lora: !!bool x\n", "holds a value that cannot be read"),
-        (GOOD + "lora: !!set {x}\n", "holds {'x'}, which is not a string, number, list or section"),
-        (GOOD + "lora: !!int x\n", "line 7: x is not a number"),
+        (GOOD + 'adapters: "a\\0b"\n', "holds a NUL or a lone surrogate"),
+        (GOOD + 'adapters: "\\ud800"\n', "holds a NUL or a lone surrogate"),
+        (GOOD + "adapters: \x01\n", ", line 7: holds the character '\\x01', which YAML does not allow"),
+        (GOOD + "adapters: !!binary x\n", "line 7: is not valid YAML: failed to decode base64 data"),
+        (GOOD + "adapters: !!bool x\n", "holds a value that cannot be read"),
+        (GOOD + "adapters: !!set {x}\n", "holds {'x'}, which is not a string, number, list or section"),
+        (GOOD + "adapters: !!int x\n", "line 7: x is not a number"),
     ],
 )
 def test_invalid_yaml_is_reported_with_its_line(tmp_path, text, message):

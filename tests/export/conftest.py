@@ -90,9 +90,16 @@ def make_data(folder: Path, tokenizer_folder: Path, **changes) -> Path:
 
 
 def save_run(
-    folder: Path, model: Decoder, *, tokenizer_folder: Path, objective: dict, inputs: dict, adapters=None, **changes
+    folder: Path,
+    model: Decoder,
+    *,
+    tokenizer_folder: Path,
+    objective: dict,
+    inputs: dict,
+    adapter_weights=None,
+    **changes,
 ) -> Path:
-    """A run folder as written by training; with `adapters`, only they are saved."""
+    """A run folder as written by training; with `adapter_weights`, only they are saved."""
     config = parse_config(
         {
             "kind": "train",
@@ -112,7 +119,7 @@ def save_run(
         "start": config.init_from and _start(find_checkpoint(config.init_from)),
     }
     with Checkpointer(folder, keep=1) as checkpointer:
-        checkpointer.save(create_state(model if adapters is None else adapters, optax.sgd(0.1)), metadata)
+        checkpointer.save(create_state(model if adapter_weights is None else adapter_weights, optax.sgd(0.1)), metadata)
     (folder / "tokenizer").symlink_to(tokenizer_folder)
     stage = f"train/{config.objective.kind}"
     write_manifest(folder, stage=stage, inputs=inputs, config=metadata["config"], metrics={})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from maxlm.cli import main
-from maxlm.config.train import LoraConfig
+from maxlm.config.adapters import LoraConfig
 from maxlm.core.interval import ratio_interval
 from maxlm.core.parameters import initialize
 from maxlm.core.tree import flatten
@@ -20,7 +20,7 @@ from maxlm.export.held_out import find_held_out, read_held_out
 from maxlm.export.receipt import Receipt
 from maxlm.generate.model import load
 from maxlm.interop.int8 import load_bundle
-from maxlm.models.adapters import declare_adapters
+from maxlm.models.adapters.declare import declare_adapters
 from maxlm.models.decoder import Decoder, with_execution
 from maxlm.models.quantized import quantize_model
 from maxlm.runtime.manifest import manifest_chain, read_manifest
@@ -348,9 +348,9 @@ def test_adapters_are_merged_on_export(run, tmp_path):
         run.model,
         tokenizer_folder=run.path / "tokenizer",
         data=run.data,
-        adapters=adapters,
+        adapter_weights=adapters,
         init_from=str(run.path),
-        lora=lora.model_dump(mode="json"),
+        adapters=lora.model_dump(mode="json"),
     )
     export_model(adapted, tmp_path / "int8", data=run.data)
     bundle, _ = load_bundle(tmp_path / "int8")

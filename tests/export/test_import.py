@@ -68,7 +68,7 @@ def test_fine_tuning_starts_from_an_imported_run(run, tmp_path):
         "model": None,
         "execution": None,
         "objective": {"kind": "sft", "train_file": str(chats)},
-        "lora": {"rank": 2},
+        "adapters": {"kind": "lora", "rank": 2},
         "steps": 2,
         "batch_size": 2,
     }

@@ -207,7 +207,7 @@ def latent_attention(config, w, h, positions, segments, prefix, norm):
     length, heads, content = len(h), config.num_heads, config.content_dim
     query = h
     if config.query_rank is not None:
-        down = h @ w["query_down"] + w.get("query_bias", 0)
+        down = h @ w["query_down"] + w.get("query_down_bias", 0)
         query = rms_norm(down, w["query_norm/scale"], config.norm_epsilon)
     q = (query @ w["query"]).reshape(length, heads, content + config.rope_dim)
     latent = rms_norm(h @ w["latent"] + w.get("latent_bias", 0), w["latent_norm/scale"], config.norm_epsilon)

@@ -9,13 +9,13 @@ import same_gradient
 from tiny_decoder import EXECUTION, VOCAB_SIZE, documents, pack, text_loss, tiny_config
 
 from maxlm.config import ModelConfig
+from maxlm.config.adapters import LoraConfig
 from maxlm.config.mesh import MeshConfig
-from maxlm.config.train import LoraConfig
 from maxlm.core.batch import put_batch
 from maxlm.core.parameters import abstract, initialize, shardings
 from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten, unflatten
-from maxlm.models.adapters import declare_adapters
+from maxlm.models.adapters.declare import declare_adapters
 from maxlm.models.decoder import Decoder
 from maxlm.models.quantized import quantize_model
 from maxlm.ops.qtensor import QTensor

@@ -9,13 +9,13 @@ import pytest
 from tiny_decoder import EXECUTION, VOCAB_SIZE
 
 from maxlm.config import ModelConfig
+from maxlm.config.adapters import LoraConfig
 from maxlm.config.optim import OptimConfig
-from maxlm.config.train import LoraConfig
 from maxlm.core.parameters import initialize
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckpointError
 from maxlm.interop.huggingface import find_family
-from maxlm.models.adapters import declare_adapters
+from maxlm.models.adapters.declare import declare_adapters
 from maxlm.models.decoder import Decoder
 from maxlm.models.quantized import quantize_model
 from maxlm.optim.build import make_optimizer

@@ -37,7 +37,7 @@ def test_groups_and_rows_of_equal_layers_show_their_numbers():
 
 
 def test_command_prints_adapters_beside_the_model(capsys):
-    assert main(["config", "show", "quickstart/pretrain", "--tree", *SMALL, "lora={rank: 4}"]) == 0
+    assert main(["config", "show", "quickstart/pretrain", "--tree", *SMALL, "adapters={kind: lora, rank: 4}"]) == 0
     output = capsys.readouterr().out
     assert "adapters" in output
     assert output.count("group 0 x 3") == 2

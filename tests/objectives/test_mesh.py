@@ -13,7 +13,7 @@ from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import abstract, initialize, shardings
 from maxlm.core.sharding import logical_to_spec, make_mesh
 from maxlm.core.tree import flatten
-from maxlm.models.adapters import declare_adapters
+from maxlm.models.adapters.declare import declare_adapters
 from maxlm.models.decoder import Decoder
 from maxlm.train.loss import TrainingLoss
 from maxlm.train.objective import RunContext
@@ -53,7 +53,7 @@ def build(tokenizer, model_config, weights, tmp_path):
         if kind == "policy":
             objective |= {"max_new_tokens": 4, "group_size": 2, "kl": {"beta": 0.1}}
         config = make_config(
-            tmp_path / kind, init_from="x", objective=objective, mesh=mesh, lora=lora, model=model_config
+            tmp_path / kind, init_from="x", objective=objective, mesh=mesh, adapters=lora, model=model_config
         )
         mesh = make_mesh(config.mesh)
         reference = jax.device_put(weights, shardings(Decoder(config.model, config.execution), mesh))
@@ -66,14 +66,14 @@ def build(tokenizer, model_config, weights, tmp_path):
 
 @pytest.mark.parametrize(
     ("sizes", "lora"),
-    [(MESH, None), (MESH, {"rank": 2}), ({"fsdp": 2, "context": 2, "tensor": 2}, None)],
+    [(MESH, None), (MESH, {"kind": "lora", "rank": 2}), ({"fsdp": 2, "context": 2, "tensor": 2}, None)],
     ids=["full", "lora", "context"],
 )
 @pytest.mark.parametrize("kind", ["sft", "preference", "unpaired_preference", "reward", "policy"])
 def test_gradient_of_every_objective_can_be_sharded_over_rows_weights_and_heads(build, kind, sizes, lora):
     """Shardings are part of types here: a mistake raises when the step is traced."""
     config, mesh, plan, data, reference = build(kind, sizes, lora)
-    trainable = abstract(plan if lora is None else declare_adapters(plan, config.lora), mesh)
+    trainable = abstract(plan if lora is None else declare_adapters(plan, config.adapters), mesh)
 
     def on_mesh(x):
         spec = logical_to_spec(("batch", "length", *[None] * x.ndim)[: x.ndim])

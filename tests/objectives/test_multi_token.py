@@ -29,7 +29,7 @@ from maxlm.train.trained_model import num_active_parameters
 from maxlm.verify.reduce import full_model
 
 MODEL = tiny_model(multi_token={"modules": 2})
-LORA = {"rank": 2}
+LORA = {"kind": "lora", "rank": 2}
 
 
 def objective(data, kind="multi_token") -> dict:
@@ -98,7 +98,7 @@ def test_other_objectives_train_the_model_without_modules(run_folder, tiny_data_
 
 
 def test_adapters_leave_modules_out_or_train_them(run_folder, plain_folder, tiny_data_folder, tmp_path):
-    start = {"model": None, "init_from": str(run_folder), "lora": LORA, "steps": 1}
+    start = {"model": None, "init_from": str(run_folder), "adapters": LORA, "steps": 1}
     train(config_of(tmp_path / "main", tiny_data_folder, "pretrain", **start))
     assert not of_modules(weights(tmp_path / "main"))
     train(config_of(tmp_path / "all", tiny_data_folder, **start))
@@ -107,8 +107,8 @@ def test_adapters_leave_modules_out_or_train_them(run_folder, plain_folder, tiny
     adapted = "multi_token/1/layer/mixer/query"
     assert np.any(before[adapted] != after[adapted])
     np.testing.assert_array_equal(before["multi_token/1/project"], after["multi_token/1/project"])
-    with pytest.raises(ConfigError, match=r"lora: adapters cannot train modules of model\.multi_token that .* lacks"):
-        resolved(config_of("x", tiny_data_folder, model=MODEL, init_from=str(plain_folder), lora=LORA))
+    with pytest.raises(ConfigError, match=r"adapters: cannot train modules of model\.multi_token that .* lacks"):
+        resolved(config_of("x", tiny_data_folder, model=MODEL, init_from=str(plain_folder), adapters=LORA))
 
 
 def resolved(config):

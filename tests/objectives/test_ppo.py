@@ -42,11 +42,11 @@ def runs(request, tuned, prompts, tmp_path_factory):
     """A run of 24 steps, and one that was interrupted after 6 and resumed to 8."""
     folder = tmp_path_factory.mktemp("ppo")
     critic = {"kind": request.param.partition(" ")[0]}
-    lora = {"rank": 4} if request.param.endswith("adapters") else None
+    adapters = {"kind": "lora", "rank": 4} if request.param.endswith("adapters") else None
     for steps in (6, 8):
-        train(ppo_config(folder / "short", tuned, prompts, critic, steps=steps, lora=lora))
+        train(ppo_config(folder / "short", tuned, prompts, critic, steps=steps, adapters=adapters))
     checkpoint = {"every": 8, "keep": 9}
-    train(ppo_config(folder / "long", tuned, prompts, critic, steps=24, checkpoint=checkpoint, lora=lora))
+    train(ppo_config(folder / "long", tuned, prompts, critic, steps=24, checkpoint=checkpoint, adapters=adapters))
     return folder
 
 

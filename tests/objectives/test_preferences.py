@@ -55,11 +55,11 @@ def test_dpo_separates_probabilities_of_answers(dpo_run, tuned):
     assert gain[2] > gain[3] + 1
 
 
-@pytest.fixture(scope="module", params=[None, {"rank": 2}], ids=["full", "lora"])
+@pytest.fixture(scope="module", params=[None, {"kind": "lora", "rank": 2}], ids=["full", "lora"])
 def reward_run(request, tuned, pairs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reward")
     settings = {"init_from": str(tuned[0]), "objective": {"kind": "reward", "center": 0.01, **pairs}}
-    manifest = train(make_config(folder, **settings, lora=request.param, steps=12, log_every=1))
+    manifest = train(make_config(folder, **settings, adapters=request.param, steps=12, log_every=1))
     return folder, manifest, request.param
 
 

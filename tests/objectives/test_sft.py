@@ -52,7 +52,7 @@ def lora_run(tuned, tmp_path_factory):
             folder / name,
             init_from=str(tuned[0]),
             objective={"kind": "sft", "train_file": data, "valid_file": data},
-            lora={"rank": 4},
+            adapters={"kind": "lora", "rank": 4},
             steps=steps,
             log_every=4,
         )

@@ -11,7 +11,7 @@ from maxlm.core.batch import put_batch
 from maxlm.core.parameters import initialize
 from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten
-from maxlm.models.adapters import declare_adapters
+from maxlm.models.adapters.declare import declare_adapters
 from maxlm.models.decoder import Decoder
 from maxlm.train.loss import TrainingLoss
 from maxlm.train.objective import RunContext
@@ -22,7 +22,7 @@ RECORDS = {
     "preference": [{"prompt": question(f"coin {n}"), "chosen": "yes", "rejected": "no"} for n in range(4)],
     "policy": [{"prompt": question(f"coin {n}"), "answer": "yes"} for n in range(4)],
 }
-LORA = {"rank": 2, "targets": ["query", "down"]}
+LORA = {"kind": "lora", "rank": 2, "targets": ["query", "down"]}
 
 
 @pytest.mark.parametrize(("kind", "lora", "schedule"), [("preference", None, "1f1b"), ("policy", LORA, "1f1b")])
@@ -31,7 +31,7 @@ def test_stages_change_nothing(kind, lora, schedule, tokenizer, tmp_path):
     if kind == "policy":
         objective |= {"max_new_tokens": 4, "group_size": 2, "kl": {"beta": 0.1}}
     model = toy_model(num_layers=4, vocab_size=tokenizer.vocab_size)
-    settings = {"lora": lora, "model": model, "execution": {**EXECUTION, "pipeline": {"schedule": schedule}}}
+    settings = {"adapters": lora, "model": model, "execution": {**EXECUTION, "pipeline": {"schedule": schedule}}}
     results, batch = [], None
     for sizes in ({"stage": 2, "data": 2}, {}):
         mesh = {"data": 1, "fsdp": 1, **sizes}
@@ -46,7 +46,7 @@ def test_stages_change_nothing(kind, lora, schedule, tokenizer, tmp_path):
             trainable = start
             if lora is not None:
                 plan = Decoder(config.model, config.execution)
-                trainable = initialize(declare_adapters(plan, config.lora), jax.random.key(1), mesh)
+                trainable = initialize(declare_adapters(plan, config.adapters), jax.random.key(1), mesh)
             # Adapters start with a zero update, for which half of them have no gradient.
             trainable = jax.tree.map(lambda leaf: leaf + 0.05, trainable)
             results.append(_terms_and_gradient(config, trainable, start, put_batch(batch, mesh)))
@@ -61,7 +61,7 @@ def test_stages_change_nothing(kind, lora, schedule, tokenizer, tmp_path):
 
 def _terms_and_gradient(config, trainable, frozen, batch):
     loss = TrainingLoss(config.objective, config.regularization, partial(assemble, config))
-    frozen = {} if config.lora is None else {"base": frozen}
+    frozen = {} if config.adapters is None else {"base": frozen}
 
     def compute(trainable, frozen, batch):
         pipeline = config.execution.pipeline

@@ -10,14 +10,14 @@ import pytest
 from optim_reference import plan, random_tree
 from tiny_run import tiny_config
 
+from maxlm.config.adapters import LoraConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.optim import OptimConfig
-from maxlm.config.train import LoraConfig
 from maxlm.core.parameters import shardings
 from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten
 from maxlm.errors import ConfigError
-from maxlm.models.adapters import declare_adapters
+from maxlm.models.adapters.declare import declare_adapters
 from maxlm.models.decoder import Decoder
 from maxlm.optim.build import make_optimizer
 
@@ -77,5 +77,5 @@ def test_new_rows_that_do_not_exist_are_refused():
     with pytest.raises(ConfigError, match=r"optim\.new_rows\.first: 64 is not a row of the embedding, which has 64"):
         make_optimizer(OptimConfig(new_rows={"first": 64, "steps": 1}), PLAN)
     adapters = declare_adapters(Decoder(tiny_config("run", "data").model), LoraConfig(targets=("query",)))
-    with pytest.raises(ConfigError, match=r"optim\.new_rows: adapters have no rows of tokens; leave out lora"):
+    with pytest.raises(ConfigError, match=r"optim\.new_rows: adapters have no rows of tokens; leave out adapters"):
         make_optimizer(OptimConfig(new_rows={"first": 64, "steps": 1}), adapters)

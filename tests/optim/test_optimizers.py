@@ -11,13 +11,13 @@ from optim_reference import in_numpy, is_matrix, plan, random_tree, train
 from tiny_run import tiny_model
 
 from maxlm.config import ModelConfig
+from maxlm.config.adapters import LayersConfig, LoraConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.config.optim import OptimConfig
-from maxlm.config.train import LoraConfig
-from maxlm.core.parameters import abstract, shardings
+from maxlm.core.parameters import Parameter, abstract, shardings
 from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten
-from maxlm.models.adapters import declare_adapters
+from maxlm.models.adapters.declare import declare_adapters
 from maxlm.models.decoder import Decoder
 from maxlm.optim.build import gradient_norm, label, make_optimizer
 
@@ -217,3 +217,34 @@ def test_state_bytes_per_parameter(kind, expected):
     optimizer = make_optimizer(OptimConfig(kind=kind, precondition_max_dim=256), layers)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(optimizer.init, params)))
     assert size / sum(leaf.size for leaf in jax.tree.leaves(params)) == pytest.approx(expected, rel=0.02)
+
+
+def test_second_factors_of_adapters_have_their_own_learning_rate():
+    """LoRA+: the same gradient changes `up` by the ratio more."""
+    adapters = declare_adapters(DECODER, LoraConfig(rank=2, targets=("query",), up_learning_rate_ratio=4))
+    change = first_change(adapters, OptimConfig(kind="lion", learning_rate=0.5, weight_decay=0))
+    (path,) = adapters
+    np.testing.assert_allclose(change[f"{path}/down"], -0.5)
+    np.testing.assert_allclose(change[f"{path}/up"], -2.0)
+
+
+def test_layers_that_are_not_chosen_keep_every_bit():
+    """Of a stack of two layers, the second is trained; the first is neither in the norm of the gradient nor decayed."""
+    trained = declare_adapters(DECODER, LayersConfig(targets=("layers/1/mixer/query",)))
+    change = first_change(trained, OptimConfig(kind="adamw", learning_rate=0.5, weight_decay=0.1))
+    (found,) = change.values()
+    assert not found[0].any()
+    assert found[1].all()
+    optimizer = make_optimizer(OptimConfig(), trained)
+    grads = jax.tree.map(lambda each: jnp.ones(each.shape), trained, is_leaf=lambda leaf: isinstance(leaf, Parameter))
+    norm = optimizer.gradient_norm(optimizer.of_trained(grads))
+    assert float(norm) == pytest.approx(np.sqrt(found[1].size))
+
+
+def first_change(declared, config):
+    """How the first step changes weights at one for gradients of one, by path."""
+    optimizer = make_optimizer(config, declared)
+    ones = jax.tree.map(lambda each: jnp.ones(each.shape), declared, is_leaf=lambda leaf: isinstance(leaf, Parameter))
+    updates, _ = optimizer.update(optimizer.of_trained(ones), optimizer.init(ones), ones)
+    after = optimizer.apply_updates(ones, updates, 1.0, 0)
+    return {path: np.asarray(leaf) - 1 for path, leaf in flatten(after).items()}

@@ -163,7 +163,7 @@ def test_trials_fine_tune_an_imported_model(imported_run, tmp_path):
         "output": "unused",
         "init_from": str(imported_run),
         "objective": {"kind": "sft", "train_file": str(chats), "valid_file": str(chats)},
-        "lora": {"rank": 2},
+        "adapters": {"kind": "lora", "rank": 2},
         "optim": {"schedule": {"warmup_steps": 0}},
         "steps": 3,
         "batch_size": 4,

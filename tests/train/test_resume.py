@@ -11,9 +11,10 @@ from toy_run import ToyData, toy_run
 
 from maxlm.checkpoint.folder import find_checkpoint, read_metadata
 from maxlm.checkpoint.lineage import Lineage, schedule_change
+from maxlm.config.adapters import LoraConfig
 from maxlm.config.objective import ObjectiveConfig, objective_classes
 from maxlm.config.resume import _RULES, Change, change_of
-from maxlm.config.train import LoraConfig, TrainConfig
+from maxlm.config.train import TrainConfig
 from maxlm.errors import CheckpointError, ConfigError
 from maxlm.interop.load import load_model
 from maxlm.runtime.manifest import read_manifest
@@ -58,7 +59,7 @@ def _types(annotation) -> set:
 
 def test_every_setting_is_compared_on_resume_unless_listed_here():
     keys = leaves(TrainConfig)
-    assert {"optim.schedule.kind", "objective.loss.beta", "lora.rank", "objective.sources.weight", "seed"} <= keys
+    assert {"optim.schedule.kind", "objective.loss.beta", "adapters.rank", "objective.sources.weight", "seed"} <= keys
     assert {key for key in keys if change_of(key) is Change.FREE} == FREE
     assert {key for key in keys if change_of(key) is Change.REPORTED} == TOLD
     assert all(change_of(key) is Change.ASKED for key in keys if key.startswith("optim.") and key != "optim.kind")
@@ -110,7 +111,11 @@ HEADS = {"num_heads": 2 * SIZES["num_heads"], "num_kv_heads": 2 * SIZES["num_kv_
         # Heads of another size have weights of the same shapes.
         ({"model": tiny_model(**HEADS)}, "model.layers.mixer.num_heads: 4 -> 8", False),
         ({"optim": {"kind": "lion"}}, "optim.kind: adamw -> lion", False),
-        ({"lora": {"rank": 2}}, "lora: nothing -> {'rank': 2", False),
+        (
+            {"adapters": {"kind": "lora", "rank": 2}},
+            "adapters: nothing -> {'base': None, 'kind': 'lora', 'rank': 2",
+            False,
+        ),
     ],
 )
 def test_changes_of_meaning_are_rejected_and_leave_run_unchanged(
@@ -239,7 +244,7 @@ def adapters(tmp_path_factory, short_run, tiny_data_folder):
 
 def adapters_config(folder, data, base, **settings):
     config = tiny_config(folder / "adapters", data, init_from=str(base), **{"steps": 2, **settings})
-    return config.model_copy(update={"model": None, "lora": LoraConfig(rank=2)})
+    return config.model_copy(update={"model": None, "adapters": LoraConfig(rank=2)})
 
 
 def test_adapters_reject_a_changed_base(tmp_path, adapters, tiny_data_folder):

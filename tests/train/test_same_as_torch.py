@@ -11,14 +11,15 @@ from family_cases import CASES
 from family_comparison import write_folder
 from training_traces import BETAS, LEARNING_RATE, STEPS, TRACES, WEIGHT_DECAY, Trace, draw_adapter
 
+from maxlm.config.adapters import LoraConfig
 from maxlm.config.fault import GuardConfig
 from maxlm.config.optim import OptimConfig
 from maxlm.config.regularization import RegularizationConfig
-from maxlm.config.train import LoraConfig
 from maxlm.core.batch import Batch, Stream
 from maxlm.families.placement import placed_tensors
 from maxlm.interop.huggingface import load_huggingface, read_description
-from maxlm.models.adapters import apply_adapters, declare_adapters
+from maxlm.models.adapters.apply import apply_adapters
+from maxlm.models.adapters.declare import declare_adapters
 from maxlm.models.decoder import Decoder
 from maxlm.objectives.sft import SupervisedFineTuning
 from maxlm.optim.build import make_optimizer

@@ -287,7 +287,11 @@ def test_idle_devices_are_reported(mesh, message, capsys):
 
 def test_adapters_are_trained_and_base_is_unchanged(short_run, tmp_path, tiny_data_folder):
     base = weights(short_run)
-    settings = {"init_from": str(short_run), "model": None, "lora": {"rank": 2, "targets": ["query", "down"]}}
+    settings = {
+        "init_from": str(short_run),
+        "model": None,
+        "adapters": {"kind": "lora", "rank": 2, "targets": ["query", "down"]},
+    }
     optim = {"kind": "muon", "learning_rate": 1e-2, "schedule": {"kind": "constant"}}
     config = tiny_config(tmp_path / "run", tiny_data_folder, steps=30, optim=optim, **settings)
     manifest = train(config)
@@ -305,8 +309,10 @@ def test_adapters_are_trained_and_base_is_unchanged(short_run, tmp_path, tiny_da
 
 
 def test_adapter_for_unknown_weight_is_rejected(short_run, tmp_path, tiny_data_folder):
-    config = tiny_config(tmp_path / "run", tiny_data_folder, init_from=str(short_run), lora={"targets": ["quary"]})
-    with pytest.raises(ConfigError, match=r"lora.targets: 'quary' is not a weight; allowed: down, gate, key, out"):
+    config = tiny_config(
+        tmp_path / "run", tiny_data_folder, init_from=str(short_run), adapters={"kind": "lora", "targets": ["quary"]}
+    )
+    with pytest.raises(ConfigError, match=r"adapters.targets: 'quary' is not a matrix; allowed: down, gate, key, out"):
         train(config)
 
 

@@ -129,7 +129,7 @@ def test_rollout_without_adapters(monkeypatch):
         base = jax.tree.map(lambda leaf: leaf.base if is_adapted(leaf) else leaf, model, is_leaf=is_adapted)
         return original(self, base, *args, **settings)
 
-    config = config_of("policy", lora={"rank": 4})
+    config = config_of("policy", adapters={"kind": "lora", "rank": 4})
     only = "rollout: after an update, one device"
     assert failed(config, only) == []
     monkeypatch.setattr(Sampler, "__call__", without_adapters)

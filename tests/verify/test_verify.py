@@ -37,7 +37,7 @@ SKIPPED = Finding("mesh", "tensor=2", skipped="num_heads: 3 is not divisible")
         ("preference", {}),
         ("unpaired_preference", {}),
         ("distill", {}),
-        ("policy", {"lora": {"rank": 4}}),
+        ("policy", {"adapters": {"kind": "lora", "rank": 4}}),
     ],
     ids=["reward", "process reward", "preference", "kto", "distill", "grpo with adapters"],
 )
@@ -155,7 +155,9 @@ def test_all_kinds_of_layers_are_the_same_in_every_layout(name):
 
 
 def test_fine_tuning_of_an_imported_model_is_verified(imported_run, tmp_path, capsys):
-    config = config_of("sft", init_from=str(imported_run), model=None, execution=None, lora={"rank": 2})
+    config = config_of(
+        "sft", init_from=str(imported_run), model=None, execution=None, adapters={"kind": "lora", "rank": 2}
+    )
     file = tmp_path / "config.yaml"
     file.write_text(dump_yaml(config))
     assert main(["verify", str(file), "--only", "mesh: fsdp=2", "--only", "packing", "--json"]) == 0

@@ -1,0 +1,129 @@
+"""Declarations and initial values of adapters: a separate pytree next to the frozen model.
+
+An adapter is a dict of parameters, whose names say what it does to the weight at its path:
+  down, up: a low-rank update; magnitude: the length of each output's weights;
+  output_scale, input_scale: factors of outputs and inputs;
+  whole: the weight itself.
+A new adapter changes nothing. One of a stack of layers has a part for each of them; those that are not chosen keep
+their initial values.
+"""
+
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from maxlm.config.adapters import AdaptersConfig, BitfitConfig, Ia3Config, LayersConfig, LoraConfig
+from maxlm.core.parameters import Normal, Parameter, initialize, ones, shardings, stack, zeros
+from maxlm.core.tree import flatten
+from maxlm.errors import ConfigError
+from maxlm.models.adapters.frozen import Adapters, is_adaptable, weights_of
+from maxlm.models.adapters.targets import Target, choose
+from maxlm.models.decoder import Decoder
+from maxlm.ops.linear import output_squares
+
+
+def declare_adapters(plan: Decoder, config: AdaptersConfig) -> Adapters:
+    """Declare the adapters of a model. Weights in the plan's `trained_whole` are trained next to them.
+
+    Raises:
+      ConfigError: a target does not name a weight of the model; a rank exceeds a side of a matrix.
+    """
+    flat = flatten(plan)
+    return _declare(plan, config) | {path: {"whole": flat[path]} for path in plan.trained_whole}
+
+
+def create_adapters(
+    plan: Decoder, config: AdaptersConfig, base: Decoder, key: jax.Array, mesh: Mesh | None = None
+) -> Adapters:
+    """New adapters, with which the model computes what `base` does."""
+    declared = declare_adapters(plan, config)
+    fill = jax.jit(_fill, out_shardings=None if mesh is None else shardings(declared, mesh))
+    return fill(initialize(declared, key, mesh), base)
+
+
+def _fill(adapters: Adapters, base: Decoder) -> Adapters:
+    """Adapters with the values that depend on the adapted weights."""
+    weights = weights_of(base)
+
+    def filled(path: str, adapter: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        if "whole" in adapter:
+            # A copy, since a training step overwrites what it trains.
+            return {"whole": jnp.array(weights[path], copy=True)}
+        if "magnitude" in adapter:
+            return {**adapter, "magnitude": jnp.sqrt(output_squares(weights[path]))}
+        return adapter
+
+    return {path: filled(path, adapter) for path, adapter in adapters.items()}
+
+
+def _declare(plan: Decoder, config: AdaptersConfig) -> Adapters:
+    match config:
+        case LoraConfig():
+            targets = choose(plan, config.targets, "adapters.targets", allowed=is_adaptable, what="matrix")
+            return {path: _stacked(target, _low_rank(path, target, config)) for path, target in targets.items()}
+        case Ia3Config():
+            return _declare_factors(plan, config)
+        case BitfitConfig():
+            biases = {path: leaf for path, leaf in flatten(plan).items() if leaf.role == "bias"}
+            if not biases:
+                raise ConfigError(["adapters.kind: bitfit trains biases, and the model has none; set lora or ia3"])
+            return {path: {"whole": leaf} for path, leaf in biases.items()}
+        case LayersConfig():
+            trained = lambda leaf: leaf.role != "router_bias"  # noqa: E731
+            targets = choose(plan, config.targets, "adapters.targets", allowed=trained, what="parameter")
+            return {
+                path: {"whole": replace(target.parameter, trained=target.trained)} for path, target in targets.items()
+            }
+
+
+def _declare_factors(plan: Decoder, config: Ia3Config) -> Adapters:
+    adapters: Adapters = {}
+    for key, name, axis in (("outputs", "output_scale", -1), ("inputs", "input_scale", -2)):
+        patterns = getattr(config, key)
+        targets = choose(plan, patterns, f"adapters.{key}", allowed=is_adaptable, what="matrix") if patterns else {}
+        for path, target in targets.items():
+            if path in adapters:
+                raise ConfigError([f"adapters.inputs: {path} is also in adapters.outputs; name it in one of them"])
+            leaf = target.parameter
+            factor = Parameter((leaf.shape[axis],), (leaf.axes[axis],), ones, role="vector")
+            adapters[path] = _stacked(target, {name: factor})
+    if not adapters:
+        raise ConfigError(["adapters.outputs: is empty, and so is adapters.inputs; name a matrix in one of them"])
+    return adapters
+
+
+def _low_rank(path: str, target: Target, config: LoraConfig) -> dict[str, Parameter]:
+    """`down` is drawn at random and `up` is zero (arXiv:2106.09685)."""
+    (in_size, out_size), (in_axis, out_axis) = target.parameter.shape[-2:], target.parameter.axes[-2:]
+    if config.rank > min(in_size, out_size):
+        raise ConfigError(
+            [
+                f"adapters.rank: {config.rank} exceeds the smaller side of {path}, which is {in_size} x {out_size}; set"
+                f" it to at most {min(in_size, out_size)}, or leave the matrix out of adapters.targets"
+            ]
+        )
+    declared = {
+        "down": Parameter((in_size, config.rank), (in_axis, "rank"), Normal(1 / math.sqrt(in_size)), role="adapter"),
+        "up": Parameter(
+            (config.rank, out_size),
+            ("rank", out_axis),
+            zeros,
+            role="adapter",
+            learning_rate_factor=config.up_learning_rate_ratio,
+        ),
+    }
+    if config.decomposed:
+        declared["magnitude"] = Parameter((out_size,), (out_axis,), ones, role="vector")
+    return declared
+
+
+def _stacked(target: Target, of_layer: dict[str, Parameter]) -> dict[str, Parameter]:
+    """The adapter of each layer, stacked as the weights that it adapts."""
+    if target.numbers is None:
+        return of_layer
+    axes = target.parameter.axes[: target.numbers.ndim]
+    stacked = stack(of_layer, target.numbers, axes=axes, name=f"adapters/{target.name}")
+    return {name: replace(each, trained=target.trained) for name, each in stacked.items()}
