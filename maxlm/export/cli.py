@@ -26,6 +26,7 @@ examples:
   maxlm export runs/chat bundles/chat --data chats/valid.jsonl
   maxlm chat bundles/chat
   maxlm export runs/small exports/small --format hf
+  maxlm export runs/small-lora exports/small-lora --format peft
 """
 
 
@@ -45,7 +46,8 @@ def register(subparsers) -> None:
         "--format",
         default="int8",
         metavar="NAME",
-        help="int8, or hf: float weights as Hugging Face's transformers reads them (int8)",
+        help="int8; hf: float weights as Hugging Face's transformers reads them; or peft: the run's adapters alone, as"
+        " Hugging Face's peft reads them (int8)",
     )
     parser.add_argument(
         "--data",
@@ -76,7 +78,13 @@ def register(subparsers) -> None:
 
 
 def run_export(args: argparse.Namespace) -> int:
+    from maxlm.export.adapters import export_adapters
     from maxlm.export.export import ReceiptOutOfBounds, export_model
+
+    if args.format == "peft":
+        export_adapters(args.model, args.output, ema=args.ema)
+        print(json.dumps({"output": args.output}) if args.json else args.output)
+        return 0
 
     given = {
         name: value

@@ -129,7 +129,7 @@ def named_format(name: str) -> Format:
     """
     found = {each.name: each for each in formats()}
     if name not in found:
-        raise RequestError(f"--format {name!r}: there is no such format; the formats are {', '.join(found)}")
+        raise RequestError(f"--format {name!r}: there is no such format; the formats are {', '.join(found)} and peft")
     return found[name]
 
 

@@ -8,11 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from maxlm.checkpoint.checkpointer import Checkpointer
+from maxlm.checkpoint.folder import weights_hash
+from maxlm.config.adapters import AdaptersConfig
+from maxlm.models.adapters.frozen import Adapters
 from maxlm.models.decoder import Decoder
 from maxlm.runtime.manifest import write_manifest
 from maxlm.runtime.output import Stage, check_output, check_replaceable, replaced_folder, temporary_name
+from maxlm.runtime.storage import absolute_path, relative_path
 from maxlm.tokenizer.codec import Tokenizer
 
 
@@ -23,6 +28,15 @@ class _State:
 
     step: Any
     trainable: Any
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Adapters of the model of a checkpoint."""
+
+    base: epath.Path
+    adapters: Adapters
+    config: AdaptersConfig
 
 
 def check_run_folder(output: str | os.PathLike, stage: Stage) -> Path:
@@ -45,22 +59,30 @@ def write_run_folder(
     stage: str,
     inputs: Mapping[str, str | Path],
     metrics: dict[str, Any],
+    adapted: Adapted | None = None,
 ) -> None:
     """Write a run folder atomically; an existing one is replaced.
 
     Args:
       output: from `check_run_folder`.
       stage, inputs, metrics: of its manifest.
+      adapted: adapters of the model, which are stored in its place.
     """
-    config = {
+    config: dict[str, Any] = {
         "seed": 0,
         "model": model.config.model_dump(mode="json"),
         "execution": model.execution.model_dump(mode="json"),
     }
+    weights: Any = model
+    start = None
+    if adapted is not None:
+        weights, config["adapters"] = adapted.adapters, adapted.config.model_dump(mode="json")
+        path = relative_path(adapted.base, absolute_path(output))
+        start = {"checkpoint": path, "absolute": str(adapted.base), "hash": weights_hash(adapted.base)}
     with replaced_folder(output) as temporary:
         if tokenizer is not None:
             tokenizer.save(temporary / "tokenizer")
-        metadata = {"step": 0, "config": config, "fingerprint": tokenizer and tokenizer.fingerprint, "start": None}
+        metadata = {"step": 0, "config": config, "fingerprint": tokenizer and tokenizer.fingerprint, "start": start}
         with Checkpointer(temporary, keep=1) as checkpointer:
-            checkpointer.save(_State(jnp.int32(0), model), metadata, wait=True)
+            checkpointer.save(_State(jnp.int32(0), weights), metadata, wait=True)
         write_manifest(temporary, stage=stage, inputs=inputs, config=config, metrics=metrics)
