@@ -1,0 +1,28 @@
+"""Every kind of adapters has the same loss and gradient on meshes and in a pipeline."""
+
+import pytest
+from small import config_of, small_model
+
+from maxlm.verify.run import verify
+
+NF4 = {"kind": "nf4"}
+ATTENTION = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "bias": True}
+BIASES = small_model()["layers"] | {"mixer": {"kind": "attention", **ATTENTION}}
+KINDS = {
+    "dora of a layer, quantized": {
+        "kind": "lora",
+        "decomposed": True,
+        "targets": ["layers/0/*", "query"],
+        "base": NF4,
+    },
+    "ia3, quantized": {"kind": "ia3", "base": {"kind": "int4"}},
+    "bitfit": {"kind": "bitfit"},
+    "layers": {"kind": "layers", "targets": ["layers/0/mlp/*", "role:norm"]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_pass(kind):
+    config = config_of("sft", adapters=KINDS[kind], model=small_model() | {"layers": BIASES})
+    report = verify(config, only=["padding", "mesh: data=2, fsdp=2, tensor=2", "mesh: stage=2, 1f1b"])
+    assert {finding.verdict for finding in report.findings} == {"same"}, report
