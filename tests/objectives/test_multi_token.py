@@ -98,7 +98,8 @@ def test_other_objectives_train_the_model_without_modules(run_folder, tiny_data_
 
 
 def test_adapters_leave_modules_out_or_train_them(run_folder, plain_folder, tiny_data_folder, tmp_path):
-    start = {"model": None, "init_from": str(run_folder), "adapters": LORA, "steps": 1}
+    adapters = LORA | {"targets": ["query"]}
+    start = {"model": None, "init_from": str(run_folder), "adapters": adapters, "steps": 1}
     train(config_of(tmp_path / "main", tiny_data_folder, "pretrain", **start))
     assert not of_modules(weights(tmp_path / "main"))
     train(config_of(tmp_path / "all", tiny_data_folder, **start))
