@@ -33,12 +33,14 @@ class Run:
     """A training run: its name, the records of its metrics file, and its manifest, which may be missing.
 
     config: its configuration; known before there is a manifest.
+    samples: of its `samples.jsonl`: answers that it sampled during training, with their rewards.
     """
 
     name: str
     records: list[dict[str, Any]]
     manifest: dict[str, Any]
     config: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
 
     def last(self, name: str) -> float | None:
         found = points(self.records, name)
@@ -55,6 +57,7 @@ class RunView:
     by_source: Table | None
     machinery: list[Chart]
     goodput: list[Chart]
+    samples: Table | None = None
 
 
 def view_run(run: Run, *, references: Sequence[Reference] = ()) -> RunView:
@@ -74,6 +77,7 @@ def view_run(run: Run, *, references: Sequence[Reference] = ()) -> RunView:
         _by_source(run),
         [chart for name in MACHINERY if (chart := drawn[name])],
         [chart for chart in [_goodput(run.name, to_dict(metrics.get("goodput")))] if chart],
+        _samples(run),
     )
 
 
@@ -135,6 +139,23 @@ def _curve(run: Run, name: str, references: Sequence[Reference]) -> Chart | None
     ends = [f"{kind} {format_number(values[-1][1])}" for kind, values in kinds]
     note = f"final: {', '.join(ends)}" if name not in MACHINERY else ""
     return Chart(title, svg, _numbers(train, valid), note=note, legend=legend if valid else ())
+
+
+def _samples(run: Run) -> Table | None:
+    """Answers from the beginning, the middle and the end of training."""
+    steps = sorted({step for sample in run.samples if (step := to_number(sample.get("step"))) is not None})
+    if not steps:
+        return None
+    chosen = {steps[0], steps[len(steps) // 2], steps[-1]}
+    shown = [sample for sample in run.samples if to_number(sample.get("step")) in chosen]
+    rewards = [name for name in shown[0] if name.startswith("reward")]
+    rows = []
+    for sample in shown:
+        numbers = [value for name in (*rewards, "advantage") if (value := to_number(sample.get(name))) is not None]
+        text = [str(sample.get(name, "")) for name in ("prompt", "answer")]
+        rows.append((f"{sample['step']:,.0f}", *text, *map(format_number, numbers)))
+    names = [name.removeprefix("reward_").replace("_", " ") for name in rewards]
+    return Table(("step", "prompt", "answer", *names, "advantage"), rows, is_text=True)
 
 
 def _by_source(run: Run) -> Table | None:

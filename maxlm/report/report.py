@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from maxlm.report.page import write_page
 from maxlm.report.story import headline, references, view_story
 from maxlm.report.text import duration, format_number, to_dict, to_list, to_number
 from maxlm.runtime.manifest import FILE_NAME, manifest_chain, read_manifest
+from maxlm.runtime.storage import read_lines, storage_path
 from maxlm.train.metrics import read_metrics
 
 SUMMARY = "summary.json"
@@ -95,6 +97,8 @@ def write_comparison(folders: Sequence[str | Path], *, refresh_seconds: int = 0)
 def unfinished(run: Run) -> str:
     """A sentence on what an unfinished run lacks; empty if it has finished."""
     metrics = to_dict(run.manifest.get("metrics"))
+    if metrics.get("stopped"):
+        return f"{run.name}: ended early at step {run.records[-1].get('step')}: {metrics['stopped']}."
     if metrics.get("finished", bool(run.manifest)):
         return ""
     step, steps = run.records[-1].get("step"), to_number(run.config.get("steps"))
@@ -154,7 +158,18 @@ def _read_run(folder: Path) -> Run | None:
     if not records:
         return None
     manifest = read_manifest(folder) if (folder / FILE_NAME).is_file() else {}
-    return Run(folder.resolve().name, records, manifest, to_dict(manifest.get("config")) or _read_config(folder))
+    config = to_dict(manifest.get("config")) or _read_config(folder)
+    return Run(folder.resolve().name, records, manifest, config, _read_samples(folder))
+
+
+def _read_samples(folder: Path) -> list[dict[str, Any]]:
+    samples = []
+    for line in read_lines(storage_path(folder) / "samples.jsonl"):
+        try:
+            samples.append(to_dict(json.loads(line)))
+        except (ValueError, RecursionError):
+            continue
+    return samples
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -183,4 +198,4 @@ def _with_distinct_names(runs: list[Run], folders: Sequence[str | Path]) -> list
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
         return runs
-    return [Run(str(folder), run.records, run.manifest, run.config) for run, folder in zip(runs, folders)]
+    return [replace(run, name=str(folder)) for run, folder in zip(runs, folders)]

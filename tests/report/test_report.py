@@ -276,3 +276,17 @@ def test_runs_that_cannot_be_compared_raise(tmp_path):
         write_comparison([tmp_path / "run", tmp_path / "other"])
     with pytest.raises(RequestError, match="give at most 4"):
         write_comparison([tmp_path / "run"] * 5)
+
+
+def test_policy_run_shows_sampled_answers_and_why_it_ended(tmp_path):
+    write_run(tmp_path / "run")
+    sample = {"prompt": "3+4=", "reward": 1.0, "reward_form": 0.5, "advantage": 0.7, "truncated": False}
+    lines = [json.dumps({"step": step, **sample, "answer": f"<b>{step}</b>"}) for step in range(0, 100, 10)]
+    (tmp_path / "run" / "samples.jsonl").write_text("\n".join([*lines, '{"step": "x"}', "{]}"]) + "\n")
+    metrics = {"steps": 40, "finished": True, "stopped": "kl is 0.6, above objective.stop.largest_kl (0.5)"}
+    write_manifest(tmp_path / "run", stage="train/policy", inputs={}, config={"steps": 99}, metrics=metrics)
+    text = check(write_report(tmp_path / "run"))
+    assert "Answers sampled during training" in text
+    shown = [step for step in range(0, 100, 10) if f"<b>{step}</b>" in text]
+    assert shown == [0, 50, 90]
+    assert "run: ended early at step 40: kl is 0.6, above objective.stop.largest_kl (0.5)." in text
