@@ -21,7 +21,8 @@ def answer_log_ratio(log_ratio_BL: jax.Array, is_answer_BL: jax.Array) -> jax.Ar
     """Mean over the tokens of an answer, for each of its tokens: [B, L] (GSPO, arXiv:2507.18071, equation 5)."""
     length_B1 = jnp.maximum(jnp.sum(is_answer_BL, axis=1, keepdims=True), 1.0)
     mean_B1 = jnp.sum(is_answer_BL * log_ratio_BL, axis=1, keepdims=True) / length_B1
-    return jnp.broadcast_to(mean_B1, log_ratio_BL.shape)
+    # A sum, unlike a broadcast, has the sharding of the tokens.
+    return mean_B1 + jnp.zeros_like(log_ratio_BL)
 
 
 def clipped_surrogate(

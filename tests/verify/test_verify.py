@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from rich.console import Console
-from small import config_of, small_model
+from small import OBJECTIVES, config_of, small_model
 
 from maxlm.cli import main
 from maxlm.config.load import dump_yaml
@@ -44,6 +44,30 @@ SKIPPED = Finding("mesh", "tensor=2", skipped="num_heads: 3 is not divisible")
 def test_every_objective_passes_with_padding_and_on_three_axes(kind, settings):
     report = verify(config_of(kind, **settings), only=["padding", "mesh: data=2, fsdp=2, tensor=2"])
     assert [finding.verdict for finding in report.findings] == ["same", "same"], report
+
+
+PPO = {
+    "advantage": {"kind": "gae"},
+    "critic": {"kind": "own"},
+    "importance": {"level": "answer"},
+    "entropy_weight": 0.1,
+}
+PAIRS = {"loss": {"kind": "aot", "paired": False}, "tail_weight": 0.5, "weight_by_policy": True, "sft_on_prompts": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "layout"),
+    [
+        ("policy", PPO | {"average": "answers"}, "mesh: stage=2, 1f1b"),
+        ("policy", PPO | {"surrogate": {"kind": "clip", "ratio": "answer"}}, "mesh: fsdp=2, context=2, tensor=2"),
+        ("preference", PAIRS, "mesh: fsdp=2, context=2, tensor=2"),
+    ],
+    ids=["critic in a pipeline", "ratios of answers", "optimal transport"],
+)
+def test_losses_over_whole_answers_do_not_depend_on_the_layout(kind, settings, layout):
+    objective = {"kind": kind, **OBJECTIVES[kind], **settings}
+    report = verify(config_of(kind, objective=objective), only=[layout])
+    assert {finding.verdict for finding in report.findings} == {"same"}, report
 
 
 @pytest.mark.parametrize("kind", ["sft", "preference"])
