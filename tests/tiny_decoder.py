@@ -42,6 +42,8 @@ def drawn_model(config: ModelConfig, execution: ExecutionConfig = EXECUTION) -> 
             flat[path] = jnp.asarray(random.uniform(0.5, 1.5, leaf.shape), "float32")
         elif path.endswith(("bias", "sinks")):
             flat[path] = jnp.asarray(random.normal(0, 0.2, leaf.shape), "float32")
+        elif "virtual" in path:
+            flat[path] = jnp.asarray(random.normal(0, 1, leaf.shape), "float32")
         elif path in ("embedding", "head", "positions"):
             flat[path] = leaf * 30
         else:

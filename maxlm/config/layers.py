@@ -88,6 +88,11 @@ class AttentionConfig(MixerPartConfig):
     sinks: bool = Field(
         False, description="Learn a logit per head that takes part in the softmax, and has no value (arXiv:2309.17453)."
     )
+    virtual_tokens: Count | None = Field(
+        None,
+        description="Learned keys and values that every token attends to besides its sequence, whatever the window"
+        " (prefix tuning, arXiv:2101.00190).",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -119,7 +124,13 @@ class AttentionConfig(MixerPartConfig):
         if self.relative_bias is not None:
             # As many in all layers that share the table, whatever their key-value heads.
             num_heads = math.gcd(self.num_heads, math.lcm(4, mesh.tensor))
-        sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": 8}
+        virtual_tokens = self.virtual_tokens and min(self.virtual_tokens, 3)
+        sizes = {
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": 8,
+            "virtual_tokens": virtual_tokens,
+        }
         return self.model_copy(update=sizes | {"rope": self.rope and self.rope.reduced()})
 
 

@@ -22,8 +22,8 @@ Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 # matrix: weights [..., in, out] of a product; table: [vocabulary or labels, width]; router: a matrix that selects or
 # weighs experts; router_bias: moved by the load of the experts, not by a gradient; bias_table: [distances, heads],
-# added to logits; adapter: a low-rank factor of a matrix.
-Role = Literal["matrix", "table", "router", "router_bias", "norm", "bias", "bias_table", "vector", "adapter"]
+# added to logits; adapter: a low-rank factor of a matrix; virtual: keys or values [tokens, channels] of virtual tokens.
+Role = Literal["matrix", "table", "router", "router_bias", "norm", "bias", "bias_table", "vector", "adapter", "virtual"]
 
 
 # Leading axes that stack the parameters of layers.
@@ -63,7 +63,7 @@ class Parameter:
     @property
     def num_stacked(self) -> int:
         """Number of leading axes, over layers and experts, that stack matrices or vectors."""
-        return len(self.shape) - (2 if self.is_matrix or self.role == "bias_table" else 1)
+        return len(self.shape) - (2 if self.is_matrix or self.role in ("bias_table", "virtual") else 1)
 
 
 def stack(tree: Any, numbers: np.ndarray, *, axes: tuple[str, ...], name: str) -> Any:

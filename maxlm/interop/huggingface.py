@@ -308,6 +308,11 @@ def find_family(model: Decoder) -> tuple[Family, dict[str, Placed]]:
             "model.layers.mixer.relative_bias: none of the families that maxlm writes in Hugging Face's format has one;"
             " leave out --format hf"
         )
+    if any(getattr(layer.mixer, "virtual_tokens", None) is not None for layer in model.config.each_layer()):
+        raise CheckpointError(
+            "the model has virtual tokens, for which Hugging Face's format has no place; export the adapters of its"
+            " run: --format peft"
+        )
     declared = Decoder(model.config, model.execution)
     config = model.config.model_copy(update={"family": None, "token_ids": None, "labels": None})
     wanted = Description(config, model.execution.max_length)

@@ -35,7 +35,7 @@ def attend(
     """[B, L, H, V]: attention on each device's own rows and heads, and across the devices that share a row, if sharded.
 
     Args:
-      by_head: `position_bias` and `sinks_N`, of the query heads.
+      by_head: `position_bias` and `sinks_N`, of the query heads; `virtual`, of those of keys and values.
       kv_axis: the logical axis of the heads of keys and values.
     """
     dropout = None if context.noise is None else context.noise.attention_weights(query_BLHE.shape[2])
@@ -65,6 +65,7 @@ def attend(
         # The last axis of a vector or a table is over heads.
         position_bias=jax.tree.map(lambda x: P(*[None] * (x.ndim - 1), *vector), operands.position_bias),
         sinks_N=None if operands.sinks_N is None else cast(Any, vector),
+        virtual=operands.virtual and (cast(Any, P(None, *kv_heads[2:])),) * 2,
         dropout=dropout and WeightDropout(cast(Any, P(*heads[:3])), cast(Any, tokens), dropout.rate),
     )
     return jax.shard_map(local, in_specs=(heads, kv_heads, kv_heads, specs), out_specs=heads, check_vma=False)(

@@ -1,6 +1,7 @@
 """Self-attention, in training and with a cache of earlier keys and values.
 
-Dimensions: B batch, L length, D embed, H query heads, K key-value heads, E head_dim, T cached tokens.
+Dimensions: B batch, L length, D embed, H query heads, K key-value heads, E head_dim, T cached tokens, P virtual
+tokens.
 """
 
 import dataclasses
@@ -16,9 +17,9 @@ from flax import nnx
 from maxlm.config.execution import ExecutionConfig
 from maxlm.config.layers import AttentionConfig
 from maxlm.config.model import ModelConfig
-from maxlm.core.parameters import Parameter, zeros
+from maxlm.core.parameters import Normal, Parameter, zeros
 from maxlm.core.sharding import shard
-from maxlm.layers.attend import attend, merge_heads, split_heads
+from maxlm.layers.attend import attend, merge_heads, reshape, split_heads
 from maxlm.layers.cache import KeyValueCache, RingCache
 from maxlm.layers.context import TokenContext
 from maxlm.layers.norm import Norm
@@ -48,6 +49,11 @@ class Attention(nnx.Module):
             self.out_bias = bias((model.embed_dim, None))
         if config.sinks:
             self.sinks: Any = nnx.data(Parameter((config.num_heads,), ("heads",), zeros, role="vector"))
+        if config.virtual_tokens is not None:
+            shape, axes = (config.virtual_tokens, kv_heads[0]), (None, kv_heads[1])
+            virtual = Parameter(shape, axes, Normal(0.02), role="virtual")
+            self.virtual_key: Any = nnx.data(virtual)
+            self.virtual_value: Any = nnx.data(virtual)
         if config.qk_norm:
             is_by_head = config.qk_norm_over == "head"
             self.query_norm = Norm(model.norm, config.head_dim if is_by_head else heads[0])
@@ -107,7 +113,18 @@ class Attention(nnx.Module):
         bias: PositionBias | None = context.relative_bias if config.relative_bias is not None else None
         if config.alibi:
             bias = Alibi(shard(jnp.asarray(config.alibi_scale * alibi_slopes(config.num_heads)), "heads"))
-        return AttentionOperands(position_bias=bias, sinks_N=self.sinks if config.sinks else None)
+        return AttentionOperands(
+            position_bias=bias, sinks_N=self.sinks if config.sinks else None, virtual=self._virtual_tokens()
+        )
+
+    def _virtual_tokens(self) -> tuple[jax.Array, jax.Array] | None:
+        """Their keys and values, [P, K, E]."""
+        config = self.config
+        if config.virtual_tokens is None:
+            return None
+        shape = (config.virtual_tokens, config.num_kv_heads, config.head_dim)
+        axes = (None, "kv_heads", None)
+        return reshape(self.virtual_key, shape, axes), reshape(self.virtual_value, shape, axes)
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from maxlm.ops.qtensor import quantize
 # Storage format of the vocabulary tables (embedding, head).
 Tables = Literal["int8", "float16"]
 # Rounding a router would select other experts, and save almost nothing.
-_KEPT_IN_FLOAT = ("norm", "bias", "bias_table", "vector", "router", "router_bias")
+_KEPT_IN_FLOAT = ("norm", "bias", "bias_table", "vector", "virtual", "router", "router_bias")
 
 
 def quantize_model(model: Decoder, tables: Tables = "int8") -> Decoder:

@@ -196,9 +196,14 @@ def attention(config, w, h, positions, segments, prefix, norm):
                 scores -= config.alibi_scale * ALIBI_SLOPES[heads][n] * abs(i - np.array(seen))
             if config.relative_bias:
                 scores += [w["relative_bias"][bucket_of(i - j, config.relative_bias), n] for j in seen]
+            values = v[seen, shared]
+            if config.virtual_tokens:
+                of_virtual = [w[f"virtual_{name}"].reshape(-1, kv_heads, dim)[:, shared] for name in ("key", "value")]
+                scores = np.append(scores, soft_cap(of_virtual[0] @ query * scale, config.soft_cap))
+                values = np.concatenate([values, of_virtual[1]])
             if config.sinks:
                 scores = np.append(scores, w["sinks"][n])
-            mixed[i, n] = softmax(scores)[: len(seen)] @ v[seen, shared]
+            mixed[i, n] = softmax(scores)[: len(values)] @ values
     return mixed.reshape(length, heads * dim) @ w["out"] + w.get("out_bias", 0)
 
 

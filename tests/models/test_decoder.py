@@ -93,6 +93,15 @@ FAMILIES = {
             ],
         },
     },
+    "virtual tokens": {
+        "layers": {
+            "repeat": 2,
+            "pattern": [
+                {"mixer": BIASED | {"virtual_tokens": 3, "window": 3, "sinks": True, "soft_cap": 3.0}, "mlp": PLAIN},
+                {"mixer": {**SIZES, "virtual_tokens": 2, "rope": None, "alibi": True, "qk_norm": True}, "mlp": PLAIN},
+            ],
+        },
+    },
     "normalized residual with a factor": {
         "norm": {"kind": "layer"},
         "residual": "normalized",
@@ -359,6 +368,7 @@ CACHED = [
     "normalized head",
     "shared experts with a gate",
     "sinks, and experts with biases",
+    "virtual tokens",
     "relative bias",
     "windows",
     "all",
@@ -387,7 +397,7 @@ def test_decoding_with_cache_matches_full_forward(name):
         np.testing.assert_allclose(got[:, 0], expected[np.arange(3), at], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["windows", "all", "mixed", "hybrid", "relative bias"])
+@pytest.mark.parametrize("name", ["windows", "all", "mixed", "hybrid", "relative bias", "virtual tokens"])
 @pytest.mark.parametrize("chunk", [1, 2, 7])
 def test_decoding_in_chunks_with_a_ring_matches_full_forward(name, chunk):
     """Chunks shorter and longer than the windows; rows begin and stop at different times, with padding on both sides,

@@ -21,7 +21,7 @@ BATCH, MAX_DISTANCE = 2, 64
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """bias: "alibi", "t5" or "array"; mask: the number of its heads."""
+    """bias: "alibi", "t5" or "array"; mask: the number of its heads; virtual: the number of such tokens."""
 
     name: str
     length: int = 150
@@ -40,6 +40,7 @@ class Case:
     sinks: bool = False
     mask: int = 0
     dropout: float = 0.0
+    virtual: int = 0
 
     def inputs(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The arrays that have a gradient, by name, and the gradient of the output."""
@@ -60,6 +61,9 @@ class Case:
             shapes["bias"] = of_bias[self.bias]
         if self.sinks:
             shapes["sinks"] = (self.num_heads,)
+        if self.virtual:
+            shapes["virtual_key"] = (self.virtual, self.num_kv_heads, self.head_dim)
+            shapes["virtual_value"] = (self.virtual, self.num_kv_heads, value_dim)
         arrays = {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
         if self.bias == "alibi":
             arrays["bias"] = np.abs(arrays["bias"]) / 20
@@ -102,6 +106,7 @@ class Case:
             mask_BNTS=ids.get("mask"),
             bias_BNTS=bias if self.bias == "array" else None,
             dropout=WeightDropout(*self.seeds(), self.dropout) if self.dropout else None,
+            virtual=(arrays["virtual_key"], arrays["virtual_value"]) if self.virtual else None,
         )
 
 
@@ -152,6 +157,7 @@ def definition(case: Case, inputs=None) -> dict[str, np.ndarray]:
         "segments": ids.get("segments"),
         "prefix": ids.get("prefix"),
         "sinks": arrays.get("sinks"),
+        "virtual": (arrays["virtual_key"], arrays["virtual_value"]) if case.virtual else None,
         "mask": np.broadcast_to(ids["mask"], matrix) if case.mask else None,
         "kept": numpy_kept(*case.seeds(), case.dropout) if case.dropout else None,
     }

@@ -22,16 +22,21 @@ def numpy_attention(
     sinks=None,
     mask=None,
     kept=None,
+    virtual=None,
 ) -> dict[str, Any]:
-    """The output and the gradients of query, key, value, bias and sinks, by name.
+    """The output and the gradients of query, key, value, bias, sinks and virtual tokens, by name.
 
     Arrays as in `dispatch.attention`; segments and prefix are pairs of queries' and keys' ids; bias, mask
     and kept are whole matrices [batch, num_heads, length, kv_length]. kept: factors of weights, 0 or 1 / (1 - rate).
+    virtual: keys and values [tokens, num_kv_heads, channels] that each query sees that sees any, without a bias.
     """
     query, key, value, gradient = (x.astype(np.float64) for x in (query, key, value, gradient))
     batch, length, num_heads, head_dim = query.shape
     kv_length, num_kv_heads = key.shape[1:3]
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    no_tokens = np.zeros((0, num_kv_heads, head_dim)), np.zeros((0, num_kv_heads, value.shape[-1]))
+    virtual_key, virtual_value = (x.astype(np.float64) for x in virtual or no_tokens)
+    count = len(virtual_key)
     results = {
         "output": np.zeros((batch, length, num_heads, value.shape[-1])),
         "query": np.zeros_like(query),
@@ -39,6 +44,8 @@ def numpy_attention(
         "value": np.zeros_like(value),
         "bias": np.zeros((batch, num_heads, length, kv_length)),
         "sinks": np.zeros(num_heads),
+        "virtual_key": np.zeros_like(virtual_key),
+        "virtual_value": np.zeros_like(virtual_value),
     }
 
     def sees(b: int, h: int, i: int, j: int) -> bool:
@@ -56,28 +63,33 @@ def numpy_attention(
         if not seen:
             continue
         g = h // (num_heads // num_kv_heads)
-        keys, values = key[b, seen, g], value[b, seen, g]
+        keys = np.concatenate([key[b, seen, g], virtual_key[:, g]])
+        values = np.concatenate([value[b, seen, g], virtual_value[:, g]])
         logits, slope = keys @ query[b, i, h] * scale, 1.0
         if soft_cap is not None:
             logits = soft_cap * np.tanh(logits / soft_cap)
             slope = 1 - (logits / soft_cap) ** 2
         if bias is not None:
-            logits = logits + bias[b, h, i, seen]
+            logits = logits + np.append(bias[b, h, i, seen], np.zeros(count))
         sink = -np.inf if sinks is None else float(sinks[h])
         largest = max(logits.max(), sink)
         p, sink_p = np.exp(logits - largest), np.exp(sink - largest)
         p, sink_p = p / (p.sum() + sink_p), sink_p / (p.sum() + sink_p)
-        factors = np.ones_like(p) if kept is None else kept[b, h, i, seen]
+        factors = np.ones_like(p) if kept is None else np.append(kept[b, h, i, seen], np.ones(count))
         dropped = p * factors
         results["output"][b, i, h] = dropped @ values
         dp = values @ gradient[b, i, h] * factors
         d_logits = p * (dp - p @ dp)
         results["sinks"][h] -= sink_p * (p @ dp)
-        results["bias"][b, h, i, seen] = d_logits
+        tokens = len(seen)
+        results["bias"][b, h, i, seen] = d_logits[:tokens]
         d_products = d_logits * slope * scale
         results["query"][b, i, h] = d_products @ keys
-        results["key"][b, seen, g] += np.outer(d_products, query[b, i, h])
-        results["value"][b, seen, g] += np.outer(dropped, gradient[b, i, h])
+        d_keys, d_values = np.outer(d_products, query[b, i, h]), np.outer(dropped, gradient[b, i, h])
+        results["key"][b, seen, g] += d_keys[:tokens]
+        results["value"][b, seen, g] += d_values[:tokens]
+        results["virtual_key"][:, g] += d_keys[tokens:]
+        results["virtual_value"][:, g] += d_values[tokens:]
     return results
 
 

@@ -42,6 +42,18 @@ CASES = [
     Case("relative buckets", length=300, bias="t5", num_heads=4, segments=True),
     Case("relative buckets, bidirectional, more queries", 270, 140, bias="t5", causal=False),
     Case("sinks", sinks=True, num_heads=4, segments=True),
+    Case("virtual tokens", virtual=3, num_heads=4, segments=True),
+    Case(
+        "virtual tokens, window, soft cap, mask",
+        300,
+        virtual=5,
+        window=20,
+        soft_cap=1.5,
+        mask=1,
+        num_heads=4,
+        value_dim=24,
+    ),
+    Case("virtual tokens, fewer keys", 200, 40, virtual=2, causal=False),
     Case("value_dim below head_dim", head_dim=24, value_dim=16, num_heads=4),
     Case("value_dim above head_dim", head_dim=16, value_dim=40, segments=True, causal=False),
     Case("mask", length=200, mask=1, segments=True, num_heads=4),
@@ -70,6 +82,7 @@ CASES = [
         sinks=True,
         mask=4,
         dropout=0.25,
+        virtual=4,
     ),
 ]
 IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu"]
@@ -103,7 +116,7 @@ def test_values_and_gradients_match_definition(implementation, case, expected):
 
 @pytest.mark.parametrize("bias", ["alibi", "t5", "array"])
 def test_numpy_gradients_match_finite_differences(bias):
-    operands = {"segments": True, "prefix": True, "sinks": True, "mask": 2, "dropout": 0.3, "bias": bias}
+    operands = {"segments": True, "prefix": True, "sinks": True, "mask": 2, "dropout": 0.3, "bias": bias, "virtual": 3}
     case = Case("all", 12, None, 2, 1, 4, 6, True, 5, 1.5, **operands)
     arrays, gradient = jax.tree.map(lambda x: x.astype(np.float64), case.inputs())
     analytic = definition(case, (arrays, gradient))
@@ -350,6 +363,10 @@ def test_inconsistent_arrays_are_rejected(change, sentence):
     [
         ({"segments": (jnp.ones((1, 9), int), jnp.ones((1, 8), int))}, "segments must be of queries"),
         ({"prefix": (jnp.ones((1, 8), int), jnp.ones((1, 6), int))}, "prefix must be of queries"),
+        (
+            {"virtual": (jnp.ones((3, 2, 16)), jnp.ones((3, 2, 8)))},
+            "virtual tokens must have keys .2, 8. and values .2, 8., not .2, 16. and .2, 8.",
+        ),
         ({"sinks_N": jnp.ones(3)}, "sinks must be .num_heads. .4,., not .3,."),
         ({"position_bias": Alibi(jnp.ones(2))}, "position_bias is for 2 heads, not num_heads 4"),
         ({"mask_BNTS": jnp.ones((1, 2, 8, 8), bool)}, "mask must be .batch or 1"),

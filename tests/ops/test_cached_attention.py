@@ -21,6 +21,16 @@ CASES = [
     Case("bidirectional", 40, causal=False, segments=True),
     Case("ALiBi, sinks", 40, num_heads=4, bias="alibi", sinks=True),
     Case("relative buckets", 40, bias="t5", segments=True),
+    Case(
+        "virtual tokens, window, ALiBi, sinks",
+        40,
+        num_heads=4,
+        virtual=3,
+        window=9,
+        bias="alibi",
+        sinks=True,
+        value_dim=24,
+    ),
     Case("relative buckets, bidirectional", 40, bias="t5", causal=False),
     Case("mask, array of biases", 40, num_heads=4, bias="array", mask=4),
 ]

@@ -51,6 +51,7 @@ class Case:
     sinks: bool = False
     dropout: float = 0.0
     method: str = "ring"
+    virtual: int = 0
 
     def inputs(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The arrays that have a gradient, by name, and the gradient of the output."""
@@ -65,6 +66,9 @@ class Case:
             shapes["bias"] = (8, self.num_heads) if self.bias == "t5" else (self.num_heads,)
         if self.sinks:
             shapes["sinks"] = (self.num_heads,)
+        if self.virtual:
+            shapes["virtual_key"] = (self.virtual, self.num_kv_heads, 4)
+            shapes["virtual_value"] = (self.virtual, self.num_kv_heads, self.value_dim)
         arrays = {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
         gradient = arrays.pop("gradient")
         return arrays, gradient
@@ -111,6 +115,8 @@ CASES = [
     Case("relative buckets, window, rows sharded", 4, fsdp=2, bias="t5", window=11),
     Case("relative buckets to both sides, in order", 4, length=36, causal=False, bias="t5"),
     Case("sinks, values of another size", 4, sinks=True, value_dim=6),
+    Case("virtual tokens, window, heads and rows sharded", 2, 2, 2, num_kv_heads=2, virtual=3, window=5),
+    Case("virtual tokens, in order, soft cap", 4, length=36, virtual=5, soft_cap=1.5, sinks=True),
     Case("dropout, heads sharded", 4, tensor=2, num_heads=4, num_kv_heads=2, dropout=0.3),
     Case("dropout, prefix, window, in order", 4, length=36, prefix=True, window=11, dropout=0.5),
     Case("dropout, nothing masked", 4, fsdp=2, causal=False, segments=False, bias="t5", sinks=True, dropout=0.3),
@@ -126,7 +132,9 @@ CASES = [
         num_kv_heads=2,
         method="all_to_all",
     ),
-    Case("heads exchanged, key heads sent twice", 4, fsdp=2, num_heads=4, num_kv_heads=2, method="all_to_all"),
+    Case(
+        "heads exchanged, key heads sent twice", 4, fsdp=2, num_heads=4, num_kv_heads=2, method="all_to_all", virtual=3
+    ),
     Case(
         "heads exchanged, sharded", 2, tensor=2, num_heads=4, num_kv_heads=4, window=9, soft_cap=2, method="all_to_all"
     ),
@@ -147,6 +155,7 @@ def run(case: Case, attend=None, inputs=None, **more) -> dict[str, jax.Array]:
     """
     mesh, (arrays, gradient) = case.mesh(), inputs or case.inputs()
     per_head = {"bias": P(None, "tensor") if case.bias == "t5" else P("tensor"), "sinks": P("tensor")}
+    per_head |= dict.fromkeys(("virtual_key", "virtual_value"), P(None, "tensor"))
     specs = {name: per_head.get(name, HEADS) for name in arrays}
     rows, by_head = P(*HEADS[:2]), P(*HEADS[:3])
     of_tokens = (rows, rows, (by_head, rows))
@@ -160,6 +169,7 @@ def run(case: Case, attend=None, inputs=None, **more) -> dict[str, jax.Array]:
             prefix=(prefix, prefix) if case.prefix else None,
             position_bias=position_bias(case.bias, arrays.get("bias"), case.causal),
             sinks_N=arrays.get("sinks"),
+            virtual=(arrays["virtual_key"], arrays["virtual_value"]) if case.virtual else None,
             dropout=WeightDropout(*seeds, case.dropout) if case.dropout else None,
         )
         return (attend or attend_context)(order, arrays["query"], arrays["key"], arrays["value"], operands)
@@ -206,6 +216,7 @@ def definition(case: Case) -> dict[str, np.ndarray]:
         prefix=(prefix, prefix) if case.prefix else None,
         bias=None if bias is None else np.broadcast_to(bias, (2, *bias.shape)),
         sinks=arrays.get("sinks"),
+        virtual=(arrays["virtual_key"], arrays["virtual_value"]) if case.virtual else None,
         kept=numpy_kept(*case.seeds(), case.dropout) if case.dropout else None,
     )
     of_matrix = results.pop("bias").sum(0)
@@ -222,7 +233,7 @@ def check(case: Case, results) -> None:
     assert results.keys() == want.keys()
     for name, got in results.items():
         np.testing.assert_allclose(got, want[name], atol=1e-5, rtol=1e-4, err_msg=name)
-        if case.segments and name not in ("bias", "sinks"):
+        if case.segments and name not in ("bias", "sinks", "virtual_key", "virtual_value"):
             assert not np.asarray(got)[padding].any(), "padding is exact zeros, and so are its gradients"
 
 

@@ -118,6 +118,7 @@ def context_attention(
     position_bias, sinks_N = jax.tree.map(
         lambda x: _heads_of_device(x, query_BTNH.shape[2]), (operands.position_bias, operands.sinks_N)
     )
+    virtual = jax.tree.map(lambda x_PKH: _key_heads_of_device(x_PKH, size), operands.virtual)
     dropout = operands.dropout
     if dropout is not None:
         seeds_BTN = jax.lax.all_to_all(dropout.query_seeds_BTN, AXIS, split_axis=2, concat_axis=1, tiled=True)
@@ -127,7 +128,7 @@ def context_attention(
         key_BTKH,
         value_BTKV,
         rule,
-        AttentionOperands(segments, prefix, position_bias, sinks_N, dropout=dropout),
+        AttentionOperands(segments, prefix, position_bias, sinks_N, dropout=dropout, virtual=virtual),
         implementation=implementation,
         matmul_dtype=matmul_dtype,
     )
@@ -137,6 +138,17 @@ def context_attention(
 def _heads_of_device(x_N: jax.Array, num_heads: int) -> jax.Array:
     """This device's share of the heads of an array [N, ...], after `_heads_for_tokens`."""
     return jax.lax.dynamic_slice_in_dim(x_N, jax.lax.axis_index(AXIS) * num_heads, num_heads)
+
+
+def _key_heads_of_device(x_PKH: jax.Array, size: int) -> jax.Array:
+    """The same of an array [tokens, key-value heads, channels]."""
+    x_KPH = jnp.repeat(x_PKH, _copies(x_PKH.shape[1], size), axis=1).swapaxes(0, 1)
+    return _heads_of_device(x_KPH, len(x_KPH) // size).swapaxes(0, 1)
+
+
+def _copies(num_kv_heads: int, size: int) -> int:
+    """How often key-value heads are replicated, so that each device gets as many: if there are fewer than devices."""
+    return size // math.gcd(num_kv_heads, size)
 
 
 def _heads_for_tokens(query_BTNH, key_BTKH, value_BTKV, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -149,9 +161,9 @@ def _heads_for_tokens(query_BTNH, key_BTKH, value_BTKV, size: int) -> tuple[jax.
                 f" {size}; choose ring, or mesh.context={math.gcd(num_heads, size)}"
             ]
         )
-    # If there are fewer key-value heads than devices, they are replicated. As num_heads is a multiple of both numbers,
-    # it is one of their least common multiple, and queries stay with their keys.
-    copies = size // math.gcd(num_kv_heads, size)
+    # As num_heads is a multiple of both numbers, it is one of their least common multiple, and queries stay with their
+    # keys.
+    copies = _copies(num_kv_heads, size)
     key_BTKH, value_BTKV = (jnp.repeat(x, copies, axis=2) for x in (key_BTKH, value_BTKV))
     return tuple(
         jax.lax.all_to_all(x, AXIS, split_axis=2, concat_axis=1, tiled=True) for x in (query_BTNH, key_BTKH, value_BTKV)

@@ -1,7 +1,7 @@
 """The definition of attention, and attention to a cache, which is the definition at given positions.
 
 Shapes: B batch, T query length, S key length or cache slots, N query heads, K key-value heads, G = N / K, H head dim,
-V value dim.
+V value dim, P virtual tokens.
 """
 
 import dataclasses
@@ -83,13 +83,24 @@ def _attend(
         logits_BKGTS += group_heads(operands.bias_BNTS.astype(jnp.float32), num_kv_heads)
     visible_BNTS = operands.visible(rule, query_position, key_position)
     visible_BKGTS = visible_BNTS if visible_BNTS is True else group_heads(visible_BNTS, num_kv_heads)
+    if operands.virtual is not None:
+        # Only logits are concatenated: a cache of keys would be copied.
+        virtual_BKGTP = rule.logits(product("btkgh,pkh->bkgtp", query_BTKGH, operands.virtual[0]))
+        visible_BKGTS = jnp.broadcast_to(visible_BKGTS, logits_BKGTS.shape)
+        sees_any_BKGTP = jnp.broadcast_to(jnp.any(visible_BKGTS, axis=-1, keepdims=True), virtual_BKGTP.shape)
+        logits_BKGTS = jnp.concatenate([logits_BKGTS, virtual_BKGTP], axis=-1)
+        visible_BKGTS = jnp.concatenate([visible_BKGTS, sees_any_BKGTP], axis=-1)
     logits_BKGTS = jnp.where(visible_BKGTS, logits_BKGTS, MASKED_LOGIT)
     # Zero where all keys are masked: softmax would be uniform over them.
     probabilities_BKGTS = jnp.where(visible_BKGTS, _softmax(logits_BKGTS, operands.sinks_N), 0.0)
+    of_virtual_BKGTP = probabilities_BKGTS[..., key_BKSH.shape[2] :]
+    probabilities_BKGTS = probabilities_BKGTS[..., : key_BKSH.shape[2]]
     if operands.dropout is not None:
         probabilities_BKGTS = operands.dropout.apply(probabilities_BKGTS)
     # Heads first: for the layout of the result, CPUs would transpose the values instead.
     output_BKGTV = product("bkgts,bksh->bkgth", probabilities_BKGTS, value_BKSV)
+    if operands.virtual is not None:
+        output_BKGTV += product("bkgtp,pkh->bkgth", of_virtual_BKGTP, operands.virtual[1].astype(jnp.float32))
     return jnp.moveaxis(output_BKGTV, 3, 1).reshape(batch, length, num_heads, value_BKSV.shape[-1])
 
 

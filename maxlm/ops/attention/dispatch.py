@@ -61,7 +61,7 @@ def attention(
       key: [batch, kv_length, num_kv_heads, head_dim].
       value: [batch, kv_length, num_kv_heads, value_dim].
       rule: scale, soft cap, and which positions attend to which.
-      operands: segments, prefixes, biases, sinks and masks.
+      operands: segments, prefixes, biases, sinks, virtual tokens and masks.
       implementation: one of `IMPLEMENTATIONS`, or None for the best available.
       matmul_dtype: dtype of the operands of matrix products, which accumulate in float32; by default the query's
         dtype. `reference` always computes in float32.
@@ -74,7 +74,7 @@ def attention(
       ValueError: shapes are inconsistent.
     """
     _check_shapes(query, key, value)
-    check_operands(operands, query.shape, key.shape[1])
+    check_operands(operands, query.shape, key.shape, value.shape)
     if not rule.causal:
         operands = dataclasses.replace(operands, prefix=None)
     matmul_dtype = jnp.dtype(query.dtype if matmul_dtype is None else matmul_dtype)
@@ -96,8 +96,9 @@ def attention(
     query, key, value = (x.astype(matmul_dtype) for x in (query, key, value))
     if implementation == "cudnn":
         return cudnn_attention(rule, query, key, value, operands).astype(dtype)
-    # Sinks scale the output once more: rounded twice in 16 bits, it would be less exact than without them.
-    kernels = Kernels(matmul_dtype, matmul_dtype if operands.sinks_N is None else jnp.dtype(jnp.float32))
+    # Sinks and virtual tokens scale the output once more: rounded twice in 16 bits, it would be less exact.
+    is_final = operands.sinks_N is None and operands.virtual is None
+    kernels = Kernels(matmul_dtype, matmul_dtype if is_final else jnp.dtype(jnp.float32))
     return flash_attention(kernels, rule, query, key, value, by_distance).astype(dtype)
 
 

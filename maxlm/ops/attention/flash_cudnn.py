@@ -51,6 +51,7 @@ def cudnn_obstacle(
     unsupported = {
         "a soft cap": rule.soft_cap is not None,
         "sinks": operands.sinks_N is not None,
+        "virtual tokens": operands.virtual is not None,
         # JAX returns the gradient of a bias only for some of its shapes, and zeros for the others.
         "a position_bias": operands.position_bias is not None,
         "an array of biases": operands.bias_BNTS is not None,

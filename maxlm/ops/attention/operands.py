@@ -18,7 +18,7 @@ from maxlm.ops.dropout import WeightDropout
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["segments", "prefix", "position_bias", "sinks_N", "mask_BNTS", "bias_BNTS", "dropout"],
+    data_fields=["segments", "prefix", "position_bias", "sinks_N", "mask_BNTS", "bias_BNTS", "dropout", "virtual"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,9 @@ class AttentionOperands:
       sinks_N: by query head, a logit in the denominator of the softmax, with no value.
       mask_BNTS: bool, True attends; its batch and head axes may be 1.
       bias_BNTS: float, added to the capped logits; its batch and head axes may be 1.
-      dropout: of the softmax's weights of keys; sinks are not dropped.
+      dropout: of the softmax's weights of keys; sinks and virtual tokens are not dropped.
+      virtual: keys [P, K, H] and values [P, K, V] of virtual tokens (prefix tuning, arXiv:2101.00190). Every query that
+        attends to a key also attends to them: no mask hides them. They have no position, and no bias is added.
     """
 
     segments: tuple[jax.Array, jax.Array] | None = None
@@ -47,6 +49,7 @@ class AttentionOperands:
     mask_BNTS: jax.Array | None = None
     bias_BNTS: jax.Array | None = None
     dropout: WeightDropout | None = None
+    virtual: tuple[jax.Array, jax.Array] | None = None
 
     def block(self, queries: slice, keys: slice) -> "AttentionOperands":
         """The ids and the mask of a block; without the others."""
@@ -95,9 +98,12 @@ class AttentionOperands:
 NO_OPERANDS = AttentionOperands()
 
 
-def check_operands(operands: AttentionOperands, query_shape: tuple[int, ...], kv_length: int) -> None:
-    """Raise ValueError if a shape does not fit queries [batch, length, num_heads, head_dim] and keys of `kv_length`."""
+def check_operands(
+    operands: AttentionOperands, query_shape: tuple[int, ...], key_shape: tuple[int, ...], value_shape: tuple[int, ...]
+) -> None:
+    """Raise ValueError if a shape does not fit the shapes of `attention`'s query, key and value."""
     batch, length, num_heads, _ = query_shape
+    kv_length = key_shape[1]
     for name in ("segments", "prefix"):
         ids = getattr(operands, name)
         if ids is not None and (ids[0].shape, ids[1].shape) != ((batch, length), (batch, kv_length)):
@@ -109,6 +115,13 @@ def check_operands(operands: AttentionOperands, query_shape: tuple[int, ...], kv
         raise ValueError(f"sinks must be [num_heads] {(num_heads,)}, not {operands.sinks_N.shape}")
     if operands.position_bias is not None and operands.position_bias.num_heads != num_heads:
         raise ValueError(f"position_bias is for {operands.position_bias.num_heads} heads, not num_heads {num_heads}")
+    if operands.virtual is not None:
+        shapes = tuple(x.shape[1:] for x in operands.virtual)
+        if shapes != (key_shape[2:], value_shape[2:]):
+            raise ValueError(
+                f"virtual tokens must have keys {key_shape[2:]} and values {value_shape[2:]}, not {shapes[0]} and"
+                f" {shapes[1]}"
+            )
     if (dropout := operands.dropout) is not None:
         shapes = dropout.query_seeds_BTN.shape, dropout.key_seeds_BS.shape
         if shapes != ((batch, length, num_heads), (batch, kv_length)):

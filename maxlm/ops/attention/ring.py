@@ -26,7 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxlm.core.remat import saved
-from maxlm.ops.attention.flash import Blocks, add_sinks, heads_first, sinks_gradient
+from maxlm.ops.attention.flash import (
+    Blocks,
+    add_sinks,
+    add_virtual,
+    heads_first,
+    sinks_gradient,
+    virtual_gradients,
+)
 from maxlm.ops.attention.operands import AttentionOperands
 from maxlm.ops.attention.position_bias import DistanceBias
 from maxlm.ops.attention.rule import MASKED_LOGIT, AttentionRule, mean_gradient
@@ -131,8 +138,8 @@ def ring_attention(ring: Ring, query_BTNH, key_BTKH, value_BTKV, operands: Atten
     products.
 
     Args:
-      operands: this device's segments, prefixes, dropout and sinks, and a `DistanceBias` of the whole row; no masks
-        and no other biases.
+      operands: this device's segments, prefixes, dropout, sinks and virtual tokens, and a `DistanceBias` of the whole
+        row; no masks and no other biases.
     """
     return _forward(ring, query_BTNH, key_BTKH, value_BTKV, operands)[0]
 
@@ -160,10 +167,18 @@ def _forward(ring: Ring, query_BTNH, key_BTKH, value_BTKV, operands: AttentionOp
     carry = _circulating(ring, key_BTKH, value_BTKV, operands), tuple(map(nothing, queries.chunks_BNcH))
     _, totals = _go_around(ring, query_BTNH.shape[1], operands, step, carry)
     outputs, log_sums = [], []
-    for output_BNVc, log_sum_BNc in totals:
+    for query_BNcH, (output_BNVc, log_sum_BNc) in zip(queries.chunks_BNcH, totals):
         # For a fully masked query, +1e30 makes every probability of the backward pass an exact zero.
         log_sum_BNc = jnp.where(log_sum_BNc > MASKED_LOGIT / 2, log_sum_BNc, -MASKED_LOGIT)
-        output_BNcV, log_sum_BNc = add_sinks(output_BNVc.swapaxes(2, 3), log_sum_BNc, operands.sinks_N)
+        output_BNcV, log_sum_BNc = add_virtual(
+            ring.pieces.matmul_dtype,
+            ring.rule,
+            query_BNcH,
+            output_BNVc.swapaxes(2, 3),
+            log_sum_BNc,
+            operands.virtual,
+        )
+        output_BNcV, log_sum_BNc = add_sinks(output_BNcV, log_sum_BNc, operands.sinks_N)
         outputs.append(output_BNcV.swapaxes(1, 2).astype(query_BTNH.dtype))
         log_sums.append(saved(log_sum_BNc))
     output_BTNV = saved(jnp.concatenate(outputs, axis=1))
@@ -208,14 +223,25 @@ def _backward(ring: Ring, residuals, gradient_BTNV):
     carry = blocks, zeros_BNHc, zeros_of_block, jax.tree.map(jnp.zeros_like, operands.position_bias)
     _, totals_BNHc, circulated, bias_total = _go_around(ring, length, operands, step, carry)
     home = _send(ring, circulated, -_plan(ring, length, operands)[-1].shift % ring.size)
-    sinks_gradient_N = sinks_gradient(operands.sinks_N, jnp.concatenate(log_sums_BNc, axis=2), mean_BNT)
-    gradients = [x_BNHc.swapaxes(2, 3) for x_BNHc in totals_BNHc], *home
+    log_sum_BNT = jnp.concatenate(log_sums_BNc, axis=2)
+    sinks_gradient_N = sinks_gradient(operands.sinks_N, log_sum_BNT, mean_BNT)
+    from_virtual_BNTH, virtual_gradient = virtual_gradients(
+        ring.pieces.matmul_dtype,
+        ring.rule,
+        query_BTNH.swapaxes(1, 2),
+        operands.virtual,
+        log_sum_BNT,
+        mean_BNT,
+        gradient_BTNV.swapaxes(1, 2),
+    )
+    query_gradient_BNTH = jnp.concatenate([x_BNHc.swapaxes(2, 3) for x_BNHc in totals_BNHc], axis=2)
+    gradients = (query_gradient_BNTH + from_virtual_BNTH,), *home
     return (
         *(
             jnp.concatenate([x.swapaxes(1, 2).astype(like.dtype) for x in chunks], axis=1)
             for chunks, like in zip(gradients, residuals)
         ),
-        AttentionOperands(position_bias=bias_total, sinks_N=sinks_gradient_N),
+        AttentionOperands(position_bias=bias_total, sinks_N=sinks_gradient_N, virtual=virtual_gradient),
     )
 
 
