@@ -90,6 +90,32 @@ class BitfitConfig(_AdaptersConfig):
     kind: Literal["bitfit"] = "bitfit"
 
 
+class ReparametrizationConfig(Frozen):
+    """An MLP that makes keys and values of an embedding of each virtual token, in training only."""
+
+    dim: Count = Field(512, description="Width of its hidden layer; that of the embeddings is the model's.")
+
+    def reduced(self) -> Self:
+        """The same with a small layer."""
+        return self.model_copy(update={"dim": 5})
+
+
+class PrefixConfig(_AdaptersConfig):
+    """Keys and values in every layer of attention, which every token attends to besides its sequence: prefix tuning
+    (arXiv:2101.00190), and P-tuning v2 (arXiv:2110.07602)."""
+
+    kind: Literal["prefix"] = "prefix"
+    tokens: Count = Field(16, description="Virtual tokens: keys and values of each head.")
+    reparametrize: ReparametrizationConfig | None = Field(
+        None, description="Train an MLP that makes the keys and values; null: they are trained themselves."
+    )
+
+    def reduced(self) -> Self:
+        """The same with few tokens."""
+        update = {"tokens": min(self.tokens, 3), "reparametrize": self.reparametrize and self.reparametrize.reduced()}
+        return super().reduced().model_copy(update=update)
+
+
 class LayersConfig(_AdaptersConfig):
     """Some of the parameters; all others are frozen."""
 
@@ -97,4 +123,6 @@ class LayersConfig(_AdaptersConfig):
     targets: Targets = Field(description=f"Parameters that are trained: each entry is {_TARGETS}.")
 
 
-AdaptersConfig = Annotated[LoraConfig | Ia3Config | BitfitConfig | LayersConfig, Field(discriminator="kind")]
+AdaptersConfig = Annotated[
+    LoraConfig | Ia3Config | BitfitConfig | PrefixConfig | LayersConfig, Field(discriminator="kind")
+]

@@ -20,7 +20,15 @@ KINDS = {
         "base": {"kind": "int8", "block_size": 8},
     },
     "ia3": {"kind": "ia3"},
+    "prefix": {"kind": "prefix", "tokens": 4},
+    "prefix of an mlp": {"kind": "prefix", "tokens": 4, "reparametrize": {"dim": 8}},
     "layers": {"kind": "layers", "targets": ["layers/1/mlp/*", "role:norm"]},
+}
+
+# Virtual tokens begin by taking attention from the others.
+LONGER = {
+    "steps": 20,
+    "optim": {"learning_rate": 0.05, "weight_decay": 0.0, "schedule": {"kind": "constant", "warmup_steps": 1}},
 }
 
 
@@ -32,8 +40,8 @@ def test_loaded_model_computes_what_the_run_measured(kind, tuned, tokenizer, tmp
         init_from=str(tuned[0]),
         objective={"kind": "sft", "train_file": data, "valid_file": data},
         adapters=KINDS[kind],
-        steps=4,
         log_every=4,
+        **(LONGER if kind.startswith("prefix") else {"steps": 4}),
     )
     measured = train(config)["metrics"]["valid"]["loss"]
     found, start = load_model(tmp_path / "run")[0], load_model(tuned[0])[0]
@@ -50,6 +58,8 @@ def test_loaded_model_computes_what_the_run_measured(kind, tuned, tokenizer, tmp
         np.testing.assert_array_equal(before[up][0], after[up][0])
         assert not np.array_equal(before[up][1], after[up][1])
         assert "layers/0/0/mixer/query" in unchanged
+    if kind.startswith("prefix"):
+        assert unchanged == before.keys()
     if kind == "ia3":
         assert "layers/0/0/mlp/up" in unchanged
         assert "layers/0/0/mlp/down" not in unchanged

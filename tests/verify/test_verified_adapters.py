@@ -17,6 +17,8 @@ KINDS = {
     },
     "ia3, quantized": {"kind": "ia3", "base": {"kind": "int4"}},
     "bitfit": {"kind": "bitfit"},
+    "prefix": {"kind": "prefix", "tokens": 4},
+    "prefix of an mlp, quantized": {"kind": "prefix", "reparametrize": {"dim": 8}, "base": NF4},
     "layers": {"kind": "layers", "targets": ["layers/0/mlp/*", "role:norm"]},
 }
 

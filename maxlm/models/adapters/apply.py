@@ -1,14 +1,16 @@
 """Models with adapters: applied to frozen weights, merged into them, and taken out again."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from maxlm.config.adapters import AdaptersConfig, LoraConfig
+from maxlm.config.adapters import AdaptersConfig, LoraConfig, PrefixConfig
 from maxlm.core.tree import path_of
-from maxlm.models.adapters.frozen import Adapters
+from maxlm.models.adapters.frozen import VIRTUAL_TOKENS, Adapters
+from maxlm.models.virtual_tokens import with_virtual_tokens, without_virtual_tokens
 from maxlm.ops.block_quantized import BlockQuantized
 from maxlm.ops.linear import WEIGHTS, AdaptedWeight, ScaledWeight
 
@@ -33,7 +35,7 @@ def apply_adapters(model: Any, adapters: Adapters, config: AdaptersConfig) -> An
                 return weight * factor
         return weight
 
-    return _map_adapted(adapted, model, adapters)
+    return _extended(_map_adapted(adapted, model, adapters), adapters, config)
 
 
 def merge_adapters(model: Any, adapters: Adapters, config: AdaptersConfig) -> Any:
@@ -67,7 +69,7 @@ def merge_adapters(model: Any, adapters: Adapters, config: AdaptersConfig) -> An
                 exact = exact * factor
         return exact.astype(rounded)
 
-    return _map_adapted(merged, model, adapters)
+    return _extended(_map_adapted(merged, model, adapters), adapters, config)
 
 
 def unmerge_adapters(model: Any, adapters: Adapters, config: AdaptersConfig) -> Any:
@@ -76,6 +78,9 @@ def unmerge_adapters(model: Any, adapters: Adapters, config: AdaptersConfig) -> 
     Raises:
       ValueError: the adapters replace what they adapt (DoRA its lengths; BitFit and layers the weights), or are zero.
     """
+
+    if isinstance(config, PrefixConfig):
+        return without_virtual_tokens(model)
 
     def unmerged(weight: jax.Array, adapter: dict[str, jax.Array]) -> jax.Array:
         exact = weight.astype(jnp.float32)
@@ -97,6 +102,28 @@ def unmerge_adapters(model: Any, adapters: Adapters, config: AdaptersConfig) -> 
         return exact.astype(weight.dtype)
 
     return _map_adapted(unmerged, model, adapters)
+
+
+def virtual_tokens(adapters: Adapters) -> dict[str, jax.Array]:
+    """Keys and values of virtual tokens by path, of adapters that add some; those of an MLP (arXiv:2101.00190, section
+    4.3) are computed."""
+    by_layer = {path: adapter for path, adapter in adapters.items() if path != VIRTUAL_TOKENS}
+    if (shared := adapters.get(VIRTUAL_TOKENS)) is None:
+        return {path: adapter["new"] for path, adapter in by_layer.items() if "new" in adapter}
+    product = partial(jnp.einsum, precision="highest")
+    hidden_PW = jnp.tanh(product("pd,dw->pw", shared["embedding"], shared["widen"]) + shared["widen_bias"])
+    return {
+        path: product("pw,...wx->...px", hidden_PW, adapter["project"]) + adapter["project_bias"][..., None, :]
+        for path, adapter in by_layer.items()
+        if "project" in adapter
+    }
+
+
+def _extended(model: Any, adapters: Adapters, config: AdaptersConfig) -> Any:
+    """The model with the weights that adapters add."""
+    if not isinstance(config, PrefixConfig):
+        return model
+    return with_virtual_tokens(model, config.tokens, virtual_tokens(adapters))
 
 
 def scale_of(config: AdaptersConfig) -> float:

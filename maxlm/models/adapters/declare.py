@@ -3,9 +3,10 @@
 An adapter is a dict of parameters, whose names say what it does to the weight at its path:
   down, up: a low-rank update; magnitude: the length of each output's weights;
   output_scale, input_scale: factors of outputs and inputs;
-  whole: the weight itself.
-A new adapter changes nothing. One of a stack of layers has a part for each of them; those that are not chosen keep
-their initial values.
+  whole: the weight itself;
+  new: a weight that the model lacks; project, project_bias: what makes it of `VIRTUAL_TOKENS`, shared by all layers.
+A new adapter changes nothing, unless it adds weights. One of a stack of layers has a part for each of them; those that
+are not chosen keep their initial values.
 """
 
 import math
@@ -15,13 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from maxlm.config.adapters import AdaptersConfig, BitfitConfig, Ia3Config, LayersConfig, LoraConfig
+from maxlm.config.adapters import AdaptersConfig, BitfitConfig, Ia3Config, LayersConfig, LoraConfig, PrefixConfig
 from maxlm.core.parameters import Normal, Parameter, initialize, ones, shardings, stack, zeros
 from maxlm.core.tree import flatten
 from maxlm.errors import ConfigError
-from maxlm.models.adapters.frozen import Adapters, is_adaptable, weights_of
+from maxlm.models.adapters.frozen import VIRTUAL_TOKENS, Adapters, is_adaptable, weights_of
 from maxlm.models.adapters.targets import Target, choose
 from maxlm.models.decoder import Decoder
+from maxlm.models.virtual_tokens import plan_with_virtual_tokens
 from maxlm.ops.linear import output_squares
 
 
@@ -71,12 +73,35 @@ def _declare(plan: Decoder, config: AdaptersConfig) -> Adapters:
             if not biases:
                 raise ConfigError(["adapters.kind: bitfit trains biases, and the model has none; set lora or ia3"])
             return {path: {"whole": leaf} for path, leaf in biases.items()}
+        case PrefixConfig():
+            return _declare_prefix(plan, config)
         case LayersConfig():
             trained = lambda leaf: leaf.role != "router_bias"  # noqa: E731
             targets = choose(plan, config.targets, "adapters.targets", allowed=trained, what="parameter")
             return {
                 path: {"whole": replace(target.parameter, trained=target.trained)} for path, target in targets.items()
             }
+
+
+def _declare_prefix(plan: Decoder, config: PrefixConfig) -> Adapters:
+    extended = plan_with_virtual_tokens(plan, config.tokens)
+    is_virtual = lambda leaf: leaf.role == "virtual"  # noqa: E731
+    targets = choose(extended, ("role:virtual",), "adapters", allowed=is_virtual, what="virtual token")
+    if config.reparametrize is None:
+        return {path: {"new": target.parameter} for path, target in targets.items()}
+    width, dim = plan.config.embed_dim, config.reparametrize.dim
+    shared = {
+        "embedding": Parameter((config.tokens, width), (None, None), Normal(1.0), role="adapter"),
+        "widen": Parameter((width, dim), (None, None), Normal(1 / math.sqrt(width)), role="adapter"),
+        "widen_bias": Parameter((dim,), (None,), zeros, role="bias"),
+    }
+
+    def projection(target: Target) -> dict[str, Parameter]:
+        size, axis = target.parameter.shape[-1], target.parameter.axes[-1]
+        project = Parameter((dim, size), (None, axis), Normal(0.02), role="adapter")
+        return _stacked(target, {"project": project, "project_bias": Parameter((size,), (axis,), zeros, role="bias")})
+
+    return {VIRTUAL_TOKENS: shared} | {path: projection(target) for path, target in targets.items()}
 
 
 def _declare_factors(plan: Decoder, config: Ia3Config) -> Adapters:

@@ -16,6 +16,8 @@ from maxlm.ops.linear import WEIGHTS
 
 # Adapters by the path of the weight that they adapt.
 Adapters = dict[str, dict[str, Any]]
+# Stands for a path: of what the virtual tokens of all layers are made.
+VIRTUAL_TOKENS = "virtual_tokens"
 
 
 def is_adaptable(parameter: Parameter) -> bool:

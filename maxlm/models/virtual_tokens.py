@@ -1,0 +1,58 @@
+"""Virtual tokens: keys and values that layers of attention learn, and every token attends to (arXiv:2101.00190)."""
+
+from typing import Any
+
+from maxlm.config.layers import AttentionConfig
+from maxlm.config.model import ModelConfig
+from maxlm.core.tree import unflatten
+from maxlm.errors import ConfigError
+from maxlm.models.adapters.frozen import weights_of
+from maxlm.models.decoder import Decoder
+
+
+def with_virtual_tokens(decoder: Decoder, tokens: int, values: dict[str, Any]) -> Decoder:
+    """A decoder, of arrays or declarations, whose layers of attention have virtual tokens.
+
+    Args:
+      values: keys and values by path, in place of the declarations of `plan_with_virtual_tokens`.
+    """
+    return unflatten(weights_of(decoder) | values, plan_with_virtual_tokens(decoder, tokens))
+
+
+def plan_with_virtual_tokens(decoder: Decoder, tokens: int) -> Decoder:
+    """The declarations of a decoder whose layers of attention have virtual tokens.
+
+    Raises:
+      ConfigError: it has some already, or no layer of attention.
+    """
+    mixers = [layer.mixer for layer in decoder.config.each_layer()]
+    if any(isinstance(mixer, AttentionConfig) and mixer.virtual_tokens is not None for mixer in mixers):
+        raise ConfigError(
+            [
+                "adapters.kind: prefix adds virtual tokens, and the model has some already; train those with kind:"
+                " layers and targets: [role:virtual]"
+            ]
+        )
+    if not any(isinstance(mixer, AttentionConfig) for mixer in mixers):
+        kinds = ", ".join(dict.fromkeys(mixer.kind for mixer in mixers))
+        raise ConfigError(
+            [f"adapters.kind: prefix is for mixers of kind attention, and the model has {kinds}; set lora"]
+        )
+    return Decoder(_config(decoder.config, tokens), decoder.execution)
+
+
+def without_virtual_tokens(decoder: Decoder) -> Decoder:
+    """A decoder without its virtual tokens."""
+    plan = Decoder(_config(decoder.config, None), decoder.execution)
+    kept = weights_of(plan)
+    return unflatten({path: x for path, x in weights_of(decoder).items() if path in kept}, plan)
+
+
+def _config(config: ModelConfig, tokens: int | None) -> ModelConfig:
+    def of_layer(layer):
+        if not isinstance(layer.mixer, AttentionConfig):
+            return layer
+        return layer.model_copy(update={"mixer": layer.mixer.model_copy(update={"virtual_tokens": tokens})})
+
+    groups = [group.model_copy(update={"pattern": tuple(map(of_layer, group.pattern))}) for group in config.layers]
+    return config.model_copy(update={"layers": tuple(groups)})
