@@ -21,12 +21,14 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from maxlm.config.adapters import AdaptersConfig, Ia3Config, LoraConfig
+from maxlm.config.adapters import AdaptersConfig, Ia3Config, LoraConfig, PrefixConfig
 from maxlm.core.parameters import Parameter
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckpointError
 from maxlm.families.placement import Piece, Placed
 from maxlm.interop.huggingface import find_family
+from maxlm.interop.peft_prefix import read_prefix, written_prefix
+from maxlm.models.adapters.apply import virtual_tokens
 from maxlm.models.adapters.declare import create_adapters, declare_adapters
 from maxlm.models.adapters.frozen import Adapters, is_adaptable
 from maxlm.models.adapters.targets import names_of_layers
@@ -51,8 +53,19 @@ _WITHOUT_EFFECT = {
     *("runtime_config", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
     *("lora_dropout", "loftq_config", "eva_config", "megatron_core", "qalora_group_size", "init_ia3_weights"),
     "ensure_weight_tying",
+    # Of prefixes, whose MLP is folded into what is saved.
+    *("token_dim", "num_attention_heads", "num_layers", "init_weights", "encoder_hidden_size", "prefix_projection"),
 }
-_READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "feedforward_modules"}
+_READ = {
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "feedforward_modules",
+    "num_virtual_tokens",
+}
 # Other ways to begin change the base too.
 _NEW = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -88,10 +101,15 @@ def read_peft(folder: Path, base: Decoder) -> tuple[AdaptersConfig, Adapters]:
         ) from None
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{file}: is corrupt, or names no peft_type; copy the file again") from None
-    if kind not in ("LORA", "IA3"):
-        raise CheckpointError(f"{file}: peft_type is {kind!r}; maxlm reads LORA and IA3")
+    if kind not in ("LORA", "IA3", "PREFIX_TUNING"):
+        raise CheckpointError(f"{file}: peft_type is {kind!r}; maxlm reads LORA, IA3 and PREFIX_TUNING")
     _check_settings(settings, file)
-    modules = _read_modules(folder, settings, base)
+    tensors = _read_tensors(folder / TENSORS_FILE)
+    config: AdaptersConfig
+    if kind == "PREFIX_TUNING":
+        config, values = read_prefix(settings, tensors, base, folder / TENSORS_FILE)
+        return config, _filled(base, config, values)
+    modules = _read_modules(folder / TENSORS_FILE, tensors, settings, base)
     if kind == "IA3":
         config, values = _read_ia3(modules, settings, base)
     else:
@@ -109,18 +127,24 @@ def _check_settings(settings: dict[str, Any], file: Path) -> None:
     if settings.get("bias", "none") != "none":
         raise CheckpointError(f"{file}: bias is {settings['bias']!r}; maxlm reads adapters without trained biases")
     for name, value in settings.items():
+        if name == "num_transformer_submodules" and value == 1:
+            continue
         if name not in known and value:
             raise CheckpointError(f"{file}: {name} is {value!r}, which maxlm does not support")
 
 
-def _read_modules(folder: Path, settings: dict[str, Any], base: Decoder) -> dict[str, _Module]:
-    file = folder / TENSORS_FILE
+def _read_tensors(file: Path) -> dict[str, np.ndarray]:
     try:
-        tensors = load_file(file)
+        return load_file(file)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: there is no such file; copy the folder again") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: is corrupt or truncated ({error}); copy the file again") from None
+
+
+def _read_modules(
+    file: Path, tensors: dict[str, np.ndarray], settings: dict[str, Any], base: Decoder
+) -> dict[str, _Module]:
     _, placed = find_family(base)
     declared = flatten(Decoder(base.config, base.execution))
     arrays: dict[str, dict[str, np.ndarray]] = {}
@@ -284,7 +308,7 @@ def write_peft(folder: Path, base: Decoder, adapters: Adapters, config: Adapters
     Raises:
       CheckpointError: peft has no such adapters, or no family has such models.
     """
-    if not isinstance(config, LoraConfig | Ia3Config):
+    if not isinstance(config, LoraConfig | Ia3Config | PrefixConfig):
         raise CheckpointError(
             f"adapters.kind={config.kind}: peft has no format for it; export the model with merged weights: --format hf"
         )
@@ -301,7 +325,11 @@ def write_peft(folder: Path, base: Decoder, adapters: Adapters, config: Adapters
         (tensor, [piece for piece in tensor.pieces if _is_held(piece, held, declared)]) for tensor in placed.values()
     ]
     modules = [(tensor, pieces) for tensor, pieces in modules if pieces]
-    if isinstance(config, LoraConfig):
+    if isinstance(config, PrefixConfig):
+        arrays = {path: np.asarray(x) for path, x in virtual_tokens(adapters).items()}
+        of_prefix, tensors = written_prefix(base, arrays, folder)
+        settings |= of_prefix
+    elif isinstance(config, LoraConfig):
         settings |= _written_lora(modules, held, base, config, tensors)
     else:
         settings |= _written_ia3(modules, held, tensors)

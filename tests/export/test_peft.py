@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import maxlm
 from maxlm.cli import main
+from maxlm.errors import CheckpointError
 from maxlm.export.importing import import_huggingface
 from maxlm.interop.huggingface import load_huggingface
 from maxlm.interop.peft import read_peft
@@ -108,7 +109,7 @@ def test_adapter_of_some_layers_leaves_the_others(folder, tmp_path):
         ({"use_qalora": True}, "", "use_qalora is True, which maxlm does not support"),
         ({"bias": "all"}, "", "bias is 'all'; maxlm reads adapters without trained biases"),
         ({"init_lora_weights": "pissa"}, "", "init_lora_weights is 'pissa', which changes the base too"),
-        ({"peft_type": "VERA"}, "", "peft_type is 'VERA'; maxlm reads LORA and IA3"),
+        ({"peft_type": "VERA"}, "", "peft_type is 'VERA'; maxlm reads LORA, IA3 and PREFIX_TUNING"),
         ({}, "layers", "has no tensors"),
     ],
 )
@@ -132,6 +133,71 @@ def test_adapter_of_another_model_is_refused(folder, tmp_path, capsys):
         "is not a matrix of the model's layers; give the model that the adapter was trained on"
         in capsys.readouterr().err
     )
+
+
+def write_prefix(folder: Path, **changes) -> np.ndarray:
+    """A prefix of three tokens for a Llama of two layers, as peft writes it; returns its keys and values."""
+    folder.mkdir(exist_ok=True)
+    settings = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "num_transformer_submodules": 1, "num_layers": 2}
+    (folder / "adapter_config.json").write_text(json.dumps(settings | changes))
+    array = draw(1, 3, 2 * 2 * KEYS)
+    save_file({"prompt_embeddings": array}, folder / "adapter_model.safetensors", {"format": "pt"})
+    return array
+
+
+def test_prefix_is_imported_and_exported_and_takes_part_in_generation(folder, tmp_path):
+    array = write_prefix(tmp_path / "adapter")
+    run = str(tmp_path / "run")
+    assert main(["import", "peft", str(tmp_path / "adapter"), run, "--base", str(folder / "base")]) == 0
+    model, base = maxlm.load(run), maxlm.load(folder / "base")
+    assert np.abs(model.logits(TOKENS) - base.logits(TOKENS)).max() > 0.01
+    assert main(["export", run, str(tmp_path / "out"), "--format", "peft"]) == 0
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert written.keys() == {"prompt_embeddings"}
+    np.testing.assert_allclose(written["prompt_embeddings"], array, atol=1e-6)
+
+
+def test_weights_of_a_prefix_have_no_place_in_a_model_of_hugging_face(folder, tmp_path, capsys):
+    write_prefix(tmp_path / "adapter")
+    run = str(tmp_path / "run")
+    assert main(["import", "peft", str(tmp_path / "adapter"), run, "--base", str(folder / "base")]) == 0
+    assert main(["export", run, str(tmp_path / "out"), "--format", "hf"]) == 2
+    error = capsys.readouterr().err
+    assert "has virtual tokens, for which Hugging Face's format has no place; export the adapters of its run" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_virtual_tokens": 4},
+            "has the tensors {'prompt_embeddings': [3, 64]}, but the configuration and the model",
+        ),
+        ({"num_transformer_submodules": 2}, "num_transformer_submodules is 2, which maxlm does not support"),
+        (
+            {"num_virtual_tokens": None},
+            "num_virtual_tokens is None, and must be a number from 1 on; copy the file again",
+        ),
+    ],
+)
+def test_prefix_that_does_not_fit_is_refused(folder, tmp_path, capsys, changes, message):
+    write_prefix(tmp_path / "adapter", **changes)
+    arguments = ["import", "peft", str(tmp_path / "adapter"), str(tmp_path / "run"), "--base", str(folder / "base")]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "what"),
+    [("gpt2", "learned positions"), ("mistral", "windows"), ("llama, dynamic", "rotary positions that")],
+)
+def test_prefix_for_positions_that_differ_from_those_of_peft_is_refused(family, what, tmp_path):
+    write_folder(tmp_path, CASES[family])
+    write_prefix(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=f"virtual tokens the first positions, so that with {what}"):
+        read_peft(tmp_path / "adapter", load_huggingface(tmp_path)[0])
 
 
 def test_base_and_format_belong_together(folder, tmp_path, capsys):

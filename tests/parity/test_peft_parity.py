@@ -1,6 +1,7 @@
 """Adapters against Hugging Face's peft: its files read here, and ours read there, with the same logits."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -10,11 +11,11 @@ from drawn_weights import inputs
 from family_cases import CASES
 from family_comparison import write_folder
 
-from maxlm.config.adapters import Ia3Config, LoraConfig
+from maxlm.config.adapters import Ia3Config, LoraConfig, PrefixConfig
 from maxlm.interop.huggingface import load_huggingface
 from maxlm.interop.peft import read_peft, write_peft
 from maxlm.models.adapters.apply import apply_adapters, merge_adapters
-from maxlm.models.adapters.declare import create_adapters
+from maxlm.models.adapters.declare import create_adapters, declare_adapters
 from maxlm.models.decoder import Decoder
 
 # Fused matrices (phi3, gpt2), matrices stored input-first (gpt2), biases (qwen2, glm), interleaved rotary channels
@@ -133,3 +134,53 @@ def leaf_mask(path, name, leaf, config) -> np.ndarray:
     if config == OURS["dora of a layer"] and leaf.shape[0] == 2:
         mask[0] = 0
     return mask
+
+
+# Heads that share keys, a factor on rotated keys (yarn), norms of keys (qwen3), rotary positions of some channels (glm:
+# interleaved), and matrices that are fused by head (gpt_neox).
+WITH_PREFIX = ["llama", "llama, yarn", "qwen3", "glm", "gpt_neox"]
+
+
+@pytest.mark.parametrize("family", WITH_PREFIX)
+@pytest.mark.parametrize("projection", [False, True])
+def test_their_prefixes_compute_the_same_here(family, projection, tmp_path):
+    """P-tuning v2 and prefix tuning; peft folds the MLP into what it saves."""
+    write_folder(tmp_path, CASES[family])
+    base = their_base(tmp_path)
+    plain = their_logits(base)
+    config = peft.PrefixTuningConfig(
+        num_virtual_tokens=5, prefix_projection=projection, encoder_hidden_size=9, task_type="CAUSAL_LM"
+    )
+    adapted = peft.get_peft_model(base, config)
+    random = np.random.default_rng(0)
+    with torch.no_grad():
+        for parameter in adapted.prompt_encoder.parameters():
+            parameter.copy_(torch.from_numpy(random.standard_normal(tuple(parameter.shape)).astype(np.float32)))
+    adapted.eval().save_pretrained(tmp_path / "adapter")
+    expected = their_logits(adapted)
+    assert np.abs(expected - plain).max() > 0.05
+    model, _ = load_huggingface(tmp_path)
+    config, adapters = read_peft(tmp_path / "adapter", model)
+    bound = 1e-5 * max(1, np.abs(expected).max())
+    for change in (apply_adapters, merge_adapters):
+        np.testing.assert_allclose(our_logits(change(model, adapters, config)), expected, atol=bound, rtol=0)
+
+
+@pytest.mark.parametrize("family", WITH_PREFIX)
+@pytest.mark.parametrize("reparametrize", [None, {"dim": 6}])
+def test_our_prefixes_compute_the_same_there(family, reparametrize, tmp_path):
+    write_folder(tmp_path, CASES[family])
+    model, _ = load_huggingface(tmp_path)
+    config = PrefixConfig(tokens=4, reparametrize=reparametrize)
+    random = np.random.default_rng(1)
+    adapters = {
+        path: {name: jnp.asarray(random.standard_normal(leaf.shape), "float32") for name, leaf in adapter.items()}
+        for path, adapter in declare_adapters(Decoder(model.config, model.execution), config).items()
+    }
+    (tmp_path / "adapter").mkdir()
+    write_peft(tmp_path / "adapter", model, adapters, config)
+    theirs = peft.PeftModel.from_pretrained(their_base(tmp_path), tmp_path / "adapter").eval()
+    expected = our_logits(apply_adapters(model, adapters, config))
+    assert np.abs(expected - our_logits(model)).max() > 0.05
+    bound = 1e-5 * max(1, np.abs(expected).max())
+    np.testing.assert_allclose(their_logits(theirs), expected, atol=bound, rtol=0)
