@@ -14,7 +14,7 @@ import xxhash
 from etils import epath
 from pydantic import TypeAdapter, ValidationError
 
-from maxlm.config.adapters import AdaptersConfig
+from maxlm.config.adapters import AdaptersConfig, PrefixConfig
 from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.errors import CheckpointError
@@ -80,6 +80,13 @@ class Trained(NamedTuple):
     model: ModelConfig
     execution: ExecutionConfig
     adapters: AdaptersConfig | None
+
+    @property
+    def merged(self) -> ModelConfig:
+        """The model that loading it gives: with the virtual tokens that its adapters add."""
+        if isinstance(self.adapters, PrefixConfig):
+            return self.model.with_virtual_tokens(self.adapters.tokens)
+        return self.model
 
 
 def trained_as(metadata: dict[str, Any], *, where: epath.Path) -> Trained:

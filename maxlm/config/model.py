@@ -7,10 +7,12 @@ from pydantic import Field, PositiveFloat, ValidationInfo, field_validator, mode
 
 from maxlm.config.base import Count, CountOrZero, Frozen
 from maxlm.config.layers import (
+    AttentionConfig,
     LayerConfig,
     LayerGroup,
     LayersField,
     PartConfig,
+    PatternLayerConfig,
     RelativeBiasConfig,
     UniformGroup,
 )
@@ -143,6 +145,17 @@ class ModelConfig(Frozen):
     def main_model(self) -> Self:
         """The model without what only training uses: prediction modules, and a critic."""
         return self.model_copy(update={"multi_token": None, "critic": None})
+
+    def with_virtual_tokens(self, tokens: int | None) -> Self:
+        """The model with so many virtual tokens in each layer of attention."""
+
+        def of_layer(layer: PatternLayerConfig) -> PatternLayerConfig:
+            if not isinstance(layer.mixer, AttentionConfig):
+                return layer
+            return layer.model_copy(update={"mixer": layer.mixer.model_copy(update={"virtual_tokens": tokens})})
+
+        groups = [group.model_copy(update={"pattern": tuple(map(of_layer, group.pattern))}) for group in self.layers]
+        return self.model_copy(update={"layers": tuple(groups)})
 
     @property
     def width(self) -> float:

@@ -3,7 +3,6 @@
 from typing import Any
 
 from maxlm.config.layers import AttentionConfig
-from maxlm.config.model import ModelConfig
 from maxlm.core.tree import unflatten
 from maxlm.errors import ConfigError
 from maxlm.models.adapters.frozen import weights_of
@@ -38,21 +37,11 @@ def plan_with_virtual_tokens(decoder: Decoder, tokens: int) -> Decoder:
         raise ConfigError(
             [f"adapters.kind: prefix is for mixers of kind attention, and the model has {kinds}; set lora"]
         )
-    return Decoder(_config(decoder.config, tokens), decoder.execution)
+    return Decoder(decoder.config.with_virtual_tokens(tokens), decoder.execution)
 
 
 def without_virtual_tokens(decoder: Decoder) -> Decoder:
     """A decoder without its virtual tokens."""
-    plan = Decoder(_config(decoder.config, None), decoder.execution)
+    plan = Decoder(decoder.config.with_virtual_tokens(None), decoder.execution)
     kept = weights_of(plan)
     return unflatten({path: x for path, x in weights_of(decoder).items() if path in kept}, plan)
-
-
-def _config(config: ModelConfig, tokens: int | None) -> ModelConfig:
-    def of_layer(layer):
-        if not isinstance(layer.mixer, AttentionConfig):
-            return layer
-        return layer.model_copy(update={"mixer": layer.mixer.model_copy(update={"virtual_tokens": tokens})})
-
-    groups = [group.model_copy(update={"pattern": tuple(map(of_layer, group.pattern))}) for group in config.layers]
-    return config.model_copy(update={"layers": tuple(groups)})

@@ -100,7 +100,8 @@ class Distillation(Objective, PackedRowsConfig):
         metadata = read_metadata(checkpoint)
         check_fingerprint(metadata["fingerprint"], tokenizer.fingerprint, path)
         # The student's step runs both models, so the student's pipeline settings apply to the teacher too.
-        model, execution, _ = trained_as(metadata, where=checkpoint)
+        trained = trained_as(metadata, where=checkpoint)
+        model, execution = trained.merged, trained.execution
         model = model.main_model
         execution = execution.model_copy(update={"pipeline": config.execution.pipeline})
         if problems := self.model_problems(model):

@@ -84,7 +84,8 @@ def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
     model, execution = config.model, config.execution
     if config.init_from is not None:
         checkpoint = find_checkpoint(config.init_from)
-        start, start_execution, _ = trained_as(read_metadata(checkpoint), where=checkpoint)
+        trained = trained_as(read_metadata(checkpoint), where=checkpoint)
+        start = trained.merged
         if model is not None:
             check_same_model(model, start, config.init_from)
         if config.adapters is not None and model is not None and model.multi_token and not start.multi_token:
@@ -99,7 +100,7 @@ def resolve_model(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
             if model is None
             else model.model_copy(update={"vocab_size": model.vocab_size or start.vocab_size})
         )
-        execution = start_execution if execution is None else execution
+        execution = trained.execution if execution is None else execution
     execution = DEFAULT_EXECUTION if execution is None else execution
     # More rows than tokens, such as a multiple of 128, are never used.
     if 0 < model.vocab_size < tokenizer.vocab_size:

@@ -39,7 +39,8 @@ def full_model(config: TrainConfig) -> tuple[ModelConfig, ExecutionConfig, str]:
         origin = f"the default one, because {config.init_from} does not exist yet"
         modules = MultiTokenConfig() if config.objective.trains_modules else None
         return ModelConfig(multi_token=modules), config.execution or DEFAULT_EXECUTION, origin
-    model, execution, _ = trained_as(read_metadata(checkpoint), where=checkpoint)
+    trained = trained_as(read_metadata(checkpoint), where=checkpoint)
+    model, execution = trained.merged, trained.execution
     return config.objective.trained_part(model), config.execution or execution, f"that of {config.init_from}"
 
 

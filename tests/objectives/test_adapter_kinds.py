@@ -60,6 +60,15 @@ def test_loaded_model_computes_what_the_run_measured(kind, tuned, tokenizer, tmp
         assert "layers/0/0/mixer/query" in unchanged
     if kind.startswith("prefix"):
         assert unchanged == before.keys()
+        further = make_config(
+            tmp_path / "further",
+            init_from=str(tmp_path / "run"),
+            objective={"kind": "sft", "train_file": data, "valid_file": data},
+            adapters={"kind": "layers", "targets": ["role:virtual"]} if kind == "prefix" else None,
+            steps=1,
+        )
+        assert train(further)["metrics"]["valid"]["loss"] < 0.99 * loss(start)
+        assert load_model(tmp_path / "further")[0].config == found.config
     if kind == "ia3":
         assert "layers/0/0/mlp/up" in unchanged
         assert "layers/0/0/mlp/down" not in unchanged

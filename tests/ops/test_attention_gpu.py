@@ -156,6 +156,7 @@ def test_default_implementation_on_tpus_and_cpus(platform):
 REFUSED = [
     ({"rule": AttentionRule(1.0, soft_cap=30.0)}, "does not support a soft cap"),
     ({"sinks_N": jnp.zeros(8)}, "does not support sinks"),
+    ({"virtual": (jnp.zeros((3, 8, 64)),) * 2}, "does not support virtual tokens"),
     ({"position_bias": Alibi(jnp.zeros(8))}, "does not support a position_bias"),
     ({"bias_BNTS": BIAS}, "does not support an array of biases"),
     (

@@ -16,6 +16,7 @@ CASES = {
     "long rows in large blocks": (4096, 1, 1, 256, "bfloat16", {"soft_cap": 30.0}, ("segments", "alibi")),
     "float32, bidirectional": (256, 2, 2, 64, "float32", {"causal": False}, ()),
     "prefix, sinks": (1024, 2, 1, 128, "bfloat16", {}, ("segments", "prefix", "sinks")),
+    "virtual tokens": (1024, 2, 1, 128, "bfloat16", {"window": 300}, ("segments", "virtual")),
     "ALiBi": (1024, 2, 1, 128, "bfloat16", {}, ("segments", "alibi")),
     "relative buckets": (600, 2, 2, 64, "bfloat16", {"causal": False}, ("buckets",)),
     "dropout, prefix, sinks": (1024, 4, 1, 128, "bfloat16", {}, ("segments", "prefix", "sinks", "dropout")),
@@ -52,6 +53,7 @@ def compile_all(target: str) -> None:
             "alibi": ((2 * num_heads,), "float32", P("tensor")),
             "buckets": ((32, 2 * num_heads), "float32", P(None, "tensor")),
             "sinks": ((2 * num_heads,), "float32", P("tensor")),
+            "virtual": ((16, 2 * num_kv_heads, head_dim), dtype, P(None, "tensor", None)),
             "mask": ((2, 1, length, length), "bool", P("data", None, None, None)),
             "dropout": ((2, length, 2 * num_heads), "uint32", P("data", None, "tensor")),
         }
@@ -80,6 +82,7 @@ def compile_all(target: str) -> None:
                 position_bias=bias,
                 sinks_N=arrays.get("sinks"),
                 mask_BNTS=arrays.get("mask"),
+                virtual=(arrays["virtual"], arrays["virtual"]) if "virtual" in arrays else None,
                 dropout=dropout,
             )
             return attention(arrays["query"], arrays["key"], arrays["value"], rule, operands)
