@@ -66,6 +66,7 @@ def toy_run(folder, *, data=None, accept_changes=False, **settings) -> TrainResu
         create=lambda: {"w": jax.device_put(jnp.arange(4.0), everywhere)},
         frozen={},
         assemble=lambda trainable, frozen: trainable,
+        reference=lambda: None,
     )
     lineage = Lineage(config, "toy", accept_changes=accept_changes)
     with jax.set_mesh(mesh), Stopwatch() as stopwatch:
