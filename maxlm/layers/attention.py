@@ -18,7 +18,7 @@ from maxlm.config.execution import ExecutionConfig
 from maxlm.config.layers import AttentionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import Normal, Parameter, zeros
-from maxlm.core.sharding import shard
+from maxlm.core.sharding import on_each_device, shard, specs_of
 from maxlm.layers.attend import attend, merge_heads, reshape, split_heads
 from maxlm.layers.cache import KeyValueCache, RingCache
 from maxlm.layers.context import TokenContext
@@ -67,9 +67,10 @@ class Attention(nnx.Module):
         if cache is None:
             mixed_BLHE = attend(self.execution, query_BLHE, key_BLKE, value_BLKE, self._rule, context, operands)
         else:
-            cache, seen = cache.extend(key_BLKE, value_BLKE, context.positions_BL)
-            operands = dataclasses.replace(operands, prefix=context.prefix_in_cache(seen.positions_BT))
-            mixed_BLHE = cached_attention(query_BLHE, *seen[:2], context.positions_BL, seen[2], self._rule, operands)
+            arguments = (cache, query_BLHE, key_BLKE, value_BLKE, context.of_tokens, operands)
+            cache, mixed_BLHE = on_each_device(
+                self._attend_to_cache, *arguments, out_specs=specs_of((cache, query_BLHE))
+            )
         y_BLD = multiply(self.execution, merge_heads(mixed_BLHE), self.out, context.residual_axes)
         return y_BLD + self.out_bias.astype(y_BLD.dtype) if self.config.out_bias else y_BLD, cache
 
@@ -79,6 +80,12 @@ class Attention(nnx.Module):
         if config.window is not None and config.window < max_length:
             return RingCache.create(batch_size, config.num_kv_heads, config.window, config.head_dim, dtype)
         return KeyValueCache.create(batch_size, config.num_kv_heads, max_length, config.head_dim, dtype)
+
+    def _attend_to_cache(self, cache, query_BLHE, key_BLKE, value_BLKE, context: TokenContext, operands):
+        """The cache with new tokens, and what the queries read from it."""
+        cache, seen = cache.extend(key_BLKE, value_BLKE, context.positions_BL)
+        operands = dataclasses.replace(operands, prefix=context.prefix_in_cache(seen.positions_BT))
+        return cache, cached_attention(query_BLHE, *seen[:2], context.positions_BL, seen[2], self._rule, operands)
 
     def _project(self, x_BLD, context: TokenContext):
         config, times = self.config, partial(multiply, self.execution)

@@ -1,6 +1,6 @@
 """What a mixer remembers of the tokens before: an explicit pytree, passed in and returned.
 
-Every cache has `create`, and `write_row`, which copies the one row of another cache. The tokens of a row are added in
+Every cache has `create`, `write_row`, which copies the one row of another cache, and `take`, which selects rows. The tokens of a row are added in
 order; a token at position 0 begins a new sequence, so that a row can be reused without clearing it, and one at position
 -1 is padding, which changes nothing. Stacked caches of equal layers have leading axes.
 
@@ -9,14 +9,20 @@ Dimensions: B batch, L new tokens, K key-value heads, S slots, T cached tokens, 
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
 
 class Cache:
-    """Base class of all caches."""
+    """Base class of all caches. `axes`: the logical axes of its arrays, without those over layers."""
+
+    axes: ClassVar[tuple[str | None, ...]]
+
+    def take(self, rows: jax.Array) -> Self:
+        """The cache with these of its rows, in this order."""
+        return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=leaf.ndim - len(self.axes)), self)
 
 
 class KeyValues(NamedTuple):
@@ -34,6 +40,8 @@ class KeyValueCache(Cache):
 
     Slots beyond a sequence's newest position hold what the row had before, and are after every query.
     """
+
+    axes: ClassVar[tuple[str | None, ...]] = ("batch", "kv_heads", None, None)
 
     keys_BKSE: jax.Array
     values_BKSE: jax.Array

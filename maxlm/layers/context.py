@@ -75,6 +75,11 @@ class TokenContext:
         is_prefix_BL = self.positions_BL < self.prefix_lengths_BL
         return is_prefix_BL, is_prefix_BL
 
+    @property
+    def of_tokens(self) -> "TokenContext":
+        """Only the positions, segments and prefixes."""
+        return TokenContext(self.positions_BL, self.segment_ids_BL, {}, self.prefix_lengths_BL)
+
     def prefix_in_cache(self, cached_positions_BS: jax.Array) -> tuple[jax.Array, jax.Array] | None:
         """`AttentionOperands.prefix` of these tokens and of those in a cache; a row is one sequence."""
         if self.prefix_lengths_BL is None:

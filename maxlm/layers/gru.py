@@ -5,7 +5,7 @@ Dimensions: B batch, L length, D embed, H hidden channels.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ from maxlm.ops.attention.context import to_row_order, to_token_order
 @dataclass(frozen=True)
 class StateCache(Cache):
     """The state after the newest token, in float32: rounding errors would add up over a sequence."""
+
+    axes: ClassVar[tuple[str | None, ...]] = ("batch", None)
 
     state_BH: jax.Array
 

@@ -11,7 +11,7 @@ a value, Z channels of the latent, S slots of the cache.
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from flax import nnx
 from maxlm.config.execution import ExecutionConfig
 from maxlm.config.layers import LatentAttentionConfig
 from maxlm.config.model import ModelConfig, NormConfig
-from maxlm.core.sharding import shard
+from maxlm.core.sharding import on_each_device, shard, specs_of
 from maxlm.layers.attend import attend, merge_heads, reshape, split_heads
 from maxlm.layers.cache import Cache, put_row
 from maxlm.layers.context import TokenContext
@@ -37,6 +37,8 @@ from maxlm.ops.rope import apply_rope
 @dataclass(frozen=True)
 class LatentCache(Cache):
     """The latent and the rotary key of each token, X = Z + R; the slot of a token is its position."""
+
+    axes: ClassVar[tuple[str | None, ...]] = ("batch", None, None)
 
     latents_BSX: jax.Array
 
@@ -87,8 +89,8 @@ class LatentAttention(nnx.Module):
         if cache is None:
             mixed_BLHV = self._attend(content_BLHC, rotary_BLHR, latent_BLZ, rotary_key_BLR, context)
         else:
-            cache = cache.extend(jnp.concatenate([latent_BLZ, rotary_key_BLR], axis=-1), context.positions_BL)
-            mixed_BLHV = self._attend_to_latents(content_BLHC, rotary_BLHR, cache.latents_BSX, context)
+            new_BLX = jnp.concatenate([latent_BLZ, rotary_key_BLR], axis=-1)
+            cache, mixed_BLHV = self._attend_to_latents(content_BLHC, rotary_BLHR, new_BLX, cache, context)
         y_BLD = times(merge_heads(mixed_BLHV), self.out, context.residual_axes)
         return self._with_bias(y_BLD, "out_bias"), cache
 
@@ -124,7 +126,10 @@ class LatentAttention(nnx.Module):
         key_BLHE = jnp.concatenate([key_BLHC, rotary_key_BLHR], axis=-1)
         return attend(self.execution, query_BLHE, key_BLHE, value_BLHV, self._rule, context, kv_axis="heads")
 
-    def _attend_to_latents(self, content_BLHC, rotary_BLHR, latents_BSX, context: TokenContext) -> jax.Array:
+    def _attend_to_latents(
+        self, content_BLHC, rotary_BLHR, new_BLX, cache: LatentCache, context: TokenContext
+    ) -> tuple[LatentCache, jax.Array]:
+        """The cache with new tokens, and the values of its latents as the queries weight them, [B, L, H, V]."""
         config = self.config
         dtype = operand_dtype(self.execution.matmul_dtype)
 
@@ -136,18 +141,24 @@ class LatentAttention(nnx.Module):
             return y.astype(x.dtype)
 
         query_BLHX = jnp.concatenate([product("blhc,zhc->blhz", content_BLHC, self.key), rotary_BLHR], axis=-1)
-        keys_B1SX = latents_BSX[:, None]
-        positions_1S = jnp.arange(latents_BSX.shape[1])[None]
-        mixed_BLHZ = cached_attention(
-            query_BLHX,
-            keys_B1SX,
-            keys_B1SX[..., : config.latent_dim],
-            context.positions_BL,
-            positions_1S,
-            self._rule,
-            AttentionOperands(prefix=context.prefix_in_cache(positions_1S)),
-        )
-        return product("blhz,zhv->blhv", mixed_BLHZ, self.value)
+
+        def local(cache: LatentCache, query_BLHX, new_BLX, context: TokenContext):
+            cache = cache.extend(new_BLX, context.positions_BL)
+            keys_B1SX = cache.latents_BSX[:, None]
+            positions_1S = jnp.arange(keys_B1SX.shape[2])[None]
+            return cache, cached_attention(
+                query_BLHX,
+                keys_B1SX,
+                keys_B1SX[..., : config.latent_dim],
+                context.positions_BL,
+                positions_1S,
+                self._rule,
+                AttentionOperands(prefix=context.prefix_in_cache(positions_1S)),
+            )
+
+        out_specs = specs_of((cache, query_BLHX))
+        cache, mixed_BLHZ = on_each_device(local, cache, query_BLHX, new_BLX, context.of_tokens, out_specs=out_specs)
+        return cache, product("blhz,zhv->blhv", mixed_BLHZ, self.value)
 
     def _with_bias(self, x: jax.Array, name: str) -> jax.Array:
         return x + getattr(self, name).astype(x.dtype) if hasattr(self, name) else x

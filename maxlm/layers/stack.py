@@ -18,6 +18,7 @@ from maxlm.config.layers import PatternLayerConfig
 from maxlm.config.model import ModelConfig
 from maxlm.core.parameters import stack
 from maxlm.core.remat import rematerialize
+from maxlm.core.sharding import is_explicit, shard
 from maxlm.core.term import LossOutput, unite
 from maxlm.layers.cache import Cache
 from maxlm.layers.context import TokenContext
@@ -72,6 +73,10 @@ def apply_group(
     """
 
     def apply_layer(layer, number, x, cache):
+        if cache is not None and is_explicit():
+            # Weights are gathered when the layer before is computed. Without a gradient, nothing else keeps the
+            # compiler from gathering those of all layers at once, or before a loop over tokens.
+            layer, x = jax.lax.optimization_barrier((layer, x))
         if context.noise is None:
             return layer(x, context, cache)
         return layer(x, replace(context, noise=context.noise.at_layer(number)), cache)
@@ -99,7 +104,8 @@ def create_caches(layers: tuple[Group, ...], config: ModelConfig, batch_size: in
 
     def create(layer: Layer, indices: np.ndarray) -> Any:
         cache = layer.mixer.create_cache(batch_size, max_length, dtype)
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*indices.shape, *leaf.shape)), cache)
+        axes = (*[None] * indices.ndim, *cache.axes)
+        return jax.tree.map(lambda leaf: shard(jnp.broadcast_to(leaf, (*indices.shape, *leaf.shape)), *axes), cache)
 
     return tuple(
         tuple(create(layer, each) for layer, each in zip(group, numbers))
@@ -111,6 +117,11 @@ def write_row(caches: Any, other: Any, row: jax.Array) -> Any:
     """The caches with the row of other ones, whose batch is one."""
     is_cache = lambda node: isinstance(node, Cache)  # noqa: E731
     return jax.tree.map(lambda cache, part: cache.write_row(part, row), caches, other, is_leaf=is_cache)
+
+
+def take_rows(caches: Any, rows: jax.Array) -> Any:
+    """The caches with these of their rows, in this order."""
+    return jax.tree.map(lambda cache: cache.take(rows), caches, is_leaf=lambda node: isinstance(node, Cache))
 
 
 def each_layer(layers: tuple[Group, ...], config: ModelConfig) -> Iterator[Layer]:

@@ -222,6 +222,9 @@ class Decoder(nnx.Module):
         return residual
 
     def _extend(self, tokens_BL, positions_BL, segment_ids_BL, prefix_lengths_BL, caches) -> DecoderOutput:
+        tokens_BL, positions_BL, segment_ids_BL, prefix_lengths_BL = jax.tree.map(
+            lambda x: shard(x, "batch", "length"), (tokens_BL, positions_BL, segment_ids_BL, prefix_lengths_BL)
+        )
         context = self._context(positions_BL, segment_ids_BL, prefix_lengths_BL)
         x_BLD, auxiliary, extended = self._embed(tokens_BL, positions_BL), [], []
         for number, (layers, group, cache) in enumerate(zip(self.layers, self.config.layers, caches)):
