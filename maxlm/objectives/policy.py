@@ -36,6 +36,7 @@ from maxlm.objectives.policy_losses import (
     close_answers,
 )
 from maxlm.objectives.record_data import first_indices
+from maxlm.objectives.sampler import Layout
 from maxlm.objectives.sequences import is_real, target_log_probabilities, token_entropies
 from maxlm.ops.policy_losses import value_loss
 from maxlm.prompts.chat_template import ChatTokens
@@ -108,6 +109,11 @@ class PolicyOptimization(Objective, RecordsConfig):
     group_size: Count = Field(8, description="Answers sampled per prompt.")
     max_new_tokens: Count = 32
     temperature: PositiveFloat = 1.0
+    sampler: Layout = Field(
+        "auto",
+        description="The weights while sampling: `replicated` gathers the model on each device, which must have room"
+        " for it; `sharded` gathers one layer at a time, in each decode step; `auto` replicates models of up to 1 GiB.",
+    )
     advantage: AnyAdvantage = Field(GroupAdvantage(), description="How much better than expected an answer is.")
     surrogate: AnySurrogate = Field(
         ClippedSurrogate(), description="The loss of a token, given the advantage of its answer."
@@ -245,6 +251,7 @@ class PolicyOptimization(Objective, RecordsConfig):
             "reward": Term(jnp.sum(real_B * values["rewards_B"]), num_rows),
             "groups_with_signal": Term(jnp.sum(real_B * values["has_signal_B"]), num_rows),
             "completion_length": Term(jnp.sum(values["lengths_B"]), num_rows),
+            "sync_difference": Term(jnp.sum(real_B * values["sync_difference_B"]), num_rows),
             "truncated": Term(jnp.sum(real_B * values["is_truncated_B"]), num_rows),
             **{name: Term(jnp.sum(real_B * x), num_rows) for name, x in values.items() if name.startswith(REWARD_PART)},
         }
@@ -275,6 +282,7 @@ class PolicyOptimization(Objective, RecordsConfig):
             "has_signal_B": (make.normal((num_rows,)) < 0.5).astype(np.float32),
             "lengths_B": answers.loss_weights.sum(axis=1),
             "is_truncated_B": (make.normal((num_rows,)) < 0.5).astype(np.float32),
+            "sync_difference_B": np.abs(make.normal((num_rows,))),
         }
         if self.importance is not None:
             given["old_BL"] = given["sampled_BL"] + moved(0.3) - moved(0.3)

@@ -24,6 +24,7 @@ from maxlm.objectives.policy_advantages import RewardedAnswers
 from maxlm.objectives.rollouts import Rollout, RolloutFiles, in_background, measure, policy_rows
 from maxlm.objectives.sampler import Answers, Sampler
 from maxlm.objectives.sequences import local_rows
+from maxlm.objectives.weight_sync import WeightSync
 from maxlm.ops.advantages import has_signal
 from maxlm.ops.policy_losses import kl_estimate
 from maxlm.runtime.agree import any_process
@@ -62,7 +63,9 @@ class PolicyData:
             prompt_length=length - objective.max_new_tokens,
             max_new_tokens=objective.max_new_tokens,
             seed=config.seed,
+            layout=objective.sampler,
         )
+        self._sync = WeightSync(context.mesh)
         self._sum = jax.jit(jnp.sum)
         self._measure = jax.jit(partial(measure, objective=objective))
         self._files = None
@@ -128,6 +131,7 @@ class PolicyData:
         rewards = None
         if objective.dynamic_sampling is not None:
             prompts_R, answers, rewards = self._sample_until_signal(policy, number, prompts_R, answers)
+        difference = self._sync.check(policy, answers, temperature=objective.temperature)
         greedy = None
         if objective.advantage.needs_greedy:
             asked = [self._prompts[index] for index in prompts_R[:: objective.group_size]]
@@ -136,6 +140,7 @@ class PolicyData:
         parts = [share_of_tree(stream, n, objective.updates_per_rollout) for n in range(objective.updates_per_rollout)]
         measured = [self._measured(model, part) for part in parts]
         given = {name: np.concatenate([part[name] for part in measured]) for name in measured[0]}
+        given["sync_difference_B"] = np.full(len(prompts_R), difference, np.float32)
         return Rollout(prompts_R, answers, given, greedy), rewards
 
     def _sample_until_signal(
@@ -175,6 +180,7 @@ class PolicyData:
             (first[:, None] + np.arange(group_size)).reshape(-1),
             stream=number * objective.resume_multiple,
             temperature=objective.temperature,
+            group_size=group_size,
         )
         return prompts_R, answers
 
@@ -249,6 +255,7 @@ class PolicyData:
                 "reward": float(values["rewards_B"][row]),
                 **{name: float(values[name][row]) for name in parts},
                 "advantage": float(values["advantages_BL"][row].sum() / max(values["lengths_B"][row], 1)),
+                "weights": f"{rollout.answers.fingerprints_R[row]:08x}",
                 "truncated": bool(values["is_truncated_B"][row]),
             }
             log.append(json.dumps(record, ensure_ascii=False))

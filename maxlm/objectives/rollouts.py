@@ -26,7 +26,7 @@ class Rollout:
     """A round of sampling on this process, before its answers are rewarded.
 
     prompts_R: the index of each answer's prompt in its file; answers to the same prompt are in a row.
-    measured: values [B, L] by name, of `measure`.
+    measured: values by name: [B, L] of `measure`, and [B] `sync_difference_B` of `WeightSync`.
     greedy: the greedy answer to each prompt, if asked for.
     """
 

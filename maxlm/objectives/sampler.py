@@ -1,12 +1,18 @@
 """Sample answers with the current weights, on all devices.
 
-Dimensions: R answers of this process, P prompt length after padding, N new tokens.
+There are two layouts of the weights while sampling. `replicated`: each device gathers the whole model once and decodes
+its own rows, without communication. `sharded`: the weights stay where training has them, and each layer is gathered
+when a decode step needs it, so that no device ever holds the whole model.
+
+Dimensions: R answers of this process, U prompts, P prompt length after padding, N new tokens.
 """
+
+import math
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +21,17 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from maxlm.core.batch import put_batch
-from maxlm.core.sharding import logical_to_spec
+from maxlm.core.fingerprint import fingerprint
+from maxlm.core.sharding import logical_to_spec, on_each_device, row_groups, shard
 from maxlm.data.preference import Prompt
+from maxlm.errors import ConfigError
 from maxlm.generate.rollout import Rollout, rollout
 from maxlm.objectives.sequences import local_rows
 from maxlm.tokenizer.codec import Tokenizer
+
+Layout = Literal["auto", "replicated", "sharded"]
+# `auto` gathers models up to this size: a step then needs no communication, and any device has room for it.
+REPLICATED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,7 @@ class Answers:
     prompts_RP, prompt_lengths_R: token ids, padded on the right.
     tokens_RN, lengths_R: answers, including the stop token; 0 after the end.
     log_probabilities_RN: of each token, under the policy that sampled it.
+    fingerprints_R: uint32, of the weights that sampled each answer, as its device had them: `core.fingerprint`.
     texts: the answers without the stop token.
     """
 
@@ -37,6 +50,7 @@ class Answers:
     tokens_RN: np.ndarray
     lengths_R: np.ndarray
     log_probabilities_RN: np.ndarray
+    fingerprints_R: np.ndarray
     texts: list[str]
 
     def taken(self, rows: np.ndarray) -> Self:
@@ -55,19 +69,50 @@ class Answers:
 
 
 class Sampler:
-    """Samples answers; each depends only on its prompt, the weights and (seed, stream, row)."""
+    """Samples answers; each depends only on its prompt, the weights and (seed, stream, row).
 
-    def __init__(self, tokenizer: Tokenizer, mesh: Mesh, *, prompt_length: int, max_new_tokens: int, seed: int):
+    Args:
+      layout: of the weights while sampling.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        *,
+        prompt_length: int,
+        max_new_tokens: int,
+        seed: int,
+        layout: Layout = "auto",
+    ):
         self._tokenizer = tokenizer
         self._mesh = mesh
         self._prompt_length = prompt_length
         self._stop_ids = tokenizer.stop_ids
-        self._sample = jax.jit(
-            partial(_sample, mesh=mesh, seed=seed, max_new_tokens=max_new_tokens, stop_ids=self._stop_ids)
-        )
+        wide = [f"mesh.{axis} = {mesh.shape[axis]}" for axis in ("stage", "context") if mesh.shape[axis] > 1]
+        if layout == "sharded" and wide:
+            raise ConfigError(
+                [
+                    f"objective.sampler=sharded: decodes one token at a time, which {' and '.join(wide)} cannot divide;"
+                    " use mesh.fsdp and mesh.tensor, or objective.sampler=replicated"
+                ]
+            )
+        self._layout: Layout = "replicated" if wide else layout
+        settings = {"seed": seed, "max_new_tokens": max_new_tokens, "stop_ids": self._stop_ids}
+        self._programs = {
+            "replicated": jax.jit(partial(_sample_replicated, mesh=mesh, **settings)),
+            "sharded": jax.jit(partial(_sample, **settings)),
+        }
 
     def __call__(
-        self, model: Any, prompts: Sequence[Prompt], rows: np.ndarray, *, stream: int, temperature: float
+        self,
+        model: Any,
+        prompts: Sequence[Prompt],
+        rows: np.ndarray,
+        *,
+        stream: int,
+        temperature: float,
+        group_size: int = 1,
     ) -> Answers:
         """One answer for each of this process's prompts.
 
@@ -77,19 +122,37 @@ class Sampler:
           rows: [R], the global index of each answer, over all processes.
           stream: separates the random draws of different steps.
           temperature: 0 is greedy decoding.
+          group_size: as many adjacent prompts are equal, and computed once.
         """
         prompts_RP = np.zeros((len(prompts), self._prompt_length), np.int32)
         prompt_lengths_R = np.array([len(prompt.ids) for prompt in prompts], np.int32)
         for row, prompt in enumerate(prompts):
             prompts_RP[row, : len(prompt.ids)] = prompt.ids
+        # Of a group whose rows are on several devices, each computes the prompt.
+        repeats = math.gcd(group_size, len(prompts) // len(row_groups(self._mesh)))
         streams_R2 = np.stack([np.full(len(rows), stream), rows], axis=1).astype(np.uint32)
-        inputs = put_batch((prompts_RP, prompt_lengths_R, streams_R2), self._mesh, axes=("batch",))
-        sampled = self._sample(model, *inputs, jnp.float32(temperature))
-        tokens_RN, lengths_R = local_rows(sampled.tokens_BN), local_rows(sampled.lengths_B)
-        texts = [self._text(tokens[:length]) for tokens, length in zip(tokens_RN, lengths_R)]
-        return Answers(
-            prompts_RP, prompt_lengths_R, tokens_RN, lengths_R, local_rows(sampled.log_probabilities_BN), texts
+        arrays = (prompts_RP[::repeats], prompt_lengths_R[::repeats], streams_R2)
+        sampled, fingerprints_B = self.program(model)(
+            model, *put_batch(arrays, self._mesh, axes=("batch",)), jnp.float32(temperature)
         )
+        tokens_RN, lengths_R = local_rows(sampled.tokens_BN), local_rows(sampled.lengths_B)
+        return Answers(
+            prompts_RP,
+            prompt_lengths_R,
+            tokens_RN,
+            lengths_R,
+            local_rows(sampled.log_probabilities_BN),
+            local_rows(fingerprints_B),
+            [self._text(tokens[:length]) for tokens, length in zip(tokens_RN, lengths_R)],
+        )
+
+    def program(self, model: Any) -> Any:
+        """The compiled function that samples from this model."""
+        layout = self._layout
+        if layout == "auto":
+            size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model))
+            layout = "replicated" if size <= REPLICATED_BYTES else "sharded"
+        return self._programs[layout]
 
     def _text(self, tokens: np.ndarray) -> str:
         ids = tokens.tolist()
@@ -98,34 +161,37 @@ class Sampler:
 
 def _sample(
     model: Any,
-    prompts_BP: jax.Array,
-    prompt_lengths_B: jax.Array,
+    prompts_UP: jax.Array,
+    prompt_lengths_U: jax.Array,
     streams_B2: jax.Array,
     temperature: jax.Array,
     *,
-    mesh: Mesh,
     seed: int,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
-) -> Rollout:
-    """`rollout` of all rows: each device gathers the whole model and decodes its own rows until the last one ends."""
+) -> tuple[Rollout, jax.Array]:
+    """`rollout` with the weights where they are, and for each row the fingerprint of the weights."""
 
-    def local(model, prompts_BP, prompt_lengths_B, streams_B2, temperature):
-        keys_B = jax.vmap(lambda ids: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), ids[0]), ids[1]))(
-            streams_B2
-        )
-        return rollout(
-            model,
-            prompts_BP,
-            prompt_lengths_B,
-            keys_B,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            stop_ids=stop_ids,
-        )
+    def keys(streams_B2: jax.Array) -> jax.Array:
+        key = jax.random.key(seed)
+        return jax.vmap(lambda ids: jax.random.fold_in(jax.random.fold_in(key, ids[0]), ids[1]))(streams_B2)
 
+    sampled = rollout(
+        model,
+        prompts_UP,
+        prompt_lengths_U,
+        on_each_device(keys, streams_B2, out_specs=logical_to_spec(("batch",))),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        stop_ids=stop_ids,
+    )
+    return sampled, shard(jnp.broadcast_to(fingerprint(model), len(streams_B2)), "batch")
+
+
+def _sample_replicated(model: Any, *arguments: jax.Array, mesh: Mesh, **settings: Any) -> tuple[Rollout, jax.Array]:
+    """The same: each device gathers the whole model and decodes its own rows until the last one ends."""
     whole = jax.tree.map(lambda x: jax.reshard(x, P(*[None] * x.ndim)), model)
     rows = logical_to_spec(("batch",))
-    return jax.shard_map(local, mesh=mesh, in_specs=(P(), rows, rows, rows, P()), out_specs=rows, check_vma=False)(
-        whole, prompts_BP, prompt_lengths_B, streams_B2, temperature
-    )
+    in_specs = (P(), rows, rows, rows, P())
+    local = jax.shard_map(partial(_sample, **settings), mesh=mesh, in_specs=in_specs, out_specs=rows, check_vma=False)
+    return local(whole, *arguments)

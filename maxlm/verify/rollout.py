@@ -5,6 +5,7 @@ for the same tokens. This exposes stale weights in sampling (especially adapters
 and a different temperature.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from maxlm.core.compat import quick_compiler_options
 from maxlm.core.sharding import make_mesh
 from maxlm.errors import CheckFailed
 from maxlm.objectives.sequences import local_rows, target_log_probabilities, whole_rows
+from maxlm.objectives.weight_sync import WeightSyncError
 from maxlm.verify.subject import Subject, place
 from maxlm.verify.workspace import Workspace
 
@@ -44,7 +46,10 @@ def compare_rollout(
         batches = data.batches(0, lambda: subject.assemble(current["trainable"], frozen))
         next(batches)
         current["trainable"] = after
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except WeightSyncError:
+            return {"loss_difference": math.inf, "term": "weights and policy of the sampler"}
 
         def compute(trainable, frozen, rows):
             model = subject.assemble(trainable, frozen)

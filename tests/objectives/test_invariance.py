@@ -225,6 +225,7 @@ class TestGrpo:
             "advantages_BL": rng.normal(size=(4, 1)).astype(np.float32) * rows.loss_weights,
             "lengths_B": rows.loss_weights.sum(axis=1),
             "is_truncated_B": np.zeros(4, np.float32),
+            "sync_difference_B": np.zeros(4, np.float32),
             "rewards_B": np.array([1, 0, 0, 1], np.float32),
             "has_signal_B": np.array([1, 1, 0, 0], np.float32),
         }
