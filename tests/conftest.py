@@ -27,8 +27,8 @@ SLOW_FILES = """
     objectives/test_adapter_kinds objectives/test_ai_feedback objectives/test_chat_template objectives/test_distill
     objectives/test_invariance objectives/test_mesh objectives/test_multi_token objectives/test_opening
     objectives/test_policy objectives/test_ppo objectives/test_preferences objectives/test_process_reward
-    objectives/test_rollouts objectives/test_sampler
-    objectives/test_sft objectives/test_stages objectives/test_unpaired_preference
+    objectives/test_rollouts objectives/test_sampler objectives/test_sft
+    objectives/test_stages objectives/test_unpaired_preference
     ops/test_attention ops/test_context ops/test_eight_bit ops/test_flash_tpu_compile ops/test_loss
     ops/test_mixture_of_experts ops/test_qtensor optim/test_ema optim/test_optimizers optim/test_transfer
     quickstart/test_questions runtime/test_bounded runtime/test_peers runtime/test_supervise

@@ -136,7 +136,7 @@ def training() -> tuple[str, Variants]:
 
     def variant(matmul_dtype: str, remat: str, lora: LoraConfig | None = None) -> Callable[[], object]:
         plan = Decoder(
-            _llama_config(shape), ExecutionConfig(activation_dtype="float32", matmul_dtype=matmul_dtype, remat=remat)
+            llama_config(shape), ExecutionConfig(activation_dtype="float32", matmul_dtype=matmul_dtype, remat=remat)
         )
         model, trained = initialize(plan, jax.random.key(0)), plan
         if lora is not None:
@@ -177,7 +177,7 @@ def _stream(tokens: jax.Array) -> Stream:
     return Stream(tokens, tokens, jnp.ones(tokens.shape), ones, positions)
 
 
-def _llama_config(shape: plain_llama.Shape) -> ModelConfig:
+def llama_config(shape: plain_llama.Shape) -> ModelConfig:
     attention = {"num_heads": shape.heads, "num_kv_heads": shape.heads, "head_dim": shape.head}
     layers = {"repeat": shape.layers, "mixer": attention, "mlp": {"dim": shape.mlp}}
     return ModelConfig.model_validate({"vocab_size": shape.vocab, "embed_dim": shape.embed, "layers": layers})
@@ -190,7 +190,7 @@ def decoding(batch: int) -> tuple[str, Variants]:
     """
     shape, count = plain_llama.Shape(), 192
     execution = ExecutionConfig(max_length=256, activation_dtype="float32", matmul_dtype="float32")
-    model = initialize(Decoder(_llama_config(shape), execution), jax.random.key(0))
+    model = initialize(Decoder(llama_config(shape), execution), jax.random.key(0))
     weights = plain_llama.initialize(shape, jax.random.key(0))
 
     def run(engine: Engine) -> None:

@@ -85,7 +85,10 @@ class Attention(nnx.Module):
         """The cache with new tokens, and what the queries read from it."""
         cache, seen = cache.extend(key_BLKE, value_BLKE, context.positions_BL)
         operands = dataclasses.replace(operands, prefix=context.prefix_in_cache(seen.positions_BT))
-        return cache, cached_attention(query_BLHE, *seen[:2], context.positions_BL, seen[2], self._rule, operands)
+        keys_BKTE, values_BKTE, positions_BT = seen
+        return cache, cached_attention(
+            query_BLHE, keys_BKTE, values_BKTE, context.positions_BL, positions_BT, self._rule, operands
+        )
 
     def _project(self, x_BLD, context: TokenContext):
         config, times = self.config, partial(multiply, self.execution)

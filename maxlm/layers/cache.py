@@ -1,8 +1,8 @@
 """What a mixer remembers of the tokens before: an explicit pytree, passed in and returned.
 
-Every cache has `create`, `write_row`, which copies the one row of another cache, and `take`, which selects rows. The tokens of a row are added in
-order; a token at position 0 begins a new sequence, so that a row can be reused without clearing it, and one at position
--1 is padding, which changes nothing. Stacked caches of equal layers have leading axes.
+Every cache has `create`, `write_row`, which copies the one row of another cache, and `take`, which selects rows. The
+tokens of a row are added in order; a token at position 0 begins a new sequence, so that a row can be reused without
+clearing it, and one at position -1 is padding, which changes nothing. Stacked caches of equal layers have leading axes.
 
 Dimensions: B batch, L new tokens, K key-value heads, S slots, T cached tokens, E head_dim.
 """

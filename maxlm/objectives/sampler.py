@@ -8,7 +8,6 @@ Dimensions: R answers of this process, U prompts, P prompt length after padding,
 """
 
 import math
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -98,7 +97,7 @@ class Sampler:
                 ]
             )
         self._layout: Layout = "replicated" if wide else layout
-        settings = {"seed": seed, "max_new_tokens": max_new_tokens, "stop_ids": self._stop_ids}
+        settings: dict[str, Any] = {"seed": seed, "max_new_tokens": max_new_tokens, "stop_ids": self._stop_ids}
         self._programs = {
             "replicated": jax.jit(partial(_sample_replicated, mesh=mesh, **settings)),
             "sharded": jax.jit(partial(_sample, **settings)),
@@ -150,8 +149,10 @@ class Sampler:
         """The compiled function that samples from this model."""
         layout = self._layout
         if layout == "auto":
-            size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model))
-            layout = "replicated" if size <= REPLICATED_BYTES else "sharded"
+            leaves = jax.tree.leaves(model)
+            is_small = sum(x.size * x.dtype.itemsize for x in leaves) <= REPLICATED_BYTES
+            is_whole = all(x.sharding.is_fully_replicated for x in leaves)
+            layout = "replicated" if is_small or is_whole else "sharded"
         return self._programs[layout]
 
     def _text(self, tokens: np.ndarray) -> str:
@@ -188,10 +189,12 @@ def _sample(
     return sampled, shard(jnp.broadcast_to(fingerprint(model), len(streams_B2)), "batch")
 
 
-def _sample_replicated(model: Any, *arguments: jax.Array, mesh: Mesh, **settings: Any) -> tuple[Rollout, jax.Array]:
+def _sample_replicated(model: Any, *arguments: Any, mesh: Mesh, **settings: Any) -> tuple[Rollout, jax.Array]:
     """The same: each device gathers the whole model and decodes its own rows until the last one ends."""
     whole = jax.tree.map(lambda x: jax.reshard(x, P(*[None] * x.ndim)), model)
     rows = logical_to_spec(("batch",))
     in_specs = (P(), rows, rows, rows, P())
-    local = jax.shard_map(partial(_sample, **settings), mesh=mesh, in_specs=in_specs, out_specs=rows, check_vma=False)
+    local: Any = jax.shard_map(
+        partial(_sample, **settings), mesh=mesh, in_specs=in_specs, out_specs=rows, check_vma=False
+    )
     return local(whole, *arguments)

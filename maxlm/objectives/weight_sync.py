@@ -1,9 +1,9 @@
 """Proof that answers were sampled with the weights that are trained.
 
-Two comparisons after each round of sampling. The fingerprint of the weights, which the sampling program computes of what
-it decodes with, must be that of the trained weights: any other bit is found. And the log-probabilities of canaries, the
-first answer of each device's rows, must be those of the training pass: this finds another temperature, mask, position
-or cache with the same weights.
+Two comparisons after each round of sampling. The fingerprint of the weights, which the sampling program computes of
+what it decodes with, must be that of the trained weights: any other bit is found. And the log-probabilities of
+canaries, the first answer of each device's rows, must be those of the training pass: this finds another temperature,
+mask, position or cache with the same weights.
 
 Dimensions: B rows, L length of prompt and answer.
 """

@@ -94,7 +94,8 @@ def _find(subject: Subject, baseline: Measured, workspace: Workspace | None, var
     began = time.process_time()
     mesh = None if variant.mesh is None else make_mesh(variant.mesh)
     if variant.group == "rollout":
-        numbers = compare_rollout(subject, workspace, execution=variant.execution, mesh=mesh)
+        sampling = subject if variant.sampler is None else subject.with_sampler(variant.sampler)
+        numbers = compare_rollout(sampling, workspace, execution=variant.execution, mesh=mesh)
     else:
         measured = subject.measure(
             execution=variant.execution, mesh=mesh, accumulate=variant.accumulate, **_laid_out(subject, variant)

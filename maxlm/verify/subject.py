@@ -186,6 +186,11 @@ class Subject:
         regularization = self.config.regularization.without_noise()
         return replace(self, config=self.config.model_copy(update={"regularization": regularization}))
 
+    def with_sampler(self, layout: str) -> "Subject":
+        """The same with this layout of the weights while sampling."""
+        objective = self.config.objective.model_copy(update={"sampler": layout})
+        return replace(self, config=self.config.model_copy(update={"objective": objective}))
+
     def _log_probabilities(self, stream: Stream) -> np.ndarray:
         """Log-probabilities of the targets under these weights."""
         plans = self.plans(self.config.execution)

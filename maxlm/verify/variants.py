@@ -40,6 +40,7 @@ class Variant:
     group, detail: its name in two parts.
     execution: how the model is computed.
     mesh: None for one device without sharding.
+    sampler: the layout of the weights while sampling; None as configured.
     skipped: why it cannot be run, if so.
     """
 
@@ -49,6 +50,7 @@ class Variant:
     mesh: MeshConfig | None = None
     accumulate: int = 1
     examples: Examples = "packed"
+    sampler: str | None = None
     skipped: str | None = None
 
     @property
@@ -131,6 +133,11 @@ def variants_of(
         for axes in (("data", "fsdp", "tensor"), ("stage", "fsdp"), ("expert", "context", "tensor")):
             mesh = MeshConfig(**({"fsdp": 1} | dict.fromkeys(axes, 2)))
             yield on_mesh(mesh, ", after an update", group="rollout")
+        if hasattr(objective, "sampler"):
+            # Weights gathered in each decode step, of dense layers and of experts.
+            for axes in (("data", "fsdp", "tensor"), ("fsdp", "expert", "tensor")):
+                mesh = MeshConfig(**({"fsdp": 1} | dict.fromkeys(axes, 2)))
+                yield on_mesh(mesh, ", sharded, after an update", group="rollout", sampler="sharded")
 
 
 def plain(execution: ExecutionConfig) -> ExecutionConfig:
