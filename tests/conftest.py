@@ -23,7 +23,7 @@ SLOW_FILES = """
     export/test_bundle export/test_export export/test_resize feedback/test_feedback fuzz/test_fuzz_values
     gcp/test_gcp_client gcp/test_gcp_commands generate/test_engine generate/test_model generate/test_sampling
     models/test_adapters models/test_context_mesh models/test_decoder models/test_moe models/test_pipeline_stages
-    models/test_prediction_modules multi/test_elastic multi/test_lost_processes multi/test_rollback
+    models/test_prediction_modules multi/test_elastic multi/test_lost_processes multi/test_rollback multi/test_sampling
     objectives/test_adapter_kinds objectives/test_ai_feedback objectives/test_chat_template objectives/test_distill
     objectives/test_invariance objectives/test_mesh objectives/test_multi_token objectives/test_opening
     objectives/test_policy objectives/test_ppo objectives/test_preferences objectives/test_process_reward

@@ -44,9 +44,9 @@ def compare_rollout(
         before, after = (place(weights, trainable_plan, mesh) for weights in (trainable, updated))
         current = {"trainable": before}
         batches = data.batches(0, lambda: subject.assemble(current["trainable"], frozen))
-        next(batches)
-        current["trainable"] = after
         try:
+            next(batches)
+            current["trainable"] = after
             batch = next(batches)
         except WeightSyncError:
             return {"loss_difference": math.inf, "term": "weights and policy of the sampler"}
