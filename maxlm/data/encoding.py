@@ -59,11 +59,19 @@ def _remedy(problem: str, messages: Messages) -> str:
     return ""
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Any, where: str) -> list[int]:
-    """Token ids of a prompt: messages up to the next answer, or a plain text after the bos token."""
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: Any, where: str, *, tools: list[dict[str, Any]] | None = None
+) -> list[int]:
+    """Token ids of a prompt: messages up to the next answer, or a plain text after the bos token.
+
+    Raises:
+      DataError: it cannot be encoded, or a text comes with tools, for which it has no place.
+    """
+    if isinstance(prompt, str) and tools:
+        raise DataError(f"{where}: the prompt is a text, but tools need messages; write [{{role: user, content: ...}}]")
     if isinstance(prompt, str):
         return encode_text(tokenizer, prompt, where, bos=True)
-    return encode_chat(tokenizer, prompt, where, generation_prompt=True).ids
+    return encode_chat(tokenizer, prompt, where, tools=tools, generation_prompt=True).ids
 
 
 def encode_text(tokenizer: Tokenizer, text: str, where: str, *, bos: bool = False, eos: bool = False) -> list[int]:

@@ -134,8 +134,9 @@ def read_prompts(
     max_prompt_length: int,
     row_length: int,
     form: RecordFormat | None = None,
+    tools: list[dict[str, Any]] | None = None,
 ) -> list[Prompt]:
-    """Read prompts of a file; those longer than `max_prompt_length` are skipped.
+    """Read prompts of a file; those longer than `max_prompt_length` are skipped. `tools` may be called in answers.
 
     All keys of a record, such as `answer`, are for its reward function.
 
@@ -146,7 +147,7 @@ def read_prompts(
     prompts, num_too_long = [], 0
     for where, record in read_records(path, form):
         text = parse_prompt(record, where, form)
-        ids = encode_prompt(tokenizer, text, where)
+        ids = encode_prompt(tokenizer, text, where, tools=tools)
         if len(ids) > max_prompt_length:
             num_too_long += 1
         else:

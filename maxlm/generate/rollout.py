@@ -87,7 +87,7 @@ def rollout(
 
     Args:
       prompt_tokens_UP: prompts, padded on the right.
-      prompt_lengths_U: their lengths, each at least 1.
+      prompt_lengths_U: their lengths; one of 0 gets no completions.
       keys_B: typed PRNG keys; token t is sampled with `fold_in(key, t)`. B is a multiple of U, also on each device:
         the completions of a prompt are adjacent.
       temperature: of all rows; 0 takes the most likely token.

@@ -22,6 +22,7 @@ from maxlm.data.preference import pad
 from maxlm.models.applied import AppliedModel
 from maxlm.models.critic import values, with_critic
 from maxlm.models.decoder import Decoder
+from maxlm.objectives.environments import EnvironmentConfig
 from maxlm.objectives.policy_advantages import AnyAdvantage, GroupAdvantage
 from maxlm.objectives.policy_data import REWARD_PART, PolicyData, read_policy_prompts
 from maxlm.objectives.policy_losses import (
@@ -130,6 +131,9 @@ class PolicyOptimization(Objective, RecordsConfig):
         True, description="false: answers that are cut off at max_new_tokens have no loss (DAPO's overlong filtering)."
     )
     dynamic_sampling: DynamicSampling | None = None
+    environment: EnvironmentConfig | None = Field(
+        None, description="Tools, and limits of conversations of several turns; null: one answer."
+    )
     stop: StopConfig = StopConfig()
     updates_per_rollout: Count = Field(
         1, description="Training steps per round of sampling, each on different answers."
@@ -146,17 +150,25 @@ class PolicyOptimization(Objective, RecordsConfig):
         return self.kl.beta > 0
 
     @property
+    def longest_answer(self) -> int:
+        """Tokens after a prompt at most."""
+        return self.max_new_tokens if self.environment is None else self.environment.max_tokens
+
+    @property
     def resume_multiple(self) -> int:
         """Answers are sampled every so many steps, and a run can only resume at such a step."""
         return self.updates_per_rollout * self.epochs_per_rollout
 
     def problems(self, config: TrainConfig) -> list[str]:
         problems = []
-        if self.max_new_tokens >= config.row_length:
+        if self.longest_answer >= config.row_length:
+            name = "max_new_tokens" if self.environment is None else "environment.max_tokens"
             problems.append(
-                f"objective.max_new_tokens ({self.max_new_tokens}) leaves no room for a prompt in"
+                f"objective.{name} ({self.longest_answer}) leaves no room for a prompt in"
                 f" row_length ({config.row_length})"
             )
+        if self.environment is not None:
+            problems += self.environment.problems()
         names = " * ".join(name for name in ("updates_per_rollout", "epochs_per_rollout") if getattr(self, name) > 1)
         for name, value in (("steps", config.steps), ("checkpoint.every", config.checkpoint.every)):
             if value % self.resume_multiple:
@@ -209,7 +221,7 @@ class PolicyOptimization(Objective, RecordsConfig):
             loss_BL *= close_answers(tokens, self.largest_kl)
         if self.importance is not None:
             loss_BL *= self.importance.weights(old_BL - given["sampled_BL"], is_answer_BL)
-        terms = {"policy": average(loss_BL, is_answer_BL, self.average, longest=self.max_new_tokens)}
+        terms = {"policy": average(loss_BL, is_answer_BL, self.average, longest=self.longest_answer)}
         metrics = {
             "clip_fraction": mean(is_clipped_BL),
             "ratio": mean(jnp.exp(tokens.log_ratio_BL)),
@@ -226,7 +238,7 @@ class PolicyOptimization(Objective, RecordsConfig):
             metrics["kl"] = mean(kl_BL)
             if self.kl.within == "loss":
                 terms["kl_penalty"] = average(
-                    self.kl.beta * kl_BL, is_answer_BL, self.average, longest=self.max_new_tokens
+                    self.kl.beta * kl_BL, is_answer_BL, self.average, longest=self.longest_answer
                 )
         if self.entropy_weight:
             entropy_BL = token_entropies(model.decoder, output.hidden_BLD, temperature=self.temperature)

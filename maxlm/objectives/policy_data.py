@@ -20,6 +20,7 @@ from maxlm.data.chat import EpochOrder, padded_batches, share_of, training_order
 from maxlm.data.preference import Prompt, read_prompts, round_up
 from maxlm.data.sample import even_sample
 from maxlm.models.critic import without_critic
+from maxlm.objectives.conversations import Conversations
 from maxlm.objectives.policy_advantages import RewardedAnswers
 from maxlm.objectives.rollouts import Rollout, RolloutFiles, in_background, measure, policy_rows
 from maxlm.objectives.sampler import Answers, Sampler
@@ -56,15 +57,21 @@ class PolicyData:
         self._valid_prompts = [] if objective.valid_file is None else self._read(objective.valid_file)
         longest = max(len(prompt.ids) for prompt in [*self._prompts, *self._valid_prompts])
         # A row, prompt and answer together, is divided over devices.
-        length = min(round_up(longest + objective.max_new_tokens, context.row_parts), config.row_length)
-        self._sampler = Sampler(
+        length = min(round_up(longest + objective.longest_answer, context.row_parts), config.row_length)
+        environment = objective.environment
+        sampler = Sampler(
             context.tokenizer,
             context.mesh,
-            prompt_length=length - objective.max_new_tokens,
+            prompt_length=length - objective.max_new_tokens if environment is None else length,
             max_new_tokens=objective.max_new_tokens,
             seed=config.seed,
             layout=objective.sampler,
         )
+        self._sampler: Sampler | Conversations = sampler
+        if environment is not None:
+            self._sampler = Conversations(
+                sampler, context.tokenizer, environment.build(), environment.max_turns, environment.max_tokens
+            )
         self._sync = WeightSync(context.mesh)
         self._sum = jax.jit(jnp.sum)
         self._measure = jax.jit(partial(measure, objective=objective))
@@ -331,8 +338,9 @@ def read_policy_prompts(path: str, objective: Any, tokenizer: Tokenizer, *, row_
     Raises:
       DataError: a record is not a prompt, or none fits.
     """
-    room = row_length - objective.max_new_tokens
-    prompts = read_prompts(path, tokenizer, max_prompt_length=room, row_length=row_length, form=objective)
+    room = row_length - objective.longest_answer
+    tools = None if objective.environment is None else objective.environment.build().tools
+    prompts = read_prompts(path, tokenizer, max_prompt_length=room, row_length=row_length, form=objective, tools=tools)
     for prompt in prompts:
         check_record(objective.reward, prompt.record, prompt.place)
     return prompts

@@ -118,7 +118,10 @@ def measure(model: Any, reference: Any, answers: Stream, *, objective: Any) -> d
 
 
 def policy_rows(answers: Answers) -> tuple[Stream, np.ndarray]:
-    """Each prompt directly followed by its answer, and the sampled log-probability of each target: [B, L]."""
+    """Each prompt directly followed by its answer, and the sampled log-probability of each target: [B, L].
+
+    Observations within an answer are attended to, and are not learned: their loss weight is 0.
+    """
     num_rows, prompt_length = answers.prompts_RP.shape
     max_new_tokens = answers.tokens_RN.shape[1]
     rows, columns = np.nonzero(np.arange(max_new_tokens) < answers.lengths_R[:, None])
@@ -132,7 +135,7 @@ def policy_rows(answers: Answers) -> tuple[Stream, np.ndarray]:
     targets = np.zeros_like(tokens)
     targets[:, :-1] = tokens[:, 1:]
     loss_weights = np.zeros(tokens.shape, np.float32)
-    loss_weights[rows, places - 1] = 1.0
+    loss_weights[rows, places - 1] = answers.is_sampled_RN[rows, columns]
     sampled_BL = np.zeros(tokens.shape, np.float32)
     sampled_BL[rows, places - 1] = answers.log_probabilities_RN[rows, columns]
     positions = np.arange(tokens.shape[1], dtype=np.int32) * segment_ids

@@ -40,6 +40,7 @@ class Answers:
     prompts_RP, prompt_lengths_R: token ids, padded on the right.
     tokens_RN, lengths_R: answers, including the stop token; 0 after the end.
     log_probabilities_RN: of each token, under the policy that sampled it.
+    is_sampled_RN: bool, the tokens that the policy sampled; within an answer, others are observations.
     fingerprints_R: uint32, of the weights that sampled each answer, as its device had them: `core.fingerprint`.
     texts: the answers without the stop token.
     """
@@ -49,6 +50,7 @@ class Answers:
     tokens_RN: np.ndarray
     lengths_R: np.ndarray
     log_probabilities_RN: np.ndarray
+    is_sampled_RN: np.ndarray
     fingerprints_R: np.ndarray
     texts: list[str]
 
@@ -112,16 +114,18 @@ class Sampler:
         stream: int,
         temperature: float,
         group_size: int = 1,
+        turn: int = 0,
     ) -> Answers:
         """One answer for each of this process's prompts.
 
         Args:
           model: a decoder, with or without adapters, sharded over the mesh.
-          prompts: their number is a multiple of this process's devices.
+          prompts: their number is a multiple of this process's devices. One without tokens gets no answer.
           rows: [R], the global index of each answer, over all processes.
           stream: separates the random draws of different steps.
           temperature: 0 is greedy decoding.
           group_size: as many adjacent prompts are equal, and computed once.
+          turn: separates the random draws of a row's answers in a conversation.
         """
         prompts_RP = np.zeros((len(prompts), self._prompt_length), np.int32)
         prompt_lengths_R = np.array([len(prompt.ids) for prompt in prompts], np.int32)
@@ -129,8 +133,8 @@ class Sampler:
             prompts_RP[row, : len(prompt.ids)] = prompt.ids
         # Of a group whose rows are on several devices, each computes the prompt.
         repeats = math.gcd(group_size, len(prompts) // len(row_groups(self._mesh)))
-        streams_R2 = np.stack([np.full(len(rows), stream), rows], axis=1).astype(np.uint32)
-        arrays = (prompts_RP[::repeats], prompt_lengths_R[::repeats], streams_R2)
+        streams_R3 = np.stack([np.full(len(rows), stream), rows, np.full(len(rows), turn)], axis=1).astype(np.uint32)
+        arrays = (prompts_RP[::repeats], prompt_lengths_R[::repeats], streams_R3)
         sampled, fingerprints_B = self.program(model)(
             model, *put_batch(arrays, self._mesh, axes=("batch",)), jnp.float32(temperature)
         )
@@ -141,6 +145,7 @@ class Sampler:
             tokens_RN,
             lengths_R,
             local_rows(sampled.log_probabilities_BN),
+            np.arange(tokens_RN.shape[1]) < lengths_R[:, None],
             local_rows(fingerprints_B),
             [self._text(tokens[:length]) for tokens, length in zip(tokens_RN, lengths_R)],
         )
@@ -157,14 +162,14 @@ class Sampler:
 
     def _text(self, tokens: np.ndarray) -> str:
         ids = tokens.tolist()
-        return self._tokenizer.decode(ids[:-1] if ids[-1] in self._stop_ids else ids)
+        return self._tokenizer.decode(ids[:-1] if ids and ids[-1] in self._stop_ids else ids)
 
 
 def _sample(
     model: Any,
     prompts_UP: jax.Array,
     prompt_lengths_U: jax.Array,
-    streams_B2: jax.Array,
+    streams_B3: jax.Array,
     temperature: jax.Array,
     *,
     seed: int,
@@ -173,20 +178,21 @@ def _sample(
 ) -> tuple[Rollout, jax.Array]:
     """`rollout` with the weights where they are, and for each row the fingerprint of the weights."""
 
-    def keys(streams_B2: jax.Array) -> jax.Array:
-        key = jax.random.key(seed)
-        return jax.vmap(lambda ids: jax.random.fold_in(jax.random.fold_in(key, ids[0]), ids[1]))(streams_B2)
+    def key(ids: jax.Array) -> jax.Array:
+        stream, row, turn = ids
+        of_row = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), row)
+        return jnp.where(turn == 0, of_row, jax.random.fold_in(of_row, jnp.uint32(2**31) + turn))
 
     sampled = rollout(
         model,
         prompts_UP,
         prompt_lengths_U,
-        on_each_device(keys, streams_B2, out_specs=logical_to_spec(("batch",))),
+        on_each_device(jax.vmap(key), streams_B3, out_specs=logical_to_spec(("batch",))),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         stop_ids=stop_ids,
     )
-    return sampled, shard(jnp.broadcast_to(fingerprint(model), len(streams_B2)), "batch")
+    return sampled, shard(jnp.broadcast_to(fingerprint(model), len(streams_B3)), "batch")
 
 
 def _sample_replicated(model: Any, *arguments: Any, mesh: Mesh, **settings: Any) -> tuple[Rollout, jax.Array]:

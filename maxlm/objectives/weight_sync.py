@@ -67,7 +67,7 @@ class WeightSync:
         canaries = np.arange(groups) * (len(answers.lengths_R) // groups)
         stream, sampled_BL = policy_rows(answers.taken(canaries))
         log_p_BL = local_rows(self._log_p(model, put_batch(stream, self._mesh), temperature=temperature or 1.0))
-        difference = float(np.abs(log_p_BL - sampled_BL).sum() / stream.loss_weights.sum())
+        difference = float(np.abs(log_p_BL - sampled_BL).sum() / max(stream.loss_weights.sum(), 1))
         limit = tolerance(model.execution)
         if any_process(not difference <= limit):
             raise WeightSyncError(

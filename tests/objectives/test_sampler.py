@@ -125,7 +125,7 @@ def test_no_device_holds_the_whole_model(sizes):
 
     def bytes_of_a_device(layout):
         sampler = Sampler(Numbers(), mesh, prompt_length=4, max_new_tokens=4, seed=0, layout=layout)
-        arguments = rows(8, 4), rows(8), rows(8, 2, dtype=jnp.uint32), jax.ShapeDtypeStruct((), jnp.float32)
+        arguments = rows(8, 4), rows(8), rows(8, 3, dtype=jnp.uint32), jax.ShapeDtypeStruct((), jnp.float32)
         with jax.set_mesh(mesh):
             memory = sampler.program(model).lower(model, *arguments).compile().memory_analysis()
         return memory.argument_size_in_bytes + memory.temp_size_in_bytes
