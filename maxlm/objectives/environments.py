@@ -9,6 +9,7 @@ import json
 import math
 import operator
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,12 +70,14 @@ class Tool:
 class ToolEnvironment:
     """Runs the tools that an answer calls, and ends with an answer without calls.
 
-    max_calls: of one answer; the others are not run. max_characters: of a result.
+    max_calls: of one answer; the others are not run. max_characters: of a result. seconds: for a call, after which its
+      thread is left to itself.
     """
 
     functions: tuple[Tool, ...]
     max_calls: int = 4
     max_characters: int = 2000
+    seconds: float = 60.0
 
     @property
     def tools(self) -> list[dict]:
@@ -104,11 +107,20 @@ class ToolEnvironment:
         arguments = call["arguments"]
         if set(arguments) != set(tool.parameters):
             return f"error: {tool.name} takes {', '.join(tool.parameters)}, not {', '.join(arguments) or 'nothing'}"
-        try:
-            return tool.function(**arguments)
-        except Exception as error:
-            # A tool's failure is the model's to see, and never ends training.
-            return f"error: {type(error).__name__}: {error}"
+        outcome: list[str] = []
+
+        def run() -> None:
+            try:
+                outcome.append(tool.function(**arguments))
+            except Exception as error:
+                # A tool's failure is the model's to see, and never ends training.
+                outcome.append(f"error: {type(error).__name__}: {error}")
+
+        # A daemon, so that the process can end while it still runs.
+        thread = threading.Thread(target=run, name=tool.name, daemon=True)
+        thread.start()
+        thread.join(self.seconds)
+        return outcome[0] if outcome else f"error: {tool.name} took longer than {self.seconds:g} seconds"
 
     def _shortened(self, result: str) -> str:
         more = len(result) - self.max_characters

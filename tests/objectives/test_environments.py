@@ -1,6 +1,7 @@
 """Tools are bounded and tell the model what went wrong; a conversation is learned on the model's own tokens."""
 
 import json
+import threading
 from dataclasses import replace
 
 import jax
@@ -94,7 +95,7 @@ def test_malformed_calls_are_told_to_the_model(text, message):
     assert result.startswith(message)
 
 
-def test_tool_that_raises_or_floods_is_bounded():
+def test_tool_that_raises_hangs_or_floods_is_bounded():
     def fail():
         raise RuntimeError("disk on fire")
 
@@ -102,6 +103,8 @@ def test_tool_that_raises_or_floods_is_bounded():
     assert results(call("broken"), broken) == ["error: RuntimeError: disk on fire"]
     (long,) = results(call("flood"), flood, max_characters=100)
     assert long == "x" * 100 + "... (9900 more characters)"
+    hang = Tool("hang", "", {}, threading.Event().wait)
+    assert results(call("hang"), hang, seconds=0.05) == ["error: hang took longer than 0.05 seconds"]
     surrogate = Tool("odd", "", {}, lambda: "\ud800")
     assert results(call("odd"), surrogate) == ["?"]
 

@@ -2,14 +2,19 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from toy_task import make_config, question, write_lines
 
+from maxlm.cli import main
+from maxlm.config.load import dump_yaml
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckpointError
 from maxlm.interop.load import load_model
 from maxlm.objectives.rollouts import in_background
+from maxlm.objectives.sampler import Sampler
 from maxlm.train.metrics import read_metrics
 from maxlm.train.run import train
 
@@ -93,3 +98,20 @@ def test_a_function_in_the_background_returns_or_raises():
     assert in_background(lambda: 3)() == 3
     with pytest.raises(ZeroDivisionError):
         in_background(lambda: 1 // 0)()
+
+
+def test_run_stops_when_a_round_is_sampled_with_stale_weights(tuned, prompts, tmp_path, monkeypatch, capsys):
+    original, kept = Sampler.__call__, []
+
+    def stale(self, model, *args, **settings):
+        # A copy: a training step donates its weights.
+        kept.append(jax.tree.map(jnp.copy, model))
+        return original(self, kept[0], *args, **settings)
+
+    monkeypatch.setattr(Sampler, "__call__", stale)
+    config = policy_config(tmp_path / "run", tuned, prompts, steps=4)
+    (tmp_path / "stale.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    assert main(["train", str(tmp_path / "stale.yaml")]) == 1
+    assert "sampling used other weights than those that are trained" in " ".join(capsys.readouterr().err.split())
+    # The first round was right, and its step is saved.
+    assert flatten(load_model(tmp_path / "run")[0])
