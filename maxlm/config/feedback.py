@@ -140,7 +140,7 @@ AnyChatModel = Annotated[LocalModelConfig | EndpointConfig, Field(discriminator=
 class AnswersConfig(Frozen):
     """How answers are sampled for prompts that have none."""
 
-    count: Count = Field(2, description="Answers for each prompt; all pairs of them are compared.")
+    count: Count = Field(2, description="Answers for each prompt: `prefer` compares all pairs, `answer` keeps all.")
     max_tokens: Count = 256
     temperature: NonNegativeFloat = 1.0
 
@@ -181,6 +181,12 @@ class RateTask(_Asked):
         return self
 
 
+class AnswerTask(Frozen):
+    """Prompts are answered, and no judge is asked: chats of a teacher for SFT or distillation (arXiv:1606.07947)."""
+
+    kind: Literal["answer"]
+
+
 class LimitsConfig(Frozen):
     """When to stop. The limits hold for the output folder, however often the command is run."""
 
@@ -192,18 +198,31 @@ class LimitsConfig(Frozen):
 
 
 class FeedbackConfig(RecordFormat):
-    """`maxlm feedback`: a judge's feedback on answers, as training data."""
+    """`maxlm feedback`: a judge's feedback on answers, or the answers of a teacher, as training data."""
 
     kind: Literal["feedback"]
     output: str = Field(description="Folder for the data, the replies and the manifest.")
     records: str = Field(description="JSON, JSONL or Parquet: prompts, with or without answers.")
-    constitution: str = Field(description="A file or recipe with kind: constitution.")
-    task: Annotated[PreferTask | ReviseTask | RateTask, Field(discriminator="kind")]
-    judge: AnyChatModel
+    constitution: str | None = Field(
+        None, description="A file or recipe with kind: constitution. Needed like judge, unless the task is `answer`."
+    )
+    task: Annotated[PreferTask | ReviseTask | RateTask | AnswerTask, Field(discriminator="kind")]
+    judge: AnyChatModel | None = None
     model: AnyChatModel | None = Field(None, description="Answers the prompts that have no answers.")
     answers: AnswersConfig = AnswersConfig()
     limits: LimitsConfig = LimitsConfig()
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _models_fit_the_task(self) -> Self:
+        if self.task.kind == "answer":
+            if self.model is None or self.judge is not None or self.constitution is not None:
+                raise ValueError("task.kind=answer: needs a model, and neither judge nor constitution")
+        else:
+            for name in ("judge", "constitution"):
+                if getattr(self, name) is None:
+                    raise ValueError(f"{name}: is missing, and task.kind={self.task.kind} needs it")
+        return self
 
     @model_validator(mode="after")
     def _costs_are_known(self) -> Self:

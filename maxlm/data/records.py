@@ -32,6 +32,24 @@ class Chat(NamedTuple):
 
 
 # What `maxlm feedback` says about a pair: who judged, under which principles, how the votes went, how sure it is.
+# Keys of PKU-SafeRLHF, of which the answers, their order and their safety are read.
+_PKU_KEYS = (
+    "better_response_id",
+    "safer_response_id",
+    "prompt_source",
+    *(
+        f"{before}response_{number}{after}"
+        for number in (0, 1)
+        for before, after in (
+            ("", ""),
+            ("is_", "_safe"),
+            ("", "_source"),
+            ("", "_harm_category"),
+            ("", "_severity_level"),
+            ("", "_sha256"),
+        )
+    ),
+)
 _JUDGMENT_KEYS = ("judge", "principles", "votes", "confidence")
 _CHAT_KEYS = ("messages", "conversations")
 _TOOL_KEYS = ("tools", "functions")
@@ -127,6 +145,24 @@ def parse_chat(record: dict[str, Any], where: str, form: RecordFormat) -> Chat:
     raise DataError(f"{where}: a chat has {_CHAT_FORMS}")
 
 
+def parse_answer(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[Text, Text]:
+    """Parse a chat as the prompt and the last answer: its last message, if it is one list of messages.
+
+    Raises:
+      DataError: as `parse_chat`, or there is nothing before the answer.
+    """
+    prompt, answer, tools = parse_chat(record, where, form)
+    if tools is not None:
+        raise DataError(
+            f"{where}: has tools, which only chats for SFT may have; remove them, or list them in ignore_keys"
+        )
+    if prompt is not None:
+        return prompt, answer
+    if not isinstance(answer, list) or len(answer) < 2:
+        raise DataError(f"{where}: must have a prompt before its last answer")
+    return answer[:-1], answer[-1:]
+
+
 def parse_pair(
     record: dict[str, Any], where: str, form: RecordFormat, *, others: Collection[str] = ()
 ) -> tuple[Text, Text, Text]:
@@ -149,6 +185,9 @@ def parse_pair(
             "chosen": record["preferred_output"],
             "rejected": field(record, "non_preferred_output", where),
         }
+    if "response_0" in record:
+        prompt, responses, better = _two_responses(record, where, form, by="better_response_id", others=others)
+        return prompt, responses[better], responses[1 - better]
     found = _prompt(record, where, form)
     prompt, known = found if found is not None else (None, ())
     chosen, rejected = (_answer(field(record, name, where), where, form) for name in ("chosen", "rejected"))
@@ -166,6 +205,48 @@ def parse_pair(
     return prompt, chosen, rejected
 
 
+def parse_safety(
+    record: dict[str, Any], where: str, form: RecordFormat
+) -> tuple[Text, tuple[str, str], tuple[bool, bool]]:
+    """Parse a pair of PKU-SafeRLHF (arXiv:2310.12773): the prompt, the safer and the other answer, and whether each is
+    safe.
+
+    Raises:
+      DataError: it is not such a pair, its answers are equal, or the safer one is harmful and the other is not.
+    """
+    prompt, responses, safer = _two_responses(record, where, form, by="safer_response_id")
+    names = (f"is_response_{safer}_safe", f"is_response_{1 - safer}_safe")
+    flags = [field(record, name, where) for name in names]
+    for name, flag in zip(names, flags):
+        if not isinstance(flag, bool):
+            raise DataError(f"{where}: {name} must be true or false, not {flag!r}")
+    if flags == [False, True]:
+        raise DataError(f"{where}: safer_response_id names a harmful answer, and the other one is safe; correct it")
+    if responses[0] == responses[1]:
+        raise DataError(f"{where}: response_0 and response_1 are the same, so neither is safer; remove the line")
+    return prompt, (responses[safer], responses[1 - safer]), (flags[0], flags[1])
+
+
+def _two_responses(
+    record: dict[str, Any], where: str, form: RecordFormat, *, by: str, others: Collection[str] = ()
+) -> tuple[Text, tuple[str, str], int]:
+    """The prompt and both answers of a record of PKU-SafeRLHF, and which of them `by` names."""
+    if (found := _prompt(record, where, form)) is None:
+        field(record, "prompt", where)
+        raise DataError(f"{where}: prompt must be a text or messages")
+    prompt, known = found
+    check_keys(record, (*known, *_PKU_KEYS, *others), where, form)
+    responses = []
+    for name in ("response_0", "response_1"):
+        if not isinstance(text := field(record, name, where), str) or not text.strip():
+            raise DataError(f"{where}: {name} must be a text that is not empty")
+        responses.append(text)
+    which = field(record, by, where)
+    if isinstance(which, bool) or which not in (0, 1):
+        raise DataError(f"{where}: {by} must be 0 or 1, not {which!r}")
+    return prompt, (responses[0], responses[1]), int(which)
+
+
 def parse_judged(record: dict[str, Any], where: str, form: RecordFormat) -> list[tuple[Text, Text, bool]]:
     """Parse answers that were judged alone: prompt, answer, and whether it is good. A pair is a good and a bad one.
 
@@ -178,16 +259,7 @@ def parse_judged(record: dict[str, Any], where: str, form: RecordFormat) -> list
     label = field(record, "label", where)
     if label not in (True, False):
         raise DataError(f"{where}: label must be true for a good answer or false for a bad one, not {label!r}")
-    chat = {key: value for key, value in record.items() if key != "label"}
-    prompt, answer, tools = parse_chat(chat, where, form)
-    if tools is not None:
-        raise DataError(
-            f"{where}: has tools, which only chats for SFT may have; remove them, or list them in ignore_keys"
-        )
-    if prompt is None:
-        if not isinstance(answer, list) or len(answer) < 2:
-            raise DataError(f"{where}: must have a prompt before the answer that the label judges")
-        prompt, answer = answer[:-1], answer[-1:]
+    prompt, answer = parse_answer({key: value for key, value in record.items() if key != "label"}, where, form)
     return [(prompt, answer, bool(label))]
 
 

@@ -11,6 +11,7 @@ examples:
   maxlm feedback configs/feedback/prefer.yaml               which answer is better: pairs for DPO and reward models
   maxlm feedback configs/feedback/revise.yaml               critique and revise answers: chats for SFT
   maxlm feedback configs/feedback/rate.yaml                 rate answers from 1 to 10, and keep the good ones
+  maxlm feedback configs/feedback/answer.yaml               answers of a teacher: chats for SFT and distillation
   maxlm feedback CONFIG judge.model=gpt-4o-mini limits.max_cost=2     any setting, with key=value
 
 the records, one JSON object per line; the model of the configuration answers those without answers:
@@ -19,7 +20,7 @@ the records, one JSON object per line; the model of the configuration answers th
   {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
 
 the output folder:
-  preferences.jsonl or chats.jsonl    what objective.kind=preference, reward or sft reads
+  preferences.jsonl or chats.jsonl    what objective.kind=preference, reward, sft or distill_chat reads
   aside.jsonl                         what was left out, with line and reason: ties, equal answers, unusable replies
   replies.jsonl                       every reply; the same command asks again only for what is missing
   manifest.json                       inputs, settings, counts, bias for a place, tokens, cost

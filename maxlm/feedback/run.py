@@ -10,7 +10,14 @@ from typing import Any
 
 from etils import epath
 
-from maxlm.config.feedback import AnyChatModel, ConstitutionConfig, EndpointConfig, FeedbackConfig, LocalModelConfig
+from maxlm.config.feedback import (
+    AnyChatModel,
+    ConstitutionConfig,
+    EndpointConfig,
+    FeedbackConfig,
+    LocalModelConfig,
+    Principle,
+)
 from maxlm.config.load import load_config
 from maxlm.config.recipes import find_config
 from maxlm.errors import ConfigError, DataError, FaultError, RequestError
@@ -47,7 +54,7 @@ def run_feedback(config: FeedbackConfig) -> dict[str, Any]:
     """
     check_output(config.output, "feedback")
     output = storage_path(config.output)
-    constitution = load_config(config.constitution, kind="constitution")
+    constitution = None if config.constitution is None else load_config(config.constitution, kind="constitution")
     items = read_items(config.records, config)
     if config.model is None and (bare := next((item for item in items if not item.answers), None)):
         raise DataError(f"{bare.place}: has no answer; set model, which answers such prompts, or add answers")
@@ -61,13 +68,16 @@ def run_feedback(config: FeedbackConfig) -> dict[str, Any]:
             cost=log.cost, requests=log.requests, max_cost=limits.max_cost, max_requests=limits.max_requests
         )
         stopping = threading.Event()
-        sections = [config.judge] if config.model in (None, config.judge) else [config.judge, config.model]
+        sections = [section for section in (config.judge, config.model) if section is not None]
+        sections = sections[:1] if sections[0] == sections[-1] else sections
         outcomes: dict[int, Outcome] = {}
         with ExitStack() as stack:
             models = [RecordedModel(_open(section, ledger, stopping), log) for section in sections]
             for model in models:
                 stack.enter_context(closing(model))
-            context = _context(config, constitution, models[0], None if config.model is None else models[-1])
+            judge = None if constitution is None else _judge(config, constitution, models[0])
+            principles = () if constitution is None else _principles(config, constitution)
+            context = Context(config, principles, judge, None if config.model is None else models[-1])
             # It would describe other files than those that are written now.
             (output / MANIFEST).unlink(missing_ok=True)
             try:
@@ -85,14 +95,17 @@ def run_feedback(config: FeedbackConfig) -> dict[str, Any]:
             output,
             stage=f"feedback/{config.task.kind}",
             inputs=_inputs(config),
-            config={**config.model_dump(mode="json"), "principles": constitution.model_dump(mode="json")["principles"]},
+            config=config.model_dump(mode="json")
+            | ({} if constitution is None else {"principles": constitution.model_dump(mode="json")["principles"]}),
             metrics=summary,
         )
     return summary
 
 
 def _inputs(config: FeedbackConfig) -> dict[str, str | Path]:
-    inputs: dict[str, str | Path] = {"records": config.records, "constitution": find_config(config.constitution)}
+    inputs: dict[str, str | Path] = {"records": config.records}
+    if config.constitution is not None:
+        inputs["constitution"] = find_config(config.constitution)
     for name, section in (("judge", config.judge), ("model", config.model)):
         if isinstance(section, LocalModelConfig):
             inputs[name] = section.path
@@ -109,35 +122,39 @@ def _open(section: AnyChatModel, ledger: Ledger, stopping: threading.Event) -> C
     return LocalChatModel(section.path, content_hash=hashed, concurrent=section.concurrent, ledger=ledger)
 
 
-def _context(
-    config: FeedbackConfig, constitution: ConstitutionConfig, judge: ChatModel, model: ChatModel | None
-) -> Context:
+def _principles(config: FeedbackConfig, constitution: ConstitutionConfig) -> tuple[Principle, ...]:
+    """The principles that the task can use.
+
+    Raises:
+      ConfigError: there is none, or there are fewer than votes, and no sampling.
+    """
+    settings: Any = config.task
     task = find_task(config)
     principles = usable_principles(constitution, task)
     if not principles:
         raise ConfigError(
-            [f"{config.constitution}: no principle has {' and '.join(task.asks)}, which {config.task.kind} asks"]
+            [f"{config.constitution}: no principle has {' and '.join(task.asks)}, which {settings.kind} asks"]
         )
-    votes = getattr(config.task, "votes", 1)
-    if votes > len(principles) and config.task.temperature == 0:
+    votes = getattr(settings, "votes", 1)
+    if votes > len(principles) and settings.temperature == 0:
         raise ConfigError(
             [
                 f"task.votes: {votes} votes under {len(principles)} principles repeat one, and without sampling its"
                 " verdict too; set task.temperature above 0, add principles, or lower task.votes"
             ]
         )
-    return Context(
-        config,
-        principles,
-        Judge(
-            judge,
-            constitution.prompts,
-            max_tokens=config.task.max_tokens,
-            temperature=config.task.temperature,
-            seed=config.seed,
-            where=f"{config.constitution}: prompts",
-        ),
+    return principles
+
+
+def _judge(config: FeedbackConfig, constitution: ConstitutionConfig, model: ChatModel) -> Judge:
+    settings: Any = config.task
+    return Judge(
         model,
+        constitution.prompts,
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        seed=config.seed,
+        where=f"{config.constitution}: prompts",
     )
 
 
@@ -146,7 +163,8 @@ def _ask(
 ) -> None:
     """Fill `outcomes` by index, until all are there or too many have failed."""
     most = context.config.limits.max_failed_fraction
-    workers = max(model.concurrent for model in (context.judge.model, context.model) if model is not None)
+    asked = [context.model, None if context.judge is None else context.judge.model]
+    workers = max(model.concurrent for model in asked if model is not None)
     failed = 0
     with (
         progress_bar("feedback", len(items)) as (progress, bar),

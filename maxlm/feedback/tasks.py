@@ -50,11 +50,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Context:
-    """What a task needs: the settings, the principles that it can use, the judge and the model that answers."""
+    """What a task needs: the settings, the principles that it can use, the judge and the model that answers.
+
+    Without a constitution there is no judge.
+    """
 
     config: FeedbackConfig
     principles: tuple[Principle, ...]
-    judge: Judge
+    judge: Judge | None
     model: ChatModel | None
 
     @property
@@ -183,7 +186,19 @@ def rate(context: Context, item: Item, outcome: Outcome) -> None:
         outcome.made.append({"id": item.place, **_chat(item, answer), **origin})
 
 
+def answer(context: Context, item: Item, outcome: Outcome) -> None:
+    """Keep the answers of a teacher, each text once."""
+    texts: set[str] = set()
+    for text in _answers(context, item, outcome):
+        if (shown := shown_answer(text).strip()) in texts:
+            outcome.set_aside(item, "equal answers", answer=text)
+            continue
+        texts.add(shown)
+        outcome.made.append({"id": item.place, **_chat(item, text), **_origin(context, item)})
+
+
 _TASKS = {
+    "answer": Task("chats.jsonl", (), answer),
     "prefer": Task("preferences.jsonl", ("prefer",), prefer),
     "revise": Task("chats.jsonl", ("critique", "revise"), revise),
     "rate": Task("chats.jsonl", ("rate",), rate),
@@ -215,7 +230,7 @@ def _answers(context: Context, item: Item, outcome: Outcome) -> list[Answer]:
     if item.answers:
         return answers
     settings: AnswersConfig = context.config.answers
-    count = settings.count if context.config.task.kind == "prefer" else 1
+    count = settings.count if context.config.task.kind in ("prefer", "answer") else 1
     for number in range(count):
         reply = context.model.reply(
             ChatRequest(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from maxlm.config.base import Fraction, Frozen
+from maxlm.core.sharding import shard
 from maxlm.ops import preference_losses as losses
 
 LabelSmoothing = Annotated[float, Field(ge=0, lt=0.5)]
@@ -284,10 +285,12 @@ class AotLoss(PairLoss):
 
 def _of_same_rank(x_B: jax.Array, others_B: jax.Array, real_B: jax.Array) -> jax.Array:
     """For each value the one of the others with the same rank, among real ones; 0 for padding."""
+    # Sorting needs the whole batch on each device.
+    x_B, others_B, real_B = (shard(values_B, None) for values_B in (x_B, others_B, real_B))
     x_B, others_B = (jnp.where(real_B > 0, values_B, jnp.inf) for values_B in (x_B, others_B))
     # Equal values have different ranks, as in sorting.
     ranks_B = jnp.argsort(jnp.argsort(x_B))
-    return jnp.where(real_B > 0, jnp.sort(others_B)[ranks_B], 0.0)
+    return shard(jnp.where(real_B > 0, jnp.sort(others_B)[ranks_B], 0.0), "batch")
 
 
 AnyPairLoss = Annotated[

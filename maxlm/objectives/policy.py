@@ -11,20 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from maxlm.config.base import Count, CountOrZero, Frozen, Seconds
+from maxlm.config.base import Count, CountOrZero, Frozen
 from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
-from maxlm.config.objective import RecordsConfig
+from maxlm.config.objective import Input, PackedSource
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch
-from maxlm.core.term import LossOutput, Term
-from maxlm.data.preference import pad
+from maxlm.core.term import LossOutput, Term, add
 from maxlm.models.applied import AppliedModel
 from maxlm.models.critic import values, with_critic
 from maxlm.models.decoder import Decoder
+from maxlm.objectives.answer_rewards import critic_start
 from maxlm.objectives.environments import EnvironmentConfig
 from maxlm.objectives.policy_advantages import AnyAdvantage, GroupAdvantage
-from maxlm.objectives.policy_data import REWARD_PART, PolicyData, read_policy_prompts
+from maxlm.objectives.policy_data import REPORTED, REWARD_PART, PolicyData
 from maxlm.objectives.policy_losses import (
     AVERAGES,
     AnySurrogate,
@@ -36,11 +36,10 @@ from maxlm.objectives.policy_losses import (
     average,
     close_answers,
 )
-from maxlm.objectives.record_data import first_indices
-from maxlm.objectives.sampler import Layout
+from maxlm.objectives.prompt_rounds import preview_prompts
+from maxlm.objectives.rewarded_sampling import RewardedSampling, reward_inputs
 from maxlm.objectives.sequences import is_real, target_log_probabilities, token_entropies
 from maxlm.ops.policy_losses import value_loss
-from maxlm.prompts.chat_template import ChatTokens
 from maxlm.scoring.rewards import RewardSetting
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContext
@@ -52,6 +51,9 @@ class CriticConfig(Frozen):
     kind: Literal["own", "shared"] = Field(
         "own", description="A model of its own that starts as a copy, or a head on the layers of the policy."
     )
+    start: str | None = Field(
+        None, description="A run folder or checkpoint of a reward model, whose weights an own critic begins with."
+    )
     weight: PositiveFloat = Field(0.5, description="Weight of the value loss.")
     clip: PositiveFloat | None = Field(0.2, description="How far a value may move in an update; null: freely.")
 
@@ -62,6 +64,32 @@ class DynamicSampling(Frozen):
     max_rounds: Annotated[int, Field(ge=2)] = Field(
         3, description="Rounds of sampling at most; then groups without a signal fill the batch."
     )
+
+
+class PretrainingConfig(Frozen):
+    """Text that is trained on beside the answers, so that the policy does not forget it (PPO-ptx, arXiv:2203.02155).
+
+    A step has as many rows of text as of answers.
+    """
+
+    sources: tuple[PackedSource, ...] = Field(min_length=1)
+    weight: PositiveFloat = Field(1.0, description="Weight of the next-token loss, on a mean token.")
+
+
+class ConstraintConfig(Frozen):
+    """A limit on the mean cost of answers (Safe RLHF, arXiv:2310.12773).
+
+    The policy maximizes (reward - multiplier * cost) / (1 + multiplier). The multiplier grows while the mean cost of a
+    round exceeds the limit.
+    """
+
+    cost: RewardSetting = Field(
+        description="As objective.reward: mostly [{model: RUN}], a run of objective.kind=cost. Costs above 0 are harm."
+    )
+    limit: float = Field(0.0, description="The mean cost that is allowed.")
+    multiplier: PositiveFloat = Field(1.0, description="Of the first round.")
+    rate: PositiveFloat = Field(0.1, description="How fast the multiplier changes.")
+    largest_multiplier: PositiveFloat = 10.0
 
 
 class StopConfig(Frozen):
@@ -90,31 +118,12 @@ class StopConfig(Frozen):
         return None
 
 
-class PolicyOptimization(Objective, RecordsConfig):
+class PolicyOptimization(Objective, RewardedSampling):
     """Learn from sampled answers and their rewards."""
 
     samples: ClassVar[bool] = True
 
     kind: Literal["policy"] = "policy"
-    train_file: str = Field(
-        description="Prompts: JSON, JSONL or Parquet with `prompt` (messages or text), and `answer` for most rewards."
-    )
-    reward: RewardSetting = Field(
-        "exact_match",
-        description="A rule of `maxlm.scoring.rewards`, your own function as package.module:function, or a list of"
-        " {name, weight, settings}, whose weighted sum is the reward.",
-    )
-    reward_time_limit: Seconds = Field(
-        60.0, description="Seconds that a reward function may take for the answers to one prompt."
-    )
-    group_size: Count = Field(8, description="Answers sampled per prompt.")
-    max_new_tokens: Count = 32
-    temperature: PositiveFloat = 1.0
-    sampler: Layout = Field(
-        "auto",
-        description="The weights while sampling: `replicated` gathers the model on each device, which must have room"
-        " for it; `sharded` gathers one layer at a time, in each decode step; `auto` replicates models of up to 1 GiB.",
-    )
     advantage: AnyAdvantage = Field(GroupAdvantage(), description="How much better than expected an answer is.")
     surrogate: AnySurrogate = Field(
         ClippedSurrogate(), description="The loss of a token, given the advantage of its answer."
@@ -134,16 +143,27 @@ class PolicyOptimization(Objective, RecordsConfig):
     environment: EnvironmentConfig | None = Field(
         None, description="Tools, and limits of conversations of several turns; null: one answer."
     )
+    pretraining: PretrainingConfig | None = None
+    constraint: ConstraintConfig | None = None
     stop: StopConfig = StopConfig()
-    updates_per_rollout: Count = Field(
-        1, description="Training steps per round of sampling, each on different answers."
-    )
     epochs_per_rollout: Count = Field(1, description="How often the answers of a round are trained on.")
     staleness: CountOrZero = Field(
         0,
         description="A round of sampling uses the weights of so many rounds earlier: its answers are rewarded while"
         " training goes on.",
     )
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        found = super().inputs
+        if self.critic is not None and self.critic.start is not None:
+            found = (*found, Input("critic.start", "critic", self.critic.start, "weights"))
+        if self.constraint is not None:
+            found = (*found, *reward_inputs("constraint.cost", self.constraint.cost))
+        if self.pretraining is not None:
+            for index, source in enumerate(self.pretraining.sources):
+                found = (*found, Input(f"pretraining.sources.{index}.path", f"data_{index}", source.path, "rows"))
+        return found
 
     @property
     def needs_reference(self) -> bool:
@@ -156,23 +176,12 @@ class PolicyOptimization(Objective, RecordsConfig):
 
     @property
     def resume_multiple(self) -> int:
-        """Answers are sampled every so many steps, and a run can only resume at such a step."""
         return self.updates_per_rollout * self.epochs_per_rollout
 
     def problems(self, config: TrainConfig) -> list[str]:
-        problems = []
-        if self.longest_answer >= config.row_length:
-            name = "max_new_tokens" if self.environment is None else "environment.max_tokens"
-            problems.append(
-                f"objective.{name} ({self.longest_answer}) leaves no room for a prompt in"
-                f" row_length ({config.row_length})"
-            )
+        problems = super().problems(config)
         if self.environment is not None:
             problems += self.environment.problems()
-        names = " * ".join(name for name in ("updates_per_rollout", "epochs_per_rollout") if getattr(self, name) > 1)
-        for name, value in (("steps", config.steps), ("checkpoint.every", config.checkpoint.every)):
-            if value % self.resume_multiple:
-                problems.append(f"{name} ({value}) must be a multiple of {names} ({self.resume_multiple})")
         if self.advantage.needs_groups and self.group_size < 2:
             problems.append(
                 f"objective.advantage.kind={self.advantage.kind} compares answers to the same prompt; set"
@@ -180,6 +189,8 @@ class PolicyOptimization(Objective, RecordsConfig):
             )
         if self.advantage.needs_critic != (self.critic is not None):
             problems.append("objective.critic and objective.advantage.kind=gae need one another; set both, or neither")
+        if self.critic is not None and self.critic.start is not None and self.critic.kind == "shared":
+            problems.append("objective.critic.start is for objective.critic.kind=own; a shared critic is a new head")
         if self.kl.beta and self.kl.within == "loss" and self.kl.estimator == "k1" and not self.kl.true_gradient:
             problems.append(
                 "objective.kl.estimator=k1 has no useful gradient in a loss; choose k2 or k3, set"
@@ -194,6 +205,16 @@ class PolicyOptimization(Objective, RecordsConfig):
                 "objective.dynamic_sampling waits for the rewards of a round, and objective.staleness does not; set one"
                 " of them to its default"
             )
+        if self.kl.adaptive is not None and (self.kl.within != "reward" or not self.kl.beta):
+            problems.append(
+                "objective.kl.adaptive changes objective.kl.beta within rewards; set objective.kl.within=reward and a"
+                " beta above 0 to begin with"
+            )
+        if self.constraint is not None and (self.advantage.needs_greedy or self.dynamic_sampling is not None):
+            problems.append(
+                "objective.constraint is for rewards of sampled answers; set neither objective.advantage.kind=greedy"
+                " nor objective.dynamic_sampling"
+            )
         return problems
 
     def stop_reason(self, records: Sequence[Mapping[str, Any]]) -> str | None:
@@ -204,7 +225,10 @@ class PolicyOptimization(Objective, RecordsConfig):
         return Decoder(config.model_copy(update={"critic": critic}), execution)
 
     def from_decoder(self, decoder: Decoder, key: jax.Array) -> Decoder:
-        return decoder if self.critic is None else with_critic(decoder, self.critic.kind, key)
+        if self.critic is None:
+            return decoder
+        start = None if self.critic.start is None else critic_start(self.critic.start, decoder)
+        return with_critic(decoder, self.critic.kind, key, start)
 
     def compute_loss(self, model: AppliedModel, batch: Batch) -> LossOutput:
         answers, given = batch["answers"], batch.values
@@ -252,7 +276,15 @@ class PolicyOptimization(Objective, RecordsConfig):
             terms["value"] = Term(self.critic.weight * error.sum, error.weight)
             metrics["value_mean"] = mean(values_BL)
             metrics["return_mean"] = mean(given["returns_BL"])
-        return LossOutput(terms, metrics).joined(output.auxiliary)
+        auxiliary = output.auxiliary
+        if self.pretraining is not None:
+            text, of_text = batch["text"], model.outputs["text"]
+            text_BL = target_log_probabilities(model.decoder, text, of_text, smoothing=model.label_smoothing)
+            loss = Term(-jnp.sum(text.loss_weights * text_BL), jnp.sum(text.loss_weights))
+            terms["pretraining"] = Term(self.pretraining.weight * loss.sum, loss.weight)
+            metrics["pretraining_cross_entropy"] = loss
+            auxiliary = add(auxiliary, of_text.auxiliary)
+        return LossOutput(terms, metrics).joined(auxiliary)
 
     def _of_answers(self, batch: Batch) -> dict[str, Term]:
         """Metrics that do not depend on the model."""
@@ -265,19 +297,18 @@ class PolicyOptimization(Objective, RecordsConfig):
             "completion_length": Term(jnp.sum(values["lengths_B"]), num_rows),
             "sync_difference": Term(jnp.sum(real_B * values["sync_difference_B"]), num_rows),
             "truncated": Term(jnp.sum(real_B * values["is_truncated_B"]), num_rows),
-            **{name: Term(jnp.sum(real_B * x), num_rows) for name, x in values.items() if name.startswith(REWARD_PART)},
+            **{
+                name if name.startswith(REWARD_PART) else name.removesuffix("_B"): Term(jnp.sum(real_B * x), num_rows)
+                for name, x in values.items()
+                if name.startswith(REWARD_PART) or name in REPORTED
+            },
         }
 
     def open_data(self, context: RunContext) -> PolicyData:
         return PolicyData(context)
 
     def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[PreviewRow]:
-        prompts = read_policy_prompts(self.train_file, self, tokenizer, row_length=config.row_length)
-        for number, index in enumerate(first_indices(len(prompts), config, num_examples), 1):
-            ids = prompts[index].ids
-            reward = self.reward if isinstance(self.reward, str) else ", ".join(part.name for part in self.reward)
-            note = f"answer: {prompts[index].record.get('answer')}   reward: {reward}"
-            yield PreviewRow(f"prompt {number}", pad([ChatTokens(ids, [0.0] * len(ids))], len(ids)), note)
+        return preview_prompts(self, config, tokenizer, num_examples)
 
     def example(self, make: ExampleMaker) -> Batch:
         """Answers whose probabilities have changed since sampling, by less and by more than the clip allows."""
@@ -302,7 +333,10 @@ class PolicyOptimization(Objective, RecordsConfig):
             given["reference_BL"] = moved(0.5)
         if self.critic is not None:
             given |= {name: make.normal(log_p_BL.shape) for name in ("values_BL", "returns_BL")}
-        return Batch({"answers": answers}, given)
+        text = {} if self.pretraining is None else {"text": make.documents()}
+        if self.constraint is not None:
+            given |= {name: make.normal((num_rows,)) for name in ("cost_B", "harmful_B", "multiplier_B")}
+        return Batch({"answers": answers} | text, given)
 
     def for_verification(self) -> Self:
         small = {"group_size": 2, "max_new_tokens": 8}

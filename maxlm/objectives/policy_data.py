@@ -5,9 +5,9 @@ Dimensions: B rows (answers), L length of prompt and answer, N prompts, G answer
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,14 +16,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from maxlm.core.batch import Batch, Stream, put_batch
-from maxlm.data.chat import EpochOrder, padded_batches, share_of, training_order
-from maxlm.data.preference import Prompt, read_prompts, round_up
-from maxlm.data.sample import even_sample
+from maxlm.data.chat import share_of
+from maxlm.data.loader import PackedRows, open_mixture
+from maxlm.data.preference import Prompt
 from maxlm.models.critic import without_critic
-from maxlm.objectives.conversations import Conversations
+from maxlm.objectives.answer_rewards import AnswerRewards
+from maxlm.objectives.controls import Controls, ControlsLog
+from maxlm.objectives.packed_rows import as_batch
 from maxlm.objectives.policy_advantages import RewardedAnswers
+from maxlm.objectives.prompt_rounds import PromptRounds
 from maxlm.objectives.rollouts import Rollout, RolloutFiles, in_background, measure, policy_rows
-from maxlm.objectives.sampler import Answers, Sampler
+from maxlm.objectives.sampler import Answers
 from maxlm.objectives.sequences import local_rows
 from maxlm.objectives.weight_sync import WeightSync
 from maxlm.ops.advantages import has_signal
@@ -31,18 +34,19 @@ from maxlm.ops.policy_losses import kl_estimate
 from maxlm.runtime.agree import any_process
 from maxlm.runtime.distributed import is_primary
 from maxlm.runtime.storage import LineLog
-from maxlm.scoring.reward_call import CheckedReward, Rewards
-from maxlm.scoring.rewards import check_record, find_rewards
-from maxlm.tokenizer.codec import Tokenizer
+from maxlm.scoring.reward_call import Rewards
 from maxlm.train.objective import RunContext
 
 # Prefix of the parts of a reward among a batch's values: the name of its metric.
 REWARD_PART = "reward_"
+# Values of answers whose means are metrics.
+REPORTED = ("cost_B", "harmful_B", "multiplier_B", "kl_beta_B")
 # Answers of a round that are written to `samples.jsonl`.
 _LOGGED = 4
-# Random streams of validation and of greedy answers: no step has these numbers.
-_VALIDATION_STREAM = 2**32 - 1
-_GREEDY_STREAM = 2**32 - 2
+
+
+# Rewards of a round, and costs if they are constrained.
+RoundRewards = tuple[Rewards, Rewards | None]
 
 
 class PolicyData:
@@ -52,29 +56,17 @@ class PolicyData:
         config, objective = context.config, context.config.objective
         self._context = context
         self._reference = context.reference() if objective.needs_reference else None
-        self._reward = CheckedReward(find_rewards(objective.reward), time_limit=objective.reward_time_limit)
-        self._prompts = self._read(objective.train_file)
-        self._valid_prompts = [] if objective.valid_file is None else self._read(objective.valid_file)
-        longest = max(len(prompt.ids) for prompt in [*self._prompts, *self._valid_prompts])
-        # A row, prompt and answer together, is divided over devices.
-        length = min(round_up(longest + objective.longest_answer, context.row_parts), config.row_length)
-        environment = objective.environment
-        sampler = Sampler(
-            context.tokenizer,
-            context.mesh,
-            prompt_length=length - objective.max_new_tokens if environment is None else length,
-            max_new_tokens=objective.max_new_tokens,
-            seed=config.seed,
-            layout=objective.sampler,
-        )
-        self._sampler: Sampler | Conversations = sampler
-        if environment is not None:
-            self._sampler = Conversations(
-                sampler, context.tokenizer, environment.build(), environment.max_turns, environment.max_tokens
-            )
+        self._rounds = PromptRounds(context, num_rounds=self._num_rounds, environment=objective.environment)
+        self._reward = AnswerRewards(context, objective.reward)
+        constraint = objective.constraint
+        self._cost = constraint and AnswerRewards(context, constraint.cost, key="objective.constraint.cost")
+        start = Controls(0.0 if constraint is None else constraint.multiplier, objective.kl.beta)
+        # Without a constraint or an adaptive coefficient nothing changes, and nothing is written.
+        changes = constraint is not None or objective.kl.adaptive is not None
+        self._controls = ControlsLog(context.folder if changes else None, start)
         self._sync = WeightSync(context.mesh)
-        self._sum = jax.jit(jnp.sum)
         self._measure = jax.jit(partial(measure, objective=objective))
+        self._text = None if objective.pretraining is None else self._open_text()
         self._files = None
         if objective.staleness and context.folder is not None:
             # A run goes on from its last checkpoint, or from the one before if that one cannot be read.
@@ -82,14 +74,25 @@ class PolicyData:
             self._files = RolloutFiles(context.folder, keep=since + objective.staleness + 1)
 
     def prepare(self, frozen: dict[str, Any]) -> None:
-        self._reward.try_out([*self._prompts, *self._valid_prompts])
+        prompts = [*self._rounds.prompts, *self._rounds.valid_prompts]
+        for rewards in (self._reward, self._cost):
+            if rewards is not None:
+                rewards.try_out(prompts)
 
     def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[Batch]:
+        sampled = self._sampled_batches(start_step, current_model)
+        if self._text is None:
+            return sampled
+        rows = self._context.rows
+        texts = map(as_batch, self._text.iterate(start_step, shard=rows.index, num_shards=rows.count))
+        return (replace(batch, streams={**batch.streams, **text.streams}) for batch, text in zip(sampled, texts))
+
+    def _sampled_batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[Batch]:
         objective = self._context.config.objective
         number, staleness = start_step // objective.resume_multiple, objective.staleness
-        log = self._open_log(start_step)
+        log, controls = self._open_log(start_step), self._controls.open(number)
         # Rounds of sampling that are not yet trained on, each with its rewards.
-        pending: deque[tuple[Rollout, Callable[[], Rewards]]] = deque()
+        pending: deque[tuple[Rollout, Callable[[], RoundRewards]]] = deque()
         for earlier in range(number, number + staleness if number else 0):
             rollout = self._files.read(earlier)
             pending.append((rollout, in_background(partial(self._rewards_of, rollout))))
@@ -97,7 +100,8 @@ class PolicyData:
             while len(pending) <= staleness:
                 pending.append(self._start(current_model(), number + len(pending)))
             rollout, wait = pending.popleft()
-            batches = self._finish(rollout, wait())
+            batches, controls = self._finish(rollout, *wait(), controls)
+            self._controls.write(number + 1, controls)
             self._log_samples(log, number, rollout, batches)
             for _ in range(objective.epochs_per_rollout):
                 yield from batches
@@ -107,25 +111,24 @@ class PolicyData:
         objective = self._context.config.objective
         rollout, step = divmod(batch, objective.resume_multiple)
         number = rollout * objective.updates_per_rollout + step % objective.updates_per_rollout
-        prompts = np.concatenate(
-            [self._indices(number, each, shard=0, num_shards=1) for each in range(self._num_rounds)]
-        )
-        return [{"id": self._prompts[prompt].place} for prompt in prompts]
+        texts = [] if self._text is None else [asdict(document) for document in self._text.documents(batch)]
+        return [*self._rounds.documents(number), *texts]
 
     def validate(self, model: Any) -> dict[str, float]:
-        if not self._valid_prompts:
-            return {}
-        model, temperature = without_critic(model), self._context.config.objective.temperature
-        return {
-            "reward": self._mean_valid_reward(model, temperature),
-            "greedy_reward": self._mean_valid_reward(model, 0.0),
-        }
+        def measured(prompts: Sequence[Prompt], answers: Answers) -> dict[str, np.ndarray]:
+            found = {"reward": self._reward.at_once(prompts, answers).total}
+            if self._cost is not None:
+                found["cost"] = self._cost.at_once(prompts, answers).total
+                found["harmful"] = _is_harmful(found["cost"])
+            return found
 
-    def _start(self, model: Any, number: int) -> tuple[Rollout, Callable[[], Rewards]]:
+        return self._rounds.validate(without_critic(model), measured)
+
+    def _start(self, model: Any, number: int) -> tuple[Rollout, Callable[[], RoundRewards]]:
         """Sample a round, and begin to reward it, while steps on earlier ones are computed if there is staleness."""
         rollout, rewards = self._sample(model, number)
         if rewards is not None:
-            return rollout, lambda: rewards
+            return rollout, lambda: (rewards, None)
         if self._files is not None:
             # Before training goes on: a checkpoint must not be newer than the answers that come after it.
             self._files.write(number, rollout)
@@ -134,34 +137,38 @@ class PolicyData:
     def _sample(self, model: Any, number: int) -> tuple[Rollout, Rewards | None]:
         """A round of sampling, with its rewards if they decide what is sampled."""
         objective, policy = self._context.config.objective, without_critic(model)
-        prompts_R, answers = self._sample_once(policy, number, 0)
-        rewards = None
+        prompts_R, answers = self._rounds.sample(policy, number, 0)
+        rewards, scores = None, {}
         if objective.dynamic_sampling is not None:
             prompts_R, answers, rewards = self._sample_until_signal(policy, number, prompts_R, answers)
+        else:
+            scores = self._reward.scores(self._rounds.asked(prompts_R), answers)
         difference = self._sync.check(policy, answers, temperature=objective.temperature)
-        greedy = None
+        greedy, greedy_scores = None, {}
         if objective.advantage.needs_greedy:
-            asked = [self._prompts[index] for index in prompts_R[:: objective.group_size]]
-            greedy = self._sampler(policy, asked, np.arange(len(asked)), stream=_GREEDY_STREAM, temperature=0.0)
+            asked = self._rounds.asked(prompts_R[:: objective.group_size])
+            greedy = self._rounds.greedy(policy, asked)
+            greedy_scores = self._reward.scores(asked, greedy)
         stream, _ = policy_rows(answers)
         parts = [share_of_tree(stream, n, objective.updates_per_rollout) for n in range(objective.updates_per_rollout)]
         measured = [self._measured(model, part) for part in parts]
         given = {name: np.concatenate([part[name] for part in measured]) for name in measured[0]}
         given["sync_difference_B"] = np.full(len(prompts_R), difference, np.float32)
-        return Rollout(prompts_R, answers, given, greedy), rewards
+        costs = {} if self._cost is None else self._cost.scores(self._rounds.asked(prompts_R), answers)
+        return Rollout(prompts_R, answers, given, greedy, scores, greedy_scores, costs), rewards
 
     def _sample_until_signal(
         self, policy: Any, number: int, prompts_R: np.ndarray, answers: Answers
     ) -> tuple[np.ndarray, Answers, Rewards]:
         """Sample more rounds until enough groups have different rewards; those come first, in order."""
         group_size, wanted = self._context.config.objective.group_size, len(prompts_R)
-        rewards = self._reward([self._prompts[index] for index in prompts_R], answers.texts, answers.lengths_R)
+        rewards = self._reward.at_once(self._rounds.asked(prompts_R), answers)
         for round_number in range(1, self._num_rounds):
             signal = has_signal(rewards.total.reshape(-1, group_size))
             if not any_process(signal.sum() * group_size < wanted):
                 break
-            more_R, more = self._sample_once(policy, number, round_number)
-            added = self._reward([self._prompts[index] for index in more_R], more.texts, more.lengths_R)
+            more_R, more = self._rounds.sample(policy, number, round_number)
+            added = self._reward.at_once(self._rounds.asked(more_R), more)
             prompts_R, answers = np.concatenate([prompts_R, more_R]), answers.joined(more)
             rewards = rewards.joined(added)
         signal = has_signal(rewards.total.reshape(-1, group_size))
@@ -169,34 +176,15 @@ class PolicyData:
         rows = (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)
         return prompts_R[rows], answers.taken(rows), rewards.taken(rows)
 
-    def _sample_once(self, policy: Any, number: int, round_number: int) -> tuple[np.ndarray, Answers]:
-        """Answers to this process's prompts of the next `updates_per_rollout` steps, and the index of each's prompt."""
-        config, objective = self._context.config, self._context.config.objective
-        group_size, num_steps, rows = objective.group_size, objective.updates_per_rollout, self._context.rows
-        steps = number * num_steps + np.arange(num_steps)
-        prompts = [self._indices(int(step), round_number, shard=rows.index, num_shards=rows.count) for step in steps]
-        places = [
-            share_of(np.arange(config.batch_size) + n * config.batch_size, rows.index, rows.count)
-            for n in range(num_steps)
-        ]
-        prompts_R = np.repeat(np.concatenate(prompts), group_size)
-        first = (np.concatenate(places) + round_number * num_steps * config.batch_size) * group_size
-        answers = self._sampler(
-            policy,
-            [self._prompts[index] for index in prompts_R],
-            (first[:, None] + np.arange(group_size)).reshape(-1),
-            stream=number * objective.resume_multiple,
-            temperature=objective.temperature,
-            group_size=group_size,
-        )
-        return prompts_R, answers
+    def _rewards_of(self, rollout: Rollout) -> RoundRewards:
+        prompts, answers = self._rounds.asked(rollout.prompts_R), rollout.answers
+        costs = None if self._cost is None else self._cost(prompts, answers, rollout.cost_scores)
+        return self._reward(prompts, answers, rollout.scores), costs
 
-    def _rewards_of(self, rollout: Rollout) -> Rewards:
-        prompts = [self._prompts[index] for index in rollout.prompts_R]
-        return self._reward(prompts, rollout.answers.texts, rollout.answers.lengths_R)
-
-    def _finish(self, rollout: Rollout, rewards: Rewards) -> list[Batch]:
-        """The batches of a round of sampling, one for each of its steps."""
+    def _finish(
+        self, rollout: Rollout, rewards: Rewards, costs: Rewards | None, controls: Controls
+    ) -> tuple[list[Batch], Controls]:
+        """The batches of a round of sampling, one for each of its steps, and the controls of the next one."""
         objective = self._context.config.objective
         num_steps, group_size = objective.updates_per_rollout, objective.group_size
         answers, given = rollout.answers, dict(rollout.measured)
@@ -205,12 +193,15 @@ class PolicyData:
         penalties_BL = np.zeros(sampled_BL.shape, np.float32)
         if self._reference is not None and objective.kl.within == "reward":
             log_p = (jnp.asarray(x_BL) for x_BL in (sampled_BL, given["reference_BL"]))
-            penalties_BL = objective.kl.beta * np.asarray(kl_estimate(*log_p, estimator=objective.kl.estimator))
+            penalties_BL = controls.kl_beta * np.asarray(kl_estimate(*log_p, estimator=objective.kl.estimator))
         greedy_N = None
         if rollout.greedy is not None:
-            prompts = [self._prompts[index] for index in rollout.prompts_R[::group_size]]
-            greedy_N = self._reward(prompts, rollout.greedy.texts, rollout.greedy.lengths_R).total
-        rewards_NG = rewards.total.reshape(-1, group_size)
+            asked = self._rounds.asked(rollout.prompts_R[::group_size])
+            greedy_N = self._reward(asked, rollout.greedy, rollout.greedy_scores).total
+        total_B = rewards.total
+        if costs is not None:
+            total_B = (total_B - controls.multiplier * costs.total) / (1 + controls.multiplier)
+        rewards_NG = total_B.astype(np.float32).reshape(-1, group_size)
         advantages_BL, returns_BL = objective.advantage(
             RewardedAnswers(
                 rewards_NG=rewards_NG,
@@ -235,8 +226,39 @@ class PolicyData:
             given |= {f"{REWARD_PART}{name}": part_B for name, part_B in rewards.parts.items()}
         if returns_BL is not None:
             given["returns_BL"] = returns_BL
+        given |= self._controlled(controls, costs, num_rows=len(total_B))
         whole = Batch({"answers": stream}, given)
-        return [share_of_tree(whole, n, num_steps) for n in range(num_steps)]
+        batches = [share_of_tree(whole, n, num_steps) for n in range(num_steps)]
+        return batches, self._next_controls(controls, rollout, stream, sampled_BL, costs)
+
+    def _controlled(self, controls: Controls, costs: Rewards | None, *, num_rows: int) -> dict[str, np.ndarray]:
+        """The values of a round's answers that are reported of a constraint and an adaptive coefficient."""
+        given = {}
+        if costs is not None:
+            given = {"cost_B": costs.total, "harmful_B": _is_harmful(costs.total)}
+            given["multiplier_B"] = np.full(num_rows, controls.multiplier, np.float32)
+        if self._context.config.objective.kl.adaptive is not None:
+            given["kl_beta_B"] = np.full(num_rows, controls.kl_beta, np.float32)
+        return given
+
+    def _next_controls(
+        self, controls: Controls, rollout: Rollout, stream: Stream, sampled_BL: np.ndarray, costs: Rewards | None
+    ) -> Controls:
+        """The controls of the next round, from means over the answers of all processes."""
+        objective = self._context.config.objective
+
+        def mean(x_B: np.ndarray) -> float:
+            total, count = self._over_processes(np.array([np.sum(x_B, dtype=np.float64), len(x_B)]))
+            return float(total / count)
+
+        if costs is not None:
+            limits = {"rate": objective.constraint.rate, "largest": objective.constraint.largest_multiplier}
+            controls = controls.after_costs(mean(costs.total), limit=objective.constraint.limit, **limits)
+        if (adaptive := objective.kl.adaptive) is not None:
+            gain_BL = (sampled_BL - rollout.measured["reference_BL"]) * (stream.loss_weights > 0)
+            kl = mean(gain_BL.sum(axis=1))
+            controls = controls.after_divergence(kl, target=adaptive.target, rate=adaptive.rate)
+        return controls
 
     def _open_log(self, start_step: int) -> LineLog | None:
         """`samples.jsonl` of the run folder, without samples of steps that are repeated."""
@@ -253,7 +275,7 @@ class PolicyData:
         values, tokenizer = batches[0].values, self._context.tokenizer
         parts = [name for name in values if name.startswith(REWARD_PART)]
         for row in range(min(_LOGGED, len(values["rewards_B"]))):
-            prompt = self._prompts[rollout.prompts_R[row]]
+            prompt = self._rounds.prompts[rollout.prompts_R[row]]
             record = {
                 "step": step,
                 "id": prompt.place,
@@ -267,19 +289,21 @@ class PolicyData:
             }
             log.append(json.dumps(record, ensure_ascii=False))
 
-    def _indices(self, step: int, number: int, *, shard: int, num_shards: int) -> np.ndarray:
-        """The prompts of a step in one round of sampling."""
-        return self._order.indices(
-            step * self._num_rounds + number,
-            batch_size=self._context.config.batch_size,
-            shard=shard,
-            num_shards=num_shards,
-        )
-
     @property
     def _num_rounds(self) -> int:
         dynamic = self._context.config.objective.dynamic_sampling
         return 1 if dynamic is None else dynamic.max_rounds
+
+    def _open_text(self) -> PackedRows:
+        """Rows of pretraining: as many in a step as there are answers."""
+        config, objective = self._context.config, self._context.config.objective
+        return open_mixture(
+            [(source.path, source.weight) for source in objective.pretraining.sources],
+            seed=config.seed,
+            batch_size=config.batch_size * objective.group_size,
+            expected_fingerprint=self._context.tokenizer.fingerprint,
+            expected_row_length=config.row_length,
+        )
 
     def _measured(self, model: Any, answers: Stream) -> dict[str, np.ndarray]:
         """What training needs to know of answers besides their rewards, from passes over whole rows."""
@@ -298,49 +322,12 @@ class PolicyData:
         copies = jax.process_count() / self._context.rows.count
         return np.sum(multihost_utils.process_allgather(x), axis=0) / copies
 
-    def _mean_valid_reward(self, model: Any, temperature: float) -> float:
-        """Mean reward of one answer per prompt, in batches of the training shape, for which sampling is compiled."""
-        config, objective = self._context.config, self._context.config.objective
-        sample = even_sample([np.arange(len(self._valid_prompts))], config.eval_batches * config.batch_size)
-        size = config.batch_size * objective.group_size * objective.updates_per_rollout
-        total = 0.0
-        for batch in padded_batches(len(sample), size, len(sample)):
-            mine = share_of(batch, self._context.rows.index, self._context.rows.count)
-            # The random draws of a prompt depend on its place in the file, not on the rest of the sample.
-            places = sample[np.maximum(mine, 0)]
-            drawn = [self._valid_prompts[place] for place in places]
-            answers = self._sampler(model, drawn, places, stream=_VALIDATION_STREAM, temperature=temperature)
-            rewards = self._reward(drawn, answers.texts, answers.lengths_R).total
-            rewards = np.where(mine >= 0, rewards, 0.0).astype(np.float32)
-            total += float(self._sum(put_batch(rewards, self._context.mesh)))
-        return total / len(sample)
 
-    @cached_property
-    def _order(self) -> EpochOrder:
-        config = self._context.config
-        return training_order(
-            config.objective.train_file, len(self._prompts), batch_size=config.batch_size, seed=config.seed
-        )
-
-    def _read(self, path: str) -> list[Prompt]:
-        config = self._context.config
-        return read_policy_prompts(path, config.objective, self._context.tokenizer, row_length=config.row_length)
+def _is_harmful(costs: np.ndarray) -> np.ndarray:
+    """1.0 for answers whose cost is above 0."""
+    return (costs > 0).astype(np.float32)
 
 
 def share_of_tree(tree: Any, part: int, num_parts: int) -> Any:
     """One of equal parts of the rows of all arrays."""
     return jax.tree.map(lambda x: share_of(x, part, num_parts), tree)
-
-
-def read_policy_prompts(path: str, objective: Any, tokenizer: Tokenizer, *, row_length: int) -> list[Prompt]:
-    """The prompts of a file that leave room for an answer, each a record that some completion can satisfy.
-
-    Raises:
-      DataError: a record is not a prompt, or none fits.
-    """
-    room = row_length - objective.longest_answer
-    tools = None if objective.environment is None else objective.environment.build().tools
-    prompts = read_prompts(path, tokenizer, max_prompt_length=room, row_length=row_length, form=objective, tools=tools)
-    for prompt in prompts:
-        check_record(objective.reward, prompt.record, prompt.place)
-    return prompts

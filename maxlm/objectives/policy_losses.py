@@ -147,6 +147,13 @@ def average(loss_BL: jax.Array, is_answer_BL: jax.Array, how: Average, *, longes
     return Term(jnp.sum(is_answer_BL * loss_BL), num_answers * (longest if how == "longest" else 1))
 
 
+class AdaptiveKl(Frozen):
+    """A weight of the divergence that keeps it near a target (arXiv:1909.08593, section 2.2)."""
+
+    target: PositiveFloat = Field(description="The divergence of an answer, the sum over its tokens, in nats.")
+    rate: PositiveFloat = Field(0.1, description="How fast beta changes: by at most a fifth of this a round.")
+
+
 class KlConfig(Frozen):
     """Penalty on the divergence from the starting model."""
 
@@ -154,6 +161,7 @@ class KlConfig(Frozen):
     within: Literal["loss", "reward"] = Field(
         "loss", description="`reward` subtracts it from the reward of each token, as in InstructGPT."
     )
+    adaptive: AdaptiveKl | None = Field(None, description="Change beta from round to round; for within=reward.")
     estimator: Literal["k1", "k2", "k3"] = Field("k3", description="See `maxlm.ops.policy_losses.kl_estimate`.")
     true_gradient: bool = Field(
         False,

@@ -7,18 +7,21 @@ import io
 import json
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 import jax
 import numpy as np
 from etils import epath
 
-from maxlm.core.batch import Stream
+from maxlm.core.batch import Batch, Stream
 from maxlm.errors import CheckpointError
 from maxlm.models.critic import apply_critic
 from maxlm.objectives.sampler import Answers
 from maxlm.objectives.sequences import target_log_probabilities, whole_rows
+
+# Fields of a round that hold arrays by name.
+_BY_NAME = ("measured", "scores", "greedy_scores", "cost_scores")
 
 
 @dataclass(frozen=True)
@@ -28,19 +31,24 @@ class Rollout:
     prompts_R: the index of each answer's prompt in its file; answers to the same prompt are in a row.
     measured: values by name: [B, L] of `measure`, and [B] `sync_difference_B` of `WeightSync`.
     greedy: the greedy answer to each prompt, if asked for.
+    scores, greedy_scores, cost_scores: of the answers under each reward model, or cost model: [R] by name.
     """
 
     prompts_R: np.ndarray
     answers: Answers
     measured: Mapping[str, np.ndarray]
     greedy: Answers | None = None
+    scores: Mapping[str, np.ndarray] = field(default_factory=dict)
+    greedy_scores: Mapping[str, np.ndarray] = field(default_factory=dict)
+    cost_scores: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def write(self, file: epath.Path) -> None:
         """Write it to a file, whole or not at all."""
         content = io.BytesIO()
         parts = {"answers": self.answers} | ({} if self.greedy is None else {"greedy": self.greedy})
         arrays = {f"{name}/{key}": x for name, part in parts.items() for key, x in _arrays(part).items()}
-        arrays |= {f"measured/{name}": x_BL for name, x_BL in self.measured.items()}
+        for part in _BY_NAME:
+            arrays |= {f"{part}/{name}": x for name, x in getattr(self, part).items()}
         np.savez_compressed(content, allow_pickle=False, prompts_R=self.prompts_R, **arrays)
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f"{file.name}.partial")
@@ -63,11 +71,12 @@ class Rollout:
             found = dict(arrays)
 
         def part(name: str) -> dict[str, np.ndarray]:
-            return {path.split("/")[1]: x for path, x in found.items() if path.startswith(f"{name}/")}
+            return {path.split("/", 1)[1]: x for path, x in found.items() if path.startswith(f"{name}/")}
 
         greedy = part("greedy")
+        by_name = {name: part(name) for name in _BY_NAME}
         return cls(
-            found["prompts_R"], _answers(part("answers")), part("measured"), _answers(greedy) if greedy else None
+            found["prompts_R"], _answers(part("answers")), greedy=_answers(greedy) if greedy else None, **by_name
         )
 
 
@@ -140,6 +149,12 @@ def policy_rows(answers: Answers) -> tuple[Stream, np.ndarray]:
     sampled_BL[rows, places - 1] = answers.log_probabilities_RN[rows, columns]
     positions = np.arange(tokens.shape[1], dtype=np.int32) * segment_ids
     return Stream(tokens, targets, loss_weights, segment_ids, positions), sampled_BL
+
+
+def sampled_values(batch: Batch) -> dict[str, Any]:
+    """The log-probabilities [B, L] that the sampler recorded, by the stream of their tokens."""
+    names = {"answers": "sampled_BL", "chosen": "sampled_chosen_BL", "rejected": "sampled_rejected_BL"}
+    return {stream: batch.values[name] for stream, name in names.items() if name in batch.values}
 
 
 def in_background(function: Callable[[], Any]) -> Callable[[], Any]:

@@ -13,6 +13,22 @@ from jax.nn import log_sigmoid, sigmoid
 _LARGEST_EXPONENT = 40.0
 
 
+def cost_loss(safer_B: jax.Array, other_B: jax.Array, safer_safe_B: jax.Array, other_safe_B: jax.Array) -> jax.Array:
+    """The loss of pairs of costs, of the safer and the other answer: [B] (arXiv:2310.12773, equation 6).
+
+        -log sigmoid(other - safer) - log sigmoid(sign other) - log sigmoid(sign' safer)
+
+    with sign 1 for a harmful and -1 for a safe answer: the cost of the other answer is higher, and costs of harmful
+    answers are above 0.
+
+    Args:
+      safer_safe_B, other_safe_B: 1 for a safe and 0 for a harmful answer.
+    """
+    order_B = -jax.nn.log_sigmoid(other_B - safer_B)
+    signed = ((1 - 2 * safe_B) * cost_B for safe_B, cost_B in ((safer_safe_B, safer_B), (other_safe_B, other_B)))
+    return order_B - sum(jax.nn.log_sigmoid(x_B) for x_B in signed)
+
+
 def bradley_terry_loss(chosen_B: jax.Array, rejected_B: jax.Array, margin_B: jax.Array | float = 0.0) -> jax.Array:
     """-log sigmoid(r_chosen - r_rejected - m) of each pair.
 

@@ -9,13 +9,14 @@ import functools
 import importlib
 import inspect
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, NotRequired, Self
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 from typing_extensions import TypedDict
 
 from maxlm.config.base import Frozen
@@ -66,11 +67,29 @@ RULES: Mapping[str, Rule] = {
 
 
 class RewardPart(Frozen):
-    """A reward function, and its weight in the sum."""
+    """A reward function or a reward model, and its weight in the sum."""
 
-    name: str = Field(description="A rule of `maxlm.scoring.rewards`, or your own function as package.module:function.")
+    name: str | None = Field(
+        None, description="A rule of `maxlm.scoring.rewards`, or your own function as package.module:function."
+    )
+    model: str | None = Field(
+        None, description="Instead, a run folder or checkpoint of a reward model with the same tokenizer."
+    )
     weight: float = 1.0
     settings: dict[str, Any] = Field({}, description="Keyword arguments of the function.")
+
+    @model_validator(mode="after")
+    def _names_one(self) -> Self:
+        if (self.name is None) == (self.model is None):
+            raise ValueError("give either name, a reward function, or model, the folder of a reward model")
+        if self.model is not None and self.settings:
+            raise ValueError("settings: are those of a function, and a reward model has none")
+        return self
+
+    @property
+    def source(self) -> str:
+        """Its name in the configuration."""
+        return self.name or self.model
 
 
 # The name of a function, or several with their weights.
@@ -110,22 +129,32 @@ class Reward:
         return self.function(prompt, completions, record, **given, **self.settings)
 
 
+def parts_of(setting: str | Sequence[RewardPart]) -> Sequence[RewardPart]:
+    """The parts of the sum."""
+    return [RewardPart(name=setting)] if isinstance(setting, str) else setting
+
+
+def names_of(parts: Sequence[RewardPart]) -> list[str]:
+    """A short name for each part, unique among them: of its function, or of the folder of its model."""
+    short = [re.split(r"[:/]", part.source.rstrip("/"))[-1] for part in parts]
+    counts = [short[: index + 1].count(name) for index, name in enumerate(short)]
+    return [name if count == 1 else f"{name}_{count}" for name, count in zip(short, counts)]
+
+
 def find_rewards(setting: str | Sequence[RewardPart]) -> list[Reward]:
-    """The reward functions of a configuration.
+    """The reward functions of a configuration; its reward models are left out.
 
     Raises:
       ConfigError: there is no such function, or its settings do not fit.
     """
-    parts = [RewardPart(name=setting)] if isinstance(setting, str) else setting
-    found: dict[str, Reward] = {}
-    for part in parts:
-        function = find_function(part.name)
-        base = part.name.rpartition(":")[2]
-        number = sum(other.name.rpartition(":")[2] == base for other in parts[: len(found)]) + 1
-        name = base if number == 1 else f"{base}_{number}"
-        settings, takes = _checked_settings(function, part)
-        found[name] = Reward(name, part.name, part.weight, function, settings, takes)
-    return list(found.values())
+    parts = parts_of(setting)
+    found = []
+    for name, part in zip(names_of(parts), parts):
+        if part.name is not None:
+            function = find_function(part.name)
+            settings, takes = _checked_settings(function, part)
+            found.append(Reward(name, part.name, part.weight, function, settings, takes))
+    return found
 
 
 def check_record(setting: str | Sequence[RewardPart], record: dict[str, Any], where: str) -> None:
@@ -134,7 +163,8 @@ def check_record(setting: str | Sequence[RewardPart], record: dict[str, Any], wh
     Raises:
       DataError: its message begins with `where`, FILE:LINE.
     """
-    for name in [setting] if isinstance(setting, str) else [part.name for part in setting]:
+    for part in parts_of(setting):
+        name = part.name
         rule = RULES.get(name)
         if rule is None or rule.field is None:
             continue

@@ -18,6 +18,7 @@ from maxlm.core.batch import put_batch
 from maxlm.core.compat import quick_compiler_options
 from maxlm.core.sharding import make_mesh
 from maxlm.errors import CheckFailed
+from maxlm.objectives.rollouts import sampled_values
 from maxlm.objectives.sequences import local_rows, target_log_probabilities, whole_rows
 from maxlm.objectives.weight_sync import WeightSyncError
 from maxlm.verify.subject import Subject, place
@@ -56,9 +57,13 @@ def compare_rollout(
             return whole_rows(target_log_probabilities(model, rows, temperature=temperature))
 
         scores = jax.jit(compute, compiler_options=quick_compiler_options())
-        rows = put_batch(batch["answers"], mesh)
-        old, new = (local_rows(scores(weights, frozen, rows)) for weights in (before, after))
-    sampled = np.asarray(batch.values["sampled_BL"])
+        recorded = sampled_values(batch)
+        streams = [put_batch(batch[name], mesh) for name in recorded]
+        old, new = (
+            np.concatenate([local_rows(scores(weights, frozen, rows)) for rows in streams])
+            for weights in (before, after)
+        )
+    sampled = np.concatenate(list(recorded.values()))
     difference = float(np.abs(sampled - new).max())
     if np.abs(new - old).max() < 0.01:
         raise CheckFailed("the update of the weights changes no sampled token's log-probability: nothing is compared")

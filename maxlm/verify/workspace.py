@@ -3,10 +3,12 @@
 import contextlib
 import json
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 from maxlm.config import TokenizerConfig
 from maxlm.config.train import TrainConfig
@@ -32,8 +34,21 @@ class Workspace:
         path = self.folder / "prompts.jsonl"
         records = [{"prompt": [{"role": "user", "content": text}], "answer": "yes"} for text in _QUESTIONS]
         path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        update = {"train_file": str(path), "valid_file": None, "reward": "exact_match"}
-        return config.model_copy(update={"objective": config.objective.model_copy(update=update)})
+        objective = config.objective
+        update = {
+            "train_file": str(path),
+            "valid_file": None,
+            "reward": f"{__name__}:made_up_reward",
+            "pretraining": None,
+            "constraint": None,
+        }
+        update = {name: value for name, value in update.items() if name in type(objective).model_fields}
+        return config.model_copy(update={"objective": objective.model_copy(update=update)})
+
+
+def made_up_reward(prompt: Any, completions: list[str], record: dict[str, Any]) -> list[float]:
+    """A reward that tells almost any two answers apart."""
+    return [zlib.crc32(text.encode()) / 2**32 for text in completions]
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
         ),
         (
             "objective.kind=polcy",
-            "objective.kind: 'polcy' must be one of 'distill', 'fim', 'multi_token', 'policy', 'preference'",
+            "objective.kind: 'polcy' must be one of 'cost', 'distill', 'distill_chat', 'fim', 'multi_token',",
         ),
         ("objective.sources=[]", "objective.sources: []: must be a list of at least 1 item"),
         ("optim.learning_rate=nan", "optim.learning_rate: 'nan': must be a number"),

@@ -180,6 +180,43 @@ def test_answers_that_teach_nothing_are_left_out(run, server):
     assert "1 made of 5 records; left out: 3 empty answer, 2 answer is cut off, 1 equal answers" in said
 
 
+def test_answers_of_a_teacher_make_chats_without_a_judge(server, tmp_path, tiny_tokenizer_folder, capsys):
+    def says(body, number):
+        return completion("same" if body["messages"][-1]["content"] == "Question 0?" else f"word {body['seed'] % 97}")
+
+    server.reply = says
+    records = write_lines(tmp_path / "prompts.jsonl", [{"prompt": question(f"Question {n}?")} for n in range(3)])
+    config = tmp_path / "answer.yaml"
+    config.write_text(
+        f"kind: feedback\noutput: {tmp_path}/out\nrecords: {records}\ntask: {{kind: answer}}\n"
+        f"model: {{kind: endpoint, base_url: '{server.base_url}', model: teacher}}\nanswers: {{count: 2}}\n"
+    )
+    assert main(["feedback", str(config)]) == 0, capsys.readouterr().err
+    made, aside = (read_lines(tmp_path / "out" / name) for name in ("chats.jsonl", "aside.jsonl"))
+    assert len(made) == 5
+    assert made[0]["messages"] == [*question("Question 0?"), {"role": "assistant", "content": "same"}]
+    assert made[1]["metadata"] == {"answers": "teacher"}
+    assert [line["reason"] for line in aside] == ["equal answers"]
+    assert len(PackedChats.read(tmp_path / "out" / "chats.jsonl", Tokenizer.load(tiny_tokenizer_folder), row_length=64))
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["stage"] == "feedback/answer"
+    assert set(manifest["inputs"]) == {"records"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["task.kind=answer"], "task.kind=answer: needs a model, and neither judge nor constitution"),
+        (["judge=null"], "judge: is missing, and task.kind=prefer needs it"),
+        (["constitution=null"], "constitution: is missing, and task.kind=prefer needs it"),
+    ],
+)
+def test_judge_and_task_must_fit(run, overrides, sentence):
+    code, _, said = run(PAIRS, *overrides)
+    assert code == 2
+    assert sentence in said
+
+
 def test_critique_and_revision_make_chats(run, server, tiny_tokenizer_folder):
     records = [
         {"messages": [*question("Why?"), {"role": "assistant", "content": "So."}]},

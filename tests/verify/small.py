@@ -12,9 +12,16 @@ OBJECTIVES = {
     "distill": {"teacher": "nowhere", "sources": [{"path": "nowhere"}], "temperature": 2.0},
     "sft": {"train_file": "nowhere.jsonl"},
     "reward": {"train_file": "nowhere.jsonl", "center": 0.01},
+    "cost": {"train_file": "nowhere.jsonl"},
     "process_reward": {"train_file": "nowhere.jsonl"},
     "preference": {"train_file": "nowhere.jsonl"},
     "unpaired_preference": {"train_file": "nowhere.jsonl"},
+    "distill_chat": {
+        "teacher": "nowhere",
+        "train_file": "nowhere.jsonl",
+        "divergence": {"kind": "jensen_shannon", "temperature": 1.5},
+    },
+    "online_preference": {"train_file": "nowhere.jsonl"},
     "policy": {"train_file": "nowhere.jsonl"},
 }
 

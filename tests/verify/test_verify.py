@@ -34,12 +34,25 @@ SKIPPED = Finding("mesh", "tensor=2", skipped="num_heads: 3 is not divisible")
     [
         ("reward", {}),
         ("process_reward", {}),
+        ("cost", {}),
         ("preference", {}),
         ("unpaired_preference", {}),
         ("distill", {}),
+        ("distill_chat", {}),
+        ("online_preference", {}),
         ("policy", {"adapters": {"kind": "lora", "rank": 4}}),
     ],
-    ids=["reward", "process reward", "preference", "kto", "distill", "grpo with adapters"],
+    ids=[
+        "reward",
+        "process reward",
+        "cost",
+        "preference",
+        "kto",
+        "distill",
+        "chat distill",
+        "online dpo",
+        "grpo with adapters",
+    ],
 )
 def test_every_objective_passes_with_padding_and_on_three_axes(kind, settings):
     report = verify(config_of(kind, **settings), only=["padding", "mesh: data=2, fsdp=2, tensor=2"])
