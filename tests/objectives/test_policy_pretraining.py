@@ -102,7 +102,8 @@ def test_text_loss_is_that_of_pretraining(tuned, prompts, packed, tokenizer, tmp
     text = as_batch(mixture.batch(3))["text"]
     model, _ = load_model(tuned[0])
     shape = text.tokens.shape
-    names = ("sampled_BL", "advantages_BL", "rewards_B", "has_signal_B", "lengths_B", "is_truncated_B")
+    of_answers = ("rewards_B", "has_signal_B", "lengths_B", "is_truncated_B", "sync_difference_B")
+    names = (*of_answers, "sampled_BL", "advantages_BL")
     values = {name: np.zeros(shape[: 1 + name.endswith("_BL")], np.float32) for name in names}
     answers = jax.tree.map(np.zeros_like, text)
 
