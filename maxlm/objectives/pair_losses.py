@@ -3,6 +3,7 @@
 Dimensions: B pairs.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -68,8 +69,35 @@ class PairLoss(Frozen):
         del chosen, rejected, real_B
         return {}
 
+    @abstractmethod
     def __call__(self, chosen: Answers, rejected: Answers, matched: Mapping[str, jax.Array]) -> jax.Array:
-        raise NotImplementedError
+        """The loss of each pair.
+
+        Args:
+          matched: the values of `match`.
+        """
+
+
+class MarginLoss(PairLoss):
+    """Base class of losses of the margin: the gain of the chosen answer less that of the rejected one."""
+
+    @abstractmethod
+    def of_margin(self, margin_B: jax.Array) -> jax.Array:
+        """The loss of each pair."""
+
+    def __call__(self, chosen: Answers, rejected: Answers, matched: Mapping[str, jax.Array]) -> jax.Array:
+        return self.of_margin(chosen.gains - rejected.gains)
+
+
+class GainsLoss(PairLoss):
+    """Base class of losses of both gains."""
+
+    @abstractmethod
+    def of_gains(self, chosen_B: jax.Array, rejected_B: jax.Array) -> jax.Array:
+        """The loss of each pair."""
+
+    def __call__(self, chosen: Answers, rejected: Answers, matched: Mapping[str, jax.Array]) -> jax.Array:
+        return self.of_gains(chosen.gains, rejected.gains)
 
 
 class DpoLoss(PairLoss):
@@ -97,24 +125,23 @@ class DpoLoss(PairLoss):
         return losses.dpo_loss(gains[0] - gains[1], beta=self.beta, label_smoothing=self.label_smoothing)
 
 
-class RobustLoss(PairLoss):
+class RobustLoss(MarginLoss):
     """DPO, corrected for a known share of mislabeled pairs."""
 
     kind: Literal["robust"] = "robust"
     label_smoothing: LabelSmoothing = Field(0.1, description="The share of mislabeled pairs.")
 
-    def __call__(self, chosen: Answers, rejected: Answers, matched: Mapping[str, jax.Array]) -> jax.Array:
-        margin_B = chosen.gains - rejected.gains
+    def of_margin(self, margin_B: jax.Array) -> jax.Array:
         return losses.robust_loss(margin_B, beta=self.beta, label_smoothing=self.label_smoothing)
 
 
-class HingeLoss(PairLoss):
+class HingeLoss(MarginLoss):
     """Hinge loss: zero once the margin of a pair reaches 1 / beta."""
 
     kind: Literal["hinge"] = "hinge"
 
-    def __call__(self, chosen: Answers, rejected: Answers, matched: Mapping[str, jax.Array]) -> jax.Array:
-        return losses.hinge_loss(chosen.gains - rejected.gains, beta=self.beta)
+    def of_margin(self, margin_B: jax.Array) -> jax.Array:
+        return losses.hinge_loss(margin_B, beta=self.beta)
 
 
 class IpoLoss(PairLoss):
@@ -128,56 +155,54 @@ class IpoLoss(PairLoss):
         return losses.ipo_loss(gains[0] - gains[1], beta=self.beta)
 
 
-class ExoLoss(PairLoss):
+class ExoLoss(MarginLoss):
     """Efficient exact optimization: the reverse KL divergence from the labels."""
 
     kind: Literal["exo"] = "exo"
     label_smoothing: Annotated[float, Field(gt=0, lt=0.5)] = 0.001
 
-    def __call__(self, chosen: Answers, rejected: Answers, matched: Mapping[str, jax.Array]) -> jax.Array:
-        margin_B = chosen.gains - rejected.gains
+    def of_margin(self, margin_B: jax.Array) -> jax.Array:
         return losses.exo_loss(margin_B, beta=self.beta, label_smoothing=self.label_smoothing)
 
 
-class DiscoPopLoss(PairLoss):
+class DiscoPopLoss(MarginLoss):
     """A loss that was discovered by a language model."""
 
     kind: Literal["discopop"] = "discopop"
     temperature: PositiveFloat = 0.05
 
-    def __call__(self, chosen: Answers, rejected: Answers, matched: Mapping[str, jax.Array]) -> jax.Array:
-        margin_B = chosen.gains - rejected.gains
+    def of_margin(self, margin_B: jax.Array) -> jax.Array:
         return losses.discopop_loss(margin_B, beta=self.beta, temperature=self.temperature)
 
 
-class NcaLoss(PairLoss):
+class NcaLoss(GainsLoss):
     """Noise contrastive alignment: the chosen answer does not become less likely."""
 
     kind: Literal["nca"] = "nca"
 
-    def __call__(self, chosen: Answers, rejected: Answers, matched: Mapping[str, jax.Array]) -> jax.Array:
-        return losses.nca_loss(chosen.gains, rejected.gains, beta=self.beta)
+    def of_gains(self, chosen_B: jax.Array, rejected_B: jax.Array) -> jax.Array:
+        return losses.nca_loss(chosen_B, rejected_B, beta=self.beta)
 
 
-class BcoLoss(PairLoss):
+class BcoLoss(GainsLoss):
     """Binary classifier optimization: each answer is classified as good or bad."""
 
     kind: Literal["bco"] = "bco"
 
-    def __call__(self, chosen: Answers, rejected: Answers, matched: Mapping[str, jax.Array]) -> jax.Array:
-        return losses.bco_loss(chosen.gains, rejected.gains, beta=self.beta)
+    def of_gains(self, chosen_B: jax.Array, rejected_B: jax.Array) -> jax.Array:
+        return losses.bco_loss(chosen_B, rejected_B, beta=self.beta)
 
 
-class SppoLoss(PairLoss):
+class SppoLoss(GainsLoss):
     """Self-play preference optimization: the gains approach 1 / (2 beta) and -1 / (2 beta)."""
 
     kind: Literal["sppo"] = "sppo"
 
-    def __call__(self, chosen: Answers, rejected: Answers, matched: Mapping[str, jax.Array]) -> jax.Array:
-        return losses.sppo_loss(chosen.gains, rejected.gains, beta=self.beta)
+    def of_gains(self, chosen_B: jax.Array, rejected_B: jax.Array) -> jax.Array:
+        return losses.sppo_loss(chosen_B, rejected_B, beta=self.beta)
 
 
-class ApoLoss(PairLoss):
+class ApoLoss(GainsLoss):
     """Anchored preference optimization, for chosen answers that are better or worse than the model's own."""
 
     kind: Literal["apo"] = "apo"
@@ -185,9 +210,9 @@ class ApoLoss(PairLoss):
         "better", description="`better` makes chosen answers more likely (APO-zero), `worse` less (APO-down)."
     )
 
-    def __call__(self, chosen: Answers, rejected: Answers, matched: Mapping[str, jax.Array]) -> jax.Array:
+    def of_gains(self, chosen_B: jax.Array, rejected_B: jax.Array) -> jax.Array:
         loss = losses.apo_zero_loss if self.chosen == "better" else losses.apo_down_loss
-        return loss(chosen.gains, rejected.gains, beta=self.beta)
+        return loss(chosen_B, rejected_B, beta=self.beta)
 
 
 class SimpoLoss(PairLoss):

@@ -3,6 +3,7 @@
 Dimensions: N prompts, G answers per prompt, B = N * G rows, L length of prompt and answer.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,9 +23,10 @@ SumOverProcesses = Callable[[np.ndarray], np.ndarray]
 class RewardedAnswers:
     """A process's answers of one round of sampling.
 
-    rewards_NG: of whole answers; parts_PNG: their parts, before weights, with `part_weights_P`.
+    rewards_NG: of whole answers.
     is_answer_BL: bool, tokens that the policy sampled.
     penalties_BL: subtracted from the reward of each token.
+    add_up: for moments over the answers of all processes.
     greedy_N: rewards of greedy answers, if asked for. values_BL: of a critic, if there is one.
     """
 
@@ -68,9 +70,9 @@ class Advantage(Frozen):
 
     kind: str
 
+    @abstractmethod
     def __call__(self, answers: RewardedAnswers) -> tuple[np.ndarray, np.ndarray | None]:
         """Advantages [B, L], and what the critic should have predicted [B, L], if there is one."""
-        raise NotImplementedError
 
 
 class GroupAdvantage(Advantage):

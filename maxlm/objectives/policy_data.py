@@ -25,7 +25,7 @@ from maxlm.objectives.controls import Controls, ControlsLog
 from maxlm.objectives.packed_rows import as_batch
 from maxlm.objectives.policy_advantages import RewardedAnswers
 from maxlm.objectives.prompt_rounds import PromptRounds
-from maxlm.objectives.rollouts import Rollout, RolloutFiles, in_background, measure, policy_rows
+from maxlm.objectives.rollouts import Rollout, RolloutFiles, measure, policy_rows
 from maxlm.objectives.sampler import Answers
 from maxlm.objectives.sequences import local_rows
 from maxlm.objectives.weight_sync import WeightSync
@@ -34,6 +34,7 @@ from maxlm.ops.policy_losses import kl_estimate
 from maxlm.runtime.agree import any_process
 from maxlm.runtime.distributed import is_primary
 from maxlm.runtime.storage import LineLog
+from maxlm.runtime.time_limit import in_background
 from maxlm.scoring.reward_call import Rewards
 from maxlm.train.objective import RunContext
 

@@ -3,6 +3,7 @@
 Dimensions: B rows (answers), L length of prompt and answer.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -34,8 +35,9 @@ class Surrogate(Frozen):
 
     kind: str
 
+    @abstractmethod
     def __call__(self, tokens: PolicyTokens) -> tuple[jax.Array, jax.Array]:
-        raise NotImplementedError
+        """The loss [B, L], and bool [B, L]."""
 
 
 class ClippedSurrogate(Surrogate):

@@ -5,8 +5,7 @@ Dimensions: R answers of this process, B rows (answers), L length of prompt and 
 
 import io
 import json
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -155,28 +154,3 @@ def sampled_values(batch: Batch) -> dict[str, Any]:
     """The log-probabilities [B, L] that the sampler recorded, by the stream of their tokens."""
     names = {"answers": "sampled_BL", "chosen": "sampled_chosen_BL", "rejected": "sampled_rejected_BL"}
     return {stream: batch.values[name] for stream, name in names.items() if name in batch.values}
-
-
-def in_background(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Start a function in a thread; what is returned waits for its result, or raises what it raised."""
-
-    outcome: list[Any] = []
-
-    def run() -> None:
-        try:
-            outcome.append((function(), None))
-        except BaseException as error:
-            outcome.append((None, error))
-
-    # A daemon, so that the process can end while user code still runs.
-    thread = threading.Thread(target=run, name="rewards", daemon=True)
-    thread.start()
-
-    def wait() -> Any:
-        thread.join()
-        value, error = outcome[0]
-        if error is not None:
-            raise error
-        return value
-
-    return wait
