@@ -9,11 +9,12 @@ import numpy as np
 from maxlm.config.objective import RecordsConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch
-from maxlm.core.term import LossOutput, Term
+from maxlm.core.term import LossOutput
 from maxlm.data.preference import PreferencePairs
 from maxlm.models.applied import AppliedModel
 from maxlm.objectives.record_data import Examples, RecordData, first_examples
 from maxlm.objectives.sequences import rows_of
+from maxlm.objectives.validation import means_of
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.objective import ExampleMaker, PreviewRow, RunContext
 
@@ -42,15 +43,11 @@ def open_pairs(
             with_margins=with_margins,
         )
 
-    def summarize(sums: dict[str, Term], batches: list[Batch]) -> dict[str, float]:
-        means = {name: float(np.asarray(value.mean())) for name, value in sums.items()}
-        return {"loss": means[term], "accuracy": means["accuracy"], "reward_margin": means["reward_margin"]}
-
     return RecordData(
         context,
         read,
         loss=loss,
-        summarize=summarize,
+        summarize=means_of(term, "accuracy", "reward_margin"),
         prepare_examples=prepare_examples,
         with_policy=with_policy,
     )

@@ -5,48 +5,40 @@ Dimensions: B rows (solutions), L length.
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
-from maxlm.config.execution import ExecutionConfig
-from maxlm.config.model import ModelConfig
 from maxlm.config.objective import RecordsConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch
 from maxlm.core.term import LossOutput, Term
 from maxlm.data.steps import LabeledSteps
 from maxlm.models.applied import AppliedModel
-from maxlm.models.decoder import Decoder
-from maxlm.models.scores import token_scores, with_labels
+from maxlm.models.scores import token_scores
 from maxlm.objectives.record_data import RecordData, first_examples
+from maxlm.objectives.scalar_head import ScalarHead
 from maxlm.objectives.sequences import rows_of
+from maxlm.objectives.validation import means_of
 from maxlm.ops.binary_loss import binary_cross_entropy
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContext
-
-LABELS = ("process_reward",)
+from maxlm.train.objective import ExampleMaker, PreviewRow, RunContext
 
 
-class ProcessRewardModeling(Objective, RecordsConfig):
+class ProcessRewardModeling(ScalarHead, RecordsConfig):
     """A scalar head, read at the end of each step and trained on its label with cross-entropy.
 
     As in arXiv:2305.20050 and, with labels between 0 and 1, arXiv:2312.08935.
     """
 
+    label: ClassVar[str] = "process_reward"
+
     kind: Literal["process_reward"] = "process_reward"
     train_file: str = Field(
         description="Solutions: JSON, JSONL or Parquet with `prompt` (messages or text), `steps` and `labels`."
     )
-
-    def declare(self, config: ModelConfig, execution: ExecutionConfig) -> Decoder:
-        return Decoder(config.model_copy(update={"labels": LABELS}), execution)
-
-    def from_decoder(self, decoder: Decoder, key: jax.Array) -> Decoder:
-        return with_labels(decoder, LABELS, key)
 
     def compute_loss(self, model: AppliedModel, batch: Batch) -> LossOutput:
         output = model.outputs["text"]
@@ -73,11 +65,7 @@ class ProcessRewardModeling(Objective, RecordsConfig):
             form=self,
         )
 
-        def summarize(sums: dict[str, Term], batches: list[Batch]) -> dict[str, float]:
-            means = {name: float(np.asarray(value.mean())) for name, value in sums.items()}
-            names = ("accuracy", "accuracy_of_right", "accuracy_of_wrong")
-            return {"loss": means["step_cross_entropy"], **{name: means[name] for name in names}}
-
+        summarize = means_of("step_cross_entropy", "accuracy", "accuracy_of_right", "accuracy_of_wrong")
         return RecordData(context, read, loss=self.compute_loss, summarize=summarize)
 
     def preview(self, config: TrainConfig, tokenizer: Tokenizer, num_examples: int) -> Iterator[PreviewRow]:

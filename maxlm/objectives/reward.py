@@ -5,34 +5,30 @@ Dimensions: B pairs.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from pydantic import Field, NonNegativeFloat
 
-from maxlm.config.execution import ExecutionConfig
-from maxlm.config.model import ModelConfig
 from maxlm.config.objective import RecordsConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch
 from maxlm.core.term import LossOutput, Term, add
 from maxlm.models.applied import AppliedModel
-from maxlm.models.decoder import Decoder
-from maxlm.models.scores import sequence_scores, with_labels
 from maxlm.objectives.pairs import example_pairs, open_pairs, preview_pairs
 from maxlm.objectives.record_data import RecordData
+from maxlm.objectives.scalar_head import ScalarHead, pair_scores
 from maxlm.objectives.sequences import is_real
 from maxlm.ops.preference_losses import bradley_terry_loss
 from maxlm.tokenizer.codec import Tokenizer
-from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContext
-
-LABELS = ("reward",)
+from maxlm.train.objective import ExampleMaker, PreviewRow, RunContext
 
 
-class RewardModeling(Objective, RecordsConfig):
+class RewardModeling(ScalarHead, RecordsConfig):
     """A scalar head trained on preference pairs with the Bradley-Terry loss."""
+
+    label: ClassVar[str] = "reward"
 
     kind: Literal["reward"] = "reward"
     train_file: str = Field(
@@ -41,22 +37,11 @@ class RewardModeling(Objective, RecordsConfig):
     )
     center: NonNegativeFloat = Field(0.0, description="Weight of the squared sum of a pair's rewards.")
 
-    def declare(self, config: ModelConfig, execution: ExecutionConfig) -> Decoder:
-        return Decoder(config.model_copy(update={"labels": LABELS}), execution)
-
-    def from_decoder(self, decoder: Decoder, key: jax.Array) -> Decoder:
-        return with_labels(decoder, LABELS, key)
-
     def compute_loss(self, model: AppliedModel, batch: Batch) -> LossOutput:
         real_B = is_real(batch["chosen"])
         weight = jnp.sum(real_B)
         outputs = model.outputs
-
-        def rewards(name: str) -> jax.Array:
-            places = {"positions_BL": batch[name].positions, "segment_ids_BL": batch[name].segment_ids}
-            return sequence_scores(model.decoder, outputs[name], **places)[:, 0]
-
-        chosen_B, rejected_B = rewards("chosen"), rewards("rejected")
+        chosen_B, rejected_B = pair_scores(model, batch)
         loss_B = bradley_terry_loss(chosen_B, rejected_B, batch.values["margin_B"])
         terms = {"bradley_terry": Term(jnp.sum(real_B * loss_B), weight)}
         if self.center:

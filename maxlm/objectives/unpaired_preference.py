@@ -23,6 +23,7 @@ from maxlm.models.decoder import Decoder
 from maxlm.objectives.record_data import Examples, RecordData, first_examples
 from maxlm.objectives.reference import with_reference
 from maxlm.objectives.sequences import is_real, local_rows, rows_of, target_log_probabilities
+from maxlm.objectives.validation import means_of
 from maxlm.ops.preference_losses import kto_loss
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContext
@@ -100,12 +101,8 @@ class UnpairedPreferenceOptimization(Objective, RecordsConfig):
             return Batch({"answers": batch["answers"]}, values)
 
         def summarize(sums: dict[str, Term], batches: list[Batch]) -> dict[str, float]:
-            del batches
-            means = {name: float(np.asarray(term.mean())) for name, term in sums.items()}
-            margin = means["reward_good"] - means["reward_bad"]
-            return {"loss": means[self.loss.kind], "reward_margin": margin} | {
-                name: means[name] for name in ("reward_good", "reward_bad")
-            }
+            means = means_of(self.loss.kind, "reward_good", "reward_bad")(sums, batches)
+            return means | {"reward_margin": means["reward_good"] - means["reward_bad"]}
 
         read = partial(self._read, config=config, tokenizer=context.tokenizer, parts=context.row_parts)
         return RecordData(

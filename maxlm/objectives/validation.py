@@ -29,6 +29,16 @@ class Evaluator:
         return functools.reduce(lambda a, b: jax.tree.map(operator.add, a, b), jax.device_get(outputs))
 
 
+def means_of(loss: str, *names: str) -> Callable[[dict[str, Term], list[Batch]], dict[str, float]]:
+    """A summary for `RecordData`: the mean of one term, as `loss`, and of others by their names."""
+
+    def summarize(sums: dict[str, Term], batches: list[Batch]) -> dict[str, float]:
+        del batches
+        return {key: float(np.asarray(sums[name].mean())) for key, name in (("loss", loss), *zip(names, names))}
+
+    return summarize
+
+
 def cross_entropy_by_source(model: AppliedModel, batch: Batch, *, num_sources: int) -> LossOutput:
     """Cross-entropy of the targets of each source, in nats, as metrics `0` ... `num_sources - 1`.
 
