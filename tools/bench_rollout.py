@@ -32,7 +32,7 @@ from maxlm.generate.engine import Engine  # noqa: E402
 from maxlm.generate.model import for_this_backend  # noqa: E402
 from maxlm.generate.request import Event, Request  # noqa: E402
 from maxlm.models.decoder import Decoder  # noqa: E402
-from maxlm.objectives.sampler import Sampler  # noqa: E402
+from maxlm.objectives.sampling.sampler import Sampler  # noqa: E402
 
 PROMPT_LENGTH, SLOTS = 32, 8
 

@@ -29,8 +29,8 @@ from maxlm.data.chat import share_of
 from maxlm.models.applied import AppliedModel
 from maxlm.models.decoder import Decoder
 from maxlm.objectives.record_data import RecordData, first_examples
-from maxlm.objectives.rollouts import policy_rows
-from maxlm.objectives.sampler import Sampler
+from maxlm.objectives.sampling.rollouts import policy_rows
+from maxlm.objectives.sampling.sampler import Sampler
 from maxlm.objectives.sequences import is_real, rows_of, target_log_probabilities
 from maxlm.objectives.teacher import Divergence, check_teacher, declare_teacher, load_teacher, token_divergence
 from maxlm.objectives.validation import language_model_values

@@ -20,13 +20,13 @@ from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch, Stream, put_batch
 from maxlm.core.term import LossOutput, Term
 from maxlm.models.applied import AppliedModel
-from maxlm.objectives.answer_rewards import AnswerRewards
 from maxlm.objectives.pair_objective import PairObjective
-from maxlm.objectives.policy_data import share_of_tree
-from maxlm.objectives.prompt_rounds import PromptRounds, preview_prompts
-from maxlm.objectives.rewarded_sampling import RewardedSampling
-from maxlm.objectives.rollouts import policy_rows
-from maxlm.objectives.sampler import Answers
+from maxlm.objectives.sampling.answer_rewards import AnswerRewards
+from maxlm.objectives.sampling.policy_data import share_of_tree
+from maxlm.objectives.sampling.prompt_rounds import PromptRounds, preview_prompts
+from maxlm.objectives.sampling.rewarded_sampling import RewardedSampling
+from maxlm.objectives.sampling.rollouts import policy_rows
+from maxlm.objectives.sampling.sampler import Answers
 from maxlm.objectives.sequences import local_rows, whole_rows
 from maxlm.runtime.distributed import is_primary
 from maxlm.runtime.storage import LineLog

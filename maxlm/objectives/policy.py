@@ -21,11 +21,11 @@ from maxlm.core.term import LossOutput, Term, add
 from maxlm.models.applied import AppliedModel
 from maxlm.models.critic import values, with_critic
 from maxlm.models.decoder import Decoder
-from maxlm.objectives.answer_rewards import critic_start
-from maxlm.objectives.environments import EnvironmentConfig
-from maxlm.objectives.policy_advantages import AnyAdvantage, GroupAdvantage
-from maxlm.objectives.policy_data import REPORTED, REWARD_PART, PolicyData
-from maxlm.objectives.policy_losses import (
+from maxlm.objectives.sampling.answer_rewards import critic_start
+from maxlm.objectives.sampling.environments import EnvironmentConfig
+from maxlm.objectives.sampling.policy_advantages import AnyAdvantage, GroupAdvantage
+from maxlm.objectives.sampling.policy_data import REPORTED, REWARD_PART, PolicyData
+from maxlm.objectives.sampling.policy_losses import (
     AVERAGES,
     AnySurrogate,
     Average,
@@ -36,8 +36,8 @@ from maxlm.objectives.policy_losses import (
     average,
     close_answers,
 )
-from maxlm.objectives.prompt_rounds import preview_prompts
-from maxlm.objectives.rewarded_sampling import RewardedSampling, reward_inputs
+from maxlm.objectives.sampling.prompt_rounds import preview_prompts
+from maxlm.objectives.sampling.rewarded_sampling import RewardedSampling, reward_inputs
 from maxlm.objectives.sequences import is_real, target_log_probabilities, token_entropies
 from maxlm.ops.policy_losses import value_loss
 from maxlm.scoring.rewards import RewardSetting

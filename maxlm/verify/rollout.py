@@ -18,9 +18,9 @@ from maxlm.core.batch import put_batch
 from maxlm.core.compat import quick_compiler_options
 from maxlm.core.sharding import make_mesh
 from maxlm.errors import CheckFailed
-from maxlm.objectives.rollouts import sampled_values
+from maxlm.objectives.sampling.rollouts import sampled_values
+from maxlm.objectives.sampling.weight_sync import WeightSyncError
 from maxlm.objectives.sequences import local_rows, target_log_probabilities, whole_rows
-from maxlm.objectives.weight_sync import WeightSyncError
 from maxlm.verify.subject import Subject, place
 from maxlm.verify.workspace import Workspace
 

@@ -30,8 +30,8 @@ def main(arguments: list[str]) -> int:
     from maxlm.data.chat import share_of
     from maxlm.data.preference import Prompt
     from maxlm.models.decoder import Decoder
-    from maxlm.objectives.sampler import Sampler
-    from maxlm.objectives.weight_sync import WeightSync, WeightSyncError
+    from maxlm.objectives.sampling.sampler import Sampler
+    from maxlm.objectives.sampling.weight_sync import WeightSync, WeightSyncError
 
     layers = {"repeat": 2, "mixer": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}, "mlp": {"dim": 64}}
     execution = ExecutionConfig(activation_dtype="float32", matmul_dtype="float32")

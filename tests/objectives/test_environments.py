@@ -17,12 +17,12 @@ from maxlm.data.preference import Prompt
 from maxlm.errors import ConfigError, DataError
 from maxlm.interop.load import load_model
 from maxlm.models.applied import AppliedModel
-from maxlm.objectives.conversations import Conversations
-from maxlm.objectives.environments import Tool, ToolEnvironment, calculator, python, retrieval
-from maxlm.objectives.rollouts import policy_rows
-from maxlm.objectives.sampler import Sampler
+from maxlm.objectives.sampling.conversations import Conversations
+from maxlm.objectives.sampling.environments import Tool, ToolEnvironment, calculator, python, retrieval
+from maxlm.objectives.sampling.rollouts import policy_rows
+from maxlm.objectives.sampling.sampler import Sampler
+from maxlm.objectives.sampling.weight_sync import WeightSync
 from maxlm.objectives.sequences import target_log_probabilities
-from maxlm.objectives.weight_sync import WeightSync
 from maxlm.runtime.bounded import Limits, isolation_problem
 from maxlm.train.metrics import read_metrics
 from maxlm.train.run import train

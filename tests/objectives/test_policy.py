@@ -16,8 +16,8 @@ from maxlm.core.tree import flatten
 from maxlm.data.preference import Prompt
 from maxlm.errors import ConfigError, DataError
 from maxlm.interop.load import load_model
-from maxlm.objectives.rollouts import policy_rows
-from maxlm.objectives.sampler import Sampler
+from maxlm.objectives.sampling.rollouts import policy_rows
+from maxlm.objectives.sampling.sampler import Sampler
 from maxlm.objectives.sequences import target_log_probabilities
 from maxlm.train.metrics import read_metrics
 from maxlm.train.run import train

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from maxlm.objectives.policy_advantages import AnyAdvantage, RewardedAnswers
-from maxlm.objectives.policy_losses import (
+from maxlm.objectives.sampling.policy_advantages import AnyAdvantage, RewardedAnswers
+from maxlm.objectives.sampling.policy_losses import (
     AnySurrogate,
     ImportanceConfig,
     KlConfig,

@@ -13,7 +13,7 @@ from maxlm.config.load import dump_yaml
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckpointError
 from maxlm.interop.load import load_model
-from maxlm.objectives.sampler import Sampler
+from maxlm.objectives.sampling.sampler import Sampler
 from maxlm.runtime.time_limit import in_background
 from maxlm.train.metrics import read_metrics
 from maxlm.train.run import train

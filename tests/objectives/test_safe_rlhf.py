@@ -16,7 +16,7 @@ from maxlm.data.preference import PreferencePairs
 from maxlm.data.safety import SafetyPairs
 from maxlm.errors import CheckpointError, ConfigError, DataError
 from maxlm.interop.load import load_model
-from maxlm.objectives.controls import Controls
+from maxlm.objectives.sampling.controls import Controls
 from maxlm.ops.preference_losses import cost_loss
 from maxlm.train.metrics import read_metrics
 from maxlm.train.run import train

@@ -16,8 +16,8 @@ from maxlm.core.sharding import make_mesh, named_sharding
 from maxlm.data.preference import Prompt
 from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
-from maxlm.objectives.sampler import Sampler
-from maxlm.objectives.weight_sync import WeightSync, WeightSyncError, tolerance
+from maxlm.objectives.sampling.sampler import Sampler
+from maxlm.objectives.sampling.weight_sync import WeightSync, WeightSyncError, tolerance
 
 EXECUTION = ExecutionConfig(activation_dtype="float32", matmul_dtype="float32")
 ATTENTION = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
@@ -139,7 +139,7 @@ def test_large_models_stay_sharded_and_small_ones_are_gathered(monkeypatch):
     model = abstract(plan, mesh)
     sampler = Sampler(Numbers(), mesh, prompt_length=4, max_new_tokens=4, seed=0)
     small = sampler.program(model)
-    monkeypatch.setattr("maxlm.objectives.sampler.REPLICATED_BYTES", 1000)
+    monkeypatch.setattr("maxlm.objectives.sampling.sampler.REPLICATED_BYTES", 1000)
     assert sampler.program(model) is not small
 
 

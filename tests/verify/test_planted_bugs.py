@@ -16,7 +16,7 @@ from maxlm.layers import attend, moe
 from maxlm.layers.norm import Norm
 from maxlm.models import decoder
 from maxlm.objectives import sft
-from maxlm.objectives.sampler import Sampler
+from maxlm.objectives.sampling.sampler import Sampler
 from maxlm.ops.linear import AdaptedWeight
 from maxlm.ops.norm import rms_norm
 from maxlm.train import step

@@ -17,7 +17,7 @@ from maxlm.interop.load import load_reward_model
 from maxlm.models.decoder import Decoder, with_execution
 from maxlm.models.scores import sequence_scores
 from maxlm.objectives.beside import check_beside
-from maxlm.objectives.sampler import Answers
+from maxlm.objectives.sampling.sampler import Answers
 from maxlm.objectives.sequences import local_rows
 from maxlm.prompts.chat_template import ChatTokens
 from maxlm.scoring.reward_call import CheckedReward, Rewards

@@ -20,15 +20,15 @@ from maxlm.data.chat import share_of
 from maxlm.data.loader import PackedRows, open_mixture
 from maxlm.data.preference import Prompt
 from maxlm.models.critic import without_critic
-from maxlm.objectives.answer_rewards import AnswerRewards
-from maxlm.objectives.controls import Controls, ControlsLog
 from maxlm.objectives.packed_rows import as_batch
-from maxlm.objectives.policy_advantages import RewardedAnswers
-from maxlm.objectives.prompt_rounds import PromptRounds
-from maxlm.objectives.rollouts import Rollout, RolloutFiles, measure, policy_rows
-from maxlm.objectives.sampler import Answers
+from maxlm.objectives.sampling.answer_rewards import AnswerRewards
+from maxlm.objectives.sampling.controls import Controls, ControlsLog
+from maxlm.objectives.sampling.policy_advantages import RewardedAnswers
+from maxlm.objectives.sampling.prompt_rounds import PromptRounds
+from maxlm.objectives.sampling.rollouts import Rollout, RolloutFiles, measure, policy_rows
+from maxlm.objectives.sampling.sampler import Answers
+from maxlm.objectives.sampling.weight_sync import WeightSync
 from maxlm.objectives.sequences import local_rows
-from maxlm.objectives.weight_sync import WeightSync
 from maxlm.ops.advantages import has_signal
 from maxlm.ops.policy_losses import kl_estimate
 from maxlm.runtime.agree import any_process

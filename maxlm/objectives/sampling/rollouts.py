@@ -16,7 +16,7 @@ from etils import epath
 from maxlm.core.batch import Batch, Stream
 from maxlm.errors import CheckpointError
 from maxlm.models.critic import apply_critic
-from maxlm.objectives.sampler import Answers
+from maxlm.objectives.sampling.sampler import Answers
 from maxlm.objectives.sequences import target_log_probabilities, whole_rows
 
 # Fields of a round that hold arrays by name.

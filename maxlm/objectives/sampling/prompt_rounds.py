@@ -16,10 +16,10 @@ from maxlm.core.batch import put_batch
 from maxlm.data.chat import EpochOrder, padded_batches, share_of, training_order
 from maxlm.data.preference import Prompt, pad, read_prompts, round_up
 from maxlm.data.sample import even_sample
-from maxlm.objectives.conversations import Conversations
-from maxlm.objectives.environments import EnvironmentConfig
 from maxlm.objectives.record_data import first_indices
-from maxlm.objectives.sampler import Answers, Sampler
+from maxlm.objectives.sampling.conversations import Conversations
+from maxlm.objectives.sampling.environments import EnvironmentConfig
+from maxlm.objectives.sampling.sampler import Answers, Sampler
 from maxlm.prompts.chat_template import ChatTokens
 from maxlm.scoring.rewards import check_record, parts_of
 from maxlm.tokenizer.codec import Tokenizer

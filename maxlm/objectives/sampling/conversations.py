@@ -12,8 +12,8 @@ import numpy as np
 
 from maxlm.data.preference import Prompt
 from maxlm.errors import TokenizerError
-from maxlm.objectives.environments import Environment
-from maxlm.objectives.sampler import Answers, Sampler
+from maxlm.objectives.sampling.environments import Environment
+from maxlm.objectives.sampling.sampler import Answers, Sampler
 from maxlm.runtime.agree import any_process
 from maxlm.tokenizer.codec import Tokenizer
 

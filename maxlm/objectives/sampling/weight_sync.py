@@ -19,8 +19,8 @@ from maxlm.core.batch import Stream, put_batch
 from maxlm.core.fingerprint import fingerprint
 from maxlm.core.sharding import row_groups
 from maxlm.errors import CheckFailed
-from maxlm.objectives.rollouts import policy_rows
-from maxlm.objectives.sampler import Answers
+from maxlm.objectives.sampling.rollouts import policy_rows
+from maxlm.objectives.sampling.sampler import Answers
 from maxlm.objectives.sequences import local_rows, target_log_probabilities, whole_rows
 from maxlm.ops.linear import operand_dtype
 from maxlm.runtime.agree import any_process

@@ -5,7 +5,7 @@ from pydantic import Field, PositiveFloat
 from maxlm.config.base import Count, Seconds
 from maxlm.config.objective import Input, RecordsConfig
 from maxlm.config.train import TrainConfig
-from maxlm.objectives.sampler import Layout
+from maxlm.objectives.sampling.sampler import Layout
 from maxlm.scoring.rewards import RewardSetting
 
 
