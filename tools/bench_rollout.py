@@ -27,7 +27,7 @@ from maxlm.config.execution import ExecutionConfig  # noqa: E402
 from maxlm.config.mesh import MeshConfig  # noqa: E402
 from maxlm.core.parameters import initialize, shardings  # noqa: E402
 from maxlm.core.sharding import make_mesh  # noqa: E402
-from maxlm.data.preference import Prompt  # noqa: E402
+from maxlm.data.examples.preference import Prompt  # noqa: E402
 from maxlm.generate.engine import Engine  # noqa: E402
 from maxlm.generate.model import for_this_backend  # noqa: E402
 from maxlm.generate.request import Event, Request  # noqa: E402

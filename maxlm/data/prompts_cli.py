@@ -58,7 +58,7 @@ def run_show(args: argparse.Namespace) -> int:
     from itertools import islice
 
     from maxlm.config.load import load_config
-    from maxlm.data.prompts import as_task, build_prompts, open_builder
+    from maxlm.data.examples.prompts import as_task, build_prompts, open_builder
     from maxlm.tokenizer.codec import Tokenizer
 
     config = load_config(args.config, args.overrides, kind="prompt")
@@ -86,7 +86,7 @@ def run_build(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from maxlm.config.load import load_config
-    from maxlm.data.prompts import as_task, build_prompts, open_builder
+    from maxlm.data.examples.prompts import as_task, build_prompts, open_builder
     from maxlm.errors import DataError
     from maxlm.runtime.progress import console
 

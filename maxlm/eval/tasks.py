@@ -12,8 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from maxlm.config.data import RecordFormat
 from maxlm.config.prompt import AnyFormatConfig
 from maxlm.core.interval import Interval, proportion_interval
-from maxlm.data.messages import check_keys, parse_messages
-from maxlm.data.records import read_records
+from maxlm.data.examples.messages import check_keys, parse_messages
+from maxlm.data.examples.records import read_records
 from maxlm.errors import ConfigError, DataError
 from maxlm.generate.model import LoadedModel, Prompt
 from maxlm.prompts.answer_formats import AnswerFormat, UnreadableAnswer, answer_format

@@ -15,7 +15,7 @@ import numpy as np
 from maxlm.checkpoint.folder import find_checkpoint, run_folder_of
 from maxlm.config.objective import find_objective
 from maxlm.core.batch import Stream
-from maxlm.data.chat import PackedChats
+from maxlm.data.examples.chat import PackedChats
 from maxlm.data.held_out import open_held_out
 from maxlm.data.loader import open_splits
 from maxlm.data.prefixes import with_prefixes

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config.data import RecordFormat
-from maxlm.data.messages import check_keys, parse_messages
-from maxlm.data.records import check_encodable, parse_pair, parse_prompt, read_records
+from maxlm.data.examples.messages import check_keys, parse_messages
+from maxlm.data.examples.records import check_encodable, parse_pair, parse_prompt, read_records
 from maxlm.errors import DataError
 from maxlm.scoring.chat_models import Prompt
 from maxlm.scoring.judge import Answer

@@ -16,7 +16,7 @@ from maxlm.config.objective import RecordsConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch
 from maxlm.core.term import LossOutput, Term, add
-from maxlm.data.safety import SafetyPairs
+from maxlm.data.examples.safety import SafetyPairs
 from maxlm.models.applied import AppliedModel
 from maxlm.objectives.pairs import example_pairs
 from maxlm.objectives.record_data import RecordData, first_examples

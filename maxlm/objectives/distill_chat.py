@@ -24,8 +24,8 @@ from maxlm.config.objective import Input, RecordsConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch, put_batch
 from maxlm.core.term import LossOutput, Term
-from maxlm.data.answers import PromptsWithAnswers
-from maxlm.data.chat import share_of
+from maxlm.data.examples.answers import PromptsWithAnswers
+from maxlm.data.examples.chat import share_of
 from maxlm.models.applied import AppliedModel
 from maxlm.models.decoder import Decoder
 from maxlm.objectives.record_data import RecordData, first_examples

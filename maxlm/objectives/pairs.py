@@ -10,7 +10,7 @@ from maxlm.config.objective import RecordsConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch
 from maxlm.core.term import LossOutput
-from maxlm.data.preference import PreferencePairs
+from maxlm.data.examples.preference import PreferencePairs
 from maxlm.models.applied import AppliedModel
 from maxlm.objectives.record_data import Examples, RecordData, first_examples
 from maxlm.objectives.sequences import rows_of

@@ -15,7 +15,7 @@ from maxlm.config.objective import RecordsConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch
 from maxlm.core.term import LossOutput, Term
-from maxlm.data.steps import LabeledSteps
+from maxlm.data.examples.steps import LabeledSteps
 from maxlm.models.applied import AppliedModel
 from maxlm.models.scores import token_scores
 from maxlm.objectives.record_data import RecordData, first_examples

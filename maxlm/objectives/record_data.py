@@ -11,7 +11,7 @@ from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch
 from maxlm.core.sharding import RowShard
 from maxlm.core.term import LossOutput, Term
-from maxlm.data.chat import EpochOrder, padded_batches, share_of, step_batches, training_order
+from maxlm.data.examples.chat import EpochOrder, padded_batches, share_of, step_batches, training_order
 from maxlm.objectives.validation import Evaluator
 from maxlm.train.objective import RunContext
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.core.batch import Batch, put_batch
 from maxlm.core.sharding import is_explicit
-from maxlm.data.chat import share_of
+from maxlm.data.examples.chat import share_of
 from maxlm.objectives.record_data import Examples
 from maxlm.runtime.agree import from_primary
 from maxlm.runtime.distributed import is_primary

@@ -12,7 +12,7 @@ from maxlm.config.objective import RecordsConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch
 from maxlm.core.term import LossOutput, Term
-from maxlm.data.chat import PackedChats
+from maxlm.data.examples.chat import PackedChats
 from maxlm.models.applied import AppliedModel
 from maxlm.objectives.language_model import language_model_loss
 from maxlm.objectives.record_data import RecordData, first_indices

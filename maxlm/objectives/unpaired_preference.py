@@ -17,7 +17,7 @@ from maxlm.config.objective import RecordsConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import Batch, put_batch
 from maxlm.core.term import LossOutput, Term
-from maxlm.data.judged import JudgedAnswers
+from maxlm.data.examples.judged import JudgedAnswers
 from maxlm.models.applied import AppliedModel
 from maxlm.models.decoder import Decoder
 from maxlm.objectives.record_data import Examples, RecordData, first_examples

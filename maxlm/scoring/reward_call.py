@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from maxlm.data.preference import Prompt
+from maxlm.data.examples.preference import Prompt
 from maxlm.errors import ConfigError
 from maxlm.runtime.time_limit import TimeLimitExceeded, within
 from maxlm.scoring.rewards import Reward

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, Validat
 from typing_extensions import TypedDict
 
 from maxlm.config.base import Frozen
-from maxlm.data.records import Text, field
+from maxlm.data.examples.records import Text, field
 from maxlm.errors import ConfigError, DataError
 from maxlm.scoring.rules import answers, code, form, latex, style
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from maxlm.config.data import RecordFormat
 from maxlm.core.interval import mean_interval, proportion_interval
-from maxlm.data.encoding import encode_answer, encode_chat
-from maxlm.data.messages import parse_messages
-from maxlm.data.records import field, parse_prompt, read_records
-from maxlm.data.steps import encode_steps, parse_steps
+from maxlm.data.examples.encoding import encode_answer, encode_chat
+from maxlm.data.examples.messages import parse_messages
+from maxlm.data.examples.records import field, parse_prompt, read_records
+from maxlm.data.examples.steps import encode_steps, parse_steps
 from maxlm.errors import CheckpointError, DataError
 from maxlm.interop.load import load_reward_model
 from maxlm.models.decoder import Decoder

@@ -7,10 +7,10 @@ import pytest
 
 from maxlm.config import TokenizerConfig
 from maxlm.config.data import ChatConfig
-from maxlm.data.chat import EpochOrder, PackedChats, pack, padded_batches, training_order
-from maxlm.data.encoding import encode_prompt
-from maxlm.data.records import read_records
-from maxlm.data.tool_calls import link_results
+from maxlm.data.examples.chat import EpochOrder, PackedChats, pack, padded_batches, training_order
+from maxlm.data.examples.encoding import encode_prompt
+from maxlm.data.examples.records import read_records
+from maxlm.data.examples.tool_calls import link_results
 from maxlm.errors import DataError
 from maxlm.tokenizer.train import train_tokenizer
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from maxlm.config.load import parse_config
-from maxlm.data.chat import PackedChats
+from maxlm.data.examples.chat import PackedChats
 from maxlm.prompts.named_templates import template_names
 from maxlm.tokenizer.codec import Tokenizer
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from maxlm.config import TokenizerConfig
-from maxlm.data.encoding import encode_answer
-from maxlm.data.preference import PreferencePairs, read_prompts
+from maxlm.data.examples.encoding import encode_answer
+from maxlm.data.examples.preference import PreferencePairs, read_prompts
 from maxlm.errors import DataError
 from maxlm.tokenizer.train import train_tokenizer
 

@@ -7,9 +7,9 @@ import pyarrow.parquet as parquet
 import pytest
 
 from maxlm.config.data import RecordFormat
-from maxlm.data.messages import parse_messages
-from maxlm.data.records import parse_chat, parse_judged, parse_pair, parse_prompt, read_records
-from maxlm.data.tool_calls import link_results
+from maxlm.data.examples.messages import parse_messages
+from maxlm.data.examples.records import parse_chat, parse_judged, parse_pair, parse_prompt, read_records
+from maxlm.data.examples.tool_calls import link_results
 from maxlm.errors import DataError
 
 Q, A = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}

@@ -15,8 +15,8 @@ from judge_server import completion, failure, judge_server
 
 from maxlm.cli import main
 from maxlm.config.data import RecordFormat
-from maxlm.data.chat import PackedChats
-from maxlm.data.preference import PreferencePairs
+from maxlm.data.examples.chat import PackedChats
+from maxlm.data.examples.preference import PreferencePairs
 from maxlm.runtime.manifest import content_hash, manifest_chain, read_manifest
 from maxlm.runtime.storage import locked
 from maxlm.tokenizer.codec import Tokenizer
@@ -412,7 +412,7 @@ def test_pairs_of_a_file_are_labelled_anew(run):
 
 
 def test_judgments_are_allowed_in_pairs_only_by_their_names(tmp_path):
-    from maxlm.data.records import parse_pair
+    from maxlm.data.examples.records import parse_pair
     from maxlm.errors import DataError
 
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}

@@ -27,8 +27,8 @@ def main(arguments: list[str]) -> int:
     from maxlm.config.model import ModelConfig
     from maxlm.core.parameters import initialize, shardings
     from maxlm.core.sharding import make_mesh, row_shard
-    from maxlm.data.chat import share_of
-    from maxlm.data.preference import Prompt
+    from maxlm.data.examples.chat import share_of
+    from maxlm.data.examples.preference import Prompt
     from maxlm.models.decoder import Decoder
     from maxlm.objectives.sampling.sampler import Sampler
     from maxlm.objectives.sampling.weight_sync import WeightSync, WeightSyncError

@@ -6,7 +6,7 @@ from tiny_decoder import text_loss
 from toy_task import chat, make_config, write_lines
 
 from maxlm.core.tree import flatten
-from maxlm.data.chat import PackedChats
+from maxlm.data.examples.chat import PackedChats
 from maxlm.interop.load import load_model
 from maxlm.train.run import train
 

@@ -13,7 +13,7 @@ from toy_task import make_config, question, write_lines
 from maxlm.config.mesh import MeshConfig
 from maxlm.core.batch import Batch
 from maxlm.core.sharding import make_mesh
-from maxlm.data.preference import Prompt
+from maxlm.data.examples.preference import Prompt
 from maxlm.errors import ConfigError, DataError
 from maxlm.interop.load import load_model
 from maxlm.models.applied import AppliedModel

@@ -13,9 +13,9 @@ from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.core.batch import Batch
 from maxlm.core.parameters import initialize
-from maxlm.data.chat import PackedChats
-from maxlm.data.judged import JudgedAnswers
-from maxlm.data.preference import PreferencePairs
+from maxlm.data.examples.chat import PackedChats
+from maxlm.data.examples.judged import JudgedAnswers
+from maxlm.data.examples.preference import PreferencePairs
 from maxlm.models.applied import AppliedModel
 from maxlm.models.decoder import Decoder
 from maxlm.models.scores import sequence_scores

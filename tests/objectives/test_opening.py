@@ -12,7 +12,7 @@ import pytest
 from toy_task import chat, make_config, question, write_lines
 
 from maxlm.checkpoint.folder import find_checkpoint
-from maxlm.data.preference import Prompt
+from maxlm.data.examples.preference import Prompt
 from maxlm.errors import ConfigError, DataError
 from maxlm.scoring.reward_call import CheckedReward
 from maxlm.scoring.rewards import Reward, RewardPart, find_rewards

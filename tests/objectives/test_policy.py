@@ -13,7 +13,7 @@ from maxlm.config.fault import GuardConfig
 from maxlm.config.mesh import MeshConfig
 from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten
-from maxlm.data.preference import Prompt
+from maxlm.data.examples.preference import Prompt
 from maxlm.errors import ConfigError, DataError
 from maxlm.interop.load import load_model
 from maxlm.objectives.sampling.rollouts import policy_rows

@@ -5,7 +5,7 @@ import pytest
 from tiny_run import tiny_config, tiny_model
 from toy_task import chat, make_config, question, toy_model, write_lines
 
-from maxlm.data.chat import PackedChats
+from maxlm.data.examples.chat import PackedChats
 from maxlm.data.prefixes import with_prefixes
 from maxlm.errors import ConfigError, RequestError
 from maxlm.generate.model import load

@@ -12,7 +12,7 @@ from toy_task import make_config, question, write_lines
 
 from maxlm.cli import main
 from maxlm.config.data import RecordFormat
-from maxlm.data.steps import LabeledSteps, encode_steps
+from maxlm.data.examples.steps import LabeledSteps, encode_steps
 from maxlm.errors import CheckpointError, DataError
 from maxlm.interop.load import load_reward_model
 from maxlm.ops.binary_loss import binary_cross_entropy

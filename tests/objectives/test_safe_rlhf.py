@@ -12,8 +12,8 @@ from toy_task import make_config, question, write_lines
 
 from maxlm.config.data import RecordFormat
 from maxlm.core.tree import flatten
-from maxlm.data.preference import PreferencePairs
-from maxlm.data.safety import SafetyPairs
+from maxlm.data.examples.preference import PreferencePairs
+from maxlm.data.examples.safety import SafetyPairs
 from maxlm.errors import CheckpointError, ConfigError, DataError
 from maxlm.interop.load import load_model
 from maxlm.objectives.sampling.controls import Controls

@@ -13,7 +13,7 @@ from maxlm.config.model import ModelConfig
 from maxlm.core.fingerprint import fingerprint
 from maxlm.core.parameters import abstract, initialize, shardings
 from maxlm.core.sharding import make_mesh, named_sharding
-from maxlm.data.preference import Prompt
+from maxlm.data.examples.preference import Prompt
 from maxlm.errors import ConfigError
 from maxlm.models.decoder import Decoder
 from maxlm.objectives.sampling.sampler import Sampler

@@ -94,7 +94,7 @@ def test_resumed_adapter_run_matches_uninterrupted_run(lora_run):
 
 def test_merged_model_matches_adapted_model(lora_run, tokenizer):
     """The merged weights give the validation loss that the run measured with separate adapters."""
-    from maxlm.data.chat import PackedChats
+    from maxlm.data.examples.chat import PackedChats
 
     folder, manifest = lora_run
     merged, _ = load_model(folder / "broken_off")

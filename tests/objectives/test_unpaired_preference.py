@@ -8,7 +8,7 @@ from toy_task import chat, make_config, question, write_lines
 
 from maxlm.cli import main
 from maxlm.config.data import RecordFormat
-from maxlm.data.judged import JudgedAnswers
+from maxlm.data.examples.judged import JudgedAnswers
 from maxlm.generate.model import load
 from maxlm.train.metrics import read_metrics
 from maxlm.train.run import train

@@ -2,7 +2,7 @@
 
 import pytest
 
-from maxlm.data.encoding import encode_chat
+from maxlm.data.examples.encoding import encode_chat
 from maxlm.errors import DataError, TokenizerError
 from maxlm.prompts.named_templates import template_names
 

@@ -6,7 +6,7 @@ import pytest
 
 from maxlm.cli import main
 from maxlm.config import load_config
-from maxlm.data.prompts import build_prompts, open_builder
+from maxlm.data.examples.prompts import build_prompts, open_builder
 from maxlm.eval.tasks import read_examples
 from maxlm.tokenizer.codec import Tokenizer
 

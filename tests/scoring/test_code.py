@@ -2,7 +2,7 @@
 
 import pytest
 
-from maxlm.data.preference import Prompt
+from maxlm.data.examples.preference import Prompt
 from maxlm.errors import ConfigError, DataError
 from maxlm.runtime.bounded import IsolationError, isolation_problem
 from maxlm.scoring.reward_call import CheckedReward

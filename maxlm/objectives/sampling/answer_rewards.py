@@ -10,8 +10,8 @@ import numpy as np
 
 from maxlm.core.batch import Stream, put_batch
 from maxlm.core.sharding import shard
-from maxlm.data.chat import share_of
-from maxlm.data.preference import Prompt, pad, round_up
+from maxlm.data.examples.chat import share_of
+from maxlm.data.examples.preference import Prompt, pad, round_up
 from maxlm.errors import CheckpointError, ConfigError, TokenizerError
 from maxlm.interop.load import load_reward_model
 from maxlm.models.decoder import Decoder, with_execution

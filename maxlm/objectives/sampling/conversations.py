@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from maxlm.data.preference import Prompt
+from maxlm.data.examples.preference import Prompt
 from maxlm.errors import TokenizerError
 from maxlm.objectives.sampling.environments import Environment
 from maxlm.objectives.sampling.sampler import Answers, Sampler

@@ -16,9 +16,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from maxlm.core.batch import Batch, Stream, put_batch
-from maxlm.data.chat import share_of
+from maxlm.data.examples.chat import share_of
+from maxlm.data.examples.preference import Prompt
 from maxlm.data.loader import PackedRows, open_mixture
-from maxlm.data.preference import Prompt
 from maxlm.models.critic import without_critic
 from maxlm.objectives.packed_rows import as_batch
 from maxlm.objectives.sampling.answer_rewards import AnswerRewards

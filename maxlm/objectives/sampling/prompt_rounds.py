@@ -13,8 +13,8 @@ import numpy as np
 
 from maxlm.config.train import TrainConfig
 from maxlm.core.batch import put_batch
-from maxlm.data.chat import EpochOrder, padded_batches, share_of, training_order
-from maxlm.data.preference import Prompt, pad, read_prompts, round_up
+from maxlm.data.examples.chat import EpochOrder, padded_batches, share_of, training_order
+from maxlm.data.examples.preference import Prompt, pad, read_prompts, round_up
 from maxlm.data.sample import even_sample
 from maxlm.objectives.record_data import first_indices
 from maxlm.objectives.sampling.conversations import Conversations

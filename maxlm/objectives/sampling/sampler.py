@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from maxlm.core.batch import put_batch
 from maxlm.core.fingerprint import fingerprint
 from maxlm.core.sharding import logical_to_spec, on_each_device, row_groups, shard
-from maxlm.data.preference import Prompt
+from maxlm.data.examples.preference import Prompt
 from maxlm.errors import ConfigError
 from maxlm.generate.rollout import Rollout, rollout
 from maxlm.objectives.sequences import local_rows

@@ -7,7 +7,7 @@ from types import NoneType
 from typing import Any
 
 from maxlm.config.data import RecordFormat
-from maxlm.data.tool_calls import Calls, parse_calls
+from maxlm.data.examples.tool_calls import Calls, parse_calls
 from maxlm.errors import DataError
 
 Messages = list[dict[str, Any]]

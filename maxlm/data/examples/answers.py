@@ -10,10 +10,10 @@ import numpy as np
 
 from maxlm.config.data import RecordFormat
 from maxlm.core.batch import Batch
-from maxlm.data.chat import check_some_left
-from maxlm.data.encoding import encode_answer, encode_prompt
-from maxlm.data.preference import Prompt, pad, round_up
-from maxlm.data.records import parse_answer, parse_prompt, read_records
+from maxlm.data.examples.chat import check_some_left
+from maxlm.data.examples.encoding import encode_answer, encode_prompt
+from maxlm.data.examples.preference import Prompt, pad, round_up
+from maxlm.data.examples.records import parse_answer, parse_prompt, read_records
 from maxlm.prompts.chat_template import ChatTokens
 from maxlm.tokenizer.codec import Tokenizer
 

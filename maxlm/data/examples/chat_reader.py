@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 
 from maxlm.config.data import ChatConfig
-from maxlm.data.encoding import encode_answer, encode_chat, join_answer
-from maxlm.data.messages import Messages
-from maxlm.data.records import Chat, parse_chat, read_records
-from maxlm.data.turns import Encode, is_learned, split, truncated, with_selected
+from maxlm.data.examples.encoding import encode_answer, encode_chat, join_answer
+from maxlm.data.examples.messages import Messages
+from maxlm.data.examples.records import Chat, parse_chat, read_records
+from maxlm.data.examples.turns import Encode, is_learned, split, truncated, with_selected
 from maxlm.errors import DataError
 from maxlm.prompts.chat_template import ChatTokens
 from maxlm.runtime.progress import console

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maxlm.config.data import RecordFormat
+from maxlm.data.examples.messages import Messages, check_keys, parse_messages
+from maxlm.data.examples.tool_calls import parse_tools
 from maxlm.data.files import unreadable
 from maxlm.data.json_values import Broken, lookup, read_values
-from maxlm.data.messages import Messages, check_keys, parse_messages
-from maxlm.data.tool_calls import parse_tools
 from maxlm.errors import DataError
 
 # A chat is messages, or a prompt and its completion; each is a string or messages.

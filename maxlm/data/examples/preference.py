@@ -10,9 +10,9 @@ import numpy as np
 
 from maxlm.config.data import RecordFormat
 from maxlm.core.batch import Batch, Stream
-from maxlm.data.chat import check_some_left
-from maxlm.data.encoding import encode_answer, encode_prompt
-from maxlm.data.records import Text, parse_pair, parse_prompt, read_records
+from maxlm.data.examples.chat import check_some_left
+from maxlm.data.examples.encoding import encode_answer, encode_prompt
+from maxlm.data.examples.records import Text, parse_pair, parse_prompt, read_records
 from maxlm.errors import DataError
 from maxlm.prompts.chat_template import ChatTokens
 from maxlm.tokenizer.codec import Tokenizer

@@ -9,11 +9,11 @@ import numpy as np
 
 from maxlm.config.data import RecordFormat
 from maxlm.core.batch import Batch
-from maxlm.data.chat import check_some_left
-from maxlm.data.encoding import encode_prompt
-from maxlm.data.messages import check_keys
-from maxlm.data.preference import pad, round_up
-from maxlm.data.records import Text, field, parse_prompt, read_records
+from maxlm.data.examples.chat import check_some_left
+from maxlm.data.examples.encoding import encode_prompt
+from maxlm.data.examples.messages import check_keys
+from maxlm.data.examples.preference import pad, round_up
+from maxlm.data.examples.records import Text, field, parse_prompt, read_records
 from maxlm.errors import DataError, TokenizerError
 from maxlm.prompts.chat_template import ChatTokens
 from maxlm.tokenizer.codec import Tokenizer

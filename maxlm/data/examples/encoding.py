@@ -4,8 +4,8 @@ from itertools import pairwise
 from typing import Any
 
 from maxlm.config.data import RecordFormat
-from maxlm.data.messages import Messages, parse_messages
-from maxlm.data.tool_calls import link_results
+from maxlm.data.examples.messages import Messages, parse_messages
+from maxlm.data.examples.tool_calls import link_results
 from maxlm.errors import DataError, TokenizerError
 from maxlm.prompts.chat_template import ChatTokens
 from maxlm.tokenizer.codec import Tokenizer

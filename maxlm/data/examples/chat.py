@@ -12,7 +12,7 @@ from maxlm.config.data import ChatConfig
 from maxlm.core.batch import Batch, Stream
 from maxlm.core.packing import pack
 from maxlm.core.sharding import RowShard
-from maxlm.data.chat_reader import read_chats
+from maxlm.data.examples.chat_reader import read_chats
 from maxlm.data.sample import even_sample
 from maxlm.errors import DataError
 from maxlm.prompts.chat_template import ChatTokens

@@ -4,7 +4,7 @@ import bisect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from maxlm.data.messages import Messages
+from maxlm.data.examples.messages import Messages
 from maxlm.prompts.chat_template import ChatTokens
 
 TrainOn = Literal["all", "last"] | tuple[int | str, ...]

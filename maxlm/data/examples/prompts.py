@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config.prompt import PromptConfig
-from maxlm.data.records import check_encodable, read_records
+from maxlm.data.examples.records import check_encodable, read_records
 from maxlm.errors import DataError
 from maxlm.prompts.builder import BuiltPrompt, PromptBuilder
 

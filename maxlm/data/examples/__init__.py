@@ -1,0 +1,1 @@
+"""Records of users' files as examples of post-training: chats, pairs, prompts, judged answers, steps."""
