@@ -4,7 +4,7 @@ import shutil
 
 import jax
 import pytest
-from toy_task import COLORS, chat, make_config, toy_model, write_lines
+from toy_task import COLORS, chat, make_config, question, toy_model, write_lines
 
 from maxlm.checkpoint.checkpointer import Checkpointer
 from maxlm.config import TokenizerConfig
@@ -68,3 +68,10 @@ def tuned(untrained, task_chats, tmp_path_factory):
         steps=80,
     )
     return folder / "run", train(config)
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    """A file of prompts whose right answer is sampled half of the time."""
+    records = [{"prompt": question(f"coin {n}"), "answer": "yes"} for n in range(5)]
+    return write_lines(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", records)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from toy_task import make_config, question, write_lines
+from toy_task import make_config
 
 from maxlm.core.sharding import make_mesh
 from maxlm.core.tree import flatten
@@ -18,13 +18,6 @@ from maxlm.objectives.sequences import target_log_probabilities
 from maxlm.train.metrics import read_metrics
 from maxlm.train.objective import RunContext
 from maxlm.train.run import train
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prompts")
-    records = [{"prompt": question(f"coin {n}"), "answer": "yes"} for n in range(5)]
-    return write_lines(folder / "prompts.jsonl", records)
 
 
 def online_config(output, tuned, prompts, *, objective=None, **settings):

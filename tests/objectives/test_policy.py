@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from toy_task import make_config, question, write_lines
+from toy_task import make_config, question
 
 from maxlm.config.fault import GuardConfig
 from maxlm.config.mesh import MeshConfig
@@ -23,13 +23,6 @@ from maxlm.train.metrics import read_metrics
 from maxlm.train.run import train
 from maxlm.train.state import create_state
 from maxlm.train.step import judge
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prompts")
-    records = [{"prompt": question(f"coin {n}"), "answer": "yes"} for n in range(5)]
-    return write_lines(folder / "prompts.jsonl", records)
 
 
 def grpo_config(output, tuned, prompts, *, objective=None, **settings):

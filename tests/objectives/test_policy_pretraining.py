@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from toy_task import COLORS, make_config, question, write_lines
+from toy_task import COLORS, make_config
 
 from maxlm.config import DataConfig
 from maxlm.core.batch import Batch
@@ -38,12 +38,6 @@ def packed(tokenizer_folder, tmp_path_factory):
         )
     )
     return str(folder / "out")
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    records = [{"prompt": question(f"coin {n}"), "answer": "yes"} for n in range(5)]
-    return write_lines(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", records)
 
 
 def mixed_config(output, tuned, prompts, packed, **settings):

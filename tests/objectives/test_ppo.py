@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from toy_task import make_config, question, write_lines
+from toy_task import make_config
 
 from maxlm.core.tree import flatten
 from maxlm.errors import ConfigError
@@ -20,13 +20,6 @@ PPO = {
     "advantage": {"kind": "gae"},
     "kl": {"beta": 0.01, "within": "reward", "estimator": "k1"},
 }
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prompts")
-    records = [{"prompt": question(f"coin {n}"), "answer": "yes"} for n in range(5)]
-    return write_lines(folder / "prompts.jsonl", records)
 
 
 def ppo_config(output, tuned, prompts, critic, **settings):
