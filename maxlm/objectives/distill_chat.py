@@ -31,6 +31,7 @@ from maxlm.models.decoder import Decoder
 from maxlm.objectives.record_data import RecordData, first_examples
 from maxlm.objectives.sampling.rollouts import policy_rows
 from maxlm.objectives.sampling.sampler import Sampler
+from maxlm.objectives.sampling.weight_sync import WeightSync
 from maxlm.objectives.sequences import is_real, rows_of, target_log_probabilities
 from maxlm.objectives.teacher import Divergence, check_teacher, declare_teacher, load_teacher, token_divergence
 from maxlm.objectives.validation import language_model_values
@@ -179,6 +180,7 @@ class ChatDistillationData(RecordData):
             max_new_tokens=objective.max_new_tokens,
             seed=config.seed,
         )
+        self._sync = WeightSync(context.mesh)
 
     def prepare(self, frozen: dict[str, Any]) -> None:
         super().prepare(frozen)
@@ -208,6 +210,7 @@ class ChatDistillationData(RecordData):
             stream=step,
             temperature=config.objective.temperature,
         )
+        self._sync.check(model, answers, temperature=config.objective.temperature)
         stream, sampled_BL = policy_rows(answers)
         return Batch(
             {"answers": stream}, {"sampled_BL": sampled_BL, "is_sampled_B": np.ones(len(sampled_BL), np.float32)}

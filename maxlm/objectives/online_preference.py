@@ -6,7 +6,6 @@ rewards of all answers to a prompt are equal there is no preference: the pair is
 Dimensions: N prompts, G answers per prompt, B pairs, L length.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -26,15 +25,11 @@ from maxlm.objectives.sampling.policy_data import share_of_tree
 from maxlm.objectives.sampling.prompt_rounds import PromptRounds, preview_prompts
 from maxlm.objectives.sampling.rewarded_sampling import RewardedSampling
 from maxlm.objectives.sampling.rollouts import policy_rows
+from maxlm.objectives.sampling.sample_log import LOGGED_ANSWERS, SampleLog
 from maxlm.objectives.sampling.sampler import Answers
 from maxlm.objectives.sequences import local_rows, whole_rows
-from maxlm.runtime.distributed import is_primary
-from maxlm.runtime.storage import LineLog
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.objective import ExampleMaker, PreviewRow, RunContext
-
-# Pairs of a round whose answers are written to `samples.jsonl`.
-_LOGGED = 2
 
 
 class OnlinePreferenceOptimization(PairObjective, RewardedSampling):
@@ -94,14 +89,13 @@ class OnlinePairs:
         self._reward.try_out([*self._rounds.prompts, *self._rounds.valid_prompts])
 
     def batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[Batch]:
-        config, objective = self._context.config, self._context.config.objective
-        number, log = start_step // objective.updates_per_rollout, self._open_log(start_step)
+        objective = self._context.config.objective
+        number, log = start_step // objective.updates_per_rollout, SampleLog(self._context, start_step)
         while True:
-            prompts_R, answers = self._rounds.sample(current_model(), number)
+            prompts_R, answers, _ = self._rounds.sample(current_model(), number)
             rewards_R = self._reward.at_once(self._rounds.asked(prompts_R), answers).total
-            step = number * objective.updates_per_rollout
-            if log is not None and -step % config.log_every < objective.updates_per_rollout:
-                self._write(log, step, prompts_R, answers, rewards_R)
+            if log.is_due(step := number * objective.updates_per_rollout):
+                log.write(self._samples(step, prompts_R, answers, rewards_R))
             for batch in self._pairs(answers, rewards_R):
                 yield batch if self._with_matches is None else self._with_matches(current_model(), batch)
             number += 1
@@ -138,21 +132,16 @@ class OnlinePairs:
         sums = self._reference_sums(self._reference, put_batch(Batch(pairs), self._context.mesh))
         return replace(batch, values={**batch.values, **{name: local_rows(x) for name, x in sums.items()}})
 
-    def _open_log(self, start_step: int) -> LineLog | None:
-        """`samples.jsonl` of the run folder, without samples of steps that are repeated."""
-        if self._context.folder is None or not is_primary():
-            return None
-        return LineLog(self._context.folder / "samples.jsonl", keep=lambda line: json.loads(line)["step"] < start_step)
-
-    def _write(self, log: LineLog, step: int, prompts_R: np.ndarray, answers: Answers, rewards_R: np.ndarray) -> None:
-        """The best and the worst answers to the first prompts of a round."""
-        group_size = self._context.config.objective.group_size
-        rewards_NG = rewards_R.reshape(-1, group_size)
+    def _samples(
+        self, step: int, prompts_R: np.ndarray, answers: Answers, rewards_R: np.ndarray
+    ) -> Iterator[dict[str, Any]]:
+        """The best and the worst answers to the first prompts of a round, as `samples.jsonl` has them."""
+        rewards_NG = rewards_R.reshape(-1, self._context.config.objective.group_size)
         best_N, worst_N, _ = best_and_worst(rewards_NG)
-        for best, worst, mean in list(zip(best_N, worst_N, rewards_NG.mean(axis=1)))[:_LOGGED]:
+        for best, worst, mean in list(zip(best_N, worst_N, rewards_NG.mean(axis=1)))[: LOGGED_ANSWERS // 2]:
             for row in (best, worst):
                 prompt = self._rounds.prompts[prompts_R[row]]
-                record = {
+                yield {
                     "step": step,
                     "id": prompt.place,
                     "prompt": self._context.tokenizer.decode(prompt.ids),
@@ -160,7 +149,6 @@ class OnlinePairs:
                     "reward": float(rewards_R[row]),
                     "advantage": float(rewards_R[row] - mean),
                 }
-                log.append(json.dumps(record, ensure_ascii=False))
 
 
 def best_and_worst(rewards_NG: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

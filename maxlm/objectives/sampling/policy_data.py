@@ -3,7 +3,6 @@
 Dimensions: B rows (answers), L length of prompt and answer, N prompts, G answers per prompt.
 """
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -26,14 +25,12 @@ from maxlm.objectives.sampling.controls import Controls, ControlsLog
 from maxlm.objectives.sampling.policy_advantages import RewardedAnswers
 from maxlm.objectives.sampling.prompt_rounds import PromptRounds
 from maxlm.objectives.sampling.rollouts import Rollout, RolloutFiles, measure, policy_rows
+from maxlm.objectives.sampling.sample_log import LOGGED_ANSWERS, SampleLog
 from maxlm.objectives.sampling.sampler import Answers
-from maxlm.objectives.sampling.weight_sync import WeightSync
 from maxlm.objectives.sequences import local_rows
 from maxlm.ops.advantages import has_signal
 from maxlm.ops.policy_losses import kl_estimate
 from maxlm.runtime.agree import any_process
-from maxlm.runtime.distributed import is_primary
-from maxlm.runtime.storage import LineLog
 from maxlm.runtime.time_limit import in_background
 from maxlm.scoring.reward_call import Rewards
 from maxlm.train.objective import RunContext
@@ -42,8 +39,6 @@ from maxlm.train.objective import RunContext
 REWARD_PART = "reward_"
 # Values of answers whose means are metrics.
 REPORTED = ("cost_B", "harmful_B", "multiplier_B", "kl_beta_B")
-# Answers of a round that are written to `samples.jsonl`.
-_LOGGED = 4
 
 
 # Rewards of a round, and costs if they are constrained.
@@ -65,7 +60,6 @@ class PolicyData:
         # Without a constraint or an adaptive coefficient nothing changes, and nothing is written.
         changes = constraint is not None or objective.kl.adaptive is not None
         self._controls = ControlsLog(context.folder if changes else None, start)
-        self._sync = WeightSync(context.mesh)
         self._measure = jax.jit(partial(measure, objective=objective))
         self._text = None if objective.pretraining is None else self._open_text()
         self._files = None
@@ -91,7 +85,7 @@ class PolicyData:
     def _sampled_batches(self, start_step: int, current_model: Callable[[], Any]) -> Iterator[Batch]:
         objective = self._context.config.objective
         number, staleness = start_step // objective.resume_multiple, objective.staleness
-        log, controls = self._open_log(start_step), self._controls.open(number)
+        log, controls = SampleLog(self._context, start_step), self._controls.open(number)
         # Rounds of sampling that are not yet trained on, each with its rewards.
         pending: deque[tuple[Rollout, Callable[[], RoundRewards]]] = deque()
         for earlier in range(number, number + staleness if number else 0):
@@ -103,7 +97,8 @@ class PolicyData:
             rollout, wait = pending.popleft()
             batches, controls = self._finish(rollout, *wait(), controls)
             self._controls.write(number + 1, controls)
-            self._log_samples(log, number, rollout, batches)
+            if log.is_due(step := number * objective.resume_multiple):
+                log.write(self._samples(step, rollout, batches[0]))
             for _ in range(objective.epochs_per_rollout):
                 yield from batches
             number += 1
@@ -138,13 +133,12 @@ class PolicyData:
     def _sample(self, model: Any, number: int) -> tuple[Rollout, Rewards | None]:
         """A round of sampling, with its rewards if they decide what is sampled."""
         objective, policy = self._context.config.objective, without_critic(model)
-        prompts_R, answers = self._rounds.sample(policy, number, 0)
+        prompts_R, answers, difference = self._rounds.sample(policy, number)
         rewards, scores = None, {}
         if objective.dynamic_sampling is not None:
             prompts_R, answers, rewards = self._sample_until_signal(policy, number, prompts_R, answers)
         else:
             scores = self._reward.scores(self._rounds.asked(prompts_R), answers)
-        difference = self._sync.check(policy, answers, temperature=objective.temperature)
         greedy, greedy_scores = None, {}
         if objective.advantage.needs_greedy:
             asked = self._rounds.asked(prompts_R[:: objective.group_size])
@@ -168,7 +162,7 @@ class PolicyData:
             signal = has_signal(rewards.total.reshape(-1, group_size))
             if not any_process(signal.sum() * group_size < wanted):
                 break
-            more_R, more = self._rounds.sample(policy, number, round_number)
+            more_R, more, _ = self._rounds.sample(policy, number, round_number)
             added = self._reward.at_once(self._rounds.asked(more_R), more)
             prompts_R, answers = np.concatenate([prompts_R, more_R]), answers.joined(more)
             rewards = rewards.joined(added)
@@ -261,23 +255,13 @@ class PolicyData:
             controls = controls.after_divergence(kl, target=adaptive.target, rate=adaptive.rate)
         return controls
 
-    def _open_log(self, start_step: int) -> LineLog | None:
-        """`samples.jsonl` of the run folder, without samples of steps that are repeated."""
-        if self._context.folder is None or not is_primary():
-            return None
-        return LineLog(self._context.folder / "samples.jsonl", keep=lambda line: json.loads(line)["step"] < start_step)
-
-    def _log_samples(self, log: LineLog | None, number: int, rollout: Rollout, batches: list[Batch]) -> None:
-        """Write the first answers of some rounds: as many rounds as there are records of metrics."""
-        config, objective = self._context.config, self._context.config.objective
-        step, every = number * objective.resume_multiple, config.log_every
-        if log is None or -step % every >= objective.resume_multiple:
-            return
-        values, tokenizer = batches[0].values, self._context.tokenizer
+    def _samples(self, step: int, rollout: Rollout, batch: Batch) -> Iterator[dict[str, Any]]:
+        """The first answers of a round, as `samples.jsonl` has them."""
+        values, tokenizer = batch.values, self._context.tokenizer
         parts = [name for name in values if name.startswith(REWARD_PART)]
-        for row in range(min(_LOGGED, len(values["rewards_B"]))):
+        for row in range(min(LOGGED_ANSWERS, len(values["rewards_B"]))):
             prompt = self._rounds.prompts[rollout.prompts_R[row]]
-            record = {
+            yield {
                 "step": step,
                 "id": prompt.place,
                 "prompt": tokenizer.decode(prompt.ids),
@@ -288,7 +272,6 @@ class PolicyData:
                 "weights": f"{rollout.answers.fingerprints_R[row]:08x}",
                 "truncated": bool(values["is_truncated_B"][row]),
             }
-            log.append(json.dumps(record, ensure_ascii=False))
 
     @property
     def _num_rounds(self) -> int:

@@ -20,6 +20,7 @@ from maxlm.objectives.record_data import first_indices
 from maxlm.objectives.sampling.conversations import Conversations
 from maxlm.objectives.sampling.environments import EnvironmentConfig
 from maxlm.objectives.sampling.sampler import Answers, Sampler
+from maxlm.objectives.sampling.weight_sync import WeightSync
 from maxlm.prompts.chat_template import ChatTokens
 from maxlm.scoring.rewards import check_record, parts_of
 from maxlm.tokenizer.codec import Tokenizer
@@ -60,10 +61,18 @@ class PromptRounds:
             self._sampler = Conversations(
                 sampler, context.tokenizer, environment.build(), environment.max_turns, environment.max_tokens
             )
+        self._sync = WeightSync(context.mesh)
         self._sum = jax.jit(jnp.sum)
 
-    def sample(self, policy: Any, number: int, round_number: int = 0) -> tuple[np.ndarray, Answers]:
-        """Answers to this process's prompts of the next `updates_per_rollout` steps, and the index of each's prompt."""
+    def sample(self, policy: Any, number: int, round_number: int = 0) -> tuple[np.ndarray, Answers, float]:
+        """Answers to this process's prompts of the next `updates_per_rollout` steps.
+
+        Returns:
+          (the index of each one's prompt, answers, the difference that `WeightSync` found).
+
+        Raises:
+          WeightSyncError: they were not sampled from this policy.
+        """
         config, objective = self._context.config, self._context.config.objective
         group_size, num_steps, rows = objective.group_size, objective.updates_per_rollout, self._context.rows
         steps = number * num_steps + np.arange(num_steps)
@@ -82,7 +91,7 @@ class PromptRounds:
             temperature=objective.temperature,
             group_size=group_size,
         )
-        return prompts_R, answers
+        return prompts_R, answers, self._sync.check(policy, answers, temperature=objective.temperature)
 
     def greedy(self, policy: Any, prompts: Sequence[Prompt]) -> Answers:
         """The greedy answer to each prompt."""
