@@ -268,23 +268,13 @@ class PolicyOptimization(Objective, RewardedSampling):
             entropy_BL = token_entropies(model.decoder, output.hidden_BLD, temperature=self.temperature)
             bonus = mean(entropy_BL)
             terms["entropy_bonus"] = Term(-self.entropy_weight * bonus.sum, bonus.weight)
+        result, auxiliary = LossOutput(terms, metrics), output.auxiliary
         if self.critic is not None:
-            critic = model.others.get("critic")
-            values_BL = values(model.decoder, output, None if critic is None else critic.outputs["answers"])
-            error_BL = value_loss(values_BL, given["values_BL"], given["returns_BL"], clip=self.critic.clip)
-            error = mean(error_BL)
-            terms["value"] = Term(self.critic.weight * error.sum, error.weight)
-            metrics["value_mean"] = mean(values_BL)
-            metrics["return_mean"] = mean(given["returns_BL"])
-        auxiliary = output.auxiliary
+            result = result.joined(_value_terms(model, batch, self.critic))
         if self.pretraining is not None:
-            text, of_text = batch["text"], model.outputs["text"]
-            text_BL = target_log_probabilities(model.decoder, text, of_text, smoothing=model.label_smoothing)
-            loss = Term(-jnp.sum(text.loss_weights * text_BL), jnp.sum(text.loss_weights))
-            terms["pretraining"] = Term(self.pretraining.weight * loss.sum, loss.weight)
-            metrics["pretraining_cross_entropy"] = loss
-            auxiliary = add(auxiliary, of_text.auxiliary)
-        return LossOutput(terms, metrics).joined(auxiliary)
+            result = result.joined(_text_terms(model, batch, self.pretraining))
+            auxiliary = add(auxiliary, model.outputs["text"].auxiliary)
+        return result.joined(auxiliary)
 
     def _of_answers(self, batch: Batch) -> dict[str, Term]:
         """Metrics that do not depend on the model."""
@@ -343,6 +333,30 @@ class PolicyOptimization(Objective, RewardedSampling):
         at_once = {"updates_per_rollout": 1, "epochs_per_rollout": 1, "staleness": 0}
         kl = self.kl.model_copy(update={"beta": max(self.kl.beta, 0.1)})
         return self.model_copy(update={**small, **at_once, "kl": kl})
+
+
+def _value_terms(model: AppliedModel, batch: Batch, config: CriticConfig) -> LossOutput:
+    """The loss of the critic on the tokens of answers."""
+    given, is_answer_BL, critic = batch.values, batch["answers"].loss_weights, model.others.get("critic")
+    of_critic = None if critic is None else critic.outputs["answers"]
+    values_BL = values(model.decoder, model.outputs["answers"], of_critic)
+    error_BL = value_loss(values_BL, given["values_BL"], given["returns_BL"], clip=config.clip)
+    count = jnp.sum(is_answer_BL)
+    return LossOutput(
+        {"value": Term(config.weight * jnp.sum(is_answer_BL * error_BL), count)},
+        {
+            "value_mean": Term(jnp.sum(is_answer_BL * values_BL), count),
+            "return_mean": Term(jnp.sum(is_answer_BL * given["returns_BL"]), count),
+        },
+    )
+
+
+def _text_terms(model: AppliedModel, batch: Batch, config: PretrainingConfig) -> LossOutput:
+    """The next-token loss on the text of pretraining."""
+    text = batch["text"]
+    log_p_BL = target_log_probabilities(model.decoder, text, model.outputs["text"], smoothing=model.label_smoothing)
+    loss = Term(-jnp.sum(text.loss_weights * log_p_BL), jnp.sum(text.loss_weights))
+    return LossOutput({"pretraining": Term(config.weight * loss.sum, loss.weight)}, {"pretraining_cross_entropy": loss})
 
 
 OBJECTIVE = PolicyOptimization
