@@ -143,6 +143,7 @@ def test_user_error_is_one_sentence_and_exit_code_2(write_config, tmp_path, caps
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_example_configs_are_valid_short_and_of_the_kind_in_their_name(path):
     config = load_config(path, kind="train")
-    assert config.objective.kind == {"dpo": "preference", "grpo": "policy"}.get(path.stem, path.stem)
+    kinds = {"dpo": "preference", "online_dpo": "online_preference", "grpo": "policy", "safe_ppo": "policy"}
+    assert config.objective.kind == kinds.get(path.stem, path.stem)
     assert len(path.read_text().splitlines()) < 60
     assert set(yaml.safe_load(path.read_text())) <= set(type(config).model_fields)

@@ -67,7 +67,7 @@ def kept(rate: float) -> np.ndarray:
     num_layers, rows, heads, length = 3, 4, 6, 160
     columns_BL = jnp.broadcast_to(jnp.arange(length), (rows, length))
     noise = Noise(row_seeds(jax.random.key(0), rows), RegularizationConfig(attention_dropout=rate))
-    noise = noise.in_model(columns_BL, (), num_layers)
+    noise = noise.in_model(columns_BL, None, (), num_layers)
 
     @jax.jit
     def of_layer(number):
