@@ -1,5 +1,6 @@
 # make quickstart   text to a served chat model, in minutes on a CPU
-# make test         lint and the whole test suite; the chat page is tested where there is a Chromium
+# make test         lint and the test suite; the chat page is tested where there is a Chromium
+# make test-exhaustive  every layout of every kind of layer and adapter, what TPUs would run, processes that are killed
 # make test-fast    what one runs while working: lint and the tests that are not slow
 # make test-optimized   the tests of the numerics, compiled as for users
 # make test-parity      what is exported, read by Hugging Face's transformers
@@ -18,7 +19,7 @@ WORKERS ?= 2
 # In the order of tests/conftest.py.
 SHARED_OUT := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: install install-dev quickstart test test-fast test-optimized test-parity verify lint format clean
+.PHONY: install install-dev quickstart test test-fast test-exhaustive test-optimized test-parity verify lint format clean
 
 install: $(VENV)/.installed
 
@@ -28,10 +29,13 @@ quickstart: install
 	$(VENV)/bin/maxlm quickstart
 
 test: install-dev lint
-	$(VENV)/bin/python -m pytest $(SHARED_OUT)
+	$(VENV)/bin/python -m pytest $(SHARED_OUT) -m "not exhaustive"
 
 test-fast: install-dev lint
-	$(VENV)/bin/python -m pytest $(SHARED_OUT) -m "not slow"
+	$(VENV)/bin/python -m pytest $(SHARED_OUT) -m "not slow and not exhaustive"
+
+test-exhaustive: install-dev
+	$(VENV)/bin/python -m pytest $(SHARED_OUT) -m exhaustive
 
 # All other targets compile tests without optimization (tests/xla_flags.py), which could hide an error of rounding.
 test-optimized: install-dev

@@ -58,6 +58,7 @@ def assert_goes_on(folder, *, saved: set[int], following: int) -> int:
     return step
 
 
+@pytest.mark.exhaustive
 def test_process_killed_before_every_operation_of_a_save(call, forked, tmp_path):
     """From creating the first folder to removing the last file of the old checkpoint."""
     assert call("save", tmp_path / "first", 1, 0, "") == 0
@@ -85,6 +86,7 @@ def test_process_killed_before_every_operation_of_a_save(call, forked, tmp_path)
     print(f"killed at {num_killed} points, went on from {len(restored)}")
 
 
+@pytest.mark.exhaustive
 def test_process_killed_at_random_moments_of_a_save(call, tmp_path):
     """Including moments when TensorStore writes arrays in C++."""
     delays = random.Random(0)

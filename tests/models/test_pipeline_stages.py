@@ -150,6 +150,7 @@ GROUPS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", GROUPS)
 @pytest.mark.parametrize("settings", [{"schedule": "gpipe"}, {"schedule": "1f1b", "repeats": 2}], ids=str)
 def test_groups_of_layers_beside_the_trunk_are_computed_once(name, settings):

@@ -69,7 +69,7 @@ def test_products_are_saved_in_the_dtype_of_activations():
     assert {aval.dtype for aval in wide} == {jnp.dtype("bfloat16")}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, context=2, tensor=2)])
 @pytest.mark.parametrize("changes", [{}, {"moe": MOE}])
 def test_policies_have_equal_gradients(mesh, changes):

@@ -12,7 +12,7 @@ from maxlm.core.tree import flatten
 from maxlm.interop.load import load_model
 from maxlm.train.metrics import read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 # Enough steps for processes to agree on a signal before the end, however fast the steps are.
 STEPS = 14

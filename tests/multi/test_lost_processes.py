@@ -10,7 +10,7 @@ from maxlm.checkpoint.folder import find_checkpoint
 from maxlm.errors import FaultError
 from maxlm.train.metrics import read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 
 def test_killed_process_stops_the_others_and_supervisors_restart_all(tmp_path, tiny_data_folder):

@@ -5,7 +5,7 @@ import json
 import pytest
 from processes import run_together
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 
 def test_two_processes_sample_the_answers_of_one(tmp_path):

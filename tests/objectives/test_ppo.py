@@ -30,7 +30,9 @@ def ppo_config(output, tuned, prompts, critic, **settings):
     )
 
 
-@pytest.fixture(scope="module", params=["own", "shared", "own with adapters"])
+@pytest.fixture(
+    scope="module", params=["own", "shared", pytest.param("own with adapters", marks=pytest.mark.exhaustive)]
+)
 def runs(request, tuned, prompts, tmp_path_factory):
     """A run of 24 steps, and one that was interrupted after 6 and resumed to 8."""
     folder = tmp_path_factory.mktemp("ppo")

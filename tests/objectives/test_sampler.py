@@ -91,6 +91,7 @@ def sample(model, mesh, layout, **settings):
         )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_sharded_weights_give_the_answers_of_one_device(kind):
     plan = decoder(MODELS[kind])

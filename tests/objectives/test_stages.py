@@ -25,6 +25,7 @@ RECORDS = {
 LORA = {"kind": "lora", "rank": 2, "targets": ["query", "down"]}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("kind", "lora", "schedule"), [("preference", None, "1f1b"), ("policy", LORA, "1f1b")])
 def test_stages_change_nothing(kind, lora, schedule, tokenizer, tmp_path):
     objective = {"kind": kind, "train_file": write_lines(tmp_path / "records.jsonl", RECORDS[kind])}

@@ -120,6 +120,7 @@ def compiled() -> dict[str, dict[str, tuple[int, int]]]:
     return found
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("target", TARGETS)
 def test_forward_and_backward_compile_to_mosaic_kernels(target, compiled):
     # The forward pass, the query gradient, and the key and value gradients.

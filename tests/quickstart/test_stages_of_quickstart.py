@@ -60,7 +60,7 @@ def quickstart(folder, *overrides):
     return subprocess.run([*command, *SMALL, *overrides], capture_output=True, text=True, timeout=600, env=environment)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_untrained_model_fails_its_checks_but_is_reported(tmp_path):
     first = quickstart(tmp_path)
     assert first.returncode == 1, first.stderr

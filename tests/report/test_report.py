@@ -165,6 +165,7 @@ def test_report_is_deterministic(quickstart):
     assert write_report(quickstart).read_bytes() == first
 
 
+@pytest.mark.exhaustive
 def test_any_part_may_be_missing_or_empty(quickstart):
     path = quickstart / "summary.json"
     summary = json.loads(path.read_text())

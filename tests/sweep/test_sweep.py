@@ -137,7 +137,7 @@ def test_same_command_retries_only_failed_trials(swept, capsys, monkeypatch):
     assert records(path) == after
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_survivors_of_a_round_resume_from_their_checkpoints(sweep_of, tmp_path):
     method = {"kind": "successive_halving", "trials": 2, "eta": 2, "min_steps": 2}
     config = sweep_of(fields={"optim.learning_rate": [0.01, 0.03]}, method=method)

@@ -80,7 +80,7 @@ def test_costs_are_multiplied_by_trip_counts():
     assert cost.waiting_seconds(CHIPS["v5e"]) == pytest.approx((192 + 96) / 180e9)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_programs_cost_no_more_than_in_the_ledger():
     """If this fails for a good reason: `python tools/ledger.py update`, and the reason in the commit."""
     if importlib.util.find_spec("libtpu") is None:

@@ -23,6 +23,7 @@ KINDS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_pass(kind):
     config = config_of("sft", adapters=KINDS[kind], model=small_model() | {"layers": BIASES})

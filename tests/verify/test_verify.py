@@ -83,6 +83,7 @@ def test_losses_over_whole_answers_do_not_depend_on_the_layout(kind, settings, l
     assert {finding.verdict for finding in report.findings} == {"same"}, report
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_noise_is_the_same_in_every_layout(kind):
     rates = {"neftune_alpha": 5.0, "embedding_dropout": 0.1, "residual_dropout": 0.1, "attention_dropout": 0.3}
@@ -179,6 +180,7 @@ KINDS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", KINDS)
 def test_all_kinds_of_layers_are_the_same_in_every_layout(name):
     layouts = [
@@ -203,6 +205,7 @@ def test_fine_tuning_of_an_imported_model_is_verified(imported_run, tmp_path, ca
     assert f"that of {imported_run}" in report["subject"]
 
 
+@pytest.mark.exhaustive
 def test_prefixes_are_the_same_in_every_layout():
     rope = {"two_dimensional": True, "theta": 500.0}
     layers = {"repeat": 2, "mixer": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "rope": rope, "window": 40}}
@@ -220,6 +223,7 @@ def test_prefixes_are_the_same_in_every_layout():
 MODULE_MIXER = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("modules", "rates", "layouts"),
     [
