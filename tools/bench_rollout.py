@@ -98,8 +98,7 @@ def variants(plan: Decoder, args: argparse.Namespace, ends: float) -> dict[str, 
         return run
 
     return {
-        f"engine, {SLOTS} slots": engine(SLOTS),
-        f"engine, {args.rows} slots": engine(args.rows),
+        **{f"engine, {slots} slots": engine(slots) for slots in sorted({SLOTS, args.rows})},
         "rollouts, replicated": sampler("replicated"),
         "rollouts, sharded": sampler("sharded"),
     }
