@@ -26,17 +26,18 @@ SLOW_FILES = """
     models/test_prediction_modules multi/test_elastic multi/test_lost_processes multi/test_rollback
     multi/test_sampling_processes objectives/test_adapter_kinds objectives/test_ai_feedback
     objectives/test_chat_template objectives/test_distill objectives/test_distill_chat objectives/test_environments
-    objectives/test_invariance objectives/test_mesh objectives/test_multi_token objectives/test_online_preference
-    objectives/test_opening objectives/test_policy objectives/test_policy_pretraining objectives/test_ppo
-    objectives/test_preferences objectives/test_process_reward objectives/test_rlhf_chain objectives/test_rollouts
-    objectives/test_safe_rlhf objectives/test_sampler objectives/test_sft objectives/test_stages
-    objectives/test_unpaired_preference ops/test_attention ops/test_context ops/test_eight_bit
-    ops/test_flash_tpu_compile ops/test_loss ops/test_mixture_of_experts ops/test_qtensor optim/test_ema
-    optim/test_optimizers optim/test_transfer quickstart/test_questions runtime/test_bounded runtime/test_peers
-    runtime/test_supervise scoring/test_chat_endpoint serve/test_chat_models serve/test_http serve/test_openai_client
+    objectives/test_invariance objectives/test_judged_reward objectives/test_mesh objectives/test_multi_token
+    objectives/test_online_preference objectives/test_opening objectives/test_policy
+    objectives/test_policy_pretraining objectives/test_ppo objectives/test_preferences
+    objectives/test_process_reward objectives/test_rlhf_chain objectives/test_rollouts objectives/test_safe_rlhf
+    objectives/test_sampler objectives/test_sft objectives/test_stages objectives/test_unpaired_preference
+    ops/test_attention ops/test_context ops/test_eight_bit ops/test_flash_tpu_compile ops/test_loss
+    ops/test_mixture_of_experts ops/test_qtensor optim/test_ema optim/test_optimizers optim/test_transfer
+    quickstart/test_questions runtime/test_bounded runtime/test_peers runtime/test_supervise
+    scoring/test_chat_endpoint serve/test_chat_models serve/test_http serve/test_openai_client
     serve/test_page_in_browser serve/test_serve_cli sweep/test_sweep tokenizer/test_extend train/test_faults
-    train/test_moe_run train/test_resume train/test_runs train/test_step train/test_training verify/test_planted_bugs
-    verify/test_verified_adapters verify/test_verify
+    train/test_moe_run train/test_resume train/test_runs train/test_step train/test_training
+    verify/test_planted_bugs verify/test_verified_adapters verify/test_verify
 """
 
 

@@ -145,28 +145,28 @@ class AnswersConfig(Frozen):
     temperature: NonNegativeFloat = 1.0
 
 
-class _Asked(Frozen):
+class Asked(Frozen):
     """How the judge replies."""
 
     max_tokens: Count = Field(512, description="Of a reply of the judge.")
     temperature: NonNegativeFloat = 0.0
 
 
-class PreferTask(_Asked):
+class PreferTask(Asked):
     """Pairs of answers are compared, in both orders: preference data."""
 
     kind: Literal["prefer"]
     votes: Count = Field(1, description="Comparisons of a pair, each under its own principle, drawn at random.")
 
 
-class ReviseTask(_Asked):
+class ReviseTask(Asked):
     """Answers are criticized and revised: chats for SFT."""
 
     kind: Literal["revise"]
     rounds: Count = Field(1, description="Critiques and revisions, each under its own principle, drawn at random.")
 
 
-class RateTask(_Asked):
+class RateTask(Asked):
     """Single answers are rated: chats for SFT, filtered."""
 
     kind: Literal["rate"]
@@ -195,6 +195,36 @@ class LimitsConfig(Frozen):
     max_failed_fraction: Fraction = Field(
         0.1, description="Of the records; the judge gave no usable reply about the others."
     )
+
+
+class JudgedReward(Asked):
+    """What a judge thinks of an answer, from 0 to 1, as a part of a reward (arXiv:2309.00267)."""
+
+    judge: EndpointConfig
+    constitution: str = Field(description="A file or recipe with kind: constitution.")
+    measure: Literal["rating", "wins_in_group", "wins_over_reference"] = Field(
+        "rating",
+        description="The rating (r - 1) / (scale - 1); or the share of comparisons that an answer wins, in both orders,"
+        " against the other answers of its group, or against the record's `answer`. Ties are half a win.",
+    )
+    votes: Count = Field(1, description="Of the judge on an answer or pair, each under its own principle.")
+    scale: Annotated[int, Field(ge=2, le=100)] = Field(10, description="Ratings are whole numbers from 1 to this.")
+    weight: float = 1.0
+    limits: LimitsConfig = Field(
+        LimitsConfig(),
+        description="Of the run, shared by its processes. max_failed_fraction is of the last 100 questions or more.",
+    )
+
+    @model_validator(mode="after")
+    def _cost_is_known(self) -> Self:
+        if self.limits.max_cost is not None and self.judge.prices is None:
+            raise ValueError("limits.max_cost: needs judge.prices")
+        return self
+
+    @property
+    def source(self) -> str:
+        """Its name in the configuration."""
+        return self.judge.model
 
 
 class FeedbackConfig(RecordFormat):

@@ -33,6 +33,10 @@ _RULES: tuple[tuple[Change, tuple[str, ...]], ...] = (
             *("mesh.*", "accumulate", "execution.remat", "execution.unroll", "execution.pipeline.*"),
             *("execution.loss_chunk_length", "execution.attention", "execution.context_attention"),
             *("execution.experts", "execution.max_length"),
+            # How a judge is reached, and how much of it is paid for.
+            *("objective.*.limits.*", "objective.*.judge.concurrent", "objective.*.judge.requests_per_minute"),
+            *("objective.*.judge.timeout_seconds", "objective.*.judge.retries", "objective.*.judge.retry_seconds"),
+            *("objective.*.judge.prices*", "objective.*.judge.api_key_variable"),
         ),
     ),
     (

@@ -22,14 +22,14 @@ from maxlm.config.load import load_config
 from maxlm.config.recipes import find_config
 from maxlm.errors import ConfigError, DataError, FaultError, RequestError
 from maxlm.feedback.records import Item, read_items
-from maxlm.feedback.tasks import Context, Outcome, find_task, usable_principles
+from maxlm.feedback.tasks import Context, Outcome, find_task
 from maxlm.runtime.manifest import FILE_NAME as MANIFEST
 from maxlm.runtime.manifest import content_hash, write_manifest
 from maxlm.runtime.output import check_output
 from maxlm.runtime.progress import progress_bar
 from maxlm.runtime.storage import locked, storage_path
 from maxlm.scoring.chat_models import ChatModel, LocalChatModel, in_threads
-from maxlm.scoring.judge import Judge, position_bias
+from maxlm.scoring.judge import Judge, position_bias, usable_principles
 from maxlm.scoring.ledger import Ledger
 from maxlm.scoring.reply_log import RecordedModel, ReplyLog
 
@@ -130,7 +130,7 @@ def _principles(config: FeedbackConfig, constitution: ConstitutionConfig) -> tup
     """
     settings: Any = config.task
     task = find_task(config)
-    principles = usable_principles(constitution, task)
+    principles = usable_principles(constitution, task.asks)
     if not principles:
         raise ConfigError(
             [f"{config.constitution}: no principle has {' and '.join(task.asks)}, which {settings.kind} asks"]

@@ -5,12 +5,19 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-import numpy as np
-
-from maxlm.config.feedback import AnswersConfig, ConstitutionConfig, FeedbackConfig, Principle
+from maxlm.config.feedback import AnswersConfig, FeedbackConfig, Principle
 from maxlm.feedback.records import Item
 from maxlm.scoring.chat_models import ChatModel, ChatRequest, ReplyError
-from maxlm.scoring.judge import Answer, Judge, UnjudgedError, Verdict, request_seed, shown_answer, shown_prompt
+from maxlm.scoring.judge import (
+    Answer,
+    Judge,
+    UnjudgedError,
+    Verdict,
+    draw_principles,
+    request_seed,
+    shown_answer,
+    shown_prompt,
+)
 
 
 @dataclass
@@ -210,15 +217,6 @@ def find_task(config: FeedbackConfig) -> Task:
     return _TASKS[config.task.kind]
 
 
-def usable_principles(constitution: ConstitutionConfig, task: Task) -> tuple[Principle, ...]:
-    """The principles that have the texts which a task needs."""
-    return tuple(
-        principle
-        for principle in constitution.principles
-        if all(getattr(principle, name) is not None for name in task.asks)
-    )
-
-
 def _answers(context: Context, item: Item, outcome: Outcome) -> list[Answer]:
     """The answers of a record, or sampled ones; empty and unfinished ones are set aside."""
     answers: list[Answer] = []
@@ -251,10 +249,8 @@ def _answers(context: Context, item: Item, outcome: Outcome) -> list[Answer]:
 
 
 def _drawn(context: Context, item: Item, count: int, *texts: str) -> list[Principle]:
-    """Principles in random order, which depends only on the seed and the texts; all are used before one repeats."""
-    seed = request_seed(context.config.seed, shown_prompt(item.prompt), *texts)
-    order = np.random.default_rng(seed).permutation(len(context.principles))
-    return [context.principles[order[number % len(order)]] for number in range(count)]
+    """Principles in random order, which depends only on the seed and the texts."""
+    return draw_principles(context.principles, count, context.config.seed, shown_prompt(item.prompt), *texts)
 
 
 def _dialogue(item: Item, answer: str) -> list[dict[str, Any]]:

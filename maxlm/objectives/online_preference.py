@@ -28,6 +28,7 @@ from maxlm.objectives.sampling.rollouts import policy_rows
 from maxlm.objectives.sampling.sample_log import LOGGED_ANSWERS, SampleLog
 from maxlm.objectives.sampling.sampler import Answers
 from maxlm.objectives.sequences import local_rows, whole_rows
+from maxlm.scoring.rewards import judges_of
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.objective import ExampleMaker, PreviewRow, RunContext
 
@@ -47,11 +48,13 @@ class OnlinePreferenceOptimization(PairObjective, RewardedSampling):
         output = super().compute_loss(model, batch)
         values, num_prompts = batch.values, jnp.sum(jnp.ones_like(batch.values["rewards_B"]))
         metrics = {
-            "reward": Term(jnp.sum(values["rewards_B"]), num_prompts),
+            "reward": Term(jnp.sum(values["rewards_B"]), num_prompts - jnp.sum(values.get("unjudged_B", 0.0))),
             "reward_gap": Term(jnp.sum(values["gaps_B"]), num_prompts),
             "groups_with_signal": Term(jnp.sum(values["gaps_B"] > 0), num_prompts),
             "completion_length": Term(jnp.sum(values["lengths_B"]), num_prompts),
         }
+        if "unjudged_B" in values:
+            metrics["unjudged"] = Term(jnp.sum(values["unjudged_B"]), num_prompts)
         return output.joined(LossOutput({}, metrics))
 
     def open_data(self, context: RunContext) -> "OnlinePairs":
@@ -63,7 +66,8 @@ class OnlinePreferenceOptimization(PairObjective, RewardedSampling):
     def example(self, make: ExampleMaker) -> Batch:
         pairs = super().example(make)
         count = len(pairs["chosen"].tokens)
-        drawn = {name: np.abs(make.normal((count,))) for name in ("rewards_B", "gaps_B", "lengths_B")}
+        names = ("rewards_B", "gaps_B", "lengths_B", *(["unjudged_B"] if judges_of(self.reward) else []))
+        drawn = {name: np.abs(make.normal((count,))) for name in names}
         return replace(pairs, values={**pairs.values, **drawn})
 
     def for_verification(self) -> Self:
@@ -119,7 +123,9 @@ class OnlinePairs:
             streams[name], values[f"sampled_{name}_BL"] = jax.tree.map(
                 lambda x: np.where(gaps_B[:, None] > 0, x, np.zeros_like(x)), (stream, sampled_BL)
             )
-        values["rewards_B"] = rewards_R.reshape(-1, group_size).mean(axis=1)
+        values["rewards_B"] = np.nan_to_num(rewards_R).reshape(-1, group_size).mean(axis=1)
+        if judges_of(objective.reward):
+            values["unjudged_B"] = np.isnan(rewards_R).reshape(-1, group_size).mean(axis=1).astype(np.float32)
         values["gaps_B"] = gaps_B
         values["lengths_B"] = answers.lengths_R.reshape(-1, group_size).mean(axis=1).astype(np.float32)
         batches = [share_of_tree(Batch(streams, values), n, num_steps) for n in range(num_steps)]
@@ -138,8 +144,11 @@ class OnlinePairs:
         """The best and the worst answers to the first prompts of a round, as `samples.jsonl` has them."""
         rewards_NG = rewards_R.reshape(-1, self._context.config.objective.group_size)
         best_N, worst_N, _ = best_and_worst(rewards_NG)
-        for best, worst, mean in list(zip(best_N, worst_N, rewards_NG.mean(axis=1)))[: LOGGED_ANSWERS // 2]:
+        mean_N = np.nansum(rewards_NG, axis=1) / np.maximum(np.isfinite(rewards_NG).sum(axis=1), 1)
+        for best, worst, mean in list(zip(best_N, worst_N, mean_N))[: LOGGED_ANSWERS // 2]:
             for row in (best, worst):
+                if np.isnan(rewards_R[row]):  # so are all of its group
+                    continue
                 prompt = self._rounds.prompts[prompts_R[row]]
                 yield {
                     "step": step,
@@ -153,10 +162,12 @@ class OnlinePairs:
 
 def best_and_worst(rewards_NG: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The rows N * G of the answers with the highest and lowest rewards, the first ones of equals, and by how much they
-    differ: each [N]."""
-    first_N = np.arange(len(rewards_NG)) * rewards_NG.shape[1]
-    gaps_N = rewards_NG.max(axis=1) - rewards_NG.min(axis=1)
-    return first_N + rewards_NG.argmax(axis=1), first_N + rewards_NG.argmin(axis=1), gaps_N.astype(np.float32)
+    differ: each [N]. Answers with NaN have no reward, and the gap of a group without any is 0."""
+    first_N, has_reward_NG = np.arange(len(rewards_NG)) * rewards_NG.shape[1], np.isfinite(rewards_NG)
+    best_N = np.where(has_reward_NG, rewards_NG, -np.inf).argmax(axis=1)
+    worst_N = np.where(has_reward_NG, rewards_NG, np.inf).argmin(axis=1)
+    gaps_N = np.nan_to_num(np.fmax.reduce(rewards_NG, axis=1) - np.fmin.reduce(rewards_NG, axis=1))
+    return first_N + best_N, first_N + worst_N, gaps_N.astype(np.float32)
 
 
 OBJECTIVE = OnlinePreferenceOptimization

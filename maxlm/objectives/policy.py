@@ -24,7 +24,7 @@ from maxlm.models.decoder import Decoder
 from maxlm.objectives.sampling.answer_rewards import critic_start
 from maxlm.objectives.sampling.environments import EnvironmentConfig
 from maxlm.objectives.sampling.policy_advantages import AnyAdvantage, GroupAdvantage
-from maxlm.objectives.sampling.policy_data import REPORTED, REWARD_PART, PolicyData
+from maxlm.objectives.sampling.policy_data import REPORTED, REWARD_PART, UNJUDGED, PolicyData
 from maxlm.objectives.sampling.policy_losses import (
     AVERAGES,
     AnySurrogate,
@@ -40,7 +40,7 @@ from maxlm.objectives.sampling.prompt_rounds import preview_prompts
 from maxlm.objectives.sampling.rewarded_sampling import RewardedSampling, reward_inputs
 from maxlm.objectives.sequences import is_real, target_log_probabilities, token_entropies
 from maxlm.ops.policy_losses import value_loss
-from maxlm.scoring.rewards import RewardSetting
+from maxlm.scoring.rewards import RewardSetting, judges_of
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.objective import ExampleMaker, Objective, PreviewRow, RunContext
 
@@ -170,6 +170,11 @@ class PolicyOptimization(Objective, RewardedSampling):
         return self.kl.beta > 0
 
     @property
+    def judges(self) -> bool:
+        """Whether a judge rewards answers, and so may leave some without a reward."""
+        return bool(judges_of(self.reward) or (self.constraint and judges_of(self.constraint.cost)))
+
+    @property
     def longest_answer(self) -> int:
         """Tokens after a prompt at most."""
         return self.max_new_tokens if self.environment is None else self.environment.max_tokens
@@ -186,6 +191,13 @@ class PolicyOptimization(Objective, RewardedSampling):
             problems.append(
                 f"objective.advantage.kind={self.advantage.kind} compares answers to the same prompt; set"
                 " objective.group_size to at least 2"
+            )
+        if self.advantage.needs_greedy and any(
+            part.measure == "wins_in_group" for part in judges_of(self.reward).values()
+        ):
+            problems.append(
+                "objective.advantage.kind=greedy rewards single greedy answers, and measure=wins_in_group compares"
+                " several; choose another advantage, or measure=rating"
             )
         if self.advantage.needs_critic != (self.critic is not None):
             problems.append("objective.critic and objective.advantage.kind=gae need one another; set both, or neither")
@@ -280,15 +292,21 @@ class PolicyOptimization(Objective, RewardedSampling):
         """Metrics that do not depend on the model."""
         real_B = is_real(batch["answers"])
         num_rows = jnp.sum(real_B)
-        values = batch.values
-        return {
-            "reward": Term(jnp.sum(real_B * values["rewards_B"]), num_rows),
+        values, rewarded_B, metrics = batch.values, real_B, {}
+        if UNJUDGED in values:
+            rewarded_B = real_B * (1 - values[UNJUDGED])
+            metrics["unjudged"] = Term(jnp.sum(real_B * values[UNJUDGED]), num_rows)
+        num_rewarded = jnp.sum(rewarded_B)
+        return metrics | {
+            "reward": Term(jnp.sum(rewarded_B * values["rewards_B"]), num_rewarded),
             "groups_with_signal": Term(jnp.sum(real_B * values["has_signal_B"]), num_rows),
             "completion_length": Term(jnp.sum(values["lengths_B"]), num_rows),
             "sync_difference": Term(jnp.sum(real_B * values["sync_difference_B"]), num_rows),
             "truncated": Term(jnp.sum(real_B * values["is_truncated_B"]), num_rows),
             **{
-                name if name.startswith(REWARD_PART) else name.removesuffix("_B"): Term(jnp.sum(real_B * x), num_rows)
+                name if name.startswith(REWARD_PART) else name.removesuffix("_B"): Term(
+                    jnp.sum(rewarded_B * x), num_rewarded
+                )
                 for name, x in values.items()
                 if name.startswith(REWARD_PART) or name in REPORTED
             },
@@ -317,6 +335,8 @@ class PolicyOptimization(Objective, RewardedSampling):
             "is_truncated_B": (make.normal((num_rows,)) < 0.5).astype(np.float32),
             "sync_difference_B": np.abs(make.normal((num_rows,))),
         }
+        if self.judges:
+            given[UNJUDGED] = (make.normal((num_rows,)) < 0.0).astype(np.float32)
         if self.importance is not None:
             given["old_BL"] = given["sampled_BL"] + moved(0.3) - moved(0.3)
         if self.needs_reference:

@@ -1,5 +1,8 @@
 """Advantages of sampled answers, and of their tokens. All results are float32, computed in float64.
 
+An answer whose reward is NaN has none: the others have the advantages that they would have without it, and its own has
+no meaning.
+
 Dimensions: N prompts, G answers per prompt (a group), B = N * G answers, L length of a row.
 """
 
@@ -27,9 +30,11 @@ def group_advantages(
       degrees_of_freedom: subtracted from G in the divisor of the variance.
     """
     rewards_NG = np.asarray(rewards_NG, np.float64)
-    centered_NG = rewards_NG - rewards_NG.mean(axis=1, keepdims=True)
+    count_N1 = _num_rewarded(rewards_NG)
+    centered_NG = rewards_NG - np.nansum(rewards_NG, axis=1, keepdims=True) / count_N1
     if normalize_std:
-        centered_NG = centered_NG / (rewards_NG.std(axis=1, ddof=degrees_of_freedom, keepdims=True) + epsilon)
+        squares_N1 = np.nansum(np.square(centered_NG), axis=1, keepdims=True)
+        centered_NG = centered_NG / (np.sqrt(squares_N1 / np.maximum(count_N1 - degrees_of_freedom, 1)) + epsilon)
     # The mean of equal numbers may differ from them in the last bit.
     return np.where(has_signal(rewards_NG)[:, None], centered_NG, 0.0).astype(np.float32)
 
@@ -37,8 +42,8 @@ def group_advantages(
 def leave_one_out_advantages(rewards_NG: np.ndarray) -> np.ndarray:
     """The advantage of each answer over the mean of the others in its group: [N, G] (RLOO, arXiv:2402.14740)."""
     rewards_NG = np.asarray(rewards_NG, np.float64)
-    size = rewards_NG.shape[1]
-    others_NG = (rewards_NG.sum(axis=1, keepdims=True) - rewards_NG) / (size - 1)
+    num_others_N1 = np.maximum(_num_rewarded(rewards_NG) - 1, 1)
+    others_NG = (np.nansum(rewards_NG, axis=1, keepdims=True) - rewards_NG) / num_others_N1
     return np.where(has_signal(rewards_NG)[:, None], rewards_NG - others_NG, 0.0).astype(np.float32)
 
 
@@ -46,7 +51,9 @@ def length_weighted_advantages(rewards_NG: np.ndarray, lengths_NG: np.ndarray) -
     """The advantage of each answer over the mean weighted by length, of the least variance: [N, G] (OPO,
     arXiv:2505.23585)."""
     rewards_NG, lengths_NG = np.asarray(rewards_NG, np.float64), np.asarray(lengths_NG, np.float64)
-    baseline_N1 = np.sum(lengths_NG * rewards_NG, axis=1, keepdims=True) / lengths_NG.sum(axis=1, keepdims=True)
+    lengths_NG = np.where(np.isfinite(rewards_NG), lengths_NG, 0.0)
+    total_N1 = np.maximum(lengths_NG.sum(axis=1, keepdims=True), 1)
+    baseline_N1 = np.nansum(lengths_NG * rewards_NG, axis=1, keepdims=True) / total_N1
     return np.where(has_signal(rewards_NG)[:, None], rewards_NG - baseline_N1, 0.0).astype(np.float32)
 
 
@@ -129,4 +136,9 @@ def mean_and_variance(moments_3: np.ndarray) -> tuple[float, float]:
 
 def has_signal(rewards_NG: np.ndarray) -> np.ndarray:
     """Whether the rewards of a group differ, so that its advantages are nonzero: bool [N]."""
-    return np.ptp(rewards_NG, axis=1) > 0
+    return np.fmax.reduce(rewards_NG, axis=1) - np.fmin.reduce(rewards_NG, axis=1) > 0
+
+
+def _num_rewarded(rewards_NG: np.ndarray) -> np.ndarray:
+    """How many answers of a group have a reward, at least 1 for divisors: [N, 1]."""
+    return np.maximum(np.isfinite(rewards_NG).sum(axis=1, keepdims=True), 1)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import xxhash
 
-from maxlm.config.feedback import JudgePrompts, Principle
+from maxlm.config.feedback import ConstitutionConfig, JudgePrompts, Principle
 from maxlm.prompts.answer_formats import AnswerFormat, ChoiceFormat, UnreadableAnswer
 from maxlm.prompts.prompt_template import PromptTemplate
 from maxlm.scoring.chat_models import ChatModel, ChatRequest, Prompt
@@ -201,6 +202,19 @@ class Judge:
             if reply.is_complete:
                 raise
             raise UnreadableAnswer(f"is cut off after {self.max_tokens} tokens, and {error}") from None
+
+
+def usable_principles(constitution: ConstitutionConfig, asks: Sequence[str]) -> tuple[Principle, ...]:
+    """The principles that have the texts which are asked."""
+    return tuple(
+        principle for principle in constitution.principles if all(getattr(principle, name) is not None for name in asks)
+    )
+
+
+def draw_principles(principles: Sequence[Principle], count: int, *depends_on: Any) -> list[Principle]:
+    """Principles in an order that `depends_on` decides; all are used before one repeats."""
+    order = np.random.default_rng(request_seed(*depends_on)).permutation(len(principles))
+    return [principles[order[number % len(order)]] for number in range(count)]
 
 
 def position_bias(verdicts: Sequence[Verdict]) -> dict[str, float | int | None]:

@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, Validat
 from typing_extensions import TypedDict
 
 from maxlm.config.base import Frozen
+from maxlm.config.feedback import JudgedReward
 from maxlm.data.examples.records import Text, field
 from maxlm.errors import ConfigError, DataError
 from maxlm.scoring.rules import answers, code, form, latex, style
@@ -92,9 +93,18 @@ class RewardPart(Frozen):
         return self.name or self.model
 
 
-# The name of a function, or several with their weights.
+def _kind_of_part(value: Any) -> str:
+    is_judge = "judge" in value if isinstance(value, dict) else isinstance(value, JudgedReward)
+    return "judge" if is_judge else "part"
+
+
+AnyPart = Annotated[
+    Annotated[RewardPart, Tag("part")] | Annotated[JudgedReward, Tag("judge")], Discriminator(_kind_of_part)
+]
+
+# The name of a function, or several parts with their weights.
 RewardSetting = Annotated[
-    Annotated[str, Tag("name")] | Annotated[tuple[RewardPart, ...], Field(min_length=1), Tag("parts")],
+    Annotated[str, Tag("name")] | Annotated[tuple[AnyPart, ...], Field(min_length=1), Tag("parts")],
     Discriminator(lambda value: "parts" if isinstance(value, list | tuple) else "name"),
 ]
 
@@ -129,20 +139,26 @@ class Reward:
         return self.function(prompt, completions, record, **given, **self.settings)
 
 
-def parts_of(setting: str | Sequence[RewardPart]) -> Sequence[RewardPart]:
+def parts_of(setting: str | Sequence[RewardPart | JudgedReward]) -> Sequence[RewardPart | JudgedReward]:
     """The parts of the sum."""
     return [RewardPart(name=setting)] if isinstance(setting, str) else setting
 
 
-def names_of(parts: Sequence[RewardPart]) -> list[str]:
-    """A short name for each part, unique among them: of its function, or of the folder of its model."""
+def judges_of(setting: str | Sequence[RewardPart | JudgedReward]) -> dict[str, JudgedReward]:
+    """The parts that a judge gives, by name."""
+    parts = parts_of(setting)
+    return {name: part for name, part in zip(names_of(parts), parts) if isinstance(part, JudgedReward)}
+
+
+def names_of(parts: Sequence[RewardPart | JudgedReward]) -> list[str]:
+    """A short name for each part, unique among them: of its function, of the folder of its model, of its judge."""
     short = [re.split(r"[:/]", part.source.rstrip("/"))[-1] for part in parts]
     counts = [short[: index + 1].count(name) for index, name in enumerate(short)]
     return [name if count == 1 else f"{name}_{count}" for name, count in zip(short, counts)]
 
 
-def find_rewards(setting: str | Sequence[RewardPart]) -> list[Reward]:
-    """The reward functions of a configuration; its reward models are left out.
+def find_rewards(setting: str | Sequence[RewardPart | JudgedReward]) -> list[Reward]:
+    """The reward functions of a configuration; its reward models and judges are left out.
 
     Raises:
       ConfigError: there is no such function, or its settings do not fit.
@@ -150,20 +166,24 @@ def find_rewards(setting: str | Sequence[RewardPart]) -> list[Reward]:
     parts = parts_of(setting)
     found = []
     for name, part in zip(names_of(parts), parts):
-        if part.name is not None:
+        if isinstance(part, RewardPart) and part.name is not None:
             function = find_function(part.name)
             settings, takes = _checked_settings(function, part)
             found.append(Reward(name, part.name, part.weight, function, settings, takes))
     return found
 
 
-def check_record(setting: str | Sequence[RewardPart], record: dict[str, Any], where: str) -> None:
+def check_record(setting: str | Sequence[RewardPart | JudgedReward], record: dict[str, Any], where: str) -> None:
     """Reject a record that no completion could satisfy; a custom function accepts any record.
 
     Raises:
       DataError: its message begins with `where`, FILE:LINE.
     """
     for part in parts_of(setting):
+        if isinstance(part, JudgedReward):
+            if part.measure == "wins_over_reference" and not isinstance(field(record, "answer", where), str):
+                raise DataError(f"{where}: answer must be a text for a judge to compare with; fix or remove the line")
+            continue
         name = part.name
         rule = RULES.get(name)
         if rule is None or rule.field is None:

@@ -20,36 +20,42 @@ from maxlm.objectives.beside import check_beside
 from maxlm.objectives.sampling.sampler import Answers
 from maxlm.objectives.sequences import local_rows
 from maxlm.prompts.chat_template import ChatTokens
+from maxlm.scoring.judged_reward import JudgeOfAnswers
 from maxlm.scoring.reward_call import CheckedReward, Rewards
-from maxlm.scoring.rewards import RewardPart, find_rewards, names_of, parts_of
+from maxlm.scoring.rewards import RewardPart, RewardSetting, find_rewards, judges_of, names_of, parts_of
 from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.objective import RunContext
 
 
 class AnswerRewards:
-    """The weighted sum of reward functions and reward models, the latter sharded over the mesh like the policy.
+    """The weighted sum of reward functions, judges and reward models, the latter sharded over the mesh like the policy.
 
-    Scores of models are computed by all processes together, so they are apart from calls of functions, which may run
-    while training goes on.
+    Scores of models are computed by all processes together, so they are apart from calls of functions and judges, which
+    may run while training goes on.
 
     Raises:
       MaxlmError: there is no such function or model, or it does not fit.
     """
 
-    def __init__(self, context: RunContext, setting: str | Sequence[RewardPart], *, key: str = "objective.reward"):
+    def __init__(self, context: RunContext, setting: RewardSetting, *, key: str = "objective.reward"):
         objective = context.config.objective
         self._context, self._key = context, key
         self._functions = CheckedReward(find_rewards(setting), time_limit=objective.reward_time_limit)
         parts = parts_of(setting)
-        named = [(name, part) for name, part in zip(names_of(parts), parts) if part.model is not None]
-        self._weights = {name: part.weight for name, part in named}
-        self._models = {name: load_reward_model_beside(part.model, context, key=key) for name, part in named}
+        paths = {name: part.model for name, part in zip(names_of(parts), parts) if isinstance(part, RewardPart)}
+        weights = dict(zip(names_of(parts), (part.weight for part in parts)))
+        self._models = {name: load_reward_model_beside(path, context, key=key) for name, path in paths.items() if path}
+        self._judges = open_judges(setting, context, key=key)
+        self._weights = {name: weights[name] for name in self._models}
+        self._judge_weights = {name: weights[name] for name in self._judges}
         self._score = jax.jit(_scores)
         self._tail = _tail(context.tokenizer)
 
     def try_out(self, prompts: Sequence[Prompt]) -> None:
-        """Call the functions; see `CheckedReward.try_out`."""
+        """Call the functions and judges; see `CheckedReward.try_out` and `JudgeOfAnswers.try_out`."""
         self._functions.try_out(prompts)
+        for judge in self._judges.values():
+            judge.try_out(prompts[0])
 
     def scores(self, prompts: Sequence[Prompt], answers: Answers) -> dict[str, np.ndarray]:
         """The scores of answers at their last token under each reward model: float32 [R] by name."""
@@ -65,19 +71,23 @@ class AnswerRewards:
         }
 
     def __call__(self, prompts: Sequence[Prompt], answers: Answers, scores: Mapping[str, np.ndarray]) -> Rewards:
-        """The rewards of answers, given their `scores`.
+        """The rewards of answers, given their `scores`; NaN for those that a judge has said nothing usable about.
 
         Raises:
-          ConfigError: a function raised or took too long, or a reward is not a finite number.
+          ConfigError: a function raised or took too long, or its reward is not a finite number.
+          MaxlmError: a judge cannot go on; see `JudgeOfAnswers`.
         """
         rewards = self._functions(prompts, answers.texts, answers.lengths_R)
         total = rewards.total.astype(np.float64)
+        judged = {name: judge(prompts, answers.texts) for name, judge in self._judges.items()}
+        for name, weight in self._judge_weights.items():
+            total += weight * judged[name].astype(np.float64)
         for name, weight in self._weights.items():
             if not np.isfinite(scores[name]).all():
                 place = prompts[int(np.argmin(np.isfinite(scores[name])))].place
                 raise ConfigError([f"{self._key}: the reward model {name} gives {place} no finite score; retrain it"])
             total += weight * scores[name].astype(np.float64)
-        return Rewards(total.astype(np.float32), {**rewards.parts, **scores})
+        return Rewards(total.astype(np.float32), {**rewards.parts, **judged, **scores})
 
     def at_once(self, prompts: Sequence[Prompt], answers: Answers) -> Rewards:
         """The rewards of answers; all processes call this together."""
@@ -93,6 +103,35 @@ class AnswerRewards:
             sequences.append(ChatTokens(prompt.ids + ids + tail, [0.0] * (len(prompt.ids) + len(ids) + len(tail))))
         longest = answers.prompts_RP.shape[1] + answers.tokens_RN.shape[1] + len(self._tail)
         return pad(sequences, round_up(longest, self._context.row_parts))
+
+
+def open_judges(setting: RewardSetting, context: RunContext, *, key: str) -> dict[str, JudgeOfAnswers]:
+    """The judges of a reward by name, with what they said in earlier attempts of the run.
+
+    Raises:
+      ConfigError: one does not fit, or several processes would ask about the same answers, with different replies.
+    """
+    config, parts, found = context.config, context.rows.count, judges_of(setting)
+    if found and jax.process_count() != parts:
+        raise ConfigError(
+            [
+                f"{key}: a judge needs answers of its own on each process, and {jax.process_count()} processes share"
+                f" {parts} parts of a batch; make mesh.data * mesh.stage * mesh.fsdp * mesh.expert a multiple of their"
+                " number"
+            ]
+        )
+    folder = None if context.folder is None else context.folder / "judges" / key.split(".")[-1]
+    return {
+        name: JudgeOfAnswers(
+            part,
+            name=f"{key}: {name}",
+            folder=None if folder is None else folder / name / str(jax.process_index()),
+            seed=config.seed,
+            share=1 / parts,
+            time_limit=config.objective.reward_time_limit,
+        )
+        for name, part in found.items()
+    }
 
 
 def load_reward_model_beside(path: str, context: RunContext, *, key: str) -> Decoder:

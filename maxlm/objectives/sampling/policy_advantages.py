@@ -23,8 +23,8 @@ SumOverProcesses = Callable[[np.ndarray], np.ndarray]
 class RewardedAnswers:
     """A process's answers of one round of sampling.
 
-    rewards_NG: of whole answers.
-    is_answer_BL: bool, tokens that the policy sampled.
+    rewards_NG: of whole answers; NaN if one has none.
+    is_answer_BL: bool, tokens that the policy sampled in answers that have a reward.
     penalties_BL: subtracted from the reward of each token.
     add_up: for moments over the answers of all processes.
     greedy_N: rewards of greedy answers, if asked for. values_BL: of a critic, if there is one.

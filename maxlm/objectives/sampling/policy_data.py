@@ -39,6 +39,8 @@ from maxlm.train.objective import RunContext
 REWARD_PART = "reward_"
 # Values of answers whose means are metrics.
 REPORTED = ("cost_B", "harmful_B", "multiplier_B", "kl_beta_B")
+# 1.0 for answers without a reward, where a judge may have given none.
+UNJUDGED = "unjudged_B"
 
 
 # Rewards of a round, and costs if they are constrained.
@@ -196,6 +198,11 @@ class PolicyData:
         total_B = rewards.total
         if costs is not None:
             total_B = (total_B - controls.multiplier * costs.total) / (1 + controls.multiplier)
+        has_reward_B = np.isfinite(total_B)
+        if greedy_N is not None:
+            has_reward_B &= np.isfinite(np.repeat(greedy_N, group_size))
+        # Of the others, the judge said nothing usable: they are left out like padding.
+        stream = replace(stream, loss_weights=stream.loss_weights * has_reward_B[:, None])
         rewards_NG = total_B.astype(np.float32).reshape(-1, group_size)
         advantages_BL, returns_BL = objective.advantage(
             RewardedAnswers(
@@ -212,13 +219,15 @@ class PolicyData:
         given |= {
             "sampled_BL": sampled_BL,
             "advantages_BL": advantages_BL,
-            "rewards_B": rewards.total,
+            "rewards_B": np.nan_to_num(rewards.total),
             "has_signal_B": np.repeat(has_signal(rewards_NG), group_size).astype(np.float32),
             "lengths_B": answers.lengths_R.astype(np.float32),
             "is_truncated_B": is_truncated_B.astype(np.float32),
         }
         if len(rewards.parts) > 1:
-            given |= {f"{REWARD_PART}{name}": part_B for name, part_B in rewards.parts.items()}
+            given |= {f"{REWARD_PART}{name}": np.nan_to_num(part_B) for name, part_B in rewards.parts.items()}
+        if objective.judges:
+            given[UNJUDGED] = (~has_reward_B).astype(np.float32)
         if returns_BL is not None:
             given["returns_BL"] = returns_BL
         given |= self._controlled(controls, costs, num_rows=len(total_B))
@@ -230,7 +239,7 @@ class PolicyData:
         """The values of a round's answers that are reported of a constraint and an adaptive coefficient."""
         given = {}
         if costs is not None:
-            given = {"cost_B": costs.total, "harmful_B": _is_harmful(costs.total)}
+            given = {"cost_B": np.nan_to_num(costs.total), "harmful_B": _is_harmful(costs.total)}
             given["multiplier_B"] = np.full(num_rows, controls.multiplier, np.float32)
         if self._context.config.objective.kl.adaptive is not None:
             given["kl_beta_B"] = np.full(num_rows, controls.kl_beta, np.float32)
@@ -242,17 +251,18 @@ class PolicyData:
         """The controls of the next round, from means over the answers of all processes."""
         objective = self._context.config.objective
 
-        def mean(x_B: np.ndarray) -> float:
-            total, count = self._over_processes(np.array([np.sum(x_B, dtype=np.float64), len(x_B)]))
-            return float(total / count)
+        def mean(x_B: np.ndarray) -> float | None:
+            known = x_B[np.isfinite(x_B)]
+            total, count = self._over_processes(np.array([np.sum(known, dtype=np.float64), len(known)]))
+            return float(total / count) if count else None
 
-        if costs is not None:
+        if costs is not None and (mean_cost := mean(costs.total)) is not None:
             limits = {"rate": objective.constraint.rate, "largest": objective.constraint.largest_multiplier}
-            controls = controls.after_costs(mean(costs.total), limit=objective.constraint.limit, **limits)
+            controls = controls.after_costs(mean_cost, limit=objective.constraint.limit, **limits)
         if (adaptive := objective.kl.adaptive) is not None:
             gain_BL = (sampled_BL - rollout.measured["reference_BL"]) * (stream.loss_weights > 0)
-            kl = mean(gain_BL.sum(axis=1))
-            controls = controls.after_divergence(kl, target=adaptive.target, rate=adaptive.rate)
+            if (kl := mean(gain_BL.sum(axis=1))) is not None:
+                controls = controls.after_divergence(kl, target=adaptive.target, rate=adaptive.rate)
         return controls
 
     def _samples(self, step: int, rollout: Rollout, batch: Batch) -> Iterator[dict[str, Any]]:
@@ -266,7 +276,7 @@ class PolicyData:
                 "id": prompt.place,
                 "prompt": tokenizer.decode(prompt.ids),
                 "answer": rollout.answers.texts[row],
-                "reward": float(values["rewards_B"][row]),
+                "reward": None if UNJUDGED in values and values[UNJUDGED][row] else float(values["rewards_B"][row]),
                 **{name: float(values[name][row]) for name in parts},
                 "advantage": float(values["advantages_BL"][row].sum() / max(values["lengths_B"][row], 1)),
                 "weights": f"{rollout.answers.fingerprints_R[row]:08x}",

@@ -109,7 +109,8 @@ class PromptRounds:
     def validate(
         self, policy: Any, measure: Callable[[Sequence[Prompt], Answers], Mapping[str, np.ndarray]]
     ) -> dict[str, float]:
-        """Means over answers to the validation prompts of values by name; of greedy answers named `greedy_NAME`."""
+        """Means over answers to the validation prompts of values by name, without NaN; of greedy answers named
+        `greedy_NAME`. A name whose values are all NaN is left out."""
         if not self.valid_prompts:
             return {}
         sampled = self._valid_means(policy, measure, self._context.config.objective.temperature)
@@ -136,6 +137,12 @@ class PromptRounds:
         sample = even_sample([np.arange(len(self.valid_prompts))], config.eval_batches * config.batch_size)
         size = config.batch_size * objective.group_size * objective.updates_per_rollout
         totals: dict[str, float] = {}
+        counts: dict[str, float] = {}
+
+        def add_up(sums: dict[str, float], name: str, values: np.ndarray) -> None:
+            counted = values.astype(np.float32)
+            sums[name] = sums.get(name, 0.0) + float(self._sum(put_batch(counted, self._context.mesh)))
+
         for batch in padded_batches(len(sample), size, len(sample)):
             mine = share_of(batch, self._context.rows.index, self._context.rows.count)
             # The random draws of a prompt depend on its place in the file, not on the rest of the sample.
@@ -143,9 +150,10 @@ class PromptRounds:
             drawn = [self.valid_prompts[place] for place in places]
             answers = self._sampler(policy, drawn, places, stream=_VALIDATION_STREAM, temperature=temperature)
             for name, values in measure(drawn, answers).items():
-                counted = np.where(mine >= 0, values, 0.0).astype(np.float32)
-                totals[name] = totals.get(name, 0.0) + float(self._sum(put_batch(counted, self._context.mesh)))
-        return {name: total / len(sample) for name, total in totals.items()}
+                is_known = (mine >= 0) & np.isfinite(values)
+                add_up(totals, name, np.where(is_known, values, 0.0))
+                add_up(counts, name, is_known)
+        return {name: total / counts[name] for name, total in totals.items() if counts[name]}
 
     @cached_property
     def _order(self) -> EpochOrder:

@@ -3,10 +3,12 @@
 from pydantic import Field, PositiveFloat
 
 from maxlm.config.base import Count, Seconds
+from maxlm.config.feedback import JudgedReward
 from maxlm.config.objective import Input, RecordsConfig
+from maxlm.config.recipes import find_config
 from maxlm.config.train import TrainConfig
 from maxlm.objectives.sampling.sampler import Layout
-from maxlm.scoring.rewards import RewardSetting
+from maxlm.scoring.rewards import RewardSetting, judges_of
 
 
 class RewardedSampling(RecordsConfig):
@@ -18,7 +20,7 @@ class RewardedSampling(RecordsConfig):
     reward: RewardSetting = Field(
         "exact_match",
         description="A rule of `maxlm.scoring.rewards`, your own function as package.module:function, or a list of"
-        " {name, weight, settings} and {model, weight}, whose weighted sum is the reward.",
+        " {name, weight, settings}, {model, weight} and {judge, constitution, weight}, whose weighted sum it is.",
     )
     reward_time_limit: Seconds = Field(
         60.0, description="Seconds that a reward function may take for the answers to one prompt."
@@ -51,6 +53,11 @@ class RewardedSampling(RecordsConfig):
 
     def problems(self, config: TrainConfig) -> list[str]:
         problems = []
+        if self.group_size < 2 and any(part.measure == "wins_in_group" for part in judges_of(self.reward).values()):
+            problems.append(
+                "objective.reward: measure=wins_in_group compares answers to the same prompt; set objective.group_size"
+                " to at least 2"
+            )
         if self.longest_answer >= config.row_length:
             name = "max_new_tokens" if self.longest_answer == self.max_new_tokens else "environment.max_tokens"
             problems.append(
@@ -66,11 +73,14 @@ class RewardedSampling(RecordsConfig):
 
 
 def reward_inputs(key: str, setting: RewardSetting) -> list[Input]:
-    """The reward models that a setting below `objective` names."""
+    """The reward models and constitutions that a setting below `objective` names."""
     if isinstance(setting, str):
         return []
-    return [
-        Input(f"{key}.{index}.model", f"{key}_{index}", part.model, "weights")
-        for index, part in enumerate(setting)
-        if part.model is not None
-    ]
+    found = []
+    for index, part in enumerate(setting):
+        if isinstance(part, JudgedReward):
+            path = str(find_config(part.constitution))
+            found.append(Input(f"{key}.{index}.constitution", f"{key}_{index}", path, "records"))
+        elif part.model is not None:
+            found.append(Input(f"{key}.{index}.model", f"{key}_{index}", part.model, "weights"))
+    return found
