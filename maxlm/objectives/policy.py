@@ -136,6 +136,11 @@ class PolicyOptimization(Objective, RewardedSampling):
     largest_kl: NonNegativeFloat | None = Field(
         None, description="Bad answers that were sampled from a more distant policy are left out."
     )
+    top_entropy_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="Learn only from this share of the tokens of a step, those of the highest entropy when the answers"
+        " were sampled; null: from all (arXiv:2506.01939).",
+    )
     learn_truncated: bool = Field(
         True, description="false: answers that are cut off at max_new_tokens have no loss (DAPO's overlong filtering)."
     )
@@ -257,6 +262,8 @@ class PolicyOptimization(Objective, RewardedSampling):
             loss_BL *= close_answers(tokens, self.largest_kl)
         if self.importance is not None:
             loss_BL *= self.importance.weights(old_BL - given["sampled_BL"], is_answer_BL)
+        if "high_entropy_BL" in given:
+            loss_BL *= given["high_entropy_BL"]
         terms = {"policy": average(loss_BL, is_answer_BL, self.average, longest=self.longest_answer)}
         metrics = {
             "clip_fraction": mean(is_clipped_BL),
@@ -269,6 +276,8 @@ class PolicyOptimization(Objective, RewardedSampling):
             ),
             **self._of_answers(batch),
         }
+        if "high_entropy_BL" in given:
+            metrics["high_entropy"] = mean(given["high_entropy_BL"])
         if "reference_BL" in given:
             kl_BL = self.kl.loss(tokens, given["reference_BL"])
             metrics["kl"] = mean(kl_BL)
@@ -339,6 +348,9 @@ class PolicyOptimization(Objective, RewardedSampling):
             given[UNJUDGED] = (make.normal((num_rows,)) < 0.0).astype(np.float32)
         if self.importance is not None:
             given["old_BL"] = given["sampled_BL"] + moved(0.3) - moved(0.3)
+        if self.top_entropy_fraction is not None:
+            is_high_BL = make.normal(log_p_BL.shape) < 0.5
+            given["high_entropy_BL"] = (is_high_BL * answers.loss_weights).astype(np.float32)
         if self.needs_reference:
             given["reference_BL"] = moved(0.5)
         if self.critic is not None:

@@ -7,6 +7,7 @@ Dimensions: B rows (answers), L length of prompt and answer.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # exp of more, or of less than its negative, is of no use in float32.
 _LARGEST_LOG_RATIO = 20.0
@@ -162,3 +163,17 @@ def kl_estimate(log_p_BL: jax.Array, log_reference_BL: jax.Array, *, estimator: 
 def with_gradient_of(value: jax.Array, other: jax.Array) -> jax.Array:
     """A value with the gradient of another one."""
     return jax.lax.stop_gradient(value - other) + other
+
+
+def high_entropy_tokens(
+    entropies_BL: np.ndarray, is_answer_BL: np.ndarray, everywhere: np.ndarray, *, fraction: float
+) -> np.ndarray:
+    """1.0 for answer tokens whose entropy is at least the (1 - fraction)-quantile (arXiv:2506.01939): float32 [B, L].
+
+    Args:
+      is_answer_BL: bool.
+      everywhere: the entropies of the tokens of all answers of the batch, of which these are a part; in any order.
+    """
+    if not everywhere.size:
+        return np.zeros(entropies_BL.shape, np.float32)
+    return (is_answer_BL & (entropies_BL >= np.quantile(everywhere, 1 - fraction))).astype(np.float32)

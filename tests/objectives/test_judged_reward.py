@@ -209,6 +209,7 @@ def policy_config(output, tuned, server, constitution, prompts, *, steps, kind="
             "max_new_tokens": 6,
             "group_size": 4,
             "reward": [part(server, constitution, limits={"max_failed_fraction": 0.9})],
+            **({"top_entropy_fraction": 0.25} if kind == "policy" else {}),
         },
         batch_size=4,
         log_every=1,
@@ -236,6 +237,7 @@ def test_run_leaves_out_what_is_not_judged_and_resumes_exactly(tuned, prompts, s
     records = [record for record in read_metrics(tmp_path / "whole") if "reward" in record]
     assert 0.2 < records[0]["unjudged"] < 0.8
     assert records[0]["reward"] > 0.9, "a mean over the answers that were judged"
+    assert 0.2 < records[0]["high_entropy"] < 0.5, "tokens with the entropy of the last one are kept too"
     samples = [json.loads(line) for line in (tmp_path / "whole" / "samples.jsonl").read_text().splitlines()]
     assert all((sample["reward"] is None) == (sample["answer"] == "no") for sample in samples)
     assert any(sample["reward"] is None and sample["advantage"] == 0 for sample in samples)

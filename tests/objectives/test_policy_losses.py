@@ -16,7 +16,7 @@ from maxlm.objectives.sampling.policy_losses import (
     close_answers,
 )
 from maxlm.ops.advantages import overlong_penalty
-from maxlm.ops.policy_losses import value_loss
+from maxlm.ops.policy_losses import high_entropy_tokens, value_loss
 
 B, L, DELTA = 4, 7, 1e-6
 LENGTHS = np.array([5, 1, 7, 3])
@@ -311,6 +311,21 @@ def test_equal_rewards_give_no_signal_and_nothing_infinite():
         assert (advantage(answers, **settings)[0] == 0).all()
     for kind in ("batch", "gae"):
         assert np.isfinite(advantage(answers, kind=kind)[0]).all()
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.4, 1.0])
+def test_tokens_of_highest_entropy(fraction):
+    """In any part of a batch, the tokens above the quantile of all, by its definition: linear between ranks."""
+    entropies = float32(np.random.default_rng(1).gamma(2.0, 0.5, (B, L)))
+    ranked = np.sort(entropies[IS_ANSWER])
+    place = (1 - fraction) * (len(ranked) - 1)
+    low, high = ranked[int(np.floor(place))], ranked[int(np.ceil(place))]
+    threshold = low + (place - np.floor(place)) * (high - low)
+    expected = IS_ANSWER & (entropies >= threshold - 1e-12)
+    for part in (slice(0, 2), slice(2, B)):
+        found = high_entropy_tokens(entropies[part], IS_ANSWER[part], entropies[IS_ANSWER], fraction=fraction)
+        np.testing.assert_array_equal(found, expected[part])
+    assert expected.sum() == pytest.approx(fraction * len(ranked), abs=1)
 
 
 def test_penalty_of_answers_near_the_limit():

@@ -71,7 +71,7 @@ PAIRS = {"loss": {"kind": "aot", "paired": False}, "tail_weight": 0.5, "weight_b
 @pytest.mark.parametrize(
     ("kind", "settings", "layout"),
     [
-        ("policy", PPO | {"average": "answers"}, "mesh: stage=2, 1f1b"),
+        ("policy", PPO | {"average": "answers", "top_entropy_fraction": 0.2}, "mesh: stage=2, 1f1b"),
         ("policy", PPO | {"surrogate": {"kind": "clip", "ratio": "answer"}}, "mesh: fsdp=2, context=2, tensor=2"),
         ("preference", PAIRS, "mesh: fsdp=2, context=2, tensor=2"),
     ],

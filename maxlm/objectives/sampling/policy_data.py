@@ -29,7 +29,7 @@ from maxlm.objectives.sampling.sample_log import LOGGED_ANSWERS, SampleLog
 from maxlm.objectives.sampling.sampler import Answers
 from maxlm.objectives.sequences import local_rows
 from maxlm.ops.advantages import has_signal
-from maxlm.ops.policy_losses import kl_estimate
+from maxlm.ops.policy_losses import high_entropy_tokens, kl_estimate
 from maxlm.runtime.agree import any_process
 from maxlm.runtime.time_limit import in_background
 from maxlm.scoring.reward_call import Rewards
@@ -231,9 +231,25 @@ class PolicyData:
         if returns_BL is not None:
             given["returns_BL"] = returns_BL
         given |= self._controlled(controls, costs, num_rows=len(total_B))
+        if (entropies_BL := given.pop("entropies_BL", None)) is not None:
+            given["high_entropy_BL"] = self._high_entropy(entropies_BL, stream.loss_weights > 0)
         whole = Batch({"answers": stream}, given)
         batches = [share_of_tree(whole, n, num_steps) for n in range(num_steps)]
         return batches, self._next_controls(controls, rollout, stream, sampled_BL, costs)
+
+    def _high_entropy(self, entropies_BL: np.ndarray, is_answer_BL: np.ndarray) -> np.ndarray:
+        """1.0 for the tokens that are learned: of each step of a round, over all processes."""
+        objective = self._context.config.objective
+        copies = jax.process_count() // self._context.rows.count
+        parts = []
+        for n in range(objective.updates_per_rollout):
+            entropies, is_answer = share_of_tree((entropies_BL, is_answer_BL), n, objective.updates_per_rollout)
+            known = np.where(is_answer, entropies, np.nan)
+            if jax.process_count() > 1:
+                known = multihost_utils.process_allgather(known)
+            everywhere = np.sort(known[np.isfinite(known)])[::copies]
+            parts.append(high_entropy_tokens(entropies, is_answer, everywhere, fraction=objective.top_entropy_fraction))
+        return np.concatenate(parts)
 
     def _controlled(self, controls: Controls, costs: Rewards | None, *, num_rows: int) -> dict[str, np.ndarray]:
         """The values of a round's answers that are reported of a constraint and an adaptive coefficient."""

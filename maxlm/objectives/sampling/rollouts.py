@@ -17,7 +17,7 @@ from maxlm.core.batch import Batch, Stream
 from maxlm.errors import CheckpointError
 from maxlm.models.critic import apply_critic
 from maxlm.objectives.sampling.sampler import Answers
-from maxlm.objectives.sequences import target_log_probabilities, whole_rows
+from maxlm.objectives.sequences import target_log_probabilities, token_entropies, whole_rows
 
 # Fields of a round that hold arrays by name.
 _BY_NAME = ("measured", "scores", "greedy_scores", "cost_scores")
@@ -110,7 +110,10 @@ class RolloutFiles:
 
 
 def measure(model: Any, reference: Any, answers: Stream, *, objective: Any) -> dict[str, jax.Array]:
-    """Values [B, L] of the tokens of answers under the current policy, the starting model, and the critic."""
+    """Values [B, L] of the tokens of answers under the current policy, the starting model, and the critic.
+
+    `entropies_BL` are those of the current policy, for `PolicyData` alone; the others are values of a batch.
+    """
 
     def log_p(model: Any) -> jax.Array:
         return whole_rows(target_log_probabilities(model, answers, temperature=objective.temperature))
@@ -118,6 +121,9 @@ def measure(model: Any, reference: Any, answers: Stream, *, objective: Any) -> d
     measured = {}
     if objective.importance is not None:
         measured["old_BL"] = log_p(model)
+    if objective.top_entropy_fraction is not None:
+        hidden_BLD = model.apply(answers).hidden_BLD
+        measured["entropies_BL"] = whole_rows(token_entropies(model, hidden_BLD, temperature=objective.temperature))
     if reference is not None:
         measured["reference_BL"] = log_p(reference)
     if objective.critic is not None:
