@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import jsonschema
 import referencing
+import regex
 
 from maxlm.config.prompt import AnyFormatConfig, ChoiceFormatConfig, JsonFormatConfig, RegexFormatConfig
 from maxlm.errors import ConfigError
@@ -19,6 +20,8 @@ _FINAL_LINE = re.compile(r"(?:^|\n)####[ \t]*(\S.*)\s*$")
 _OPENING = re.compile(r"[\[{]")
 # How many brackets are tried as the beginning of a JSON value; each may take a pass over the rest of the text.
 _MAX_STARTS = 1000
+# Of a search for a pattern: a text of a model must not be able to stop its reader.
+_SEARCH_SECONDS = 1.0
 # Marks around a choice: Markdown, quotes, brackets, final punctuation.
 _MARKS = " \t*_`'\"()[]{}<>“”‘’「」『』【】《》.。,，;；!！:："
 
@@ -90,15 +93,18 @@ class RegexFormat:
 
     def __post_init__(self):
         try:
-            re.compile(self.pattern)
-        except re.error as error:
+            regex.compile(self.pattern)
+        except regex.error as error:
             raise ConfigError([f"pattern: {self.pattern!r} is not a regular expression: {error}"]) from None
 
     def instruction(self) -> str:
         return f"The answer must match the regular expression {self.pattern}"
 
     def parse(self, text: str) -> str:
-        matches = list(re.finditer(self.pattern, text, re.MULTILINE))
+        try:
+            matches = list(regex.finditer(self.pattern, text, regex.MULTILINE, timeout=_SEARCH_SECONDS))
+        except TimeoutError:
+            raise UnreadableAnswer(f"takes more than {_SEARCH_SECONDS:g} s to search for {self.pattern}") from None
         if not matches:
             raise UnreadableAnswer(f"has nothing that matches {self.pattern}")
         last = matches[-1]
@@ -122,7 +128,8 @@ class JsonFormat:
         try:
             kind.check_schema(schema, format_checker=kind.FORMAT_CHECKER)  # patterns are regular expressions
             # An empty registry: references are never fetched.
-            self._validator = kind(schema, registry=referencing.Registry())
+            searching = jsonschema.validators.extend(kind, {"pattern": _pattern})
+            self._validator = searching(schema, registry=referencing.Registry())
             self._problem({})
         except jsonschema.SchemaError as error:
             place = ".".join(map(str, error.absolute_path)) or "the schema"
@@ -142,6 +149,8 @@ class JsonFormat:
                 found = self._problem(value)
             except RecursionError:
                 found = "the JSON value is nested too deeply"
+            except TimeoutError:
+                found = f"takes more than {_SEARCH_SECONDS:g} s to search for a pattern of the schema"
             if found is None:
                 return value
             problem = found
@@ -184,14 +193,29 @@ def final_line(text: str) -> str:
     return found[1].strip() if found else text
 
 
+def _pattern(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[jsonschema.ValidationError]:
+    """The keyword `pattern` of JSON schemas, with a time limit."""
+    try:
+        matches = not validator.is_type(value, "string") or regex.search(pattern, value, timeout=_SEARCH_SECONDS)
+    except regex.error:  # one that only `re` understands
+        matches = False
+    if not matches:
+        yield jsonschema.ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+def _no_number(name: str) -> None:
+    """NaN and Infinity, which Python's reader accepts."""
+    raise ValueError(name)
+
+
 def _json_values(text: str) -> Iterator[Any]:
     """The JSON values of a text: all of it, or else the objects and lists in it, the last first."""
     try:
-        yield json.loads(text)
+        yield json.loads(text, parse_constant=_no_number)
         return
     except (ValueError, RecursionError):
         pass
-    decoder, found, position = json.JSONDecoder(), [], 0
+    decoder, found, position = json.JSONDecoder(parse_constant=_no_number), [], 0
     for _ in range(_MAX_STARTS):
         if (start := _OPENING.search(text, position)) is None:
             break

@@ -12,13 +12,15 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.concurrency import run_in_threadpool
 
 from maxlm import __version__
-from maxlm.errors import TokenizerError
+from maxlm.errors import ConfigError, TokenizerError
 from maxlm.generate import request as engine_request
 from maxlm.generate.engine import Engine
 from maxlm.generate.model import LoadedModel
+from maxlm.prompts.answer_formats import AnswerFormat
 from maxlm.serve.access import Access, AllowBrowsers, CheckKey, CheckSource
 from maxlm.serve.body import StrictRoute
 from maxlm.serve.errors import ApiError, add_error_handlers
+from maxlm.serve.formats import asking_for
 from maxlm.serve.metrics import ServerMetrics
 from maxlm.serve.middleware import LimitBody, Observe
 from maxlm.serve.page import add_page
@@ -48,7 +50,8 @@ def create_app(model: LoadedModel, engine: Engine, *, name: str | None = None, a
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatBody, http: Request) -> Response:
         _check_model(body.model, name)
-        prompt_ids = await run_in_threadpool(_chat_ids, body, model)
+        form = await run_in_threadpool(_form, body)
+        prompt_ids = await run_in_threadpool(_chat_ids, body, model, form)
         seed = _seed(body)
         requests = _engine_requests(
             body,
@@ -59,7 +62,7 @@ def create_app(model: LoadedModel, engine: Engine, *, name: str | None = None, a
             top_tokens=body.top_logprobs or 0,
         )
         running = _submit(engine, requests, metrics, param="messages")
-        reply = ChatReply(name, model.tokenizer, seed=seed, with_logprobs=bool(body.logprobs))
+        reply = ChatReply(name, model.tokenizer, seed=seed, with_logprobs=bool(body.logprobs), form=form)
         return await _respond(http, body, reply, running, len(prompt_ids))
 
     @app.post("/v1/completions", response_model=None)
@@ -127,7 +130,17 @@ def _check_model(asked: str | None, name: str) -> None:
         raise ApiError(message, param="model", code="model_not_found", status=404)
 
 
-def _chat_ids(body: ChatBody, model: LoadedModel) -> list[int]:
+def _form(body: ChatBody) -> AnswerFormat | None:
+    """The form that answers must have, if there is one; checking a schema may take a while."""
+    if body.response_format is None:
+        return None
+    try:
+        return body.response_format.build()
+    except ConfigError as error:
+        raise ApiError(str(error), param="response_format") from None
+
+
+def _chat_ids(body: ChatBody, model: LoadedModel, form: AnswerFormat | None) -> list[int]:
     messages = [message.to_chat() for message in body.messages]
     answering_role = model.tokenizer.answering_role
     ends_with_answer = messages[-1]["role"] == answering_role
@@ -142,9 +155,11 @@ def _chat_ids(body: ChatBody, model: LoadedModel) -> list[int]:
             f"continue_final_message needs a last message from the {answering_role}", param="continue_final_message"
         )
     try:
-        return model.encode(messages, continue_final=ends_with_answer)
+        return model.encode(asking_for(form, messages), continue_final=ends_with_answer)
     except TokenizerError as error:
         raise ApiError(str(error), param="messages") from None
+    except ConfigError as error:
+        raise ApiError(str(error), param="response_format") from None
 
 
 def _prompt_ids(body: CompletionBody, model: LoadedModel) -> list[list[int]]:
@@ -221,7 +236,7 @@ async def _collect(reply: Reply, running: RunningRequests, num_prompt_tokens: in
         if event.finish_reason in ("error", "cancelled"):
             return JSONResponse(_interrupted(event), 503)
         events.setdefault(index, []).append(event)
-    choices = [reply.choice(index, events[index]) for index in sorted(events)]
+    choices = [await run_in_threadpool(reply.choice, index, events[index]) for index in sorted(events)]
     return JSONResponse(reply.whole(choices, usage(num_prompt_tokens, running.num_new_tokens)))
 
 
@@ -239,7 +254,11 @@ async def _stream(
             if opening := reply.opening(index):
                 yield _sse(reply.chunk(opening))
         if event.text or event.token or event.prompt or event.finish_reason:
-            yield _sse(reply.chunk([reply.delta(index, event)]))
+            # The last one may read the whole answer.
+            delta = (
+                await run_in_threadpool(reply.delta, index, event) if event.finish_reason else reply.delta(index, event)
+            )
+            yield _sse(reply.chunk([delta]))
     if include_usage:
         yield _sse(reply.chunk([], usage(num_prompt_tokens, running.num_new_tokens)))
     yield "data: [DONE]\n\n"

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from maxlm.generate.request import Event, Token
+from maxlm.prompts.answer_formats import AnswerFormat
+from maxlm.serve.formats import read_answer
 from maxlm.tokenizer.codec import StreamDecoder, Tokenizer
 
 
@@ -135,9 +137,18 @@ class _TextPlaces:
 
 
 class ChatReply(Reply):
-    """Replies of `/v1/chat/completions`."""
+    """Replies of `/v1/chat/completions`.
+
+    Args:
+      form: of the answers, which are read by it; None for any text.
+    """
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, *args: Any, form: AnswerFormat | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._form = form
+        self._streamed: dict[int, list[str]] = {}
 
     def opening(self, index: int) -> list[dict]:
         delta = {"role": "assistant", "content": ""}
@@ -145,10 +156,19 @@ class ChatReply(Reply):
 
     def choice(self, index: int, events: Sequence[Event]) -> dict:
         text = "".join(event.text for event in events)
-        return self._choice(index, {"message": {"role": "assistant", "content": text, "refusal": None}}, events)
+        message = {"role": "assistant", "content": text, "refusal": None}
+        if self._form is not None:
+            message |= read_answer(self._form, text, events[-1].finish_reason)
+        return self._choice(index, {"message": message}, events)
 
     def delta(self, index: int, event: Event) -> dict:
-        return self._choice(index, {"delta": {"content": event.text} if event.text else {}}, [event])
+        delta: dict[str, Any] = {"content": event.text} if event.text else {}
+        if self._form is not None:
+            texts = self._streamed.setdefault(index, [])
+            texts.append(event.text)
+            if event.finish_reason:
+                delta |= read_answer(self._form, "".join(texts), event.finish_reason)
+        return self._choice(index, {"delta": delta}, [event])
 
     def _choice(self, index: int, content: dict, events: Sequence[Event]) -> dict:
         entries = [self._entry(event.token) for event in events if event.token] if self._with_logprobs else []

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
+from maxlm.serve.formats import ResponseFormat
+
 MAX_STOP_STRINGS = 16
 
 
@@ -164,7 +166,7 @@ class ChatBody(SamplingBody):
     tool_choice: Annotated[Any, only("none", "auto")] = None
     functions: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only("none", "auto")] = None
-    response_format: Annotated[Any, only({"type": "text"})] = None
+    response_format: ResponseFormat | None = None
     modalities: Annotated[Any, only(["text"])] = None
     audio: Annotated[Any, only()] = None
     moderation: Annotated[Any, only()] = None
