@@ -107,17 +107,20 @@ class LoadedModel:
         """Tokens that end an answer."""
         return self.tokenizer.stop_ids
 
-    def encode(self, prompt: Prompt, *, continue_final: bool = False) -> list[int]:
+    def encode(
+        self, prompt: Prompt, *, continue_final: bool = False, tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
         """Token ids of a prompt: of a text with its start token, or of a chat up to the next answer.
 
         Args:
           continue_final: the last message is the start of the answer.
+          tools: that the answer to a chat may call, in OpenAI's form.
         """
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True)
         if continue_final:
-            return self.encode(prompt[:-1]) + self.tokenizer.encode(prompt[-1]["content"])
-        return self.tokenizer.encode_chat(prompt, generation_prompt=True).ids
+            return self.encode(prompt[:-1], tools=tools) + self.tokenizer.encode(prompt[-1]["content"])
+        return self.tokenizer.encode_chat(prompt, tools=tools, generation_prompt=True).ids
 
     def engine(self, *, num_slots: int, max_length: int | None = None, max_waiting: int | None = None) -> Engine:
         """An engine for this model; close it after use.

@@ -5,11 +5,16 @@ answer, and results are the user's, in <tool_response>.
 """
 
 import json
+import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 # What a template may write itself.
 CALLS, RESULTS, TOOLS, NAMES = "tool calls", "results of tools", "tools", "names of speakers"
+
+# A call in an answer; the last one may be cut off.
+CALL_BEGINS = "<tool_call>"
+CALL = re.compile(rf"{CALL_BEGINS}(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 
 _TOOLS_TEXT = """\
 # Tools
@@ -59,6 +64,25 @@ def as_written(
             written.insert(0, {"role": "system", "content": text})
         return written, None
     return written, tools
+
+
+def read_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, Any]]]:
+    """The text of an answer around its calls, and the calls: `{"name", "arguments"}` each, the latter an object.
+
+    If one is no such JSON, or calls none of `names`, all of the answer is text.
+    """
+    calls = []
+    for found in CALL.findall(text):
+        try:
+            call = json.loads(found)
+        except (ValueError, RecursionError):
+            return text, []
+        if not isinstance(call, dict) or not isinstance(call.get("arguments"), dict):
+            return text, []
+        if not isinstance(call.get("name"), str) or call["name"] not in names:
+            return text, []
+        calls.append({"name": call["name"], "arguments": call["arguments"]})
+    return CALL.sub("", text) if calls else text, calls
 
 
 def to_json(value: Any) -> str:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.concurrency import run_in_threadpool
 
 from maxlm import __version__
-from maxlm.errors import ConfigError, TokenizerError
+from maxlm.errors import ConfigError, DataError, TokenizerError
 from maxlm.generate import request as engine_request
 from maxlm.generate.engine import Engine
 from maxlm.generate.model import LoadedModel
@@ -27,6 +27,7 @@ from maxlm.serve.page import add_page
 from maxlm.serve.replies import ChatReply, CompletionReply, Reply, error_body, usage
 from maxlm.serve.running import RunningRequests
 from maxlm.serve.schema import ChatBody, CompletionBody, SamplingBody
+from maxlm.serve.tools import linked_messages, usable_tools
 
 
 def create_app(model: LoadedModel, engine: Engine, *, name: str | None = None, access: Access | None = None) -> FastAPI:
@@ -51,7 +52,8 @@ def create_app(model: LoadedModel, engine: Engine, *, name: str | None = None, a
     async def chat_completions(body: ChatBody, http: Request) -> Response:
         _check_model(body.model, name)
         form = await run_in_threadpool(_form, body)
-        prompt_ids = await run_in_threadpool(_chat_ids, body, model, form)
+        tools = await run_in_threadpool(_tools, body, model)
+        prompt_ids = await run_in_threadpool(_chat_ids, body, model, form, tools)
         seed = _seed(body)
         requests = _engine_requests(
             body,
@@ -62,7 +64,14 @@ def create_app(model: LoadedModel, engine: Engine, *, name: str | None = None, a
             top_tokens=body.top_logprobs or 0,
         )
         running = _submit(engine, requests, metrics, param="messages")
-        reply = ChatReply(name, model.tokenizer, seed=seed, with_logprobs=bool(body.logprobs), form=form)
+        reply = ChatReply(
+            name,
+            model.tokenizer,
+            seed=seed,
+            with_logprobs=bool(body.logprobs),
+            form=form,
+            tools=[tool["function"]["name"] for tool in tools],
+        )
         return await _respond(http, body, reply, running, len(prompt_ids))
 
     @app.post("/v1/completions", response_model=None)
@@ -140,8 +149,18 @@ def _form(body: ChatBody) -> AnswerFormat | None:
         raise ApiError(str(error), param="response_format") from None
 
 
-def _chat_ids(body: ChatBody, model: LoadedModel, form: AnswerFormat | None) -> list[int]:
-    messages = [message.to_chat() for message in body.messages]
+def _tools(body: ChatBody, model: LoadedModel) -> list[dict[str, Any]]:
+    try:
+        return usable_tools(body.tools, body.tool_choice, model.tokenizer)
+    except DataError as error:
+        raise ApiError(str(error), param="tools") from None
+
+
+def _chat_ids(body: ChatBody, model: LoadedModel, form: AnswerFormat | None, tools: list[dict]) -> list[int]:
+    try:
+        messages = linked_messages([message.to_chat() for message in body.messages])
+    except DataError as error:
+        raise ApiError(str(error), param="messages") from None
     answering_role = model.tokenizer.answering_role
     ends_with_answer = messages[-1]["role"] == answering_role
     if ends_with_answer and not body.continue_final_message:
@@ -155,7 +174,7 @@ def _chat_ids(body: ChatBody, model: LoadedModel, form: AnswerFormat | None) -> 
             f"continue_final_message needs a last message from the {answering_role}", param="continue_final_message"
         )
     try:
-        return model.encode(asking_for(form, messages), continue_final=ends_with_answer)
+        return model.encode(asking_for(form, messages), continue_final=ends_with_answer, tools=tools or None)
     except TokenizerError as error:
         raise ApiError(str(error), param="messages") from None
     except ConfigError as error:

@@ -11,7 +11,9 @@ from typing import Any
 
 from maxlm.generate.request import Event, Token
 from maxlm.prompts.answer_formats import AnswerFormat
+from maxlm.prompts.tools import CALL_BEGINS
 from maxlm.serve.formats import read_answer
+from maxlm.serve.tools import answer_with_calls
 from maxlm.tokenizer.codec import StreamDecoder, Tokenizer
 
 
@@ -141,39 +143,59 @@ class ChatReply(Reply):
 
     Args:
       form: of the answers, which are read by it; None for any text.
+      tools: names of functions that they may call.
     """
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, *args: Any, form: AnswerFormat | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, form: AnswerFormat | None = None, tools: Sequence[str] = (), **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._form = form
+        self._form, self._tools = form, tools
         self._streamed: dict[int, list[str]] = {}
+        # Of streamed text, what may be a call.
+        self._held: dict[int, str] = {}
 
     def opening(self, index: int) -> list[dict]:
         delta = {"role": "assistant", "content": ""}
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
     def choice(self, index: int, events: Sequence[Event]) -> dict:
-        text = "".join(event.text for event in events)
-        message = {"role": "assistant", "content": text, "refusal": None}
-        if self._form is not None:
-            message |= read_answer(self._form, text, events[-1].finish_reason)
-        return self._choice(index, {"message": message}, events)
+        content, calls = self._read("".join(event.text for event in events))
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message |= {"content": content if content.strip() else None, "tool_calls": calls}
+        elif self._form is not None:
+            message |= read_answer(self._form, content, events[-1].finish_reason)
+        return self._choice(index, {"message": message}, events, calls=bool(calls))
 
     def delta(self, index: int, event: Event) -> dict:
-        delta: dict[str, Any] = {"content": event.text} if event.text else {}
+        text = event.text
+        calls: list[dict[str, Any]] = []
+        if self._tools:
+            held = self._held.pop(index, "") + text
+            if event.finish_reason:
+                text, calls = self._read(held)
+            else:
+                start = _call_start(held)
+                text, self._held[index] = held[:start], held[start:]
+        delta: dict[str, Any] = {"content": text} if text else {}
+        if calls:
+            delta["tool_calls"] = [{"index": number, **call} for number, call in enumerate(calls)]
         if self._form is not None:
             texts = self._streamed.setdefault(index, [])
-            texts.append(event.text)
-            if event.finish_reason:
+            texts.append(text)
+            if event.finish_reason and not calls:
                 delta |= read_answer(self._form, "".join(texts), event.finish_reason)
-        return self._choice(index, {"delta": delta}, [event])
+        return self._choice(index, {"delta": delta}, [event], calls=bool(calls))
 
-    def _choice(self, index: int, content: dict, events: Sequence[Event]) -> dict:
+    def _read(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+        return answer_with_calls(text, self._tools) if self._tools else (text, [])
+
+    def _choice(self, index: int, content: dict, events: Sequence[Event], *, calls: bool) -> dict:
         entries = [self._entry(event.token) for event in events if event.token] if self._with_logprobs else []
         logprobs = {"content": entries, "refusal": None} if self._with_logprobs else None
-        return {"index": index, **content, "logprobs": logprobs, "finish_reason": events[-1].finish_reason}
+        reason = "tool_calls" if calls else events[-1].finish_reason
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
 
     def _entry(self, token: Token) -> dict:
         top = [self._named(id_, value) for id_, value in token.top]
@@ -185,3 +207,11 @@ class ChatReply(Reply):
             "logprob": log_probability,
             "bytes": list(self._tokenizer.token_bytes(id_)),
         }
+
+
+def _call_start(text: str) -> int:
+    """Where a call begins in a text that may go on, or could begin; else its end."""
+    if (place := text.find(CALL_BEGINS)) >= 0:
+        return place
+    sizes = range(min(len(CALL_BEGINS) - 1, len(text)), 0, -1)
+    return len(text) - next((size for size in sizes if CALL_BEGINS.startswith(text[-size:])), 0)

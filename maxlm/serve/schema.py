@@ -133,19 +133,31 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     role: str
-    content: Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[dict])]
+    content: Annotated[str | None, BeforeValidator(_text, json_schema_input_type=str | list[dict] | None)] = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
 
     # Messages from this server have `refusal: null`, and clients may send them back unchanged.
     refusal: Annotated[Any, only()] = None
     annotations: Annotated[Any, only([])] = None
     audio: Annotated[Any, only()] = None
     name: Annotated[Any, only()] = None
-    tool_calls: Annotated[Any, only([])] = None
-    tool_call_id: Annotated[Any, only()] = None
     function_call: Annotated[Any, only()] = None
 
-    def to_chat(self) -> dict[str, str]:
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing; only an answer that calls tools may have none")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls are only for messages of the assistant")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError("tool_call_id is only for messages of the role tool")
+        return self
+
+    def to_chat(self) -> dict[str, Any]:
+        message = {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
+        given = {"tool_calls": self.tool_calls, "tool_call_id": self.tool_call_id}
+        return message | {name: value for name, value in given.items() if value}
 
 
 class ChatBody(SamplingBody):
@@ -162,7 +174,7 @@ class ChatBody(SamplingBody):
     prompt_cache_options: Annotated[Any, only()] = None
     prompt_cache_retention: Annotated[Any, only()] = None
     parallel_tool_calls: Flag | None = None
-    tools: Annotated[Any, only([])] = None
+    tools: list[dict[str, Any]] | None = None
     tool_choice: Annotated[Any, only("none", "auto")] = None
     functions: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only("none", "auto")] = None

@@ -20,11 +20,11 @@ from pydantic import Field
 from maxlm.config.base import Count, Frozen
 from maxlm.errors import DataError
 from maxlm.prompts.few_shot import Bm25
+from maxlm.prompts.tools import CALL
 from maxlm.runtime.bounded import Limits, Program, run_program
 
 # Of a program: what a model runs while it answers is short.
 _LIMITS = Limits(seconds=5.0, cpu_seconds=5)
-_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 
 
 class Environment(Protocol):
@@ -84,7 +84,7 @@ class ToolEnvironment:
         return [tool.declaration for tool in self.functions]
 
     def step(self, conversation: Sequence[dict]) -> list[dict] | None:
-        calls = _CALL.findall(conversation[-1]["content"])
+        calls = CALL.findall(conversation[-1]["content"])
         if not calls:
             return None
         results = [self._shortened(self._result(call)) for call in calls[: self.max_calls]]
