@@ -42,6 +42,51 @@ def test_loss_is_only_on_the_answers(tokenizer, tmp_path):
     np.testing.assert_array_equal(batch["chosen"].positions[0, : len(whole)], np.arange(len(whole)))
 
 
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+CALL = {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "add", "arguments": '{"x": 1}'}}]}
+RESULT = {"role": "tool", "tool_call_id": "a", "content": "two"}
+SAID = {"role": "assistant", "content": "two"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": QUESTION, "chosen": [CALL, RESULT, SAID], "rejected": "no", "tools": TOOLS},
+        {
+            "input": {"messages": QUESTION, "tools": TOOLS, "parallel_tool_calls": True},
+            "preferred_output": [CALL, RESULT, SAID],
+            "non_preferred_output": [{"role": "assistant", "content": "no"}],
+        },
+    ],
+    ids=["messages", "OpenAI"],
+)
+def test_answers_of_a_pair_may_call_its_tools(record, tokenizer, tmp_path):
+    """Both prompts show the tools; calls are learned, and results are not."""
+    batch = PreferencePairs.read(write(tmp_path / "p.jsonl", record), tokenizer, row_length=1024).batch(np.array([0]))
+    call = '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'
+    assert learned(tokenizer, batch["chosen"], 0) == f"{call}<|end|>two<|end|>"
+    assert learned(tokenizer, batch["rejected"], 0) == "no<|end|>"
+    asked = tokenizer.encode_chat(QUESTION, tools=TOOLS, generation_prompt=True).ids
+    for name in ("chosen", "rejected"):
+        assert batch[name].tokens[0, : len(asked)].tolist() == asked
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "say yes"}, "p.jsonl:1: the prompt is a text, but tools need messages"),
+        ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "p.jsonl:1: tool 1 is of type 'retrieval'"),
+        ({"functions": [{"name": "f"}]}, "p.jsonl:1: has both tools and functions"),
+        ({"chosen": [RESULT, SAID]}, "p.jsonl:1: message 2 is the result of the call 'a', but no answer"),
+    ],
+    ids=["text", "no function", "twice", "no call"],
+)
+def test_malformed_tools_of_a_pair_are_refused(changes, message, tokenizer, tmp_path):
+    record = {"prompt": QUESTION, "chosen": "yes", "rejected": "no", "tools": TOOLS, **changes}
+    with pytest.raises(DataError, match=message):
+        PreferencePairs.read(write(tmp_path / "p.jsonl", record), tokenizer, row_length=1024)
+
+
 def test_earlier_answers_are_part_of_the_prompt(tokenizer):
     prompt = [*QUESTION, {"role": "assistant", "content": "no"}, {"role": "user", "content": "say yes"}]
     sequence = encode_answer(tokenizer, prompt, "yes", "here")

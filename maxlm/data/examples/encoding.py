@@ -10,6 +10,8 @@ from maxlm.errors import DataError, TokenizerError
 from maxlm.prompts.chat_template import ChatTokens
 from maxlm.tokenizer.codec import Tokenizer
 
+_TOOLS_NEED_MESSAGES = "the prompt is a text, but tools need messages; write [{role: user, content: ...}]"
+
 
 def encode_chat(
     tokenizer: Tokenizer,
@@ -68,7 +70,7 @@ def encode_prompt(
       DataError: it cannot be encoded, or a text comes with tools, for which it has no place.
     """
     if isinstance(prompt, str) and tools:
-        raise DataError(f"{where}: the prompt is a text, but tools need messages; write [{{role: user, content: ...}}]")
+        raise DataError(f"{where}: {_TOOLS_NEED_MESSAGES}")
     if isinstance(prompt, str):
         return encode_text(tokenizer, prompt, where, bos=True)
     return encode_chat(tokenizer, prompt, where, tools=tools, generation_prompt=True).ids
@@ -82,7 +84,9 @@ def encode_text(tokenizer: Tokenizer, text: str, where: str, *, bos: bool = Fals
         raise DataError(f"{where}: {error}") from None
 
 
-def encode_answer(tokenizer: Tokenizer, prompt: Any, answer: Any, where: str) -> ChatTokens:
+def encode_answer(
+    tokenizer: Tokenizer, prompt: Any, answer: Any, where: str, *, tools: list[dict[str, Any]] | None = None
+) -> ChatTokens:
     """Tokenize a prompt and an answer as one sequence, with weight 1 only on the answer, not on earlier ones.
 
     Raises:
@@ -91,11 +95,13 @@ def encode_answer(tokenizer: Tokenizer, prompt: Any, answer: Any, where: str) ->
     if isinstance(prompt, str):
         if not isinstance(answer, str):
             raise DataError(f"{where}: if the prompt is a string, the answers must be strings")
+        if tools:
+            raise DataError(f"{where}: {_TOOLS_NEED_MESSAGES}")
         check_answer(answer, where, what="it")
         prompt_ids = encode_text(tokenizer, prompt, where, bos=True)
         ids = prompt_ids + encode_text(tokenizer, answer, where, eos=True)
         return ChatTokens(ids, [0.0] * len(prompt_ids) + [1.0] * (len(ids) - len(prompt_ids)))
-    whole = encode_chat(tokenizer, join_answer(tokenizer, prompt, answer, where), where)
+    whole = encode_chat(tokenizer, join_answer(tokenizer, prompt, answer, where), where, tools=tools)
     if not any(whole.loss_weights):
         raise DataError(f"{where}: an answer has no message of role {tokenizer.answering_role!r}")
     return whole

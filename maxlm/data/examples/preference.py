@@ -12,7 +12,7 @@ from maxlm.config.data import RecordFormat
 from maxlm.core.batch import Batch, Stream
 from maxlm.data.examples.chat import check_some_left
 from maxlm.data.examples.encoding import encode_answer, encode_prompt
-from maxlm.data.examples.records import Text, parse_pair, parse_prompt, read_records
+from maxlm.data.examples.records import TOOL_KEYS, Text, parse_pair, parse_prompt, read_records, tools_of
 from maxlm.errors import DataError
 from maxlm.prompts.chat_template import ChatTokens
 from maxlm.tokenizer.codec import Tokenizer
@@ -59,7 +59,8 @@ class PreferencePairs:
         """Read pairs of a file with `prompt`, `chosen` and `rejected`; those too long are skipped and counted.
 
         Rows are as long as the longest answer, up to `row_length`, and divisible by `parts`.
-        `prompt` is a list of messages or a plain string; an answer is a string, or, after messages, a list of messages.
+        `prompt` is a list of messages or a plain string; an answer is a string, or, after messages, a list of messages,
+        which may call the `tools` of the pair.
 
         Args:
           with_margins: whether a pair may have a `margin`, a number of 0 or more; 0 if it has none.
@@ -69,14 +70,15 @@ class PreferencePairs:
         """
         form = form or RecordFormat()
         pairs, places, margins, num_too_long = [], [], [], 0
-        others = ("margin",) if with_margins else ()
+        others = (*TOOL_KEYS, *(("margin",) if with_margins else ()))
         for where, record in read_records(path, form):
             prompt, *answers = parse_pair(record, where, form, others=others)
             if answers[0] == answers[1]:
                 raise DataError(
                     f"{where}: chosen and rejected are the same, so there is no preference; remove the line"
                 )
-            chosen, rejected = (encode_answer(tokenizer, prompt, answer, where) for answer in answers)
+            tools = tools_of(record, where, form)
+            chosen, rejected = (encode_answer(tokenizer, prompt, answer, where, tools=tools) for answer in answers)
             if max(len(chosen.ids), len(rejected.ids)) > row_length:
                 num_too_long += 1
             else:

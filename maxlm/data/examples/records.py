@@ -52,7 +52,8 @@ _PKU_KEYS = (
 )
 _JUDGMENT_KEYS = ("judge", "principles", "votes", "confidence")
 _CHAT_KEYS = ("messages", "conversations")
-_TOOL_KEYS = ("tools", "functions")
+# What a chat may call.
+TOOL_KEYS = ("tools", "functions")
 _ALPACA_KEYS = ("instruction", "input", "system", "history")
 _CHAT_FORMS = (
     "messages or conversations (objects with role and content, or from and value), instruction and output with input,"
@@ -122,8 +123,8 @@ def parse_chat(record: dict[str, Any], where: str, form: RecordFormat) -> Chat:
     """
     if (found := _prompt(record, where, form)) is not None:
         prompt, known = found
-        known = (*known, *_TOOL_KEYS)
-        tools = _tools(record, where, form)
+        known = (*known, *TOOL_KEYS)
+        tools = tools_of(record, where, form)
         if "instruction" in known:
             check_keys(record, (*known, "output"), where, form)
             answer = field(record, "output", where)
@@ -177,7 +178,8 @@ def parse_pair(
     if "preferred_output" in record:
         given = record.get("input")
         given = given if isinstance(given, dict) else {}
-        check_keys(given, ("messages",), where, form, what="input")
+        tool_keys = tuple(key for key in TOOL_KEYS if key in others)
+        check_keys(given, ("messages", *tool_keys), where, form, what="input")
         known = ("input", "preferred_output", "non_preferred_output", *others)
         check_keys(record, known, where, form)
         record = {
@@ -292,8 +294,15 @@ def _prompt(record: dict[str, Any], where: str, form: RecordFormat) -> tuple[Tex
     return parse_messages(prompt, where, form, name="prompt"), ("prompt",)
 
 
-def _tools(record: dict[str, Any], where: str, form: RecordFormat) -> list[dict[str, Any]] | None:
-    keys = [key for key in _TOOL_KEYS if record.get(key) and key not in form.ignore_keys]
+def tools_of(record: dict[str, Any], where: str, form: RecordFormat) -> list[dict[str, Any]] | None:
+    """The functions that the answers of a chat or pair may call; None if there are none.
+
+    Raises:
+      DataError: they are malformed, or given twice.
+    """
+    if "preferred_output" in record and isinstance(record.get("input"), dict):
+        record = record["input"] | record
+    keys = [key for key in TOOL_KEYS if record.get(key) and key not in form.ignore_keys]
     if len(keys) > 1:
         raise DataError(f"{where}: has both tools and functions; keep one")
     return parse_tools(record[keys[0]], where) if keys else None
