@@ -35,9 +35,9 @@ SLOW_FILES = """
     ops/test_mixture_of_experts ops/test_qtensor optim/test_ema optim/test_optimizers optim/test_transfer
     quickstart/test_questions runtime/test_bounded runtime/test_peers runtime/test_supervise
     scoring/test_chat_endpoint serve/test_answer_forms serve/test_chat_models serve/test_http
-    serve/test_openai_client serve/test_page_in_browser serve/test_serve_cli sweep/test_sweep tokenizer/test_extend
-    train/test_faults train/test_moe_run train/test_resume train/test_runs train/test_step train/test_training
-    verify/test_planted_bugs verify/test_verified_adapters verify/test_verify
+    serve/test_openai_client serve/test_page_in_browser serve/test_serve_cli serve/test_served_adapters sweep/test_sweep
+    tokenizer/test_extend train/test_faults train/test_moe_run train/test_resume train/test_runs train/test_step
+    train/test_training verify/test_planted_bugs verify/test_verified_adapters verify/test_verify
 """
 
 

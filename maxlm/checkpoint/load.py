@@ -32,6 +32,8 @@ from maxlm.models.scores import with_labels
 from maxlm.runtime.storage import absolute_path, real_path, resolve_path, storage_path
 from maxlm.tokenizer.codec import Tokenizer
 
+_NO_ADAPTERS = "has trained a whole model, and no adapters; give a run with adapters"
+
 
 def load_checkpoint(
     path: str | os.PathLike, mesh: jax.sharding.Mesh | None = None, *, ema: bool = False
@@ -73,6 +75,40 @@ class Adapted:
     declared: Adapters
 
 
+@dataclass(frozen=True)
+class AdaptersAlone:
+    """Adapters of a run without their base, and the run's tokenizer; None if it has none."""
+
+    adapters: Adapters
+    config: AdaptersConfig
+    tokenizer: Tokenizer | None
+
+
+def load_adapters_of(path: str | os.PathLike, base: str | os.PathLike) -> AdaptersAlone:
+    """Load the adapters of a run for a model that is in memory already.
+
+    Args:
+      base: the run or checkpoint of that model.
+
+    Raises:
+      CheckpointError: they were trained on another model, or the run has trained a whole model.
+    """
+    checkpoint, trained_on = find_checkpoint(path), find_checkpoint(base)
+    metadata = read_metadata(checkpoint)
+    config = trained_as(metadata, where=checkpoint).adapters
+    if config is None:
+        raise CheckpointError(f"{path}: {_NO_ADAPTERS}")
+    start = metadata["start"]
+    if start["hash"] != weights_hash(trained_on):
+        raise CheckpointError(
+            f"{path}: its adapters were trained on {start.get('absolute', start['checkpoint'])}, whose weights are not"
+            f" those of {base}; give that model"
+        )
+    declared = declare_adapters(_declared(metadata, checkpoint), config)
+    adapters = restore_weights(checkpoint, abstract(declared))
+    return AdaptersAlone(adapters, config, _read_tokenizer(checkpoint, metadata["fingerprint"]))
+
+
 def load_adapters(path: str | os.PathLike, *, ema: bool = False) -> Adapted:
     """Load the adapters of a run and their base, on the first device.
 
@@ -81,7 +117,7 @@ def load_adapters(path: str | os.PathLike, *, ema: bool = False) -> Adapted:
     """
     checkpoint = find_checkpoint(path)
     if (found := _load_adapters(checkpoint, read_metadata(checkpoint), None, ema=ema)) is None:
-        raise CheckpointError(f"{path}: has trained a whole model, and no adapters; give a run with adapters")
+        raise CheckpointError(f"{path}: {_NO_ADAPTERS}")
     return found
 
 

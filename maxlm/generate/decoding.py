@@ -17,6 +17,7 @@ import numpy as np
 
 from maxlm.generate.sampling import log_probabilities_of, sample
 from maxlm.layers.stack import write_row
+from maxlm.models.adapters.stacked import for_rows
 from maxlm.models.decoder import Decoder, DecoderOutput
 
 MIN_BUCKET = 16
@@ -24,15 +25,16 @@ MIN_BUCKET = 16
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["seed", "stream", "temperature", "top_k", "top_p"],
+    data_fields=["seed", "stream", "temperature", "top_k", "top_p", "adapter"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
 class SamplingRow:
-    """Sampling settings of one request, or with a leading [B] of all: see `maxlm.generate.sampling`.
+    """Settings of one request, or with a leading [B] of all: see `maxlm.generate.sampling`.
 
     seed: uint32 [..., 2], the high and the low half of a 64-bit seed.
     stream: uint32 [..., 2], the random stream under that seed: index of the prompt, index of the choice.
+    adapter: the number of the adapter that answers; 0 is none.
     """
 
     seed: jax.Array
@@ -40,9 +42,12 @@ class SamplingRow:
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
+    adapter: jax.Array
 
     @classmethod
-    def from_values(cls, *, seed: int, stream: tuple[int, int], temperature: float, top_k: int, top_p: float) -> Self:
+    def from_values(
+        cls, *, seed: int, stream: tuple[int, int], temperature: float, top_k: int, top_p: float, adapter: int
+    ) -> Self:
         # Of NumPy until a compiled program takes them.
         fields: dict[str, Any] = {
             "seed": np.asarray([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32),
@@ -50,6 +55,7 @@ class SamplingRow:
             "temperature": np.float32(temperature),
             "top_k": np.int32(top_k),
             "top_p": np.float32(top_p),
+            "adapter": np.int32(adapter),
         }
         return cls(**fields)
 
@@ -79,7 +85,7 @@ class SlotState:
     @classmethod
     def create(cls, model: Decoder, num_slots: int, max_length: int, dtype) -> Self:
         zeros_B = jnp.zeros(num_slots, jnp.int32)
-        row = SamplingRow.from_values(seed=0, stream=(0, 0), temperature=0.0, top_k=0, top_p=1.0)
+        row = SamplingRow.from_values(seed=0, stream=(0, 0), temperature=0.0, top_k=0, top_p=1.0, adapter=0)
         return cls(
             caches=model.create_caches(num_slots, max_length, dtype),
             tokens_B=zeros_B,
@@ -112,7 +118,7 @@ def prefill(
 
     The outputs have a leading dimension of 1.
     """
-    prompt = _prompt_output(model, tokens_L, length)
+    prompt = _prompt_output(for_rows(model, sampling.adapter[None]), tokens_L, length)
     last_1D = jax.lax.dynamic_index_in_dim(prompt.hidden_BLD, length - 1, axis=1, keepdims=False)
     output = _sample(model.logits(last_1D), jax.tree.map(lambda leaf: leaf[None], sampling), jnp.zeros(1, jnp.int32))
     state = SlotState(
@@ -131,6 +137,8 @@ def decode(model: Decoder, state: SlotState, active_B: jax.Array, *, num_tokens:
 
     Inactive slots are computed too, at position 0; their output is unused.
     """
+
+    model = for_rows(model, state.sampling.adapter)
 
     def step(state: SlotState, _: None) -> tuple[SlotState, StepOutput]:
         positions_B = jnp.where(active_B, state.positions_B, 0)
@@ -188,12 +196,14 @@ def token_scores(logits_BV: jax.Array, tokens_B: jax.Array, *, count: int) -> To
     return TokenScores(chosen_B, *jax.lax.top_k(log_probabilities_BV, count))
 
 
-def score_prompt(model: Decoder, tokens_L: jax.Array, length: jax.Array, *, count: int) -> TokenScores:
+def score_prompt(
+    model: Decoder, tokens_L: jax.Array, length: jax.Array, adapter: jax.Array, *, count: int
+) -> TokenScores:
     """Log-probability of each token of a right-padded prompt of `length` tokens, given those before it.
 
     Row i of the result is for token i + 1; the last row and the padding rows are meaningless.
     """
-    hidden_LD = _prompt_output(model, tokens_L, length).hidden_BLD[0]
+    hidden_LD = _prompt_output(for_rows(model, adapter[None]), tokens_L, length).hidden_BLD[0]
     targets_L = jnp.roll(tokens_L, -1)
     # One position at a time: the logits of a whole prompt would be the largest array by far.
     return jax.lax.map(

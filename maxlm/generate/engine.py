@@ -7,7 +7,7 @@ and passes each new token to its request's callback. There is one device-to-host
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -50,6 +50,8 @@ class Engine:
     Args:
       model, tokenizer: the tokenizer gives `stream_decoder()`.
       stop_ids: tokens that end an answer.
+      adapters: the names of those that the model holds (`models.adapters.stacked`), in order, and the tokens that end
+        their answers.
       max_length: None takes the model's context, which also bounds it.
       max_waiting: requests that may wait for a slot; None sets no limit.
     """
@@ -60,6 +62,7 @@ class Engine:
         tokenizer: Any,
         *,
         stop_ids: tuple[int, ...],
+        adapters: Mapping[str, tuple[int, ...]] | None = None,
         num_slots: int = 8,
         max_length: int | None = None,
         max_waiting: int | None = None,
@@ -73,7 +76,8 @@ class Engine:
         self._vocab_size = model.config.vocab_size
         self._has_prefixes = model.config.prefix_attention
         self._tokenizer = tokenizer
-        self._stop_ids = frozenset(stop_ids)
+        self._stop_ids = {None: frozenset(stop_ids)} | {name: frozenset(x) for name, x in (adapters or {}).items()}
+        self._adapter_numbers = {name: number for number, name in enumerate(self._stop_ids)}
         self._max_waiting = max_waiting
         self._num_top = min(MAX_TOP_TOKENS, model.config.vocab_size)
         cache_dtype = jnp.dtype(model.execution.activation_dtype)
@@ -187,6 +191,8 @@ class Engine:
         """The largest number of new tokens for the request."""
         length = len(request.prompt_ids)
         vocab_size = self._vocab_size
+        if request.adapter not in self._adapter_numbers:
+            raise RequestError(f"adapter {request.adapter!r} is unknown; load the model with it")
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab_size:
             raise RequestError(f"the prompt has a token id outside the vocabulary; ids are 0 to {vocab_size - 1}")
         if request.score_prompt and self._has_prefixes:
@@ -257,6 +263,7 @@ class Engine:
                 temperature=request.temperature,
                 top_k=request.top_k,
                 top_p=request.top_p,
+                adapter=self._adapter_numbers[request.adapter],
             )
             self._state, output = self._programs.prefill(
                 self._weights, self._state, tokens_L, np.int32(length), np.int32(slot), sampling
@@ -296,13 +303,14 @@ class Engine:
                 token = _scored_token(int(tokens_B[row]), scores, row, generation.request.top_tokens)
             else:
                 token = Token(int(tokens_B[row]), float(log_probabilities_B[row]))
-            if generation.accept(token, token.id in self._stop_ids):
+            if generation.accept(token, token.id in self._stop_ids[generation.request.adapter]):
                 del self._active[slot]
 
     def _score_prompt(self, generation: Generation, tokens_L: np.ndarray) -> None:
         ids, top_tokens = generation.request.prompt_ids, generation.request.top_tokens
+        adapter = np.int32(self._adapter_numbers[generation.request.adapter])
         scores = jax.device_get(
-            self._programs.score_prompt(self._weights, tokens_L, np.int32(len(ids)), count=self._num_top)
+            self._programs.score_prompt(self._weights, tokens_L, np.int32(len(ids)), adapter, count=self._num_top)
         )
         scored = (_scored_token(id_, scores, row, top_tokens) for row, id_ in enumerate(ids[1:]))
         finish_reason: FinishReason | None = "length" if generation.max_new_tokens == 0 else None

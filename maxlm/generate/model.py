@@ -3,7 +3,7 @@
 Shapes: B rows, L length, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from maxlm.config.adapters import LoraConfig
 from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.errors import RequestError
@@ -18,7 +19,10 @@ from maxlm.generate.decoding import bucket_length
 from maxlm.generate.engine import Engine
 from maxlm.generate.request import Request
 from maxlm.generate.scorer import score_sequences, target_scores
+from maxlm.interop.formats import find_format
 from maxlm.interop.load import load_any_model
+from maxlm.models.adapters.frozen import Adapters
+from maxlm.models.adapters.stacked import of_served, stackable, with_stacked, without_stacked
 from maxlm.models.decoder import Decoder, with_execution, with_matrices_cast
 from maxlm.models.multi_token import without_modules
 from maxlm.models.regroup import unrolled
@@ -32,32 +36,59 @@ Prompt = str | Sequence[dict]
 _ONE_SLOT, _MANY_SLOTS = 1, 8
 
 
-def load(path: str | Path, *, ema: bool = False) -> "LoadedModel":
+def load(path: str | Path, *, ema: bool = False, adapters: Mapping[str, str | Path] | None = None) -> "LoadedModel":
     """Load a model for inference: a run folder, a checkpoint folder, or a folder of another format (an int8 bundle).
 
     Without a tokenizer in the folder, the model takes only token ids.
 
     Args:
       ema: load the run's EMA weights instead of the raw weights.
+      adapters: by name, runs of low-rank adapters that were trained on this model, to answer with in its engine.
 
     Raises:
-      CheckpointError: there is no model at `path`, or it cannot be read.
+      CheckpointError: there is no model at `path`, or it cannot be read; adapters are of another model.
+      RequestError: adapters are of a kind that needs a model of its own.
     """
     decoder, tokenizer = load_any_model(path, ema=ema)
-    return LoadedModel(for_this_backend(decoder), tokenizer, name=Path(path).resolve().name)
+    name = Path(path).resolve().name
+    if not adapters:
+        return LoadedModel(for_this_backend(decoder), tokenizer, name=name)
+    if ema:
+        raise RequestError(f"{path}: adapters are trained on a run's weights, not on their mean; leave out --ema")
+    if (exported := find_format(Path(path))) is not None:
+        raise RequestError(f"{path}: is {exported.title}; adapters need the run that they were trained on")
+    # Orbax takes half a second to import, which a server of a bundle does not need.
+    from maxlm.checkpoint.load import load_adapters_of
+
+    decoder = without_modules(decoder)
+    stack, tokenizers = [], {}
+    for each, run in adapters.items():
+        found = load_adapters_of(run, path)
+        used = of_served(found.adapters, decoder)
+        stack.append((used, stackable(str(run), used, found.config)))
+        tokenizers[each] = found.tokenizer
+    return LoadedModel(for_this_backend(decoder, stack), tokenizer, name=name, adapters=tokenizers)
 
 
-def for_this_backend(decoder: Decoder) -> Decoder:
+def for_this_backend(decoder: Decoder, stack: Sequence[tuple[Adapters, LoraConfig]] = ()) -> Decoder:
     """Adapt the computation to decoding on this backend: the same weights and function.
 
     Layers are unrolled, prediction modules left out, and matrices stored in the dtype of the products' operands, which
     a decode step would otherwise convert them to, each time. On CPU, activations are float32: CPUs emulate bfloat16
     arithmetic, which makes a decode step three times slower. Matrix products keep the operand dtype that the model was
     trained with.
+
+    Args:
+      stack: adapters that it holds, to choose from by row.
     """
     if jax.default_backend() == "cpu":
         decoder = with_execution(decoder, decoder.execution.model_copy(update={"activation_dtype": "float32"}))
-    return jax.jit(lambda decoder: with_matrices_cast(unrolled(decoder)))(without_modules(decoder))
+
+    def adapt(decoder: Decoder, adapters: Sequence[Adapters]) -> Decoder:
+        configs = [config for _, config in stack]
+        return unrolled(with_stacked(with_matrices_cast(decoder), list(zip(adapters, configs))))
+
+    return jax.jit(adapt)(without_modules(decoder), [adapters for adapters, _ in stack])
 
 
 @dataclass(frozen=True)
@@ -77,12 +108,32 @@ class LoadedModel:
     """A decoder and its tokenizer.
 
     Without a tokenizer, methods that take text raise RequestError; `logits` and `score_tokens` take token ids.
+
+    Args:
+      adapters: the names of the adapters that the decoder holds, in order, and their tokenizers, which may have chat
+        templates of their own. Engines and `generate` can answer with one; scores are of the model without any.
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None, *, name: str = "model"):
-        self.decoder = decoder
-        self._tokenizer = tokenizer and tokenizer.with_vocab_size(decoder.config.vocab_size)
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer | None,
+        *,
+        name: str = "model",
+        adapters: Mapping[str, Tokenizer | None] | None = None,
+    ):
+        self.decoder = without_stacked(decoder)
+        self._with_adapters = decoder
         self.name = name
+        self._tokenizers = {
+            each: tokenizer and tokenizer.with_vocab_size(decoder.config.vocab_size)
+            for each, tokenizer in {None: tokenizer, **(adapters or {})}.items()
+        }
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that it can answer with."""
+        return tuple(name for name in self._tokenizers if name is not None)
 
     @property
     def config(self) -> ModelConfig:
@@ -95,12 +146,22 @@ class LoadedModel:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
+        return self.tokenizer_of(None)
+
+    def tokenizer_of(self, adapter: str | None) -> Tokenizer:
+        """The tokenizer of an adapter, or of the model itself.
+
+        Raises:
+          RequestError: there is none, or no such adapter.
+        """
+        if adapter not in self._tokenizers:
+            raise RequestError(f"adapter {adapter!r} is unknown; the model has {', '.join(self.adapters) or 'none'}")
+        if (tokenizer := self._tokenizers[adapter]) is None:
             raise RequestError(
-                f"{self.name}: has no tokenizer, so it takes token ids (`logits`, `score_tokens`) but no text; put the"
-                " tokenizer that it was trained with into its run folder as `tokenizer`"
+                f"{adapter or self.name}: has no tokenizer, so it takes token ids (`logits`, `score_tokens`) but no"
+                " text; put the tokenizer that it was trained with into its run folder as `tokenizer`"
             )
-        return self._tokenizer
+        return tokenizer
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -108,19 +169,26 @@ class LoadedModel:
         return self.tokenizer.stop_ids
 
     def encode(
-        self, prompt: Prompt, *, continue_final: bool = False, tools: Sequence[dict[str, Any]] | None = None
+        self,
+        prompt: Prompt,
+        *,
+        continue_final: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+        adapter: str | None = None,
     ) -> list[int]:
         """Token ids of a prompt: of a text with its start token, or of a chat up to the next answer.
 
         Args:
           continue_final: the last message is the start of the answer.
           tools: that the answer to a chat may call, in OpenAI's form.
+          adapter: the one that is to answer.
         """
+        tokenizer = self.tokenizer_of(adapter)
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, bos=True)
+            return tokenizer.encode(prompt, bos=True)
         if continue_final:
-            return self.encode(prompt[:-1], tools=tools) + self.tokenizer.encode(prompt[-1]["content"])
-        return self.tokenizer.encode_chat(prompt, tools=tools, generation_prompt=True).ids
+            return self.encode(prompt[:-1], tools=tools, adapter=adapter) + tokenizer.encode(prompt[-1]["content"])
+        return tokenizer.encode_chat(prompt, tools=tools, generation_prompt=True).ids
 
     def engine(self, *, num_slots: int, max_length: int | None = None, max_waiting: int | None = None) -> Engine:
         """An engine for this model; close it after use.
@@ -130,9 +198,10 @@ class LoadedModel:
         """
         self._check_predicts_tokens()
         return Engine(
-            self.decoder,
+            self._with_adapters,
             self.tokenizer,
             stop_ids=self.stop_ids,
+            adapters={name: self.tokenizer_of(name).stop_ids for name in self.adapters},
             num_slots=num_slots,
             max_length=max_length,
             max_waiting=max_waiting,
@@ -214,6 +283,7 @@ class LoadedModel:
         top_p: float = 1.0,
         seed: int = 0,
         stop: Sequence[str] = (),
+        adapter: str | None = None,
     ) -> list[str]:
         """Continue texts or answer chats; a single prompt is treated as a list of one.
 
@@ -227,7 +297,7 @@ class LoadedModel:
         listed: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
         requests = [
             Request(
-                tuple(self.encode(prompt)),
+                tuple(self.encode(prompt, adapter=adapter)),
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 top_k=top_k,
@@ -235,6 +305,7 @@ class LoadedModel:
                 seed=seed,
                 stream=(index, 0),
                 stop=tuple(stop),
+                adapter=adapter,
             )
             for index, prompt in enumerate(listed)
         ]

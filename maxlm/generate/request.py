@@ -50,6 +50,7 @@ class Request:
     stop: the text ends before the first of these.
     top_tokens: how many of the most likely tokens to report at each position.
     score_prompt: the first event reports the prompt's own tokens.
+    adapter: the name of the adapter that answers; None: the model itself.
 
     Raises:
       RequestError: a value is out of range.
@@ -65,6 +66,7 @@ class Request:
     stop: tuple[str, ...] = ()
     top_tokens: int = 0
     score_prompt: bool = False
+    adapter: str | None = None
 
     def __post_init__(self):
         fewest = 0 if self.score_prompt else 1

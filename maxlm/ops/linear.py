@@ -54,9 +54,24 @@ class ScaledWeight:
     of: Literal["output", "input"]
 
 
-Weight = jax.Array | QTensor | BlockQuantized | AdaptedWeight | ScaledWeight
+@partial(jax.tree_util.register_dataclass, data_fields=["base", "down", "up", "adapters"], meta_fields=[])
+@dataclass(frozen=True)
+class StackedWeight:
+    """A frozen weight with several low-rank updates, of which each row of a batch takes its own: W + down[a] @ up[a],
+    as the batched products of Punica (arXiv:2310.18547). For inference on one device.
+
+    adapters: the update of each row of the activations, int32 [B]; None until a batch is known.
+    """
+
+    base: jax.Array  # [I, O]
+    down: jax.Array  # [A, I, R]
+    up: jax.Array  # [A, R, O]
+    adapters: jax.Array | None = None
+
+
+Weight = jax.Array | QTensor | BlockQuantized | AdaptedWeight | ScaledWeight | StackedWeight
 # Those that are several arrays.
-WEIGHTS = (QTensor, BlockQuantized, AdaptedWeight, ScaledWeight)
+WEIGHTS = (QTensor, BlockQuantized, AdaptedWeight, ScaledWeight, StackedWeight)
 
 
 def linear(
@@ -85,6 +100,11 @@ def _linear(x, weight, dtype, output_axes, gradient_sum):
         update = _linear(narrow, weight.up, adapter_dtype, output_axes, gradient_sum)
         y = _linear(x, weight.base, dtype, output_axes, gradient_sum) + weight.scale * update
         return y if weight.magnitude is None else y * _length_ratio(weight).astype(y.dtype)
+    if isinstance(weight, StackedWeight):
+        adapter_dtype = operand_dtype("bfloat16" if dtype in eight_bit.KINDS else dtype)
+        narrow = _product_by_row(x, weight.down[weight.adapters], adapter_dtype)
+        update = _product_by_row(narrow, weight.up[weight.adapters], adapter_dtype)
+        return _linear(x, weight.base, dtype, output_axes, gradient_sum) + update
     if isinstance(weight, ScaledWeight):
         factor = gather_weight(weight.factor).astype(x.dtype)
         if weight.of == "input":
@@ -101,8 +121,15 @@ def _linear(x, weight, dtype, output_axes, gradient_sum):
     return _matmul(x, weight, operand_dtype(dtype), 0, out_spec, gradient_sum)
 
 
+def _product_by_row(x: jax.Array, weights: jax.Array, dtype: str) -> jax.Array:
+    """x [B, L, I] times a matrix [I, O] of each row."""
+    y = jnp.einsum("bli,bio->blo", x.astype(dtype), weights.astype(dtype), preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
+
+
 def whole(weight: Weight) -> jax.Array:
     """A weight as a matrix [I, O], on each device but for its tensor-parallel part."""
+    assert not isinstance(weight, StackedWeight), "it is another matrix for each row"
     if isinstance(weight, AdaptedWeight):
         sum_IO = whole(weight.base) + weight.scale * (gather_weight(weight.down) @ gather_weight(weight.up))
         return sum_IO if weight.magnitude is None else sum_IO * _length_ratio(weight)

@@ -28,19 +28,22 @@ from maxlm.serve.replies import ChatReply, CompletionReply, Reply, error_body, u
 from maxlm.serve.running import RunningRequests
 from maxlm.serve.schema import ChatBody, CompletionBody, SamplingBody
 from maxlm.serve.tools import linked_messages, usable_tools
+from maxlm.tokenizer.codec import Tokenizer
 
 
 def create_app(model: LoadedModel, engine: Engine, *, name: str | None = None, access: Access | None = None) -> FastAPI:
-    """Create the application that serves one model from one engine; the caller closes the engine.
+    """Create the application that serves one model, and its adapters, from one engine; the caller closes the engine.
 
     Args:
-      name: the model's name in the API; None takes the model's own.
+      name: the model's name in the API; None takes the model's own. Adapters have their own.
       access: the access rules; None allows requests to a loopback address, without a key.
     """
     # FastAPI's built-in API documentation pages load scripts from other hosts.
     app = FastAPI(title="maxlm", version=__version__, docs_url=None, redoc_url=None)
     app.router.route_class = StrictRoute
     name = name or model.name
+    # The adapter of each name; the first is the model itself.
+    served: dict[str, str | None] = {name: None, **{each: each for each in model.adapters}}
     access = access or Access()
     metrics = ServerMetrics(
         slots=lambda: engine.num_slots, active=lambda: engine.num_active, waiting=lambda: engine.num_waiting
@@ -50,23 +53,25 @@ def create_app(model: LoadedModel, engine: Engine, *, name: str | None = None, a
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatBody, http: Request) -> Response:
-        _check_model(body.model, name)
+        adapter = _adapter_of(body.model, served)
+        tokenizer = model.tokenizer_of(adapter)
         form = await run_in_threadpool(_form, body)
-        tools = await run_in_threadpool(_tools, body, model)
-        prompt_ids = await run_in_threadpool(_chat_ids, body, model, form, tools)
+        tools = await run_in_threadpool(_tools, body, tokenizer)
+        prompt_ids = await run_in_threadpool(_chat_ids, body, model, adapter, form, tools)
         seed = _seed(body)
         requests = _engine_requests(
             body,
             [prompt_ids],
             engine.max_length,
+            adapter=adapter,
             seed=seed,
             max_tokens=body.max_completion_tokens or body.max_tokens,
             top_tokens=body.top_logprobs or 0,
         )
         running = _submit(engine, requests, metrics, param="messages")
         reply = ChatReply(
-            name,
-            model.tokenizer,
+            adapter or name,
+            tokenizer,
             seed=seed,
             with_logprobs=bool(body.logprobs),
             form=form,
@@ -76,13 +81,15 @@ def create_app(model: LoadedModel, engine: Engine, *, name: str | None = None, a
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionBody, http: Request) -> Response:
-        _check_model(body.model, name)
-        prompts = await run_in_threadpool(_prompt_ids, body, model)
+        adapter = _adapter_of(body.model, served)
+        tokenizer = model.tokenizer_of(adapter)
+        prompts = await run_in_threadpool(_prompt_ids, body, model, adapter)
         seed = _seed(body)
         requests = _engine_requests(
             body,
             prompts,
             engine.max_length,
+            adapter=adapter,
             seed=seed,
             # 16 is the default of the OpenAI API for this endpoint.
             max_tokens=16 if body.max_tokens is None else body.max_tokens,
@@ -90,19 +97,19 @@ def create_app(model: LoadedModel, engine: Engine, *, name: str | None = None, a
             score_prompt=bool(body.echo) and (body.logprobs is not None or body.max_tokens == 0),
         )
         running = _submit(engine, requests, metrics, param="prompt")
-        echo = [model.tokenizer.decode(request.prompt_ids) for request in requests] if body.echo else []
+        echo = [tokenizer.decode(request.prompt_ids) for request in requests] if body.echo else []
         with_logprobs = body.logprobs is not None
-        reply = CompletionReply(name, model.tokenizer, seed=seed, with_logprobs=with_logprobs, echo=echo)
+        reply = CompletionReply(adapter or name, tokenizer, seed=seed, with_logprobs=with_logprobs, echo=echo)
         return await _respond(http, body, reply, running, sum(map(len, prompts)))
 
     @app.get("/v1/models")
     async def models() -> dict:
-        return {"object": "list", "data": [_model_entry()]}
+        return {"object": "list", "data": [_model_entry(each) for each in served]}
 
     @app.get("/v1/models/{asked:path}")
     async def one_model(asked: str) -> dict:
-        _check_model(asked, name)
-        return _model_entry()
+        _adapter_of(asked, served)
+        return _model_entry(asked)
 
     @app.get("/health")
     async def health() -> Response:
@@ -114,13 +121,15 @@ def create_app(model: LoadedModel, engine: Engine, *, name: str | None = None, a
     async def scrape() -> Response:
         return PlainTextResponse(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    def _model_entry() -> dict:
+    def _model_entry(id_: str) -> dict:
         return {
-            "id": name,
+            "id": id_,
             "object": "model",
             "created": started,
             "owned_by": "maxlm",
             "max_model_len": engine.max_length,
+            # As vLLM lists adapters.
+            **({"parent": name} if served[id_] else {}),
         }
 
     add_page(app)
@@ -133,10 +142,14 @@ def create_app(model: LoadedModel, engine: Engine, *, name: str | None = None, a
     return app
 
 
-def _check_model(asked: str | None, name: str) -> None:
-    if asked is not None and asked != name:
-        message = f"model {asked!r} is not served here; use {name!r}"
+def _adapter_of(asked: str | None, served: dict[str, str | None]) -> str | None:
+    """The adapter that a request names; None: the model itself."""
+    if asked is None:
+        return None
+    if asked not in served:
+        message = f"model {asked!r} is not served here; use {' or '.join(map(repr, served))}"
         raise ApiError(message, param="model", code="model_not_found", status=404)
+    return served[asked]
 
 
 def _form(body: ChatBody) -> AnswerFormat | None:
@@ -149,19 +162,21 @@ def _form(body: ChatBody) -> AnswerFormat | None:
         raise ApiError(str(error), param="response_format") from None
 
 
-def _tools(body: ChatBody, model: LoadedModel) -> list[dict[str, Any]]:
+def _tools(body: ChatBody, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     try:
-        return usable_tools(body.tools, body.tool_choice, model.tokenizer)
+        return usable_tools(body.tools, body.tool_choice, tokenizer)
     except DataError as error:
         raise ApiError(str(error), param="tools") from None
 
 
-def _chat_ids(body: ChatBody, model: LoadedModel, form: AnswerFormat | None, tools: list[dict]) -> list[int]:
+def _chat_ids(
+    body: ChatBody, model: LoadedModel, adapter: str | None, form: AnswerFormat | None, tools: list[dict]
+) -> list[int]:
     try:
         messages = linked_messages([message.to_chat() for message in body.messages])
     except DataError as error:
         raise ApiError(str(error), param="messages") from None
-    answering_role = model.tokenizer.answering_role
+    answering_role = model.tokenizer_of(adapter).answering_role
     ends_with_answer = messages[-1]["role"] == answering_role
     if ends_with_answer and not body.continue_final_message:
         raise ApiError(
@@ -174,16 +189,17 @@ def _chat_ids(body: ChatBody, model: LoadedModel, form: AnswerFormat | None, too
             f"continue_final_message needs a last message from the {answering_role}", param="continue_final_message"
         )
     try:
-        return model.encode(asking_for(form, messages), continue_final=ends_with_answer, tools=tools or None)
+        asked = asking_for(form, messages)
+        return model.encode(asked, continue_final=ends_with_answer, tools=tools or None, adapter=adapter)
     except TokenizerError as error:
         raise ApiError(str(error), param="messages") from None
     except ConfigError as error:
         raise ApiError(str(error), param="response_format") from None
 
 
-def _prompt_ids(body: CompletionBody, model: LoadedModel) -> list[list[int]]:
+def _prompt_ids(body: CompletionBody, model: LoadedModel, adapter: str | None) -> list[list[int]]:
     try:
-        return [model.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt]
+        return [model.encode(prompt, adapter=adapter) if isinstance(prompt, str) else prompt for prompt in body.prompt]
     except TokenizerError as error:
         raise ApiError(str(error), param="prompt") from None
 
@@ -198,6 +214,7 @@ def _engine_requests(
     prompts: list[list[int]],
     max_length: int,
     *,
+    adapter: str | None,
     seed: int,
     max_tokens: int | None,
     top_tokens: int,
@@ -221,6 +238,7 @@ def _engine_requests(
             stop=body.stop,
             top_tokens=top_tokens,
             score_prompt=score_prompt,
+            adapter=adapter,
         )
         for prompt_index, prompt in enumerate(prompts)
         for choice_index in range(body.n or 1)

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from maxlm.runtime.arguments import count, count_or_zero, port
 
@@ -20,6 +21,14 @@ def register(subparsers) -> None:
         " of an OpenAI client to http://127.0.0.1:8000/v1",
     )
     serve.add_argument("model", metavar="MODEL", help="folder of a run, checkpoint, int8 bundle or Hugging Face model")
+    serve.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        type=_named_run,
+        metavar="NAME=RUN",
+        help="also serve MODEL with the LoRA adapters of this run, as the model NAME in the API; repeatable",
+    )
     serve.add_argument("--ema", action="store_true", help="use the run's EMA weights (optim.ema_decay)")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
     serve.add_argument("--port", type=port, default=8000, help="port to listen on; 0 picks a free one (8000)")
@@ -89,13 +98,13 @@ def run(args: argparse.Namespace) -> int:
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", force=True)
     logging.getLogger("maxlm.serve").setLevel(logging.ERROR if args.quiet else logging.INFO)
-    model = load(args.model, ema=args.ema)
-    name = args.served_model_name or model.name
+    name = args.served_model_name or Path(args.model).resolve().name
+    model = load(args.model, ema=args.ema, adapters=_adapters(args.adapter, name))
     with model.engine(num_slots=args.slots, max_length=args.max_length, max_waiting=args.queue) as engine:
         with console.status("Compiling ..."):
             engine.warm_up()
         print(
-            f"Serving {name} on {server.url_of(listener)} with {engine.num_slots} slots"
+            f"Serving {', '.join((name, *model.adapters))} on {server.url_of(listener)} with {engine.num_slots} slots"
             f" of {engine.max_length} tokens; Ctrl-C stops",
             flush=True,
         )
@@ -103,6 +112,23 @@ def run(args: argparse.Namespace) -> int:
             print("No --api-key is set: anyone who can reach this port can use the model", file=sys.stderr, flush=True)
         server.run(create_app(model, engine, name=name, access=access), listener)
     return 0
+
+
+def _named_run(text: str) -> tuple[str, str]:
+    name, equals, run = text.partition("=")
+    if not (name and equals and run):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=RUN")
+    return name, run
+
+
+def _adapters(named: list[tuple[str, str]], name: str) -> dict[str, str]:
+    """Runs by name, which must differ from each other and from that of the model."""
+    from maxlm.errors import RequestError
+
+    names = [name, *(each for each, _ in named)]
+    if twice := [each for each in names if names.count(each) > 1]:
+        raise RequestError(f"--adapter: two models would be named {twice[0]!r}; give each a name of its own")
+    return dict(named)
 
 
 def _api_key(args: argparse.Namespace) -> str | None:
