@@ -14,7 +14,7 @@ import xxhash
 from etils import epath
 from pydantic import TypeAdapter, ValidationError
 
-from maxlm.config.adapters import AdaptersConfig, PrefixConfig
+from maxlm.config.adapters import AdaptersConfig, PrefixConfig, PromptTuningConfig
 from maxlm.config.execution import ExecutionConfig
 from maxlm.config.model import ModelConfig
 from maxlm.errors import CheckpointError
@@ -84,7 +84,7 @@ class Trained(NamedTuple):
     @property
     def merged(self) -> ModelConfig:
         """The model that loading it gives: with the virtual tokens that its adapters add."""
-        if isinstance(self.adapters, PrefixConfig):
+        if isinstance(self.adapters, PrefixConfig | PromptTuningConfig):
             return self.model.with_virtual_tokens(self.adapters.tokens)
         return self.model
 

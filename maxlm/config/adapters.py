@@ -116,6 +116,22 @@ class PrefixConfig(_AdaptersConfig):
         return super().reduced().model_copy(update=update)
 
 
+class PromptTuningConfig(_AdaptersConfig):
+    """Embeddings of virtual tokens before each document: prompt tuning (arXiv:2104.08691)."""
+
+    kind: Literal["prompt"] = "prompt"
+    tokens: Count = Field(16, description="Virtual tokens.")
+    initial_text: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="Text whose embeddings they begin with, repeated or cut to their number; null: tokens drawn from"
+        " the vocabulary.",
+    )
+
+    def reduced(self) -> Self:
+        """The same with few tokens."""
+        return super().reduced().model_copy(update={"tokens": min(self.tokens, 3)})
+
+
 class LayersConfig(_AdaptersConfig):
     """Some of the parameters; all others are frozen."""
 
@@ -124,5 +140,6 @@ class LayersConfig(_AdaptersConfig):
 
 
 AdaptersConfig = Annotated[
-    LoraConfig | Ia3Config | BitfitConfig | PrefixConfig | LayersConfig, Field(discriminator="kind")
+    LoraConfig | Ia3Config | BitfitConfig | PrefixConfig | PromptTuningConfig | LayersConfig,
+    Field(discriminator="kind"),
 ]

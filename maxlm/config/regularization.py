@@ -9,7 +9,14 @@ from maxlm.config.base import Frozen
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 # What is random in a step.
-_NOISE = ("neftune_alpha", "embedding_dropout", "residual_dropout", "attention_dropout", "stochastic_depth")
+_NOISE = (
+    "neftune_alpha",
+    "embedding_dropout",
+    "residual_dropout",
+    "attention_dropout",
+    "stochastic_depth",
+    "adapter_dropout",
+)
 
 
 class RegularizationConfig(Frozen):
@@ -27,6 +34,9 @@ class RegularizationConfig(Frozen):
     )
     stochastic_depth: Rate = Field(
         0.0, description="Share of rows that skip the last layer; for others it grows linearly with depth."
+    )
+    adapter_dropout: Rate = Field(
+        0.0, description="Share of the channels that the input of each low-rank update loses (adapters.kind=lora)."
     )
     label_smoothing: Rate = Field(
         0.0,

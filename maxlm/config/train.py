@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from maxlm.config.adapters import AdaptersConfig
+from maxlm.config.adapters import AdaptersConfig, LoraConfig
 from maxlm.config.base import Count, CountOrZero, Frozen, Seed
 from maxlm.config.execution import DEFAULT_EXECUTION, ExecutionConfig
 from maxlm.config.fault import CheckpointConfig, GuardConfig
@@ -61,6 +61,11 @@ class TrainConfig(Frozen):
             problems.append(
                 f"optim.schedule.warmup_steps ({self.optim.schedule.warmup_steps}) exceeds steps ({self.steps}), so the"
                 f" learning rate would never be reached; set it to at most {self.steps}"
+            )
+        if self.regularization.adapter_dropout and not isinstance(self.adapters, LoraConfig):
+            problems.append(
+                "regularization.adapter_dropout is of the inputs of low-rank updates; set adapters.kind=lora, or leave"
+                " it out"
             )
         if self.model is None and self.init_from is None:
             problems.append("either model or init_from must be given")

@@ -21,13 +21,14 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from maxlm.config.adapters import AdaptersConfig, Ia3Config, LoraConfig, PrefixConfig
+from maxlm.config.adapters import AdaptersConfig, Ia3Config, LoraConfig, PrefixConfig, PromptTuningConfig
 from maxlm.core.parameters import Parameter
 from maxlm.core.tree import flatten
 from maxlm.errors import CheckpointError
 from maxlm.families.placement import Piece, Placed
 from maxlm.interop.huggingface import find_family
 from maxlm.interop.peft_prefix import read_prefix, written_prefix
+from maxlm.interop.peft_prompt import read_prompt, written_prompt
 from maxlm.models.adapters.apply import virtual_tokens
 from maxlm.models.adapters.declare import create_adapters, declare_adapters
 from maxlm.models.adapters.frozen import Adapters, is_adaptable
@@ -55,6 +56,8 @@ _WITHOUT_EFFECT = {
     "ensure_weight_tying",
     # Of prefixes, whose MLP is folded into what is saved.
     *("token_dim", "num_attention_heads", "num_layers", "init_weights", "encoder_hidden_size", "prefix_projection"),
+    # Of prompts, which are saved as they were trained.
+    *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
 }
 _READ = {
     "r",
@@ -101,14 +104,16 @@ def read_peft(folder: Path, base: Decoder) -> tuple[AdaptersConfig, Adapters]:
         ) from None
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{file}: is corrupt, or names no peft_type; copy the file again") from None
-    if kind not in ("LORA", "IA3", "PREFIX_TUNING"):
-        raise CheckpointError(f"{file}: peft_type is {kind!r}; maxlm reads LORA, IA3 and PREFIX_TUNING")
+    if kind not in ("LORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING"):
+        raise CheckpointError(f"{file}: peft_type is {kind!r}; maxlm reads LORA, IA3, PREFIX_TUNING and PROMPT_TUNING")
     _check_settings(settings, file)
     tensors = _read_tensors(folder / TENSORS_FILE)
     config: AdaptersConfig
     if kind == "PREFIX_TUNING":
         config, values = read_prefix(settings, tensors, base, folder / TENSORS_FILE)
         return config, _filled(base, config, values)
+    if kind == "PROMPT_TUNING":
+        return read_prompt(settings, tensors, base, folder / TENSORS_FILE)
     modules = _read_modules(folder / TENSORS_FILE, tensors, settings, base)
     if kind == "IA3":
         config, values = _read_ia3(modules, settings, base)
@@ -308,7 +313,7 @@ def write_peft(folder: Path, base: Decoder, adapters: Adapters, config: Adapters
     Raises:
       CheckpointError: peft has no such adapters, or no family has such models.
     """
-    if not isinstance(config, LoraConfig | Ia3Config | PrefixConfig):
+    if not isinstance(config, LoraConfig | Ia3Config | PrefixConfig | PromptTuningConfig):
         raise CheckpointError(
             f"adapters.kind={config.kind}: peft has no format for it; export the model with merged weights: --format hf"
         )
@@ -329,6 +334,9 @@ def write_peft(folder: Path, base: Decoder, adapters: Adapters, config: Adapters
         arrays = {path: np.asarray(x) for path, x in virtual_tokens(adapters).items()}
         of_prefix, tensors = written_prefix(base, arrays, folder)
         settings |= of_prefix
+    elif isinstance(config, PromptTuningConfig):
+        of_prompt, tensors = written_prompt(base, adapters, folder)
+        settings |= of_prompt
     elif isinstance(config, LoraConfig):
         settings |= _written_lora(modules, held, base, config, tensors)
     else:

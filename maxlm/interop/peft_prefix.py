@@ -19,6 +19,7 @@ from maxlm.errors import CheckpointError
 from maxlm.interop.huggingface import find_family
 from maxlm.layers.stack import layer_indices
 from maxlm.models.decoder import Decoder
+from maxlm.models.virtual_tokens import position_obstacle
 from maxlm.ops.rope import apply_rope, rope_angles
 
 TENSOR = "prompt_embeddings"
@@ -127,19 +128,10 @@ def _layers(base: Decoder, file: Path) -> list[_Layer]:
 
 
 def _obstacle(base: Decoder) -> str | None:
-    """What of a model depends on the positions of virtual tokens in a way that keys cannot make up for."""
+    """Why prefixes compute something else in peft."""
+    if obstacle := position_obstacle(base.config):
+        return obstacle
     mixers = [layer.mixer for layer in base.config.each_layer()]
-    if base.config.learned_positions is not None:
-        return "learned positions"
-    for mixer in mixers:
-        if not isinstance(mixer, AttentionConfig):
-            return f"mixers of kind {mixer.kind}"
-        if mixer.window is not None:
-            return "windows"
-        if mixer.alibi or mixer.relative_bias is not None:
-            return "biases by distance"
-        if mixer.rope is not None and (mixer.rope.depends_on_length or mixer.rope.two_dimensional):
-            return "rotary positions that depend on lengths"
     if len({(mixer.num_kv_heads, mixer.head_dim) for mixer in mixers if isinstance(mixer, AttentionConfig)}) > 1:
         return "key-value heads that differ by layer"
     return None

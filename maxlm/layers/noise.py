@@ -5,17 +5,18 @@ Dimensions: B batch, L length, D channels, H query heads.
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
 from maxlm.config.regularization import RegularizationConfig
 from maxlm.core.sharding import shard
-from maxlm.ops.dropout import WeightDropout, drop, hashed
+from maxlm.ops.dropout import InputDropout, WeightDropout, drop, hashed
+from maxlm.ops.linear import AdaptedWeight
 
 # What a mask is for: two masks of one token in one layer must differ.
-_EMBEDDING, _MIXER, _MLP, _DEPTH, _QUERIES, _KEYS, _NEFTUNE = range(7)
+_EMBEDDING, _MIXER, _MLP, _DEPTH, _QUERIES, _KEYS, _NEFTUNE, _ADAPTER = range(8)
 
 
 @partial(
@@ -81,6 +82,18 @@ class Noise:
         query_seeds_BLH = hashed(tokens_BL[..., None], shard(jnp.arange(num_heads), "heads"))
         key_seeds_BL = hashed(jnp.uint32(_KEYS), self.columns_BL)
         return WeightDropout(query_seeds_BLH, key_seeds_BL, self.rates.attention_dropout)
+
+    def on_adapters(self, layer: Any) -> Any:
+        """A layer whose low-rank updates drop channels of their inputs, each its own."""
+        if not self.rates.adapter_dropout:
+            return layer
+        leaves, structure = jax.tree.flatten(layer, is_leaf=lambda node: isinstance(node, AdaptedWeight))
+        adapted = [number for number, leaf in enumerate(leaves) if isinstance(leaf, AdaptedWeight)]
+        for site, number in enumerate(adapted):
+            seeds_B = hashed(self._seeds(_ADAPTER), site)
+            dropout = InputDropout(seeds_B, self.columns_BL, self.rates.adapter_dropout)
+            leaves[number] = replace(leaves[number], dropout=dropout)
+        return jax.tree.unflatten(structure, leaves)
 
     def _branch(self, x_BLD: jax.Array, site: int) -> jax.Array:
         """Dropout of what a layer adds to the stream, and stochastic depth (arXiv:1603.09382): a row skips a layer with

@@ -79,7 +79,8 @@ def apply_group(
             layer, x = jax.lax.optimization_barrier((layer, x))
         if context.noise is None:
             return layer(x, context, cache)
-        return layer(x, replace(context, noise=context.noise.at_layer(number)), cache)
+        noise = context.noise.at_layer(number)
+        return noise.on_adapters(layer)(x, replace(context, noise=noise), cache)
 
     apply_layer = rematerialize(apply_layer, execution.remat)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from maxlm.config.layers import AttentionConfig
+from maxlm.config.model import ModelConfig
 from maxlm.core.tree import unflatten
 from maxlm.errors import ConfigError
 from maxlm.models.adapters.frozen import weights_of
@@ -38,6 +39,22 @@ def plan_with_virtual_tokens(decoder: Decoder, tokens: int) -> Decoder:
             [f"adapters.kind: prefix is for mixers of kind attention, and the model has {kinds}; set lora"]
         )
     return Decoder(decoder.config.with_virtual_tokens(tokens), decoder.execution)
+
+
+def position_obstacle(config: ModelConfig) -> str | None:
+    """What of a model depends on the positions of virtual tokens in a way that their keys cannot make up for."""
+    if config.learned_positions is not None:
+        return "learned positions"
+    for mixer in (layer.mixer for layer in config.each_layer()):
+        if not isinstance(mixer, AttentionConfig):
+            return f"mixers of kind {mixer.kind}"
+        if mixer.window is not None:
+            return "windows"
+        if mixer.alibi or mixer.relative_bias is not None:
+            return "biases by distance"
+        if mixer.rope is not None and (mixer.rope.depends_on_length or mixer.rope.two_dimensional):
+            return "rotary positions that depend on lengths"
+    return None
 
 
 def without_virtual_tokens(decoder: Decoder) -> Decoder:

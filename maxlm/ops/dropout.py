@@ -12,6 +12,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from maxlm.core.sharding import is_explicit, spec_of
 
 
 def row_seeds(key: jax.Array, num_rows: int) -> jax.Array:
@@ -34,6 +37,28 @@ def drop(x: jax.Array, rate: float | jax.Array, bits: jax.Array) -> jax.Array:
     """
     keep = bits.astype(jnp.float32) * 2.0**-32 >= rate
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["seeds_B", "columns_BL"], meta_fields=["rate"])
+@dataclass(frozen=True)
+class InputDropout:
+    """Dropout of the channels of each token before a product.
+
+    seeds_B: uint32, a hash of the row, the layer and the product. columns_BL: the place of each token in its row.
+    """
+
+    seeds_B: jax.Array
+    columns_BL: jax.Array
+    rate: float
+
+    def apply(self, x_BLD: jax.Array) -> jax.Array:
+        """x after dropout, sharded as it is."""
+        columns_BL, channels_D = self.columns_BL, jnp.arange(x_BLD.shape[-1])
+        if is_explicit():
+            *tokens, channels = spec_of(x_BLD)
+            columns_BL, channels_D = jax.reshard(columns_BL, P(*tokens)), jax.reshard(channels_D, P(channels))
+        tokens_BL = hashed(self.seeds_B[:, None], columns_BL)
+        return drop(x_BLD, self.rate, hashed(tokens_BL[..., None], channels_D))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["query_seeds_BTN", "key_seeds_BS"], meta_fields=["rate"])

@@ -25,16 +25,20 @@ from maxlm.core.sharding import (
 )
 from maxlm.ops import block_quantized, eight_bit
 from maxlm.ops.block_quantized import BlockQuantized
+from maxlm.ops.dropout import InputDropout
 from maxlm.ops.qtensor import QTensor
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["base", "down", "up", "magnitude"], meta_fields=["scale"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["base", "down", "up", "magnitude", "dropout"], meta_fields=["scale"]
+)
 @dataclass(frozen=True)
 class AdaptedWeight:
     """A frozen weight with a low-rank update: W + scale * down @ up (LoRA, arXiv:2106.09685).
 
     With a `magnitude`, it is the length of the weights of each output (DoRA, arXiv:2402.09353): each column of the sum
     is multiplied by magnitude / its own length. The length is not differentiated (section 4.3 of the paper).
+    `dropout`: in training, of the input of the update.
     """
 
     base: jax.Array | BlockQuantized  # [I, O]
@@ -42,6 +46,7 @@ class AdaptedWeight:
     up: jax.Array  # [R, O]
     scale: float
     magnitude: jax.Array | None = None  # [O]
+    dropout: InputDropout | None = None
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["base", "factor"], meta_fields=["of"])
@@ -96,7 +101,8 @@ def linear(
 def _linear(x, weight, dtype, output_axes, gradient_sum):
     if isinstance(weight, AdaptedWeight):
         adapter_dtype = "bfloat16" if dtype in eight_bit.KINDS else dtype
-        narrow = _linear(x, weight.down, adapter_dtype, None, gradient_sum)
+        kept = x if weight.dropout is None else weight.dropout.apply(x)
+        narrow = _linear(kept, weight.down, adapter_dtype, None, gradient_sum)
         update = _linear(narrow, weight.up, adapter_dtype, output_axes, gradient_sum)
         y = _linear(x, weight.base, dtype, output_axes, gradient_sum) + weight.scale * update
         return y if weight.magnitude is None else y * _length_ratio(weight).astype(y.dtype)

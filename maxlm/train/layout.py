@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import jax
 
+from maxlm.config.adapters import PromptTuningConfig
 from maxlm.config.execution import ExecutionConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.hardware import multiplies_fp8
@@ -25,6 +26,7 @@ def check_layout(config: TrainConfig, sizes: Mapping[str, int]) -> None:
         *_tokens(config, sizes),
         *_attention(config.execution, sizes),
         *_weights(config, sizes),
+        *_prompt(config, sizes),
     ]
     if problems:
         raise ConfigError(problems)
@@ -90,6 +92,16 @@ def _attention(execution: ExecutionConfig, sizes: Mapping[str, int]) -> list[str
     return [
         f"execution.attention: {execution.attention} cannot merge parts of a row, as ring attention over mesh.context ="
         f" {sizes['context']} does; set it to auto or xla, or execution.context_attention to all_to_all"
+    ]
+
+
+def _prompt(config: TrainConfig, sizes: Mapping[str, int]) -> list[str]:
+    schedule = config.execution.pipeline.schedule
+    if sizes["stage"] == 1 or schedule != "1f1b" or not isinstance(config.adapters, PromptTuningConfig):
+        return []
+    return [
+        "adapters.kind: prompt passes its virtual tokens through all layers, of which a stage of"
+        " execution.pipeline.schedule=1f1b has its own part; set gpipe, or mesh.stage=1"
     ]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from maxlm.config.adapters import PromptTuningConfig
 from maxlm.config.train import TrainConfig
 from maxlm.core.parameters import abstract, initialize
 from maxlm.core.tree import flatten
@@ -18,6 +19,7 @@ from maxlm.models.adapters.frozen import quantized_base
 from maxlm.models.decoder import Decoder, with_execution
 from maxlm.models.multi_token import with_modules
 from maxlm.runtime.progress import console
+from maxlm.tokenizer.codec import Tokenizer
 from maxlm.train.setup import Setup
 
 
@@ -67,7 +69,8 @@ def make_model(setup: Setup) -> TrainedModel:
     else:
         trained = adapters = declare_adapters(plan, config.adapters)
         base = quantized_base(starting_model(), config.adapters.base, adapters)
-        create = partial(create_adapters, plan, config.adapters, base, key, mesh)
+        ids = _initial_ids(config, setup.tokenizer)
+        create = partial(create_adapters, plan, config.adapters, base, key, mesh, initial_ids=ids)
         frozen = {"base": base}
         reference = lambda: base  # noqa: E731
     if (teacher := objective.load_teacher(config, setup.tokenizer, mesh)) is not None:
@@ -82,6 +85,13 @@ def make_model(setup: Setup) -> TrainedModel:
         partial(assemble, config),
         reference,
     )
+
+
+def _initial_ids(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, ...] | None:
+    """The tokens of the text that virtual tokens begin with, if there is one."""
+    if not isinstance(config.adapters, PromptTuningConfig) or config.adapters.initial_text is None:
+        return None
+    return tuple(tokenizer.encode(config.adapters.initial_text))
 
 
 def num_active_parameters(models: Sequence[Decoder], adapters: Any = None) -> float:

@@ -170,6 +170,10 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
         ("model.layers.mixer.rope.scaling={kind: yarn, factor: 2}", "rope.scaling.original_length: must be given"),
         ("model.layers.mixer.rope.scaling.kind=stretched", "'stretched' must be one of 'linear', 'llama3', 'yarn'"),
         ("model.residual=serial", "model.residual: 'serial': must be 'sequential', 'normalized', 'parallel' or"),
+        (
+            "regularization.adapter_dropout=0.1",
+            "is of the inputs of low-rank updates; set adapters.kind=lora, or leave",
+        ),
         ("model=null", "either model or init_from must be given"),
         ("objective={kind: sft, train_file: x}", "init_from must name the model that objective.kind=sft starts from"),
     ],

@@ -109,7 +109,7 @@ def test_adapter_of_some_layers_leaves_the_others(folder, tmp_path):
         ({"use_qalora": True}, "", "use_qalora is True, which maxlm does not support"),
         ({"bias": "all"}, "", "bias is 'all'; maxlm reads adapters without trained biases"),
         ({"init_lora_weights": "pissa"}, "", "init_lora_weights is 'pissa', which changes the base too"),
-        ({"peft_type": "VERA"}, "", "peft_type is 'VERA'; maxlm reads LORA, IA3 and PREFIX_TUNING"),
+        ({"peft_type": "VERA"}, "", "peft_type is 'VERA'; maxlm reads LORA, IA3, PREFIX_TUNING and PROMPT_TUN"),
         ({}, "layers", "has no tensors"),
     ],
 )
@@ -205,3 +205,34 @@ def test_base_and_format_belong_together(folder, tmp_path, capsys):
     assert "--base RUN names the model of adapters" in capsys.readouterr().err
     assert main(["export", str(folder / "base"), str(tmp_path / "out"), "--format", "peft"]) == 2
     assert "has trained a whole model, and no adapters" in capsys.readouterr().err
+
+
+def write_prompt(folder: Path, **changes) -> np.ndarray:
+    """A prompt of three tokens for a Llama, as peft writes it; returns its embeddings."""
+    folder.mkdir(exist_ok=True)
+    settings = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3, "num_transformer_submodules": 1}
+    settings |= {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "Answer:", "token_dim": HIDDEN}
+    (folder / "adapter_config.json").write_text(json.dumps(settings | changes))
+    array = draw(1, 3, HIDDEN)
+    save_file({"prompt_embeddings": array}, folder / "adapter_model.safetensors", {"format": "pt"})
+    return array
+
+
+def test_prompt_is_imported_and_exported_and_takes_part_in_generation(folder, tmp_path):
+    array = write_prompt(tmp_path / "adapter")
+    run = str(tmp_path / "run")
+    assert main(["import", "peft", str(tmp_path / "adapter"), run, "--base", str(folder / "base")]) == 0
+    model, base = maxlm.load(run), maxlm.load(folder / "base")
+    assert np.abs(model.logits(TOKENS) - base.logits(TOKENS)).max() > 0.01
+    assert main(["export", run, str(tmp_path / "out"), "--format", "peft"]) == 0
+    np.testing.assert_array_equal(load_file(tmp_path / "out" / "adapter_model.safetensors")["prompt_embeddings"], array)
+
+
+def test_prompt_that_does_not_fit_is_refused(folder, tmp_path, capsys):
+    write_prompt(tmp_path / "adapter", num_virtual_tokens=4)
+    arguments = ["import", "peft", str(tmp_path / "adapter"), str(tmp_path / "run"), "--base", str(folder / "base")]
+    assert main(arguments) == 2
+    assert "has the tensors {'prompt_embeddings': [3, 32]}, but the configuration" in capsys.readouterr().err
+    write_folder(tmp_path, CASES["mistral"])
+    with pytest.raises(CheckpointError, match="causal attention to all earlier tokens, and the model has windows"):
+        read_peft(tmp_path / "adapter", load_huggingface(tmp_path)[0])

@@ -22,6 +22,8 @@ KINDS = {
     "ia3": {"kind": "ia3"},
     "prefix": {"kind": "prefix", "tokens": 4},
     "prefix of an mlp": {"kind": "prefix", "tokens": 4, "reparametrize": {"dim": 8}},
+    "prompt": {"kind": "prompt", "tokens": 4, "initial_text": "yes no"},
+    "prompt, quantized base": {"kind": "prompt", "tokens": 4, "base": {"kind": "int8", "block_size": 8}},
     "layers": {"kind": "layers", "targets": ["layers/1/mlp/*", "role:norm"]},
 }
 
@@ -41,7 +43,7 @@ def test_loaded_model_computes_what_the_run_measured(kind, tuned, tokenizer, tmp
         objective={"kind": "sft", "train_file": data, "valid_file": data},
         adapters=KINDS[kind],
         log_every=4,
-        **(LONGER if kind.startswith("prefix") else {"steps": 4}),
+        **(LONGER if kind.startswith(("prefix", "prompt")) else {"steps": 4}),
     )
     measured = train(config)["metrics"]["valid"]["loss"]
     found, start = load_model(tmp_path / "run")[0], load_model(tuned[0])[0]
@@ -58,7 +60,7 @@ def test_loaded_model_computes_what_the_run_measured(kind, tuned, tokenizer, tmp
         np.testing.assert_array_equal(before[up][0], after[up][0])
         assert not np.array_equal(before[up][1], after[up][1])
         assert "layers/0/0/mixer/query" in unchanged
-    if kind.startswith("prefix"):
+    if kind.startswith("prefix") or kind == "prompt":
         assert unchanged == before.keys()
         further = make_config(
             tmp_path / "further",

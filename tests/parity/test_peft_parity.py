@@ -11,7 +11,7 @@ from drawn_weights import inputs
 from family_cases import CASES
 from family_comparison import write_folder
 
-from maxlm.config.adapters import Ia3Config, LoraConfig, PrefixConfig
+from maxlm.config.adapters import Ia3Config, LoraConfig, PrefixConfig, PromptTuningConfig
 from maxlm.interop.huggingface import load_huggingface
 from maxlm.interop.peft import read_peft, write_peft
 from maxlm.models.adapters.apply import apply_adapters, merge_adapters
@@ -184,3 +184,46 @@ def test_our_prefixes_compute_the_same_there(family, reparametrize, tmp_path):
     assert np.abs(expected - our_logits(model)).max() > 0.05
     bound = 1e-5 * max(1, np.abs(expected).max())
     np.testing.assert_allclose(their_logits(theirs), expected, atol=bound, rtol=0)
+
+
+# With a factor on embeddings too (gemma), and without rotary keys of some channels (gpt_neox).
+WITH_PROMPT = [*WITH_PREFIX, "gemma"]
+
+
+@pytest.mark.parametrize("family", WITH_PROMPT)
+def test_their_prompts_compute_the_same_here(family, tmp_path):
+    write_folder(tmp_path, CASES[family])
+    base = their_base(tmp_path)
+    plain = their_logits(base)
+    adapted = peft.get_peft_model(base, peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
+    adapted.eval().save_pretrained(tmp_path / "adapter")
+    expected = their_logits_after_prompt(adapted, 5)
+    assert np.abs(expected - plain).max() > 0.05
+    model, _ = load_huggingface(tmp_path)
+    config, adapters = read_peft(tmp_path / "adapter", model)
+    bound = 1e-5 * max(1, np.abs(expected).max())
+    for change in (apply_adapters, merge_adapters):
+        np.testing.assert_allclose(our_logits(change(model, adapters, config)), expected, atol=bound, rtol=0)
+
+
+@pytest.mark.parametrize("family", WITH_PROMPT)
+def test_our_prompts_compute_the_same_there(family, tmp_path):
+    write_folder(tmp_path, CASES[family])
+    model, _ = load_huggingface(tmp_path)
+    config = PromptTuningConfig(tokens=4)
+    prompt = np.random.default_rng(1).standard_normal((4, model.config.embed_dim)).astype("float32")
+    adapters = {"virtual_tokens": {"prompt": jnp.asarray(prompt)}}
+    (tmp_path / "adapter").mkdir()
+    write_peft(tmp_path / "adapter", model, adapters, config)
+    theirs = peft.PeftModel.from_pretrained(their_base(tmp_path), tmp_path / "adapter").eval()
+    expected = our_logits(apply_adapters(model, adapters, config))
+    assert np.abs(expected - our_logits(model)).max() > 0.05
+    bound = 1e-5 * max(1, np.abs(expected).max())
+    np.testing.assert_allclose(their_logits_after_prompt(theirs, 4), expected, atol=bound, rtol=0)
+
+
+def their_logits_after_prompt(model, tokens) -> np.ndarray:
+    """peft returns logits of virtual tokens too."""
+    ids, mask = (torch.from_numpy(x).long() for x in inputs())
+    with torch.no_grad():
+        return model(ids, attention_mask=mask).logits.numpy()[:, tokens:][inputs()[1] == 1]

@@ -19,8 +19,19 @@ KINDS = {
     "bitfit": {"kind": "bitfit"},
     "prefix": {"kind": "prefix", "tokens": 4},
     "prefix of an mlp, quantized": {"kind": "prefix", "reparametrize": {"dim": 8}, "base": NF4},
+    "prompt, quantized": {"kind": "prompt", "tokens": 5, "base": NF4},
     "layers": {"kind": "layers", "targets": ["layers/0/mlp/*", "role:norm"]},
 }
+
+
+@pytest.mark.exhaustive
+def test_dropout_of_adapters_is_the_same_in_every_layout():
+    adapters = {"kind": "lora", "rank": 4, "decomposed": True, "base": NF4}
+    config = config_of("sft", adapters=adapters, model=small_model(), regularization={"adapter_dropout": 0.3})
+    layouts = ["accumulation", "mesh: data=2, fsdp=2, tensor=2", "mesh: fsdp=2, expert=2, context=2"]
+    report = verify(config, only=[*layouts, "mesh: stage=2, 1f1b"])
+    assert len(report.findings) == 5
+    assert {finding.verdict for finding in report.findings} == {"same"}, report
 
 
 @pytest.mark.exhaustive
@@ -28,4 +39,12 @@ KINDS = {
 def test_kinds_pass(kind):
     config = config_of("sft", adapters=KINDS[kind], model=small_model() | {"layers": BIASES})
     report = verify(config, only=["padding", "mesh: data=2, fsdp=2, tensor=2", "mesh: stage=2, 1f1b"])
+    skipped = [finding.skipped for finding in report.findings if finding.skipped]
+    assert {finding.verdict for finding in report.findings if not finding.skipped} == {"same"}, report
+    if not kind.startswith("prompt"):
+        assert not skipped
+        return
+    assert ["of execution.pipeline.schedule=1f1b has its own part; set gpipe" in reason for reason in skipped] == [True]
+    # Those who share a row's tokens, and the other schedule.
+    report = verify(config, only=["mesh: fsdp=2, expert=2, context=2", "mesh: stage=2, expert=2, tensor=2"])
     assert {finding.verdict for finding in report.findings} == {"same"}, report

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maxlm.config.adapters import AdaptersConfig, LoraConfig, PrefixConfig
+from maxlm.config.adapters import AdaptersConfig, LoraConfig, PrefixConfig, PromptTuningConfig
 from maxlm.core.tree import path_of
 from maxlm.models.adapters.frozen import VIRTUAL_TOKENS, Adapters
+from maxlm.models.adapters.prompt import keys_and_values
 from maxlm.models.virtual_tokens import with_virtual_tokens, without_virtual_tokens
 from maxlm.ops.block_quantized import BlockQuantized
 from maxlm.ops.linear import WEIGHTS, AdaptedWeight, ScaledWeight
@@ -79,7 +80,7 @@ def unmerge_adapters(model: Any, adapters: Adapters, config: AdaptersConfig) -> 
       ValueError: the adapters replace what they adapt (DoRA its lengths; BitFit and layers the weights), or are zero.
     """
 
-    if isinstance(config, PrefixConfig):
+    if isinstance(config, PrefixConfig | PromptTuningConfig):
         return without_virtual_tokens(model)
 
     def unmerged(weight: jax.Array, adapter: dict[str, jax.Array]) -> jax.Array:
@@ -120,7 +121,10 @@ def virtual_tokens(adapters: Adapters) -> dict[str, jax.Array]:
 
 
 def _extended(model: Any, adapters: Adapters, config: AdaptersConfig) -> Any:
-    """The model with the weights that adapters add."""
+    """The model with the weights that adapters add; it is frozen or merged already."""
+    if isinstance(config, PromptTuningConfig):
+        values = keys_and_values(model, adapters[VIRTUAL_TOKENS]["prompt"])
+        return with_virtual_tokens(model, config.tokens, values)
     if not isinstance(config, PrefixConfig):
         return model
     return with_virtual_tokens(model, config.tokens, virtual_tokens(adapters))

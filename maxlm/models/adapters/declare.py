@@ -4,23 +4,34 @@ An adapter is a dict of parameters, whose names say what it does to the weight a
   down, up: a low-rank update; magnitude: the length of each output's weights;
   output_scale, input_scale: factors of outputs and inputs;
   whole: the weight itself;
-  new: a weight that the model lacks; project, project_bias: what makes it of `VIRTUAL_TOKENS`, shared by all layers.
+  new: a weight that the model lacks; project, project_bias: what makes it of `VIRTUAL_TOKENS`, shared by all layers;
+  prompt: embeddings of virtual tokens, of which the frozen model makes them.
 A new adapter changes nothing, unless it adds weights. One of a stack of layers has a part for each of them; those that
 are not chosen keep their initial values.
 """
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from maxlm.config.adapters import AdaptersConfig, BitfitConfig, Ia3Config, LayersConfig, LoraConfig, PrefixConfig
+from maxlm.config.adapters import (
+    AdaptersConfig,
+    BitfitConfig,
+    Ia3Config,
+    LayersConfig,
+    LoraConfig,
+    PrefixConfig,
+    PromptTuningConfig,
+)
 from maxlm.core.parameters import Normal, Parameter, initialize, ones, shardings, stack, zeros
 from maxlm.core.tree import flatten
 from maxlm.errors import ConfigError
 from maxlm.models.adapters.frozen import VIRTUAL_TOKENS, Adapters, is_adaptable, weights_of
+from maxlm.models.adapters.prompt import check_prompt, initial_prompt
 from maxlm.models.adapters.targets import Target, choose
 from maxlm.models.decoder import Decoder
 from maxlm.models.virtual_tokens import plan_with_virtual_tokens
@@ -38,15 +49,27 @@ def declare_adapters(plan: Decoder, config: AdaptersConfig) -> Adapters:
 
 
 def create_adapters(
-    plan: Decoder, config: AdaptersConfig, base: Decoder, key: jax.Array, mesh: Mesh | None = None
+    plan: Decoder,
+    config: AdaptersConfig,
+    base: Decoder,
+    key: jax.Array,
+    mesh: Mesh | None = None,
+    *,
+    initial_ids: tuple[int, ...] | None = None,
 ) -> Adapters:
-    """New adapters, with which the model computes what `base` does."""
+    """New adapters, with which the model computes what `base` does, unless they add weights.
+
+    Args:
+      initial_ids: the tokens of `PromptTuningConfig.initial_text`.
+    """
     declared = declare_adapters(plan, config)
-    fill = jax.jit(_fill, out_shardings=None if mesh is None else shardings(declared, mesh))
-    return fill(initialize(declared, key, mesh), base)
+    fill = jax.jit(
+        partial(_fill, initial_ids=initial_ids), out_shardings=None if mesh is None else shardings(declared, mesh)
+    )
+    return fill(initialize(declared, key, mesh), base, key)
 
 
-def _fill(adapters: Adapters, base: Decoder) -> Adapters:
+def _fill(adapters: Adapters, base: Decoder, key: jax.Array, *, initial_ids: tuple[int, ...] | None) -> Adapters:
     """Adapters with the values that depend on the adapted weights."""
     weights = weights_of(base)
 
@@ -54,6 +77,8 @@ def _fill(adapters: Adapters, base: Decoder) -> Adapters:
         if "whole" in adapter:
             # A copy, since a training step overwrites what it trains.
             return {"whole": jnp.array(weights[path], copy=True)}
+        if "prompt" in adapter:
+            return {"prompt": initial_prompt(base, len(adapter["prompt"]), key, initial_ids)}
         if "magnitude" in adapter:
             return {**adapter, "magnitude": jnp.sqrt(output_squares(weights[path]))}
         return adapter
@@ -75,6 +100,11 @@ def _declare(plan: Decoder, config: AdaptersConfig) -> Adapters:
             return {path: {"whole": leaf} for path, leaf in biases.items()}
         case PrefixConfig():
             return _declare_prefix(plan, config)
+        case PromptTuningConfig():
+            check_prompt(plan.config)
+            plan_with_virtual_tokens(plan, config.tokens)
+            shape = (config.tokens, plan.config.embed_dim)
+            return {VIRTUAL_TOKENS: {"prompt": Parameter(shape, (None, None), Normal(0.02), role="adapter")}}
         case LayersConfig():
             trained = lambda leaf: leaf.role != "router_bias"  # noqa: E731
             targets = choose(plan, config.targets, "adapters.targets", allowed=trained, what="parameter")
