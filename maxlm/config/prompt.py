@@ -58,6 +58,7 @@ class PromptConfig(Frozen):
     instructions: str | None = Field(None, description="The system message of a chat, or the beginning of a text.")
     question: str = Field(description="What is asked about a record. {{ format }} is how the answer must look.")
     answer: str | None = Field(None, description="The right answer of a record: shown in examples, and the reference.")
+    group: str | None = Field(None, description="The kind of a question, by which `maxlm eval` groups its results.")
     separator: str = Field("\n\n", description="Between the parts of a text.")
     format: AnyFormatConfig | None = Field(None, description="The form of the answers, by which they are also read.")
     examples: ExamplesConfig | None = None

@@ -22,11 +22,13 @@ class BuiltPrompt:
 
     prompt: messages, or a text to continue.
     answer: the right answer, if the configuration has a template of it.
+    group: the kind of the question, if the configuration has a template of it.
     examples: FILE:LINE of the examples in it.
     """
 
     prompt: str | list[dict[str, str]]
     answer: str | None
+    group: str | None
     examples: tuple[str, ...]
 
 
@@ -46,7 +48,7 @@ class PromptBuilder:
         self._config = config
         self._templates = {
             name: PromptTemplate(source, where=f"{where}: {name}")
-            for name in ("instructions", "question", "answer")
+            for name in ("instructions", "question", "answer", "group")
             if (source := getattr(config, name)) is not None
         }
         self.format = None if config.format is None else answer_format(config.format, where=f"{where}: format")
@@ -63,7 +65,7 @@ class PromptBuilder:
         Raises:
           ConfigError: naming the variable and the columns.
         """
-        self._check(columns, place, ("instructions", "question", *(["answer"] if with_answer else [])))
+        self._check(columns, place, ("instructions", "question", "group", *(["answer"] if with_answer else [])))
 
     def build(self, record: Mapping[str, Any], place: str, *, with_answer: bool = True) -> BuiltPrompt:
         """The prompt of a record.
@@ -77,13 +79,14 @@ class PromptBuilder:
         question = self._render("question", record, place)
         answer = self._answer(record, place) if with_answer and "answer" in self._templates else None
         instructions = self._render("instructions", record, place) if "instructions" in self._templates else None
+        group = self._render("group", record, place) if "group" in self._templates else None
         indices: list[int] = []
         if self._selector is not None and self._config.examples is not None:
             indices = self._selector.select(question, self._config.examples.count)
         shown = [self._examples[index] for index in indices]
         as_form = self._as_text if self._config.form == "text" else _as_chat
         return BuiltPrompt(
-            as_form(instructions, shown, question), answer, tuple(self._places[index] for index in indices)
+            as_form(instructions, shown, question), answer, group, tuple(self._places[index] for index in indices)
         )
 
     def _as_text(self, instructions: str | None, shown: Sequence[tuple[str, str]], question: str) -> str:

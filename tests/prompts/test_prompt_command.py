@@ -110,6 +110,13 @@ def test_build_writes_a_task_that_evaluation_reads(files, tmp_path, capsys):
     assert second.read(second.answer) == "no"
 
 
+def test_questions_have_a_kind_by_which_evaluation_groups(files, tmp_path):
+    config, data = files(CONFIG.replace("format:", 'group: "{{ name }} or not"\nformat:'))
+    task = tmp_path / "task.jsonl"
+    assert main(["prompt", "build", config, "--data", data, "--output", str(task)]) == 0
+    assert [example.kind for example in read_examples(task)] == [f"{item['name']} or not" for item in DATA]
+
+
 def test_data_without_answers(files, tmp_path):
     config, data = files(data=[{"name": "cat"}])
     task = tmp_path / "task.jsonl"

@@ -51,6 +51,8 @@ def as_task(config: PromptConfig, built: BuiltPrompt, place: str) -> dict[str, A
     record: dict[str, Any] = {"id": place, name: built.prompt}
     if built.answer is not None:
         record["answer"] = built.answer.strip()
+    if built.group is not None:
+        record["kind"] = built.group
     if config.format is not None:
         record["format"] = config.format.model_dump(mode="json")
     return record
