@@ -11,7 +11,7 @@ from typing import Literal
 from maxlm.errors import ConfigError
 from maxlm.runtime.storage import absolute_path, is_remote, storage_path
 
-Stage = Literal["data", "tokenizer", "train", "export", "import", "model", "feedback"]
+Stage = Literal["data", "tokenizer", "train", "export", "import", "model", "feedback", "votes"]
 
 # A file that identifies each stage's folder before its manifest is written, which happens last.
 _SIGNS = {

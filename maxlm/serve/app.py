@@ -1,4 +1,4 @@
-"""The HTTP API: the OpenAI endpoints, health, metrics and the chat page."""
+"""The HTTP API: the OpenAI endpoints, votes, health, metrics and the chat page."""
 
 import asyncio
 import json
@@ -28,15 +28,24 @@ from maxlm.serve.replies import ChatReply, CompletionReply, Reply, error_body, u
 from maxlm.serve.running import RunningRequests
 from maxlm.serve.schema import ChatBody, CompletionBody, SamplingBody
 from maxlm.serve.tools import linked_messages, usable_tools
+from maxlm.serve.votes import Votes, add_votes
 from maxlm.tokenizer.codec import Tokenizer
 
 
-def create_app(model: LoadedModel, engine: Engine, *, name: str | None = None, access: Access | None = None) -> FastAPI:
+def create_app(
+    model: LoadedModel,
+    engine: Engine,
+    *,
+    name: str | None = None,
+    access: Access | None = None,
+    votes: Votes | None = None,
+) -> FastAPI:
     """Create the application that serves one model, and its adapters, from one engine; the caller closes the engine.
 
     Args:
       name: the model's name in the API; None takes the model's own. Adapters have their own.
       access: the access rules; None allows requests to a loopback address, without a key.
+      votes: where votes on two answers are kept; None keeps none.
     """
     # FastAPI's built-in API documentation pages load scripts from other hosts.
     app = FastAPI(title="maxlm", version=__version__, docs_url=None, redoc_url=None)
@@ -130,8 +139,10 @@ def create_app(model: LoadedModel, engine: Engine, *, name: str | None = None, a
             "max_model_len": engine.max_length,
             # As vLLM lists adapters.
             **({"parent": name} if served[id_] else {}),
+            "takes_votes": votes is not None and not served[id_],
         }
 
+    add_votes(app, votes, model)
     add_page(app)
     # The last one added is the outermost.
     app.add_middleware(LimitBody)

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from maxlm.runtime.arguments import count, count_or_zero, port
@@ -59,6 +60,12 @@ def register(subparsers) -> None:
         metavar="ORIGIN",
         help="let web pages of this origin call the API, such as https://example.com; repeatable, * for any (none)",
     )
+    serve.add_argument(
+        "--votes",
+        type=Path,
+        metavar="DIR",
+        help="let people vote on two answers, on the page or over the API, and keep the votes there as preference data",
+    )
     serve.add_argument("--quiet", action="store_true", help="no access log")
     serve.set_defaults(func=run)
 
@@ -87,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     from maxlm.serve import server
     from maxlm.serve.access import Access
     from maxlm.serve.app import create_app
+    from maxlm.serve.votes import Votes
 
     listener = server.bind(args.host, args.port)
     address = server.address_of(listener)
@@ -100,7 +108,12 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("maxlm.serve").setLevel(logging.ERROR if args.quiet else logging.INFO)
     name = args.served_model_name or Path(args.model).resolve().name
     model = load(args.model, ema=args.ema, adapters=_adapters(args.adapter, name))
-    with model.engine(num_slots=args.slots, max_length=args.max_length, max_waiting=args.queue) as engine:
+    served = {"name": name, "ema": args.ema, "max_length": args.max_length}
+    kept = nullcontext() if args.votes is None else Votes.opened(args.votes, model_path=Path(args.model), served=served)
+    with (
+        kept as votes,
+        model.engine(num_slots=args.slots, max_length=args.max_length, max_waiting=args.queue) as engine,
+    ):
         with console.status("Compiling ..."):
             engine.warm_up()
         print(
@@ -110,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         )
         if access.api_key is None and not address.is_loopback:
             print("No --api-key is set: anyone who can reach this port can use the model", file=sys.stderr, flush=True)
-        server.run(create_app(model, engine, name=name, access=access), listener)
+        server.run(create_app(model, engine, name=name, access=access, votes=votes), listener)
     return 0
 
 

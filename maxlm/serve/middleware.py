@@ -21,7 +21,7 @@ MAX_BODY_BYTES = 8 * 1024 * 1024
 BODY_SECONDS = 60.0
 REFUSED_BODY_SECONDS = 2.0
 
-_COUNTED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/")
+_COUNTED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/votes", "/health", "/metrics", "/")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 log = logging.getLogger("maxlm.serve")

@@ -4,7 +4,7 @@ Every field is used or rejected by name. A known but unsupported field is accept
 clients send those by default.
 """
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
@@ -219,6 +219,41 @@ class CompletionBody(SamplingBody):
         _check("max_tokens", self.max_tokens != 0 or self.echo, "can be 0 only with echo: true")
         _check("best_of", self.best_of in (None, self.n or 1), "is supported only if equal to n; leave it out")
         return self
+
+
+class SampledWith(BaseModel):
+    """How both answers were sampled: the fields of the request, as its reply gives the seed."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: Whole | None = None
+    max_tokens: Whole | None = None
+    seed: Whole | None = None
+
+
+class VoteBody(BaseModel):
+    """`POST /v1/votes`: what was asked, as messages or as a text, and both answers in the order shown."""
+
+    model_config = ConfigDict(extra="forbid")
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    prompt: Annotated[str, Field(min_length=1)] | None = None
+    answers: Annotated[list[str], Field(min_length=2, max_length=2)]
+    choice: Literal["first", "second", "tie", "both_bad"]
+    sampling: SampledWith = SampledWith()
+    voter: Annotated[str, Field(min_length=1, max_length=200)] = "person"
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> Self:
+        _check("messages", (self.messages is None) != (self.prompt is None), "or prompt: give one of the two")
+        texts = [answer.strip() for answer in self.answers]
+        _check("answers", all(texts), "must be two texts that are not empty")
+        _check("answers", texts[0] != texts[1], "are equal, so there is nothing to vote on")
+        return self
+
+    @property
+    def asked(self) -> str | list[dict[str, str]]:
+        return self.prompt if self.messages is None else [message.to_chat() for message in self.messages]
 
 
 def _check(field: str, holds: Any, problem: str) -> None:

@@ -14,8 +14,8 @@ from maxlm.serve.page import add_page
 from maxlm.serve.replies import error_body
 
 
-def sse(content="", *, finish=None, usage=None):
-    choices = [{"index": 0, "delta": {"content": content}, "finish_reason": finish}]
+def sse(content="", *, finish=None, usage=None, index=0):
+    choices = [{"index": index, "delta": {"content": content}, "finish_reason": finish}]
     return f"data: {json.dumps({'choices': choices, 'usage': usage})}\n\n".encode()
 
 
@@ -23,6 +23,12 @@ def answer(*pieces, finish="stop", total_tokens=9):
     """The bytes of a stream with the text `pieces`."""
     ending = sse(finish=finish, usage={"completion_tokens": len(pieces), "total_tokens": total_tokens})
     return [*map(sse, pieces), ending, b"data: [DONE]\n\n"]
+
+
+def two_answers(first, second, finish="stop"):
+    """The bytes of a stream of two choices."""
+    parts = [sse(text, index=index) for index, text in enumerate((first, second))]
+    return [*parts, *(sse(finish=finish, index=index) for index in (0, 1)), b"data: [DONE]\n\n"]
 
 
 def failure(status, message, **fields):
@@ -40,6 +46,8 @@ class Script:
     def reset(self):
         self.reply = lambda body: answer("fine")
         self.bodies = []  # of all requests
+        self.votes = []  # bodies of all votes
+        self.refuse_vote = None  # a response to the next vote, instead of taking it
         self.key = None
         self.renderings = []  # body length of each render request
         self.go_on = threading.Event()
@@ -59,7 +67,7 @@ def create_scripted_app(script):
 
     @app.get("/v1/models")
     def models():
-        return {"object": "list", "data": [{"id": "scripted", "max_model_len": 128}]}
+        return {"object": "list", "data": [{"id": "scripted", "max_model_len": 128, "takes_votes": True}]}
 
     @app.post("/v1/chat/completions")
     async def chat(http: Request):
@@ -69,6 +77,14 @@ def create_scripted_app(script):
         return (
             reply if isinstance(reply, JSONResponse) else StreamingResponse(play(reply), media_type="text/event-stream")
         )
+
+    @app.post("/v1/votes")
+    async def vote(http: Request):
+        refusal, script.refuse_vote = script.refuse_vote, None
+        if refusal is not None:
+            return refusal
+        script.votes.append(await http.json())
+        return {"object": "vote", "votes": len(script.votes)}
 
     def play(pieces):
         for piece in pieces:

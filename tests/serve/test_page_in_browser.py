@@ -6,7 +6,7 @@ import time
 import pytest
 from browser import CHROMIUM, chromium
 from running_server import wait_until
-from scripted_server import Script, answer, failure, serve_script, sse
+from scripted_server import Script, answer, failure, serve_script, sse, two_answers
 
 if CHROMIUM is None:
     pytest.skip("the page tests need Chromium: apt-get install chromium", allow_module_level=True)
@@ -327,3 +327,48 @@ def test_fits_a_narrow_screen_with_readable_contrast(tab, script, theme):
     assert tab.js("document.querySelector('#messages').scrollWidth") <= 320
     background = tab.js("getComputedStyle(document.body).backgroundColor")
     assert background == {"light": "rgb(251, 251, 250)", "dark": "rgb(21, 24, 26)"}[theme]
+
+
+def test_votes_on_two_answers(tab, script, url):
+    script.reply = lambda body: two_answers("**seven**", "eight")
+    tab.click("#open-settings")
+    tab.click("#compare")
+    tab.press("Escape")
+    voting = "document.querySelector('.vote')?.contains(document.activeElement)"
+    tab.ask("3 + 4?")
+    tab.wait_for(f"{voting} && document.querySelector('.comparison strong')")
+    assert script.bodies[0]["n"] == 2
+    assert tab.texts(".vote button") == ["A is better A", "B is better B", "Tie T", "Both bad N"]
+    [left, right] = tab.texts(".comparison .body")
+    assert {left, right} == {"seven", "eight"}
+    script.refuse_vote = failure(500, "the disk is full")
+    tab.press("b", code=66)
+    tab.wait_for(FAILED)
+    tab.wait_for(voting)
+    assert "The disk is full" in tab.text("#error-text")
+    tab.press("b", code=66)
+    tab.wait_for(f"{ENDED} && document.querySelector('.meta')")
+    [vote] = script.votes
+    assert vote["messages"] == [{"role": "user", "content": "3 + 4?"}]
+    assert vote["choice"] == "second"
+    assert [text.strip("*") for text in vote["answers"]] == [left, right]
+    assert vote["sampling"] == {"temperature": 0.7, "top_p": 1, "seed": script.bodies[0]["seed"]}
+    assert not tab.is_shown("#error")
+    # The chosen answer goes on.
+    tab.wait_for(
+        f"document.querySelectorAll('.body').length === 1 && document.querySelector('.body').innerText === '{right}'"
+    )
+    assert "chosen of two" in tab.text(".meta")
+    tab.ask("Again")
+    tab.click(".vote button", "Both bad")
+    tab.wait_for(f"{ENDED} && document.querySelector('#question').value === 'Again'")
+    assert [message["role"] for message in script.bodies[1]["messages"]] == ["user", "assistant", "user"]
+    assert script.votes[1]["choice"] == "both_bad"
+    assert tab.texts(".user") == ["3 + 4?"]
+    for reply, note in ((two_answers("one", "one "), "same"), (two_answers("one", "on", finish="length"), "truncated")):
+        script.reply = lambda body, reply=reply: reply
+        tab.open(url)  # the setting is kept
+        tab.click("#new-chat")
+        ask(tab, "Third", until=f"{ENDED} && document.querySelector('.meta')")
+        assert note in tab.text(".meta")
+    assert len(script.votes) == 2

@@ -12,9 +12,18 @@ from maxlm.config.data import RecordFormat
 from maxlm.core.batch import Batch, Stream
 from maxlm.data.examples.chat import check_some_left
 from maxlm.data.examples.encoding import encode_answer, encode_prompt
-from maxlm.data.examples.records import TOOL_KEYS, Text, parse_pair, parse_prompt, read_records, tools_of
+from maxlm.data.examples.records import (
+    TOOL_KEYS,
+    Text,
+    is_undecided,
+    parse_pair,
+    parse_prompt,
+    read_records,
+    tools_of,
+)
 from maxlm.errors import DataError
 from maxlm.prompts.chat_template import ChatTokens
+from maxlm.runtime.progress import console
 from maxlm.tokenizer.codec import Tokenizer
 
 # Rows are padded to a multiple of this.
@@ -56,7 +65,9 @@ class PreferencePairs:
         form: RecordFormat | None = None,
         with_margins: bool = False,
     ) -> Self:
-        """Read pairs of a file with `prompt`, `chosen` and `rejected`; those too long are skipped and counted.
+        """Read pairs of a file with `prompt`, `chosen` and `rejected`.
+
+        Those too long, and votes for neither answer, are skipped and counted.
 
         Rows are as long as the longest answer, up to `row_length`, and divisible by `parts`.
         `prompt` is a list of messages or a plain string; an answer is a string, or, after messages, a list of messages,
@@ -69,9 +80,12 @@ class PreferencePairs:
           DataError: a line is not a pair, or no pair is left.
         """
         form = form or RecordFormat()
-        pairs, places, margins, num_too_long = [], [], [], 0
+        pairs, places, margins, num_too_long, num_undecided = [], [], [], 0, 0
         others = (*TOOL_KEYS, *(("margin",) if with_margins else ()))
         for where, record in read_records(path, form):
+            if is_undecided(record):
+                num_undecided += 1
+                continue
             prompt, *answers = parse_pair(record, where, form, others=others)
             if answers[0] == answers[1]:
                 raise DataError(
@@ -86,6 +100,8 @@ class PreferencePairs:
                 places.append(where)
                 margins.append(_margin(record, where) if with_margins else 0.0)
         check_some_left(path, len(pairs), num_too_long, what="pairs", row_length=row_length)
+        if num_undecided:
+            console.print(f"{path}: {num_undecided} votes for neither answer are left out", markup=False)
         return cls(pairs, row_length=row_length, places=places, parts=parts, margins=margins if with_margins else None)
 
     def __len__(self) -> int:

@@ -249,8 +249,14 @@ def _two_responses(
     return prompt, (responses[0], responses[1]), int(which)
 
 
+def is_undecided(record: dict[str, Any]) -> bool:
+    """Whether a record is a vote for neither of two answers (`maxlm serve --votes`): it is no pair."""
+    return "answers" in record and record.get("votes") in (["tie"], ["both_bad"])
+
+
 def parse_judged(record: dict[str, Any], where: str, form: RecordFormat) -> list[tuple[Text, Text, bool]]:
-    """Parse answers that were judged alone: prompt, answer, and whether it is good. A pair is a good and a bad one.
+    """Parse answers that were judged alone: prompt, answer, and whether it is good. A pair is a good and a bad one, a
+    vote that both answers are bad two bad ones, and a tie none.
 
     Raises:
       DataError: it is neither, or has an unknown key.
@@ -258,6 +264,10 @@ def parse_judged(record: dict[str, Any], where: str, form: RecordFormat) -> list
     if "chosen" in record or "preferred_output" in record:
         prompt, chosen, rejected = parse_pair(record, where, form)
         return [(prompt, chosen, True), (prompt, rejected, False)]
+    if is_undecided(record):
+        check_keys(record, ("prompt", "answers", *_JUDGMENT_KEYS), where, form)
+        answers = record["answers"] if record["votes"] == ["both_bad"] else []
+        return [(parse_prompt(record, where, form), _answer(answer, where, form), False) for answer in answers]
     label = field(record, "label", where)
     if label not in (True, False):
         raise DataError(f"{where}: label must be true for a good answer or false for a bad one, not {label!r}")

@@ -41,12 +41,13 @@ const ENDINGS = new Map([
   [null, "incomplete"],
 ]);
 
-function describe(text, { finish, seed, usage, seconds }, actions) {
+function describe(text, { finish, seed, usage, seconds, note }, actions) {
   const tokens = usage?.completion_tokens;
   const notes = [];
   if (tokens) notes.push(`${tokens} tokens`, `${(tokens / seconds).toFixed(1)} tokens/s`);
   if (seed !== undefined) notes.push(`seed ${seed}`);
   if (ENDINGS.has(finish)) notes.push(ENDINGS.get(finish));
+  if (note) notes.push(note);
   const copy = element("button", ["Copy"]);
   copy.addEventListener("click", () => copyText(text, copy));
   const buttons = actions.map(({ label, run }) => {

@@ -2,6 +2,7 @@
 
 import { addAnswer, addNote, addQuestion } from "./answer.js";
 import { ApiError, request, streamCompletion, usePromptForKey } from "./api.js";
+import { addComparison, keptPlace } from "./comparison.js";
 import { Conversation } from "./conversation.js";
 import { browserStore } from "./storage.js";
 
@@ -11,34 +12,43 @@ const KEPT = ["temperature", "top-p", "seed", "max-tokens", "system"];
 const conversation = new Conversation();
 let running = null; // AbortController of the answer in progress
 let contextLength = null;
+let takesVotes = false;
 let dropped = null; // the note in the conversation that marks which messages are no longer sent
 
 // Asking
 
 async function ask() {
   const controller = (running = new AbortController());
-  const seed = $("seed").value === "" ? Math.floor(Math.random() * 2 ** 31) : Number($("seed").value);
-  const view = addAnswer($("messages"), { onDrawn: scrollDown });
+  const settings = samplingSettings();
+  const isVote = takesVotes && $("compare").checked;
+  const view = (isVote ? addComparison : addAnswer)($("messages"), { onDrawn: scrollDown });
   const started = performance.now();
   hideError();
   showRunning(true);
   scrollDown(true);
-  const answer = { text: "", finish: null, usage: null, error: null };
+  const answers = Array.from({ length: isVote ? 2 : 1 }, () => ({ text: "", finish: null }));
+  const reply = { answers, usage: null, error: null };
+  const show = isVote ? view.show : (_, text) => view.show((conversation.partial = text));
   const { start } = conversation;
   do {
-    await write(answer, view, seed, controller.signal);
-  } while (running === controller && answer.error?.tooLong && !answer.text && dropOldest(1));
+    await write(reply, show, settings, controller.signal);
+  } while (running === controller && reply.error?.tooLong && !answers[0].text && dropOldest(1));
+  const kept = isVote ? await vote(reply, view, settings, controller.signal) : answers[0];
+  if (isVote) view.remove();
   if (running !== controller) return; // a new chat was started in the meantime
   running = null;
   showRunning(false);
   conversation.partial = "";
-  const { text, finish, usage, error } = answer;
-  if (text || finish) {
+  const { usage, error } = reply;
+  if (kept && (kept.text || kept.finish)) {
+    const { text, finish } = kept;
     const isFull = finish === "length" && contextLength !== null && usage?.total_tokens >= contextLength - 1;
-    const outcome = { finish, isFull, seed, usage, seconds: (performance.now() - started) / 1000 };
+    const seconds = (performance.now() - started) / 1000;
+    const outcome = isVote ? { finish, note: kept.note } : { finish, isFull, seed: settings.seed, usage, seconds };
     conversation.turns.push({ role: "assistant", content: text, outcome });
-    view.end(text, outcome, answerActions(outcome));
-  } else {
+    const shown = isVote ? addAnswer($("messages"), { onDrawn: scrollDown }) : view;
+    shown.end(text, outcome, answerActions(outcome));
+  } else if (!isVote) {
     view.remove();
   }
   if (error?.tooLong) {
@@ -46,37 +56,70 @@ async function ask() {
     showDropped();
   }
   if (error) showFailure(error);
+  else if (!kept) takeBack();
+  if (isVote) $("question").focus();
   save();
 }
 
-async function write(answer, view, seed, signal) {
-  answer.error = null;
+async function write(reply, show, settings, signal) {
+  reply.error = null;
   try {
-    for await (const chunk of streamCompletion(completionBody(seed), signal)) {
+    const body = { messages: messagesToSend(), ...settings, n: reply.answers.length };
+    for await (const chunk of streamCompletion(body, signal)) {
+      reply.usage = chunk.usage ?? reply.usage;
       const choice = chunk.choices[0];
-      answer.usage = chunk.usage ?? answer.usage;
-      answer.finish = choice?.finish_reason ?? answer.finish;
-      if (!choice?.delta?.content) continue;
+      if (!choice) continue;
+      const answer = reply.answers[choice.index];
+      answer.finish = choice.finish_reason ?? answer.finish;
+      if (!choice.delta?.content) continue;
       answer.text += choice.delta.content;
-      conversation.partial = answer.text;
-      view.show(answer.text);
+      show(choice.index, answer.text);
     }
   } catch (error) {
-    if (signal.aborted) answer.finish = "stopped";
-    else answer.error = error;
+    if (signal.aborted) for (const answer of reply.answers) answer.finish ??= "stopped";
+    else reply.error = error;
   }
 }
 
-function completionBody(seed) {
+// The answer that the conversation goes on with, after a vote if there can be one; null for neither.
+async function vote({ answers, error }, view, sampling, signal) {
+  if (error || signal.aborted) return null;
+  const shown = view.places.map((index) => answers[index]);
+  const reason = whyNoVote(shown);
+  if (reason) return { ...(shown.find(({ text }) => text.trim()) ?? shown[0]), note: `no vote: ${reason}` };
+  while (true) {
+    const choice = await view.askForVote(answers.map(({ text }) => text), signal);
+    if (choice === null) return null;
+    try {
+      hideError();
+      const body = { messages: messagesToSend(), answers: shown.map(({ text }) => text), choice, sampling };
+      await request("/v1/votes", { body });
+      const place = keptPlace(choice);
+      return place === null ? null : { ...shown[place], note: choice === "tie" ? "tie" : "chosen of two" };
+    } catch (error) {
+      showError(`${error.message} Vote again, or stop.`);
+    }
+  }
+}
+
+// What would teach nothing, or to stop in the middle.
+function whyNoVote(answers) {
+  const texts = answers.map(({ text }) => text.trim());
+  if (texts.includes("")) return "an answer was empty";
+  if (texts[0] === texts[1]) return "both answers were the same";
+  return answers.some(({ finish }) => finish !== "stop") ? "an answer was truncated at the token limit" : "";
+}
+
+function messagesToSend() {
   const system = $("system").value.trim();
-  const body = {
-    messages: [...(system ? [{ role: "system", content: system }] : []), ...conversation.messages()],
-    temperature: Number($("temperature").value),
-    top_p: Number($("top-p").value),
-    seed,
-  };
-  if ($("max-tokens").value !== "") body.max_tokens = Number($("max-tokens").value);
-  return body;
+  return [...(system ? [{ role: "system", content: system }] : []), ...conversation.messages()];
+}
+
+function samplingSettings() {
+  const seed = $("seed").value === "" ? Math.floor(Math.random() * 2 ** 31) : Number($("seed").value);
+  const settings = { temperature: Number($("temperature").value), top_p: Number($("top-p").value), seed };
+  if ($("max-tokens").value !== "") settings.max_tokens = Number($("max-tokens").value);
+  return settings;
 }
 
 function submit() {
@@ -144,15 +187,19 @@ function answerActions({ isFull }) {
 function showFailure(error) {
   if (error.needsKey) return showError("The server requires an API key.", { label: "Enter the key", run: answerAgain });
   if (!error.isPermanent) return showError(error.message, { label: "Try again", run: answerAgain });
-  if (conversation.isUnanswered && !$("question").value) {
-    $("question").value = conversation.last.content;
-    removeLast();
-    $("welcome").hidden = conversation.turns.length > 0;
-    updateComposer();
-  }
+  takeBack();
   const context = contextLength === null ? "context" : `context of ${contextLength} tokens`;
   const tooLong = `This message is longer than the model’s ${context}. Shorten it, or the system message in the settings.`;
   showError(error.tooLong ? tooLong : error.message);
+}
+
+// Puts the last question back for editing.
+function takeBack() {
+  if (!conversation.isUnanswered || $("question").value) return;
+  $("question").value = conversation.last.content;
+  removeLast();
+  $("welcome").hidden = conversation.turns.length > 0;
+  updateComposer();
 }
 
 function showError(text, action = null) {
@@ -249,12 +296,14 @@ function applySettings() {
   $("top-p-value").textContent = Number($("top-p").value).toFixed(2);
   const theme = document.querySelector("input[name=theme]:checked").value;
   document.documentElement.dataset.theme = theme;
-  browserStore.set("maxlm", { ...Object.fromEntries(KEPT.map((id) => [id, $(id).value])), theme });
+  const compare = $("compare").checked;
+  browserStore.set("maxlm", { ...Object.fromEntries(KEPT.map((id) => [id, $(id).value])), compare, theme });
 }
 
 function restoreSettings() {
   const kept = browserStore.get("maxlm") ?? {};
   for (const id of KEPT) if (typeof kept[id] === "string") $(id).value = kept[id];
+  $("compare").checked = kept.compare === true;
   const theme = [...document.getElementsByName("theme")].find((input) => input.value === kept.theme);
   if (theme) theme.checked = true;
   applySettings();
@@ -264,6 +313,8 @@ async function showModel() {
   try {
     const { data } = await (await request("/v1/models")).json();
     contextLength = data[0].max_model_len;
+    takesVotes = data[0].takes_votes === true;
+    $("votes").hidden = !takesVotes;
     $("model-name").textContent = data[0].id;
     $("max-tokens").max = contextLength - 1;
     document.title = `${data[0].id} - maxlm chat`;
