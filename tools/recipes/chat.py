@@ -9,14 +9,17 @@ records, with 95 % intervals over them; docs/recipes.md explains the measures.
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from stages import maxlm, print_table, shown
+from stages import maxlm, once, print_table, shown
 
-from maxlm.core.interval import mean_interval
+from maxlm import load
+from maxlm.core.interval import mean_interval, ratio_interval
 
 TOOLS = Path(__file__).parent
 CONFIGS = TOOLS.parents[1] / "configs" / "recipes" / "chat"
@@ -55,24 +58,18 @@ def main() -> None:
     train("ppo", "sft", "prompts", *reward)
 
     print_table(
-        ("recipe", "measure", "before", "after", "difference"),
+        ("recipe", "measure on held-out records", "before", "after", "difference"),
         [
-            ("SFT", "right answer of four", *compared(out, "pretrain", "sft", "which_answer")),
-            ("QLoRA of an imported model", "right answer of four", *compared(out, "base", "qlora", "which_answer")),
-            ("P-tuning v2 of the same", "right answer of four", *compared(out, "base", "prefix", "which_answer")),
-            ("DPO", "preferred answer of two", *compared(out, "sft", "dpo", "which_is_better")),
-            ("KTO", "preferred answer of two", *compared(out, "sft", "kto", "which_is_better")),
-            ("reward model", "preferred answer of two", "50.0%", preferred(out, "reward"), ""),
-            ("PPO", "its reward", *rewarded(out, "reward")),
-            ("PPO", "another reward model", *rewarded(out, "another_reward")),
+            ("SFT", "bits per byte of answers", *likelihood(out, "pretrain", "sft")),
+            ("QLoRA of an imported model", "the same", *likelihood(out, "base", "qlora")),
+            ("P-tuning v2 of it", "the same", *likelihood(out, "base", "prefix")),
+            ("DPO", "pairs preferred as people do", "", preferred(out, "dpo"), ""),
+            ("KTO", "the same", "", preferred(out, "kto"), ""),
+            ("reward model", "pairs scored as people do", "", ranked(out, "reward"), ""),
+            ("PPO", "score of its reward model", *rewarded(out, "reward")),
+            ("PPO", "score of another one", *rewarded(out, "another_reward")),
         ],
     )
-
-
-def once(result: Path, *arguments: str) -> None:
-    """Run a `maxlm` command unless its result is there."""
-    if not result.exists():
-        maxlm(*arguments)
 
 
 def pretrain(data: Path, out: Path) -> None:
@@ -87,45 +84,67 @@ def pretrain(data: Path, out: Path) -> None:
     maxlm("train", f"{CONFIGS}/pretrain.yaml", f"output={out}/pretrain", f"objective.sources=[{{path: {out}/rows}}]")
 
 
-def compared(out: Path, before: str, after: str, task: str) -> tuple[str, str, str]:
-    """Accuracies of two models on a task, and their difference."""
-    options = ["--task", f"{out}/data/{task}.jsonl", "--no-baselines", "--output"]
-    right = []
-    for name in (before, after):
-        file = out / f"{name}.{task}.json"
-        once(file, "eval", f"{out}/{name}", *options, str(file))
-        found = json.loads(file.read_text())["tasks"][0]
-        right.append(np.array([example["correct"] for example in found["examples"]], np.float64))
-    accuracies = [shown(mean_interval(each).to_dict()) for each in right]
-    return *accuracies, shown(mean_interval(right[1] - right[0]).to_dict())
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def log_probabilities(out: Path, model: str, records: list[dict[str, Any]], answer: str) -> np.ndarray:
+    """Of each record's answer: [n], in nats."""
+    scores = load(out / model).score([each["prompt"] for each in records], [each[answer] for each in records])
+    return np.array([score.log_probability for score in scores])
+
+
+def likelihood(out: Path, before: str, after: str) -> tuple[str, str, str]:
+    """Bits per byte of the answers to held-out prompts under two models, and their difference."""
+    records = read(out / "data" / "held_out_sft.jsonl")
+    num_bytes = np.array([len(record["completion"].encode()) for record in records])
+    bits = [-log_probabilities(out, model, records, "completion") / math.log(2) for model in (before, after)]
+    first, second, difference = (ratio_interval(each, num_bytes).format(2) for each in (*bits, bits[1] - bits[0]))
+    return first, second, difference
 
 
 def preferred(out: Path, model: str) -> str:
-    """How often a reward model prefers the chosen answer of a held-out pair."""
+    """In how many held-out pairs the chosen answer gained more likelihood over the SFT model than the rejected one."""
+    records = read(out / "data" / "held_out_pairs.jsonl")
+    gains = {
+        name: log_probabilities(out, model, records, name) - log_probabilities(out, "sft", records, name)
+        for name in ("chosen", "rejected")
+    }
+    return shown(mean_interval((gains["chosen"] > gains["rejected"]).astype(np.float64)).to_dict())
+
+
+def ranked(out: Path, model: str) -> str:
+    """In how many held-out pairs a reward model scores the chosen answer higher."""
     scores = scored(out, model, out / "data" / "held_out_pairs.jsonl", f"{model}.pairs")
-    return shown(
-        mean_interval(
-            np.array([line["chosen_score"] > line["rejected_score"] for line in scores], np.float64)
-        ).to_dict()
-    )
+    better = [line["chosen_score"] > line["rejected_score"] for line in scores]
+    return shown(mean_interval(np.array(better, np.float64)).to_dict())
 
 
 def rewarded(out: Path, model: str) -> tuple[str, str, str]:
     """What a reward model gives to answers of SFT and PPO to held-out prompts, and the difference."""
     scores = []
     for name in ("sft", "ppo"):
-        file = out / f"answers_{name}" / "chats.jsonl"
-        names = [f"output={file.parent}", f"records={out}/data/new_prompts.jsonl", f"model.path={out}/{name}"]
-        options = ["answers={count: 1, max_tokens: 64, temperature: 1.0}"]
-        once(file, "feedback", "feedback/answer", *names, *options)
+        file = out / f"{name}.answers.jsonl"
+        if not file.exists():
+            write_answers(out / name, out / "data" / "held_out_sft.jsonl", file)
         scores.append(np.array([line["score"] for line in scored(out, model, file, f"{model}.{name}")]))
-    return tuple(mean_interval(each).format(2) for each in (*scores, scores[1] - scores[0]))
+    before, after, difference = (mean_interval(each).format(2) for each in (*scores, scores[1] - scores[0]))
+    return before, after, difference
 
 
-def scored(out: Path, model: str, file: Path, name: str) -> list[dict]:
+def write_answers(model: Path, prompts: Path, file: Path) -> None:
+    """Sample an answer to each prompt; those that are cut off count too, as in training."""
+    asked = [record["prompt"] for record in read(prompts)]
+    texts = load(model).generate(asked, max_new_tokens=64, temperature=1.0, seed=0)
+    records = ({"prompt": prompt, "completion": text or " "} for prompt, text in zip(asked, texts))
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+
+
+def scored(out: Path, model: str, file: Path, name: str) -> list[dict[str, Any]]:
+    """The scores of the answers of a file under a reward model."""
     result = out / f"{name}.jsonl"
     once(result, "score", f"{out}/{model}", str(file), "--output", str(result))
-    return [json.loads(line) for line in result.read_text().splitlines()]
+    return read(result)
 
 
 if __name__ == "__main__":

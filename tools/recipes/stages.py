@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 
 def maxlm(*arguments: str) -> str:
@@ -9,6 +10,12 @@ def maxlm(*arguments: str) -> str:
     command = [sys.executable, "-m", "maxlm.cli", *arguments]
     print("maxlm", *arguments, file=sys.stderr)
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def once(result: Path, *arguments: str) -> None:
+    """Run a `maxlm` command unless its result is there."""
+    if not result.exists():
+        maxlm(*arguments)
 
 
 def shown(accuracy: dict[str, float]) -> str:

@@ -13,19 +13,30 @@ import subprocess
 import sys
 from pathlib import Path
 
+from stages import maxlm, once, print_table, shown
+
 CONFIGS = Path(__file__).parents[2] / "configs" / "recipes" / "sums"
 
 
-def maxlm(*arguments: str) -> str:
-    command = [sys.executable, "-m", "maxlm.cli", *arguments]
-    print("maxlm", *arguments, file=sys.stderr)
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+def prepare(out: Path) -> None:
+    """Make the data, and in `out`/sft the model that has a third of the sums right."""
+    data = out / "data"
+    subprocess.run([sys.executable, str(Path(__file__).parent / "make_sums.py"), str(data)], check=True)
+    names = [f"input={data}/text.txt", f"output={out}/tokenizer"]
+    once(out / "tokenizer", "tokenizer", "train", str(CONFIGS / "tokenizer.yaml"), *names)
+    source = f"sources=[{{uri: {data}/text.txt, document_per_line: true}}]"
+    names = [f"output={out}/rows", f"tokenizer={out}/tokenizer", source]
+    once(out / "rows" / "manifest.json", "data", "build", str(CONFIGS / "data.yaml"), *names)
+    source = f"objective.sources=[{{path: {out}/rows}}]"
+    maxlm("train", str(CONFIGS / "pretrain.yaml"), f"output={out}/pretrain", source)
+    files = [f"objective.train_file={data}/sft.jsonl", f"init_from={out}/pretrain"]
+    maxlm("train", str(CONFIGS / "sft.yaml"), f"output={out}/sft", *files)
 
 
-def accuracy(model: Path, task: Path, temperature: float) -> str:
-    options = ["--temperature", str(temperature), "--max-new-tokens", "4", "--no-baselines", "--json"]
+def accuracy(model: Path, task: Path, temperature: float, *, tokens: int = 4) -> str:
+    options = ["--temperature", str(temperature), "--max-new-tokens", str(tokens), "--no-baselines", "--json"]
     found = json.loads(maxlm("eval", str(model), "--task", str(task), *options))["tasks"][0]["accuracy"]
-    return f"{found['value']:.1%} [{found['low']:.1%}, {found['high']:.1%}]"
+    return shown(found)
 
 
 def first_step_at(run: Path, reward: float) -> str:
@@ -41,19 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.output
     data = out / "data"
-    subprocess.run([sys.executable, str(Path(__file__).parent / "make_sums.py"), str(data)], check=True)
-    if not (out / "tokenizer").exists():
-        maxlm(
-            "tokenizer", "train", str(CONFIGS / "tokenizer.yaml"), f"input={data}/text.txt", f"output={out}/tokenizer"
-        )
-    if not (out / "rows" / "manifest.json").exists():
-        source = f"sources=[{{uri: {data}/text.txt, document_per_line: true}}]"
-        names = [f"output={out}/rows", f"tokenizer={out}/tokenizer", source]
-        maxlm("data", "build", str(CONFIGS / "data.yaml"), *names)
-    source = f"objective.sources=[{{path: {out}/rows}}]"
-    maxlm("train", str(CONFIGS / "pretrain.yaml"), f"output={out}/pretrain", source)
-    files = [f"objective.train_file={data}/sft.jsonl", f"init_from={out}/pretrain"]
-    maxlm("train", str(CONFIGS / "sft.yaml"), f"output={out}/sft", *files)
+    prepare(out)
     rows = [
         ("sft", "-", accuracy(out / "sft", data / "prompts.jsonl", 1.0), accuracy(out / "sft", data / "valid.jsonl", 0))
     ]
@@ -65,11 +64,7 @@ def main() -> None:
             maxlm("train", str(CONFIGS / f"{method}.yaml"), *options)
             sampled = accuracy(run, data / "prompts.jsonl", 1.0)
             rows.append((run.name, first_step_at(run, 0.9), sampled, accuracy(run, data / "valid.jsonl", 0)))
-    print(
-        "| run | first step at reward 0.9 | sampled, training sums | greedy, held-out sums |\n| --- | --- | --- | --- |"
-    )
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
+    print_table(("run", "first step at reward 0.9", "sampled, training sums", "greedy, held-out sums"), rows)
 
 
 if __name__ == "__main__":
