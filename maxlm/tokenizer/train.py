@@ -19,6 +19,7 @@ from maxlm.runtime.output import check_output
 from maxlm.runtime.progress import console
 from maxlm.runtime.storage import locked, storage_path
 from maxlm.tokenizer.codec import BOS, EOS, PAD, UNKNOWN, Tokenizer
+from maxlm.tokenizer.encoder import SPACE_MARK
 from maxlm.tokenizer.sentencepiece_encoder import SentencePieceEncoder
 from maxlm.tokenizer.texts import draw_texts, find_documents
 
@@ -87,6 +88,7 @@ def _train_model(texts: list[str], config: TokenizerConfig) -> bytes:
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
+            required_chars=SPACE_MARK,  # a space without a piece would be encoded as the bytes of this character
             user_defined_symbols=["\t"],
             control_symbols=[*CONTROL_TOKENS, *config.control_tokens],
             pad_id=0, bos_id=1, eos_id=2, unk_id=3,

@@ -157,3 +157,13 @@ def test_record_files_are_not_accepted_as_plain_text(tmp_path):
         config = TokenizerConfig(kind="tokenizer", input=str(tmp_path / name), output=str(tmp_path / "out"))
         with pytest.raises(DataError, match=r"is not plain text, .* `maxlm data build CONFIG --stop-after documents`"):
             train_tokenizer(config)
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+def test_spaces_survive_after_training_on_text_without_any(tmp_path, algorithm):
+    (tmp_path / "text.txt").write_text("\n".join(f"{number}+{number}={2 * number}" for number in range(500)))
+    settings = {"input": str(tmp_path / "text.txt"), "output": str(tmp_path / "out"), "vocab_size": 279}
+    tokenizer = train_tokenizer(TokenizerConfig(kind="tokenizer", algorithm=algorithm, **settings))
+    text = " 3 + 4\u2581= 7 "
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode(" ")) == 1
