@@ -1,6 +1,6 @@
 # make quickstart   text to a served chat model, in minutes on a CPU
 # make test         lint and the test suite; the chat page is tested where there is a Chromium
-# make test-exhaustive  every layout of every kind of layer and adapter, what TPUs would run, processes that are killed
+# make test-exhaustive  every layout of layers and adapters, learning curves, what TPUs would run, killed processes
 # make test-fast    what one runs while working: lint and the tests that are not slow
 # make test-optimized   the tests of the numerics, compiled as for users
 # make test-parity      what is exported, read by Hugging Face's transformers

@@ -124,3 +124,9 @@ def test_banned_use_is_detected(source):
 )
 def test_files_are_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+
+
+def test_names_of_test_modules_are_unique():
+    """Of two modules with one name, pytest imports the first and refuses the second."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name not in ("conftest.py", "__init__.py")]
+    assert sorted(names) == sorted(set(names))

@@ -59,7 +59,7 @@ def maxlm(tmp_path_factory):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_installed_package_trains_reports_and_serves(maxlm):
     assert "post/sft" in maxlm("config", "list")
     [packages] = (maxlm.environment / "lib").glob("*/site-packages")

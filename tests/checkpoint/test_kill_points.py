@@ -108,6 +108,7 @@ def test_process_killed_at_random_moments_of_a_save(call, tmp_path):
     assert not list(tmp_path.glob("broken*"))
 
 
+@pytest.mark.exhaustive
 def test_run_killed_while_saving_resumes_to_the_same_result(call, tmp_path):
     """The whole trainer, with metrics, logs and configuration, at some of the operations of three saves."""
     assert call("train", tmp_path / "unbroken", 0, tmp_path / "unbroken.json") == 0

@@ -126,6 +126,7 @@ def workers(stand_in, make_worker, tmp_path, monkeypatch):
     return [make_worker(tmp_path / "workers" / address) for address in WORKERS]
 
 
+@pytest.mark.exhaustive
 def test_job_resumes_after_a_failure_runs_on_all_workers_and_is_deleted(make_job, stand_in, workers):
     job = make_job(overrides=('note=it\'s  "here" $HOME',))
     python = workers[1].home / "bin" / "python3"
@@ -146,6 +147,7 @@ def test_job_resumes_after_a_failure_runs_on_all_workers_and_is_deleted(make_job
     assert ("DELETE", f"{PLACE}/queuedResources/tiny-1") in stand_in.asked
 
 
+@pytest.mark.exhaustive
 def test_request_reaches_the_api_and_its_state_is_reported(make_job, tpu, stand_in, workers):
     job = make_job(accelerator_type="v6e-8", service_account="trainer@my-project.iam.gserviceaccount.com")
     assert status(tpu).state is None

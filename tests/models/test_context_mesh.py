@@ -63,6 +63,7 @@ def alone():
     return values, terms_and_gradient(CHUNKED, values)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("sizes", "method"),
     [

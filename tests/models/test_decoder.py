@@ -310,6 +310,7 @@ ALTERNATING = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("spellings", [FOUR_EQUAL, ALTERNATING], ids=["equal", "alternating"])
 def test_grouping_of_layers_changes_nothing(spellings):
     """Initial weights, outputs and gradients of each layer are those of the same layers in another group."""
@@ -467,6 +468,7 @@ def test_five_local_layers_for_each_global_one_save_memory():
     assert bytes_of((*[512] * 5, None)) < 0.28 * bytes_of((None,))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["all", "mixed"])
 def test_rematerialization_does_not_change_gradient(name):
     tokens = tokens_of((2, 9))

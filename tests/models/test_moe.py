@@ -91,6 +91,7 @@ def test_microbatches_packing_and_padding_change_nothing(whole):
     assert_same(terms_and_gradient(pack(documents(), rows=16, length=24, per_row=2), accumulate=4), whole)
 
 
+@pytest.mark.exhaustive
 def test_mesh_changes_nothing(whole):
     mesh = make_mesh(MeshConfig(fsdp=1, expert=2, context=2, tensor=2))
     assert_same(terms_and_gradient(mesh=mesh, accumulate=2), whole)

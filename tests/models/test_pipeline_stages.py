@@ -104,6 +104,7 @@ CASES = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("sizes", "settings", "accumulate", "windows"), CASES, ids=str)
 def test_stages_change_nothing(sizes, settings, accumulate, windows, alone):
     plan = configured(**settings, window_pattern=windows)

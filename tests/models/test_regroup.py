@@ -43,6 +43,7 @@ def logits(model):
     return model.logits(model(TOKENS).hidden_BLD)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("quantized", [False, True])
 def test_unrolled_model_is_the_same_function(quantized):
     model = quantize_model(model_of()) if quantized else model_of()

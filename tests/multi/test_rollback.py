@@ -11,7 +11,7 @@ from maxlm.train.goodput import read_goodput
 
 MESH = {"data": 2, "fsdp": 1, "tensor": 1}
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 
 def run_two(folder: Path, **settings) -> list[dict]:

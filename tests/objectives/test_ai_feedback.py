@@ -31,6 +31,7 @@ def judge(untrained, tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.exhaustive
 def test_model_learns_what_the_judge_prefers(tuned, judge, tmp_path, capsys):
     run_folder, _ = tuned
     records = [{"prompt": coin} for coin in COINS]

@@ -106,6 +106,7 @@ def teacher(tmp_path_factory, tiny_data_folder):
     return folder
 
 
+@pytest.mark.exhaustive
 def test_student_learns_to_match_teacher(teacher, tiny_data_folder, tmp_path):
     manifest = train(distill_config(tmp_path / "run", teacher, tiny_data_folder))
     assert manifest["stage"] == "train/distill"
@@ -126,6 +127,7 @@ def test_mesh_that_does_not_fit_is_rejected(teacher, tiny_data_folder, tmp_path)
         train(config)
 
 
+@pytest.mark.exhaustive
 # The teacher has more layers, of which one is outside its trunk.
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 @pytest.mark.parametrize("repeats", [1, 2])
@@ -155,6 +157,7 @@ def test_stages_with_a_teacher_change_nothing(schedule, repeats):
     same_gradient.assert_same(result(stage=2, data=2), result(), atol=4e-5)
 
 
+@pytest.mark.exhaustive
 def test_student_learns_in_1f1b_pipeline(teacher, tiny_data_folder, tmp_path):
     settings = {"model": small(num_layers=2), "execution": {**EXECUTION, "pipeline": {"schedule": "1f1b"}}}
     config = distill_config(tmp_path / "run", teacher, tiny_data_folder, mesh={"fsdp": 1, "stage": 2}, **settings)

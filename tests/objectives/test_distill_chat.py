@@ -122,6 +122,7 @@ def wrong_chats(tmp_path_factory):
     return write_lines(tmp_path_factory.mktemp("chats") / "chats.jsonl", records)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jensen_shannon"])
 def test_student_answers_like_its_teacher(kind, tuned, teacher, wrong_chats, tmp_path):
     objective = {"divergence": {"kind": kind}, "on_policy": 1.0, "valid_file": wrong_chats}

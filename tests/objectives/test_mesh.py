@@ -64,6 +64,7 @@ def build(tokenizer, model_config, weights, tmp_path):
     return make
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("sizes", "lora"),
     [(MESH, None), (MESH, {"kind": "lora", "rank": 2}), ({"fsdp": 2, "context": 2, "tensor": 2}, None)],

@@ -66,6 +66,7 @@ def of_modules(flat: dict) -> list[str]:
     return [path for path in flat if path.startswith("multi_token/")]
 
 
+@pytest.mark.exhaustive
 def test_all_predictions_improve(run_folder):
     first, *_, last = steps_of(run_folder)
     for name in ("cross_entropy", "ahead_1_cross_entropy", "ahead_2_cross_entropy"):

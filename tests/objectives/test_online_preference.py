@@ -56,6 +56,7 @@ def runs(tuned, prompts, tmp_path_factory):
     return folder, train(online_config(folder / "long", tuned, prompts, steps=24, **settings))
 
 
+@pytest.mark.exhaustive
 def test_reward_increases(runs):
     folder, manifest = runs
     records = [record for record in read_metrics(folder / "long") if "reward" in record]

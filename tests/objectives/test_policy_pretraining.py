@@ -70,6 +70,7 @@ def runs(tuned, prompts, packed, tmp_path_factory):
     return folder, train(mixed_config(folder / "long", tuned, prompts, packed, steps=12, **settings))
 
 
+@pytest.mark.exhaustive
 def test_text_is_learned_beside_answers(runs):
     folder, manifest = runs
     records = [record for record in read_metrics(folder / "long") if "reward" in record]

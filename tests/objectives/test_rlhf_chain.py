@@ -72,6 +72,7 @@ def samples(folder):
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.exhaustive
 def test_policy_learns_what_the_reward_model_prefers(chain):
     folder, manifest = chain
     records = [record for record in read_metrics(folder / "long") if "reward" in record]
@@ -111,6 +112,7 @@ def test_resumed_run_matches_uninterrupted_run(chain):
         np.testing.assert_array_equal(whole[path], broken_off[path], err_msg=path)
 
 
+@pytest.mark.exhaustive
 def test_scores_do_not_depend_on_the_mesh(tuned, prompts, reward_model, tmp_path):
     """One step on one device and on four: the same rewards, with a rule beside the model, asynchronously."""
     rewards = {}

@@ -166,6 +166,7 @@ def controls(folder):
     return [json.loads(line) for line in (folder / "controls.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.exhaustive
 def test_harm_falls_although_it_is_rewarded(runs):
     folder, manifest = runs
     records = [record for record in read_metrics(folder / "long") if "reward" in record]

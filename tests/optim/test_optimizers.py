@@ -116,6 +116,7 @@ def test_adafactor_factors_each_matrix_of_a_stack():
 MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, {"stage": 2, "expert": 2, "context": 2}]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("kind", "sizes"), [("muon", {"fsdp": 8}), *((kind, sizes) for kind in KINDS for sizes in MESHES)], ids=str
 )

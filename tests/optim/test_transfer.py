@@ -97,7 +97,7 @@ def test_activation_change_does_not_depend_on_width():
     assert logits > 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("kind", "rate"), [("muon", 2e-4), ("sgd", 0.01), ("adam8bit", 1e-4)])
 def test_activation_change_does_not_depend_on_width_for_other_optimizers(kind, rate):
     hidden, logits = slopes(kind, rate, 32)

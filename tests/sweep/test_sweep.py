@@ -71,7 +71,7 @@ def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in (path.parent / "out" / "trials.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_sweep_resumes_and_runs_no_trial_twice(swept):
     path, before, _ = swept
     assert len(before) >= 1
@@ -80,7 +80,7 @@ def test_killed_sweep_resumes_and_runs_no_trial_twice(swept):
     assert len({record["id"] for record in records(path)}) == len(lines) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_crashed_and_diverged_trials_are_distinguished_and_do_not_end_the_sweep(swept):
     path, _, summary = swept
     by_rate = {record["setting"]["optim.learning_rate"]: record for record in records(path)}
@@ -95,7 +95,7 @@ def test_crashed_and_diverged_trials_are_distinguished_and_do_not_end_the_sweep(
     assert summary["trials"] == {"finished": 2, "diverged": 1, "failed": 1}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_folder_has_the_results(swept):
     path, _, summary = swept
     out = path.parent / "out"
@@ -118,7 +118,7 @@ def test_folder_has_the_results(swept):
     assert load_config(run.with_suffix(".yaml"), kind="train").optim.learning_rate == best
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_same_command_retries_only_failed_trials(swept, capsys, monkeypatch):
     path, _, _ = swept
     for name, value in environment(path.parent / "calm", kills=False).items():
@@ -152,7 +152,7 @@ def test_survivors_of_a_round_resume_from_their_checkpoints(sweep_of, tmp_path):
     assert load_config(out / "best.yaml").steps == 4
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_trials_fine_tune_an_imported_model(imported_run, tmp_path):
     """With adapters, in a separate process each."""
     chats = tmp_path / "chats.jsonl"

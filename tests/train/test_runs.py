@@ -69,7 +69,7 @@ def test_metrics_record_every_window_and_validation(uninterrupted):
     assert losses[-1] < losses[0] - 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("step", [3, 10])
 def test_killed_run_resumes_to_the_same_result(step, uninterrupted, tmp_path, tiny_data_folder):
     """Killed before the first checkpoint, and between two: weights and metrics match an uninterrupted run."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import pytest
 from small import config_of, small_model
 
 from maxlm.cli import main
@@ -21,6 +22,8 @@ from maxlm.ops.linear import AdaptedWeight
 from maxlm.ops.norm import rms_norm
 from maxlm.train import step
 from maxlm.verify.run import verify
+
+pytestmark = pytest.mark.exhaustive
 
 
 def failed(config, *only):

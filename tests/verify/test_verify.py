@@ -68,6 +68,7 @@ PPO = {
 PAIRS = {"loss": {"kind": "aot", "paired": False}, "tail_weight": 0.5, "weight_by_policy": True, "sft_on_prompts": True}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("kind", "settings", "layout"),
     [
