@@ -11,9 +11,8 @@ QUICK = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     " --xla_cpu_parallel_codegen_split_count=1"
 )
-# The older code generator for fused operations compiles faster, and will be removed from XLA. Eight devices share two
-# cores, or a machine that is suspended; XLA aborts a process whose devices wait for one another for 40 seconds.
-QUICKEST = f"{QUICK} --xla_cpu_use_fusion_emitters=false --xla_cpu_collective_call_terminate_timeout_seconds=600"
+# The older code generator for fused operations compiles faster, and will be removed from XLA.
+QUICKEST = f"{QUICK} --xla_cpu_use_fusion_emitters=false"
 
 
 def flags_of(devices: int) -> str:

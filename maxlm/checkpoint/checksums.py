@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from maxlm.core.dispatch import fetched
 from maxlm.core.tree import flatten
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
@@ -12,8 +13,8 @@ _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 def checksums(tree: Any) -> dict[str, int]:
     """A 32-bit checksum of each leaf that depends on every bit and its position, but not on the mesh."""
-    values = {path: checksum(leaf) for path, leaf in flatten(tree).items()}
-    return {path: int(value) for path, value in jax.device_get(values).items()}
+    leaves = flatten(tree)
+    return {path: int(value) for path, value in zip(leaves, fetched(map(checksum, leaves.values())), strict=True)}
 
 
 # One program per shape, shared by weights and their moments, compiles faster than one for the whole tree.

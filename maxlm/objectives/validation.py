@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maxlm.core.batch import Batch, Stream, put_batch
+from maxlm.core.dispatch import fetched
 from maxlm.core.term import LossOutput, Term
 from maxlm.models.applied import AppliedModel
 
@@ -25,8 +26,8 @@ class Evaluator:
 
     def sums(self, model: Any, batches: Iterable[Any]) -> dict[str, Term]:
         """Each term and metric of the loss, summed over the batches, as numpy scalars."""
-        outputs = [self._step(model, put_batch(batch, self._mesh)) for batch in batches]
-        return functools.reduce(lambda a, b: jax.tree.map(operator.add, a, b), jax.device_get(outputs))
+        outputs = fetched(self._step(model, put_batch(batch, self._mesh)) for batch in batches)
+        return functools.reduce(lambda a, b: jax.tree.map(operator.add, a, b), outputs)
 
 
 def means_of(loss: str, *names: str) -> Callable[[dict[str, Term], list[Batch]], dict[str, float]]:
