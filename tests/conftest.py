@@ -10,6 +10,8 @@ from xla_flags import flags_of
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = flags_of(devices=8)
+# Threads of XLA, as maxlm.runtime.platform.use_virtual_devices sets them.
+os.environ.setdefault("NPROC", "32")
 cache = os.path.join(tempfile.gettempdir(), "maxlm-test-compilation-cache")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

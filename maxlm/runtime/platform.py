@@ -30,6 +30,9 @@ def use_virtual_devices(count: int) -> None:
     flag = "--xla_force_host_platform_device_count"
     others = [part for part in os.environ.get("XLA_FLAGS", "").split() if not part.startswith(flag)]
     os.environ["XLA_FLAGS"] = " ".join([*others, f"{flag}={count}"])
+    # XLA's threads, as many as processors or devices if unset. Each device of a collective occupies one, so that with
+    # as many threads as devices anything else that occupies one can stop all of them forever.
+    os.environ.setdefault("NPROC", str(4 * count))
 
 
 def _has_accelerator() -> bool:
