@@ -30,19 +30,19 @@ def record(question):
     return {"value": question.value, "sources": [*question.sources]}
 
 
-def right_value(kind, first=None, second=None):
-    """What follows from the numbers that an answer cites, in their order."""
+def right_value(kind, items, first=None, second=None):
+    """What follows from the items that an answer cites and their numbers, in their order."""
     match kind:
         case "lookup" | "text":
             return str(first)
         case "difference":
             return str(first - second)
-        case "growth":
-            return f"{round(100 * (first - second) / second)}%"
-        case "margin":
-            return f"{round(100 * (first - second) / first)}%"
+        case "total":
+            return str(first + second)
+        case "share":
+            return f"{round(100 * first / second)}%"
         case "comparison":
-            return "current" if first > second else "prior"
+            return items[0] if first > second else items[1]
         case "not stated":
             return NOT_STATED
 
@@ -50,29 +50,28 @@ def right_value(kind, first=None, second=None):
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_follow_from_the_report_and_earn_both_rewards(kind):
     for report, question in questions(kind):
-        numbers = []
-        for source in question.sources:
-            place, item, year = source.split(", ")
-            numbers.append(report.value(place, item, year))
-            assert f"[{source}] {numbers[-1]}" in question.answer
-        assert question.value == right_value(kind, *numbers)
+        places = [source.split(", ") for source in question.sources]
+        numbers = [report.value(place, item) for place, item in places]
+        for source, number in zip(question.sources, numbers, strict=True):
+            assert f"[{source}] {number}" in question.answer
+        assert question.value == right_value(kind, [item for _, item in places], *numbers)
         assert right_number(None, [question.answer], record(question)) == [1.0]
         assert right_citations(None, [question.answer], record(question)) == [1.0]
 
 
 def test_what_is_not_stated_is_in_no_report():
     for report, question in questions(NOT_STATED):
-        item = question.text.removeprefix("What was ").partition(" in the ")[0]
+        item = question.text.removeprefix("What is stated for ").rstrip("?")
         assert item not in {**report.table, **report.text}
 
 
 @pytest.mark.parametrize(
     ("answer", "value", "number"),
     [
-        ("[table 1, costs, current] 45", "45", 1.0),
-        ("[table 1, costs, current] 46", "45", 0.0),
-        ("45 [table 1, costs, current]", "45", 1.0),
-        ("[table 1, costs, current] 4", "1", 0.0),  # the number of a citation is none of the answer
+        ("[table 1, costs] 45", "45", 1.0),
+        ("[table 1, costs] 46", "45", 0.0),
+        ("45 [table 1, costs]", "45", 1.0),
+        ("[table 1, costs] 4", "1", 0.0),  # the number of a citation is none of the answer
         ("5 / 45 = 12%", "11%", 1.0),
         ("5 / 45 = 13%", "11%", 0.0),
         ("11", "11%", 0.0),
@@ -83,8 +82,8 @@ def test_what_is_not_stated_is_in_no_report():
         ("45, or not stated", "not stated", 0.0),
         ("not stated", "45", 0.0),
         ("", "45", 0.0),
-        ("4 > 3: current", "current", 1.0),
-        ("4 > 3: prior", "current", 0.0),
+        ("4 > 3: costs", "costs", 1.0),
+        ("4 > 3: rent", "costs", 0.0),
     ],
 )
 def test_numbers_are_read_after_citations_with_a_tolerance_for_percentages(answer, value, number):
@@ -92,12 +91,12 @@ def test_numbers_are_read_after_citations_with_a_tolerance_for_percentages(answe
 
 
 def test_citations_are_compared_as_a_set():
-    wanted = {"sources": ["table 1, costs, prior", "table 1, costs, current"]}
+    wanted = {"sources": ["table 1, rent", "table 1, costs"]}
     texts = [
-        "[table 1, costs, current] 4 - [table 1, costs, prior] 3 = 1",
-        "[table 1, costs, prior] 3 < [table 1, costs, current] 4, see [table 1, costs, prior]",
-        "[table 1, costs, current] 4",
-        "[table 1, costs, current] 4 - [table 1, costs, prior] 3 - [text 1, shops, prior] 0 = 1",
+        "[table 1, costs] 4 - [table 1, rent] 3 = 1",
+        "[table 1, rent] 3 < [table 1, costs] 4, see [table 1, rent]",
+        "[table 1, costs] 4",
+        "[table 1, costs] 4 - [table 1, rent] 3 - [text 1, shops] 0 = 1",
         "",
     ]
     assert right_citations(None, texts, wanted) == [1.0, 1.0, 0.0, 0.0, 0.0]
@@ -112,18 +111,19 @@ def test_rules_are_reward_functions_with_a_setting():
 def test_data_is_the_same_each_time_and_files_share_no_company(tmp_path, monkeypatch):
     monkeypatch.setattr(make_finance, "TEXTS", 20)
     monkeypatch.setattr(make_finance, "DRILLS", 5)
+    monkeypatch.setattr(make_finance, "CHATS", 20)
     for folder in ("a", "b"):
         make_finance.main(tmp_path / folder)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert files == ["annotated.jsonl", "examples.jsonl", "held_out.jsonl", "new.jsonl", "text.jsonl"]
+    assert files == ["annotated.jsonl", "chats.jsonl", "examples.jsonl", "held_out.jsonl", "new.jsonl", "text.jsonl"]
     companies = []
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-        if file != "text.jsonl":
+        if file not in ("text.jsonl", "chats.jsonl"):
             companies.append({item["report"].splitlines()[0] for item in finance_filter.read(tmp_path / "a" / file)})
-    texts = (tmp_path / "a" / "text.jsonl").read_text()
+    texts = "".join((tmp_path / "a" / f"{name}.jsonl").read_text() for name in ("text", "chats"))
     assert sum(map(len, companies)) == len(set().union(*companies))
-    assert not any(name in texts for name in companies[files.index("held_out.jsonl")])
+    assert not any(name.removeprefix("Report of ") in texts for name in set().union(*companies))
 
 
 def test_filter_keeps_answers_of_the_model_that_are_right(tmp_path, capsys):
@@ -139,6 +139,8 @@ def test_filter_keeps_answers_of_the_model_that_are_right(tmp_path, capsys):
     assert capsys.readouterr().out == "difference: kept 1 of 3 answers\n"
 
 
-@pytest.mark.parametrize("name", ["data", "tokenizer", "pretrain", "few_shot", "chat", "qlora", "prefix", "answer"])
+@pytest.mark.parametrize(
+    "name", ["data", "tokenizer", "pretrain", "instruct", "few_shot", "chat", "qlora", "prefix", "answer"]
+)
 def test_configurations_load(name):
     load_config(recipe_folder() / "recipes" / "finance" / f"{name}.yaml")

@@ -34,19 +34,20 @@ def main() -> None:
     data = out / "data"
 
     once(data / "held_out.jsonl", lambda: python("make_finance.py", data))
-    sources = f"sources=[{{uri: {data}/text.jsonl}}, {{uri: 'python:stdlib', limit: 60}}]"
+    sources = f"sources=[{{uri: {data}/text.jsonl}}]"
     build = ["data", "build", f"{CONFIGS}/data.yaml", f"output={out}/rows", f"tokenizer={out}/tokenizer", sources]
     once(out / "rows" / "documents", lambda: maxlm(*build, "--stop-after", "documents"))
     names = [f"input={out}/rows", f"output={out}/tokenizer"]
     once(out / "tokenizer" / "manifest.json", lambda: maxlm("tokenizer", "train", f"{CONFIGS}/tokenizer.yaml", *names))
     once(out / "rows" / "manifest.json", lambda: maxlm(*build))
     train("pretrain", f"output={out}/pretrain", f"objective.sources=[{{path: {out}/rows}}]")
+    chats = f"objective.train_file={data}/chats.jsonl"
+    train("instruct", f"output={out}/instruct", f"init_from={out}/pretrain", chats)
     # As a published model comes.
-    once(out / "huggingface", lambda: maxlm("export", f"{out}/pretrain", f"{out}/huggingface", "--format", "hf"))
+    once(out / "huggingface", lambda: maxlm("export", f"{out}/instruct", f"{out}/huggingface", "--format", "hf"))
     once(out / "base", lambda: maxlm("import", "hf", f"{out}/huggingface", f"{out}/base"))
 
-    for name, options in (("zero_shot", ["examples=null"]), ("few_shot", [f"examples.file={data}/examples.jsonl"])):
-        task(out, f"{CONFIGS}/few_shot.yaml", *options, name=name)
+    task(out, f"{CONFIGS}/few_shot.yaml", f"examples.file={data}/examples.jsonl", name="few_shot")
     task(out, f"{CONFIGS}/chat.yaml", name="chat")
     start = f"init_from={out}/base"
     annotated, built = (f"objective.train_file={data}/{name}.jsonl" for name in ("annotated", "built"))
@@ -58,7 +59,7 @@ def main() -> None:
     train("qlora", f"output={out}/qlora-built", start, built)
 
     models = (
-        ("prompt alone, no examples", "base", "zero_shot"),
+        ("prompt alone, no examples", "base", "chat"),
         ("prompt alone, 2 examples", "base", "few_shot"),
         ("P-tuning v2", "prefix", "chat"),
         ("QLoRA", "qlora", "chat"),

@@ -1,19 +1,17 @@
 """Reports, questions and answers of the finance recipe, made from numbers without any download.
 
-A report is a table of the current and the prior year, and a sentence. A question is of one of seven kinds. Its answer
-cites each number where it is used, `[table 1, revenue, current] 74 - [table 1, revenue, prior] 61 = 13`, or is
-`not stated`.
+A report is a table, and a sentence. A question is of one of seven kinds. Its answer cites each number where it is used,
+`[table 1, revenue] 74 - [table 1, costs] 61 = 13`, or is `not stated`.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-KINDS = ("lookup", "text", "difference", "growth", "margin", "comparison", "not stated")
+KINDS = ("lookup", "text", "difference", "total", "share", "comparison", "not stated")
 NOT_STATED = "not stated"
-YEARS = ("current", "prior")
 
-_TABLE_ITEMS = ("wages", "rent", "taxes", "debt", "cash", "stock")
+_TABLE_ITEMS = ("wages", "rent", "taxes", "debt", "cash", "stock", "loans", "goods")
 _TEXT_ITEMS = ("employees", "shops", "plants", "trucks")
 _BEGINNINGS = (
     "Al",
@@ -39,38 +37,26 @@ _BRANCHES = ("Foods", "Metals", "Paper", "Energy", "Glass", "Textiles")
 
 @dataclass(frozen=True)
 class Report:
-    """A company's numbers of the current and the prior year.
+    """A company's numbers.
 
-    table: (current, prior) value of each item, in millions; revenue and costs are always among them.
-    text: the same for the one item that the sentence tells, in units.
+    table: the value of each item, in millions; revenue and costs are always among them.
+    text: the same for the items that the sentence tells, in units.
     """
 
     company: str
-    table: dict[str, tuple[int, int]]
-    text: dict[str, tuple[int, int]]
+    table: dict[str, int]
+    text: dict[str, int]
 
     @property
     def shown(self) -> str:
         """The report as a text."""
-        rows = [
-            f"| {item} | {year} | {value} |"
-            for item, values in self.table.items()
-            for year, value in zip(YEARS, values, strict=True)
-        ]
-        told = [
-            f"in the {year} year {item} numbered {value}"
-            for item, values in self.text.items()
-            for year, value in zip(YEARS, values, strict=True)
-        ]
-        return "\n".join([f"Report of {self.company}, in millions", "Table 1", *rows, f"Text 1: {', '.join(told)}."])
+        rows = [f"| {item} | {value} |" for item, value in self.table.items()]
+        told = ", ".join(f"{item} numbered {value}" for item, value in self.text.items())
+        return "\n".join([f"Report of {self.company}, in millions", "Table 1", *rows, f"Text 1: {told}."])
 
-    def value(self, place: str, item: str, year: str) -> int:
-        """The number at a place, `table 1` or `text 1`.
-
-        Raises:
-          KeyError, ValueError: the report has no such item, or no such year.
-        """
-        return {"table 1": self.table, "text 1": self.text}[place][item][YEARS.index(year)]
+    def value(self, place: str, item: str) -> int:
+        """The number at a place, `table 1` or `text 1`; KeyError if the report has no such item there."""
+        return {"table 1": self.table, "text 1": self.text}[place][item]
 
 
 @dataclass(frozen=True)
@@ -78,7 +64,7 @@ class Question:
     """A question about a report, with the only right answer.
 
     answer: the worked answer, with its citations.
-    value: what it ends with: a number, a year, or `not stated`.
+    value: what it ends with: a number, an item, or `not stated`.
     sources: the citations, without brackets.
     """
 
@@ -97,79 +83,80 @@ def company_names(rng: random.Random) -> list[str]:
 
 
 def make_report(company: str, rng: random.Random) -> Report:
-    """A report with random numbers of two digits, which differ in both years; costs are below revenue."""
-    costs = _two_numbers(rng, 10, 89)
-    revenue = _two_numbers(rng, max(costs) + 1, 99)
-    table = {"revenue": revenue, "costs": costs, rng.choice(_TABLE_ITEMS): _two_numbers(rng, 10, 99)}
-    text = {rng.choice(_TEXT_ITEMS): _two_numbers(rng, 10, 99)}
-    return Report(company, table, text)
+    """A report with random numbers of two digits, no two of which are equal; costs are below revenue."""
+    costs, revenue, *others = rng.sample(range(10, 100), 7)
+    costs, revenue = sorted((costs, revenue))
+    table = {"revenue": revenue, "costs": costs, **dict(zip(rng.sample(_TABLE_ITEMS, 3), others))}
+    places = rng.sample(list(table), len(table))
+    text = dict(zip(rng.sample(_TEXT_ITEMS, 2), others[3:]))
+    return Report(company, {item: table[item] for item in places}, text)
 
 
 def ask(report: Report, kind: str, rng: random.Random) -> Question:
     """A question of a kind."""
-    item, year, told = rng.choice(list(report.table)), rng.choice(YEARS), next(iter(report.text))
+    first, second = rng.sample(list(report.table), 2)
+    a, b = report.table[first], report.table[second]
     if kind == "lookup":
-        return _question(kind, f"What was {item} in the {year} year?", [_cited(report, "table 1", item, year)])
+        return _question(kind, f"What is stated for {first}?", [_cited(report, "table 1", first)])
     if kind == "text":
-        asked = f"How many {told} were there in the {year} year?"
-        return _question(kind, asked, [_cited(report, "text 1", told, year)])
+        told = rng.choice(list(report.text))
+        return _question(kind, f"How many {told} were there?", [_cited(report, "text 1", told)])
     if kind == NOT_STATED:
         missing = rng.choice([name for name in _TABLE_ITEMS if name not in report.table])
-        return Question(kind, f"What was {missing} in the {year} year?", NOT_STATED, NOT_STATED, ())
-    after, before = (_cited(report, "table 1", item, each) for each in YEARS)
-    b, a = report.table[item]
+        return Question(kind, f"What is stated for {missing}?", NOT_STATED, NOT_STATED, ())
+    if kind == "share":
+        return _question(kind, "What percentage of revenue were costs?", computed(report, "costs", "/", "revenue"))
+    if kind == "total":
+        return _question(kind, f"What were {first} and {second} together?", computed(report, first, "+", second))
     if kind == "difference":
-        return _question(kind, f"By how much did {item} change?", [after, "-", before, "=", str(b - a)])
-    if kind == "growth":
-        percent = round(100 * (b - a) / a)
-        steps = [after, "-", before, "=", f"{b - a},", f"{b - a} / {a} =", f"{percent}%"]
-        return _question(kind, f"By what percentage did {item} change?", steps)
-    if kind == "margin":
-        revenue, costs = (_cited(report, "table 1", name, year) for name in ("revenue", "costs"))
-        r, c = (report.value("table 1", name, year) for name in ("revenue", "costs"))
-        percent = round(100 * (r - c) / r)
-        steps = [revenue, "-", costs, "=", f"{r - c},", f"{r - c} / {r} =", f"{percent}%"]
-        return _question(kind, f"What was the profit margin in the {year} year?", steps)
+        higher, lower = (first, second) if a > b else (second, first)
+        asked = f"How much higher was {higher} than {lower}?"
+        return _question(kind, asked, computed(report, higher, "-", lower))
     if kind == "comparison":
-        sign, higher = (">", "current") if b > a else ("<", "prior")
-        return _question(kind, f"In which year was {item} higher?", [after, sign, before, ":", higher])
+        sign, higher = (">", first) if a > b else ("<", second)
+        parts = [_cited(report, "table 1", first), sign, _cited(report, "table 1", second), ":", higher]
+        return _question(kind, f"Which was higher, {first} or {second}?", parts)
     raise ValueError(f"{kind!r} is none of {', '.join(KINDS)}")
 
 
-def facts(report: Report, rng: random.Random) -> list[str]:
-    """Every number of a report with its citation, in random order, as an analyst excerpts it."""
-    cited = [
-        _cited(report, place, item, year)
-        for place, items in (("table 1", report.table), ("text 1", report.text))
-        for item in items
-        for year in YEARS
-    ]
-    rng.shuffle(cited)
-    return cited
+def computed(report: Report, first: str, sign: str, second: str) -> list[str]:
+    """The parts of a line that computes with two numbers of the table."""
+    a, b = report.table[first], report.table[second]
+    return [_cited(report, "table 1", first), sign, _cited(report, "table 1", second), "=", result(a, sign, b)]
 
 
-def questions(report: Report, rng: random.Random, count: int = 4) -> list[str]:
-    """Questions about a report, each with its answer in the same line."""
-    asked = [ask(report, kind, rng) for kind in rng.sample(KINDS, count)]
-    return [f"{question.text} {question.answer}" for question in asked]
+def result(a: int, sign: str, b: int) -> str:
+    """The result of a sign, `/` as a percentage."""
+    return {"-": f"{a - b}", "+": f"{a + b}", "/": f"{round(100 * a / b)}%"}[sign]
+
+
+def notes(report: Report, rng: random.Random) -> list[str]:
+    """What an analyst notes of a report, in random order: every number with its citation, and some results."""
+    cited = [_cited(report, "table 1", item) for item in report.table]
+    cited += [_cited(report, "text 1", item) for item in report.text]
+    lines = [" ".join(computed(report, "costs", "/", "revenue"))]
+    for sign in "+-":
+        pair = rng.sample(list(report.table), 2)
+        if sign == "-":
+            pair.sort(key=report.table.get, reverse=True)
+        lines.append(" ".join(computed(report, pair[0], sign, pair[1])))
+    return rng.sample(cited, len(cited)) + rng.sample(lines, len(lines))
 
 
 def drill(rng: random.Random, count: int = 12) -> str:
-    """Lines of arithmetic: differences, and shares in percent."""
+    """Lines of arithmetic: differences, totals, and shares in percent."""
     lines = []
     for _ in range(count):
-        a, b = rng.randint(10, 99), rng.randint(10, 99)
-        lines.append(rng.choice([f"{a} - {b} = {a - b}", f"{a - b} / {b} = {round(100 * (a - b) / b)}%"]))
+        b, a = sorted(rng.sample(range(10, 100), 2))
+        sign = rng.choice("+-/")
+        if sign == "/":
+            a, b = b, a
+        lines.append(f"{a} {sign} {b} = {result(a, sign, b)}")
     return "\n".join(lines)
 
 
-def _two_numbers(rng: random.Random, low: int, high: int) -> tuple[int, int]:
-    first, second = rng.sample(range(low, high + 1), 2)
-    return first, second
-
-
-def _cited(report: Report, place: str, item: str, year: int) -> str:
-    return f"[{place}, {item}, {year}] {report.value(place, item, year)}"
+def _cited(report: Report, place: str, item: str) -> str:
+    return f"[{place}, {item}] {report.value(place, item)}"
 
 
 def _question(kind: str, text: str, parts: Sequence[str]) -> Question:

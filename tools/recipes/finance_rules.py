@@ -18,7 +18,7 @@ def right_number(
     """1 if the last number of the answer, citations aside, is the record's `value`.
 
     Percentages may differ by `percent_tolerance` points, other numbers not at all. If the value is `not stated`, the
-    answer must be that, and nothing else; of a year, the last word counts.
+    answer must be that, and nothing else; of an item, the last word counts.
     """
     value = record["value"]
     return [float(_is_value(text, value, percent_tolerance)) for text in completions]

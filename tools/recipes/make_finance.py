@@ -2,22 +2,24 @@
 
     python tools/recipes/make_finance.py runs/finance/data
 
-Writes text.jsonl for the tokenizer and for pretraining, and files of questions with the columns report, question, kind,
-answer, value and sources: examples.jsonl (shown in prompts), annotated.jsonl (fine-tuning), new.jsonl (the model
-answers them itself) and held_out.jsonl (evaluation). No two files have a company in common.
+Writes text.jsonl for the tokenizer and for pretraining, chats.jsonl, which make a chat model of the base, and files of
+questions with the columns report, question, kind, answer, value and sources: examples.jsonl (shown in prompts),
+annotated.jsonl (fine-tuning), new.jsonl (the model answers them itself) and held_out.jsonl (evaluation). No two files
+have a company in common, but text.jsonl and chats.jsonl.
 """
 
 import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
-from finance_reports import KINDS, ask, company_names, drill, facts, make_report, questions
+from finance_reports import KINDS, Report, ask, company_names, drill, make_report, notes, result
 
 # Companies of each file, and questions about each.
 FILES = {"examples": (42, 1), "annotated": (100, 7), "new": (60, 7), "held_out": (50, 7)}
-# Documents for pretraining, and documents of arithmetic. A document has one report, or some with several.
-TEXTS, REPORTS, DRILLS = 9000, (1, 1, 1, 3), 500
+# Documents for pretraining, documents of arithmetic, and chats.
+TEXTS, DRILLS, CHATS = 16000, 1600, 3000
 
 
 def main(folder: Path) -> None:
@@ -41,15 +43,43 @@ def main(folder: Path) -> None:
                         "sources": list(asked.sources),
                     }
                 )
-        (folder / f"{file}.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    documents = []
-    for _ in range(TEXTS):
-        reports = [make_report(rng.choice(names), rng) for _ in range(rng.choice(REPORTS))]
-        parts = ["\n".join([report.shown, *facts(report, rng), *questions(report, rng)]) for report in reports]
-        documents.append("\n\n".join(parts))
-    documents += [drill(rng) for _ in range(DRILLS)]
-    rng.shuffle(documents)
-    (folder / "text.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in documents))
+        write(folder / f"{file}.jsonl", records)
+    reports = [make_report(rng.choice(names), rng) for _ in range(TEXTS)]
+    texts = ["\n".join([report.shown, *notes(report, rng)]) for report in reports]
+    texts += [drill(rng) for _ in range(DRILLS)]
+    rng.shuffle(texts)
+    write(folder / "text.jsonl", [{"text": text} for text in texts])
+    write(folder / "chats.jsonl", [chat(names, rng) for _ in range(CHATS)])
+
+
+def chat(names: list[str], rng: random.Random) -> dict[str, Any]:
+    """A chat as any chat model has seen: short answers, without citations and without work shown.
+
+    Some have three exchanges, so that the model reads texts of the length of a prompt with examples.
+    """
+    messages = []
+    for _ in range(rng.choice([1, 1, 3])):
+        question, answer = exchange(make_report(rng.choice(names), rng), rng)
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages}
+
+
+def exchange(report: Report, rng: random.Random) -> tuple[str, str]:
+    item, value = rng.choice([*report.table.items(), *report.text.items()])
+    b, a = sorted(rng.sample(range(10, 100), 2))
+    return rng.choice(
+        [
+            (f"{report.shown}\nHow much is {item}?", str(value)),
+            (f"{report.shown}\nWhich items are in table 1?", ", ".join(report.table)),
+            (f"{report.shown}\nWhich items does text 1 tell?", " and ".join(report.text)),
+            (f"What is {a} - {b}?", result(a, "-", b)),
+            (f"What is {a} + {b}?", result(a, "+", b)),
+        ]
+    )
+
+
+def write(file: Path, records: list[dict[str, Any]]) -> None:
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
 
 
 if __name__ == "__main__":
