@@ -56,7 +56,9 @@ def main() -> None:
     asked = [f"output={out}/answers", f"records={data}/new.jsonl", f"model.path={out}/qlora"]
     maxlm("feedback", f"{CONFIGS}/answer.yaml", *asked)
     once(data / "built.jsonl", lambda: python("finance_filter.py", data, out / "answers"))
-    train("qlora", f"output={out}/qlora-built", start, built)
+    # As many passes over the larger file.
+    steps = round(150 * len(read(data / "built.jsonl")) / len(read(data / "annotated.jsonl")))
+    train("qlora", f"output={out}/qlora-built", start, built, f"steps={steps}")
 
     models = (
         ("prompt alone, no examples", "base", "chat"),

@@ -102,8 +102,7 @@ def ask(report: Report, kind: str, rng: random.Random) -> Question:
         told = rng.choice(list(report.text))
         return _question(kind, f"How many {told} were there?", [_cited(report, "text 1", told)])
     if kind == NOT_STATED:
-        missing = rng.choice([name for name in _TABLE_ITEMS if name not in report.table])
-        return Question(kind, f"What is stated for {missing}?", NOT_STATED, NOT_STATED, ())
+        return Question(kind, f"What is stated for {missing_item(report, rng)}?", NOT_STATED, NOT_STATED, ())
     if kind == "share":
         return _question(kind, "What percentage of revenue were costs?", computed(report, "costs", "/", "revenue"))
     if kind == "total":
@@ -117,6 +116,11 @@ def ask(report: Report, kind: str, rng: random.Random) -> Question:
         parts = [_cited(report, "table 1", first), sign, _cited(report, "table 1", second), ":", higher]
         return _question(kind, f"Which was higher, {first} or {second}?", parts)
     raise ValueError(f"{kind!r} is none of {', '.join(KINDS)}")
+
+
+def missing_item(report: Report, rng: random.Random) -> str:
+    """An item of other reports' tables."""
+    return rng.choice([item for item in _TABLE_ITEMS if item not in report.table])
 
 
 def computed(report: Report, first: str, sign: str, second: str) -> list[str]:

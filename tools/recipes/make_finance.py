@@ -14,7 +14,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from finance_reports import KINDS, Report, ask, company_names, drill, make_report, notes, result
+from finance_reports import (
+    KINDS,
+    NOT_STATED,
+    Report,
+    ask,
+    company_names,
+    drill,
+    make_report,
+    missing_item,
+    notes,
+    result,
+)
 
 # Companies of each file, and questions about each.
 FILES = {"examples": (42, 1), "annotated": (100, 7), "new": (60, 7), "held_out": (50, 7)}
@@ -65,11 +76,14 @@ def chat(names: list[str], rng: random.Random) -> dict[str, Any]:
 
 
 def exchange(report: Report, rng: random.Random) -> tuple[str, str]:
-    item, value = rng.choice([*report.table.items(), *report.text.items()])
+    places = {**dict.fromkeys(report.table, "[table 1]"), **dict.fromkeys(report.text, "[text 1]")}
+    item, place = rng.choice(list(places.items()))
     b, a = sorted(rng.sample(range(10, 100), 2))
     return rng.choice(
         [
-            (f"{report.shown}\nHow much is {item}?", str(value)),
+            (f"{report.shown}\nHow much is {item}?", str(report.value(place.strip("[]"), item))),
+            (f"{report.shown}\nWhere is {item}?", place),
+            (f"{report.shown}\nWhere is {missing_item(report, rng)}?", NOT_STATED),
             (f"{report.shown}\nWhich items are in table 1?", ", ".join(report.table)),
             (f"{report.shown}\nWhich items does text 1 tell?", " and ".join(report.text)),
             (f"What is {a} - {b}?", result(a, "-", b)),
