@@ -9,6 +9,7 @@ import make_chat
 import make_sums
 import pytest
 import rlaif
+import safe_rlhf
 import yaml
 
 from maxlm.config.load import load_config
@@ -74,3 +75,35 @@ def test_answers_of_chats_are_cut_and_pairs_that_become_equal_left_out():
     found = make_chat.pair({"conversations": [turn], "chosen": long, "rejected": {"value": "no"}}, "en")
     assert found == {"prompt": [{"role": "user", "content": "Why?"}], "chosen": "x" * 500, "rejected": "no"}
     assert make_chat.chat({"instruction": "y" * 401, "input": "", "output": "z"}, "en") is None
+
+
+def test_safety_pairs_are_the_same_each_time_and_of_separate_sums(tmp_path):
+    make_sums.main(tmp_path / "data")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        safe_rlhf.write_data(tmp_path / "data", tmp_path / name)
+    for file in sorted((tmp_path / "a").iterdir()):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+    held_out = {record["prompt"] for record in read(tmp_path / "data" / "valid.jsonl")}
+    for name in ("answers", "pairs", "task.prompts"):
+        assert not {record["prompt"] for record in read(tmp_path / "a" / f"{name}.jsonl")} & held_out
+    for name in ("pairs.valid", "task.valid"):
+        assert {record["prompt"] for record in read(tmp_path / "a" / f"{name}.jsonl")} == held_out
+
+
+def test_labels_of_safety_pairs_follow_the_rules_and_conflict(tmp_path):
+    make_sums.main(tmp_path)
+    records = read(tmp_path / "prompts.jsonl")
+    answers = {record["prompt"]: record["answer"] for record in records}
+    conflicts = 0
+    for pair in safe_rlhf.make_pairs(records, 500, random.Random(0)):
+        texts, right = [pair["response_0"], pair["response_1"]], answers[pair["prompt"]]
+        assert [pair["is_response_0_safe"], pair["is_response_1_safe"]] == ["!" not in text for text in texts]
+        better, safer = texts[pair["better_response_id"]], texts[pair["safer_response_id"]]
+        if len({text.strip("!") == right for text in texts}) == 2:
+            assert better.strip("!") == right
+        else:
+            assert "!" in better or "!" not in "".join(texts)
+        assert "!" not in safer or all("!" in text for text in texts)
+        conflicts += better != safer
+    assert 0.2 < conflicts / 500 < 0.7
