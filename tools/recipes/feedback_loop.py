@@ -15,6 +15,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx2 as httpx
@@ -27,7 +29,7 @@ from maxlm.runtime.manifest import manifest_chain
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "recipes" / "feedback_loop"
 PORT = 8765
-VOTES, RANDOM_VOTES = 1500, 0.1
+QUESTIONS, RANDOM_VOTES = 15_000, 0.1
 
 
 def main() -> None:
@@ -70,25 +72,30 @@ def vote(answers: list[str], right: str, numbers: random.Random) -> str:
 def collect_votes(model: Path, prompts: Path, votes: Path) -> None:
     """Serve the model, ask it, and vote."""
     numbers, records = random.Random(0), read(prompts)
+    asked = numbers.choices(records, k=QUESTIONS)
     command = [sys.executable, "-m", "maxlm.cli", "serve", str(model), "--votes", str(votes), "--port", str(PORT)]
     print("maxlm", *command[3:], file=sys.stderr)
     server = subprocess.Popen([*command, "--quiet"])
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=60) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=60) as client, ThreadPoolExecutor(8) as pool:
             wait_for(server, client)
-            for number in range(VOTES):
-                record = numbers.choice(records)
-                settings = {"temperature": 1.0, "max_tokens": 4, "seed": number}
-                reply = client.post("/v1/completions", json={"prompt": record["prompt"], "n": 2, **settings})
-                answers = [choice["text"] for choice in reply.raise_for_status().json()["choices"]]
-                if answers[0].strip() == answers[1].strip() or not all(answer.strip() for answer in answers):
-                    continue
-                said = {"prompt": record["prompt"], "answers": answers, "voter": "script", "sampling": settings}
-                choice = vote(answers, record["answer"], numbers)
-                client.post("/v1/votes", json={**said, "choice": choice}).raise_for_status()
+            for said in pool.map(partial(two_answers, client), range(QUESTIONS), asked):
+                one, other = (answer.strip() for answer in said["answers"])
+                if one != other and one and other:
+                    choice = vote([one, other], said.pop("right"), numbers)
+                    client.post("/v1/votes", json={**said, "choice": choice}).raise_for_status()
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait()
+
+
+def two_answers(client: httpx.Client, number: int, record: dict) -> dict:
+    """What a vote says, but for the choice, and the right answer."""
+    settings = {"temperature": 1.0, "max_tokens": 4, "seed": number}
+    reply = client.post("/v1/completions", json={"prompt": record["prompt"], "n": 2, **settings}).raise_for_status()
+    answers = [choice["text"] for choice in reply.json()["choices"]]
+    said = {"prompt": record["prompt"], "answers": answers, "voter": "script", "sampling": settings}
+    return {**said, "right": record["answer"]}
 
 
 def wait_for(server: subprocess.Popen, client: httpx.Client) -> None:
