@@ -8,7 +8,6 @@ records, with 95 % intervals over them; docs/recipes.md explains the measures.
 """
 
 import argparse
-import json
 import math
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stages import maxlm, once, print_table, shown
+from stages import maxlm, once, print_table, read, shown, write
 
 from maxlm import load
 from maxlm.core.interval import mean_interval, ratio_interval
@@ -84,10 +83,6 @@ def pretrain(data: Path, out: Path) -> None:
     maxlm("train", f"{CONFIGS}/pretrain.yaml", f"output={out}/pretrain", f"objective.sources=[{{path: {out}/rows}}]")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
 def log_probabilities(out: Path, model: str, records: list[dict[str, Any]], answer: str) -> np.ndarray:
     """Of each record's answer: [n], in nats."""
     scores = load(out / model).score([each["prompt"] for each in records], [each[answer] for each in records])
@@ -137,7 +132,7 @@ def write_answers(model: Path, prompts: Path, file: Path) -> None:
     asked = [record["prompt"] for record in read(prompts)]
     texts = load(model).generate(asked, max_new_tokens=64, temperature=1.0, seed=0)
     records = ({"prompt": prompt, "completion": text or " "} for prompt, text in zip(asked, texts))
-    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    write(file, records)
 
 
 def scored(out: Path, model: str, file: Path, name: str) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 import numpy as np
-from stages import maxlm, once, print_table, shown
+from stages import maxlm, once, print_table, read, shown, write
 from sums import accuracy, prepare
 
 from maxlm.core.interval import mean_interval
@@ -55,10 +55,6 @@ def main() -> None:
     print(f"\nThe reward model prefers the right answer to a held-out sum: {right_pairs(out)}")
     print(f"The voter prefers PPO's answer, blindly, ties as a half: {blind_comparison(out)}\n")
     print(" -> ".join(f"{Path(item['folder']).name} ({item['stage']})" for item in manifest_chain(out / "ppo")))
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def vote(answers: list[str], right: str, numbers: random.Random) -> str:
@@ -118,7 +114,7 @@ def right_pairs(out: Path) -> str:
             if (wrong := int(record["answer"]) + distance) >= 0:
                 pairs.append({"prompt": record["prompt"], "chosen": record["answer"], "rejected": str(wrong)})
     numbers.shuffle(pairs)
-    file.write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
+    write(file, pairs)
     once(out / "pairs.scores.jsonl", "score", f"{out}/reward", str(file), "--output", f"{out}/pairs.scores.jsonl")
     better = [line["chosen_score"] > line["rejected_score"] for line in read(out / "pairs.scores.jsonl")]
     return shown(mean_interval(np.array(better, np.float64)).to_dict())

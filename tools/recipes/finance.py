@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from finance_filter import read
 from finance_reports import KINDS
 from finance_rules import right_citations, right_number
-from stages import maxlm, print_table, shown
+from stages import maxlm, print_table, read, shown
 
+from maxlm.config.load import load_config
 from maxlm.core.interval import proportion_interval
 
 TOOLS = Path(__file__).parent
@@ -57,7 +57,8 @@ def main() -> None:
     maxlm("feedback", f"{CONFIGS}/answer.yaml", *asked)
     once(data / "built.jsonl", lambda: python("finance_filter.py", data, out / "answers"))
     # As many passes over the larger file.
-    steps = round(150 * len(read(data / "built.jsonl")) / len(read(data / "annotated.jsonl")))
+    growth = len(read(data / "built.jsonl")) / len(read(data / "annotated.jsonl"))
+    steps = round(growth * load_config(f"{CONFIGS}/qlora.yaml", kind="train").steps)
     train("qlora", f"output={out}/qlora-built", start, built, f"steps={steps}")
 
     models = (

@@ -7,12 +7,12 @@ built.jsonl into the data: annotated.jsonl, and each question of new.jsonl with 
 answers of each kind of question passed.
 """
 
-import json
 import sys
 from collections import Counter
 from pathlib import Path
 
 from finance_rules import right_citations, right_number
+from stages import read, write
 
 
 def main(data: Path, answers: Path) -> None:
@@ -28,12 +28,7 @@ def main(data: Path, answers: Path) -> None:
     for kind, count in sampled.items():
         print(f"{kind}: kept {counts[kind]} of {count} answers")
     built = [*read(data / "annotated.jsonl"), *kept]
-    (data / "built.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in built))
-
-
-def read(path: Path) -> list[dict]:
-    """The records of a file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    write(data / "built.jsonl", built)
 
 
 if __name__ == "__main__":

@@ -87,9 +87,9 @@ def make_report(company: str, rng: random.Random) -> Report:
     costs, revenue, *others = rng.sample(range(10, 100), 7)
     costs, revenue = sorted((costs, revenue))
     table = {"revenue": revenue, "costs": costs, **dict(zip(rng.sample(_TABLE_ITEMS, 3), others))}
-    places = rng.sample(list(table), len(table))
+    order = rng.sample(list(table), len(table))
     text = dict(zip(rng.sample(_TEXT_ITEMS, 2), others[3:]))
-    return Report(company, {item: table[item] for item in places}, text)
+    return Report(company, {item: table[item] for item in order}, text)
 
 
 def ask(report: Report, kind: str, rng: random.Random) -> Question:

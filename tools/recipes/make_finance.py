@@ -5,10 +5,9 @@
 Writes text.jsonl for the tokenizer and for pretraining, chats.jsonl, which make a chat model of the base, and files of
 questions with the columns report, question, kind, answer, value and sources: examples.jsonl (shown in prompts),
 annotated.jsonl (fine-tuning), new.jsonl (the model answers them itself) and held_out.jsonl (evaluation). No two files
-have a company in common, but text.jsonl and chats.jsonl.
+have a company in common, except text.jsonl and chats.jsonl.
 """
 
-import json
 import random
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ from finance_reports import (
     notes,
     result,
 )
+from stages import write
 
 # Companies of each file, and questions about each.
 FILES = {"examples": (42, 1), "annotated": (100, 7), "new": (60, 7), "held_out": (50, 7)}
@@ -64,7 +64,7 @@ def main(folder: Path) -> None:
 
 
 def chat(names: list[str], rng: random.Random) -> dict[str, Any]:
-    """A chat as any chat model has seen: short answers, without citations and without work shown.
+    """A chat as any chat model has seen: short answers, in which no number is cited and no work shown.
 
     Some have three exchanges, so that the model reads texts of the length of a prompt with examples.
     """
@@ -76,13 +76,14 @@ def chat(names: list[str], rng: random.Random) -> dict[str, Any]:
 
 
 def exchange(report: Report, rng: random.Random) -> tuple[str, str]:
-    places = {**dict.fromkeys(report.table, "[table 1]"), **dict.fromkeys(report.text, "[text 1]")}
+    """A question, most often about a report, and its answer."""
+    places = {**dict.fromkeys(report.table, "table 1"), **dict.fromkeys(report.text, "text 1")}
     item, place = rng.choice(list(places.items()))
     b, a = sorted(rng.sample(range(10, 100), 2))
     return rng.choice(
         [
-            (f"{report.shown}\nHow much is {item}?", str(report.value(place.strip("[]"), item))),
-            (f"{report.shown}\nWhere is {item}?", place),
+            (f"{report.shown}\nHow much is {item}?", str(report.value(place, item))),
+            (f"{report.shown}\nWhere is {item}?", f"[{place}]"),
             (f"{report.shown}\nWhere is {missing_item(report, rng)}?", NOT_STATED),
             (f"{report.shown}\nWhich items are in table 1?", ", ".join(report.table)),
             (f"{report.shown}\nWhich items does text 1 tell?", " and ".join(report.text)),
@@ -90,10 +91,6 @@ def exchange(report: Report, rng: random.Random) -> tuple[str, str]:
             (f"What is {a} + {b}?", result(a, "+", b)),
         ]
     )
-
-
-def write(file: Path, records: list[dict[str, Any]]) -> None:
-    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ Writes text.txt for the tokenizer and for pretraining, sft.jsonl (prompt and com
 valid.jsonl (prompt and answer). The sums of valid.jsonl are in no other file.
 """
 
-import json
 import random
 import sys
 from pathlib import Path
+
+from stages import write
 
 HELD_OUT = 42
 
@@ -24,7 +25,7 @@ def main(folder: Path) -> None:
     (folder / "text.txt").write_text("".join(f"{rng.choice(lines)}\n" for _ in range(2000)))
     for name, pairs, key in (("sft", train, "completion"), ("prompts", train, "answer"), ("valid", valid, "answer")):
         records = [{"prompt": f"{a}+{b}=", key: str(a + b)} for a, b in pairs]
-        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+        write(folder / f"{name}.jsonl", records)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import random
 from pathlib import Path
 
 import numpy as np
-from stages import maxlm, print_table, shown
+from stages import maxlm, print_table, read, shown, write
 from sums import accuracy, prepare
 
 from maxlm.core.interval import mean_interval
@@ -52,10 +52,6 @@ def main() -> None:
     print_table(("accuracy", "SFT", "DPO"), rows)
 
 
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def write_verdicts(prompts: Path, file: Path, number: int) -> None:
     """Pairs of answers to sums, one of which is right, in the form of the constitution's prompt, with the verdict."""
     numbers, records, chats = random.Random(3), read(prompts), []
@@ -68,7 +64,7 @@ def write_verdicts(prompts: Path, file: Path, number: int) -> None:
         verdict = f"Verdict: {'AB'[answers.index(record['answer'])]}"
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": verdict}]
         chats.append({"messages": messages})
-    file.write_text("".join(f"{json.dumps(chat)}\n" for chat in chats))
+    write(file, chats)
 
 
 def right_pairs(prompts: Path, preferences: Path) -> str:

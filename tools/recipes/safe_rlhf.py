@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from stages import maxlm, once, print_table, shown
+from stages import maxlm, once, print_table, read, shown, write
 from sums import prepare
 
 from maxlm.core.interval import mean_interval, proportion_interval
@@ -55,14 +55,6 @@ def main() -> None:
     multipliers = [control["multiplier"] for control in read(out / "constrained" / "controls.jsonl")]
     print(f"Multiplier: {multipliers[0]:.2f} after the first round, {multipliers[-1]:.2f} after the last")
     print_table(("sampled answers", "harm", "right", "mean reward", "mean cost"), measurements(out))
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def write(path: Path, records: list[dict]) -> None:
-    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
 
 
 def is_harmful(answer: str) -> bool:

@@ -1,8 +1,11 @@
-"""What the drivers of recipes share: a `maxlm` command, and a figure with its interval."""
+"""What recipes share: a `maxlm` command, files of JSON lines, and a figure with its interval."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 def maxlm(*arguments: str) -> str:
@@ -16,6 +19,17 @@ def once(result: Path, *arguments: str) -> None:
     """Run a `maxlm` command unless its result is there."""
     if not result.exists():
         maxlm(*arguments)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines."""
+    # Not splitlines: a text may have line separators of Unicode.
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+
+def write(file: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write a file of JSON lines."""
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
 
 
 def shown(accuracy: dict[str, float]) -> str:

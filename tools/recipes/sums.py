@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stages import maxlm, once, print_table, shown
+from stages import maxlm, once, print_table, read, shown
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "recipes" / "sums"
 
@@ -40,7 +40,7 @@ def accuracy(model: Path, task: Path, temperature: float, *, tokens: int = 4) ->
 
 
 def first_step_at(run: Path, reward: float) -> str:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = read(run / "metrics.jsonl")
     steps = [record["step"] for record in records if record.get("reward", 0.0) >= reward]
     return str(steps[0]) if steps else "-"
 

@@ -12,11 +12,10 @@ number of steps in the right solution.
 import argparse
 import json
 import random
-from collections.abc import Iterable
 from pathlib import Path
 
 import make_word_problems
-from stages import maxlm, once, print_table, shown
+from stages import maxlm, once, print_table, read, shown, write
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "recipes" / "word_problems"
 SOLVED = 1500  # solutions that SFT sees; GRPO has all questions
@@ -25,17 +24,13 @@ MADE_LENGTHS = (192, 80)
 GIVEN_LENGTHS = (512, 200)  # GSM8K's questions and solutions are longer
 
 
-def write_records(file: Path, records: Iterable[dict]) -> None:
-    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
-
-
 def write_data(folder: Path, train_file: Path, test_file: Path, count: int) -> None:
     """Write the tokenizer's text, the solutions of SFT, and `count` held-out questions as a task of `maxlm eval`."""
     folder.mkdir(parents=True, exist_ok=True)
-    train, test = ([json.loads(line) for line in file.open()] for file in (train_file, test_file))
+    train, test = (read(file) for file in (train_file, test_file))
     (folder / "text.txt").write_text("".join(f"{each['question']}\n{each['answer']}\n" for each in train))
-    write_records(folder / "sft.jsonl", train[:SOLVED])
-    write_records(folder / "task.jsonl", (task(each) for each in random.Random(0).sample(test, min(count, len(test)))))
+    write(folder / "sft.jsonl", train[:SOLVED])
+    write(folder / "task.jsonl", (task(each) for each in random.Random(0).sample(test, min(count, len(test)))))
 
 
 def task(record: dict[str, str]) -> dict:
